@@ -1,0 +1,22 @@
+"""QSphere: diffusion MRI from many scanners, made comparable and useful.
+
+The map of the house, in the order a run flows through it:
+
+    cli.py          argv → one frozen Options
+    run.py          participant(options), group(options): two linear recipes
+    bids/           find runs, read b-tables and sidecars; the one writer of derivatives
+    dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
+    acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)
+    methods/        one folder per published method: check, apply, outputs.json, README.md
+    tensor.py       batched, differentiable diffusion tensor fit
+    blocks.py       device choice and blocks of voxels
+    sh.py           spherical harmonics
+    evaluate/       quality and statistics
+    report/         figures and HTML pages
+    errors.py       the few exceptions a user meets
+    data/           tables of names, no code
+
+Imports go one way, from the top of this list to the bottom; import-linter enforces it.
+"""
+
+__version__ = "0.1.0"

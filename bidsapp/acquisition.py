@@ -1,0 +1,196 @@
+"""What the scanner did: b-values, directions and b-tensor shapes of one diffusion acquisition.
+
+Frame: world RAS+, always; b-vectors of files are turned into it at the door (`bidsapp.bids`).
+Units: b in s/mm², times in s. An axially symmetric b-tensor with axis n, trace b and shape b_Δ is
+
+    B = b [ (1 − b_Δ)/3 · I + b_Δ · n nᵀ ],    b_Δ = 1 linear, 0 spherical, −½ planar
+
+(Eriksson et al. 2015, doi:10.1063/1.4913502; Westin et al. 2016, doi:10.1016/j.neuroimage.2016.02.039).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bidsapp.errors import DataError
+
+B0_MAX = 50.0
+"""Volumes with b below this (s/mm²) count as not diffusion-weighted."""
+
+SHELL_GAP = 0.1
+"""Sorted b-values start a new shell where they step by more than max(60 s/mm², this share of b)."""
+
+SHELL_GAP_MIN = 60.0
+NORM_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Measurements that share b (s/mm², mean of the group) and b_delta.
+
+    indices: (n,) positions in the acquisition, in order.
+    """
+
+    b: float
+    b_delta: float
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True, eq=False)
+class Acquisition:
+    """A b-table with tensor-valued encoding. Refuses bad state at birth.
+
+    Args:
+        bvals: (n,) s/mm², finite, ≥ 0.
+        bvecs: (n, 3) symmetry axes of the b-tensors in world RAS+; unit length (within 2 %,
+            then normalised) wherever b ≥ 50 and b_delta ≠ 0, anything finite elsewhere.
+        b_delta: (n,) within [−½, 1], or None for linear encoding.
+        small_delta, big_delta, echo_time: s, or None where unknown.
+
+    Raises:
+        DataError: names the first offending volume and the remedy.
+    """
+
+    bvals: np.ndarray
+    bvecs: np.ndarray
+    b_delta: np.ndarray = None  # type: ignore[assignment]  # always an array after birth
+    small_delta: float | None = None
+    big_delta: float | None = None
+    echo_time: float | None = None
+
+    def __post_init__(self) -> None:
+        bvals = np.array(self.bvals, dtype=np.float64)
+        bvecs = np.array(self.bvecs, dtype=np.float64)
+        b_delta = np.array(
+            np.ones(len(np.atleast_1d(bvals))) if self.b_delta is None else self.b_delta,
+            dtype=np.float64,
+        )
+        if bvals.ndim != 1 or len(bvals) == 0:
+            raise DataError(
+                f"b-values have shape {bvals.shape}; one number per volume is needed. "
+                "Write them as one line of numbers in s/mm²."
+            )
+        if bvecs.shape != (len(bvals), 3) or b_delta.shape != bvals.shape:
+            raise DataError(
+                f"{len(bvals)} b-values stand beside b-vectors of shape {bvecs.shape} and b_delta "
+                f"of shape {b_delta.shape}; one vector and one shape per volume are needed. "
+                "Export the three again from the same series."
+            )
+        _first(~np.isfinite(bvals) | (bvals < 0), "b-value {v} of volume {i} is not a number ≥ 0 "
+               "s/mm². Correct it, or remove the volume from image and table.", bvals)
+        _first((b_delta < -0.5 - 1e-6) | (b_delta > 1 + 1e-6) | ~np.isfinite(b_delta),
+               "b_delta {v} of volume {i} lies outside [-0.5, 1] (1 linear, 0 spherical, -0.5 "
+               "planar). Correct the encoding file.", b_delta)
+        _first(~np.isfinite(bvecs).all(1), "b-vector {v} of volume {i} is not finite. Correct it, "
+               "or remove the volume from image and table.", bvecs)
+        norm = np.linalg.norm(bvecs, axis=1)
+        oriented = (bvals >= B0_MAX) & (np.abs(b_delta) > 1e-6)
+        _first(oriented & (norm < 1e-6), "the b-vector of volume {i} (b = {v} s/mm²) is zero: a "
+               "weighted volume needs a direction. Take the table from the scanner again; if the "
+               "volume is a trace image, remove it from image and table.", bvals)
+        _first(oriented & (np.abs(norm - 1) > NORM_TOLERANCE), "the b-vector of volume {i} has "
+               "length {v}, 1 is needed. If lengths encode the b-value, scale the b-values by the "
+               "squared length and normalise the vectors.", norm)
+        bvecs[norm > 1e-6] /= norm[norm > 1e-6, None]
+        for array in (bvals, bvecs, b_delta):
+            array.flags.writeable = False
+        object.__setattr__(self, "bvals", bvals)
+        object.__setattr__(self, "bvecs", bvecs)
+        object.__setattr__(self, "b_delta", b_delta)
+
+    def __len__(self) -> int:
+        return len(self.bvals)
+
+    def __getitem__(self, index) -> Acquisition:
+        """The measurements picked by a slice, a boolean or an index array, all tables aligned."""
+        return replace(self, bvals=np.atleast_1d(self.bvals[index]),
+                       bvecs=np.atleast_2d(self.bvecs[index]),
+                       b_delta=np.atleast_1d(self.b_delta[index]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Acquisition) and all(
+            np.array_equal(a, b)
+            for a, b in zip(self._tables(), other._tables(), strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _tables(self):
+        times = (self.small_delta, self.big_delta, self.echo_time)
+        return self.bvals, self.bvecs, self.b_delta, np.array(times, dtype=float)
+
+    @property
+    def b0(self) -> np.ndarray:
+        """(n,) bool: measurements that count as not diffusion-weighted (b < 50 s/mm²)."""
+        return self.bvals < B0_MAX
+
+    @property
+    def btensors(self) -> np.ndarray:
+        """(n, 3, 3) b-tensors in world RAS+, s/mm²."""
+        b, s = self.bvals[:, None, None], self.b_delta[:, None, None]
+        outer = self.bvecs[:, :, None] * self.bvecs[:, None, :]
+        return b * ((1 - s) / 3 * np.eye(3) + s * outer)
+
+    @property
+    def shells(self) -> tuple[Shell, ...]:
+        """Weighted measurements grouped by b_delta (to 0.05) and b, ascending in b.
+
+        Sorted b-values start a new shell where the step exceeds max(60 s/mm², 10 % of b).
+        """
+        groups = []
+        shape = np.round(self.b_delta / 0.05) * 0.05
+        for s in np.unique(shape[~self.b0]):
+            index = np.flatnonzero((shape == s) & ~self.b0)
+            index = index[np.argsort(self.bvals[index], kind="stable")]
+            b = self.bvals[index]
+            cuts = np.flatnonzero(np.diff(b) > np.maximum(SHELL_GAP_MIN, SHELL_GAP * b[:-1])) + 1
+            for part in np.split(index, cuts):
+                groups.append(Shell(float(self.bvals[part].mean()),
+                                    float(self.b_delta[part].mean()), np.sort(part)))
+        return tuple(sorted(groups, key=lambda g: (round(g.b), -g.b_delta)))
+
+    def rotated(self, rotation: np.ndarray) -> Acquisition:
+        """The same acquisition with axes turned by a (3, 3) rotation: n → R n.
+
+        Raises:
+            ValueError: the matrix is not orthogonal.
+        """
+        rotation = np.asarray(rotation, dtype=np.float64)
+        if rotation.shape != (3, 3) or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-5):
+            raise ValueError("rotation must be an orthogonal (3, 3) matrix")
+        return replace(self, bvecs=self.bvecs @ rotation.T)
+
+    def to_dipy(self):
+        """dipy's GradientTable of this acquisition, b-tensors included where not all linear."""
+        from dipy.core.gradients import gradient_table
+
+        linear = bool(np.all(self.b_delta > 1 - 1e-6))
+        return gradient_table(self.bvals, bvecs=self.bvecs, b0_threshold=B0_MAX,
+                              btens=None if linear else self.btensors)
+
+
+def concatenate(acquisitions: list[Acquisition]) -> Acquisition:
+    """One acquisition of several parts, in order. Times that differ between parts become None."""
+    first = acquisitions[0]
+    times = {
+        name: getattr(first, name)
+        if all(getattr(a, name) == getattr(first, name) for a in acquisitions) else None
+        for name in ("small_delta", "big_delta", "echo_time")
+    }
+    return Acquisition(
+        np.concatenate([a.bvals for a in acquisitions]),
+        np.concatenate([a.bvecs for a in acquisitions]),
+        np.concatenate([a.b_delta for a in acquisitions]), **times)
+
+
+def _first(bad: np.ndarray, message: str, values: np.ndarray) -> None:
+    if bad.any():
+        i = int(np.argmax(bad))
+        value = values[i]
+        shown = f"{value:g}" if np.ndim(value) == 0 else np.array2string(value, precision=4)
+        raise DataError(message.format(i=i, v=shown))

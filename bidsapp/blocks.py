@@ -1,0 +1,66 @@
+"""Where voxels are computed, and in blocks of how many."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from bidsapp.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(wanted: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:N` → the device to use; falls back to the CPU with a notice.
+
+    Raises:
+        UsageError: the name is none of these, or the GPU's number does not exist.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    if wanted != "auto" and not (wanted == "cuda" or wanted.removeprefix("cuda:").isdigit()):
+        raise UsageError(f"--device {wanted}: needed is auto, cpu, cuda or cuda:N.")
+    if not torch.cuda.is_available():
+        if wanted != "auto":
+            log.warning("--device %s: no usable GPU was found; the CPU is used.", wanted)
+        return "cpu"
+    if wanted.startswith("cuda:") and int(wanted[5:]) >= torch.cuda.device_count():
+        raise UsageError(f"--device {wanted}: there are {torch.cuda.device_count()} GPUs, "
+                         "counted from 0.")
+    return "cuda" if wanted == "auto" else wanted
+
+
+def map_voxels(
+    function: Callable[[torch.Tensor], Mapping[str, torch.Tensor]],
+    signal: np.ndarray,
+    device: str,
+    block: int = 8192,
+) -> dict[str, np.ndarray]:
+    """Apply `function` to blocks of rows and stack what it returns, as numpy arrays.
+
+    function: (block, measurement) float32 on `device` → {name: (block, …)}; each voxel must be
+    treated independently of the others. On a GPU that runs out of memory the block is halved.
+    """
+    out: dict[str, np.ndarray] = {}
+    start = 0
+    while start < len(signal):
+        rows = slice(start, min(start + block, len(signal)))
+        try:
+            values = function(torch.tensor(signal[rows], device=device))
+        except torch.OutOfMemoryError:
+            if block <= 64:
+                raise
+            block //= 2
+            torch.cuda.empty_cache()
+            log.warning("the GPU is out of memory; the block is halved to %d voxels.", block)
+            continue
+        for name, value in values.items():
+            if name not in out:
+                out[name] = np.empty((len(signal), *value.shape[1:]),
+                                     value.detach().cpu().numpy().dtype)
+            out[name][rows] = value.detach().cpu().numpy()
+        start = rows.stop
+    return out

@@ -1,0 +1,289 @@
+"""Run (paths and entities), Dwi (masked signal) and how the one is loaded into the other.
+
+The mask comes first; volumes are then read in order, once, straight into one float32 matrix of
+(voxel, measurement), so that memory is bounded by the mask and not by the image matrix. Voxels
+stand in the C order of `np.nonzero(mask)`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from bidsapp import sh
+from bidsapp.acquisition import Acquisition
+from bidsapp.errors import DataError
+
+NOISE_VOXELS = 20_000
+"""The noise level is estimated on at most this many voxels, spread evenly over the mask."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One DWI file with its tables and sidecar. A run holds one, or several to concatenate.
+
+    image, bval, bvec: paths; encoding: `.btens`, `.bshape` or `.tsv` with a b_delta column, or
+    None for linear encoding; metadata: the sidecars merged by inheritance.
+    """
+
+    image: Path
+    bval: Path
+    bvec: Path
+    encoding: Path | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        paths = (self.image, self.bval, self.bvec, self.encoding)
+        return tuple(p for p in paths if p is not None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is processed as one: paths and facts, no arrays.
+
+    entities: BIDS entities shared by all parts, by short key in BIDS order, e.g.
+        {"sub": "01", "ses": "a", "acq": "x", "dir": "AP", "run": "1"}.
+    dataset: (name, root) of the dataset the files come from; `raw` or a derivative's name.
+    batch, batch_source: the site and where it was read from.
+    covariates: the participant's row of participants.tsv (and sessions.tsv), e.g. age, sex.
+    """
+
+    entities: Mapping[str, str]
+    parts: tuple[Part, ...]
+    mask: Path | None = None
+    dataset: tuple[str, Path] = ("raw", Path())
+    batch: str = "unknown"
+    batch_source: str = "none found"
+    covariates: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.parts or "sub" not in self.entities:
+            raise ValueError("a Run needs at least one part and a `sub` entity")
+        object.__setattr__(self, "entities", MappingProxyType(dict(self.entities)))
+        object.__setattr__(self, "covariates", MappingProxyType(dict(self.covariates)))
+
+    @property
+    def name(self) -> str:
+        """`sub-01_ses-a_dir-AP`: the stem of every output of this run."""
+        return "_".join(f"{key}-{value}" for key, value in self.entities.items())
+
+    @property
+    def participant(self) -> str:
+        return self.entities["sub"]
+
+    @property
+    def session(self) -> str | None:
+        return self.entities.get("ses")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that the result depends on."""
+        return tuple(f for p in self.parts for f in p.files) + ((self.mask,) if self.mask else ())
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Sidecar keys on which all parts agree."""
+        first = self.parts[0].metadata
+        return {k: v for k, v in first.items()
+                if all(p.metadata.get(k) == v for p in self.parts[1:])}
+
+
+@dataclass(frozen=True, eq=False)
+class Dwi:
+    """The signal of one run inside its mask, and how it was acquired.
+
+    Args:
+        signal: (voxel, measurement) float32, in the units of the input image.
+        mask: (x, y, z) bool; as many true voxels as signal has rows, in C order.
+        affine: (4, 4) voxel to world RAS+, mm.
+        acquisition: as many measurements as signal has columns.
+        noise_sd: SD of the noise in signal units, or None where it could not be estimated.
+        invalid: number of NaN or infinite values that were read and set to 0.
+
+    Raises:
+        DataError: the mask is empty. ValueError: sizes disagree.
+    """
+
+    signal: np.ndarray
+    mask: np.ndarray
+    affine: np.ndarray
+    acquisition: Acquisition
+    noise_sd: float | None = None
+    invalid: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.mask.any():
+            raise DataError("the brain mask is empty. Give a mask, or check that the image holds "
+                            "a head and is not all zeros.")
+        if self.signal.shape != (int(self.mask.sum()), len(self.acquisition)):
+            raise ValueError(f"signal of shape {self.signal.shape} for {int(self.mask.sum())} "
+                             f"voxels and {len(self.acquisition)} measurements")
+        if self.signal.dtype != np.float32 or self.mask.dtype != bool:
+            raise ValueError("signal must be float32 and mask bool")
+        for name in ("signal", "mask", "affine"):
+            view = np.asarray(getattr(self, name)).view()
+            view.flags.writeable = False
+            object.__setattr__(self, name, view)
+
+    def unmask(self, values: np.ndarray) -> np.ndarray:
+        """(voxel, …) values back in the image grid, (x, y, z, …), 0 outside the mask."""
+        volume = np.zeros(self.mask.shape + values.shape[1:], values.dtype)
+        volume[self.mask] = values
+        return volume
+
+    @property
+    def mean_b0(self) -> np.ndarray:
+        """(voxel,) mean over the measurements with b < 50 s/mm²."""
+        return self.signal[:, self.acquisition.b0].mean(axis=1)
+
+
+def slabs(mask: np.ndarray, bytes_per_voxel: float, limit: float) -> Iterator[np.ndarray]:
+    """Masks of consecutive slices (last axis) that together make up `mask`.
+
+    Each but the unavoidable single slice holds at most limit / bytes_per_voxel voxels. Slices
+    without voxels are left out.
+    """
+    per_slice = mask.sum(axis=(0, 1))
+    start, held = 0, 0
+    most = max(limit / bytes_per_voxel, 1)
+    for k, n in enumerate(per_slice):
+        if held and held + n > most:
+            yield _between(mask, start, k)
+            start, held = k, 0
+        held += n
+    if held:
+        yield _between(mask, start, mask.shape[2])
+
+
+def _between(mask: np.ndarray, start: int, stop: int) -> np.ndarray:
+    part = np.zeros_like(mask)
+    part[..., start:stop] = mask[..., start:stop]
+    return part
+
+
+def read_mean(run: Run, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the chosen volumes, (x, y, z) float32, and the affine. NaN and Inf count as 0.
+
+    volumes: (n,) bool over the measurements of the run, its parts one after another.
+    """
+    total, image = None, None
+    for image, offset in _open(run):
+        for i in np.flatnonzero(volumes[offset:offset + image.shape[3]]):
+            volume = _volume(image, int(i))
+            volume[~np.isfinite(volume)] = 0
+            total = volume if total is None else total + volume
+    if total is None or image is None:
+        raise DataError(f"{run.name}: no volume to average.")
+    return total / int(volumes.sum()), image.affine
+
+
+def load(run: Run, mask: np.ndarray, acquisition: Acquisition) -> Dwi:
+    """The run's signal inside `mask`, read volume by volume; NaN and Inf become 0, counted.
+
+    Parts after the first are scaled so that their mean b0 in the mask equals the first part's,
+    where both have b0 volumes.
+
+    Raises:
+        DataError: an image is unreadable, truncated, not 4-D, or a volume holds no finite value.
+    """
+    signal = np.empty((int(mask.sum()), len(acquisition)), np.float32)
+    invalid = 0
+    reference, image = None, None
+    for image, offset in _open(run):
+        n = image.shape[3]
+        for i in range(n):
+            values = _volume(image, i)[mask]
+            bad = ~np.isfinite(values)
+            if bad.all() and bad.size:
+                raise DataError(
+                    f"{image.get_filename()}: volume {i} holds no finite value inside the mask. "
+                    "Remove it from the image, .bval and .bvec, or convert the series again.")
+            invalid += int(bad.sum())
+            values[bad] = 0
+            signal[:, offset + i] = values
+        part = slice(offset, offset + n)
+        b0 = acquisition[part].b0
+        if len(run.parts) > 1 and b0.any():
+            level = float(signal[:, part][:, b0].mean(dtype=np.float64))
+            if reference is None:
+                reference = level
+            elif level > 0:
+                signal[:, part] *= reference / level
+    assert image is not None
+    return Dwi(signal, mask, image.affine, acquisition, invalid=invalid)
+
+
+def noise_sd(dwi: Dwi) -> float | None:
+    """SD of the noise, in signal units: residual of an SH fit per shell, pooled, median of voxels.
+
+    A shell of n directions is fitted with the most SH coefficients p ≤ 0.75 n (and the b0 volumes
+    with their mean), and σ² = Σ residual² / Σ (n − p) per voxel; the median over voxels divided by
+    the median of χ²_ν/ν makes it unbiased for Gaussian noise. None when Σ (n − p) < 4.
+    """
+    step = max(1, len(dwi.signal) // NOISE_VOXELS)
+    signal = dwi.signal[::step].astype(np.float64)
+    squares, dof = np.zeros(len(signal)), 0
+    acquisition = dwi.acquisition
+    groups = [(s.indices, True) for s in acquisition.shells]
+    groups += [(np.flatnonzero(acquisition.b0), False)]
+    for indices, weighted in groups:
+        if len(indices) < 2:
+            continue
+        basis = (sh.basis(sh.degree_for(0.75 * len(indices)), acquisition.bvecs[indices])
+                 if weighted else np.ones((len(indices), 1)))
+        q, _ = np.linalg.qr(basis)
+        values = signal[:, indices]
+        squares += np.sum((values - values @ q @ q.T) ** 2, axis=1)
+        dof += len(indices) - np.linalg.matrix_rank(basis)
+    if dof < 4:
+        return None
+    from scipy.stats import chi2
+
+    return float(np.sqrt(np.median(squares) / chi2.median(dof)))
+
+
+def _open(run: Run) -> Iterator[tuple[Any, int]]:
+    """Each part's image, checked, with the index of its first measurement."""
+    offset = 0
+    for part in run.parts:
+        image = open_image(part.image)
+        if len(image.shape) != 4:
+            raise DataError(f"{part.image}: has {len(image.shape)} dimensions, a DWI needs 4 "
+                            "(x, y, z, volume). Convert the whole series, not one volume.")
+        yield image, offset
+        offset += image.shape[3]
+
+
+def open_image(path: Path) -> Any:
+    """A NIfTI image, its data still on disk and its file kept open for reading in order.
+
+    Raises:
+        DataError: missing, a broken link, empty, or not an image.
+    """
+    if not path.exists():
+        what = "is a link to a file that is not here" if path.is_symlink() else "does not exist"
+        raise DataError(f"{path}: {what}. Fetch it (e.g. `datalad get {path.name}`) or copy it.")
+    try:
+        return nib.Nifti1Image.load(path, keep_file_open=True)
+    except Exception as error:  # nibabel raises many kinds on damaged headers
+        raise DataError(f"{path}: cannot be read as NIfTI ({error}). "
+                        "Copy or convert the file again.") from error
+
+
+def _volume(image: Any, i: int) -> np.ndarray:
+    try:
+        return np.asarray(image.dataobj[..., i], dtype=np.float32)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{image.get_filename()}: ends or breaks before volume {i} of "
+                        f"{image.shape[3]} ({error}). Copy or convert the file again.") from error

@@ -1,0 +1,51 @@
+"""The brain mask of a run: the one given with the data, else dipy's median-Otsu on the mean b0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from bidsapp.dwi import open_image
+from bidsapp.errors import DataError
+
+AFFINE_TOLERANCE = 1e-2
+
+
+def given(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """The mask in `path`, (x, y, z) bool.
+
+    Raises:
+        DataError: the mask lies on another grid than the DWI, is not finite, or is empty.
+    """
+    image = open_image(path)
+    if image.shape[:3] != shape or not np.allclose(image.affine, affine, atol=AFFINE_TOLERANCE):
+        raise DataError(f"{path}: the mask's grid {image.shape[:3]} and affine are not those of "
+                        f"the DWI {shape}. Resample the mask to the DWI, or remove it.")
+    mask = np.nan_to_num(np.asarray(image.dataobj).reshape(shape)) > 0.5
+    if not mask.any():
+        raise DataError(f"{path}: the mask is empty. Replace it, or remove it to have one made "
+                        "from the mean b0.")
+    return mask
+
+
+def median_otsu(mean_b0: np.ndarray) -> np.ndarray:
+    """Brain mask of a mean b0 volume, (x, y, z) bool (dipy, median radius 4, one pass, largest
+    component with holes filled).
+
+    Raises:
+        DataError: nothing is left.
+    """
+    from dipy.segment.mask import clean_cc_mask
+    from dipy.segment.mask import median_otsu as dipy_median_otsu
+    from scipy.ndimage import binary_fill_holes
+
+    if not np.any(mean_b0 > 0):
+        raise DataError("the mean b0 image is zero everywhere, so no brain mask can be made. "
+                        "Check the image, or give a mask.")
+    _, mask = dipy_median_otsu(mean_b0, median_radius=4, numpass=1)
+    mask = binary_fill_holes(clean_cc_mask(mask)) if mask.any() else mask
+    if not mask.any():
+        raise DataError("median-Otsu found no brain in the mean b0. Check the image, or give a "
+                        "mask through a derivatives folder.")
+    return mask.astype(bool)

@@ -1,0 +1,86 @@
+"""One folder per published method; this module is the only list of them (a scan of folder names).
+
+A folder holds `method.py` (one subclass of `Method`), `outputs.json` (entities, units, range and
+description of each output), `training.toml` where something is trained, and `README.md`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bidsapp.acquisition import Acquisition
+from bidsapp.dwi import Dwi
+from bidsapp.errors import UsageError
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a method makes of one Dwi.
+
+    maps: (voxel,) or (voxel, k) float32 per key of the method's outputs.json.
+    counts: voxels that were handled in a special way, for the QC table.
+    parameters: what the sidecar's Model.Parameters should say.
+    """
+
+    maps: Mapping[str, np.ndarray]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """A method of the literature. Folder name and class travel together: `get(name)`."""
+
+    def __init__(self) -> None:
+        self.folder = Path(importlib.import_module(type(self).__module__).__file__ or "").parent
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def outputs(self) -> dict[str, Any]:
+        """outputs.json: {"model": {...}, "maps": {key: {"entities", "Description", "Units",
+        "range", …}}}."""
+        return json.loads((self.folder / "outputs.json").read_text())
+
+    @abstractmethod
+    def check(self, acquisition: Acquisition) -> None:
+        """Raises Refusal, with what was found and what is needed, where the method cannot apply."""
+
+    @abstractmethod
+    def apply(self, dwi: Dwi, device: str) -> Derived:
+        """Process one Dwi, in blocks of voxels, on `device`. Never modifies it."""
+
+
+def names(kind: str = "") -> list[str]:
+    """Folder names of the methods, e.g. all that start with `estimate_`."""
+    return sorted(p.parent.name for p in FOLDER.glob(f"{kind}*/method.py"))
+
+
+def get(name: str, kind: str = "") -> Method:
+    """The method in folder `name`, or `kind + "_" + name`.
+
+    Raises:
+        UsageError: no such method; lists those there are, and the nearest.
+    """
+    folder = name if not kind or name.startswith(f"{kind}_") else f"{kind}_{name}"
+    if folder not in (found := names(f"{kind}_" if kind else "")):
+        near = difflib.get_close_matches(folder, found, 1, 0.5)
+        raise UsageError(
+            f"no such method yet: {name}. Available{f' to {kind}' if kind else ''} are: "
+            f"{', '.join(found) or 'none'}." + (f" Did you mean {near[0]}?" if near else ""))
+    module = importlib.import_module(f"bidsapp.methods.{folder}.method")
+    (cls,) = [c for c in vars(module).values()
+              if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__]
+    return cls()
