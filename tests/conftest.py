@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20)
+
+
+@pytest.fixture(scope="session")
+def test_data():
+    """Path of one real dataset by folder name; skips where the data are not at hand."""
+    folder = Path(os.environ.get("QSPHERE_TEST_DATA", ROOT / "../shared/data")).resolve()
+
+    def find(name: str) -> Path:
+        if not (folder / name).is_dir():
+            pytest.skip(f"no {name} under {folder}; QSPHERE_TEST_DATA names the folder of real data")
+        return folder / name
+
+    return find
