@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(argv)
         verbose = options.verbose
         logging.basicConfig(
-            level=logging.DEBUG if verbose > 1 else logging.INFO, stream=sys.stderr, force=True,
+            level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, force=True,
             format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
         for noisy in ("matplotlib", "fontTools", "filelock", "PIL"):
             logging.getLogger(noisy).setLevel(logging.WARNING)

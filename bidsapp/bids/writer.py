@@ -1,0 +1,291 @@
+"""The one writer of derivatives.
+
+Files are first made in a staging folder on the same file system, then renamed into place, so a
+killed process leaves whole files or none. What belongs together is a `Batch`: its record
+(`sub-01/log/NAME.json`) lists every file with its SHA-256 before the first rename, so that a later
+run knows its own files from anyone else's, and refuses to overwrite the latter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from filelock import FileLock
+
+from bidsapp import __version__
+from bidsapp.bids.names import BIDSIGNORE
+from bidsapp.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
+CODE_URL = "https://github.com/qsphere/qsphere"
+STAGING, LOCKS = "logs/.staging", "logs/.locks"
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Dataset:
+    """OUTPUT_DIR as a BIDS derivatives dataset.
+
+    root: OUTPUT_DIR. links: dataset name → folder, for `bids:NAME:…` URIs (raw, preprocessed, …).
+
+    Raises:
+        UsageError: the folder cannot be written, or holds something that is not QSphere's.
+    """
+
+    def __init__(self, root: Path, links: Mapping[str, Path]) -> None:
+        self.root = root.resolve()
+        self.links = {name: path.resolve() for name, path in links.items()}
+        marker = self.root / "dataset_description.json"
+        if self.root.is_dir() and not marker.exists() and not (self.root / STAGING).exists():
+            strangers = sorted(p.name for p in self.root.iterdir())
+            if strangers:
+                raise UsageError(
+                    f"{self.root} is not empty (it holds {', '.join(strangers[:3])}…) and is not "
+                    "a QSphere dataset. Give an empty or new OUTPUT_DIR.")
+        if marker.exists() and '"QSphere"' not in marker.read_text(errors="replace"):
+            raise UsageError(f"{self.root} holds the dataset of another program (see "
+                             "dataset_description.json). Give another OUTPUT_DIR.")
+        try:
+            for folder in (STAGING, LOCKS):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
+            probe = self.root / STAGING / f"probe-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(f"OUTPUT_DIR {self.root} cannot be written ({error.strerror}). Give a "
+                             "folder that you may write to.") from error
+        self._clear_stale()
+
+    def uri(self, path: Path) -> str:
+        """`bids:NAME:relative/path` of a file in this dataset or one of the linked ones."""
+        absolute = Path(os.path.abspath(path))  # noqa: PTH100  # resolve() would follow annex links
+        for name, root in {"": self.root, **self.links}.items():
+            if absolute.is_relative_to(root):
+                return f"bids:{name}:{absolute.relative_to(root).as_posix()}"
+        return absolute.resolve().as_uri()
+
+    def lock(self, name: str) -> FileLock:
+        """A lock between processes (and nodes) that share this OUTPUT_DIR."""
+        return FileLock(self.root / LOCKS / f"{name}.lock")
+
+    def record(self, path: PurePosixPath) -> dict[str, Any]:
+        """The record of an earlier batch, or {} where there is none that can be read."""
+        try:
+            return json.loads((self.root / path).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def is_complete(self, record: Mapping[str, Any], fingerprint: str) -> bool:
+        """Whether a batch was finished with this fingerprint and its files are as it left them."""
+        return (record.get("fingerprint") == fingerprint and record.get("state") == "complete"
+                and all((self.root / name).is_file() and sha256(self.root / name) in hashes
+                        for name, hashes in record["outputs"].items()))
+
+    @contextlib.contextmanager
+    def batch(self, record_path: PurePosixPath, fingerprint: str = "") -> Iterator[Batch]:
+        """Stage files, then put all in place at the end of the block; none after an exception."""
+        folder = self.root / STAGING / uuid.uuid4().hex
+        folder.mkdir(parents=True)
+        alive = FileLock(folder / ".alive")
+        alive.acquire()
+        try:
+            batch = Batch(self, folder, record_path, fingerprint)
+            yield batch
+            batch.commit()
+        finally:
+            alive.release()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def write_text(self, name: str, text: str) -> None:
+        """One of the dataset's own shared files, replaced atomically where it differs."""
+        path = self.root / name
+        with self.lock("dataset"):
+            with contextlib.suppress(OSError):
+                if path.read_text() == text:
+                    return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged = self.root / STAGING / f"{uuid.uuid4().hex}-{path.name}"
+            try:
+                staged.write_text(text)
+                staged.replace(path)
+            finally:
+                staged.unlink(missing_ok=True)
+
+    def describe(self, name: str, how_to_acknowledge: str) -> None:
+        """dataset_description.json, README.md and .bidsignore."""
+        container = os.environ.get("QSPHERE_CONTAINER")
+        by = {"Name": "QSphere", "Version": __version__, "CodeURL": CODE_URL,
+              **({"Container": {"Type": container}} if container else {})}
+        with self.lock("description"):
+            old = self.record(PurePosixPath("dataset_description.json"))
+            links = {**old.get("DatasetLinks", {}),
+                     **{n: self._link(p) for n, p in self.links.items()}}
+            self.write_text("dataset_description.json", to_json({
+                "Name": f"QSphere derivatives of {name}", "BIDSVersion": "1.10.0",
+                "DatasetType": "derivative", "GeneratedBy": [by],
+                "SourceDatasets": [{"URL": link} for link in links.values()],
+                "DatasetLinks": links, "HowToAcknowledge": how_to_acknowledge}))
+        self.write_text("README.md", README)
+        self.write_text(".bidsignore", "\n".join(BIDSIGNORE) + "\n")
+
+    def participants(self, rows: Mapping[str, Mapping[str, Any]],
+                     columns: Mapping[str, Mapping[str, Any]]) -> None:
+        """Merge rows (by label without sub-) into participants.tsv; describe the columns."""
+        path = self.root / "participants.tsv"
+        with self.lock("participants"):
+            known: dict[str, dict[str, str]] = {}
+            if path.exists():
+                with path.open(newline="") as stream:
+                    known = {r["participant_id"]: dict(r)
+                             for r in csv.DictReader(stream, delimiter="\t")}
+            for label, row in rows.items():
+                known[f"sub-{label}"] = {"participant_id": f"sub-{label}",
+                                         **{k: _cell(v) for k, v in row.items()}}
+            self.write_text("participants.tsv", to_tsv([known[k] for k in sorted(known)]))
+            self.write_text("participants.json", to_json(dict(columns)))
+
+    def _link(self, path: Path) -> str:
+        """Relative where one dataset holds the other, so that both can be moved together."""
+        if self.root.is_relative_to(path):
+            return os.path.relpath(path, self.root)
+        return path.as_uri()
+
+    def _clear_stale(self) -> None:
+        """Remove staging folders whose process has died."""
+        for folder in (self.root / STAGING).iterdir():
+            lock = FileLock(folder / ".alive")
+            with contextlib.suppress(OSError, TimeoutError):
+                lock.acquire(timeout=0)
+                lock.release()
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class Batch:
+    """Files that appear together. Made by `Dataset.batch`; paths are relative to OUTPUT_DIR."""
+
+    def __init__(self, dataset: Dataset, folder: Path, record_path: PurePosixPath,
+                 fingerprint: str) -> None:
+        self.dataset, self.folder, self.record_path = dataset, folder, record_path
+        self.fingerprint = fingerprint
+        self.facts: dict[str, Any] = {}
+        self.staged: dict[PurePosixPath, Path] = {}
+
+    def image(self, path: PurePosixPath, data: np.ndarray, like: Any,
+              sidecar: Mapping[str, Any]) -> None:
+        """A NIfTI image on the grid of `like`, and its sidecar JSON."""
+        image = nib.Nifti1Image(data, like.affine)
+        for kind in ("qform", "sform"):
+            matrix, code = getattr(like, f"get_{kind}")(coded=True)
+            if matrix is not None:
+                getattr(image, f"set_{kind}")(matrix, int(code))
+        image.header.set_xyzt_units("mm", "sec" if data.ndim > 3 else "unknown")
+        nib.save(image, self._stage(path))
+        self.text(path.with_name(path.name.removesuffix(".nii.gz") + ".json"), to_json(sidecar))
+
+    def text(self, path: PurePosixPath, text: str) -> None:
+        self._stage(path).write_text(text)
+
+    def bytes(self, path: PurePosixPath, content: bytes) -> None:
+        self._stage(path).write_bytes(content)
+
+    def table(self, path: PurePosixPath, rows: Iterable[Mapping[str, Any]],
+              columns: Mapping[str, Any]) -> None:
+        """A TSV and the sidecar JSON that describes its columns."""
+        self.text(path, to_tsv(rows))
+        self.text(path.with_suffix(".json"), to_json(columns))
+
+    def _stage(self, path: PurePosixPath) -> Path:
+        if path in self.staged:
+            raise ValueError(f"{path} is written twice")
+        self.staged[path] = staged = self.folder / str(path).replace("/", "__")
+        return staged
+
+    def commit(self) -> None:
+        """Put the files in place and drop those that the earlier batch left and this one has not.
+
+        Raises:
+            DataError: a file in the way was not written by QSphere, or was changed since.
+        """
+        root = self.dataset.root
+        known = self.dataset.record(self.record_path).get("outputs", {})
+        new = {str(p): sha256(s) for p, s in self.staged.items()}
+        for name in new:
+            if (root / name).exists() and sha256(root / name) not in (*known.get(name, ()),
+                                                                      new[name]):
+                raise DataError(f"{root / name} exists and was not written by QSphere, or was "
+                                "changed since. Move it away, or give another OUTPUT_DIR.")
+        both = {n: [*known.get(n, ()), *([new[n]] if n in new else [])] for n in {**known, **new}}
+        self._write_record("incomplete", both)
+        for path, staged in self.staged.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            staged.replace(root / path)
+        for name in known.keys() - new.keys():
+            if (root / name).is_file() and sha256(root / name) in known[name]:
+                (root / name).unlink()
+        self._write_record("complete", {n: [h] for n, h in new.items()})
+
+    def _write_record(self, state: str, outputs: Mapping[str, Any]) -> None:
+        path = self.dataset.root / self.record_path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = self.folder / ".record"
+        staged.write_text(to_json({"state": state, "fingerprint": self.fingerprint,
+                                   "outputs": outputs, **self.facts}))
+        staged.replace(path)
+
+
+def to_json(value: Any) -> str:
+    def plain(v: Any) -> Any:
+        if isinstance(v, np.ndarray | np.generic):
+            return v.tolist()
+        if isinstance(v, Mapping):
+            return dict(v)
+        return str(v)
+
+    return json.dumps(value, indent=2, ensure_ascii=False, default=plain) + "\n"
+
+
+def to_tsv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as BIDS TSV; the union of their keys in order of appearance, n/a where missing."""
+    rows = list(rows)
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    out = io.StringIO()
+    table = csv.writer(out, delimiter="\t", lineterminator="\n")
+    table.writerow(columns)
+    table.writerows([_cell(row.get(c)) for c in columns] for row in rows)
+    return out.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == "" or (isinstance(value, float) and not np.isfinite(value)):
+        return "n/a"
+    return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
+
+
+README = """# QSphere derivatives
+
+Diffusion MRI derivatives in BIDS, made by QSphere. Open `sub-*.html` (and `group.html`) first.
+
+- `sub-*/[ses-*/]dwi/*_model-*_param-*_dwimap.nii.gz`: maps; the JSON beside each says what it is,
+  its units, and what it was made from. `_stat-std` is the uncertainty of the map of that name.
+- `*_desc-brain_mask.nii.gz`: where maps were computed. `*_desc-image_qc.tsv`: one row of quality
+  measures and map statistics per run.
+- `sub-*/log/`: what ran, with which options, and crash files where something failed.
+- `logs/CITATION.md`: the methods text, with references.
+"""
