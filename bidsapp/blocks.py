@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,3 +67,14 @@ def map_voxels(
             out[name][rows] = value.detach().cpu().numpy()
         start = rows.stop
     return out
+
+
+def memory_limit(mem_mb: int | None) -> float:
+    """Bytes that may be used: --mem-mb, else the smaller of physical memory and cgroup limit."""
+    if mem_mb is not None:
+        return mem_mb * 1e6
+    limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(float(Path(name).read_text()))
+    return min(limits)

@@ -7,11 +7,11 @@ stand in the C order of `np.nonzero(mask)`.
 
 from __future__ import annotations
 
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import nibabel as nib
@@ -40,7 +40,7 @@ class Part:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+        object.__setattr__(self, "metadata", dict(self.metadata))
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -70,8 +70,8 @@ class Run:
     def __post_init__(self) -> None:
         if not self.parts or "sub" not in self.entities:
             raise ValueError("a Run needs at least one part and a `sub` entity")
-        object.__setattr__(self, "entities", MappingProxyType(dict(self.entities)))
-        object.__setattr__(self, "covariates", MappingProxyType(dict(self.covariates)))
+        object.__setattr__(self, "entities", dict(self.entities))
+        object.__setattr__(self, "covariates", dict(self.covariates))
 
     @property
     def name(self) -> str:
@@ -148,30 +148,6 @@ class Dwi:
         return self.signal[:, self.acquisition.b0].mean(axis=1)
 
 
-def slabs(mask: np.ndarray, bytes_per_voxel: float, limit: float) -> Iterator[np.ndarray]:
-    """Masks of consecutive slices (last axis) that together make up `mask`.
-
-    Each but the unavoidable single slice holds at most limit / bytes_per_voxel voxels. Slices
-    without voxels are left out.
-    """
-    per_slice = mask.sum(axis=(0, 1))
-    start, held = 0, 0
-    most = max(limit / bytes_per_voxel, 1)
-    for k, n in enumerate(per_slice):
-        if held and held + n > most:
-            yield _between(mask, start, k)
-            start, held = k, 0
-        held += n
-    if held:
-        yield _between(mask, start, mask.shape[2])
-
-
-def _between(mask: np.ndarray, start: int, stop: int) -> np.ndarray:
-    part = np.zeros_like(mask)
-    part[..., start:stop] = mask[..., start:stop]
-    return part
-
-
 def read_mean(run: Run, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the chosen volumes, (x, y, z) float32, and the affine. NaN and Inf count as 0.
 
@@ -188,8 +164,18 @@ def read_mean(run: Run, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return total / int(volumes.sum()), image.affine
 
 
-def load(run: Run, mask: np.ndarray, acquisition: Acquisition) -> Dwi:
+def peak_memory(voxels: int, measurements: int) -> float:
+    """Bytes at most while a signal of this size is processed: twice itself and 1.5 GB."""
+    return 2 * 4 * voxels * measurements + 1.5e9
+
+
+def load(run: Run, mask: np.ndarray, acquisition: Acquisition, *, memory: float = np.inf,
+         work_dir: Path | None = None) -> Dwi:
     """The run's signal inside `mask`, read volume by volume; NaN and Inf become 0, counted.
+
+    Volumes are stored one after another, so that each is written in one stroke and a block of
+    voxels is a short piece of each. A signal that `peak_memory` puts above `memory` (bytes) goes
+    to an unnamed file in `work_dir` instead, of which the system keeps in memory what fits.
 
     Parts after the first are scaled so that their mean b0 in the mask equals the first part's,
     where both have b0 volumes.
@@ -197,7 +183,12 @@ def load(run: Run, mask: np.ndarray, acquisition: Acquisition) -> Dwi:
     Raises:
         DataError: an image is unreadable, truncated, not 4-D, or a volume holds no finite value.
     """
-    signal = np.empty((int(mask.sum()), len(acquisition)), np.float32)
+    shape = (len(acquisition), int(mask.sum()))
+    if peak_memory(shape[1], shape[0]) > memory:
+        with tempfile.TemporaryFile(dir=work_dir) as file:
+            signal = np.memmap(file, np.float32, "w+", shape=shape).T
+    else:
+        signal = np.empty(shape, np.float32).T
     invalid = 0
     reference, image = None, None
     for image, offset in _open(run):

@@ -23,7 +23,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from bidsapp import __version__
 from bidsapp.bids.names import BIDSIGNORE
@@ -101,17 +101,27 @@ class Dataset:
     @contextlib.contextmanager
     def batch(self, record_path: PurePosixPath, fingerprint: str = "") -> Iterator[Batch]:
         """Stage files, then put all in place at the end of the block; none after an exception."""
-        folder = self.root / STAGING / uuid.uuid4().hex
-        folder.mkdir(parents=True)
-        alive = FileLock(folder / ".alive")
-        alive.acquire()
-        try:
+        with self._staging() as folder:
             batch = Batch(self, folder, record_path, fingerprint)
             yield batch
             batch.commit()
-        finally:
-            alive.release()
-            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _staging(self) -> Iterator[Path]:
+        """An empty folder on the output's file system, whose lock says that its owner lives."""
+        folder = self.root / STAGING / uuid.uuid4().hex
+        with FileLock(folder.with_suffix(".lock")) as lock:
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(lock.lock_file).unlink(missing_ok=True)
+
+    def fail(self, record_path: PurePosixPath, facts: Mapping[str, Any]) -> None:
+        """Record that a batch failed. Files of an earlier one stay, and stay known."""
+        outputs = self.record(record_path).get("outputs", {})
+        self.write_text(str(record_path), to_json({"state": "failed", "outputs": outputs, **facts}))
 
     def write_text(self, name: str, text: str) -> None:
         """One of the dataset's own shared files, replaced atomically where it differs."""
@@ -121,12 +131,9 @@ class Dataset:
                 if path.read_text() == text:
                     return
             path.parent.mkdir(parents=True, exist_ok=True)
-            staged = self.root / STAGING / f"{uuid.uuid4().hex}-{path.name}"
-            try:
-                staged.write_text(text)
-                staged.replace(path)
-            finally:
-                staged.unlink(missing_ok=True)
+            with self._staging() as folder:
+                (folder / path.name).write_text(text)
+                (folder / path.name).replace(path)
 
     def describe(self, name: str, how_to_acknowledge: str) -> None:
         """dataset_description.json, README.md and .bidsignore."""
@@ -168,13 +175,11 @@ class Dataset:
         return path.as_uri()
 
     def _clear_stale(self) -> None:
-        """Remove staging folders whose process has died."""
-        for folder in (self.root / STAGING).iterdir():
-            lock = FileLock(folder / ".alive")
-            with contextlib.suppress(OSError, TimeoutError):
-                lock.acquire(timeout=0)
-                lock.release()
-                shutil.rmtree(folder, ignore_errors=True)
+        """Remove what processes that died left in the staging folder."""
+        for path in (self.root / STAGING).glob("*.lock"):
+            with contextlib.suppress(OSError, Timeout), FileLock(path, timeout=0):
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                path.unlink(missing_ok=True)
 
 
 class Batch:
