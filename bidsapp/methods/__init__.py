@@ -13,13 +13,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER = Path(__file__).parent
 
@@ -36,6 +39,29 @@ class Derived:
     maps: Mapping[str, np.ndarray]
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the group level gives to `fit`.
+
+    statistics: one row per run: participant, session, run, batch, the covariates, then features.
+    features: its columns of map statistics. covariates: its columns of age, sex, ….
+    reference_batch: the batch that others are mapped to, or None.
+    """
+
+    statistics: pd.DataFrame
+    features: tuple[str, ...]
+    covariates: tuple[str, ...] = ()
+    reference_batch: str | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` leaves: tables by output name (`desc-combat_dwimap`), and what it learned."""
+
+    tables: Mapping[str, pd.DataFrame]
+    model: Mapping[str, Any]
 
 
 class Method(ABC):
@@ -58,9 +84,18 @@ class Method(ABC):
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal, with what was found and what is needed, where the method cannot apply."""
 
-    @abstractmethod
     def apply(self, dwi: Dwi, device: str) -> Derived:
         """Process one Dwi, in blocks of voxels, on `device`. Never modifies it."""
+        raise UsageError(f"{self.name} is not applied to images, but trained at group level: "
+                         f"qsphere BIDS_DIR OUTPUT_DIR group --train {self.name}")
+
+    def fit(self, study: Study) -> Fitted:
+        """Learn from all participants.
+
+        Raises:
+            UsageError: the study cannot carry the method; says what was found and what is needed.
+        """
+        raise UsageError(f"--train {self.name}: this method needs no training.")
 
 
 def names(kind: str = "") -> list[str]:

@@ -1,0 +1,113 @@
+"""ComBat on map statistics: location and scale of each batch, shrunk by empirical Bayes.
+
+y_ijg = α_g + X_ij β_g + γ_ig + δ_ig ε_ijg   (batch i, participant j, feature g; Johnson 2007, eq. 1)
+is fitted by the neuroCombat package (Fortin 2018); X holds the covariates that are to be kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+
+import numpy as np
+import pandas as pd
+
+from bidsapp.acquisition import Acquisition
+from bidsapp.errors import Refusal, UsageError
+from bidsapp.methods import Fitted, Method, Study
+
+MIN_PARTICIPANTS = 3
+CONFOUNDED = 0.9
+"""Share of a covariate's variance that batches may explain before ComBat would remove it too."""
+
+
+class Combat(Method):
+    """neuroCombat over one row per participant and batch (runs of a batch are averaged first)."""
+
+    def check(self, acquisition: Acquisition) -> None:
+        raise Refusal("ComBat works on tables of map statistics, not on images. Use "
+                      "`group --train harmonize_combat` after the participants.")
+
+    def fit(self, study: Study) -> Fitted:
+        """Harmonized statistics and the batch effects.
+
+        Covariates are used where every participant has them: numeric as they are, others as
+        categories; those that are the same for all are left out.
+
+        Raises:
+            UsageError: one batch; fewer than 3 participants in a batch; NaN or constant features;
+                a covariate confounded with the batch; an unknown reference batch.
+        """
+        from neuroCombat import neuroCombat
+
+        features = list(study.features)
+        table = study.statistics
+        kept = [c for c in study.covariates
+                if table[c].notna().all() and table[c].nunique() > 1]
+        first = {c: "first" for c in kept}
+        rows = (table.groupby(["participant", "batch"], sort=True)
+                .agg({**{f: lambda x: x.mean(skipna=False) for f in features}, **first})
+                .reset_index())
+        self._refuse(rows, features, kept, study.reference_batch)
+        numeric = [c for c in kept if pd.api.types.is_numeric_dtype(rows[c])]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints each of its steps
+            result = neuroCombat(
+                dat=rows[features].to_numpy(float).T, covars=rows[["batch", *kept]],
+                batch_col="batch", categorical_cols=[c for c in kept if c not in numeric],
+                continuous_cols=numeric, ref_batch=study.reference_batch)
+        harmonized = rows[["participant", "batch", *kept]].copy()
+        harmonized[features] = result["data"].T
+        estimates = result["estimates"]
+        batches = [str(b) for b in estimates["batches"]]
+        model = {
+            "Method": self.name, "Model": self.outputs["model"], "Batches": {
+                b: int((rows["batch"] == b).sum()) for b in batches},
+            "ReferenceBatch": study.reference_batch, "Covariates": kept, "Features": features,
+            "Gamma": dict(zip(batches, np.asarray(estimates["gamma.star"]).tolist(), strict=True)),
+            "Delta": dict(zip(batches, np.asarray(estimates["delta.star"]).tolist(), strict=True)),
+        }
+        return Fitted({"desc-combat_dwimap": harmonized}, model)
+
+    def _refuse(self, rows: pd.DataFrame, features: list[str], covariates: list[str],
+                reference: str | None) -> None:
+        counts = rows["batch"].value_counts().sort_index()
+        found = ", ".join(f"{b}: {n}" for b, n in counts.items())
+        if not features:
+            raise UsageError("ComBat: no map statistics were found. Run the participant level "
+                             "with --estimate first.")
+        if len(counts) < 2:
+            raise UsageError(f"ComBat needs at least two batches; found one ({found}). Process "
+                             "participants of another site into the same OUTPUT_DIR, or tell the "
+                             "sites apart with --batch-file or --batch-column.")
+        if (small := counts[counts < MIN_PARTICIPANTS]).size:
+            raise UsageError(f"ComBat needs at least {MIN_PARTICIPANTS} participants in every "
+                             f"batch; found {found}. Add participants to {', '.join(small.index)}, "
+                             "or leave it out with --participant-label.")
+        if (holes := rows.columns[rows.isna().any()].intersection(features)).size:
+            who = rows.loc[rows[holes].isna().any(axis=1), "participant"].unique()
+            raise UsageError(f"ComBat cannot use missing values: {', '.join(holes[:5])} "
+                             f"of {', '.join(f'sub-{w}' for w in who[:5])} are NaN. Process these "
+                             "again, or leave them out with --participant-label.")
+        within = rows.groupby("batch")[features].std()
+        if (flat := within.columns[(within <= 1e-12 * rows[features].abs().mean()).any()]).size:
+            raise UsageError(f"ComBat cannot scale {', '.join(flat[:5])}: the value is the same "
+                             "for everyone in a batch. Check that the participants are different "
+                             "scans.")
+        batch = pd.get_dummies(rows["batch"], dtype=float).to_numpy()
+        for name in covariates:
+            coded = (rows[[name]].to_numpy(float) if pd.api.types.is_numeric_dtype(rows[name])
+                     else pd.get_dummies(rows[name], dtype=float).to_numpy()[:, 1:])
+            centred = coded - coded.mean(axis=0)
+            residual = coded - batch @ np.linalg.lstsq(batch, coded, rcond=None)[0]
+            explained = 1 - (residual**2).sum(0) / np.maximum((centred**2).sum(0), 1e-300)
+            if explained.max() > CONFOUNDED:
+                raise UsageError(
+                    f"ComBat: {name} is confounded with the batch (batches explain "
+                    f"{explained.max():.0%} of it; up to {CONFOUNDED:.0%} is accepted), so removing "
+                    "the batch would remove its effect too. Add participants that overlap, or "
+                    f"take {name} out of participants.tsv if it must not be kept.")
+        if reference is not None and reference not in counts.index:
+            near = difflib.get_close_matches(reference, counts.index, 1, 0.4)
+            raise UsageError(f"--reference-batch {reference}: no such batch; found {found}."
+                             + (f" Did you mean {near[0]}?" if near else ""))
