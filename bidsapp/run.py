@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pandas as pd
 import tomli_w
 import torch
 from tqdm import tqdm
@@ -78,6 +79,56 @@ def participant(options: Options) -> int:
                   ", ".join(f"sub-{label}" for label in sorted(failed)))
     log.info("results: %s", dataset.root)
     return 1 if failed or found.unknown else 0
+
+
+def group(options: Options) -> int:
+    """Table, distributions and outliers over what participants left; trains what is asked for."""
+    trained = [methods.get(name) for name in options.train]
+    found = find.find(options)
+    dataset = Dataset(options.output_dir, {"raw": options.bids_dir, **dict(options.derivatives)})
+    statistics, covariates = participant_statistics(dataset, found)
+    features = tuple(quality.map_features(statistics.columns))
+    if options.dry_run:
+        print(f"{len(statistics)} runs, {len(features)} map statistics; batches: "
+              + ", ".join(f"{b}: {n}" for b, n in statistics["batch"].value_counts().items())
+              + f"; trains {', '.join(options.train) or 'nothing'}")
+        return 0
+    study = methods.Study(statistics, features, covariates, options.reference_batch)
+    dataset.describe(found.name, boilerplate.acknowledge())
+    with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:
+        folder = PurePosixPath("group")
+        batch.table(folder / "desc-image_qc.tsv", statistics.to_dict("records"),
+                    quality.columns(statistics.columns))
+        fitted = {m.name: m.fit(study) for m in trained}
+        for result in fitted.values():
+            for name, table in result.tables.items():
+                batch.table(folder / f"{name}.tsv", table.to_dict("records"),
+                            quality.columns(table.columns))
+            batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
+        drawn = figures.of_group(study, fitted)
+        for figure in drawn:
+            batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
+        batch.text(PurePosixPath("group.html"), page.group(
+            study, quality.outliers(statistics), drawn, fitted, chosen=trained))
+    log.info("results: %s", dataset.root / "group.html")
+    return 0
+
+
+def participant_statistics(dataset: Dataset, found: find.Found) -> tuple[pd.DataFrame, list[str]]:
+    """One row per processed run: who, batch and covariates (as BIDS_DIR says now), QC and maps."""
+    rows, covariates = [], {}
+    for run in (run for label in found.participants for run in found.runs[label]):
+        record = dataset.record(names.output(run.entities, "dwi", ".json", "log"))
+        if record.get("state") != "complete":
+            log.warning("%s: not processed (or failed), so it is not in the group", run.name)
+            continue
+        covariates |= run.covariates
+        rows.append({"participant": run.participant, "session": run.session or "n/a",
+                     "run": run.name, "batch": run.batch, **run.covariates, **record["qc"]})
+    if not rows:
+        raise UsageError(f"{dataset.root} holds no finished run of these participants. Run the "
+                         "participant level first.")
+    return pd.DataFrame(rows), list(covariates)
 
 
 def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bool]]:
