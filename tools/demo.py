@@ -33,9 +33,7 @@ def write_dataset(bids: Path) -> None:
         dwi.header.set_xyzt_units("mm", "sec")
         dwi.header.set_zooms((*source.header.get_zooms()[:3], seconds))
         nib.save(dwi, bids / f"{stem}_dwi.nii.gz")
-        bvals = np.loadtxt(bval)
-        bvals[0] = 0  # the grid's first volume is b 15, nominally 0
-        np.savetxt(bids / f"{stem}_dwi.bval", bvals[None], fmt="%g")
+        np.savetxt(bids / f"{stem}_dwi.bval", np.loadtxt(bval)[None], fmt="%g")
         bvecs = np.nan_to_num(np.loadtxt(bvec))
         np.savetxt(bids / f"{stem}_dwi.bvec",
                    bvecs if len(bvecs) == 3 else bvecs.T, fmt="%.6f")
@@ -50,14 +48,19 @@ def write_dataset(bids: Path) -> None:
         {**description, "DatasetType": "derivative", "GeneratedBy": [{"Name": "demo"}]}))
     (bids / "README").write_text("Crops of two real brains, from the dipy package.\n")
     (bids / "participants.tsv").write_text(
-        "participant_id\tsite\nsub-01\tStanford\nsub-02\tTaiwan\n")
+        "participant_id\tsite\nsub-01\tA\nsub-02\tB\n")
 
 
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo").resolve()
     bids, out = folder / "bids", folder / "out"
-    for old in (bids, out):
-        shutil.rmtree(old, ignore_errors=True)
+    mark = folder / ".qsphere-demo"
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        print(f"{folder} is not empty and no earlier demo; give another folder.", file=sys.stderr)
+        return 2
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mark.touch()
     write_dataset(bids)
     command = [sys.executable, "-m", "bidsapp", str(bids), str(out), "participant",
                "--derivatives", f"masks={bids / 'derivatives' / 'masks'}"]

@@ -1,0 +1,215 @@
+"""The one writer: whole files or none, its own files only, several processes at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import PurePosixPath
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bidsapp.bids import names
+from bidsapp.bids.writer import LOCKS, STAGING, Dataset, sha256, to_tsv
+from bidsapp.errors import DataError, UsageError
+
+RECORD = PurePosixPath("sub-01/log/sub-01_dwi.json")
+MAP = PurePosixPath("sub-01/dwi/sub-01_dwimap.nii.gz")
+
+
+@pytest.fixture
+def like(rng):
+    affine = np.diag([2, 2, 3, 1.0])
+    return nib.Nifti1Image(np.zeros((7, 8, 9), np.float32), affine)
+
+
+def visible(root):
+    return {str(p.relative_to(root)) for p in root.rglob("*")
+            if p.is_file() and not str(p.relative_to(root)).startswith((STAGING, LOCKS))}
+
+
+def write(dataset, like, value=1.0, fingerprint="a", extra=()):
+    with dataset.batch(RECORD, fingerprint) as batch:
+        batch.image(MAP, np.full((7, 8, 9), value, np.float32), like, {"Units": "1"})
+        for name in extra:
+            batch.text(PurePosixPath(name), "text")
+
+
+def test_image_and_sidecar_appear_with_their_hashes(tmp_path, like):
+    dataset = Dataset(tmp_path / "out", {})
+    write(dataset, like)
+    image = nib.load(tmp_path / "out" / MAP)
+    assert np.all(np.asarray(image.dataobj) == 1) and np.allclose(image.affine, like.affine)
+    record = dataset.record(RECORD)
+    assert record["outputs"][str(MAP)] == [sha256(tmp_path / "out" / MAP)]
+    assert dataset.is_complete(record, "a") and not dataset.is_complete(record, "b")
+
+
+def test_same_data_give_the_same_bytes(tmp_path, like):
+    first, second = Dataset(tmp_path / "a", {}), Dataset(tmp_path / "b", {})
+    write(first, like)
+    write(second, like)
+    assert sha256(first.root / MAP) == sha256(second.root / MAP)
+
+
+def test_nothing_appears_after_an_exception(tmp_path, like):
+    dataset = Dataset(tmp_path / "out", {})
+    with pytest.raises(RuntimeError), dataset.batch(RECORD) as batch:
+        batch.image(MAP, np.zeros((7, 8, 9), np.float32), like, {})
+        raise RuntimeError
+    assert visible(dataset.root) == set()
+    assert not any((dataset.root / STAGING).iterdir())
+
+
+def test_foreign_file_is_not_overwritten(tmp_path, like):
+    dataset = Dataset(tmp_path / "out", {})
+    (dataset.root / MAP).parent.mkdir(parents=True)
+    (dataset.root / MAP).write_bytes(b"precious")
+    with pytest.raises(DataError, match="was not written by QSphere"):
+        write(dataset, like)
+    assert (dataset.root / MAP).read_bytes() == b"precious"
+
+
+def test_own_file_changed_by_hand_is_not_overwritten(tmp_path, like):
+    dataset = Dataset(tmp_path / "out", {})
+    write(dataset, like)
+    (dataset.root / MAP).write_bytes(b"edited")
+    assert not dataset.is_complete(dataset.record(RECORD), "a")
+    with pytest.raises(DataError, match="changed since"):
+        write(dataset, like, 2.0)
+
+
+def test_own_files_are_replaced_and_leftovers_removed(tmp_path, like):
+    dataset = Dataset(tmp_path / "out", {})
+    write(dataset, like, extra=["sub-01/dwi/old.txt"])
+    write(dataset, like, 2.0)
+    assert np.all(np.asarray(nib.load(dataset.root / MAP).dataobj) == 2)
+    assert "sub-01/dwi/old.txt" not in visible(dataset.root)
+
+
+def test_failure_keeps_earlier_files_known(tmp_path, like):
+    dataset = Dataset(tmp_path / "out", {})
+    write(dataset, like)
+    dataset.fail(RECORD, {"error": "x"})
+    assert not dataset.is_complete(dataset.record(RECORD), "a")
+    write(dataset, like, 3.0)
+    assert np.all(np.asarray(nib.load(dataset.root / MAP).dataobj) == 3)
+
+
+@pytest.mark.parametrize("holds,message", [
+    ({"thesis.docx": ""}, "is not empty"),
+    ({"dataset_description.json": '{"GeneratedBy": [{"Name": "fMRIPrep"}]}'}, "another program"),
+])
+def test_folder_of_someone_else(tmp_path, holds, message):
+    for name, text in holds.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=message):
+        Dataset(tmp_path, {})
+    assert {p.name for p in tmp_path.iterdir()} == set(holds)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_that_cannot_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UsageError, match="cannot be written"):
+        Dataset(tmp_path / "out", {})
+
+
+def test_folder_under_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be written"):
+        Dataset(tmp_path / "file" / "out", {})
+
+
+def test_uris(tmp_path):
+    dataset = Dataset(tmp_path / "out", {"raw": tmp_path / "bids"})
+    assert dataset.uri(tmp_path / "bids/sub-01/x.nii") == "bids:raw:sub-01/x.nii"
+    assert dataset.uri(dataset.root / "sub-01/y.nii") == "bids::sub-01/y.nii"
+    assert dataset.uri(tmp_path / "elsewhere") == (tmp_path / "elsewhere").as_uri()
+
+
+def test_participants_are_merged(tmp_path):
+    dataset = Dataset(tmp_path / "out", {})
+    dataset.participants({"02": {"batch": "x", "age": 3.5}}, {})
+    dataset.participants({"01": {"batch": "y", "age": None}}, {"batch": {"Description": "site"}})
+    assert (dataset.root / "participants.tsv").read_text() == (
+        "participant_id\tbatch\tage\nsub-01\ty\tn/a\nsub-02\tx\t3.5\n")
+
+
+def test_missing_values_and_order_of_columns():
+    assert to_tsv([{"a": 1, "b": float("nan")}, {"a": 2, "c": "x"}]) == (
+        "a\tb\tc\n1\tn/a\tn/a\n2\tn/a\tx\n")
+
+
+@pytest.mark.parametrize("entities,expected", [
+    ({"sub": "01", "run": "1", "dir": "AP"}, "sub-01/dwi/sub-01_dir-AP_run-1_dwimap.nii.gz"),
+    ({"sub": "01", "ses": "a", "acq": "x"}, "sub-01/ses-a/dwi/sub-01_ses-a_acq-x_dwimap.nii.gz"),
+])
+def test_names_in_bids_order(entities, expected):
+    assert str(names.output(entities, "dwimap", ".nii.gz")) == expected
+
+
+def test_statistics_stand_before_descriptions():
+    path = names.output({"sub": "01"}, "dwimap", ".json", desc="harmonized", stat="std",
+                        param="fa", model="tensor")
+    assert path.name == "sub-01_model-tensor_param-fa_stat-std_desc-harmonized_dwimap.json"
+
+
+@pytest.mark.parametrize("bad", [{"sub": "0/1"}, {"sub": "01", "colour": "x"}])
+def test_names_that_cannot_be(bad):
+    with pytest.raises(ValueError):
+        names.output(bad, "dwi", ".nii.gz")
+
+
+KILLED = """
+import sys, numpy as np, nibabel as nib
+from pathlib import PurePosixPath
+from bidsapp.bids.writer import Dataset
+dataset = Dataset(__import__("pathlib").Path(sys.argv[1]), {})
+like = nib.Nifti1Image(np.zeros((40, 40, 40), np.float32), np.eye(4))
+print("ready", flush=True)
+for value in range(10_000):
+    with dataset.batch(PurePosixPath("sub-01/log/sub-01_dwi.json"), str(value)) as batch:
+        for i in range(6):
+            batch.image(PurePosixPath(f"sub-01/dwi/map{i}.nii.gz"),
+                        np.full((40, 40, 40), value, np.float32), like, {"value": value})
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path, rng):
+    """kill -9 at 20 moments: every visible file is whole, and the next process goes on."""
+    out = tmp_path / "out"
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(out)],
+                                   stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(float(rng.uniform(0, 0.3)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        for path in out.glob("sub-01/dwi/*.nii.gz"):
+            assert len(np.unique(np.asarray(nib.load(path).dataobj))) == 1
+        for path in out.glob("sub-01/**/*.json"):
+            json.loads(path.read_text())
+    dataset = Dataset(out, {})
+    assert not any((out / STAGING).iterdir()), "what dead processes left is cleared"
+    like = nib.Nifti1Image(np.zeros((40, 40, 40), np.float32), np.eye(4))
+    with dataset.batch(RECORD, "last") as batch:
+        batch.image(PurePosixPath("sub-01/dwi/map0.nii.gz"),
+                    np.full((40, 40, 40), -1, np.float32), like, {})
+    assert dataset.is_complete(dataset.record(RECORD), "last")
+    assert len(list(out.glob("sub-01/dwi/*.nii.gz"))) == 1
+
+
+def test_two_processes_write_shared_tables(tmp_path):
+    code = ("import sys; from pathlib import Path; from bidsapp.bids.writer import Dataset\n"
+            "d = Dataset(Path(sys.argv[1]), {})\n"
+            "for i in range(20): d.participants({f'{sys.argv[2]}{i:02}': {'batch': 'x'}}, {})")
+    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out"), who])
+               for who in "ab"]
+    assert [p.wait() for p in running] == [0, 0]
+    assert len((tmp_path / "out/participants.tsv").read_text().splitlines()) == 41
