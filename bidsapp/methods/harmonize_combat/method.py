@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,9 @@ class Combat(Method):
                 .reset_index())
         self._refuse(rows, features, kept, study.reference_batch)
         numeric = [c for c in kept if pd.api.types.is_numeric_dtype(rows[c])]
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints each of its steps
+        # it prints each of its steps, and with a reference batch calls np.int, gone from numpy 2
+        with (contextlib.redirect_stdout(io.StringIO()),
+              mock.patch.object(np, "int", int, create=True)):
             result = neuroCombat(
                 dat=rows[features].to_numpy(float).T, covars=rows[["batch", *kept]],
                 batch_col="batch", categorical_cols=[c for c in kept if c not in numeric],

@@ -1,0 +1,117 @@
+"""ComBat: removes a known batch effect, keeps a known slope, refuses what it cannot carry."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bidsapp import methods
+from bidsapp.errors import Refusal, UsageError
+from bidsapp.methods import Study
+
+FEATURES = tuple(f"f{i}" for i in range(12))
+SLOPE = -0.02
+
+
+@pytest.fixture
+def table(rng):
+    """200 people, two batches, 12 features with an age slope, an offset and a scale in batch B."""
+    n = 200
+    age = rng.uniform(20, 80, n)
+    batch = np.repeat(["A", "B"], n // 2)
+    truth = 10 + rng.normal(0, 0.3, (n, 12)) + SLOPE * age[:, None]
+    offset = np.where(batch == "B", 1.5, 0)[:, None]
+    scale = np.where(batch == "B", 1.6, 1)[:, None]
+    values = 10 + (truth - 10) * scale + offset
+    return pd.DataFrame({"participant": [f"{i:03}" for i in range(n)], "batch": batch, "age": age,
+                         **dict(zip(FEATURES, values.T, strict=True))})
+
+
+def fit(table, **more):
+    return methods.get("harmonize_combat").fit(Study(table, FEATURES, ("age",), **more))
+
+
+def batch_effect(table):
+    """Mean over features of |batch coefficient| / residual SD in y ~ 1 + batch + age."""
+    x = np.stack([np.ones(len(table)), table["batch"] == "B", table["age"]], axis=1).astype(float)
+    y = table[list(FEATURES)].to_numpy()
+    beta = np.linalg.lstsq(x, y, rcond=None)[0]
+    return np.mean(np.abs(beta[1]) / (y - x @ beta).std(axis=0))
+
+
+def test_batch_effect_goes_and_age_stays(table):
+    result = fit(table).tables["desc-combat_dwimap"]
+    assert batch_effect(table) > 1
+    assert batch_effect(result) < 0.1
+    before = [np.polyfit(g["age"], g[list(FEATURES)], 1)[0].mean()
+              for _, g in table.groupby("batch")]
+    after = [np.polyfit(g["age"], g[list(FEATURES)], 1)[0].mean()
+             for _, g in result.groupby("batch")]
+    assert abs(after[1] - after[0]) < abs(before[1] - before[0])
+    assert np.sign(np.mean(after)) == np.sign(SLOPE)
+
+
+def test_reference_batch_is_left_as_it_is(table):
+    result = fit(table, reference_batch="A").tables["desc-combat_dwimap"]
+    a = table["batch"] == "A"
+    np.testing.assert_allclose(result.loc[a.to_numpy(), list(FEATURES)],
+                               table.loc[a, list(FEATURES)], rtol=1e-6)
+
+
+def test_runs_of_one_batch_are_averaged(table):
+    twice = pd.concat([table, table])
+    pd.testing.assert_frame_equal(fit(twice).tables["desc-combat_dwimap"],
+                                  fit(table).tables["desc-combat_dwimap"])
+
+
+def test_table_is_not_modified(table):
+    before = table.copy()
+    fit(table)
+    pd.testing.assert_frame_equal(table, before)
+
+
+def confounded(table):
+    return table.assign(age=np.where(table["batch"] == "A", 30, 60) + table["age"] / 100)
+
+
+def with_hole(table):
+    return table.assign(f3=table["f3"].where(table["participant"] != "007"))
+
+
+def few(table):
+    return pd.concat([table[table["batch"] == "A"], table[table["batch"] == "B"][:2]])
+
+
+@pytest.mark.parametrize("spoil,message", [
+    (lambda t: t[t["batch"] == "A"], "at least two batches; found one"),
+    (few, "at least 3 participants in every batch; found A: 100, B: 2"),
+    (with_hole, "f3 of sub-007 are NaN"),
+    (confounded, "age is confounded with the batch"),
+    (lambda t: t.assign(f1=1.0), "cannot scale f1"),
+])
+def test_refusals(table, spoil, message):
+    with pytest.raises(UsageError, match=message):
+        fit(spoil(table))
+
+
+def test_categorical_covariate_confounded(table):
+    table = table.assign(sex=np.where(table["batch"] == "A", "F", "M"))
+    with pytest.raises(UsageError, match="sex is confounded"):
+        methods.get("harmonize_combat").fit(Study(table, FEATURES, ("sex",)))
+
+
+def test_misspelt_reference_is_corrected(table):
+    table = table.assign(batch=table["batch"].map({"A": "Oslo", "B": "Bergen"}))
+    with pytest.raises(UsageError, match="Did you mean Oslo"):
+        fit(table, reference_batch="Olso")
+
+
+def test_no_features(table):
+    with pytest.raises(UsageError, match="no map statistics"):
+        methods.get("harmonize_combat").fit(Study(table, (), ()))
+
+
+def test_images_are_refused():
+    from bidsapp.acquisition import Acquisition
+
+    with pytest.raises(Refusal, match="group --train harmonize_combat"):
+        methods.get("harmonize_combat").check(Acquisition(np.zeros(1), np.zeros((1, 3))))
