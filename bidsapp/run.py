@@ -19,6 +19,7 @@ import pandas as pd
 import tomli_w
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bidsapp import __version__, methods
 from bidsapp.bids import btable, find, names, sidecar
@@ -26,7 +27,7 @@ from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
 from bidsapp.blocks import choose_device, memory_limit
 from bidsapp.cli import Options
 from bidsapp.dwi import Dwi, Run, load, noise_sd, open_image, peak_memory, read_mean
-from bidsapp.errors import QSphereError, Refusal, UsageError
+from bidsapp.errors import DataError, QSphereError, Refusal, UsageError
 from bidsapp.evaluate import quality
 from bidsapp.mask import given, median_otsu
 from bidsapp.methods import Derived, Method
@@ -62,6 +63,7 @@ def participant(options: Options) -> int:
         return 0
     links = {"raw": options.bids_dir, **dict(options.derivatives)}
     dataset = Dataset(options.output_dir, links)
+    dataset.claim()
     dataset.describe(found.name, boilerplate.acknowledge())
     dataset.write_text("logs/CITATION.md", boilerplate.markdown(chosen))
     if options.boilerplate_only:
@@ -94,6 +96,7 @@ def group(options: Options) -> int:
               + f"; trains {', '.join(options.train) or 'nothing'}")
         return 0
     study = methods.Study(statistics, features, covariates, options.reference_batch)
+    dataset.claim()
     dataset.describe(found.name, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:
         folder = PurePosixPath("group")
@@ -134,7 +137,7 @@ def participant_statistics(dataset: Dataset, found: find.Found) -> tuple[pd.Data
 def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bool]]:
     """(label, succeeded) of each participant, `workers` of them at a time."""
     todo = found.participants
-    with tqdm(total=len(todo), desc="participants", disable=None) as bar:
+    with logging_redirect_tqdm(), tqdm(total=len(todo), desc="participants", disable=None) as bar:
         if workers == 1:
             for label in todo:
                 ok = one_participant(job, label, found.runs[label], found.problems[label])
@@ -176,12 +179,17 @@ def one_participant(job: Job, label: str, runs: list[Run], problems: list[str]) 
             if status[run.name]["status"] == "failed" and job.options.stop_on_first_crash:
                 break
         ok = not problems and all(s["status"] != "failed" for s in status.values())
-        dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(job.options.as_dict()))
-        dataset.write_text(f"{folder}/status.json", to_json({
-            "participant": label, "status": "done" if ok else "failed", "version": __version__,
-            "started": started, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "problems": problems, "runs": status}))
-        write_page(dataset, label, problems)
+        try:
+            dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(job.options.as_dict()))
+            dataset.write_text(f"{folder}/status.json", to_json({
+                "participant": label, "status": "done" if ok else "failed",
+                "version": __version__, "started": started,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "problems": problems, "runs": status}))
+            write_page(dataset, label, problems)
+        except (OSError, DataError) as error:
+            log.error("sub-%s: its log and page could not be written: %s", label, error)
+            return False
     return ok
 
 
@@ -239,6 +247,7 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
             refusals[method.name] = str(refusal)
             log.warning("%s: %s is left out: %s", run.name, method.name, refusal)
             continue
+        log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
         derived = method.apply(dwi, job.device)
         write_maps(job, dataset, run, batch, method, derived, dwi, like, mask_path)
         qc |= derived.counts | quality.statistics(method, derived)
@@ -294,6 +303,7 @@ def pages_again(options: Options) -> int:
     if not wanted:
         raise UsageError(f"--reports-only: {dataset.root} holds no processed participant"
                          f"{' of that label' if labels else ''}. Run without --reports-only first.")
+    dataset.claim()
     for label in wanted:
         with dataset.lock(f"sub-{label}"):
             earlier = dataset.record(PurePosixPath(f"sub-{label}/log/page.json"))
