@@ -5,7 +5,8 @@ Units: b in s/mm², times in s. An axially symmetric b-tensor with axis n, trace
 
     B = b [ (1 − b_Δ)/3 · I + b_Δ · n nᵀ ],    b_Δ = 1 linear, 0 spherical, −½ planar
 
-(Eriksson et al. 2015, doi:10.1063/1.4913502; Westin et al. 2016, doi:10.1016/j.neuroimage.2016.02.039).
+(Eriksson et al. 2015, doi:10.1063/1.4913502; Westin et al. 2016,
+doi:10.1016/j.neuroimage.2016.02.039).
 """
 
 from __future__ import annotations
@@ -149,9 +150,8 @@ class Acquisition:
             index = index[np.argsort(self.bvals[index], kind="stable")]
             b = self.bvals[index]
             cuts = np.flatnonzero(np.diff(b) > np.maximum(SHELL_GAP_MIN, SHELL_GAP * b[:-1])) + 1
-            for part in np.split(index, cuts):
-                groups.append(Shell(float(self.bvals[part].mean()),
-                                    float(self.b_delta[part].mean()), np.sort(part)))
+            groups += [Shell(float(self.bvals[part].mean()), float(self.b_delta[part].mean()),
+                             np.sort(part)) for part in np.split(index, cuts)]
         return tuple(sorted(groups, key=lambda g: (round(g.b), -g.b_delta)))
 
     def rotated(self, rotation: np.ndarray) -> Acquisition:

@@ -212,9 +212,9 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
         log.info("%s: done in %.1f s", run.name, time.monotonic() - start)
         return {"status": "done", "refusals": batch.facts["refusals"]}
     except Exception as error:  # one run's failure must not stop the others
-        shown = str(error) if isinstance(error, QSphereError) else f"{type(error).__name__}: {error}"
-        log.error("%s: %s", run.name, shown,
-                  exc_info=job.options.verbose > 1 and not isinstance(error, QSphereError))
+        foreseen = isinstance(error, QSphereError)
+        shown = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        log.error("%s: %s", run.name, shown, exc_info=job.options.verbose > 1 and not foreseen)
         facts = {"name": run.name, "entities": run.entities, "status": "failed", "error": shown,
                  "batch": run.batch, "batch_source": run.batch_source,
                  "files": [dataset.uri(f) for f in run.files],
@@ -329,7 +329,7 @@ def chosen_methods(options: Options) -> list[Method]:
 
 
 def fingerprint(run: Run, options: Options) -> str:
-    """SHA-256 over all that a run's results depend on: inputs' bytes, sidecars, options, version."""
+    """SHA-256 over all that results depend on: inputs' bytes, sidecars, options, version."""
     what = {"version": __version__, "entities": run.entities, "batch": run.batch,
             "inputs": [sha256(f) for f in run.files], "covariates": run.covariates,
             "metadata": [p.metadata for p in run.parts],

@@ -21,7 +21,7 @@ def test_data():
 
     def find(name: str) -> Path:
         if not (folder / name).is_dir():
-            pytest.skip(f"no {name} under {folder}; QSPHERE_TEST_DATA names the folder of real data")
+            pytest.skip(f"no {name} under {folder}; QSPHERE_TEST_DATA names another folder")
         return folder / name
 
     return find

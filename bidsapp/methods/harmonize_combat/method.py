@@ -1,7 +1,7 @@
 """ComBat on map statistics: location and scale of each batch, shrunk by empirical Bayes.
 
-y_ijg = α_g + X_ij β_g + γ_ig + δ_ig ε_ijg   (batch i, participant j, feature g; Johnson 2007, eq. 1)
-is fitted by the neuroCombat package (Fortin 2018); X holds the covariates that are to be kept.
+y_ijg = α_g + X_ij β_g + γ_ig + δ_ig ε_ijg   (batch i, participant j, feature g)
+(Johnson 2007, eq. 1) is fitted by the neuroCombat package (Fortin 2018); X holds the covariates to keep.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Combat(Method):
         table = study.statistics
         kept = [c for c in study.covariates
                 if table[c].notna().all() and table[c].nunique() > 1]
-        first = {c: "first" for c in kept}
+        first = dict.fromkeys(kept, "first")
         rows = (table.groupby(["participant", "batch"], sort=True)
                 .agg({**{f: lambda x: x.mean(skipna=False) for f in features}, **first})
                 .reset_index())
@@ -107,8 +107,8 @@ class Combat(Method):
             if explained.max() > CONFOUNDED:
                 raise UsageError(
                     f"ComBat: {name} is confounded with the batch (batches explain "
-                    f"{explained.max():.0%} of it; up to {CONFOUNDED:.0%} is accepted), so removing "
-                    "the batch would remove its effect too. Add participants that overlap, or "
+                    f"{explained.max():.0%} of it; up to {CONFOUNDED:.0%} is accepted), so "
+                    "removing the batch would remove its effect too. Add participants that overlap, or "
                     f"take {name} out of participants.tsv if it must not be kept.")
         if reference is not None and reference not in counts.index:
             near = difflib.get_close_matches(reference, counts.index, 1, 0.4)
