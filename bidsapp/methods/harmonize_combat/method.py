@@ -1,7 +1,8 @@
 """ComBat on map statistics: location and scale of each batch, shrunk by empirical Bayes.
 
 y_ijg = α_g + X_ij β_g + γ_ig + δ_ig ε_ijg   (batch i, participant j, feature g)
-(Johnson 2007, eq. 1) is fitted by the neuroCombat package (Fortin 2018); X holds the covariates to keep.
+(Johnson 2007, eq. 1) is fitted by the neuroCombat package (Fortin 2018); X holds the covariates
+to keep.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Combat(Method):
                 raise UsageError(
                     f"ComBat: {name} is confounded with the batch (batches explain "
                     f"{explained.max():.0%} of it; up to {CONFOUNDED:.0%} is accepted), so "
-                    "removing the batch would remove its effect too. Add participants that overlap, or "
+                    "removing the batch would remove its effect too. Add participants that "
+                    "overlap, or "
                     f"take {name} out of participants.tsv if it must not be kept.")
         if reference is not None and reference not in counts.index:
             near = difflib.get_close_matches(reference, counts.index, 1, 0.4)
