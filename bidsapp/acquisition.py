@@ -12,6 +12,7 @@ doi:10.1016/j.neuroimage.2016.02.039).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ class Acquisition:
 
     bvals: np.ndarray
     bvecs: np.ndarray
-    b_delta: np.ndarray = None  # type: ignore[assignment]  # always an array after birth
+    b_delta: Any = None  # an array after birth
     small_delta: float | None = None
     big_delta: float | None = None
     echo_time: float | None = None
@@ -188,7 +189,7 @@ def concatenate(acquisitions: list[Acquisition]) -> Acquisition:
         np.concatenate([a.b_delta for a in acquisitions]), **times)
 
 
-def _first(bad: np.ndarray, message: str, values: np.ndarray) -> None:
+def _first(bad: Any, message: str, values: np.ndarray) -> None:
     if bad.any():
         i = int(np.argmax(bad))
         value = values[i]

@@ -215,8 +215,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     given.setdefault("nprocs", cpus)
     given.setdefault("omp_nthreads", given["nprocs"])
     names = {f.name for f in fields(Options)}
-    return Options(**{k: tuple(v) if isinstance(v, list) else v
-                      for k, v in given.items() if k in names})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
+                              for k, v in given.items() if k in names}
+    return Options(**values)
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -188,9 +188,10 @@ def load(run: Run, mask: np.ndarray, acquisition: Acquisition, *, memory: float 
     if peak_memory(shape[1], shape[0]) > memory:
         with tempfile.TemporaryFile(dir=work_dir) as file:
             _reserve(file.fileno(), 4 * shape[0] * shape[1], work_dir)
-            signal = np.memmap(file, np.float32, "r+", shape=shape).T
+            stored: np.ndarray = np.memmap(file, np.float32, "r+", shape=shape)
     else:
-        signal = np.empty(shape, np.float32).T
+        stored = np.empty(shape, np.float32)
+    signal = stored.T
     invalid = 0
     reference, image = None, None
     for image, offset in _open(run):
@@ -268,7 +269,7 @@ def open_image(path: Path) -> Any:
         what = "is a link to a file that is not here" if path.is_symlink() else "does not exist"
         raise DataError(f"{path}: {what}. Fetch it (e.g. `datalad get {path.name}`) or copy it.")
     try:
-        return nib.Nifti1Image.load(path, keep_file_open=True)
+        return nib.load(path, keep_file_open=True)
     except Exception as error:  # nibabel raises many kinds on damaged headers
         raise DataError(f"{path}: cannot be read as NIfTI ({error}). "
                         "Copy or convert the file again.") from error

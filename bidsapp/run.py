@@ -95,7 +95,7 @@ def group(options: Options) -> int:
               + ", ".join(f"{b}: {n}" for b, n in statistics["batch"].value_counts().items())
               + f"; trains {', '.join(options.train) or 'nothing'}")
         return 0
-    study = methods.Study(statistics, features, covariates, options.reference_batch)
+    study = methods.Study(statistics, features, tuple(covariates), options.reference_batch)
     dataset.claim()
     dataset.describe(found.name, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:
@@ -119,7 +119,8 @@ def group(options: Options) -> int:
 
 def participant_statistics(dataset: Dataset, found: find.Found) -> tuple[pd.DataFrame, list[str]]:
     """One row per processed run: who, batch and covariates (as BIDS_DIR says now), QC and maps."""
-    rows, covariates = [], {}
+    rows: list[dict[str, Any]] = []
+    covariates: dict[str, Any] = {}
     for run in (run for label in found.participants for run in found.runs[label]):
         record = dataset.record(names.output(run.entities, "dwi", ".json", "log"))
         if record.get("state") != "complete":
@@ -215,12 +216,12 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
         foreseen = isinstance(error, QSphereError)
         shown = str(error) if foreseen else f"{type(error).__name__}: {error}"
         log.error("%s: %s", run.name, shown, exc_info=job.options.verbose > 1 and not foreseen)
+        crash = f"{folder}/crash-{run.name}.txt"
         facts = {"name": run.name, "entities": run.entities, "status": "failed", "error": shown,
                  "batch": run.batch, "batch_source": run.batch_source,
-                 "files": [dataset.uri(f) for f in run.files],
-                 "crash": f"{folder}/crash-{run.name}.txt"}
+                 "files": [dataset.uri(f) for f in run.files], "crash": crash}
         try:
-            dataset.write_text(facts["crash"], "".join(traceback.format_exception(error)))
+            dataset.write_text(crash, "".join(traceback.format_exception(error)))
             dataset.fail(path, facts)
         except OSError as disk:
             log.error("%s: the failure could not be recorded either (%s)", run.name, disk)

@@ -118,7 +118,7 @@ class Dataset:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise DataError(f"OUTPUT_DIR {self.root}: {error.strerror.lower()}. Free some space "
+            raise DataError(f"OUTPUT_DIR {self.root}: {os.strerror(error.errno).lower()}. Free some space "
                             "and run the same command again.") from error
 
     @contextlib.contextmanager
@@ -225,7 +225,7 @@ class Batch:
     def bytes(self, path: PurePosixPath, content: bytes) -> None:
         self._stage(path).write_bytes(content)
 
-    def table(self, path: PurePosixPath, rows: Iterable[Mapping[str, Any]],
+    def table(self, path: PurePosixPath, rows: Iterable[Mapping[Any, Any]],
               columns: Mapping[str, Any]) -> None:
         """A TSV and the sidecar JSON that describes its columns."""
         self.text(path, to_tsv(rows))
@@ -281,7 +281,7 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=plain) + "\n"
 
 
-def to_tsv(rows: Iterable[Mapping[str, Any]]) -> str:
+def to_tsv(rows: Iterable[Mapping[Any, Any]]) -> str:
     """Rows as BIDS TSV; the union of their keys in order of appearance, n/a where missing."""
     rows = list(rows)
     columns = list(dict.fromkeys(k for row in rows for k in row))

@@ -47,10 +47,9 @@ class Combat(Method):
         table = study.statistics
         kept = [c for c in study.covariates
                 if table[c].notna().all() and table[c].nunique() > 1]
-        first = dict.fromkeys(kept, "first")
-        rows = (table.groupby(["participant", "batch"], sort=True)
-                .agg({**{f: lambda x: x.mean(skipna=False) for f in features}, **first})
-                .reset_index())
+        runs = table.groupby(["participant", "batch"], sort=True)
+        means = runs[features].agg(lambda x: x.mean(skipna=False))
+        rows = pd.concat([means, runs[kept].first()], axis=1).reset_index()
         self._refuse(rows, features, kept, study.reference_batch)
         numeric = [c for c in kept if pd.api.types.is_numeric_dtype(rows[c])]
         # it prints each of its steps, and with a reference batch calls np.int, gone from numpy 2
