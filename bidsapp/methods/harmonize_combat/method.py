@@ -48,7 +48,7 @@ class Combat(Method):
         kept = [c for c in study.covariates
                 if table[c].notna().all() and table[c].nunique() > 1]
         runs = table.groupby(["participant", "batch"], sort=True)
-        means = runs[features].agg(lambda x: x.mean(skipna=False))
+        means = runs[features].agg(_mean)
         rows = pd.concat([means, runs[kept].first()], axis=1).reset_index()
         self._refuse(rows, features, kept, study.reference_batch)
         numeric = [c for c in kept if pd.api.types.is_numeric_dtype(rows[c])]
@@ -115,3 +115,8 @@ class Combat(Method):
             near = difflib.get_close_matches(reference, counts.index, 1, 0.4)
             raise UsageError(f"--reference-batch {reference}: no such batch; found {found}."
                              + (f" Did you mean {near[0]}?" if near else ""))
+
+
+def _mean(values: pd.Series) -> float:
+    """NaN where any is, so that it is refused rather than skipped."""
+    return values.mean(skipna=False)
