@@ -20,8 +20,6 @@ import numpy as np
 import torch
 
 TERMS = 7
-PAIRS = [(i, j) for i in range(TERMS) for j in range(i + 1)]
-"""Lower triangle of the 7 × 7 normal matrix, row by row."""
 
 MIN_LOG_SIGNAL = 1e-6
 """Eigenvalues are kept at or above this divided by the largest entry of the design (as dipy)."""
@@ -51,44 +49,49 @@ def fit(signal: torch.Tensor, x: np.ndarray, *, weighted: bool = True) -> dict[s
         smallest allowed) and `saturated` (FA ≥ 0.999). Standard errors are those of the tensor
         before clamping. Without spare measurements (n = 7) sigma and the errors are 0.
     """
-    dtype = signal.dtype
-    columns = torch.as_tensor(x, dtype=dtype, device=signal.device)
-    products = torch.stack([columns[:, i] * columns[:, j] for i, j in PAIRS])
-    valid = torch.isfinite(signal) & (signal > 0)
-    everywhere = bool(valid.all())
-    use = valid.to(dtype).T
-    log_s = torch.log(torch.where(valid, signal, 1)).T
-    # every voxel's measurements count: one pseudo-inverse serves all
-    beta = (torch.linalg.pinv(columns) @ log_s if everywhere
-            else _solve(*_ldl(products @ use), columns.T @ log_s))
+    columns = torch.as_tensor(x, dtype=signal.dtype, device=signal.device)
+    signal = signal.T.contiguous()
+    low, high = torch.aminmax(signal.detach())
+    if bool((low > 0) & (high < torch.inf)):  # one pseudo-inverse serves all voxels
+        use = torch.ones_like(columns[:, :1])
+        log_s = torch.log(signal)
+        beta = torch.linalg.pinv(columns) @ log_s
+    else:
+        valid = (signal > 0) & (signal < torch.inf)
+        use = valid.to(signal.dtype)
+        log_s = torch.log(torch.where(valid, signal, 1))
+        beta = _solve(*_ldl(_normal(columns, use)), columns.T @ (use * log_s))
     predicted = columns @ beta
-    # the weighted step solves for the change from OLS: float32 then costs no accuracy
-    residual = (log_s - predicted) * use
-    top = torch.where(valid.T, predicted, -torch.inf).amax(0) if weighted else torch.zeros_like(
-        predicted[0])
-    weight = torch.exp(2 * (predicted - top)) * use if weighted else use
-    lower, pivot, deficient = _ldl(products @ weight)
-    change = _solve(lower, pivot, deficient, columns.T @ (weight * residual))
+    residual = log_s - predicted
+    top = predicted.amax(0) if weighted else torch.zeros_like(predicted[0])
+    weight = (torch.exp(2 * (predicted - top)) if weighted else torch.ones_like(predicted)) * use
+    # this step solves for the change from OLS, so that float32 costs no accuracy
+    pull = weight * residual
+    right = columns.T @ pull
+    lower, pivots, deficient = _ldl(_normal(columns, weight))
+    change = _solve(lower, pivots, deficient, right)
     beta = beta + change
-    residual = residual - columns @ change
     spare = (use.sum(0) - TERMS).clamp(min=0)
-    error = torch.sqrt((weight * residual**2).sum(0) / spare.clamp(min=1) + 1e-30) * (spare > 0)
-    return _maps(beta, error, top, lower, pivot, deficient,
+    squares = ((pull * residual).sum(0) - (right * change).sum(0)).clamp(min=0)
+    error = torch.sqrt(squares / spare.clamp(min=1) + 1e-30) * (spare > 0)
+    return _maps(beta, error, top, lower, pivots, deficient,
                  smallest=MIN_LOG_SIGNAL / float(-x[:, :6].min()))
 
 
-def _maps(beta, error, top, lower, pivot, deficient, smallest: float) -> dict[str, torch.Tensor]:
+def _maps(beta, error, top, lower, pivots, deficient, smallest: float) -> dict[str, torch.Tensor]:
     d = beta[:6].double()
     eigenvalues, direction = _eigen(d)
     clamped = eigenvalues[2] < smallest
     e1, e2, e3 = eigenvalues.clamp(min=smallest)
     difference = (e1 - e2) ** 2 + (e2 - e3) ** 2 + (e3 - e1) ** 2
     fa = torch.sqrt(difference / (2 * (e1**2 + e2**2 + e3**2)) + 1e-30)
+    trace = torch.zeros_like(beta)
+    trace[[0, 3, 5]] = 1
     maps = {
         "fa": fa, "md": (e1 + e2 + e3) / 3e3, "ad": e1 / 1e3, "rd": (e2 + e3) / 2e3,
         "direction": direction.T, "s0": torch.exp(beta[6]), "sigma": error * torch.exp(top),
-        "fa_std": error * _spread(lower, pivot, _fa_gradient(d).to(beta.dtype)),
-        "md_std": error * _spread(lower, pivot, _trace_gradient(beta)) / 3e3,
+        "fa_std": error * _spread(lower, pivots, _fa_gradient(d).to(beta.dtype)),
+        "md_std": error * _spread(lower, pivots, trace) / 3e3,
     }
     failed = deficient
     for value in maps.values():
@@ -99,64 +102,54 @@ def _maps(beta, error, top, lower, pivot, deficient, smallest: float) -> dict[st
                   "saturated": (fa >= SATURATED_FA) & ~failed}
 
 
+def _normal(columns: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Xᵀ W X of every voxel at once, (7, 7, voxel), for weights (n, voxel)."""
+    products = columns[:, :, None] * columns[:, None, :]
+    return (products.flatten(1).T @ weight).unflatten(0, (TERMS, TERMS))
+
+
 def _ldl(normal: torch.Tensor):
-    """L D Lᵀ of symmetric 7 × 7 matrices given as (28, voxel): rows of L, D, and who is singular.
+    """L D Lᵀ of symmetric matrices (7, 7, voxel): columns of L below its diagonal, D (7, voxel),
+    and which are singular.
 
     A pivot below 32 ε of its diagonal entry means that a column depends on the ones before it.
     """
     tolerance = 32 * torch.finfo(normal.dtype).eps
-    entry = dict(zip(PAIRS, normal, strict=True))
-    lower: list[list[torch.Tensor]] = []
-    pivot: list[torch.Tensor] = []
-    deficient = torch.zeros_like(normal[0], dtype=torch.bool)
-    for i in range(TERMS):
-        row: list[torch.Tensor] = []  # holds L_ij D_j until the row is complete
-        for j in range(i):
-            value = entry[i, j]
-            for k in range(j):
-                value = value - row[k] * lower[j][k]
-            row.append(value)
-        scaled = [v / p for v, p in zip(row, pivot, strict=True)]
-        value = entry[i, i]
-        for unscaled, part in zip(row, scaled, strict=True):
-            value = value - unscaled * part
-        small = ~(value > tolerance * entry[i, i])
+    least = tolerance * torch.diagonal(normal).T
+    deficient = torch.zeros_like(least[0], dtype=torch.bool)
+    lower, pivots = [], []
+    for smallest in least:
+        pivot = normal[0, 0]
+        small = ~(pivot > smallest)
         deficient = deficient | small
-        pivot.append(torch.where(small, 1, value))
-        lower.append(scaled)
-    return lower, pivot, deficient
+        pivot = torch.where(small, 1, pivot)
+        lower.append(normal[1:, 0] / pivot)
+        pivots.append(pivot)
+        normal = torch.addcmul(normal[1:, 1:], lower[-1][:, None], normal[0, 1:], value=-1)
+    return lower, torch.stack(pivots), deficient
 
 
-def _forward(lower, right) -> list[torch.Tensor]:
-    """z of L z = right."""
-    z: list[torch.Tensor] = []
-    for i, row in enumerate(lower):
-        value = right[i]
-        for part, earlier in zip(row, z, strict=True):
-            value = value - part * earlier
-        z.append(value)
-    return z
+def _forward(lower, right: torch.Tensor) -> torch.Tensor:
+    """z of L z = right, (7, voxel)."""
+    z = []
+    for column in lower:
+        z.append(right[0])
+        right = torch.addcmul(right[1:], column, right[0], value=-1)
+    return torch.stack(z)
 
 
-def _solve(lower, pivot, deficient, right: torch.Tensor) -> torch.Tensor:
+def _solve(lower, pivots, deficient, right: torch.Tensor) -> torch.Tensor:
     """β of L D Lᵀ β = right, (7, voxel); 0 where singular."""
-    solution = [z / p for z, p in zip(_forward(lower, right), pivot, strict=True)]
-    for i in reversed(range(TERMS)):
-        for j in range(i + 1, TERMS):
-            solution[i] = solution[i] - lower[j][i] * solution[j]
-    return torch.where(deficient, 0, torch.stack(solution))
+    scaled = _forward(lower, right) / pivots
+    beta = scaled[:0]
+    for column, value in zip(reversed(lower), reversed(scaled), strict=True):
+        beta = torch.cat([(value - (column * beta).sum(0))[None], beta])
+    return torch.where(deficient, 0, beta)
 
 
-def _spread(lower, pivot, gradient: list[torch.Tensor]) -> torch.Tensor:
-    """sqrt(gᵀ (Xᵀ W X)⁻¹ g) for the gradient g of a quantity with respect to β."""
-    z = _forward(lower, gradient)
-    return torch.sqrt(sum((z_i**2 / p for z_i, p in zip(z, pivot, strict=True)),
-                          torch.zeros_like(pivot[0])) + 1e-30)
-
-
-def _trace_gradient(like: torch.Tensor) -> list[torch.Tensor]:
-    one, zero = torch.ones_like(like[0]), torch.zeros_like(like[0])
-    return [one, zero, zero, one, zero, one, zero]
+def _spread(lower, pivots, gradient: torch.Tensor) -> torch.Tensor:
+    """sqrt(gᵀ (Xᵀ W X)⁻¹ g) for the gradient g (7, voxel) of a quantity with respect to β."""
+    return torch.sqrt((_forward(lower, gradient) ** 2 / pivots).sum(0) + 1e-30)
 
 
 def _fa_gradient(d: torch.Tensor) -> torch.Tensor:
@@ -189,13 +182,14 @@ def _eigen(d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     e1 = 2 * p * torch.cos(angle)
     e3 = 2 * p * torch.cos(angle + 2 * math.pi / 3)
     s, t = e1, e3 * (-e1 - e3)  # −(e2 + e3) and e2 e3 of the traceless part
-    matrix = torch.stack([
+    matrix = (
         a * a + xy * xy + xz * xz + s * a + t, xy * (a + b) + xz * yz + s * xy,
         xz * (a + c) + xy * yz + s * xz, xy * xy + b * b + yz * yz + s * b + t,
-        yz * (b + c) + xy * xz + s * yz, xz * xz + yz * yz + c * c + s * c + t])
-    longest = matrix[[0, 3, 5]].detach().argmax(0)
-    column = torch.stack([torch.where(longest == 0, matrix[i], torch.where(
-        longest == 1, matrix[j], matrix[k])) for i, j, k in ((0, 1, 2), (1, 3, 4), (2, 4, 5))])
+        yz * (b + c) + xy * xz + s * yz, xz * xz + yz * yz + c * c + s * c + t)
+    xx, xy, xz, yy, yz, zz = matrix
+    first, second = (xx >= yy) & (xx >= zz), yy >= zz
+    column = torch.stack([torch.where(first, i, torch.where(second, j, k))
+                          for i, j, k in ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))])
     length = torch.sqrt((column**2).sum(0) + 1e-60)
     axis = torch.tensor([1, 0, 0], dtype=d.dtype, device=d.device)[:, None]
     direction = torch.where(length > 1e-20, column / length, axis)
