@@ -81,6 +81,9 @@ def read_acquisition(part: Part) -> Acquisition:
         raise DataError(f"{part.image} has {n} volumes, {part.bval.name} {bvals.size} b-values "
                         f"and {part.bvec.name} {len(bvecs)} b-vectors; the three must be equal. "
                         "Convert the series again, or remove the surplus.")
+    if not np.linalg.cond(affine[:3, :3]) < 1e6:
+        raise DataError(f"{part.image}: its affine cannot be inverted, so no direction is known. "
+                        "Convert the series again.")
     axes = to_world(bvecs, affine)
     b_delta = None
     if part.encoding is not None:
@@ -91,12 +94,12 @@ def read_acquisition(part: Part) -> Acquisition:
         raise DataError(f"{part.bval} and {part.bvec.name}: {error}") from error
 
 
-def largest_b(part: Part) -> float | None:
-    """The largest b-value of a file (s/mm²), or None where its table cannot be read."""
+def largest_b(part: Part) -> float:
+    """The largest b-value of a file (s/mm²); infinite where its table cannot be read."""
     try:
         return float(_numbers(part.bval).max())
     except DataError:
-        return None
+        return math.inf
 
 
 def to_world(bvecs: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -193,7 +196,11 @@ def _encoding(path: Path, bvals: np.ndarray, axes: np.ndarray, affine: np.ndarra
     if path.suffix == ".tsv":
         import pandas as pd
 
-        table = pd.read_csv(here(path), sep="\t")
+        try:
+            table = pd.read_csv(here(path), sep="\t")
+        except ValueError as error:
+            raise DataError(f"{path}: cannot be read as a table ({error}). It must be a text file "
+                            "with columns apart by tabs.") from error
         if "b_delta" not in table:
             raise DataError(f"{path}: has no column b_delta. Add it (1 linear, 0 spherical, -0.5 "
                             "planar), or remove the file if all is linear.")
