@@ -159,6 +159,22 @@ def _version(package: str) -> str:
 def _templates() -> jinja2.Environment:
     import jinja2
 
-    return jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True,
-                              trim_blocks=True, lstrip_blocks=True,
-                              undefined=jinja2.ChainableUndefined)
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
+    templates.filters["cite"] = _cite
+    return templates
+
+
+def _cite(text: str) -> str:
+    """The text, escaped, its DOIs as links."""
+    from markupsafe import Markup, escape
+
+    out, at = Markup(), 0
+    for match in boilerplate.DOI.finditer(text):
+        doi = match[1].rstrip(".")
+        shown = match[0].removesuffix(match[1]) + doi
+        out += escape(text[at:match.start()])
+        out += Markup('<a href="https://doi.org/{}" rel="noopener">{}</a>').format(doi, shown)
+        at = match.start() + len(shown)
+    return out + escape(text[at:])
