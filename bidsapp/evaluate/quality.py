@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bidsapp import methods, sh
-from bidsapp.acquisition import Acquisition, Shell
+from bidsapp.acquisition import Shell
 
 if TYPE_CHECKING:
     import pandas as pd

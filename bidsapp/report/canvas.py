@@ -7,7 +7,9 @@ closest to world RAS+, never resampled. Mosaics are one RGB image each.
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -39,24 +41,51 @@ WIDTH = 10.0
 TILE = 110
 """Most pixels along the longer side of a slice in a mosaic."""
 
+LEVELS = 128
+"""Colours along a map's colour scale: fewer make smaller files, and 128 look continuous."""
+
 PER_ROW = 7
 LABELS = (("P", "A"), ("L", "R"), ("L", "R"))
 """Left and right of slices across x (sagittal), y (coronal) and z (axial)."""
 
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-def figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure of that size in inches, outside pyplot. Draw inside `mpl.rc_context(STYLE)`."""
+
+def figure(height: float) -> Figure:
+    """An empty figure, WIDTH × height inches, outside pyplot. Draw inside `rc_context(STYLE)`."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height))
+    return Figure(figsize=(WIDTH, height))
 
 
 def svg(drawn: Figure) -> bytes:
-    """The figure as SVG: text as text, no date, ids from a fixed salt."""
+    """The figure as SVG: text as text, no date, ids from a fixed salt, images of few colours as
+    palettes, lines to 0.01 pt."""
     out = io.BytesIO()
     with mpl.rc_context(STYLE):
-        drawn.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
+        drawn.savefig(out, format="svg",
+                      metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = re.sub(rb"(?<=base64,)[A-Za-z0-9+/=\s]+", _smaller_png, out.getvalue())
+    return re.sub(rb' d="[^"]*"', lambda m: re.sub(rb"(\.\d\d)\d+", rb"\1", m[0]), text)
+
+
+def _smaller_png(match: re.Match[bytes]) -> bytes:
+    """The same picture, lossless: without alpha, with a palette where 256 colours are enough."""
+    from PIL import Image
+
+    image: Any = Image.open(io.BytesIO(base64.b64decode(match[0])))
+    if image.getextrema()[-1] != (255, 255):
+        return match[0]
+    image = image.convert("RGB")
+    colours = image.getcolors(256)
+    if colours:
+        pixels = np.asarray(image).reshape(-1, 3)
+        table, index = np.unique(pixels, axis=0, return_inverse=True)
+        image = Image.fromarray(index.reshape(image.height, image.width).astype(np.uint8), "P")
+        image.putpalette(table.tobytes())
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue())
 
 
 @dataclass(frozen=True)
@@ -122,14 +151,14 @@ class Canvas:
     def _spread(self, axis: int, count: int) -> tuple[int, ...]:
         """At most `count` positions spread evenly over the slices that hold the mask."""
         area = self.mask.sum(axis=tuple({0, 1, 2} - {axis}))
-        there = np.flatnonzero(area >= 0.05 * area.max())
+        there = np.flatnonzero(area >= 0.15 * area.max())
         picked = np.linspace(0, len(there) - 1, min(count, len(there)))
         return tuple(int(there[round(p)]) for p in picked)
 
     def tile(self, volume: np.ndarray, axis: int, position: int, crop: bool = True) -> np.ndarray:
-        """One slice of a canonical (x, y, z[, 3]) volume, (row, column[, 3]), row 0 at the bottom."""
-        box = list(self.box if crop else (slice(None),) * 3)
-        box[axis] = position  # type: ignore[call-overload]
+        """One slice of a canonical (x, y, z[, 3]) volume: (row, column[, 3]), bottom row first."""
+        box: list[slice | int] = list(self.box if crop else (slice(None),) * 3)
+        box[axis] = position
         return np.swapaxes(volume[tuple(box)], 0, 1)
 
     def mosaic(self, volume: np.ndarray, view: View, crop: bool = True) -> np.ndarray:
@@ -176,8 +205,7 @@ def mosaics(canvas: Canvas, colours: Any, title: str, *, crop: bool = True,
         ax = drawn.add_axes((0.05 / WIDTH, (top - height) / total, width / WIDTH, height / total))
         show(ax, image, view.zooms)
         if outline is not None:
-            line = canvas.mosaic(outline, view, crop).astype(float)
-            ax.contour(line, levels=[0.5], colors=["#E69F00"], linewidths=0.8)
+            draw_outline(ax, canvas.mosaic(outline, view, crop))
         left, right = LABELS[view.axis]
         tile_w = image.shape[1] / canvas.per_row(view)
         tile_h = image.shape[0] / max(1, -(-len(view.positions) // canvas.per_row(view)))
@@ -188,7 +216,7 @@ def mosaics(canvas: Canvas, colours: Any, title: str, *, crop: bool = True,
         top -= height + gap
     if bar:
         height = min(sum(heights), 2.6)
-        cax = drawn.add_axes((1 - 0.78 / WIDTH, (total - head - height) / total, 0.16 / WIDTH,
+        cax = drawn.add_axes(((max(widths) + 0.13) / WIDTH, (total - head - height) / total, 0.16 / WIDTH,
                               (height - 0.1) / total))
         colour_bar(cax, *bar, unit)
     return drawn
@@ -201,24 +229,43 @@ def show(ax: Axes, image: np.ndarray, zooms: tuple[float, float]) -> None:
     ax.set_axis_off()
 
 
+def draw_outline(ax: Axes, inside: np.ndarray) -> None:
+    """The border of a boolean image, without the points that lie within straight pieces."""
+    from contourpy import contour_generator
+    from matplotlib.collections import LineCollection
+
+    lines = []
+    for line in contour_generator(z=inside.astype(float)).lines(0.5):
+        step = np.diff(np.asarray(line), axis=0)
+        turn = step[1:, 0] * step[:-1, 1] != step[1:, 1] * step[:-1, 0]
+        lines.append(np.asarray(line)[np.concatenate([[True], turn, [True]])])
+    ax.add_collection(LineCollection(lines, colors="#E69F00", linewidths=0.8), autolim=False)
+
+
 def colour_bar(ax: Axes, norm: Any, cmap: str, unit: str) -> None:
-    """A vertical bar from norm.vmin to norm.vmax, as one image."""
+    """A vertical bar from norm.vmin to norm.vmax, as one image; powers of 1000 go to the unit."""
+    most = max(abs(norm.vmin), abs(norm.vmax))
+    power = 3 * int(np.floor(np.log10(most) / 3)) if most > 0 else 0
+    power = power if abs(power) >= 3 else 0
+    scale = 10.0**-power
     ax.imshow(np.linspace(0, 1, 128)[:, None], origin="lower", aspect="auto", cmap=cmap,
-              extent=(0, 1, norm.vmin, norm.vmax), interpolation="none", vmin=0, vmax=1)
+              extent=(0, 1, norm.vmin * scale, norm.vmax * scale), interpolation="none",
+              vmin=0, vmax=1)
     ax.set_xticks([])
     ax.yaxis.tick_right()
     ax.locator_params(axis="y", nbins=5)
-    ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=False)
     ax.tick_params(labelsize=8)
-    ax.set_title(unit, fontsize=8, weight="normal", loc="center")
+    factor = f"10{str(power).translate(SUPERSCRIPT)} " if power else ""
+    ax.set_title(f"{factor}{unit}", fontsize=8, weight="normal", loc="left")
 
 
 def coloured(values: np.ndarray, norm: Any, cmap: str, mask: np.ndarray) -> np.ndarray:
-    """(x, y, z, 3) uint8 of a scalar volume; black outside the mask, mid-grey where not finite."""
-    table = (mpl.colormaps[cmap](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
+    """(x, y, z, 3) uint8 of a scalar volume, in LEVELS steps from norm.vmin to norm.vmax; black
+    outside the mask, mid-grey where not finite."""
+    table = (mpl.colormaps[cmap](np.linspace(0, 1, LEVELS))[:, :3] * 255).round().astype(np.uint8)
     finite = np.isfinite(values)
-    scaled = np.clip(norm(np.where(finite, values, norm.vmin)), 0, 1)
-    out = table[(scaled * 255).astype(np.uint8)]
+    scaled = (np.where(finite, values, norm.vmin) - norm.vmin) / (norm.vmax - norm.vmin)
+    out = table[(np.clip(scaled, 0, 1) * (LEVELS - 1)).round().astype(np.uint8)]
     out[~finite] = 128
     out[~mask] = 0
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
 
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import quality
@@ -27,6 +29,9 @@ from bidsapp.report.canvas import (
 
 SHOWN_SLICES = 8
 """At most this many suspected slices are drawn; all are counted."""
+
+BRIGHT_FA = 0.7
+"""FA at which colours are at their brightest."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def of_group(study: Study, fitted: Mapping[str, Fitted]) -> list[Figure]:
     features = list(study.features)
     if not features:
         return []
-    units = {f: d["Units"] for f, d in quality.columns(features).items()}
+    units = {f: _units(d) for f, d in quality.columns(features).items()}
     runs = len(study.statistics)
     with mpl.rc_context(STYLE):
         drawn = [Figure(
@@ -178,6 +183,7 @@ def _levels(dwi: Dwi) -> Figure:
         left.plot(indices, means, "o", markersize=4, color=colours[k % len(colours)], label=name)
         boxes.append(np.percentile(total / len(indices) / (noise or 1), (5, 25, 50, 75, 95)))
     left.set_xlabel("volume")
+    left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     left.set_ylabel("mean signal in the mask")
     left.set_ylim(bottom=0)
     left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2)
@@ -211,9 +217,11 @@ def _slices(canvas: Canvas) -> Figure:
     found = quality.slice_signal(dwi)
     worst = found.suspects
     shown = worst[:SHOWN_SLICES]
-    height = 3.0 + (2.6 if shown else 0)
+    tall = min(2.2, 0.6 + 0.1 * dwi.mask.shape[2])
+    height = tall + 0.8 + (2.6 if shown else 0)
     drawn = figure(height)
-    ax = drawn.add_axes((0.07, (height - 2.5) / height, 0.83, 2.2 / height))
+    bottom = (height - tall - 0.3) / height
+    ax = drawn.add_axes((0.07, bottom, 0.83, tall / height))
     ax.set_facecolor("#dddddd")
     ax.imshow(100 * found.change, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-30, vmax=30,
               interpolation="none")
@@ -223,13 +231,15 @@ def _slices(canvas: Canvas) -> Figure:
     ax.set_xlabel("volume")
     ax.set_ylabel("slice")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(mpl.ticker.MaxNLocator(10, integer=True))
-    cax = drawn.add_axes((0.92, (height - 2.5) / height, 0.015, 2.2 / height))
+        axis.set_major_locator(MaxNLocator(10, integer=True))
+    cax = drawn.add_axes((0.92, bottom, 0.015, tall / height))
     cax.imshow(np.linspace(-30, 30, 64)[:, None], origin="lower", aspect="auto", cmap="RdBu_r",
                extent=(0, 1, -30, 30), interpolation="none")
     cax.set_xticks([])
     cax.yaxis.tick_right()
     cax.set_title("%", size=8, weight="normal")
+    for row, label in enumerate(("volume", "shell mean") if shown else ()):
+        drawn.text(0.012, (1.66 - 1.1 * row) / height, label, rotation=90, va="center", size=8)
     for n, (k, i) in enumerate(shown):
         _suspect(drawn, canvas, n, k, i, found, height)
     if not np.isfinite(found.change).any():
@@ -261,7 +271,7 @@ def _suspect(drawn: Any, canvas: Canvas, n: int, k: int, i: int, found: quality.
              for v in (dwi.signal[:, i], usual)]
     top = max(float(np.percentile(tiles[1], 99)), 1e-12)
     for row, tile in enumerate(tiles):
-        ax = drawn.add_axes(((0.02 + 0.12 * n), (1.12 - 1.1 * row) / height, 0.115, 1.08 / height))
+        ax = drawn.add_axes((0.03 + 0.12 * n, (1.12 - 1.1 * row) / height, 0.115, 1.08 / height))
         show(ax, np.clip(tile / top, 0, 1) * 255, (zooms[0], zooms[1]))
         if row == 0:
             ax.set_title(f"slice {k}, vol. {i}\n{found.change[k, i]:+.0%}, z = {found.z[k, i]:.0f}",
@@ -270,15 +280,15 @@ def _suspect(drawn: Any, canvas: Canvas, n: int, k: int, i: int, found: quality.
 
 def _directions(canvas: Canvas, direction: np.ndarray, fa: np.ndarray | None,
                 entities: dict[str, str], section: str) -> Figure:
-    weight = np.ones(len(direction)) if fa is None else np.clip(np.nan_to_num(fa), 0, 1)
+    weight = np.ones(len(direction)) if fa is None else np.clip(np.nan_to_num(fa) / BRIGHT_FA, 0, 1)
     rgb = np.nan_to_num(np.abs(direction)) * weight[:, None]
-    volume = canvas.dwi.unmask((np.clip(rgb, 0, 1) * 255).round().astype(np.uint8))
+    volume = canvas.dwi.unmask(((np.clip(rgb, 0, 1) * 31).round() * (255 / 31)).astype(np.uint8))
     drawn = mosaics(canvas, canvas.canonical(volume), "Principal direction"
                     + ("" if fa is None else " × FA"))
     return Figure(
         "dwimap", entities, svg(drawn), "Colour FA" if fa is not None else "Principal direction",
         "Red: left–right, green: anterior–posterior, blue: inferior–superior, in world axes"
-        + (", brightness: FA." if fa is not None else ".")
+        + (f", brightness: FA up to {BRIGHT_FA:g}." if fa is not None else ".")
         + " The corpus callosum should be red at the midline, the cingulum green, the "
         "corticospinal tract blue; anything else points to wrong b-vectors.", section)
 
@@ -293,12 +303,13 @@ def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities:
     norm = Normalize(low, high)
     cmap = entry.get("cmap", "viridis")
     volume = canvas.canonical(canvas.dwi.unmask(values))
-    units = "" if entry["Units"] in ("unitless", "1") else entry["Units"]
+    units = _units(entry)
     name = entry["Description"].rstrip(".")
     drawn = mosaics(canvas, coloured(volume, norm, cmap, canvas.mask), _short(name),
                     bar=(norm, cmap), unit=units)
     beyond = float(np.mean((finite < low) | (finite > high))) if len(finite) else 0.0
-    parts = [f"{name}{f' ({units})' if units else ''}, shown from {low:g} to {high:g}."]
+    parts = [] if name == _short(name) else [f"{name}."]
+    parts.append(f"Shown from {low:.3g} to {high:.3g}{f' {units}' if units else ''}.")
     if len(finite):
         parts.append(f"Median {np.median(finite):.4g}, 5 to 95 %: {np.percentile(finite, 5):.4g} to "
                      f"{np.percentile(finite, 95):.4g}.")
@@ -338,7 +349,7 @@ def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
         ax.set_yticks(range(len(batches)), labels)
         ax.set_ylim(len(batches) - 0.45, -0.55)
         ax.set_title(feature.removesuffix("_mean"), loc="left")
-        ax.set_xlabel("" if units[feature] in ("unitless", "1") else units[feature])
+        ax.set_xlabel(units[feature])
         ax.locator_params(axis="x", nbins=5)
         ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
     for ax in axes[len(features):]:
@@ -349,7 +360,13 @@ def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
     return svg(drawn)
 
 
+def _units(entry: Mapping[str, Any]) -> str:
+    """Units with superscripts; nothing where there are none."""
+    text = str(entry["Units"])
+    return "" if text in ("unitless", "1") else text.replace("m2", "m²").replace("um", "µm")
+
+
 def _short(text: str, most: int = 60) -> str:
     """The first clause of a description, for a title."""
-    first = text.split(";")[0].split(" (")[0].split(". ")[0]
+    first = re.split(r"[;:,]| \(|\. ", text)[0].rstrip(".")
     return first if len(first) <= most else first[: most - 1].rstrip() + "…"

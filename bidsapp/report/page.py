@@ -6,13 +6,14 @@ escaped by the template engine.
 
 from __future__ import annotations
 
-import base64
+import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from bidsapp import __version__, methods
 from bidsapp.errors import UsageError
@@ -85,7 +86,7 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
         "shells": [{**s, "shape": _shape(s["b_delta"])} for s in record.get("shells", ())],
         "sections": _sections(figures),
         "qc": [{"name": k, "value": _number(v), **described[k]} for k, v in qc.items()],
-        "covariates": {k: v for k, v in record.get("covariates", {}).items()}}
+        "covariates": dict(record.get("covariates", {}))}
 
 
 def _sections(figures: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -121,8 +122,6 @@ def _latest(folder: Path) -> Path | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    import json
-
     try:
         return json.loads(_text(path))
     except ValueError:
@@ -134,7 +133,8 @@ def _text(path: Path) -> str:
 
 
 def _uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    """A data URI; percent-encoded, because the pictures inside are base64 already."""
+    return "data:image/svg+xml," + quote(svg, safe=" !$'()*+,-./:;=?@[]_~")
 
 
 def _shape(b_delta: float) -> str:
