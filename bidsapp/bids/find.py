@@ -49,12 +49,13 @@ SAME_TENSOR = 0.05
 class Found:
     """What there is to do.
 
-    name: the dataset's. participants: labels with runs or problems. runs, problems: of each of
+    name, authors: the dataset's. participants: labels with runs or problems. runs, problems: of each of
     them; problems are messages about files that could not be used. unknown: labels asked for that
     do not exist. rows, columns: participants.tsv (covariates and batch) and its descriptions.
     """
 
     name: str
+    authors: list[str]
     participants: list[str]
     runs: Mapping[str, list[Run]]
     problems: Mapping[str, list[str]]
@@ -106,7 +107,7 @@ def find(options: Options) -> Found:
     batches = batch.Batches.read(root, labels, options.batch_file, options.batch_column, problems)
     resolved = batches.resolve([run for label in labels for run in runs[label]])
     runs = {label: [run for run in resolved if run.participant == label] for label in labels}
-    return Found(str(about.get("Name") or root.name), labels, runs, problems, unknown,
+    return Found(str(about.get("Name") or root.name), about.get("Authors", []), labels, runs, problems, unknown,
                  batches.rows(runs), batches.columns)
 
 
