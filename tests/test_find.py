@@ -357,6 +357,14 @@ def test_preprocessed_runs_replace_raw_ones_of_their_session(tree, qsiprep, capl
     assert "1 raw files are left out, for qsiprep" in caplog.text
 
 
+def test_scanner_of_preprocessed_runs_is_that_of_the_raw_ones(tree, qsiprep):
+    json_file(qsiprep / "sub-01/ses-a/dwi/sub-01_ses-a_space-ACPC_desc-preproc_dwi.json", {})
+    bids = tree(("01", "02"), ("a",))
+    ready, raw = (run for p in ("01", "02")
+                  for run in found(bids, "-d", f"qsiprep={qsiprep}").runs[p])
+    assert ready.dataset[0] == "qsiprep" and ready.batch == raw.batch != "unknown"
+
+
 def test_damaged_preprocessed_run_is_not_replaced_by_raw_data(tree, qsiprep):
     bids = tree(("01",), ("a",))
     (qsiprep / "sub-01/ses-a/dwi/sub-01_ses-a_space-ACPC_desc-preproc_dwi.bval").unlink()

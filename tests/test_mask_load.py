@@ -132,9 +132,9 @@ def test_truncated_inside_an_intact_gzip(run):
 def test_corrupt_gzip(run):
     made = run()
     path = made.parts[0].image
-    rewrite(made, data_of(made).astype(np.int16))  # compressible: damage shows before the end
+    rewrite(made, data_of(made).astype(np.int16))  # Huffman-coded, so that damage breaks the code
     data = bytearray(path.read_bytes())
-    data[len(data) // 2:len(data) // 2 + 64] = bytes(64)
+    data[5000:9000] = np.random.default_rng(0).bytes(4000)
     path.write_bytes(data)
     with pytest.raises(DataError, match="ends or breaks before volume"):
         loaded(made)
@@ -173,7 +173,7 @@ def test_mean_of_the_b0_of_all_parts(run):
     made = run({"scheme": ((0, 2), (1000, 12))}, {"scheme": ((0, 1), (2000, 16))})
     mean, affine = read_mean(made, btable.acquisition_of(made).b0)
     want = np.concatenate([data_of(made)[..., :2], data_of(made, 1)[..., :1]], -1).mean(-1)
-    assert np.allclose(mean, want, rtol=1e-5) and np.array_equal(affine, truth.affine())
+    assert np.allclose(mean, want, rtol=1e-5) and np.allclose(affine, truth.affine())
 
 
 def test_memory_is_bounded_by_the_mask(run):
