@@ -5,12 +5,14 @@ Units: b in s/mm², times in s. An axially symmetric b-tensor with axis n, trace
 
     B = b [ (1 − b_Δ)/3 · I + b_Δ · n nᵀ ],    b_Δ = 1 linear, 0 spherical, −½ planar
 
-(Eriksson et al. 2015, doi:10.1063/1.4913502; Westin et al. 2016, doi:10.1016/j.neuroimage.2016.02.039).
+(Eriksson et al. 2015, doi:10.1063/1.4913502; Westin et al. 2016,
+doi:10.1016/j.neuroimage.2016.02.039).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +60,7 @@ class Acquisition:
 
     bvals: np.ndarray
     bvecs: np.ndarray
-    b_delta: np.ndarray = None  # type: ignore[assignment]  # always an array after birth
+    b_delta: Any = None  # an array after birth
     small_delta: float | None = None
     big_delta: float | None = None
     echo_time: float | None = None
@@ -149,9 +151,8 @@ class Acquisition:
             index = index[np.argsort(self.bvals[index], kind="stable")]
             b = self.bvals[index]
             cuts = np.flatnonzero(np.diff(b) > np.maximum(SHELL_GAP_MIN, SHELL_GAP * b[:-1])) + 1
-            for part in np.split(index, cuts):
-                groups.append(Shell(float(self.bvals[part].mean()),
-                                    float(self.b_delta[part].mean()), np.sort(part)))
+            groups += [Shell(float(self.bvals[part].mean()), float(self.b_delta[part].mean()),
+                             np.sort(part)) for part in np.split(index, cuts)]
         return tuple(sorted(groups, key=lambda g: (round(g.b), -g.b_delta)))
 
     def rotated(self, rotation: np.ndarray) -> Acquisition:
@@ -188,7 +189,7 @@ def concatenate(acquisitions: list[Acquisition]) -> Acquisition:
         np.concatenate([a.b_delta for a in acquisitions]), **times)
 
 
-def _first(bad: np.ndarray, message: str, values: np.ndarray) -> None:
+def _first(bad: Any, message: str, values: np.ndarray) -> None:
     if bad.any():
         i = int(np.argmax(bad))
         value = values[i]

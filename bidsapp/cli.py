@@ -76,6 +76,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
+        other = {"participant": ("train",), "group": ("harmonize", "upsample", "synthesize")}
+        for name in other[self.analysis_level]:
+            if getattr(self, name):
+                raise UsageError(f"--{name} does not belong to the {self.analysis_level} level. "
+                                 "Leave it out, or change the level.")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without those that are unset: what options.toml holds."""
@@ -210,8 +215,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     given.setdefault("nprocs", cpus)
     given.setdefault("omp_nthreads", given["nprocs"])
     names = {f.name for f in fields(Options)}
-    return Options(**{k: tuple(v) if isinstance(v, list) else v
-                      for k, v in given.items() if k in names})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
+                              for k, v in given.items() if k in names}
+    return Options(**values)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -258,6 +264,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"qsphere: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except Exception as error:  # a defect: told in one line, and in full only when asked for
+        if verbose > 1:
+            raise
+        print(f"qsphere: unexpected {type(error).__name__}: {error}. Run again with -vv for the "
+              "traceback, and please report it.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("qsphere: interrupted; run the same command again to go on.", file=sys.stderr)
         return 130

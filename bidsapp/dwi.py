@@ -7,6 +7,7 @@ stand in the C order of `np.nonzero(mask)`.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -186,9 +187,11 @@ def load(run: Run, mask: np.ndarray, acquisition: Acquisition, *, memory: float 
     shape = (len(acquisition), int(mask.sum()))
     if peak_memory(shape[1], shape[0]) > memory:
         with tempfile.TemporaryFile(dir=work_dir) as file:
-            signal = np.memmap(file, np.float32, "w+", shape=shape).T
+            _reserve(file.fileno(), 4 * shape[0] * shape[1], work_dir)
+            stored: np.ndarray = np.memmap(file, np.float32, "r+", shape=shape)
     else:
-        signal = np.empty(shape, np.float32).T
+        stored = np.empty(shape, np.float32)
+    signal = stored.T
     invalid = 0
     reference, image = None, None
     for image, offset in _open(run):
@@ -266,10 +269,20 @@ def open_image(path: Path) -> Any:
         what = "is a link to a file that is not here" if path.is_symlink() else "does not exist"
         raise DataError(f"{path}: {what}. Fetch it (e.g. `datalad get {path.name}`) or copy it.")
     try:
-        return nib.Nifti1Image.load(path, keep_file_open=True)
+        return nib.load(path, keep_file_open=True)
     except Exception as error:  # nibabel raises many kinds on damaged headers
         raise DataError(f"{path}: cannot be read as NIfTI ({error}). "
                         "Copy or convert the file again.") from error
+
+
+def _reserve(descriptor: int, size: int, folder: Path | None) -> None:
+    """Take the disk space now: a full disk under a memory map would kill the process."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        raise DataError(f"{folder or tempfile.gettempdir()}: has no room for {size / 1e9:.1f} GB "
+                        f"({error.strerror}). Give a roomier --work-dir, or a higher --mem-mb.") \
+            from error
 
 
 def _volume(image: Any, i: int) -> np.ndarray:

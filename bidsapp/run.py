@@ -19,13 +19,14 @@ import pandas as pd
 import tomli_w
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bidsapp import __version__, methods
 from bidsapp.bids import btable, find, names, sidecar
 from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
 from bidsapp.blocks import choose_device, memory_limit
 from bidsapp.dwi import Dwi, Run, load, noise_sd, open_image, peak_memory, read_mean
-from bidsapp.errors import QSphereError, Refusal, UsageError
+from bidsapp.errors import DataError, QSphereError, Refusal, UsageError
 from bidsapp.evaluate import quality
 from bidsapp.mask import given, median_otsu
 from bidsapp.methods import Derived, Method
@@ -64,6 +65,7 @@ def participant(options: Options) -> int:
         return 0
     links = {"raw": options.bids_dir, **dict(options.derivatives)}
     dataset = Dataset(options.output_dir, links)
+    dataset.claim()
     dataset.describe(found.name, boilerplate.acknowledge())
     dataset.write_text("logs/CITATION.md", boilerplate.markdown(chosen))
     if options.boilerplate_only:
@@ -95,7 +97,8 @@ def group(options: Options) -> int:
               + ", ".join(f"{b}: {n}" for b, n in statistics["batch"].value_counts().items())
               + f"; trains {', '.join(options.train) or 'nothing'}")
         return 0
-    study = methods.Study(statistics, features, covariates, options.reference_batch)
+    study = methods.Study(statistics, features, tuple(covariates), options.reference_batch)
+    dataset.claim()
     dataset.describe(found.name, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:
         folder = PurePosixPath("group")
@@ -118,7 +121,8 @@ def group(options: Options) -> int:
 
 def participant_statistics(dataset: Dataset, found: find.Found) -> tuple[pd.DataFrame, list[str]]:
     """One row per processed run: who, batch and covariates (as BIDS_DIR says now), QC and maps."""
-    rows, covariates = [], {}
+    rows: list[dict[str, Any]] = []
+    covariates: dict[str, Any] = {}
     for run in (run for label in found.participants for run in found.runs[label]):
         record = dataset.record(names.output(run.entities, "dwi", ".json", "log"))
         if record.get("state") != "complete":
@@ -136,7 +140,7 @@ def participant_statistics(dataset: Dataset, found: find.Found) -> tuple[pd.Data
 def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bool]]:
     """(label, succeeded) of each participant, `workers` of them at a time."""
     todo = found.participants
-    with tqdm(total=len(todo), desc="participants", disable=None) as bar:
+    with logging_redirect_tqdm(), tqdm(total=len(todo), desc="participants", disable=None) as bar:
         if workers == 1:
             for label in todo:
                 ok = one_participant(job, label, found.runs[label], found.problems[label])
@@ -178,12 +182,17 @@ def one_participant(job: Job, label: str, runs: list[Run], problems: list[str]) 
             if status[run.name]["status"] == "failed" and job.options.stop_on_first_crash:
                 break
         ok = not problems and all(s["status"] != "failed" for s in status.values())
-        dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(job.options.as_dict()))
-        dataset.write_text(f"{folder}/status.json", to_json({
-            "participant": label, "status": "done" if ok else "failed", "version": __version__,
-            "started": started, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "problems": problems, "runs": status}))
-        write_page(dataset, label, problems)
+        try:
+            dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(job.options.as_dict()))
+            dataset.write_text(f"{folder}/status.json", to_json({
+                "participant": label, "status": "done" if ok else "failed",
+                "version": __version__, "started": started,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "problems": problems, "runs": status}))
+            write_page(dataset, label, problems)
+        except (OSError, DataError) as error:
+            log.error("sub-%s: its log and page could not be written: %s", label, error)
+            return False
     return ok
 
 
@@ -206,15 +215,15 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
         log.info("%s: done in %.1f s", run.name, time.monotonic() - start)
         return {"status": "done", "refusals": batch.facts["refusals"]}
     except Exception as error:  # one run's failure must not stop the others
-        shown = str(error) if isinstance(error, QSphereError) else f"{type(error).__name__}: {error}"
-        log.error("%s: %s", run.name, shown,
-                  exc_info=job.options.verbose > 1 and not isinstance(error, QSphereError))
+        foreseen = isinstance(error, QSphereError)
+        shown = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        log.error("%s: %s", run.name, shown, exc_info=job.options.verbose > 1 and not foreseen)
+        crash = f"{folder}/crash-{run.name}.txt"
         facts = {"name": run.name, "entities": run.entities, "status": "failed", "error": shown,
                  "batch": run.batch, "batch_source": run.batch_source,
-                 "files": [dataset.uri(f) for f in run.files],
-                 "crash": f"{folder}/crash-{run.name}.txt"}
+                 "files": [dataset.uri(f) for f in run.files], "crash": crash}
         try:
-            dataset.write_text(facts["crash"], "".join(traceback.format_exception(error)))
+            dataset.write_text(crash, "".join(traceback.format_exception(error)))
             dataset.fail(path, facts)
         except OSError as disk:
             log.error("%s: the failure could not be recorded either (%s)", run.name, disk)
@@ -241,6 +250,7 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
             refusals[method.name] = str(refusal)
             log.warning("%s: %s is left out: %s", run.name, method.name, refusal)
             continue
+        log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
         derived = method.apply(dwi, job.device)
         write_maps(job, dataset, run, batch, method, derived, dwi, like, mask_path)
         qc |= derived.counts | quality.statistics(method, derived)
@@ -296,6 +306,7 @@ def pages_again(options: Options) -> int:
     if not wanted:
         raise UsageError(f"--reports-only: {dataset.root} holds no processed participant"
                          f"{' of that label' if labels else ''}. Run without --reports-only first.")
+    dataset.claim()
     for label in wanted:
         with dataset.lock(f"sub-{label}"):
             earlier = dataset.record(PurePosixPath(f"sub-{label}/log/page.json"))
@@ -321,7 +332,7 @@ def chosen_methods(options: Options) -> list[Method]:
 
 
 def fingerprint(run: Run, options: Options) -> str:
-    """SHA-256 over all that a run's results depend on: inputs' bytes, sidecars, options, version."""
+    """SHA-256 over all that results depend on: inputs' bytes, sidecars, options, version."""
     what = {"version": __version__, "entities": run.entities, "batch": run.batch,
             "inputs": [sha256(f) for f in run.files], "covariates": run.covariates,
             "metadata": [p.metadata for p in run.parts],

@@ -1,10 +1,12 @@
 """Fixtures shared by all tests."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bids_tree import write_dataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +23,13 @@ def test_data():
 
     def find(name: str) -> Path:
         if not (folder / name).is_dir():
-            pytest.skip(f"no {name} under {folder}; QSPHERE_TEST_DATA names the folder of real data")
+            pytest.skip(f"no {name} in {folder}; QSPHERE_TEST_DATA names another folder")
         return folder / name
 
     return find
+
+
+@pytest.fixture
+def bids_tree(tmp_path):
+    """Writes a synthetic dataset: `bids_tree()`, with the arguments of bids_tree.write_dataset."""
+    return partial(write_dataset, tmp_path / "bids")

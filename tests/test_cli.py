@@ -86,6 +86,13 @@ def test_numbers_below_one(capsys):
     assert "at least 1 is needed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["participant", "--train", "harmonize_combat"],
+                                  ["group", "--harmonize", "x"]])
+def test_option_of_the_other_level(argv, capsys):
+    assert cli.main(["/in", "/out", *argv]) == 2
+    assert "does not belong to the" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["--harmonize", "shresnet"], ["--upsample", "unet"],
                                   ["--synthesize", "syn"], ["--estimate", "dtti"]])
 def test_method_that_does_not_exist(tmp_path, argv, capsys):

@@ -31,6 +31,12 @@ def visible(root):
             if p.is_file() and not str(p.relative_to(root)).startswith((STAGING, LOCKS))}
 
 
+def claimed(root, links=None):
+    dataset = Dataset(root, links or {})
+    dataset.claim()
+    return dataset
+
+
 def write(dataset, like, value=1.0, fingerprint="a", extra=()):
     with dataset.batch(RECORD, fingerprint) as batch:
         batch.image(MAP, np.full((7, 8, 9), value, np.float32), like, {"Units": "1"})
@@ -39,7 +45,7 @@ def write(dataset, like, value=1.0, fingerprint="a", extra=()):
 
 
 def test_image_and_sidecar_appear_with_their_hashes(tmp_path, like):
-    dataset = Dataset(tmp_path / "out", {})
+    dataset = claimed(tmp_path / "out")
     write(dataset, like)
     image = nib.load(tmp_path / "out" / MAP)
     assert np.all(np.asarray(image.dataobj) == 1) and np.allclose(image.affine, like.affine)
@@ -49,14 +55,14 @@ def test_image_and_sidecar_appear_with_their_hashes(tmp_path, like):
 
 
 def test_same_data_give_the_same_bytes(tmp_path, like):
-    first, second = Dataset(tmp_path / "a", {}), Dataset(tmp_path / "b", {})
+    first, second = claimed(tmp_path / "a"), claimed(tmp_path / "b")
     write(first, like)
     write(second, like)
     assert sha256(first.root / MAP) == sha256(second.root / MAP)
 
 
 def test_nothing_appears_after_an_exception(tmp_path, like):
-    dataset = Dataset(tmp_path / "out", {})
+    dataset = claimed(tmp_path / "out")
     with pytest.raises(RuntimeError), dataset.batch(RECORD) as batch:
         batch.image(MAP, np.zeros((7, 8, 9), np.float32), like, {})
         raise RuntimeError
@@ -65,7 +71,7 @@ def test_nothing_appears_after_an_exception(tmp_path, like):
 
 
 def test_foreign_file_is_not_overwritten(tmp_path, like):
-    dataset = Dataset(tmp_path / "out", {})
+    dataset = claimed(tmp_path / "out")
     (dataset.root / MAP).parent.mkdir(parents=True)
     (dataset.root / MAP).write_bytes(b"precious")
     with pytest.raises(DataError, match="was not written by QSphere"):
@@ -74,7 +80,7 @@ def test_foreign_file_is_not_overwritten(tmp_path, like):
 
 
 def test_own_file_changed_by_hand_is_not_overwritten(tmp_path, like):
-    dataset = Dataset(tmp_path / "out", {})
+    dataset = claimed(tmp_path / "out")
     write(dataset, like)
     (dataset.root / MAP).write_bytes(b"edited")
     assert not dataset.is_complete(dataset.record(RECORD), "a")
@@ -83,7 +89,7 @@ def test_own_file_changed_by_hand_is_not_overwritten(tmp_path, like):
 
 
 def test_own_files_are_replaced_and_leftovers_removed(tmp_path, like):
-    dataset = Dataset(tmp_path / "out", {})
+    dataset = claimed(tmp_path / "out")
     write(dataset, like, extra=["sub-01/dwi/old.txt"])
     write(dataset, like, 2.0)
     assert np.all(np.asarray(nib.load(dataset.root / MAP).dataobj) == 2)
@@ -91,7 +97,7 @@ def test_own_files_are_replaced_and_leftovers_removed(tmp_path, like):
 
 
 def test_failure_keeps_earlier_files_known(tmp_path, like):
-    dataset = Dataset(tmp_path / "out", {})
+    dataset = claimed(tmp_path / "out")
     write(dataset, like)
     dataset.fail(RECORD, {"error": "x"})
     assert not dataset.is_complete(dataset.record(RECORD), "a")
@@ -107,7 +113,7 @@ def test_folder_of_someone_else(tmp_path, holds, message):
     for name, text in holds.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=message):
-        Dataset(tmp_path, {})
+        claimed(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == set(holds)
 
 
@@ -115,24 +121,24 @@ def test_folder_of_someone_else(tmp_path, holds, message):
 def test_folder_that_cannot_be_written(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UsageError, match="cannot be written"):
-        Dataset(tmp_path / "out", {})
+        claimed(tmp_path / "out")
 
 
 def test_folder_under_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written"):
-        Dataset(tmp_path / "file" / "out", {})
+        claimed(tmp_path / "file" / "out")
 
 
 def test_uris(tmp_path):
-    dataset = Dataset(tmp_path / "out", {"raw": tmp_path / "bids"})
+    dataset = claimed(tmp_path / "out", {"raw": tmp_path / "bids"})
     assert dataset.uri(tmp_path / "bids/sub-01/x.nii") == "bids:raw:sub-01/x.nii"
     assert dataset.uri(dataset.root / "sub-01/y.nii") == "bids::sub-01/y.nii"
     assert dataset.uri(tmp_path / "elsewhere") == (tmp_path / "elsewhere").as_uri()
 
 
 def test_participants_are_merged(tmp_path):
-    dataset = Dataset(tmp_path / "out", {})
+    dataset = claimed(tmp_path / "out")
     dataset.participants({"02": {"batch": "x", "age": 3.5}}, {})
     dataset.participants({"01": {"batch": "y", "age": None}}, {"batch": {"Description": "site"}})
     assert (dataset.root / "participants.tsv").read_text() == (
@@ -169,6 +175,7 @@ import sys, numpy as np, nibabel as nib
 from pathlib import PurePosixPath
 from bidsapp.bids.writer import Dataset
 dataset = Dataset(__import__("pathlib").Path(sys.argv[1]), {})
+dataset.claim()
 like = nib.Nifti1Image(np.zeros((40, 40, 40), np.float32), np.eye(4))
 print("ready", flush=True)
 for value in range(10_000):
@@ -195,7 +202,7 @@ def test_killed_at_random_moments(tmp_path, rng):
             assert len(np.unique(np.asarray(nib.load(path).dataobj))) == 1
         for path in out.glob("sub-01/**/*.json"):
             json.loads(path.read_text())
-    dataset = Dataset(out, {})
+    dataset = claimed(out)
     assert not any((out / STAGING).iterdir()), "what dead processes left is cleared"
     like = nib.Nifti1Image(np.zeros((40, 40, 40), np.float32), np.eye(4))
     with dataset.batch(RECORD, "last") as batch:
@@ -207,7 +214,7 @@ def test_killed_at_random_moments(tmp_path, rng):
 
 def test_two_processes_write_shared_tables(tmp_path):
     code = ("import sys; from pathlib import Path; from bidsapp.bids.writer import Dataset\n"
-            "d = Dataset(Path(sys.argv[1]), {})\n"
+            "d = Dataset(Path(sys.argv[1]), {})\nd.claim()\n"
             "for i in range(20): d.participants({f'{sys.argv[2]}{i:02}': {'batch': 'x'}}, {})")
     running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out"), who])
                for who in "ab"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -41,28 +42,32 @@ def sha256(path: Path) -> str:
 
 
 class Dataset:
-    """OUTPUT_DIR as a BIDS derivatives dataset.
+    """OUTPUT_DIR as a BIDS derivatives dataset; `claim` it before anything is written.
 
     root: OUTPUT_DIR. links: dataset name → folder, for `bids:NAME:…` URIs (raw, preprocessed, …).
-
-    Raises:
-        UsageError: the folder cannot be written, or holds something that is not QSphere's.
     """
 
     def __init__(self, root: Path, links: Mapping[str, Path]) -> None:
         self.root = root.resolve()
         self.links = {name: path.resolve() for name, path in links.items()}
+
+    def claim(self) -> None:
+        """Make the folder, or make sure that it is ours; sweep up after processes that died.
+
+        Raises:
+            UsageError: it cannot be written, or holds something that is not QSphere's.
+        """
         marker = self.root / "dataset_description.json"
-        if self.root.is_dir() and not marker.exists() and not (self.root / STAGING).exists():
-            strangers = sorted(p.name for p in self.root.iterdir())
-            if strangers:
-                raise UsageError(
-                    f"{self.root} is not empty (it holds {', '.join(strangers[:3])}…) and is not "
-                    "a QSphere dataset. Give an empty or new OUTPUT_DIR.")
-        if marker.exists() and '"QSphere"' not in marker.read_text(errors="replace"):
-            raise UsageError(f"{self.root} holds the dataset of another program (see "
-                             "dataset_description.json). Give another OUTPUT_DIR.")
         try:
+            if self.root.is_dir() and not marker.exists() and not (self.root / STAGING).exists():
+                strangers = sorted(p.name for p in self.root.iterdir())
+                if strangers:
+                    raise UsageError(
+                        f"{self.root} is not empty (it holds {', '.join(strangers[:3])}…) and is "
+                        "not a QSphere dataset. Give an empty or new OUTPUT_DIR.")
+            if marker.exists() and '"QSphere"' not in marker.read_text(errors="replace"):
+                raise UsageError(f"{self.root} holds the dataset of another program (see "
+                                 "dataset_description.json). Give another OUTPUT_DIR.")
             for folder in (STAGING, LOCKS):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
             probe = self.root / STAGING / f"probe-{uuid.uuid4().hex}"
@@ -70,7 +75,7 @@ class Dataset:
             probe.unlink()
         except OSError as error:
             raise UsageError(f"OUTPUT_DIR {self.root} cannot be written ({error.strerror}). Give a "
-                             "folder that you may write to.") from error
+                             "folder that you may write to and that has free space.") from error
         self._clear_stale()
 
     def uri(self, path: Path) -> str:
@@ -100,11 +105,21 @@ class Dataset:
 
     @contextlib.contextmanager
     def batch(self, record_path: PurePosixPath, fingerprint: str = "") -> Iterator[Batch]:
-        """Stage files, then put all in place at the end of the block; none after an exception."""
-        with self._staging() as folder:
-            batch = Batch(self, folder, record_path, fingerprint)
-            yield batch
-            batch.commit()
+        """Stage files, then put all in place at the end of the block; none after an exception.
+
+        Raises:
+            DataError: the disk is full; a file in the way is not ours (see `Batch.commit`).
+        """
+        try:
+            with self._staging() as folder:
+                batch = Batch(self, folder, record_path, fingerprint)
+                yield batch
+                batch.commit()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(f"OUTPUT_DIR {self.root}: {os.strerror(error.errno).lower()}. Free some space "
+                            "and run the same command again.") from error
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
@@ -210,7 +225,7 @@ class Batch:
     def bytes(self, path: PurePosixPath, content: bytes) -> None:
         self._stage(path).write_bytes(content)
 
-    def table(self, path: PurePosixPath, rows: Iterable[Mapping[str, Any]],
+    def table(self, path: PurePosixPath, rows: Iterable[Mapping[Any, Any]],
               columns: Mapping[str, Any]) -> None:
         """A TSV and the sidecar JSON that describes its columns."""
         self.text(path, to_tsv(rows))
@@ -266,7 +281,7 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=plain) + "\n"
 
 
-def to_tsv(rows: Iterable[Mapping[str, Any]]) -> str:
+def to_tsv(rows: Iterable[Mapping[Any, Any]]) -> str:
     """Rows as BIDS TSV; the union of their keys in order of appearance, n/a where missing."""
     rows = list(rows)
     columns = list(dict.fromkeys(k for row in rows for k in row))

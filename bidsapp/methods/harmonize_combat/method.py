@@ -1,7 +1,8 @@
 """ComBat on map statistics: location and scale of each batch, shrunk by empirical Bayes.
 
-y_ijg = α_g + X_ij β_g + γ_ig + δ_ig ε_ijg   (batch i, participant j, feature g; Johnson 2007, eq. 1)
-is fitted by the neuroCombat package (Fortin 2018); X holds the covariates that are to be kept.
+y_ijg = α_g + X_ij β_g + γ_ig + δ_ig ε_ijg   (batch i, participant j, feature g)
+(Johnson 2007, eq. 1) is fitted by the neuroCombat package (Fortin 2018); X holds the covariates
+to keep.
 """
 
 from __future__ import annotations
@@ -46,10 +47,9 @@ class Combat(Method):
         table = study.statistics
         kept = [c for c in study.covariates
                 if table[c].notna().all() and table[c].nunique() > 1]
-        first = {c: "first" for c in kept}
-        rows = (table.groupby(["participant", "batch"], sort=True)
-                .agg({**{f: lambda x: x.mean(skipna=False) for f in features}, **first})
-                .reset_index())
+        runs = table.groupby(["participant", "batch"], sort=True)
+        means = runs[features].agg(_mean)
+        rows = pd.concat([means, runs[kept].first()], axis=1).reset_index()
         self._refuse(rows, features, kept, study.reference_batch)
         numeric = [c for c in kept if pd.api.types.is_numeric_dtype(rows[c])]
         # it prints each of its steps, and with a reference batch calls np.int, gone from numpy 2
@@ -107,10 +107,16 @@ class Combat(Method):
             if explained.max() > CONFOUNDED:
                 raise UsageError(
                     f"ComBat: {name} is confounded with the batch (batches explain "
-                    f"{explained.max():.0%} of it; up to {CONFOUNDED:.0%} is accepted), so removing "
-                    "the batch would remove its effect too. Add participants that overlap, or "
+                    f"{explained.max():.0%} of it; up to {CONFOUNDED:.0%} is accepted), so "
+                    "removing the batch would remove its effect too. Add participants that "
+                    "overlap, or "
                     f"take {name} out of participants.tsv if it must not be kept.")
         if reference is not None and reference not in counts.index:
             near = difflib.get_close_matches(reference, counts.index, 1, 0.4)
             raise UsageError(f"--reference-batch {reference}: no such batch; found {found}."
                              + (f" Did you mean {near[0]}?" if near else ""))
+
+
+def _mean(values: pd.Series) -> float:
+    """NaN where any is, so that it is refused rather than skipped."""
+    return values.mean(skipna=False)

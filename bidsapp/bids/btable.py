@@ -1,0 +1,264 @@
+"""b-tables of files to `Acquisition` and back: the one place that knows FSL's convention.
+
+FSL's b-vectors are relative to the image axes, with x flipped when det(affine) > 0. With Q the
+orthogonal polar factor of affine[:3, :3] (axes of the voxels without their sizes and shear, with
+the sign of the determinant) and F = diag(−1, 1, 1) when det > 0, else I,
+
+    n_world = Q F n_fsl,        n_fsl = F Qᵀ n_world.
+
+`.btens`: one line per volume of 9 numbers (3×3, row after row) or 6 (xx xy xz yy yz zz), in the
+frame of the .bvec and in s/mm². Lines that start with # are comments; `# frame: world` (RAS+) and
+`# units: ms/um2` say otherwise. `.bshape`: one b_Δ per volume. `.tsv`: a column `b_delta`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bidsapp.acquisition import B0_MAX, Acquisition, concatenate
+from bidsapp.bids.inherit import here
+from bidsapp.dwi import Part, Run, open_image
+from bidsapp.errors import DataError
+
+ASYMMETRY_MAX = 0.05
+"""A b-tensor is axially symmetric when its two like eigenvalues differ by less than this × b."""
+
+TIMES = {
+    "small_delta": ("DiffusionPulse_delta_s", "SmallDelta", "DiffusionGradientPulseDuration"),
+    "big_delta": ("DiffusionTimeDelta_s", "LargeDelta", "BigDelta"),
+    "echo_time": ("EchoTime",),
+}
+"""Sidecar keys of δ, Δ and TE, in s."""
+
+
+def acquisition_of(run: Run) -> Acquisition:
+    """The acquisition of all parts of a run, in order.
+
+    Raises:
+        DataError: as `read_acquisition`; or the whole has no b0, or nothing but b0.
+    """
+    whole = concatenate([read_acquisition(part) for part in run.parts])
+    files = ", ".join(str(part.bval) for part in run.parts)
+    largest, smallest = whole.bvals.max(), whole.bvals.min()
+    if largest == 0:
+        raise DataError(f"{files}: all {len(whole)} b-values are 0, so nothing is "
+                        "diffusion-weighted. Give the table of the weighted series.")
+    if largest < 20:
+        raise DataError(f"{files}: the largest b-value is {largest:g}; that looks like ms/µm². "
+                        "b-values are needed in s/mm²: multiply the table by 1000.")
+    if whole.b0.all():
+        raise DataError(f"{files}: only b0 volumes (b < {B0_MAX:g} s/mm²; the largest is "
+                        f"{largest:g}). Weighted volumes are needed; leave the run out with "
+                        "--bids-filter-file, or join it with its weighted series.")
+    if not whole.b0.any():
+        raise DataError(f"{files}: no b0 volume (b < {B0_MAX:g} s/mm²; the smallest is "
+                        f"{smallest:g}). At least one is needed: add the b0 volume of the same "
+                        "series to image and table.")
+    return whole
+
+
+def read_acquisition(part: Part) -> Acquisition:
+    """The b-table of one file, its directions turned into world RAS+.
+
+    Raises:
+        DataError: a table is missing, not numeric, or of another length than the image (3-D
+            images included), or `Acquisition` refuses it; names the file and the remedy.
+    """
+    image = open_image(part.image)
+    if len(image.shape) != 4:
+        raise DataError(f"{part.image}: has {len(image.shape)} dimensions, a DWI needs 4 "
+                        "(x, y, z, volume). Convert the whole series, not one volume.")
+    n, affine = image.shape[3], image.affine
+    bvals = _numbers(part.bval)
+    bvecs = _vectors(part.bvec)
+    if not n == bvals.size == len(bvecs):
+        raise DataError(f"{part.image} has {n} volumes, {part.bval.name} {bvals.size} b-values "
+                        f"and {part.bvec.name} {len(bvecs)} b-vectors; the three must be equal. "
+                        "Convert the series again, or remove the surplus.")
+    axes = to_world(bvecs, affine)
+    b_delta = None
+    if part.encoding is not None:
+        bvals, axes, b_delta = _encoding(part.encoding, bvals, axes, affine)
+    try:
+        return Acquisition(bvals, axes, b_delta, **_times(part.metadata))
+    except DataError as error:
+        raise DataError(f"{part.bval} and {part.bvec.name}: {error}") from error
+
+
+def largest_b(part: Part) -> float | None:
+    """The largest b-value of a file (s/mm²), or None where its table cannot be read."""
+    try:
+        return float(_numbers(part.bval).max())
+    except DataError:
+        return None
+
+
+def to_world(bvecs: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """(n, 3) b-vectors of FSL's convention → (n, 3) in world RAS+, for any invertible affine."""
+    return bvecs @ _fsl_axes(affine).T
+
+
+def to_fsl(acquisition: Acquisition, affine: np.ndarray) -> np.ndarray:
+    """(3, n) b-vectors in FSL's convention for an image with this affine: what a .bvec holds."""
+    return _fsl_axes(affine).T @ acquisition.bvecs.T
+
+
+def btens_text(acquisition: Acquisition, affine: np.ndarray) -> str:
+    """The content of a .btens file: one line of 9 numbers per volume, s/mm², frame of the .bvec."""
+    axes = _fsl_axes(affine)
+    rows = (axes.T @ acquisition.btensors @ axes).reshape(-1, 9)
+    return "".join(" ".join(f"{v:.6g}" for v in row + 0.0) + "\n" for row in rows)
+
+
+def _fsl_axes(affine: np.ndarray) -> np.ndarray:
+    """Q F of this module's equation."""
+    linear = np.asarray(affine, dtype=np.float64)[:3, :3]
+    u, _, vt = np.linalg.svd(linear)
+    flip = -1.0 if np.linalg.det(linear) > 0 else 1.0
+    return u @ vt @ np.diag([flip, 1.0, 1.0])
+
+
+def _rows(path: Path) -> tuple[list[np.ndarray], str]:
+    """Rows of numbers, and the comments."""
+    try:
+        text = here(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error}). Copy or export it again.") \
+            from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    comments = "\n".join(line for line in lines if line.startswith("#"))
+    rows = []
+    for line in lines:
+        if line.startswith("#"):
+            continue
+        for token in (tokens := re.findall(r"[^\s,;]+", line)):
+            if not _is_number(token):
+                raise DataError(f"{path}: holds {token[:20]!r}, which is not a finite number. "
+                                "Numbers apart by spaces are needed; export the table again.")
+        rows.append(np.array(tokens, dtype=np.float64))
+    if not rows:
+        raise DataError(f"{path}: is empty. Copy or export the table again.")
+    return rows, comments
+
+
+def _is_number(token: str) -> bool:
+    try:
+        return math.isfinite(float(token))
+    except ValueError:
+        return False
+
+
+def _numbers(path: Path) -> np.ndarray:
+    return np.concatenate(_rows(path)[0])
+
+
+def _vectors(path: Path) -> np.ndarray:
+    """(n, 3) from 3 rows of n numbers, or, when there are not 3 rows, n rows of 3."""
+    rows, _ = _rows(path)
+    lengths = {len(row) for row in rows}
+    if len(lengths) == 1:
+        if len(rows) == 3:
+            return np.array(rows).T
+        if lengths == {3}:
+            return np.array(rows)
+    shown = " or ".join(map(str, sorted(lengths)))
+    raise DataError(f"{path}: holds {len(rows)} rows of {shown} numbers; 3 rows of one number per "
+                    "volume are needed (or one row of 3 per volume). Export the table again.")
+
+
+def _times(metadata: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: next((float(metadata[k]) for k in keys
+                        if isinstance(metadata.get(k), int | float) and metadata[k] > 0), None)
+            for name, keys in TIMES.items()}
+
+
+def _encoding(path: Path, bvals: np.ndarray, axes: np.ndarray, affine: np.ndarray
+              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """b (s/mm²), axes (world) and b_delta of an encoding file."""
+    if path.suffix == ".btens":
+        b, axes, b_delta = _decompose(_tensors(path, affine, len(bvals)), path)
+        differ = np.abs(b - bvals) > np.maximum(B0_MAX, 0.1 * bvals)
+        if differ.any():
+            i = int(np.argmax(differ))
+            raise DataError(f"{path}: the b-tensor of volume {i} has trace {b[i]:g} s/mm², the "
+                            f".bval says {bvals[i]:g}. Correct one of them; if the tensors are in "
+                            "ms/µm², add the line `# units: ms/um2`.")
+        return b, axes, b_delta
+    if path.suffix == ".tsv":
+        import pandas as pd
+
+        table = pd.read_csv(here(path), sep="\t")
+        if "b_delta" not in table:
+            raise DataError(f"{path}: has no column b_delta. Add it (1 linear, 0 spherical, -0.5 "
+                            "planar), or remove the file if all is linear.")
+        b_delta = pd.to_numeric(table["b_delta"], errors="coerce").to_numpy(np.float64)
+    else:
+        b_delta = _numbers(path)
+    if len(b_delta) != len(bvals):
+        raise DataError(f"{path}: holds {len(b_delta)} values of b_delta for {len(bvals)} volumes; "
+                        "one per volume is needed.")
+    return bvals, axes, b_delta
+
+
+def _tensors(path: Path, affine: np.ndarray, n: int) -> np.ndarray:
+    """(n, 3, 3) b-tensors in world RAS+, s/mm²."""
+    rows, comments = _rows(path)
+    lengths = {len(row) for row in rows}
+    if len(rows) != n or lengths not in ({6}, {9}):
+        raise DataError(f"{path}: holds {len(rows)} lines of {sorted(lengths)} numbers for {n} "
+                        "volumes; one line of 9 (3×3, row after row) or 6 (xx xy xz yy yz zz) per "
+                        "volume is needed.")
+    table = np.array(rows)
+    if table.shape[1] == 6:
+        table = table[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]]
+    tensors = table.reshape(-1, 3, 3)
+    stated = {k: re.search(rf"{k}:\s*(\S+)", comments) for k in ("units", "frame")}
+    units, frame = (m.group(1).lower().replace("²", "2").replace("µ", "u").replace("μ", "u")
+                    if m else default
+                    for m, default in zip(stated.values(), ("s/mm2", "bvec"), strict=True))
+    scale = {"s/mm2": 1.0, "ms/um2": 1e3, "s/m2": 1e-6}.get(units)
+    if scale is None or frame not in ("bvec", "world"):
+        raise DataError(f"{path}: states units {units} and frame {frame}; understood are s/mm2, "
+                        "ms/um2, s/m2, and bvec, world.")
+    if frame == "bvec":
+        turn = _fsl_axes(affine)
+        tensors = turn @ tensors @ turn.T
+    return tensors * scale
+
+
+def _decompose(tensors: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """b (trace), symmetry axis (unit) and b_delta of axially symmetric tensors.
+
+    The axis belongs to the eigenvalue λ∥ that stands apart from the other two (mean λ⊥);
+    b_Δ = (λ∥ − λ⊥) / b.
+    """
+    skew = np.abs(tensors - np.swapaxes(tensors, 1, 2)).max(axis=(1, 2))
+    values, vectors = np.linalg.eigh((tensors + np.swapaxes(tensors, 1, 2)) / 2)
+    b = values.sum(axis=1)
+    weighted = b >= B0_MAX
+    lower, upper = np.diff(values, axis=1).T  # gaps of the ascending eigenvalues
+    largest = upper >= lower
+    single = np.where(largest, 2, 0)
+    rows = np.arange(len(b))
+    for bad, what in (
+        (b < -B0_MAX, "has a negative trace"),
+        (skew > ASYMMETRY_MAX * np.maximum(b, B0_MAX), "is not symmetric"),
+        (weighted & (np.minimum(lower, upper) > ASYMMETRY_MAX * b),
+         "is not axially symmetric (three different eigenvalues), which is not supported"),
+        (weighted & (values[:, 0] < -ASYMMETRY_MAX * b), "has a negative eigenvalue"),
+    ):
+        if bad.any():
+            i = int(np.argmax(bad))
+            raise DataError(f"{path}: the b-tensor of volume {i} {what}; its eigenvalues are "
+                            f"{np.array2string(values[i], precision=4)}. Correct the file, or "
+                            "remove the volume from image and tables.")
+    parallel = values[rows, single]
+    apart = (3 * parallel - b) / 2 / np.where(weighted, b, 1)
+    b_delta = np.where(weighted, np.clip(apart, -0.5, 1), 1.0)
+    return np.maximum(b, 0), vectors[rows, :, single], b_delta

@@ -1,0 +1,231 @@
+"""Bad input: a message with file and remedy, the others finished, nothing half-written."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import bids_tree as truth
+import nibabel as nib
+import numpy as np
+import pytest
+from test_run import content, image, qsphere, validate
+
+STEM = "sub-01/dwi/sub-01_dwi"
+
+
+def rewrite(bids, change, dtype=None):
+    """The image of sub-01 with `change(data)` for its data."""
+    path = bids / f"{STEM}.nii.gz"
+    old = nib.load(path)
+    new = nib.Nifti1Image(change(np.array(old.dataobj)), old.affine, dtype=dtype)
+    new.header.set_xyzt_units("mm", "sec")
+    nib.save(new, path)
+
+
+def edit_table(bids, extension, change):
+    path = bids / f"{STEM}{extension}"
+    np.savetxt(path, np.atleast_2d(change(np.loadtxt(path))), fmt="%.9g")
+
+
+def scaled(factor, volume):
+    def change(vectors):
+        vectors[:, volume] *= factor
+        return vectors
+    return change
+
+
+def volume_of_nan(data):
+    data[..., 5] = np.nan
+    return data
+
+
+def not_fetched(bids):
+    path = bids / f"{STEM}.nii.gz"
+    path.unlink()
+    path.symlink_to("../../.git/annex/objects/x")
+
+
+DAMAGE = {
+    "no bval": (lambda b: (b / f"{STEM}.bval").unlink(), ".bval", "beside it"),
+    "no bvec": (lambda b: (b / f"{STEM}.bvec").unlink(), ".bvec", "beside it"),
+    "short bval": (lambda b: edit_table(b, ".bval", lambda v: v[:-1]), ".bval", "xport"),
+    "short bvec": (lambda b: edit_table(b, ".bvec", lambda v: v[:, :-1]), ".bvec", "xport"),
+    "short image": (lambda b: rewrite(b, lambda d: d[..., :-2]), ".nii.gz", "xport"),
+    "text in bval": (lambda b: (b / f"{STEM}.bval").write_text("a b c"), ".bval", "number"),
+    "zero vector": (lambda b: edit_table(b, ".bvec", scaled(0, 4)), ".bvec", "direction"),
+    "long vector": (lambda b: edit_table(b, ".bvec", scaled(1.5, 4)), ".bvec", "normalise"),
+    "volume of NaN": (lambda b: rewrite(b, volume_of_nan), ".nii.gz", "Remove"),
+    "truncated": (lambda b: os.truncate(b / f"{STEM}.nii.gz", 20_000), ".nii.gz", "again"),
+    "zero bytes": (lambda b: os.truncate(b / f"{STEM}.nii.gz", 0), ".nii.gz", "again"),
+    "3-D": (lambda b: rewrite(b, lambda d: d[..., 0]), ".nii.gz", "whole series"),
+    "all zero": (lambda b: rewrite(b, np.zeros_like), "sub-01", "mask"),
+    "broken sidecar": (lambda b: (b / f"{STEM}.json").write_text("{"), ".json", "orrect"),
+    "only b0": (lambda b: edit_table(b, ".bval", np.zeros_like), ".bval", "weighted"),
+    "no b0": (lambda b: edit_table(b, ".bval", lambda v: np.maximum(v, 700)), ".bval", "b0"),
+    "not fetched": (not_fetched, ".nii.gz", "datalad get"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_one_bad_participant(name, bids_tree, tmp_path, caplog):
+    bids, out = bids_tree(), tmp_path / "out"
+    damage, file, remedy = DAMAGE[name]
+    damage(bids)
+    assert qsphere(bids, out, "participant", "--estimate", "dti") == 1
+    told = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert any("sub-01" in t and file in t and remedy in t for t in told), told
+    assert "Traceback" not in caplog.text
+    assert not list(out.glob("sub-01/dwi/*")), "nothing of the failed run is left"
+    assert (out / "sub-02/dwi/sub-02_model-tensor_param-fa_dwimap.nii.gz").exists()
+    (status,) = out.glob("sub-01/log/*/status.json")
+    assert json.loads(status.read_text())["status"] == "failed"
+    page = (out / "sub-01.html").read_text()
+    assert remedy in page and page.rstrip().endswith("</html>")
+    assert validate(out) == []
+
+
+def test_failed_then_mended(bids_tree, tmp_path):
+    bids, out = bids_tree(("01",)), tmp_path / "out"
+    good = (bids / f"{STEM}.bvec").read_bytes()
+    edit_table(bids, ".bvec", scaled(0, 4))
+    assert qsphere(bids, out, "participant", "--estimate", "dti") == 1
+    (crash,) = out.glob("sub-01/log/*/crash-sub-01.txt")
+    assert "Traceback" in crash.read_text()
+    (bids / f"{STEM}.bvec").write_bytes(good)
+    assert qsphere(bids, out, "participant", "--estimate", "dti") == 0
+    assert list(out.glob("sub-01/dwi/*param-fa_dwimap.nii.gz"))
+
+
+def test_failure_keeps_what_an_earlier_run_made(bids_tree, tmp_path):
+    bids, out = bids_tree(("01",)), tmp_path / "out"
+    assert qsphere(bids, out, "participant", "--estimate", "dti") == 0
+    before = {n: d for n, d in content(out).items() if "/dwi/" in n}
+    edit_table(bids, ".bvec", scaled(0, 4))
+    assert qsphere(bids, out, "participant", "--estimate", "dti") == 1
+    assert {n: d for n, d in content(out).items() if "/dwi/" in n} == before
+
+
+def test_stop_on_first_crash(bids_tree, tmp_path):
+    bids, out = bids_tree(), tmp_path / "out"
+    os.truncate(bids / f"{STEM}.nii.gz", 0)
+    assert qsphere(bids, out, "participant", "--stop-on-first-crash") == 1
+    assert not (out / "sub-02").exists()
+
+
+def test_empty_mask(bids_tree, tmp_path, caplog):
+    bids = bids_tree()
+    mask = tmp_path / "masks/sub-01/dwi/sub-01_desc-brain_mask.nii.gz"
+    mask.parent.mkdir(parents=True)
+    nib.save(nib.Nifti1Image(np.zeros(truth.SHAPE, np.uint8), truth.affine()), mask)
+    assert qsphere(bids, tmp_path / "out", "participant", "--estimate", "dti",
+                   "--derivatives", f"masks={tmp_path / 'masks'}") == 1
+    assert f"{mask}: the mask is empty" in caplog.text
+    assert list(tmp_path.glob("out/sub-02/dwi/*param-fa_dwimap.nii.gz"))
+
+
+def maps(out):
+    return {p.name: image(p) for p in out.glob("sub-01/dwi/*.nii.gz")}
+
+
+@pytest.mark.parametrize("change", [
+    lambda b: edit_table(b, ".bvec", np.transpose),
+    lambda b: edit_table(b, ".bval", lambda v: np.transpose(v[None])),
+], ids=["bvec of N×3", "bval in a column"])
+def test_tables_that_mean_the_same(change, bids_tree, tmp_path):
+    bids = bids_tree(("01",))
+    assert qsphere(bids, tmp_path / "a", "participant", "--estimate", "dti") == 0
+    change(bids)
+    assert qsphere(bids, tmp_path / "b", "participant", "--estimate", "dti") == 0
+    first, second = maps(tmp_path / "a"), maps(tmp_path / "b")
+    assert all(np.allclose(first[n], second[n], rtol=1e-4, atol=1e-5) for n in first)
+
+
+def test_integers_with_scaling(bids_tree, tmp_path):
+    bids = bids_tree(("01",))
+    assert qsphere(bids, tmp_path / "a", "participant", "--estimate", "dti") == 0
+    rewrite(bids, lambda d: d, dtype=np.int16)
+    slope = nib.load(bids / f"{STEM}.nii.gz").dataobj.slope
+    assert slope != 1
+    assert qsphere(bids, tmp_path / "b", "participant", "--estimate", "dti") == 0
+    first, second = maps(tmp_path / "a"), maps(tmp_path / "b")
+    fa = "sub-01_model-tensor_param-fa_dwimap.nii.gz"
+    assert np.allclose(first[fa], second[fa], atol=1e-3)
+
+
+def test_some_nan_and_negative_values_are_counted(bids_tree, tmp_path):
+    def change(data):
+        data[7, 8, 9, 3] = np.nan
+        data[6, 8, 9, 3] = np.inf
+        data[7, 7, 9, 4] = -20
+        return data
+
+    bids = bids_tree(("01",))
+    rewrite(bids, change)
+    assert qsphere(bids, tmp_path / "out", "participant") == 0
+    record = json.loads((tmp_path / "out/sub-01/log/sub-01_dwi.json").read_text())
+    assert 2 in [v for k, v in record["qc"].items() if "invalid" in k or "nan" in k.lower()]
+    assert 1 in [v for k, v in record["qc"].items() if "negative" in k]
+    assert all(np.isfinite(values).all() for values in maps(tmp_path / "out").values())
+
+
+def test_unknown_participant_beside_a_known_one(bids_tree, tmp_path, caplog):
+    bids = bids_tree()
+    assert qsphere(bids, tmp_path / "out", "participant", "--participant-label", "02", "99",
+                   "--estimate", "dti") == 1
+    assert "sub-99 does not exist" in caplog.text
+    assert list(tmp_path.glob("out/sub-02/dwi/*param-fa_dwimap.nii.gz"))
+    assert not (tmp_path / "out/sub-99").exists()
+
+
+@pytest.mark.parametrize("damage,argv,message", [
+    (lambda b: None, ["--participant-label", "99"], "sub-99"),
+    (lambda b: [shutil.rmtree(p) for p in b.glob("sub-*/dwi")], [], "dwi"),
+    (lambda b: (b / "dataset_description.json").unlink(), [], "dataset_description.json"),
+    (shutil.rmtree, [], "not a folder that exists"),
+], ids=["nobody", "no dMRI", "no BIDS", "no folder"])
+def test_input_that_cannot_be_used(damage, argv, message, bids_tree, tmp_path, capsys):
+    bids = bids_tree()
+    damage(bids)
+    assert qsphere(bids, tmp_path / "out", "participant", *argv) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+FULL_DISK = """
+mount -t tmpfs -o size={size} tmpfs {folder} || exit 99
+{python} -m bidsapp {bids} {folder}/out participant --estimate dti --nprocs 1
+code=$?
+find {folder}/out -name '*.nii.gz' -not -path '*/.staging/*'
+exit $code
+"""
+
+
+@pytest.mark.parametrize("size", ["30k", "120k", "300k"])
+def test_disk_full(size, bids_tree, tmp_path):
+    """On a small tmpfs, in a mount namespace of its own."""
+    bids = bids_tree(("01",))
+    (tmp_path / "small").mkdir()
+    script = FULL_DISK.format(size=size, folder=tmp_path / "small", bids=bids,
+                              python=sys.executable)
+    namespace = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-Urm"]
+    done = subprocess.run([*namespace, "sh", "-c", script], capture_output=True, text=True,
+                          check=False)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"no mount namespace can be made here: {done.stderr.strip()}")
+    assert done.returncode in (1, 2), done.stderr
+    assert "no space left on device" in done.stderr.lower() and "space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == "", "no map is visible"
+
+
+def test_truncated_but_readable_header(bids_tree, tmp_path, caplog):
+    """Cut inside the pixel data of an intact gzip stream."""
+    bids = bids_tree(("01",))
+    path = bids / f"{STEM}.nii.gz"
+    whole = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(whole[: len(whole) // 2]))
+    assert qsphere(bids, tmp_path / "out", "participant") == 1
+    assert str(path) in caplog.text and "again" in caplog.text

@@ -1,0 +1,306 @@
+"""The app on whole datasets: what comes out, what a second run does, how processes share."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bids_tree as truth
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bidsapp import cli
+
+PARTICIPANT = "participant"
+
+
+def qsphere(*argv):
+    return cli.main([*map(str, argv), "--nprocs", "1"])
+
+
+def start(*argv, **options):
+    return subprocess.Popen([sys.executable, "-m", "bidsapp", *map(str, argv), "--nprocs", "1"],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def content(root, *, logs=False):
+    """Bytes of every visible file by name; what ran when (log/) is left out."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(Path(root).rglob("*"))
+            if p.is_file() and (logs or not {"log", "logs"} & set(p.parts))}
+
+
+def image(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+def validate(root):
+    """Errors and warnings of the BIDS validator."""
+    done = subprocess.run(["bids-validator-deno", str(root), "-r", "--format", "json"],
+                          capture_output=True, text=True, check=False)
+    return [i for i in json.loads(done.stdout)["issues"]["issues"]
+            if i.get("severity", "error") in ("error", "warning")]
+
+
+@pytest.fixture(scope="module")
+def processed(tmp_path_factory):
+    """(bids, out) of two participants, processed once for the tests that only look."""
+    folder = tmp_path_factory.mktemp("processed")
+    bids = truth.write_dataset(folder / "bids")
+    assert qsphere(bids, folder / "out", PARTICIPANT) == 0
+    return bids, folder / "out"
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Eight processed participants of two sites that differ in their signal."""
+    labels = [f"{i:02}" for i in range(1, 9)]
+    rows = {p: {"age": 20 + 7 * i, "site": "AB"[i % 2]} for i, p in enumerate(labels)}
+    bids = truth.write_dataset(tmp_path / "bids", labels, rows=rows)
+    assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--estimate", "dti") == 0
+    return bids, tmp_path / "out"
+
+
+def test_maps_are_the_truth(processed):
+    _, out = processed
+    stem = out / "sub-01/dwi/sub-01"
+    mask = image(f"{stem}_desc-brain_mask.nii.gz") > 0
+    inside = mask & truth.head()
+    assert inside.sum() > 0.8 * truth.head().sum()
+    for name, true, within in (("fa", truth.FA, 0.03), ("md", truth.MD, 0.03e-3)):
+        values = image(f"{stem}_model-tensor_param-{name}_dwimap.nii.gz")
+        assert abs(np.median(values[inside]) - true) < within
+        assert np.all(values[~mask] == 0)
+    assert nib.load(f"{stem}_model-smt_param-neuritefraction_dwimap.nii.gz").shape == truth.SHAPE
+
+
+def test_validator_has_nothing_to_say(processed):
+    _, out = processed
+    assert validate(out) == []
+
+
+def test_validator_would_speak_up(processed, tmp_path):
+    _, out = processed
+    subprocess.run(["cp", "-r", out, tmp_path / "out"], check=True)
+    (tmp_path / "out/sub-01/dwi/sub-01_nonsense.nii.gz").write_bytes(b"")
+    assert validate(tmp_path / "out")
+
+
+def test_sidecar_says_where_a_map_comes_from(processed):
+    _, out = processed
+    sidecar = json.loads((out / "sub-01/dwi/sub-01_model-tensor_param-md_dwimap.json").read_text())
+    assert sidecar["Units"] == "mm²/s"
+    assert sidecar["SkullStripped"] is True and sidecar["EchoTime"] == 0.08
+    description = json.loads((out / "dataset_description.json").read_text())
+    for uri in sidecar["Sources"]:
+        dataset, _, path = uri.removeprefix("bids:").partition(":")
+        root = Path(str(description["DatasetLinks"].get(dataset, out)).removeprefix("file://"))
+        assert (root / path).is_file(), uri
+    assert any(uri.endswith("_dwi.nii.gz") for uri in sidecar["Sources"])
+
+
+def test_log_says_what_ran(processed):
+    _, out = processed
+    (status,) = out.glob("sub-01/log/*/status.json")
+    status = json.loads(status.read_text())
+    assert status["status"] == "done" and status["runs"]["sub-01"]["status"] == "done"
+    (options,) = out.glob("sub-01/log/*/options.toml")
+    assert 'analysis_level = "participant"' in options.read_text()
+
+
+def test_page_is_self_contained(processed):
+    _, out = processed
+    page = (out / "sub-01.html").read_text()
+    for attribute in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert attribute.startswith(("data:", "#", "https://", "./")), attribute[:80]
+    assert not re.search(r'<(img|script|link)[^>]+(src|href)="http', page)
+
+
+def test_options_of_a_run_can_be_used_again(processed, tmp_path):
+    bids, out = processed
+    (options,) = out.glob("sub-02/log/*/options.toml")
+    assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--participant-label", "02",
+                   "--estimate", "dti", "--config-file", options) == 0
+
+
+def test_second_run_changes_nothing_and_skips(tmp_path, processed, caplog):
+    bids, out = processed
+    before = content(out)
+    times = {p: p.stat().st_mtime_ns for p in out.glob("sub-*/dwi/*")}
+    caplog.set_level("INFO")
+    assert qsphere(bids, out, PARTICIPANT) == 0
+    assert "complete and unchanged, skipped" in caplog.text
+    assert content(out) == before
+    assert {p: p.stat().st_mtime_ns for p in out.glob("sub-*/dwi/*")} == times
+
+
+def test_what_changed_is_done_again(bids_tree, tmp_path):
+    bids, out = bids_tree(), tmp_path / "out"
+    assert qsphere(bids, out, PARTICIPANT) == 0
+    before = content(out)
+    truth.write_run(bids / "sub-01/dwi/sub-01", seed=99)
+    assert qsphere(bids, out, PARTICIPANT) == 0
+    changed = {name for name, data in content(out).items() if before.get(name) != data}
+    maps = {n for n in changed if n.endswith("dwimap.nii.gz")}
+    assert maps and all(name.startswith("sub-01") for name in changed)
+    assert qsphere(bids, out, PARTICIPANT, "--estimate", "dti") == 0
+    assert not list(out.glob("sub-*/dwi/*model-smt*")), "maps that are no longer made are gone"
+    assert list(out.glob("sub-*/dwi/*model-tensor*"))
+
+
+def test_same_input_gives_the_same_bytes(processed, tmp_path):
+    bids, out = processed
+    assert qsphere(bids, tmp_path / "other/out", PARTICIPANT) == 0
+    ours, others = content(out), content(tmp_path / "other/out")
+    same = [n for n in ours if n.endswith((".nii.gz", ".svg", ".tsv"))]
+    assert len(same) > 20
+    assert [n for n in same if ours[n] != others.get(n)] == []
+
+
+def test_memory_limit_does_not_change_the_result(processed, tmp_path):
+    bids, out = processed
+    assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--mem-mb", 100, "-w", tmp_path,
+                   "--participant-label", "01") == 0
+    for path in out.glob("sub-01/dwi/*.nii.gz"):
+        assert path.read_bytes() == (tmp_path / "out/sub-01/dwi" / path.name).read_bytes()
+
+
+def test_several_participants_at_a_time(processed, tmp_path):
+    bids, out = processed
+    done = subprocess.run([sys.executable, "-m", "bidsapp", bids, tmp_path / "out", PARTICIPANT,
+                           "--nprocs", "2", "--omp-nthreads", "1"], capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    maps = [p.relative_to(out) for p in out.glob("sub-*/dwi/*.nii.gz")]
+    assert all((tmp_path / "out" / m).read_bytes() == (out / m).read_bytes() for m in maps)
+
+
+def test_dry_run_writes_nothing(bids_tree, tmp_path, capsys):
+    bids = bids_tree()
+    assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+    text = capsys.readouterr().out
+    assert "sub-02" in text and "estimate_dti" in text and "GB" in text
+
+
+def test_reports_only_makes_the_same_page(processed):
+    bids, out = processed
+    page = out / "sub-01.html"
+    before = page.read_text()
+    page.write_text("")
+    record = json.loads((out / "sub-01/log/page.json").read_text())
+    assert "sub-01.html" in record["outputs"]
+    page.unlink()
+    assert qsphere(bids, out, PARTICIPANT, "--reports-only") == 0
+    assert page.read_text() == before
+
+
+def test_reports_only_needs_results(bids_tree, tmp_path, capsys):
+    assert qsphere(bids_tree(), tmp_path / "out", PARTICIPANT, "--reports-only") == 2
+    assert "Run without --reports-only first" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_boilerplate_only(bids_tree, tmp_path):
+    assert qsphere(bids_tree(), tmp_path / "out", PARTICIPANT, "--boilerplate-only") == 0
+    assert "tensor" in (tmp_path / "out/logs/CITATION.md").read_text()
+    assert not list((tmp_path / "out").glob("sub-*"))
+
+
+def test_refused_method_is_told_and_the_rest_goes_on(bids_tree, tmp_path):
+    bids = bids_tree(("01",), scheme=((0, 1), (1000, 12)))
+    assert qsphere(bids, tmp_path / "out", PARTICIPANT) == 0
+    assert list(tmp_path.glob("out/sub-01/dwi/*model-tensor*"))
+    assert not list(tmp_path.glob("out/sub-01/dwi/*model-smt*"))
+    (status,) = tmp_path.glob("out/sub-01/log/*/status.json")
+    reason = json.loads(status.read_text())["runs"]["sub-01"]["refusals"]["estimate_smt"]
+    assert "shell" in reason
+    assert "shell" in (tmp_path / "out/sub-01.html").read_text()
+
+
+def test_sessions_and_runs_are_kept_apart(bids_tree, tmp_path):
+    bids = bids_tree(("01",), ("a", "b"), ("dir-AP", "dir-PA"))
+    assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--session-label", "ses-a",
+                   "--estimate", "dti") == 0
+    maps = sorted(p.name for p in tmp_path.glob("out/sub-01/ses-*/dwi/*param-fa_dwimap.nii.gz"))
+    assert maps == [f"sub-01_ses-a_dir-{d}_model-tensor_param-fa_dwimap.nii.gz"
+                    for d in ("AP", "PA")]
+    assert validate(tmp_path / "out") == []
+
+
+def test_group_report_and_combat(study):
+    bids, out = study
+    assert qsphere(bids, out, "group", "--train", "harmonize_combat") == 0
+    table = (out / "group/desc-combat_dwimap.tsv").read_text().splitlines()
+    assert len(table) == 9
+    assert set(json.loads((out / "group/desc-harmonizer_model.json").read_text())["Batches"]) \
+        == {"A", "B"}
+    page = (out / "group.html").read_text()
+    assert "ComBat" in page and ("<svg" in page or "data:image" in page)
+    assert validate(out) == []
+    before = content(out)
+    assert qsphere(bids, out, "group") == 0
+    assert not (out / "group/desc-combat_dwimap.tsv").exists(), "it was not asked for this time"
+    assert qsphere(bids, out, "group", "--train", "harmonize_combat") == 0
+    assert content(out) == before
+
+
+def test_group_refuses_and_leaves_the_earlier_group_alone(study, capsys):
+    bids, out = study
+    assert qsphere(bids, out, "group") == 0
+    before = content(out)
+    truth.write_participants(bids, {f"{i:02}": {"site": "A"} for i in range(1, 9)})
+    assert qsphere(bids, out, "group", "--train", "harmonize_combat") == 2
+    assert "at least two batches" in capsys.readouterr().err
+    assert content(out) == before
+
+
+def test_group_needs_participants(bids_tree, tmp_path, capsys):
+    assert qsphere(bids_tree(), tmp_path / "out", "group") == 2
+    assert "Run the participant level first" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_share_one_output(bids_tree, tmp_path):
+    """Each with one participant of its own and one that both are to do."""
+    bids, out = bids_tree(("01", "02", "03")), tmp_path / "out"
+    running = [start(bids, out, PARTICIPANT, "--participant-label", own, "03")
+               for own in ("01", "02")]
+    texts = [p.communicate()[0] for p in running]
+    assert [p.returncode for p in running] == [0, 0], texts
+    assert len(list(out.glob("sub-*/dwi/*param-fa_dwimap.nii.gz"))) == 3
+    assert sum("skipped" in text for text in texts) == 1
+    assert len((out / "participants.tsv").read_text().splitlines()) == 4
+    assert validate(out) == []
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(bids_tree, tmp_path, processed, rng):
+    """kill -9 at random moments: only whole files are ever visible; a last run completes all."""
+    bids, out = bids_tree(), tmp_path / "out"
+    for _ in range(6):
+        process = start(bids, out, PARTICIPANT, start_new_session=True)
+        deadline = time.monotonic() + float(rng.uniform(3, 12))
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        for name, data in content(out, logs=True).items():
+            if ".staging" in name or ".locks" in name:
+                continue
+            if name.endswith(".nii.gz"):
+                assert np.isfinite(image(out / name)).all()
+            elif name.endswith(".json"):
+                json.loads(data)
+            elif name.endswith(".html"):
+                assert data.rstrip().endswith(b"</html>")
+    assert qsphere(bids, out, PARTICIPANT) == 0
+    expected = content(processed[1])
+    maps = {n for n in expected if n.endswith(".nii.gz")}
+    assert {n for n in content(out) if n.endswith(".nii.gz")} == maps
+    assert validate(out) == []
