@@ -12,14 +12,20 @@ WORKDIR /src
 COPY constraints.txt ./
 RUN python3 -m venv /opt/qsphere \
  && /opt/qsphere/bin/pip install --no-cache-dir -c constraints.txt torch
-# dependencies first: a change of code alone installs nothing else again
-COPY pyproject.toml README.md LICENSE ./
+# dependencies first: a change of code or text alone installs nothing else again
+COPY pyproject.toml ./
 COPY bidsapp/__init__.py bidsapp/
-RUN /opt/qsphere/bin/pip install --no-cache-dir -c constraints.txt .
+RUN touch README.md LICENSE \
+ && /opt/qsphere/bin/pip install --no-cache-dir -c constraints.txt . \
+ && /opt/qsphere/bin/pip check
+COPY README.md LICENSE ./
 COPY bidsapp bidsapp
+# what no run needs is a tenth of the image
 RUN /opt/qsphere/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
- && /opt/qsphere/bin/pip check \
- && /opt/qsphere/bin/pip uninstall -q -y setuptools pip
+ && /opt/qsphere/bin/pip uninstall -q -y setuptools pip \
+ && rm -rf /opt/qsphere/lib/python3*/site-packages/torch/include \
+           /opt/qsphere/lib/python3*/site-packages/torch/test \
+           /opt/qsphere/lib/python3*/site-packages/pandas/tests
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="QSphere" \

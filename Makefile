@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help demo test quick lint descriptors clean
 .DEFAULT_GOAL := help
