@@ -287,7 +287,7 @@ def _reserve(descriptor: int, size: int, folder: Path | None) -> None:
 
 def _volume(image: Any, i: int) -> np.ndarray:
     try:
-        return np.asarray(image.dataobj[..., i], dtype=np.float32)
+        return np.array(image.dataobj[..., i], dtype=np.float32)  # nibabel's may be read-only
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{image.get_filename()}: ends or breaks before volume {i} of "
                         f"{image.shape[3]} ({error}). Copy or convert the file again.") from error

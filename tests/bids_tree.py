@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-SHAPE = (14, 16, 18)
+SHAPE = (18, 20, 22)
 AXIS = np.array([2.0, 1.0, 3.0]) / np.sqrt(14)
 PARALLEL, PERPENDICULAR = 1.7e-3, 0.4e-3  # mm²/s
 MD = (PARALLEL + 2 * PERPENDICULAR) / 3

@@ -3,128 +3,154 @@
 In this order: --batch-file / --batch-column; columns `site` or `scanner` of participants.tsv or
 sessions.tsv; a name of the scanner with a hash of Manufacturer, ManufacturersModelName,
 DeviceSerialNumber, StationName, ReceiveCoilName and SoftwareVersions; InstitutionName; "unknown".
-Two answers at one level that group the runs differently stop the program.
+Two answers at one level that group the data differently stop the program.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import math
+import logging
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from bidsapp.bids.inherit import here, read_json
 from bidsapp.dwi import Run
-from bidsapp.errors import UsageError
+from bidsapp.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("site", "scanner")
 SCANNER = ("Manufacturer", "ManufacturersModelName", "DeviceSerialNumber", "StationName",
            "ReceiveCoilName", "SoftwareVersions")
 SETTLE = "Name the column to use with --batch-column, or give a table with --batch-file."
+BATCH = {"Description": "Batch (site) of the participant's runs; several are joined by commas"}
+NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 
 Key = tuple[str, str | None]
-"""participant and session label; session None: the row holds for every session."""
+"""Participant and session label; session None: for every session."""
+Rows = Mapping[Key, Mapping[str, str]]
 
 
-def resolve(runs: Sequence[Run], root: Path, *, batch_file: Path | None = None,
-            batch_column: str | None = None) -> tuple[list[Run], pd.DataFrame]:
-    """The runs with batch, batch_source and covariates; and the table of them to print.
+@dataclass(frozen=True)
+class Batches:
+    """Tables that a person wrote about participants and sessions.
 
-    Raises:
-        UsageError: a table is broken or lacks a row or the column; two tables, columns or rows
-            give different batches.
+    covariates: participants.tsv with sessions.tsv. named: (batch, source) from the options or the
+    columns site and scanner; the whole answer when not empty. columns: of participants.json.
     """
-    people = _table(root / "participants.tsv", "participant_id")
-    visits: dict[Key, dict[str, str]] = {}
-    for p in {run.participant for run in runs}:
-        rows = _table(root / f"sub-{p}" / f"sub-{p}_sessions.tsv", "session_id", participant=p)
-        visits |= rows
-    given = _given(runs, root, people, visits, batch_file, batch_column)
-    out = []
-    for run in runs:
-        source, name = given.get(run.name) or _scanner(run.metadata)
-        row = people.get((run.participant, None), {}) | visits.get(_key(run), {})
-        out.append(replace(run, batch=name, batch_source=source,
-                           covariates={k: _typed(v) for k, v in row.items()}))
-    table = pd.DataFrame(
-        [(f"sub-{r.participant}", f"ses-{r.session}" if r.session else "n/a", r.name, r.batch,
-          r.batch_source) for r in out],
-        columns=["participant_id", "session_id", "run", "batch", "source"])
-    return out, table
+
+    covariates: Rows
+    named: Mapping[Key, tuple[str, str]]
+    columns: Mapping[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, root: Path, labels: Iterable[str], batch_file: Path | None,
+             batch_column: str | None, problems: Mapping[str, list[str]]) -> Batches:
+        """A sessions.tsv that cannot be read is added to its participant's problems.
+
+        Raises:
+            UsageError: another table is broken or lacks the column; the batch is ambiguous.
+        """
+        people = _table(root / "participants.tsv", "participant_id")
+        visits: dict[Key, dict[str, str]] = {}
+        for label in labels:
+            path = root / f"sub-{label}" / f"sub-{label}_sessions.tsv"
+            try:
+                visits |= _table(path, "session_id", label)
+            except UsageError as error:
+                problems[label].append(str(error))
+        tables: dict[str, Rows] = {"sessions.tsv": visits, "participants.tsv": people}
+        columns: Sequence[str] = COLUMNS
+        if batch_file:
+            tables = {str(batch_file): _table(_given(batch_file), "participant_id")}
+            columns = [batch_column or _only_column(tables[str(batch_file)], batch_file)]
+        elif batch_column:
+            columns = [batch_column]
+        keys = {*people, *visits, *((label, None) for label in labels)}
+        settled = columns is not COLUMNS
+        found = [c for c in (_column(tables, column, keys, settled) for column in columns) if c]
+        if settled and not found:
+            there = sorted({c for rows in tables.values() for row in rows.values() for c in row})
+            raise UsageError(f"no value of {columns[0]!r}, which is to be the batch, in "
+                             f"{' or '.join(tables)}; the columns there are {', '.join(there)}. "
+                             "Correct --batch-column or the table.")
+        for a, b in itertools.combinations(found, 2):
+            _same_groups(a, b)
+        named = max(found, key=len, default={})
+        return cls({k: {**people.get((k[0], None), {}), **people.get(k, {}), **visits.get(k, {})}
+                    for k in keys}, named, _descriptions(root))
+
+    def resolve(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs with batch, batch_source and covariates; the table of batches is logged.
+
+        Raises:
+            UsageError: some runs have a row with their batch and others have none.
+        """
+        if missing := [run.name for run in runs if self.named and not _at(self.named, run)]:
+            source = next(iter(self.named.values()))[1]
+            raise UsageError(f"{source}: {len(missing)} of {len(runs)} runs have no batch, e.g. "
+                             f"{missing[0]}. Fill in their rows, leave them out with "
+                             "--participant-label, or give a table with --batch-file.")
+        sites = {*COLUMNS, *(source.rpartition(":")[2] for _, source in self.named.values())}
+        out = []
+        for run in runs:
+            name, source = _at(self.named, run) or _scanner(run.metadata)
+            row = _at(self.covariates, run) or {}
+            out.append(replace(run, batch=name, batch_source=source,
+                               covariates={k: _typed(v) for k, v in row.items()
+                                           if k not in sites}))
+        _log_table(out)
+        return out
+
+    def rows(self, runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
+        """Rows of participants.tsv by label: covariates of all sessions, and the batch."""
+        return {label: {**{k: _typed(v) for k, v in self.covariates[label, None].items()},
+                        "batch": ",".join(sorted({run.batch for run in mine})) or "n/a"}
+                for label, mine in runs.items()}
 
 
-def _given(runs: Sequence[Run], root: Path, people: Mapping[Key, dict[str, str]],
-           visits: Mapping[Key, dict[str, str]], batch_file: Path | None,
-           batch_column: str | None) -> dict[str, tuple[str, str]]:
-    """(source, batch) by run name, from tables that a person wrote; {} where there is none."""
-    if batch_file is not None:
-        rows = _table(batch_file, "participant_id", needed=True)
-        column = batch_column or _only_column(rows, batch_file)
-        candidates = {f"{batch_file.name}:{column}": _column(runs, rows, column)}
-        required = f"--batch-file {batch_file}, column {column!r}"
-    else:
-        tables = {"participants.tsv": people, "sessions.tsv": visits}
-        columns = (batch_column,) if batch_column else COLUMNS
-        candidates = {f"{name}:{c}": _column(runs, rows, c)
-                      for name, rows in reversed(tables.items()) for c in columns}
-        if batch_column is None:
-            _equivalent({f"participants.tsv:{c}": {k: r[c] for k, r in people.items() if c in r}
-                         for c in COLUMNS})
-        required = f"--batch-column {batch_column}" if batch_column else ""
-    candidates = {source: values for source, values in candidates.items() if values}
-    if not candidates:
-        if required:
-            raise UsageError(f"{required}: no value for any run was found. Present are the columns "
-                             f"{', '.join(sorted({c for r in people.values() for c in r}))} of "
-                             "participants.tsv.")
-        return {}
-    _equivalent(candidates)
-    source = max(candidates, key=lambda s: len(candidates[s]))
-    chosen = candidates[source]
-    same_name = {s: v for s, v in candidates.items() if s.split(":")[1] == source.split(":")[1]}
-    out: dict[str, tuple[str, str]] = {}
-    for run in runs:
-        name = next((v[run.name] for v in same_name.values() if run.name in v), None)
-        if name is not None:
-            out[run.name] = (source if run.name in chosen else next(
-                s for s, v in same_name.items() if run.name in v), name)
-    missing = [run.name for run in runs if run.name not in out]
-    if missing:
-        raise UsageError(f"{required or source}: {len(missing)} of {len(runs)} runs have no batch, "
-                         f"e.g. {missing[0]}. Fill in their rows, leave them out with "
-                         "--participant-label, or give a table with --batch-file.")
-    return out
+def _at(table: Mapping[Key, Any], run: Run) -> Any:
+    key = (run.participant, run.session)
+    return table[key] if key in table else table.get((run.participant, None))
 
 
-def _column(runs: Iterable[Run], rows: Mapping[Key, dict[str, str]], column: str
-            ) -> dict[str, str]:
-    found = {}
-    for run in runs:
-        row = rows.get(_key(run)) or rows.get((run.participant, None)) or {}
-        if column in row:
-            found[run.name] = row[column]
+def _column(tables: Mapping[str, Rows], column: str, keys: Iterable[Key], settled: bool
+            ) -> dict[Key, tuple[str, str]]:
+    """(value, source) by key, from the first table that knows it.
+
+    Raises UsageError: another table gives another value, and nobody has `settled` it by name.
+    """
+    found: dict[Key, tuple[str, str]] = {}
+    for key in keys:
+        for name, rows in tables.items():
+            row = {**rows.get((key[0], None), {}), **rows.get(key, {})}
+            if column not in row:
+                continue
+            value, source = found.setdefault(key, (row[column], f"{name}:{column}"))
+            if value != row[column] and not settled:
+                raise UsageError(f"the batch of sub-{key[0]}{f' ses-{key[1]}' if key[1] else ''} "
+                                 f"is ambiguous: {source} says {value!r}, {name}:{column} says "
+                                 f"{row[column]!r}. Correct one of them. {SETTLE}")
     return found
 
 
-def _equivalent(candidates: Mapping[str, Mapping[Any, str]]) -> None:
-    """Every two sources group what both know alike; of one column, they give equal values."""
-    for (a, left), (b, right) in itertools.combinations(candidates.items(), 2):
-        pairs = {(left[k], right[k]): k for k in left.keys() & right.keys()}
-        same_column = a.split(":")[1] == b.split(":")[1]
-        clash = [(x, y) for x, y in sorted(pairs)
-                 if (same_column and x != y)
-                 or any((x == u) != (y == v) for u, v in pairs)]
-        if clash:
-            x, y = clash[0]
-            who = pairs[x, y]
-            who = who if isinstance(who, str) else f"sub-{who[0]}"
-            raise UsageError(f"the batch is ambiguous: {a} and {b} group the data differently, "
-                             f"e.g. {x!r} and {y!r} for {who}. {SETTLE}")
+def _same_groups(a: Mapping[Key, tuple[str, str]], b: Mapping[Key, tuple[str, str]]) -> None:
+    """Raises UsageError unless values of a and b, where both are known, pair one to one."""
+    pairs = {(a[k][0], b[k][0]): k for k in sorted(a.keys() & b.keys(), key=str)}
+    for (x, y), (u, v) in itertools.combinations(sorted(pairs), 2):
+        if (x == u) != (y == v):
+            first, second = pairs[x, y], pairs[u, v]
+            raise UsageError(
+                f"the batch is ambiguous: {a[first][1]} and {b[first][1]} group the participants "
+                f"differently, {x!r} and {y!r} for sub-{first[0]} but {u!r} and {v!r} for "
+                f"sub-{second[0]}. {SETTLE}")
 
 
 def _scanner(metadata: Mapping[str, Any]) -> tuple[str, str]:
@@ -132,22 +158,32 @@ def _scanner(metadata: Mapping[str, Any]) -> tuple[str, str]:
     if fields:
         maker, model = (fields.get(k, "") for k in SCANNER[:2])
         label = model if model.lower().startswith(maker.lower()) else f"{maker} {model}"
-        digest = hashlib.sha1(repr(sorted(fields.items())).encode()).hexdigest()[:6]
-        return "scanner fields of the sidecar", _slug(f"{label or 'scanner'} {digest}")
+        digest = hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:6]
+        return _slug(f"{label or 'scanner'} {digest}"), "scanner fields of the sidecar"
     if metadata.get("InstitutionName"):
-        return "InstitutionName", _slug(str(metadata["InstitutionName"]))
-    return "none found", "unknown"
+        return _slug(str(metadata["InstitutionName"])), "InstitutionName"
+    return "unknown", "none found"
 
 
 def _slug(text: str) -> str:
     return re.sub(r"[^0-9A-Za-z]+", "-", text).strip("-")
 
 
-def _key(run: Run) -> Key:
-    return run.participant, run.session
+def _log_table(runs: Sequence[Run]) -> None:
+    batches = defaultdict(list)
+    for run in runs:
+        batches[run.batch, run.batch_source].append(run)
+    for (name, source), members in sorted(batches.items()):
+        people = dict.fromkeys(f"sub-{run.participant}" for run in members)
+        shown = ", ".join(itertools.islice(people, 5)) + (" …" if len(people) > 5 else "")
+        log.info("batch %s (%s): %d run(s) of %d participant(s): %s", name, source, len(members),
+                 len(people), shown)
+    if any(run.batch_source == "none found" for run in runs):
+        log.warning("no site, scanner or institution is known of some runs: their batch is "
+                    "\"unknown\". Add a column `site` to participants.tsv, or give --batch-file.")
 
 
-def _only_column(rows: Mapping[Key, dict[str, str]], path: Path) -> str:
+def _only_column(rows: Rows, path: Path) -> str:
     columns = {c for row in rows.values() for c in row}
     for choice in (columns, columns & {*COLUMNS, "batch"}):
         if len(choice) == 1:
@@ -156,10 +192,16 @@ def _only_column(rows: Mapping[Key, dict[str, str]], path: Path) -> str:
                      "the batch? Name it with --batch-column.")
 
 
-def _table(path: Path, identifier: str, *, participant: str = "", needed: bool = False
-           ) -> dict[Key, dict[str, str]]:
+def _given(path: Path) -> Path:
+    try:
+        return here(path)
+    except DataError as error:
+        raise UsageError(f"--batch-file {error}") from error
+
+
+def _table(path: Path, identifier: str, participant: str = "") -> dict[Key, dict[str, str]]:
     """Rows by participant and session, labels without prefix, n/a and empty cells left out."""
-    if not path.exists() and not needed:
+    if not path.exists():
         return {}
     try:
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig")
@@ -167,8 +209,8 @@ def _table(path: Path, identifier: str, *, participant: str = "", needed: bool =
         raise UsageError(f"{path}: cannot be read as a table ({error}). It must be a text file "
                          "with columns apart by tabs.") from error
     if identifier not in table:
-        raise UsageError(f"{path}: has no column {identifier} (found: {', '.join(table)}). Name "
-                         "it so; columns are apart by tabs.")
+        raise UsageError(f"{path}: has no column {identifier} (found: "
+                         f"{', '.join(map(str, table))}). Name it so; columns are apart by tabs.")
     rows: dict[Key, dict[str, str]] = {}
     for record in table.to_dict("records"):
         row = {str(k): v.strip() for k, v in record.items()
@@ -176,20 +218,23 @@ def _table(path: Path, identifier: str, *, participant: str = "", needed: bool =
         session = row.pop("session_id", None)
         person = participant or row.pop("participant_id", "")
         key = (person.removeprefix("sub-"), session.removeprefix("ses-") if session else None)
-        if key in rows and rows[key] != row:
+        if rows.setdefault(key, row) != row:
             raise UsageError(f"{path}: two rows for {person}{f' {session}' if session else ''} "
                              "differ. Leave one, or tell them apart by session_id.")
-        rows[key] = row
     return rows
 
 
+def _descriptions(root: Path) -> dict[str, dict[str, Any]]:
+    path, found = root / "participants.json", {}
+    if path.exists():
+        try:
+            found = {k: v for k, v in read_json(path).items() if isinstance(v, dict)}
+        except DataError as error:
+            log.warning("%s Its descriptions are left out.", error)
+    return {**found, "batch": BATCH}
+
+
 def _typed(value: str) -> Any:
-    """int or float where the text is one, else the text."""
-    if re.fullmatch(r"-?(0|[1-9]\d*)", value):
-        return int(value)
-    try:
-        number = float(value)
-    except ValueError:
-        return value
-    return number if math.isfinite(number) and not value.startswith("0") or "." in value \
-        else value
+    """A number where the text is one, else the text: 007 stays a label."""
+    match = NUMBER.fullmatch(value)
+    return value if not match else int(value) if not (match[2] or match[3]) else float(value)

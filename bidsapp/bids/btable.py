@@ -43,24 +43,24 @@ def acquisition_of(run: Run) -> Acquisition:
     Raises:
         DataError: as `read_acquisition`; or the whole has no b0, or nothing but b0.
     """
-    whole = concatenate([read_acquisition(part) for part in run.parts])
+    bvals = np.concatenate([_numbers(part.bval) for part in run.parts])
     files = ", ".join(str(part.bval) for part in run.parts)
-    largest, smallest = whole.bvals.max(), whole.bvals.min()
+    largest, smallest = bvals.max(), bvals.min()
     if largest == 0:
-        raise DataError(f"{files}: all {len(whole)} b-values are 0, so nothing is "
+        raise DataError(f"{files}: all {len(bvals)} b-values are 0, so nothing is "
                         "diffusion-weighted. Give the table of the weighted series.")
-    if largest < 20:
+    if 0 < largest < 20:
         raise DataError(f"{files}: the largest b-value is {largest:g}; that looks like ms/µm². "
                         "b-values are needed in s/mm²: multiply the table by 1000.")
-    if whole.b0.all():
+    if 0 < largest < B0_MAX:
         raise DataError(f"{files}: only b0 volumes (b < {B0_MAX:g} s/mm²; the largest is "
                         f"{largest:g}). Weighted volumes are needed; leave the run out with "
                         "--bids-filter-file, or join it with its weighted series.")
-    if not whole.b0.any():
+    if smallest >= B0_MAX:
         raise DataError(f"{files}: no b0 volume (b < {B0_MAX:g} s/mm²; the smallest is "
                         f"{smallest:g}). At least one is needed: add the b0 volume of the same "
                         "series to image and table.")
-    return whole
+    return concatenate([read_acquisition(part) for part in run.parts])
 
 
 def read_acquisition(part: Part) -> Acquisition:
@@ -81,6 +81,9 @@ def read_acquisition(part: Part) -> Acquisition:
         raise DataError(f"{part.image} has {n} volumes, {part.bval.name} {bvals.size} b-values "
                         f"and {part.bvec.name} {len(bvecs)} b-vectors; the three must be equal. "
                         "Convert the series again, or remove the surplus.")
+    if not np.linalg.cond(affine[:3, :3]) < 1e6:
+        raise DataError(f"{part.image}: its affine cannot be inverted, so no direction is known. "
+                        "Convert the series again.")
     axes = to_world(bvecs, affine)
     b_delta = None
     if part.encoding is not None:
@@ -88,15 +91,16 @@ def read_acquisition(part: Part) -> Acquisition:
     try:
         return Acquisition(bvals, axes, b_delta, **_times(part.metadata))
     except DataError as error:
-        raise DataError(f"{part.bval} and {part.bvec.name}: {error}") from error
+        others = [p.name for p in (part.bvec, part.encoding) if p]
+        raise DataError(f"{part.bval} with {' and '.join(others)}: {error}") from error
 
 
-def largest_b(part: Part) -> float | None:
-    """The largest b-value of a file (s/mm²), or None where its table cannot be read."""
+def largest_b(part: Part) -> float:
+    """The largest b-value of a file (s/mm²); infinite where its table cannot be read."""
     try:
         return float(_numbers(part.bval).max())
     except DataError:
-        return None
+        return math.inf
 
 
 def to_world(bvecs: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -193,7 +197,11 @@ def _encoding(path: Path, bvals: np.ndarray, axes: np.ndarray, affine: np.ndarra
     if path.suffix == ".tsv":
         import pandas as pd
 
-        table = pd.read_csv(here(path), sep="\t")
+        try:
+            table = pd.read_csv(here(path), sep="\t")
+        except ValueError as error:
+            raise DataError(f"{path}: cannot be read as a table ({error}). It must be a text file "
+                            "with columns apart by tabs.") from error
         if "b_delta" not in table:
             raise DataError(f"{path}: has no column b_delta. Add it (1 linear, 0 spherical, -0.5 "
                             "planar), or remove the file if all is linear.")

@@ -2,18 +2,23 @@
 
 A file applies to an image when it stands in the image's folder or above it (up to the dataset's
 root), has the same suffix, and no entity that the image does not share. JSON keys nearer to the
-image win; of .bval and .bvec the nearest file is used
+image win; of .bval, .bvec and encoding files the nearest is used
 (https://bids-specification.readthedocs.io/en/stable/common-principles.html#the-inheritance-principle).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from bidsapp.bids.names import ENTITIES, output
+from bidsapp.dwi import Part
 from bidsapp.errors import DataError
+
+ENCODINGS = (".btens", ".bshape", ".tsv")
 
 
 def entities_of(name: str) -> dict[str, str]:
@@ -21,9 +26,10 @@ def entities_of(name: str) -> dict[str, str]:
     return dict(part.split("-", 1) for part in name.split(".")[0].split("_") if "-" in part)
 
 
-def suffix_of(name: str) -> str:
-    """The part after the last underscore, without extension: `dwi`."""
-    return name.split(".")[0].rsplit("_", 1)[-1]
+def ordered(entities: Mapping[str, str]) -> dict[str, str]:
+    """In BIDS order, unknown ones last."""
+    rank = {key: i for i, key in enumerate(ENTITIES)}
+    return dict(sorted(entities.items(), key=lambda item: rank.get(item[0], len(rank))))
 
 
 def stem_of(path: Path) -> Path:
@@ -31,33 +37,46 @@ def stem_of(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii"))
 
 
+def read_part(image: Path, root: Path) -> Part:
+    """An image with the tables, encoding file and sidecars that belong to it.
+
+    Raises:
+        DataError: one of them is missing, a link to nowhere, broken or there twice; or the name is
+            not BIDS.
+    """
+    try:
+        output(entities_of(image.name), "dwi", ".nii.gz")
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{image}: is not a BIDS name ({error}). Rename it and the files beside "
+                        "it.") from error
+    here(image)
+    if image.suffix == ".nii" and (twin := image.with_name(image.name + ".gz")).exists():
+        raise DataError(f"{image}: {twin.name} stands beside it. Remove one of the two.")
+    encodings = [found[0] for e in ENCODINGS if (found := applicable(image, root, e))]
+    if len(encodings) > 1:
+        raise DataError(f"{image}: {' and '.join(str(e) for e in encodings)} all say how it was "
+                        "encoded. Keep one of them.")
+    metadata: dict[str, Any] = {}
+    for path in reversed(applicable(image, root, ".json")):
+        metadata |= read_json(path)
+    return Part(image, nearest(image, root, ".bval"), nearest(image, root, ".bvec"),
+                here(encodings[0]) if encodings else None, metadata)
+
+
 def applicable(image: Path, root: Path, extension: str) -> list[Path]:
     """Files with this extension that apply to the image, the nearest first.
 
     Within one folder the file that shares most entities comes first.
     """
-    own, suffix = entities_of(image.name), suffix_of(image.name)
+    own = entities_of(image.name)
     found: list[Path] = []
-    folder = image.parent
-    while True:
-        here = [n for n in _names(folder, folder.stat().st_mtime_ns) if n.endswith(extension)
-                and suffix_of(n) == suffix and entities_of(n).items() <= own.items()]
-        found += [folder / n for n in sorted(here, key=lambda n: (-len(entities_of(n)), n))]
-        if folder in (root, folder.parent):
-            return found
-        folder = folder.parent
-
-
-def sidecar(image: Path, root: Path) -> dict[str, Any]:
-    """The image's metadata: all JSON files that apply, keys of nearer ones winning.
-
-    Raises:
-        DataError: a JSON file is broken, a link to nowhere, or no object.
-    """
-    merged: dict[str, Any] = {}
-    for path in reversed(applicable(image, root, ".json")):
-        merged |= _json(here(path), path.stat().st_mtime_ns)
-    return merged
+    for folder in (image.parent, *image.parent.parents):
+        names = [n for n in _names(folder, folder.stat().st_mtime_ns) if n.endswith(extension)
+                 and _suffix(n) == _suffix(image.name) and entities_of(n).items() <= own.items()]
+        found += [folder / n for n in sorted(names, key=lambda n: (-len(entities_of(n)), n))]
+        if folder == root:
+            break
+    return found
 
 
 def nearest(image: Path, root: Path, extension: str) -> Path:
@@ -85,6 +104,19 @@ def here(path: Path) -> Path:
     return path
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        DataError: it is broken, a link to nowhere, or no object.
+    """
+    return dict(_json(here(path), path.stat().st_mtime_ns))
+
+
+def _suffix(name: str) -> str:
+    return name.split(".")[0].rsplit("_", 1)[-1]
+
+
 @lru_cache(maxsize=4096)
 def _names(folder: Path, changed: int) -> tuple[str, ...]:
     return tuple(p.name for p in folder.iterdir())
@@ -95,8 +127,7 @@ def _json(path: Path, changed: int) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}). Correct or remove it.") \
-            from error
+        raise DataError(f"{path}: cannot be read as JSON ({error}). Correct it.") from error
     if not isinstance(table, dict):
         raise DataError(f"{path}: holds a {type(table).__name__}, an object {{...}} is needed.")
     return table

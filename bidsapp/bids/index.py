@@ -1,0 +1,172 @@
+"""What files a dataset holds: pybids' index of its dwi folders, and queries of it.
+
+Sidecars are left to `bidsapp.bids.inherit`: pybids 0.22 gives up the whole index when one JSON of
+one participant is broken or a link to nowhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bidsapp.bids.inherit import read_json
+from bidsapp.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from bids.layout import BIDSLayout
+
+log = logging.getLogger(__name__)
+
+IGNORED = (r"^/(?!sub-)[^/.]+(/|$)",
+           r"^/sub-[^/]+/(ses-[^/]+/)?(?!ses-|dwi(/|$))[^/.]+(/|$)")
+"""All folders but sub-*/[ses-*/]dwi."""
+
+SHORT = {"acq": "acquisition", "dir": "direction", "ses": "session", "sub": "subject",
+         "rec": "reconstruction"}
+
+
+def description(root: Path, *, needed: bool) -> dict[str, Any]:
+    """The content of dataset_description.json; {} where there is none and none is needed.
+
+    Raises:
+        UsageError: root is not a folder that can be read, or not the root of a BIDS dataset.
+    """
+    if not root.is_dir():
+        raise UsageError(f"BIDS_DIR {root} is not a folder that exists. Give the root of a BIDS "
+                         "dataset (in a container: the path it is mounted on).")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise UsageError(f"BIDS_DIR {root} cannot be read. Grant read access to it.")
+    path = root / "dataset_description.json"
+    if not path.exists():
+        if not needed:
+            return {}
+        layout = next((what for what, pattern in (("HCP-YA", "*/T1w/Diffusion"),
+                                                  ("UK Biobank", "*/dMRI/dMRI"))
+                       if any(root.glob(pattern))), None)
+        raise UsageError(
+            f"BIDS_DIR {root} holds no dataset_description.json, so it is not the root of a BIDS "
+            "dataset. " + (f"It looks like {layout}: give it as --derivatives NAME={root}, and as "
+                           "BIDS_DIR a folder with no more than that file" if layout else
+                           "Give the root, or write the file") +
+            ': {"Name": "my data", "BIDSVersion": "1.10.0"}.')
+    try:
+        return read_json(path)
+    except DataError as error:
+        raise UsageError(str(error)) from error
+
+
+def index(root: Path, *, participants: Collection[str], validate: bool, derivative: bool = False,
+          database_dir: Path | None = None) -> BIDSLayout:
+    """pybids' index of the dwi folders: of `participants`, or of all when there are none.
+
+    With `database_dir` the index of all is kept there, in a folder named by a hash of the state of
+    the dataset's folders, so that a change of files never meets an old index.
+
+    Raises:
+        UsageError: pybids refuses the dataset, or the database cannot be written.
+    """
+    from bids.exceptions import BIDSValidationError
+    from bids.layout import BIDSLayout, BIDSLayoutIndexer
+
+    ignore = [re.compile(pattern) for pattern in IGNORED]
+    if participants and database_dir is None:
+        ignore.append(re.compile(rf"^/sub-(?!({'|'.join(map(re.escape, participants))})(/|$))"))
+
+    def make(database: Path | None) -> BIDSLayout:
+        return BIDSLayout(root, validate=validate, is_derivative=derivative,
+                          database_path=database, indexer=BIDSLayoutIndexer(
+                              validate=validate, ignore=ignore, index_metadata=False))
+
+    try:
+        if database_dir is None:
+            return make(None)
+        place = database_dir.absolute() / _state(root, validate)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place.parent) as unfinished:
+                make(Path(unfinished))
+                with contextlib.suppress(FileExistsError):  # another process was first
+                    Path(unfinished).rename(place)
+        return make(place)
+    except BIDSValidationError as error:
+        raise UsageError(f"{root}: pybids does not take it for a BIDS dataset: {error}. Correct "
+                         "it, or give --skip-bids-validation.") from error
+    except OSError as error:
+        raise UsageError(f"{root}: cannot be indexed ({error}). Grant read access"
+                         + (f", and write access to --bids-database-dir {database_dir}."
+                            if database_dir else ".")) from error
+
+
+def _state(root: Path, validate: bool) -> str:
+    """Changes when a file or folder down to dwi/ is added, removed or renamed."""
+    folders = [root]
+    for pattern in ("sub-*", "sub-*/ses-*", "sub-*/dwi", "sub-*/ses-*/dwi"):
+        folders += sorted(root.glob(pattern))
+    listing = "\n".join(f"{f} {f.stat().st_mtime_ns}" for f in folders if f.is_dir())
+    return hashlib.sha256(f"{validate}\n{listing}".encode()).hexdigest()[:32]
+
+
+def read_filters(path: Path | None) -> dict[str, Any]:
+    """The `dwi` query of --bids-filter-file, {entity: value}; {} without a file.
+
+    Raises:
+        UsageError: the file is missing or not a JSON object of objects.
+    """
+    if path is None:
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--bids-filter-file {path}: cannot be read as JSON ({error}).") \
+            from error
+    if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):
+        raise UsageError(f"--bids-filter-file {path}: needed is an object of objects, e.g. "
+                         '{"dwi": {"acquisition": "x"}}.')
+    if others := sorted(set(table) - {"dwi"}):
+        log.info("--bids-filter-file: only the query \"dwi\" is used here, not %s.",
+                 ", ".join(others))
+    return table.get("dwi", {})
+
+
+def files(layout: BIDSLayout, suffix: str, filters: Mapping[str, Any], **more: Any) -> list[Path]:
+    """Images with this suffix that pass the filters; filters on unknown entities are left aside."""
+    known = {entity for config in layout.config.values() for entity in config.entities}
+    query: dict[str, Any] = {"suffix": suffix, "extension": [".nii", ".nii.gz"]}
+    for key, value in filters.items():
+        name = SHORT.get(key, key)
+        if name in known or name == "regex_search":
+            query[name] = _value(value)
+        elif not layout.is_derivative:
+            log.warning("--bids-filter-file: %r is not an entity and is left aside; known are %s.",
+                        key, ", ".join(sorted(known)))
+    found = layout.get(return_type="filename", invalid_filters="allow", **(query | more))
+    return [Path(name) for name in found]
+
+
+def _value(value: Any) -> Any:
+    """null: must be absent; "*": any; pybids' own names of these are understood, too."""
+    from bids.layout import Query
+
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_value(v) for v in value]
+    if isinstance(value, str) and (match := re.match(r"<?Query\.(\w+)", value)):
+        return getattr(Query, match[1], value)
+    return {None: Query.NONE, "*": Query.ANY}.get(value, value)
+
+
+def label_order(text: str) -> list[tuple[int, str]]:
+    """A sort key that puts run-2 before run-10."""
+    return [(int(t), t) if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", text)]
+
+
+def participants(root: Path) -> set[str]:
+    """Labels of the sub-* folders."""
+    return {p.name.removeprefix("sub-") for p in root.glob("sub-*/")}

@@ -1,0 +1,121 @@
+"""The methods text. What a method does is read from its folder (outputs.json and README.md)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from bidsapp import __version__
+from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
+from bidsapp.methods import Method
+
+DOI = re.compile(r"\b(?:doi:\s*|https?://(?:dx\.)?doi\.org/)(10\.\d{4,9}/[^\s;,)\]}>\"]+)", re.I)
+
+REFERENCES = {
+    "10.1038/sdata.2016.44": "Gorgolewski et al. 2016, the brain imaging data structure",
+    "10.1371/journal.pcbi.1005209": "Gorgolewski et al. 2017, BIDS Apps",
+    "10.21105/joss.01294": "Yarkoni et al. 2019, PyBIDS",
+    "10.3389/fninf.2014.00008": "Garyfallidis et al. 2014, DIPY",
+    "10.1109/TSMC.1979.4310076": "Otsu 1979, threshold selection",
+    "10.1002/mrm.21277": "Descoteaux et al. 2007, spherical harmonics of the diffusion signal",
+    "10.1016/j.neuroimage.2019.116131": "Yeh et al. 2019, neighbouring DWI correlation",
+}
+"""DOI → what it is, of what every run goes through. Methods bring their own."""
+
+
+def acknowledge() -> str:
+    """One sentence for HowToAcknowledge."""
+    return (f"Please cite QSphere {__version__} and the papers listed in logs/CITATION.md, which "
+            "names those behind every method that was used.")
+
+
+def paragraphs(chosen: Sequence[Method]) -> list[tuple[str, str]]:
+    """(heading, text) of what is done to every run, then of each chosen method."""
+    return [("Preparation", _preparation()), ("Quality", _quality()),
+            *((f"Method: {_short(m)}", _method(m)) for m in chosen)]
+
+
+def references(chosen: Sequence[Method]) -> list[tuple[str, str]]:
+    """(what, https://doi.org/…) of everything that the paragraphs cite, each once."""
+    found = dict(REFERENCES)
+    for method in chosen:
+        readme, url = _readme(method), str(method.outputs["model"].get("URL", ""))
+        for text in (_first_paragraph(readme), url):
+            for match in DOI.finditer(text):
+                doi = match.group(1).rstrip(".")
+                found.setdefault(doi, _authors(text[:match.start()]) or f"{_short(method)}, method")
+    return [(what, f"https://doi.org/{doi}") for doi, what in found.items()]
+
+
+def markdown(chosen: Sequence[Method]) -> str:
+    """The methods text with its references, to be pasted into a paper and then shortened."""
+    parts = ["# Methods", "_Written by QSphere to be copied as it is; it is in the public domain "
+             "(CC0)._"]
+    parts += [f"## {heading}\n\n{text}" for heading, text in paragraphs(chosen)]
+    parts.append("## References\n\n" + "\n".join(
+        f"{k}. {what}. <{url}>" for k, (what, url) in enumerate(references(chosen), 1)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _preparation() -> str:
+    return (
+        f"Diffusion MRI in BIDS (doi:10.1038/sdata.2016.44) was processed with QSphere {__version__}"
+        ", a BIDS App (doi:10.1371/journal.pcbi.1005209); data were indexed with PyBIDS "
+        "(doi:10.21105/joss.01294). b-vectors were turned from image into world axes. Volumes with "
+        "b < 50 s/mm² counted as b = 0; the others were grouped in shells by b-value and b-tensor "
+        "shape. Everything was computed inside the brain mask that came with the data or, where "
+        "none did, the largest component with holes filled of DIPY's median-Otsu mask of the mean "
+        "b = 0 image (doi:10.3389/fninf.2014.00008, doi:10.1109/TSMC.1979.4310076). Where one "
+        "acquisition was split in several runs, they were concatenated and scaled to the mean b = 0 "
+        "signal of the first. NaN and infinite values were set to 0 and counted. QSphere applied "
+        "no correction of noise, Gibbs ringing, motion, eddy currents, susceptibility or bias "
+        "field: data that need it must be preprocessed first.")
+
+
+def _quality() -> str:
+    return (
+        "The noise standard deviation is the residual of a spherical harmonics fit "
+        "(doi:10.1002/mrm.21277) to each shell, pooled over shells, as the median over voxels; SNR "
+        "is signal divided by it. The neighbouring DWI correlation "
+        "(doi:10.1016/j.neuroimage.2019.116131) is Pearson's correlation over the mask of each "
+        "weighted volume with the one of the nearest b-tensor, averaged. A slice of a volume was "
+        f"reported as corrupted where its mean signal lay {DROPOUT_LOSS:.0%} or more, and "
+        f"{DROPOUT_Z:g} robust standard deviations or more, below what the other volumes of its "
+        "shell predict; no slice was removed or replaced.")
+
+
+def _method(method: Method) -> str:
+    model = method.outputs["model"]
+    made = list(dict.fromkeys(
+        entry["Description"].split(";")[0].split(" (")[0].rstrip(".")
+        for entry in method.outputs.get("maps", {}).values()))
+    text = f"{model['Description'].rstrip('.')} ({model['URL']})."
+    about = _first_paragraph(_readme(method))
+    if about:
+        text += f" {about}"
+    if made:
+        text += f" Maps: {'; '.join(made)}."
+    return text
+
+
+def _readme(method: Method) -> str:
+    path = method.folder / "README.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _first_paragraph(readme: str) -> str:
+    """The first block of text that is no heading, on one line, without markup of emphasis."""
+    blocks = (b.strip() for b in readme.split("\n\n"))
+    found = next((b for b in blocks if b and not b.startswith("#")), "")
+    return re.sub(r"\*\*|`", "", " ".join(found.split()))
+
+
+def _authors(before: str) -> str:
+    """`Johnson et al. 2007` where the text before a DOI ends with it, else nothing."""
+    match = re.search(r"((?:[A-ZÀ-Þ][\w’'-]+(?: et al\.?)?(?:,? (?:and|&) )?)+,? \(?\d{4})[,;:.\s(]*$",
+                      before)
+    return match.group(1).replace("(", "") if match else ""
+
+
+def _short(method: Method) -> str:
+    return method.name.removeprefix("estimate_")

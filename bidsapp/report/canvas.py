@@ -1,0 +1,271 @@
+"""What every figure needs: slices in display orientation, mosaics of them, and an SVG with always
+the same bytes for the same input.
+
+Display is neurological (left is left): axes of the image are flipped and swapped into the order
+closest to world RAS+, never resampled. Mosaics are one RGB image each.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import nibabel as nib
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from bidsapp.dwi import Dwi
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C564B")
+"""Okabe and Ito's colours, safe for colour-blind readers, and two more."""
+
+STYLE = {
+    "svg.hashsalt": "qsphere", "svg.fonttype": "none", "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "legend.frameon": False, "image.composite_image": False, "axes.grid": False,
+    "axes.facecolor": "white", "figure.facecolor": "white", "savefig.facecolor": "white",
+    "text.color": "#222222", "axes.labelcolor": "#222222", "text.usetex": False,
+}
+WIDTH = 10.0
+"""Width of every figure, inches."""
+
+TILE = 110
+"""Most pixels along the longer side of a slice in a mosaic."""
+
+LEVELS = 128
+"""Colours along a map's colour scale: fewer make smaller files, and 128 look continuous."""
+
+PER_ROW = 7
+LABELS = (("P", "A"), ("L", "R"), ("L", "R"))
+"""Left and right of slices across x (sagittal), y (coronal) and z (axial)."""
+
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def figure(height: float) -> Figure:
+    """An empty figure, WIDTH × height inches, outside pyplot. Draw inside `rc_context(STYLE)`."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height))
+
+
+def svg(drawn: Figure) -> bytes:
+    """The figure as SVG: text as text, no date, ids from a fixed salt, images of few colours as
+    palettes, lines to 0.01 pt."""
+    out = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        drawn.savefig(out, format="svg",
+                      metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = re.sub(rb"(?<=base64,)[A-Za-z0-9+/=\s]+", _smaller_png, out.getvalue())
+    return re.sub(rb' d="[^"]*"', lambda m: re.sub(rb"(\.\d\d)\d+", rb"\1", m[0]), text)
+
+
+def _smaller_png(match: re.Match[bytes]) -> bytes:
+    """The same picture, lossless: without alpha, with a palette where 256 colours are enough."""
+    from PIL import Image
+
+    image: Any = Image.open(io.BytesIO(base64.b64decode(match[0])))
+    if image.getextrema()[-1] != (255, 255):
+        return match[0]
+    image = image.convert("RGB")
+    colours = image.getcolors(256)
+    if colours:
+        pixels = np.asarray(image).reshape(-1, 3)
+        table, index = np.unique(pixels, axis=0, return_inverse=True)
+        image = Image.fromarray(index.reshape(image.height, image.width).astype(np.uint8), "P")
+        image.putpalette(table.tobytes())
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue())
+
+
+@dataclass(frozen=True)
+class View:
+    """Slices across one display axis: positions in the canonical grid, and mm per pixel."""
+
+    axis: int
+    positions: tuple[int, ...]
+    zooms: tuple[float, float]
+
+
+class Canvas:
+    """Where the voxels of a Dwi stand on the screen."""
+
+    def __init__(self, dwi: Dwi) -> None:
+        self.dwi = dwi
+        self.orientation = nib.io_orientation(dwi.affine)
+        if np.isnan(self.orientation).any():
+            self.orientation = np.array([[0, 1], [1, 1], [2, 1]])
+        zooms = nib.affines.voxel_sizes(dwi.affine)
+        self.zooms = np.ones(3)
+        self.zooms[self.orientation[:, 0].astype(int)] = zooms
+        self.mask = self.canonical(dwi.mask)
+
+    def canonical(self, volume: np.ndarray) -> np.ndarray:
+        """(x, y, z, …) in the order closest to RAS+."""
+        return nib.apply_orientation(volume, self.orientation)
+
+    def place(self, axis: int, index: int) -> tuple[int, int]:
+        """The canonical axis and position of slice `index` across image axis `axis`."""
+        to, flip = int(self.orientation[axis, 0]), self.orientation[axis, 1]
+        return to, index if flip > 0 else self.dwi.mask.shape[axis] - 1 - index
+
+    @cached_property
+    def box(self) -> tuple[slice, slice, slice]:
+        """Bounding box of the mask with a margin of 2 voxels, in the canonical grid."""
+        bounds = []
+        for axis in range(3):
+            there = np.flatnonzero(self.mask.any(axis=tuple({0, 1, 2} - {axis})))
+            bounds.append(slice(max(int(there[0]) - 2, 0), int(there[-1]) + 3))
+        return bounds[0], bounds[1], bounds[2]
+
+    @cached_property
+    def views(self) -> tuple[View, ...]:
+        """The widest plane of the mask in two rows; the others in one, unless the mask is thin.
+
+        A plane is shown where its shorter side is at least a quarter of its longer one.
+        """
+        size = np.array([b.stop - b.start for b in self.box]) * self.zooms
+        planes = {a: [d for d in range(3) if d != a] for a in (2, 1, 0)}
+        area = {a: size[p].prod() for a, p in planes.items()}
+        first = max(planes, key=lambda a: area[a] * (1.3 if a == 2 else 1))
+        views = []
+        for axis in sorted(planes, key=lambda a: a != first):
+            across, up = planes[axis]
+            ratio = min(size[across], size[up]) / max(size[across], size[up])
+            if axis == first or (ratio >= 0.25 and size[axis] > 0.25 * size.max()):
+                count = 2 * PER_ROW if axis == first else PER_ROW
+                views.append(View(axis, self._spread(axis, count),
+                                  (self.zooms[across], self.zooms[up])))
+        return tuple(views)
+
+    def _spread(self, axis: int, count: int) -> tuple[int, ...]:
+        """At most `count` positions spread evenly over the slices that hold the mask."""
+        area = self.mask.sum(axis=tuple({0, 1, 2} - {axis}))
+        there = np.flatnonzero(area >= 0.15 * area.max())
+        picked = np.linspace(0, len(there) - 1, min(count, len(there)))
+        return tuple(int(there[round(p)]) for p in picked)
+
+    def tile(self, volume: np.ndarray, axis: int, position: int, crop: bool = True) -> np.ndarray:
+        """One slice of a canonical (x, y, z[, 3]) volume: (row, column[, 3]), bottom row first."""
+        box: list[slice | int] = list(self.box if crop else (slice(None),) * 3)
+        box[axis] = position
+        return np.swapaxes(volume[tuple(box)], 0, 1)
+
+    def mosaic(self, volume: np.ndarray, view: View, crop: bool = True) -> np.ndarray:
+        """Slices of a canonical volume in rows of 7 with a gap of one pixel; first at top left.
+
+        Row 0 is the bottom. Slices longer than TILE pixels are thinned out.
+        """
+        tiles = [self.tile(volume, view.axis, p, crop) for p in view.positions]
+        step = -(-max(tiles[0].shape[:2]) // TILE)
+        tiles = [np.pad(t[::step, ::step], ((1, 1), (1, 1), *([(0, 0)] * (t.ndim - 2))))
+                 for t in tiles]
+        tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % self.per_row(view))
+        rows = [np.concatenate(tiles[i:i + self.per_row(view)], axis=1)
+                for i in range(0, len(tiles), self.per_row(view))]
+        return np.concatenate(rows[::-1], axis=0)
+
+    @staticmethod
+    def per_row(view: View) -> int:
+        return min(PER_ROW, len(view.positions))
+
+
+def mosaics(canvas: Canvas, colours: Any, title: str, *, crop: bool = True,
+            outline: np.ndarray | None = None, bar: Any = None, unit: str = "") -> Figure:
+    """All views of a volume below one another.
+
+    colours: canonical (x, y, z, 3) uint8. outline: canonical bool, drawn as a line.
+    bar: (norm, cmap) of the colour bar, which `unit` labels.
+    """
+    images = [canvas.mosaic(colours, v, crop) for v in canvas.views]
+    heights, widths = [], []
+    room = WIDTH - (0.9 if bar else 0.1)
+    for image, view in zip(images, canvas.views, strict=True):
+        columns = canvas.per_row(view)
+        ratio = image.shape[0] * view.zooms[1] / (image.shape[1] * view.zooms[0])
+        width = min(room, room * columns / 4, 7.0 / ratio)
+        widths.append(width)
+        heights.append(width * ratio)
+    gap, head = 0.08, 0.35
+    total = sum(heights) + gap * len(heights) + head
+    drawn = figure(total)
+    top = total - head
+    drawn.text(0.005, 1 - 0.08 / total, title, va="top", weight="bold", size=10)
+    for image, view, width, height in zip(images, canvas.views, widths, heights, strict=True):
+        ax = drawn.add_axes((0.05 / WIDTH, (top - height) / total, width / WIDTH, height / total))
+        show(ax, image, view.zooms)
+        if outline is not None:
+            draw_outline(ax, canvas.mosaic(outline, view, crop))
+        left, right = LABELS[view.axis]
+        tile_w = image.shape[1] / canvas.per_row(view)
+        tile_h = image.shape[0] / max(1, -(-len(view.positions) // canvas.per_row(view)))
+        y = image.shape[0] - tile_h / 2
+        style = {"color": "white", "size": 8, "va": "center"}
+        ax.text(0.5, y, left, ha="left", **style)
+        ax.text(tile_w - 1.5, y, right, ha="right", **style)
+        top -= height + gap
+    if bar:
+        height = min(sum(heights), 2.6)
+        cax = drawn.add_axes(((max(widths) + 0.13) / WIDTH, (total - head - height) / total, 0.16 / WIDTH,
+                              (height - 0.1) / total))
+        colour_bar(cax, *bar, unit)
+    return drawn
+
+
+def show(ax: Axes, image: np.ndarray, zooms: tuple[float, float]) -> None:
+    """An RGB or grey image, row 0 at the bottom, pixels of the right shape, no frame."""
+    ax.imshow(image, origin="lower", aspect=zooms[1] / zooms[0], interpolation="none",
+              cmap="gray", vmin=0, vmax=255)
+    ax.set_axis_off()
+
+
+def draw_outline(ax: Axes, inside: np.ndarray) -> None:
+    """The border of a boolean image, without the points that lie within straight pieces."""
+    from contourpy import contour_generator
+    from matplotlib.collections import LineCollection
+
+    lines = []
+    for line in contour_generator(z=inside.astype(float)).lines(0.5):
+        step = np.diff(np.asarray(line), axis=0)
+        turn = step[1:, 0] * step[:-1, 1] != step[1:, 1] * step[:-1, 0]
+        lines.append(np.asarray(line)[np.concatenate([[True], turn, [True]])])
+    ax.add_collection(LineCollection(lines, colors="#E69F00", linewidths=0.8), autolim=False)
+
+
+def colour_bar(ax: Axes, norm: Any, cmap: str, unit: str) -> None:
+    """A vertical bar from norm.vmin to norm.vmax, as one image; powers of 1000 go to the unit."""
+    most = max(abs(norm.vmin), abs(norm.vmax))
+    power = 3 * int(np.floor(np.log10(most) / 3)) if most > 0 else 0
+    power = power if abs(power) >= 3 else 0
+    scale = 10.0**-power
+    ax.imshow(np.linspace(0, 1, 128)[:, None], origin="lower", aspect="auto", cmap=cmap,
+              extent=(0, 1, norm.vmin * scale, norm.vmax * scale), interpolation="none",
+              vmin=0, vmax=1)
+    ax.set_xticks([])
+    ax.yaxis.tick_right()
+    ax.locator_params(axis="y", nbins=5)
+    ax.tick_params(labelsize=8)
+    factor = f"10{str(power).translate(SUPERSCRIPT)} " if power else ""
+    ax.set_title(f"{factor}{unit}", fontsize=8, weight="normal", loc="left")
+
+
+def coloured(values: np.ndarray, norm: Any, cmap: str, mask: np.ndarray) -> np.ndarray:
+    """(x, y, z, 3) uint8 of a scalar volume, in LEVELS steps from norm.vmin to norm.vmax; black
+    outside the mask, mid-grey where not finite."""
+    table = (mpl.colormaps[cmap](np.linspace(0, 1, LEVELS))[:, :3] * 255).round().astype(np.uint8)
+    finite = np.isfinite(values)
+    scaled = (np.where(finite, values, norm.vmin) - norm.vmin) / (norm.vmax - norm.vmin)
+    out = table[(np.clip(scaled, 0, 1) * (LEVELS - 1)).round().astype(np.uint8)]
+    out[~finite] = 128
+    out[~mask] = 0
+    return out

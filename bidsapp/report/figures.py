@@ -1,0 +1,372 @@
+"""Figures of a run and of a group, as SVG. What a map's figure shows comes from outputs.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
+
+from bidsapp.dwi import Dwi
+from bidsapp.evaluate import quality
+from bidsapp.methods import Derived, Fitted, Method, Study
+from bidsapp.report.canvas import (
+    PALETTE,
+    STYLE,
+    WIDTH,
+    Canvas,
+    coloured,
+    figure,
+    mosaics,
+    show,
+    svg,
+)
+
+SHOWN_SLICES = 8
+"""At most this many suspected slices are drawn; all are counted."""
+
+BRIGHT_FA = 0.7
+"""FA at which colours are at their brightest."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure and what the page says of it.
+
+    suffix, entities: its file name's, as in BIDS. section: the heading under which it stands.
+    """
+
+    suffix: str
+    entities: Mapping[str, str]
+    svg: bytes
+    title: str
+    caption: str
+    section: str
+
+
+def of_signal(dwi: Dwi, mean_b0: np.ndarray) -> list[Figure]:
+    """Gradient directions, mean b0 with the mask, signal and SNR, slices that look corrupted.
+
+    mean_b0: (x, y, z), the whole grid.
+    """
+    canvas = Canvas(dwi)
+    with mpl.rc_context(STYLE):
+        return [_gradients(dwi), _mean_b0(canvas, mean_b0), _levels(dwi), _slices(canvas)]
+
+
+def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
+    """One mosaic per scalar map whose entry in outputs.json says `"report": true`.
+
+    Colours run over `display`, else `range`; an end that is null is the 98th percentile (2nd for
+    the lower). A map of three components is a direction: |x| red, |y| green, |z| blue, times `fa`
+    where the method has one; it comes first.
+    """
+    canvas, drawn = Canvas(dwi), []
+    outputs = method.outputs
+    with mpl.rc_context(STYLE):
+        for key, values in derived.maps.items():
+            entry = outputs["maps"][key]
+            entities = {"model": outputs["model"]["name"], **entry["entities"]}
+            section = f"Maps: {method.name.removeprefix('estimate_')}"
+            if values.ndim == 2 and values.shape[1] == 3:
+                drawn.insert(0, _directions(canvas, values, derived.maps.get("fa"), entities,
+                                            section))
+            elif values.ndim == 1 and entry.get("report"):
+                drawn.append(_map(canvas, values, entry, entities, section))
+    return drawn
+
+
+def of_group(study: Study, fitted: Mapping[str, Fitted]) -> list[Figure]:
+    """Map statistics by batch, and once more for every table that a method made of them."""
+    features = list(study.features)
+    if not features:
+        return []
+    units = {f: _units(d) for f, d in quality.columns(features).items()}
+    runs = len(study.statistics)
+    with mpl.rc_context(STYLE):
+        drawn = [Figure(
+            "dwimap", {"desc": "distributions"},
+            _distributions([("as measured", study.statistics)], features, units),
+            "Map statistics by batch",
+            f"Mean of each map over the brain mask; a point per run ({runs} in all), a line from "
+            "the lower to the upper quartile and a bar at the median of each batch.",
+            "Distributions")]
+        for method, result in fitted.items():
+            for name, table in result.tables.items():
+                shared = [f for f in features if f in table.columns]
+                if not shared or "batch" not in table.columns:
+                    continue
+                label = name.removeprefix("desc-").split("_")[0]
+                drawn.append(Figure(
+                    "dwimap", {"desc": label},
+                    _distributions([("before", study.statistics), ("after", table)], shared, units),
+                    f"Before and after {label}",
+                    f"{method}: the statistics of every run before (open circles), and after (filled"
+                    " circles; runs of one participant in one batch are averaged first).",
+                    "Harmonization"))
+    return drawn
+
+
+def _gradients(dwi: Dwi) -> Figure:
+    shells = [s for s in dwi.acquisition.shells if abs(s.b_delta) > 0.01]
+    columns = max(1, min(4, len(shells)))
+    rows = max(1, -(-len(shells) // columns))
+    drawn = figure(0.3 + 2.75 * rows)
+    circle = np.linspace(0, 2 * np.pi, 200)
+    for k in range(rows * columns):
+        ax = drawn.add_subplot(rows, columns, k + 1, aspect="equal")
+        ax.set_axis_off()
+        if k >= len(shells):
+            continue
+        n = dwi.acquisition.bvecs[shells[k].indices]
+        above = n[:, 2] >= 0
+        axis = np.where(above[:, None], n, -n)
+        # Lambert's projection of the upper half sphere: equal areas stay equal, the rim is radius 1
+        plane = axis[:, :2] / np.sqrt(1 + axis[:, 2:])
+        for radius, style in ((1, "-"), (np.sqrt(2) * np.sin(np.pi / 8), ":")):
+            ax.plot(radius * np.cos(circle), radius * np.sin(circle), style, color="#888888",
+                    linewidth=0.8)
+        colour = PALETTE[k % len(PALETTE)]
+        ax.scatter(*plane[above].T, s=22, color=colour, linewidths=0.8)
+        ax.scatter(*plane[~above].T, s=22, facecolors="none", edgecolors=colour, linewidths=1)
+        for x, y, text in ((0, 1.12, "A"), (0, -1.12, "P"), (-1.12, 0, "L"), (1.12, 0, "R")):
+            ax.text(x, y, text, ha="center", va="center", size=8, color="#555555")
+        ax.set_xlim(-1.25, 1.25)
+        ax.set_ylim(-1.25, 1.25)
+        shape = "" if shells[k].b_delta > 0.99 else f", b_Δ = {shells[k].b_delta:.2g}"
+        ax.set_title(f"b = {shells[k].b:.0f} s/mm²{shape}\n{len(shells[k])} volumes", size=9)
+    if not shells:
+        drawn.text(0.5, 0.5, "No shell has directions (spherical encoding only).", ha="center")
+    drawn.subplots_adjust(0.01, 0.02, 0.99, 1 - 0.45 / (0.3 + 2.75 * rows), 0.05, 0.3)
+    return Figure(
+        "dwi", {"desc": "bvecs"}, svg(drawn), "Gradient directions",
+        "Axes of the b-tensors in world axes, seen from above the head, each as the point where it "
+        "leaves the upper half sphere (equal-area projection; dotted: 45° from the vertical). "
+        "Open circles were given pointing down. Gaps or clusters mean uneven sampling.",
+        "Acquisition")
+
+
+def _mean_b0(canvas: Canvas, mean_b0: np.ndarray) -> Figure:
+    volume = canvas.canonical(np.asarray(mean_b0))
+    inside = volume[canvas.mask]
+    norm = Normalize(0, float(np.percentile(inside, 99.5)) or 1.0)
+    grey = coloured(volume, norm, "gray", np.ones_like(canvas.mask))
+    drawn = mosaics(canvas, grey, "Mean b = 0 and brain mask", crop=False, outline=canvas.mask)
+    return Figure(
+        "dwi", {"desc": "mask"}, svg(drawn), "Mean b = 0 with the brain mask",
+        f"The orange line is the mask in which everything is computed ({len(inside)} voxels). It "
+        "should follow the brain: maps are missing outside it, and air or skull inside it "
+        "distorts the statistics.", "Brain mask")
+
+
+def _levels(dwi: Dwi) -> Figure:
+    """Mean signal by volume, and the distribution of SNR over the mask by shell."""
+    acquisition, noise = dwi.acquisition, dwi.noise_sd
+    groups = [(quality.shell_name(s), s.indices) for s in acquisition.shells]
+    if acquisition.b0.any():
+        groups.insert(0, ("b0", np.flatnonzero(acquisition.b0)))
+    colours = ["#444444", *PALETTE] if groups[0][0] == "b0" else list(PALETTE)
+    drawn = figure(2.9)
+    left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
+    boxes = []
+    for k, (name, indices) in enumerate(groups):
+        total = np.zeros(len(dwi.signal))
+        means = []
+        for i in indices:
+            total += dwi.signal[:, i]
+            means.append(float(dwi.signal[:, i].mean(dtype=np.float64)))
+        left.plot(indices, means, "o", markersize=4, color=colours[k % len(colours)], label=name)
+        boxes.append(np.percentile(total / len(indices) / (noise or 1), (5, 25, 50, 75, 95)))
+    left.set_xlabel("volume")
+    left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    left.set_ylabel("mean signal in the mask")
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2)
+    for k, (low, q1, median, q3, high) in enumerate(boxes):
+        colour = colours[k % len(colours)]
+        right.plot((low, high), (k, k), color=colour, linewidth=1.2)
+        right.plot((q1, q3), (k, k), color=colour, linewidth=7, solid_capstyle="butt", alpha=0.5)
+        right.plot(median, k, "o", color=colour, markersize=5)
+        right.text(median, k - 0.22, f"{median:.3g}", ha="center", va="bottom", size=8)
+    if noise:
+        right.axvline(3, color="#888888", linewidth=0.8, linestyle=":")
+    right.set_yticks(range(len(groups)), [name for name, _ in groups])
+    right.set_ylim(len(groups) - 0.5, -0.75)
+    right.set_xlim(left=0)
+    right.set_xlabel("SNR over the mask" if noise else "signal over the mask")
+    drawn.subplots_adjust(0.08, 0.17, 0.98, 0.95, 0.5)
+    known = (f"Noise SD {noise:.4g} (residual of a spherical harmonics fit per shell). Dotted: SNR "
+             "3, below which the noise floor biases the signal." if noise else
+             "The noise level could not be estimated: too few volumes beside what a fit needs.")
+    return Figure(
+        "dwi", {"desc": "snr"}, svg(drawn), "Signal and SNR per shell",
+        "Left: mean signal of each volume in the order of the file; a drift, step or single low "
+        "volume is worth a look. Right: signal of the mean volume of each shell"
+        f"{' over the noise SD' if noise else ''}; point: median of the mask, box: quartiles, line:"
+        f" 5 to 95 %. {known}", "Signal")
+
+
+def _slices(canvas: Canvas) -> Figure:
+    """Change of the signal by slice and volume; the suspected ones beside what is usual."""
+    dwi = canvas.dwi
+    found = quality.slice_signal(dwi)
+    worst = found.suspects
+    shown = worst[:SHOWN_SLICES]
+    tall = min(2.2, 0.6 + 0.1 * dwi.mask.shape[2])
+    height = tall + 0.8 + (2.6 if shown else 0)
+    drawn = figure(height)
+    bottom = (height - tall - 0.3) / height
+    ax = drawn.add_axes((0.07, bottom, 0.83, tall / height))
+    ax.set_facecolor("#dddddd")
+    ax.imshow(100 * found.change, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-30, vmax=30,
+              interpolation="none")
+    if worst:
+        k, i = np.array(worst).T
+        ax.plot(i, k, "s", markerfacecolor="none", markeredgecolor="black", markersize=6)
+    ax.set_xlabel("volume")
+    ax.set_ylabel("slice")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(10, integer=True))
+    cax = drawn.add_axes((0.92, bottom, 0.015, tall / height))
+    cax.imshow(np.linspace(-30, 30, 64)[:, None], origin="lower", aspect="auto", cmap="RdBu_r",
+               extent=(0, 1, -30, 30), interpolation="none")
+    cax.set_xticks([])
+    cax.yaxis.tick_right()
+    cax.set_title("%", size=8, weight="normal")
+    for row, label in enumerate(("volume", "shell mean") if shown else ()):
+        drawn.text(0.012, (1.66 - 1.1 * row) / height, label, rotation=90, va="center", size=8)
+    for n, (k, i) in enumerate(shown):
+        _suspect(drawn, canvas, n, k, i, found, height)
+    if not np.isfinite(found.change).any():
+        text = f"Not assessed: no shell has {quality.MIN_VOLUMES} volumes or more."
+    elif worst:
+        text = (f"{len(worst)} slice(s) in {len({i for _, i in worst})} volume(s) look corrupted "
+                "(black squares)" + (f"; the worst {len(shown)} are drawn below, over the same "
+                                     "slice of the mean of its shell." if shown else "."))
+    else:
+        text = "No slice looks corrupted."
+    return Figure(
+        "dwi", {"desc": "dropout"}, svg(drawn), "Slices that look corrupted",
+        f"{text} Colour: mean signal of each slice of each volume against what the other volumes of "
+        f"its shell predict; grey: not assessed. Suspected from a loss of "
+        f"{quality.DROPOUT_LOSS:.0%} and {quality.DROPOUT_Z:g} robust standard deviations.",
+        "Signal")
+
+
+def _suspect(drawn: Any, canvas: Canvas, n: int, k: int, i: int, found: quality.Slices,
+             height: float) -> None:
+    """Column n of the suspected slices: the slice above, its shell's mean below."""
+    dwi = canvas.dwi
+    groups = [s.indices for s in dwi.acquisition.shells] + [np.flatnonzero(dwi.acquisition.b0)]
+    group = next(g for g in groups if i in g)
+    axis, position = canvas.place(2, k)
+    zooms = [z for a, z in enumerate(canvas.zooms) if a != axis]
+    usual = dwi.signal[:, group].mean(axis=1)
+    tiles = [canvas.tile(canvas.canonical(dwi.unmask(v)), axis, position)
+             for v in (dwi.signal[:, i], usual)]
+    top = max(float(np.percentile(tiles[1], 99)), 1e-12)
+    for row, tile in enumerate(tiles):
+        ax = drawn.add_axes((0.03 + 0.12 * n, (1.12 - 1.1 * row) / height, 0.115, 1.08 / height))
+        show(ax, np.clip(tile / top, 0, 1) * 255, (zooms[0], zooms[1]))
+        if row == 0:
+            ax.set_title(f"slice {k}, vol. {i}\n{found.change[k, i]:+.0%}, z = {found.z[k, i]:.0f}",
+                         size=8, weight="normal")
+
+
+def _directions(canvas: Canvas, direction: np.ndarray, fa: np.ndarray | None,
+                entities: dict[str, str], section: str) -> Figure:
+    weight = np.ones(len(direction)) if fa is None else np.clip(np.nan_to_num(fa) / BRIGHT_FA, 0, 1)
+    rgb = np.nan_to_num(np.abs(direction)) * weight[:, None]
+    volume = canvas.dwi.unmask(((np.clip(rgb, 0, 1) * 31).round() * (255 / 31)).astype(np.uint8))
+    drawn = mosaics(canvas, canvas.canonical(volume), "Principal direction"
+                    + ("" if fa is None else " × FA"))
+    return Figure(
+        "dwimap", entities, svg(drawn), "Colour FA" if fa is not None else "Principal direction",
+        "Red: left–right, green: anterior–posterior, blue: inferior–superior, in world axes"
+        + (f", brightness: FA up to {BRIGHT_FA:g}." if fa is not None else ".")
+        + " The corpus callosum should be red at the midline, the cingulum green, the "
+        "corticospinal tract blue; anything else points to wrong b-vectors.", section)
+
+
+def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities: dict[str, str],
+         section: str) -> Figure:
+    finite = values[np.isfinite(values)]
+    ends = entry.get("display") or entry.get("range") or (None, None)
+    usual = np.percentile(finite, (2, 98)) if len(finite) else (0.0, 1.0)
+    low, high = (float(u if e is None else e) for e, u in zip(ends, usual, strict=True))
+    high = high if high > low else low + 1
+    norm = Normalize(low, high)
+    cmap = entry.get("cmap", "viridis")
+    volume = canvas.canonical(canvas.dwi.unmask(values))
+    units = _units(entry)
+    name = entry["Description"].rstrip(".")
+    drawn = mosaics(canvas, coloured(volume, norm, cmap, canvas.mask), _short(name),
+                    bar=(norm, cmap), unit=units)
+    beyond = float(np.mean((finite < low) | (finite > high))) if len(finite) else 0.0
+    parts = [] if name == _short(name) else [f"{name}."]
+    parts.append(f"Shown from {low:.3g} to {high:.3g}{f' {units}' if units else ''}.")
+    if len(finite):
+        parts.append(f"Median {np.median(finite):.4g}, 5 to 95 %: {np.percentile(finite, 5):.4g} to "
+                     f"{np.percentile(finite, 95):.4g}.")
+    if beyond > 0:
+        parts.append(f"{beyond:.2%} of the voxels lie outside the shown range.")
+    if len(finite) < len(values):
+        parts.append(f"{len(values) - len(finite)} voxels have no value (grey).")
+    return Figure("dwimap", entities, svg(drawn), _short(name), " ".join(parts), section)
+
+
+def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
+                   units: Mapping[str, str]) -> bytes:
+    """A panel per feature, a row per batch; with two tables, the first above with open circles."""
+    batches = sorted({str(b) for _, table in tables for b in table["batch"]})
+    columns = min(2, len(features))
+    rows = -(-len(features) // columns)
+    tall = 0.75 + max(0.45, 0.22 + 0.16 * len(tables)) * len(batches)
+    drawn = figure(tall * rows)
+    axes = np.atleast_1d(drawn.subplots(rows, columns, squeeze=False).ravel())
+    labels = [b if len(b) <= 24 else f"{b[:23]}…" for b in batches]
+    for ax, feature in zip(axes, features, strict=False):
+        for t, (_, table) in enumerate(tables):
+            last = t == len(tables) - 1
+            for k, batch in enumerate(batches):
+                values = table.loc[table["batch"].astype(str) == batch, feature].astype(float)
+                values = values[np.isfinite(values)].to_numpy()
+                if not len(values):
+                    continue
+                y = k + (t - (len(tables) - 1) / 2) * 0.36
+                jitter = 0.09 * np.sin(7.3 * np.arange(len(values)))
+                colour = PALETTE[k % len(PALETTE)]
+                ax.scatter(values, y + jitter, s=14, edgecolors=colour, linewidths=0.8, zorder=2,
+                           facecolors=colour if last else "none", alpha=0.8)
+                q1, median, q3 = np.percentile(values, (25, 50, 75))
+                ax.plot((q1, q3), (y, y), color="#333333", linewidth=1, zorder=3)
+                ax.plot(median, y, "|", color="black", markersize=12, markeredgewidth=2, zorder=3)
+        ax.set_yticks(range(len(batches)), labels)
+        ax.set_ylim(len(batches) - 0.45, -0.55)
+        ax.set_title(feature.removesuffix("_mean"), loc="left")
+        ax.set_xlabel(units[feature])
+        ax.locator_params(axis="x", nbins=5)
+        ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
+    for ax in axes[len(features):]:
+        ax.set_axis_off()
+    left = (0.3 + 0.068 * max(map(len, labels))) / WIDTH
+    drawn.subplots_adjust(left, 0.45 / (tall * rows), 0.98, 1 - 0.3 / (tall * rows),
+                          wspace=2.2 * left + 0.1, hspace=0.75 / max(tall - 0.75, 0.1))
+    return svg(drawn)
+
+
+def _units(entry: Mapping[str, Any]) -> str:
+    """Units with superscripts; nothing where there are none."""
+    text = str(entry["Units"])
+    return "" if text in ("unitless", "1") else text.replace("m2", "m²").replace("um", "µm")
+
+
+def _short(text: str, most: int = 60) -> str:
+    """The first clause of a description, for a title."""
+    first = re.split(r"[;:,]| \(|\. ", text)[0].rstrip(".")
+    return first if len(first) <= most else first[: most - 1].rstrip() + "…"

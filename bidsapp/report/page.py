@@ -1,0 +1,164 @@
+"""HTML pages: one per participant and one per group, each a single file that opens offline.
+
+Figures are embedded as data URIs, so their ids cannot clash; everything else from the data is
+escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from bidsapp import __version__, methods
+from bidsapp.errors import UsageError
+from bidsapp.evaluate import quality
+from bidsapp.methods import Fitted, Method, Study
+from bidsapp.report import boilerplate
+
+if TYPE_CHECKING:
+    import jinja2
+    import pandas as pd
+
+    from bidsapp.report.figures import Figure
+
+HERE = Path(__file__).parent
+PACKAGES = ("torch", "numpy", "scipy", "dipy", "nibabel", "pybids", "matplotlib")
+
+
+def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequence[str],
+                root: Path) -> str:
+    """The page of a participant.
+
+    records: what `run.py` wrote of each run, those that failed too. problems: what could not even
+    be made a run. root: OUTPUT_DIR, where figures and the latest options and status lie.
+    """
+    runs = [_run(record, root) for record in records]
+    log = _latest(root / f"sub-{label}/log")
+    status = _json(log / "status.json") if log else {}
+    used = _methods(name for record in records for name in record.get("methods", ()))
+    return _templates().get_template("participant.html").render(
+        title=f"sub-{label}", label=label, runs=runs, problems=problems,
+        failed=[r for r in runs if r["state"] != "complete"],
+        refused=[r for r in runs if r["refusals"]], status=status,
+        options=_text(log / "options.toml") if log else "", log=log.relative_to(root) if log else "",
+        **_common(used))
+
+
+def group(study: Study, outliers: pd.DataFrame, drawn: Sequence[Figure],
+          fitted: Mapping[str, Fitted], *, chosen: Sequence[Method]) -> str:
+    """The page of a group: batches, distributions, outliers, what was trained."""
+    table = study.statistics
+    batches = [{"name": name, "participants": members["participant"].nunique(),
+                "runs": len(members)} for name, members in table.groupby("batch", sort=True)]
+    estimates = _methods(name for name in methods.names("estimate_") if any(
+        c.startswith(f"{name.removeprefix('estimate_')}_") for c in study.features))
+    return _templates().get_template("group.html").render(
+        title="Group", batches=batches, n_runs=len(table), min_runs=quality.MIN_RUNS,
+        threshold=quality.OUTLIER, covariates=study.covariates, reference=study.reference_batch,
+        outliers=outliers.to_dict("records"), features=study.features,
+        sections=_sections([{"title": f.title, "caption": f.caption, "section": f.section,
+                             "uri": _uri(f.svg)} for f in drawn]),
+        trained=[{"name": name, "model": result.model, "tables": list(result.tables)}
+                 for name, result in fitted.items()],
+        **_common([*estimates, *chosen]))
+
+
+def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """A record as the template needs it, whatever it lacks."""
+    figures = []
+    for entry in record.get("figures", ()):
+        path = root / entry["file"]
+        figures.append({**entry, "uri": _uri(path.read_bytes()) if path.is_file() else None})
+    qc = record.get("qc", {})
+    described = quality.columns(qc)
+    state = record.get("state", "incomplete")
+    size = record.get("voxel_size")
+    return {
+        **record, "state": state, "id": record.get("name", "run"), "refusals":
+        record.get("refusals", {}), "notices": record.get("notices", []),
+        "size": " × ".join(f"{s:.3g}" for s in size) + " mm" if size else "",
+        "shells": [{**s, "shape": _shape(s["b_delta"])} for s in record.get("shells", ())],
+        "sections": _sections(figures),
+        "qc": [{"name": k, "value": _number(v), **described[k]} for k, v in qc.items()],
+        "covariates": dict(record.get("covariates", {}))}
+
+
+def _sections(figures: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    sections: dict[str, list[Mapping[str, Any]]] = {}
+    for figure in figures:
+        sections.setdefault(figure["section"], []).append(figure)
+    return sections
+
+
+def _common(used: Sequence[Method]) -> dict[str, Any]:
+    return {
+        "style": _text(HERE / "style.css"), "version": __version__,
+        "paragraphs": boilerplate.paragraphs(used), "references": boilerplate.references(used),
+        "versions": {"QSphere": __version__, "Python": platform.python_version(),
+                     **{p: _version(p) for p in PACKAGES}}}
+
+
+def _methods(names: Iterable[str]) -> list[Method]:
+    """Each named method once; one that is no longer there is left out."""
+    found = []
+    for name in dict.fromkeys(names):
+        try:
+            found.append(methods.get(name))
+        except UsageError:
+            continue
+    return found
+
+
+def _latest(folder: Path) -> Path | None:
+    """The folder of the latest invocation: their names begin with the time."""
+    found = sorted(p for p in folder.glob("*/") if (p / "status.json").is_file())
+    return found[-1] if found else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(_text(path))
+    except ValueError:
+        return {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _uri(svg: bytes) -> str:
+    """A data URI; percent-encoded, because the pictures inside are base64 already."""
+    return "data:image/svg+xml," + quote(svg, safe=" !$'()*+,-./:;=?@[]_~")
+
+
+def _shape(b_delta: float) -> str:
+    named = {1.0: "linear", 0.0: "spherical", -0.5: "planar"}
+    return next((n for b, n in named.items() if abs(b - b_delta) < 0.03), f"b_Δ = {b_delta:.2f}")
+
+
+def _number(value: Any) -> str:
+    if value is None or value != value:
+        return "n/a"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    import jinja2
+
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True,
+                              trim_blocks=True, lstrip_blocks=True,
+                              undefined=jinja2.ChainableUndefined)

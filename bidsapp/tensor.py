@@ -1,0 +1,196 @@
+"""Batched, differentiable diffusion tensor fit from b-tensors of any shape.
+
+    log S_i = log S0 − B_i : D = x_i · β,   x = (−B11, −2B12, −2B13, −B22, −2B23, −B33, 1)
+
+Ordinary least squares gives β_ols; weighted least squares uses w_i = exp(2 x_i·β_ols), the squared
+predicted signal, because Var(log S) ≈ σ²/S² (Salvador et al. 2005, doi:10.1002/hbm.20076; Chung
+et al. 2006, doi:10.1016/j.neuroimage.2006.07.001). These are dipy's weights. Then
+
+    Cov(β) = σ² (Xᵀ W X)⁻¹,   σ² = Σ w_i r_i² / (n − 7)   in signal units,
+
+and the delta method gives the standard errors of FA and MD. Measurements that are not positive and
+finite have weight 0. Inside, b is in ms/µm² and D in µm²/ms, so that all numbers are near 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+TERMS = 7
+
+MIN_LOG_SIGNAL = 1e-6
+"""Eigenvalues are kept at or above this divided by the largest entry of the design (as dipy)."""
+
+SATURATED_FA = 0.999
+
+
+def design(btensors: np.ndarray) -> np.ndarray:
+    """(n, 7) design matrix of (n, 3, 3) b-tensors in s/mm²; its entries are in ms/µm² (and 1)."""
+    b = np.asarray(btensors, dtype=np.float64) / 1000
+    return np.stack([-b[:, 0, 0], -2 * b[:, 0, 1], -2 * b[:, 0, 2], -b[:, 1, 1],
+                     -2 * b[:, 1, 2], -b[:, 2, 2], np.ones(len(b))], axis=1)
+
+
+def fit(signal: torch.Tensor, x: np.ndarray, *, weighted: bool = True) -> dict[str, torch.Tensor]:
+    """Fit one tensor to each row of `signal`.
+
+    Args:
+        signal: (voxel, n) float32 or float64, any unit.
+        x: (n, 7) from `design`, of full rank.
+        weighted: WLS with the weights above, else OLS (then σ and errors belong to log S).
+
+    Returns:
+        fa (1), md, ad, rd (mm²/s), direction (voxel, 3) (unit, the frame of the b-tensors, sign
+        free), s0 and sigma (signal units; OLS: sigma of log S), fa_std, md_std; and bool flags
+        `failed` (no tensor: everything else is 0), `clamped` (an eigenvalue was raised to the
+        smallest allowed) and `saturated` (FA ≥ 0.999). Standard errors are those of the tensor
+        before clamping. Without spare measurements (n = 7) sigma and the errors are 0.
+    """
+    columns = torch.as_tensor(x, dtype=signal.dtype, device=signal.device)
+    signal = signal.T.contiguous()
+    low, high = torch.aminmax(signal.detach())
+    if bool((low > 0) & (high < torch.inf)):  # one pseudo-inverse serves all voxels
+        use = torch.ones_like(columns[:, :1])
+        log_s = torch.log(signal)
+        beta = torch.linalg.pinv(columns) @ log_s
+    else:
+        valid = (signal > 0) & (signal < torch.inf)
+        use = valid.to(signal.dtype)
+        log_s = torch.log(torch.where(valid, signal, 1))
+        beta = _solve(*_ldl(_normal(columns, use)), columns.T @ (use * log_s))
+    predicted = columns @ beta
+    residual = log_s - predicted
+    top = predicted.amax(0) if weighted else torch.zeros_like(predicted[0])
+    weight = (torch.exp(2 * (predicted - top)) if weighted else torch.ones_like(predicted)) * use
+    # this step solves for the change from OLS, so that float32 costs no accuracy
+    pull = weight * residual
+    right = columns.T @ pull
+    lower, pivots, deficient = _ldl(_normal(columns, weight))
+    change = _solve(lower, pivots, deficient, right)
+    beta = beta + change
+    spare = (use.sum(0) - TERMS).clamp(min=0)
+    squares = ((pull * residual).sum(0) - (right * change).sum(0)).clamp(min=0)
+    error = torch.sqrt(squares / spare.clamp(min=1) + 1e-30) * (spare > 0)
+    return _maps(beta, error, top, lower, pivots, deficient,
+                 smallest=MIN_LOG_SIGNAL / float(-x[:, :6].min()))
+
+
+def _maps(beta, error, top, lower, pivots, deficient, smallest: float) -> dict[str, torch.Tensor]:
+    d = beta[:6].double()
+    eigenvalues, direction = _eigen(d)
+    clamped = eigenvalues[2] < smallest
+    e1, e2, e3 = eigenvalues.clamp(min=smallest)
+    difference = (e1 - e2) ** 2 + (e2 - e3) ** 2 + (e3 - e1) ** 2
+    fa = torch.sqrt(difference / (2 * (e1**2 + e2**2 + e3**2)) + 1e-30)
+    trace = torch.zeros_like(beta)
+    trace[[0, 3, 5]] = 1
+    maps = {
+        "fa": fa, "md": (e1 + e2 + e3) / 3e3, "ad": e1 / 1e3, "rd": (e2 + e3) / 2e3,
+        "direction": direction.T, "s0": torch.exp(beta[6]), "sigma": error * torch.exp(top),
+        "fa_std": error * _spread(lower, pivots, _fa_gradient(d).to(beta.dtype)),
+        "md_std": error * _spread(lower, pivots, trace) / 3e3,
+    }
+    failed = deficient
+    for value in maps.values():
+        failed = failed | ~torch.isfinite(value if value.ndim == 1 else value.sum(1))
+    out = {k: torch.where(failed if v.ndim == 1 else failed[:, None], 0, v).to(beta.dtype)
+           for k, v in maps.items()}
+    return out | {"failed": failed, "clamped": clamped & ~failed,
+                  "saturated": (fa >= SATURATED_FA) & ~failed}
+
+
+def _normal(columns: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Xᵀ W X of every voxel at once, (7, 7, voxel), for weights (n, voxel)."""
+    products = columns[:, :, None] * columns[:, None, :]
+    return (products.flatten(1).T @ weight).unflatten(0, (TERMS, TERMS))
+
+
+def _ldl(normal: torch.Tensor):
+    """L D Lᵀ of symmetric matrices (7, 7, voxel): columns of L below its diagonal, D (7, voxel),
+    and which are singular.
+
+    A pivot below 32 ε of its diagonal entry means that a column depends on the ones before it.
+    """
+    tolerance = 32 * torch.finfo(normal.dtype).eps
+    least = tolerance * torch.diagonal(normal).T
+    deficient = torch.zeros_like(least[0], dtype=torch.bool)
+    lower, pivots = [], []
+    for smallest in least:
+        pivot = normal[0, 0]
+        small = ~(pivot > smallest)
+        deficient = deficient | small
+        pivot = torch.where(small, 1, pivot)
+        lower.append(normal[1:, 0] / pivot)
+        pivots.append(pivot)
+        normal = torch.addcmul(normal[1:, 1:], lower[-1][:, None], normal[0, 1:], value=-1)
+    return lower, torch.stack(pivots), deficient
+
+
+def _forward(lower, right: torch.Tensor) -> torch.Tensor:
+    """z of L z = right, (7, voxel)."""
+    z = []
+    for column in lower:
+        z.append(right[0])
+        right = torch.addcmul(right[1:], column, right[0], value=-1)
+    return torch.stack(z)
+
+
+def _solve(lower, pivots, deficient, right: torch.Tensor) -> torch.Tensor:
+    """β of L D Lᵀ β = right, (7, voxel); 0 where singular."""
+    scaled = _forward(lower, right) / pivots
+    beta = scaled[:0]
+    for column, value in zip(reversed(lower), reversed(scaled), strict=True):
+        beta = torch.cat([(value - (column * beta).sum(0))[None], beta])
+    return torch.where(deficient, 0, beta)
+
+
+def _spread(lower, pivots, gradient: torch.Tensor) -> torch.Tensor:
+    """sqrt(gᵀ (Xᵀ W X)⁻¹ g) for the gradient g (7, voxel) of a quantity with respect to β."""
+    return torch.sqrt((_forward(lower, gradient) ** 2 / pivots).sum(0) + 1e-30)
+
+
+def _fa_gradient(d: torch.Tensor) -> torch.Tensor:
+    """∂FA/∂β, (7, voxel), from FA² = 3/2 (1 − T²/(3Q)), T = tr D, Q = ‖D‖²:
+
+    ∂FA/∂D_ij = T/(2 FA Q) (T D_ij/Q − δ_ij); entries off the diagonal count twice.
+    """
+    diagonal = torch.tensor([1, 0, 0, 1, 0, 1], dtype=d.dtype, device=d.device)[:, None]
+    twice = 2 - diagonal
+    t = (diagonal * d).sum(0)
+    q = (twice * d**2).sum(0) + 1e-30
+    fa = torch.sqrt(1.5 * (1 - t**2 / (3 * q)).clamp(min=1e-12))
+    gradient = t / (2 * fa * q) * twice * (t * d / q - diagonal)
+    return torch.cat([gradient, torch.zeros_like(gradient[:1])])
+
+
+def _eigen(d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues in descending order (3, voxel), and the first eigenvector (3, voxel), of
+    (6, voxel) D11, D12, D13, D22, D23, D33 in float64; (1, 0, 0) where all are equal.
+
+    Trigonometric solution of the cubic (Smith 1961, doi:10.1145/355578.366316); by Cayley–Hamilton
+    (D − e2)(D − e3) = (e1 − e2)(e1 − e3) v1 v1ᵀ, of which the longest column is taken.
+    """
+    xx, xy, xz, yy, yz, zz = d
+    mean = (xx + yy + zz) / 3
+    a, b, c = xx - mean, yy - mean, zz - mean
+    p = torch.sqrt((a**2 + b**2 + c**2 + 2 * (xy**2 + xz**2 + yz**2)) / 6 + 1e-60)
+    determinant = a * (b * c - yz**2) - xy * (xy * c - yz * xz) + xz * (xy * yz - b * xz)
+    angle = torch.acos((determinant / (2 * p**3)).clamp(-1 + 1e-15, 1 - 1e-15)) / 3
+    e1 = 2 * p * torch.cos(angle)
+    e3 = 2 * p * torch.cos(angle + 2 * math.pi / 3)
+    s, t = e1, e3 * (-e1 - e3)  # −(e2 + e3) and e2 e3 of the traceless part
+    matrix = (
+        a * a + xy * xy + xz * xz + s * a + t, xy * (a + b) + xz * yz + s * xy,
+        xz * (a + c) + xy * yz + s * xz, xy * xy + b * b + yz * yz + s * b + t,
+        yz * (b + c) + xy * xz + s * yz, xz * xz + yz * yz + c * c + s * c + t)
+    xx, xy, xz, yy, yz, zz = matrix
+    first, second = (xx >= yy) & (xx >= zz), yy >= zz
+    column = torch.stack([torch.where(first, i, torch.where(second, j, k))
+                          for i, j, k in ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))])
+    length = torch.sqrt((column**2).sum(0) + 1e-60)
+    axis = torch.tensor([1, 0, 0], dtype=d.dtype, device=d.device)[:, None]
+    direction = torch.where(length > 1e-20, column / length, axis)
+    return torch.stack([mean + e1, mean - e1 - e3, mean + e3]), direction
