@@ -28,11 +28,11 @@ def bosh(*arguments):
 
 
 def simulated(name, values, folder):
-    """argv of the command that Boutiques would run."""
+    """The command line that Boutiques would run."""
     invocation = folder / "invocation.json"
     invocation.write_text(json.dumps(values))
     out = bosh("exec", "simulate", ROOT / "descriptors" / name, "-i", invocation)
-    return shlex.split(out.partition("Generated Command:\n")[2])
+    return out.partition("Generated Command:\n")[2].strip()
 
 
 def everything(level):
@@ -68,7 +68,7 @@ def test_valid(name):
 @pytest.mark.parametrize("level", LEVELS)
 def test_simulated_command_sets_every_option(level, tmp_path):
     values, expected = everything(level)
-    program, *argv = simulated(f"qsphere-{level}.json", values, tmp_path)
+    program, *argv = shlex.split(simulated(f"qsphere-{level}.json", values, tmp_path))
     assert program == "qsphere"
     got = vars(cli.parser().parse_args(argv))
     plain = {k: tuple(v) if isinstance(v, list) else str(v) if isinstance(v, Path) else v
@@ -76,12 +76,21 @@ def test_simulated_command_sets_every_option(level, tmp_path):
     assert plain == expected
 
 
-def test_minimal_command_parses(tmp_path):
-    argv = simulated("qsphere-bids.json", {
-        "bids_dir": "/in", "output_dir": str(tmp_path / "out"), "analysis_level": "participant",
-        "participant_label": ["01", "02"]}, tmp_path)
-    made, argv = argv[:2], argv[argv.index("qsphere") + 1:]
-    assert made == ["mkdir", "-p"]
-    options = cli.parse(argv)
-    assert options.participant_label == ("01", "02")
-    assert options.analysis_level == "participant"
+@pytest.mark.parametrize("name,choice", [
+    ("qsphere-participant.json", {"dry_run": True}),
+    ("qsphere-bids.json", {"analysis_level": "participant"}),
+])
+def test_simulated_command_runs(name, choice, bids_tree, tmp_path):
+    """As a shell runs it; for once `qsphere` stands for the package under test."""
+    bids, out = bids_tree(), tmp_path / "a folder" / "out"
+    line = simulated(name, {"bids_dir": str(bids), "output_dir": str(out),
+                            "participant_label": ["02"], **choice}, tmp_path)
+    qsphere = f'qsphere() {{ "{sys.executable}" -m bidsapp "$@"; }}'
+    done = subprocess.run(["sh", "-c", f"{qsphere}; {line}"], capture_output=True, text=True,
+                          cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    if "dry_run" in choice:
+        assert "sub-02:" in done.stdout and "sub-01:" not in done.stdout
+        assert not out.exists()
+    else:
+        assert [p.name for p in out.glob("sub-*.html")] == ["sub-02.html"]
