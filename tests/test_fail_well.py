@@ -20,7 +20,7 @@ def rewrite(bids, change, dtype=None):
     """The image of sub-01 with `change(data)` for its data."""
     path = bids / f"{STEM}.nii.gz"
     old = nib.load(path)
-    new = nib.Nifti1Image(change(np.array(old.dataobj)), old.affine, dtype=dtype)
+    new = nib.Nifti1Image(change(np.asarray(old.dataobj).copy()), old.affine, dtype=dtype)
     new.header.set_xyzt_units("mm", "sec")
     nib.save(new, path)
 
