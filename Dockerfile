@@ -15,10 +15,10 @@ RUN python3 -m venv /opt/qsphere \
 # dependencies first: a change of code or text alone installs nothing else again
 COPY pyproject.toml ./
 COPY bidsapp/__init__.py bidsapp/
-RUN touch README.md LICENSE \
+RUN touch README.md LICENSE NOTICE \
  && /opt/qsphere/bin/pip install --no-cache-dir -c constraints.txt . \
  && /opt/qsphere/bin/pip check
-COPY README.md LICENSE ./
+COPY README.md LICENSE NOTICE ./
 COPY bidsapp bidsapp
 # what no run needs is a tenth of the image
 RUN /opt/qsphere/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
