@@ -16,6 +16,7 @@ from typing import Any
 from bidsapp import __version__
 from bidsapp.errors import QSphereError, UsageError
 
+POSITIONAL = ("bids_dir", "output_dir", "analysis_level")
 MODES = ("syn", "sample-mean", "sample", "random-wm")
 
 
@@ -83,13 +84,16 @@ class Options:
                                  "Leave it out, or change the level.")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, without those that are unset: what options.toml holds."""
+        """Plain values, without those that are unset: what --config-file can read again."""
         def plain(value: Any) -> Any:
             if isinstance(value, Path):
                 return str(value)
             return [plain(v) for v in value] if isinstance(value, tuple) else value
 
-        return {k: plain(v) for k, v in asdict(self).items() if v is not None}
+        table = {k: plain(v) for k, v in asdict(self).items() if v not in (None, (), False)}
+        if self.derivatives:
+            table["derivatives"] = {name: str(path) for name, path in self.derivatives}
+        return table
 
 
 def _label(prefix: str):
@@ -229,6 +233,8 @@ def _config(path: Path) -> dict[str, Any]:
     options = {s: a for a in parser()._actions for s in a.option_strings}
     argv: list[str] = []
     for key, value in table.items():
+        if key in POSITIONAL:
+            continue
         flag = "--" + key.replace("_", "-")
         if flag not in options or key == "config_file":
             raise UsageError(f"--config-file {path}: no option is called {key!r}; see --help.")
@@ -240,7 +246,7 @@ def _config(path: Path) -> dict[str, Any]:
             argv += [flag, *map(str, value if isinstance(value, list) else [value])]
     read = vars(parser().parse_args(["in", "out", "participant", *argv]))
     return {k: v for k, v in read.items()
-            if k not in ("bids_dir", "output_dir", "analysis_level")}
+            if k not in POSITIONAL}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

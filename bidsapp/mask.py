@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,21 @@ def given(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """The mask in `path`, (x, y, z) bool.
 
     Raises:
-        DataError: the mask lies on another grid than the DWI, is not finite, or is empty.
+        DataError: the mask cannot be read, lies on another grid than the DWI, or is empty.
     """
     image = open_image(path)
-    if image.shape[:3] != shape or not np.allclose(image.affine, affine, atol=AFFINE_TOLERANCE):
-        raise DataError(f"{path}: the mask's grid {image.shape[:3]} and affine are not those of "
-                        f"the DWI {shape}. Resample the mask to the DWI, or remove it.")
-    mask = np.nan_to_num(np.asarray(image.dataobj).reshape(shape)) > 0.5
+    if image.shape not in (shape, (*shape, 1)):
+        raise DataError(f"{path}: the mask has the shape {image.shape}, one volume of the DWI's "
+                        f"{shape} is needed. Resample the mask to the DWI, or remove it.")
+    if not np.allclose(image.affine, affine, rtol=0, atol=AFFINE_TOLERANCE):
+        raise DataError(f"{path}: the mask's affine is not that of the DWI. Resample the mask to "
+                        "the DWI, or remove it.")
+    try:
+        values = np.asarray(image.dataobj).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path}: ends or breaks before its end ({error}). Copy or make the mask "
+                        "again.") from error
+    mask = np.nan_to_num(values) > 0.5
     if not mask.any():
         raise DataError(f"{path}: the mask is empty. Replace it, or remove it to have one made "
                         "from the mean b0.")

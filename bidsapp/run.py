@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import tomli_w
@@ -25,13 +25,15 @@ from bidsapp import __version__, methods
 from bidsapp.bids import btable, find, names, sidecar
 from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
 from bidsapp.blocks import choose_device, memory_limit
-from bidsapp.cli import Options
 from bidsapp.dwi import Dwi, Run, load, noise_sd, open_image, peak_memory, read_mean
 from bidsapp.errors import DataError, QSphereError, Refusal, UsageError
 from bidsapp.evaluate import quality
 from bidsapp.mask import given, median_otsu
 from bidsapp.methods import Derived, Method
 from bidsapp.report import boilerplate, figures, page
+
+if TYPE_CHECKING:
+    from bidsapp.cli import Options
 
 log = logging.getLogger("qsphere")
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
@@ -64,7 +66,7 @@ def participant(options: Options) -> int:
     links = {"raw": options.bids_dir, **dict(options.derivatives)}
     dataset = Dataset(options.output_dir, links)
     dataset.claim()
-    dataset.describe(found.name, boilerplate.acknowledge())
+    dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     dataset.write_text("logs/CITATION.md", boilerplate.markdown(chosen))
     if options.boilerplate_only:
         return 0
@@ -97,7 +99,7 @@ def group(options: Options) -> int:
         return 0
     study = methods.Study(statistics, features, tuple(covariates), options.reference_batch)
     dataset.claim()
-    dataset.describe(found.name, boilerplate.acknowledge())
+    dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:
         folder = PurePosixPath("group")
         batch.table(folder / "desc-image_qc.tsv", statistics.to_dict("records"),
@@ -240,7 +242,9 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
 
     mask_path = names.output(run.entities, "mask", ".nii.gz", desc="brain")
     batch.image(mask_path, mask.astype("uint8"), like, sidecar.mask(run, dataset, mask_source))
-    qc, refusals, drawn = quality.quality(dwi), {}, figures.of_signal(dwi, mean_b0)
+    qc: dict[str, Any] = dict(quality.quality(dwi))
+    refusals: dict[str, str] = {}
+    drawn = figures.of_signal(dwi, mean_b0)
     for method in chosen_methods(job.options):
         try:
             method.check(acquisition)
@@ -251,7 +255,7 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
         log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
         derived = method.apply(dwi, job.device)
         write_maps(job, dataset, run, batch, method, derived, dwi, like, mask_path)
-        qc |= derived.counts | quality.statistics(method, derived)
+        qc |= {**derived.counts, **quality.statistics(method, derived)}
         drawn += figures.of_maps(method, derived, dwi)
     batch.table(names.output(run.entities, "qc", ".tsv", desc="image"), [qc], quality.columns(qc))
     batch.facts |= {

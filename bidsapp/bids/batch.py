@@ -98,12 +98,14 @@ class Batches:
             raise UsageError(f"{source}: {len(missing)} of {len(runs)} runs have no batch, e.g. "
                              f"{missing[0]}. Fill in their rows, leave them out with "
                              "--participant-label, or give a table with --batch-file.")
+        sites = {*COLUMNS, *(source.rpartition(":")[2] for _, source in self.named.values())}
         out = []
         for run in runs:
             name, source = _at(self.named, run) or _scanner(run.metadata)
             row = _at(self.covariates, run) or {}
             out.append(replace(run, batch=name, batch_source=source,
-                               covariates={k: _typed(v) for k, v in row.items()}))
+                               covariates={k: _typed(v) for k, v in row.items()
+                                           if k not in sites}))
         _log_table(out)
         return out
 

@@ -43,24 +43,24 @@ def acquisition_of(run: Run) -> Acquisition:
     Raises:
         DataError: as `read_acquisition`; or the whole has no b0, or nothing but b0.
     """
-    whole = concatenate([read_acquisition(part) for part in run.parts])
+    bvals = np.concatenate([_numbers(part.bval) for part in run.parts])
     files = ", ".join(str(part.bval) for part in run.parts)
-    largest, smallest = whole.bvals.max(), whole.bvals.min()
+    largest, smallest = bvals.max(), bvals.min()
     if largest == 0:
-        raise DataError(f"{files}: all {len(whole)} b-values are 0, so nothing is "
+        raise DataError(f"{files}: all {len(bvals)} b-values are 0, so nothing is "
                         "diffusion-weighted. Give the table of the weighted series.")
-    if largest < 20:
+    if 0 < largest < 20:
         raise DataError(f"{files}: the largest b-value is {largest:g}; that looks like ms/µm². "
                         "b-values are needed in s/mm²: multiply the table by 1000.")
-    if whole.b0.all():
+    if 0 < largest < B0_MAX:
         raise DataError(f"{files}: only b0 volumes (b < {B0_MAX:g} s/mm²; the largest is "
                         f"{largest:g}). Weighted volumes are needed; leave the run out with "
                         "--bids-filter-file, or join it with its weighted series.")
-    if not whole.b0.any():
+    if smallest >= B0_MAX:
         raise DataError(f"{files}: no b0 volume (b < {B0_MAX:g} s/mm²; the smallest is "
                         f"{smallest:g}). At least one is needed: add the b0 volume of the same "
                         "series to image and table.")
-    return whole
+    return concatenate([read_acquisition(part) for part in run.parts])
 
 
 def read_acquisition(part: Part) -> Acquisition:
@@ -91,7 +91,8 @@ def read_acquisition(part: Part) -> Acquisition:
     try:
         return Acquisition(bvals, axes, b_delta, **_times(part.metadata))
     except DataError as error:
-        raise DataError(f"{part.bval} and {part.bvec.name}: {error}") from error
+        others = [p.name for p in (part.bvec, part.encoding) if p]
+        raise DataError(f"{part.bval} with {' and '.join(others)}: {error}") from error
 
 
 def largest_b(part: Part) -> float:

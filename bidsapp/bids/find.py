@@ -29,7 +29,7 @@ from bidsapp.bids.index import (
     participants,
     read_filters,
 )
-from bidsapp.bids.inherit import entities_of, ordered, read_part
+from bidsapp.bids.inherit import entities_of, ordered, read_part, sidecar
 from bidsapp.dwi import Part, Run, open_image
 from bidsapp.errors import DataError, UsageError
 
@@ -49,12 +49,14 @@ SAME_TENSOR = 0.05
 class Found:
     """What there is to do.
 
-    name: the dataset's. participants: labels with runs or problems. runs, problems: of each of
-    them; problems are messages about files that could not be used. unknown: labels asked for that
-    do not exist. rows, columns: participants.tsv (covariates and batch) and its descriptions.
+    name, authors: the dataset's. participants: labels with runs or problems. runs, problems: of
+    each of them; problems are messages about files that could not be used. unknown: labels asked
+    for that do not exist. rows, columns: participants.tsv (covariates and batch) and its
+    descriptions.
     """
 
     name: str
+    authors: list[str]
     participants: list[str]
     runs: Mapping[str, list[Run]]
     problems: Mapping[str, list[str]]
@@ -106,8 +108,8 @@ def find(options: Options) -> Found:
     batches = batch.Batches.read(root, labels, options.batch_file, options.batch_column, problems)
     resolved = batches.resolve([run for label in labels for run in runs[label]])
     runs = {label: [run for run in resolved if run.participant == label] for label in labels}
-    return Found(str(about.get("Name") or root.name), labels, runs, problems, unknown,
-                 batches.rows(runs), batches.columns)
+    return Found(str(about.get("Name") or root.name), about.get("Authors", []), labels, runs,
+                 problems, unknown, batches.rows(runs), batches.columns)
 
 
 def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[foreign.Tree],
@@ -122,10 +124,12 @@ def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[fo
             elif not sessions or session in sessions:
                 try:
                     run = read()
+                    measured = [sidecar(path, root) for path in raw
+                                if session in (None, entities_of(path.name).get("ses"))]
                 except DataError as error:
                     problems.append(str(error))
                     continue
-                yield _with_mask(run, trees)
+                yield _with_mask(_with_scanner(run, measured), trees)
     wanted = [p for p in raw if not sessions or entities_of(p.name).get("ses") in sessions]
     mine = [p for p in wanted if not taken.keys() & {None, entities_of(p.name).get("ses")}]
     if len(mine) < len(wanted):
@@ -133,6 +137,18 @@ def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[fo
                  len(wanted) - len(mine), " and ".join(dict.fromkeys(taken.values())))
     for run in _raw_runs(mine, root, problems):
         yield _with_mask(run, trees)
+
+
+def _with_scanner(run: Run, measured: Sequence[Mapping[str, Any]]) -> Run:
+    """The run with what all raw sidecars of its session say of the scanner, where its own do not:
+    most preprocessing tools do not copy it."""
+    keys = {*batch.SCANNER, "InstitutionName"}
+    if not measured or keys & run.metadata.keys():
+        return run
+    scanner = {k: v for k, v in measured[0].items()
+               if k in keys and all(other.get(k) == v for other in measured)}
+    return replace(run, parts=tuple(replace(part, metadata={**scanner, **part.metadata})
+                                    for part in run.parts))
 
 
 def _with_mask(run: Run, trees: Sequence[foreign.Tree]) -> Run:

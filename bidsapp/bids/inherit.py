@@ -56,11 +56,20 @@ def read_part(image: Path, root: Path) -> Part:
     if len(encodings) > 1:
         raise DataError(f"{image}: {' and '.join(str(e) for e in encodings)} all say how it was "
                         "encoded. Keep one of them.")
-    metadata: dict[str, Any] = {}
-    for path in reversed(applicable(image, root, ".json")):
-        metadata |= read_json(path)
     return Part(image, nearest(image, root, ".bval"), nearest(image, root, ".bvec"),
-                here(encodings[0]) if encodings else None, metadata)
+                here(encodings[0]) if encodings else None, sidecar(image, root))
+
+
+def sidecar(image: Path, root: Path) -> dict[str, Any]:
+    """All JSON files that apply to the image, merged; keys of nearer ones win.
+
+    Raises:
+        DataError: one of them is broken, a link to nowhere, or no object.
+    """
+    merged: dict[str, Any] = {}
+    for path in reversed(applicable(image, root, ".json")):
+        merged |= read_json(path)
+    return merged
 
 
 def applicable(image: Path, root: Path, extension: str) -> list[Path]:

@@ -25,8 +25,7 @@ def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
         "Sources": [dataset.uri(f) for f in run.files],
         **{k: metadata[k] for k in CARRIED if k in metadata},
     }
-    if "space" in run.entities:
-        keys["SpatialReference"] = metadata.get("SpatialReference", keys["Sources"][0])
+    keys["SpatialReference"] = metadata.get("SpatialReference", keys["Sources"][0])
     if "res" in run.entities:
         keys["Resolution"] = metadata.get("Resolution", f"as {keys['Sources'][0]}")
     return keys

@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -150,8 +150,8 @@ class Dataset:
                 (folder / path.name).write_text(text)
                 (folder / path.name).replace(path)
 
-    def describe(self, name: str, how_to_acknowledge: str) -> None:
-        """dataset_description.json, README.md and .bidsignore."""
+    def describe(self, name: str, authors: Sequence[str], how_to_acknowledge: str) -> None:
+        """dataset_description.json, README.md and .bidsignore, for derivatives of `name`."""
         container = os.environ.get("QSPHERE_CONTAINER")
         by = {"Name": "QSphere", "Version": __version__, "CodeURL": CODE_URL,
               **({"Container": {"Type": container}} if container else {})}
@@ -162,6 +162,7 @@ class Dataset:
             self.write_text("dataset_description.json", to_json({
                 "Name": f"QSphere derivatives of {name}", "BIDSVersion": "1.10.0",
                 "DatasetType": "derivative", "GeneratedBy": [by],
+                "Authors": [*(authors or [f"The authors of {name}"]), "The QSphere developers"],
                 "SourceDatasets": [{"URL": link} for link in links.values()],
                 "DatasetLinks": links, "HowToAcknowledge": how_to_acknowledge}))
         self.write_text("README.md", README)
@@ -181,7 +182,10 @@ class Dataset:
                 known[f"sub-{label}"] = {"participant_id": f"sub-{label}",
                                          **{k: _cell(v) for k, v in row.items()}}
             self.write_text("participants.tsv", to_tsv([known[k] for k in sorted(known)]))
-            self.write_text("participants.json", to_json(dict(columns)))
+            carried = {c: {"Description": f"{c}, as in the input"}
+                       for row in known.values() for c in row if c != "participant_id"}
+            self.write_text("participants.json", to_json({
+                "Description": "Participants: covariates and batch", **carried, **columns}))
 
     def _link(self, path: Path) -> str:
         """Relative where one dataset holds the other, so that both can be moved together."""

@@ -1,0 +1,342 @@
+"""Spherical mean technique: neurite diffusivity and fraction from powder averages.
+
+Kaden et al. 2016 (doi:10.1016/j.neuroimage.2016.06.002): sticks of diffusivity d and fraction f
+in coaxial zeppelins of axial diffusivity d and radial (1 − f) d. The mean over directions
+
+    S̄(b) / S0 = f p(d, 0) + (1 − f) p(d, (1 − f) d)
+
+does not depend on how fibres are arranged. For an axially symmetric b-tensor of trace b and shape
+b_Δ (Eriksson et al. 2015, doi:10.1063/1.4913502), with ℓ axial and r radial diffusivity,
+
+    p(ℓ, r) = exp(−b [(1 − b_Δ)(ℓ + 2r)/3 + b_Δ r]) h(b b_Δ (ℓ − r)),   h(α) = ∫₀¹ exp(−α x²) dx.
+
+Units here: b in ms/µm², d in µm²/ms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import dawsn, erf, i0e, i1e
+
+from bidsapp import sh
+from bidsapp.acquisition import Acquisition, Shell
+from bidsapp.blocks import map_voxels
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal
+from bidsapp.methods import Derived, Method
+
+MAX_DIFFUSIVITY = 3.0
+"""µm²/ms. The paper's prior: d ~ U(0, 3), f ~ U(0, 1)."""
+
+MIN_DIRECTIONS = 6
+"""A directional shell with fewer has no usable mean over directions."""
+
+FRACTIONS, NODES, WINDOW = 64, 8, 4.5
+"""Values of f; nodes in d for each, over so many posterior SDs of d to either side."""
+
+TABLE, INVERSE = 1024, 512
+"""Entries over d of the tabulated signal, and of the inverse that starts the search for d."""
+
+ASSUMED_SNR = 20.0
+"""Stands for S0 over noise SD where the noise could not be measured."""
+
+SMOOTHING = 0.75
+"""SH coefficients per direction, at most."""
+
+BLOCK = 256
+"""Voxels whose grid of likelihoods fits the cache."""
+
+
+def h(alpha: np.ndarray) -> np.ndarray:
+    """∫₀¹ exp(−α x²) dx: erf for α > 0, Dawson's integral for α < 0, its series near 0."""
+    root = np.sqrt(np.maximum(np.abs(alpha), 1e-6))
+    positive = np.sqrt(np.pi) / 2 * erf(root) / root
+    negative = np.exp(np.maximum(-alpha, 0)) * dawsn(root) / root if (alpha < 0).any() else 0
+    series = 1 - alpha / 3 + alpha**2 / 10
+    return np.where(np.abs(alpha) < 1e-4, series, np.where(alpha > 0, positive, negative))
+
+
+def h_slope(alpha: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """h'(α) = (exp(−α) − h)/(2α), its series near 0."""
+    small = np.abs(alpha) < 1e-2
+    safe = np.where(small, 1, alpha)
+    series = -1 / 3 + alpha / 5 - alpha**2 / 14 + alpha**3 / 54
+    return np.where(small, series, (np.exp(-alpha) - value) / (2 * safe))
+
+
+def powder_mean(d, f, b, b_delta):
+    """S̄/S0 of the model and its derivatives with respect to d and f; arguments broadcast.
+
+    d µm²/ms, f within 0–1, b ms/µm².
+    """
+    total, by_d, by_f = 0.0, 0.0, 0.0
+    axial_rate, radial_rate = b * (1 - b_delta) / 3, b * (2 * (1 - b_delta) / 3 + b_delta)
+    sticks, zeppelins = (f, 1, 0 * d, 0, 0), (1 - f, -1, (1 - f) * d, 1 - f, -d)
+    for share, share_by_f, radial, radial_by_d, radial_by_f in (sticks, zeppelins):
+        alpha = b * b_delta * (d - radial)
+        value = h(alpha)
+        slope = b * b_delta * h_slope(alpha, value)
+        decay = np.exp(-axial_rate * d - radial_rate * radial)
+        by_axial, by_radial = slope - axial_rate * value, -slope - radial_rate * value
+        total = total + share * decay * value
+        by_d = by_d + share * decay * (by_axial + radial_by_d * by_radial)
+        by_f = by_f + decay * (share_by_f * value + share * radial_by_f * by_radial)
+    return total, by_d, by_f
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The averages a voxel gives, one per shell.
+
+    b: (k,) ms/µm². b_delta: (k,). noise: (k,) SD of each average relative to one measurement's.
+    noise_s0: that of the mean b0; 0 where S0 is known.
+    """
+
+    b: np.ndarray
+    b_delta: np.ndarray
+    noise: np.ndarray
+    noise_s0: float
+
+    def predict(self, d: np.ndarray, f: np.ndarray):
+        """S̄/S0 (…, k), and its derivatives with respect to d and f, for parameters (…,)."""
+        return powder_mean(d[..., None], f[..., None], self.b, self.b_delta)
+
+
+class Posterior:
+    """Mean and SD of d and f under the flat prior, S0 integrated out.
+
+    Measured are z = S̄/(mean b0) and λ = σ/(mean b0). With Gaussian noise and a flat prior on S0,
+    z is normal around p(d, f) with covariance λ² [diag(n²) + n0² p pᵀ]; with r = (z − p)/(λ n) and
+    q = n0 p/n this is, by Sherman–Morrison,
+
+        −2 log L = |r|² − (r·q)²/(1 + |q|²) + log(1 + |q|²).
+
+    The likelihood is a thin curved ridge: d is sharp for a given f. So d is integrated for each f
+    by Gauss–Legendre nodes around its optimum, and f by the midpoint rule. p is read, linearly
+    interpolated, from a table over d for each f.
+    """
+
+    def __init__(self, protocol: Protocol, device: str) -> None:
+        def tensor(values):
+            return torch.as_tensor(values, dtype=torch.float32, device=device)
+
+        f = (np.arange(FRACTIONS) + 0.5) / FRACTIONS
+        d = np.linspace(0, MAX_DIFFUSIVITY, TABLE + 1)
+        p = protocol.predict(*np.meshgrid(d, f))[0]
+        self.table = tensor(np.concatenate([p[:, :-1], np.diff(p, axis=1)], 2)).flatten(0, 1)
+        total = (p / protocol.noise).sum(2)
+        self.highest, self.step = float(total.max()), float(total.max()) / INVERSE
+        at = np.arange(INVERSE + 1) * self.step
+        self.inverse = tensor(np.array([np.interp(at, row[::-1], d[::-1])
+                                        for row in total])).flatten()
+        self.f = tensor(f)
+        self.noise, self.ratio = tensor(protocol.noise), tensor(protocol.noise_s0 / protocol.noise)
+        nodes, weights = np.polynomial.legendre.leggauss(NODES)
+        self.nodes, self.log_weights = tensor(nodes), tensor(np.log(weights))
+        self.row = torch.arange(FRACTIONS, device=device)
+
+    def predict(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """p and ∂p/∂d, (voxel, f, …, k), for d (voxel, f, …)."""
+        place = d * (TABLE / MAX_DIFFUSIVITY)
+        index = place.long().clamp_(max=TABLE - 1)
+        row = self.row.view(-1, *[1] * (d.ndim - 2)) * TABLE
+        p, change = self.table[index + row].chunk(2, -1)
+        return p + (place - index)[..., None] * change, change * (TABLE / MAX_DIFFUSIVITY)
+
+    def __call__(self, z: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`mean` and `std` (voxel, 2) of d and f for z (voxel, k) and λ (voxel,); `start`, the
+        most likely node."""
+        level = noise[:, None, None] * self.noise
+        z = z[:, None]
+        index = ((z / self.noise).sum(-1) / self.step).round().clamp(0, INVERSE).long()
+        d = self.inverse[index + self.row * (INVERSE + 1)]
+        for _ in range(2):  # Gauss–Newton along d
+            p, slope = self.predict(d)
+            slope, residual, q = slope / level, (z - p) / level, self.ratio * p
+            across = (slope * q).sum(-1) / (1 + (q * q).sum(-1))
+            curvature = (slope * slope).sum(-1) - across * (slope * q).sum(-1) + 1e-12
+            gradient = (slope * residual).sum(-1) - across * (residual * q).sum(-1)
+            d = (d + gradient / curvature).clamp(0, MAX_DIFFUSIVITY)
+        width = WINDOW * curvature.rsqrt()
+        low, high = (d - width).clamp(min=0), (d + width).clamp(max=MAX_DIFFUSIVITY)
+        half = (high - low) / 2
+        d = (low + half)[..., None] + half[..., None] * self.nodes
+        p, _ = self.predict(d)
+        residual, q = (z[:, :, None] - p) / level[:, :, None], self.ratio * p
+        one = 1 + (q * q).sum(-1)
+        misfit = (residual * residual).sum(-1) - (residual * q).sum(-1) ** 2 / one
+        best = misfit.flatten(1).argmin(1)
+        log_l = -0.5 * (misfit + one.log()) + self.log_weights + half.log()[..., None]
+        weight = log_l.flatten(1).softmax(1)
+        d, f = d.flatten(1), self.f.repeat_interleave(NODES).expand(len(d), -1)
+        means, deviations, start = [], [], []
+        for values in (d, f):
+            mean = (weight * values).sum(1)
+            means.append(mean)
+            deviations.append((weight * (values - mean[:, None]) ** 2).sum(1).sqrt())
+            start.append(values.gather(1, best[:, None])[:, 0])
+        return {"mean": torch.stack(means, 1), "std": torch.stack(deviations, 1),
+                "start": torch.stack(start, 1)}
+
+
+def least_squares(z: np.ndarray, protocol: Protocol, start: np.ndarray,
+                  steps: int = 100) -> np.ndarray:
+    """(voxel, 2) d and f that minimise Σ (z − S0 p(d, f))²/n² + (1 − S0)²/n0² over S0 too.
+
+    0 ≤ d ≤ 3, 0 ≤ f ≤ 1. S0 is eliminated (variable projection); damped Gauss–Newton steps from
+    `start` are clipped to the box, and a parameter that the gradient pushes against its wall is
+    held there. A voxel is done when its step is below 1e-6 of the range.
+    """
+    top = np.array([MAX_DIFFUSIVITY, 1.0])
+    theta = np.clip(start.astype(float), 0, top)
+    todo = np.arange(len(z))
+    damping = np.full(len(z), 1e-3)
+    residual, jacobian = _linearise(z, protocol, theta)
+    for _ in range(steps):
+        now = theta[todo]
+        gradient = np.einsum("vkp,vk->vp", jacobian, residual)
+        normal = np.einsum("vkp,vkq->vpq", jacobian, jacobian)
+        held = ((now <= 0) & (gradient < 0)) | ((now >= top) & (gradient > 0))
+        gradient[held] = 0
+        diagonal = np.einsum("vpp->vp", normal) * (1 + damping[todo, None]) + 1e-12
+        across = np.where(held.any(1), 0, normal[:, 0, 1])
+        determinant = diagonal[:, 0] * diagonal[:, 1] - across**2
+        step = np.stack([diagonal[:, 1] * gradient[:, 0] - across * gradient[:, 1],
+                         diagonal[:, 0] * gradient[:, 1] - across * gradient[:, 0]],
+                        1) / determinant[:, None]
+        moved = np.clip(now + step, 0, top)
+        new_residual, new_jacobian = _linearise(z[todo], protocol, moved)
+        better = (new_residual**2).sum(1) < (residual**2).sum(1)
+        theta[todo[better]] = moved[better]
+        damping[todo] *= np.where(better, 0.2, 4)
+        residual[better], jacobian[better] = new_residual[better], new_jacobian[better]
+        going = (np.abs(moved - now) > 1e-6 * top).any(1)
+        todo, residual, jacobian = todo[going], residual[going], jacobian[going]
+        if not len(todo):
+            break
+    return theta
+
+
+def _linearise(z: np.ndarray, protocol: Protocol, theta: np.ndarray):
+    """Residuals at the best S0, (voxel, k + 1), and minus their derivatives (voxel, k + 1, 2)."""
+    p, *slopes = protocol.predict(theta[:, 0], theta[:, 1])
+    q = np.column_stack([np.ones(len(z)), protocol.noise_s0 * p / protocol.noise])
+    u = q / np.linalg.norm(q, axis=1, keepdims=True)
+    r = np.column_stack([np.zeros(len(z)), (z - p) / protocol.noise])
+    s0 = 1 + protocol.noise_s0 * (r * q).sum(1, keepdims=True) / (q * q).sum(1, keepdims=True)
+    columns = [np.column_stack([np.zeros(len(z)), s0 * slope / protocol.noise])
+               for slope in slopes]
+    flat = [a - (a * u).sum(1, keepdims=True) * u for a in (r, *columns)]
+    return flat[0], np.stack(flat[1:], axis=2)
+
+
+def rician_excess() -> np.ndarray:
+    """(2049,) E[M] − A in units of σ against E[M]/σ = 0, 1/64, …, 32 (Koay & Basser 2006,
+    doi:10.1016/j.jmr.2006.01.016), for a magnitude M with true amplitude A.
+
+    E[M] = σ √(π/2) [(1 + 2t) I0(t) + 2t I1(t)] exp(−t), t = A²/4σ²; below its smallest value,
+    √(π/2) σ, A is 0.
+    """
+    amplitude = np.concatenate([np.linspace(0, 2, 4001), np.linspace(2, 33, 4001)[1:]])
+    t = amplitude**2 / 4
+    mean = np.sqrt(np.pi / 2) * ((1 + 2 * t) * i0e(t) + 2 * t * i1e(t))
+    return np.interp(np.arange(2049) / 64, mean, mean - amplitude)
+
+
+def unbiased(signal: torch.Tensor, smooth: torch.Tensor, sigma: float,
+             table: torch.Tensor) -> torch.Tensor:
+    """Magnitudes (voxel, n) less their Rician excess, read at their smoothed values.
+
+    `smooth` (n, n) stands for the expectation. Subtracting the excess, not inverting each
+    magnitude, keeps the noise of the signal linear, so that the mean over directions stays
+    unbiased down to the noise floor.
+    """
+    place = ((signal @ smooth) * (64 / sigma)).clamp(0, 2047.99)
+    index = place.long()
+    low = table[index]
+    excess = torch.lerp(low, table[index + 1], place - index)
+    return signal - sigma * excess
+
+
+def average_weights(acquisition: Acquisition, shell: Shell) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) weights of the mean over the sphere, and the (n, n) smoothing they belong to.
+
+    Both come from a least-squares SH fit, of which the degree-0 coefficient is the mean: exact for
+    any set of directions up to that degree (Afzali et al. 2021, doi:10.1038/s41598-021-93558-1).
+    """
+    oriented = abs(shell.b_delta) > 0.05
+    degree = sh.degree_for(SMOOTHING * len(shell)) if oriented else 0
+    basis = sh.basis(degree, acquisition.bvecs[shell.indices])
+    inverse = np.linalg.pinv(basis)
+    return inverse[0] / np.sqrt(4 * np.pi), basis @ inverse
+
+
+class SphericalMean(Method):
+    """Posterior mean and SD of neurite diffusivity and fraction, and their least squares."""
+
+    def check(self, acquisition: Acquisition) -> None:
+        """Raises Refusal without a b0, or with fewer than two shells of six directions."""
+        if len(_usable(acquisition)) < 2 or not acquisition.b0.any():
+            shells = ", ".join(f"{len(s)} at b = {s.b:.0f} (b_delta {s.b_delta:.2g})"
+                               for s in acquisition.shells) or "none weighted"
+            raise Refusal(
+                f"the spherical mean technique has two unknowns beside S0; found are "
+                f"{int(acquisition.b0.sum())} volumes without weighting and these shells: {shells}. "
+                f"Needed are a b0 and two shells of {MIN_DIRECTIONS} or more directions. Acquire a "
+                "second shell (e.g. b = 1000 and 2200 s/mm²), or leave smt out of --estimate.")
+
+    def apply(self, dwi: Dwi, device: str) -> Derived:
+        acquisition = dwi.acquisition
+        self.check(acquisition)
+        shells = _usable(acquisition)
+        b0 = np.flatnonzero(acquisition.b0)
+        s0 = dwi.mean_b0
+        known = bool((s0 == 1).all())  # the signals were divided by S0 before
+        plans = [(b0, np.full(len(b0), 1 / len(b0)), np.full((len(b0),) * 2, 1 / len(b0))),
+                 *((shell.indices, *average_weights(acquisition, shell)) for shell in shells)]
+        noise = np.array([np.linalg.norm(weights) for _, weights, _ in plans])
+        protocol = Protocol(np.array([shell.b for shell in shells]) / 1000,
+                            np.array([shell.b_delta for shell in shells]), noise[1:],
+                            0.0 if known else noise[0])
+        tensors = [[torch.as_tensor(a, dtype=t, device=device) for a, t in zip(
+            plan, (torch.long, torch.float32, torch.float32), strict=True)] for plan in plans]
+        table = torch.as_tensor(rician_excess(), dtype=torch.float32, device=device)
+        grid = Posterior(protocol, device)
+
+        def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
+            averages = []
+            for index, weights, smooth in tensors:
+                part = signal[:, index]
+                if dwi.noise_sd:
+                    part = unbiased(part, smooth, dwi.noise_sd, table)
+                averages.append(part @ weights)
+            usable = averages[0] > 0
+            level = torch.where(usable, averages[0], 1)
+            z = torch.stack(averages[1:], 1) / level[:, None]
+            noise = dwi.noise_sd / level if dwi.noise_sd else torch.full_like(
+                level, 1 / ASSUMED_SNR)
+            return grid(z, noise) | {"z": z, "usable": usable}
+
+        found = map_voxels(estimate, dwi.signal, device, BLOCK)
+        usable = found["usable"]
+        modes = np.zeros((len(usable), 2))
+        modes[usable] = least_squares(found["z"][usable], protocol, found["start"][usable])
+        maps = {}
+        for i, name in enumerate(("diffusivity", "neuritefraction")):
+            for key, values in ((name, found["mean"]), (f"{name}_std", found["std"]),
+                                (f"{name}_mode", modes)):
+                maps[key] = np.where(usable, values[:, i], 0).astype(np.float32)
+        return Derived(maps, {"smt_no_b0_signal": int((~usable).sum())}, {
+            "Prior": "diffusivity uniform on 0–3 µm²/ms, neurite fraction uniform on 0–1",
+            "NoiseSD": dwi.noise_sd if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
+            "RicianBias": "corrected" if dwi.noise_sd else "not corrected (noise unknown)",
+            "Shells": [round(shell.b) for shell in shells]})
+
+
+def _usable(acquisition: Acquisition) -> list[Shell]:
+    """Shells that have a mean over directions."""
+    return [shell for shell in acquisition.shells
+            if abs(shell.b_delta) <= 0.05 or len(shell) >= MIN_DIRECTIONS]

@@ -1,0 +1,222 @@
+"""What a batch is: the order of sources, what is ambiguous, covariates."""
+
+import json
+
+import bids_tree as truth
+import pytest
+from test_find import found, names
+
+from bidsapp.errors import UsageError
+
+SCANNER = {"Manufacturer": "Siemens", "ManufacturersModelName": "Prisma", "EchoTime": 0.08}
+
+
+@pytest.fixture
+def tree(bids_tree):
+    def write(rows=None, participants=("01", "02", "03"), **options):
+        return bids_tree(participants, rows=rows, **{"shape": (7, 8, 9), **options})
+    return write
+
+
+def batches(result):
+    return {run.name: run.batch for label in result.participants for run in result.runs[label]}
+
+
+def sources(result):
+    return {run.batch_source for label in result.participants for run in result.runs[label]}
+
+
+def sessions_tsv(bids, label, rows):
+    text = "session_id\t" + "\t".join(next(iter(rows.values()))) + "\n"
+    text += "".join(f"ses-{s}\t" + "\t".join(map(str, row.values())) + "\n"
+                    for s, row in rows.items())
+    (bids / f"sub-{label}/sub-{label}_sessions.tsv").write_text(text)
+
+
+SITES = {"01": {"site": "A"}, "02": {"site": "B"}, "03": {"site": "A"}}
+
+
+def test_site_column(tree):
+    result = found(tree(SITES))
+    assert batches(result) == {"sub-01": "A", "sub-02": "B", "sub-03": "A"}
+    assert sources(result) == {"participants.tsv:site"}
+    assert result.rows["02"] == {"site": "B", "batch": "B"}
+
+
+def test_scanner_column(tree):
+    rows = {p: {"scanner": row["site"]} for p, row in SITES.items()}
+    assert sources(found(tree(rows))) == {"participants.tsv:scanner"}
+
+
+def test_batch_column_comes_first(tree):
+    rows = {p: {**row, "coil": f"c{p}"} for p, row in SITES.items()}
+    result = found(tree(rows), "--batch-column", "coil")
+    assert batches(result) == {"sub-01": "c01", "sub-02": "c02", "sub-03": "c03"}
+
+
+@pytest.mark.parametrize("columns,argv", [
+    ("lab", []), ("age\tsite", []), ("age\tlab", ["--batch-column", "lab"])])
+def test_batch_file_comes_before_all(tree, tmp_path, columns, argv):
+    more = "30\t" if "age" in columns else ""
+    text = f"participant_id\t{columns}\n" + "".join(
+        f"{p}\t{more}L{p[-1]}\n" for p in ("sub-01", "02", "sub-03"))
+    (tmp_path / "b.tsv").write_text(text)
+    result = found(tree(SITES), "--batch-file", tmp_path / "b.tsv", *argv)
+    assert batches(result) == {"sub-01": "L1", "sub-02": "L2", "sub-03": "L3"}
+    assert all("b.tsv" in source for source in sources(result))
+
+
+def test_sessions_tsv(tree):
+    bids = tree({}, ("01",), sessions=("a", "b"))
+    sessions_tsv(bids, "01", {"a": {"site": "A", "age": 20}, "b": {"site": "B", "age": 21.5}})
+    result = found(bids)
+    assert batches(result) == {"sub-01_ses-a": "A", "sub-01_ses-b": "B"}
+    assert sources(result) == {"sessions.tsv:site"}
+    assert [run.covariates["age"] for run in result.runs["01"]] == [20, 21.5]
+    assert result.rows["01"]["batch"] == "A,B"
+
+
+def test_sessions_as_rows_of_participants_tsv(tree):
+    bids = tree({}, ("01",), sessions=("a", "b"))
+    (bids / "participants.tsv").write_text(
+        "participant_id\tsession_id\tsite\nsub-01\tses-a\tA\nsub-01\tb\tB\n")
+    assert batches(found(bids)) == {"sub-01_ses-a": "A", "sub-01_ses-b": "B"}
+
+
+@pytest.mark.parametrize("key", ["DeviceSerialNumber", "StationName", "ReceiveCoilName",
+                                 "SoftwareVersions", "Manufacturer", "ManufacturersModelName"])
+def test_scanner_fields_tell_scanners_apart(tree, key):
+    bids = tree(sidecar=SCANNER)
+    other = bids / "sub-02/dwi/sub-02_dwi.json"
+    other.write_text(json.dumps({**SCANNER, key: "another"}))
+    named = batches(found(bids))
+    assert named["sub-01"] == named["sub-03"] != named["sub-02"]
+    assert named["sub-01"].startswith("Siemens-Prisma-")
+    other.write_text(json.dumps({**SCANNER, "EchoTime": 0.09}))
+    assert len(set(batches(found(bids)).values())) == 1, "echo time is no scanner"
+
+
+def test_serial_number_does_not_show(tree):
+    name = batches(found(tree(sidecar={**SCANNER, "DeviceSerialNumber": "166017"})))["sub-01"]
+    assert "166017" not in name
+
+
+def test_institution_then_unknown(tree, caplog):
+    bids = tree(sidecar={"InstitutionName": "Lab of Physics, Berlin"})
+    (bids / "sub-02/dwi/sub-02_dwi.json").write_text("{}")
+    (bids / "sub-03/dwi/sub-03_dwi.json").write_text("{}")
+    assert batches(found(bids)) == {"sub-01": "Lab-of-Physics-Berlin", "sub-02": "unknown",
+                                    "sub-03": "unknown"}
+    assert caplog.text.count("--batch-file") == 1, "told once"
+
+
+def test_table_is_printed(tree, caplog):
+    caplog.set_level("INFO")
+    found(tree(SITES))
+    assert "batch A (participants.tsv:site): 2 run(s) of 2 participant(s): sub-01, sub-03" \
+        in caplog.text
+
+
+# ambiguity
+
+def test_columns_that_group_alike_are_fine(tree):
+    rows = {p: {**row, "scanner": row["site"] * 2} for p, row in SITES.items()}
+    assert batches(found(tree(rows)))["sub-01"] == "A"
+
+
+@pytest.mark.parametrize("argv", [[], ["--participant-label", "02"]])
+def test_site_and_scanner_that_differ_stop(tree, argv):
+    """One participant of a job array must stop like the whole dataset does."""
+    rows = {p: {**row, "scanner": f"s{p}"} for p, row in SITES.items()}
+    bids = tree(rows)
+    with pytest.raises(UsageError, match=r"ambiguous.*site.*scanner.*--batch-column"):
+        found(bids, *argv)
+    assert sources(found(bids, *argv, "--batch-column", "site")) == {"participants.tsv:site"}
+
+
+def test_participants_and_sessions_that_differ_stop(tree):
+    bids = tree({"01": {"site": "A"}}, ("01",), sessions=("a", "b"))
+    sessions_tsv(bids, "01", {"a": {"site": "A"}, "b": {"site": "B"}})
+    with pytest.raises(UsageError, match=r"sub-01 ses-b is ambiguous: sessions.tsv:site says 'B'"):
+        found(bids)
+    named = batches(found(bids, "--batch-column", "site"))
+    assert named == {"sub-01_ses-a": "A", "sub-01_ses-b": "B"}, "the session knows better"
+
+
+def test_some_without_a_site_stop(tree):
+    bids = tree({**SITES, "03": {"site": "n/a"}})
+    with pytest.raises(UsageError, match=r"1 of 3 runs have no batch, e.g. sub-03. Fill in"):
+        found(bids)
+    assert names(found(bids, "--participant-label", "01")) == ["sub-01"]
+
+
+def test_column_without_values_is_no_column(tree):
+    result = found(tree({p: {"site": "n/a"} for p in ("01", "02", "03")}))
+    assert sources(result) == {"scanner fields of the sidecar"}
+
+
+@pytest.mark.parametrize("text,argv,message", [
+    (None, [], "b.tsv: does not exist"),
+    ("a\tb\n1\t2\n", [], "no column participant_id"),
+    ("participant_id\ta\tb\nsub-01\t1\t2\n", [], "which of its columns a, b is the batch"),
+    ("participant_id\ta\nsub-01\t1\n", ["--batch-column", "x"], "no value of 'x'.*are a"),
+    ("participant_id\ta\nsub-01\t1\nsub-01\t2\n", [], "two rows for sub-01 differ"),
+    ("participant_id\ta\nsub-01\t1\n", [], "2 of 3 runs have no batch"),
+])
+def test_batch_file_that_cannot_be_used(tree, tmp_path, text, argv, message):
+    if text:
+        (tmp_path / "b.tsv").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        found(tree(), "--batch-file", tmp_path / "b.tsv", *argv)
+
+
+def test_unknown_batch_column(tree):
+    with pytest.raises(UsageError, match=r"no value of 'x'.*there are age, sex"):
+        found(tree(), "--batch-column", "x")
+
+
+def test_broken_participants_tsv(tree):
+    bids = tree()
+    (bids / "participants.tsv").write_text("subject,age\n01,3\n")
+    with pytest.raises(UsageError, match=r"participants.tsv: has no column participant_id"):
+        found(bids)
+
+
+def test_broken_sessions_tsv_is_its_participants_problem(tree):
+    bids = tree(None, ("01", "02"), sessions=("a",))
+    (bids / "sub-01/sub-01_sessions.tsv").write_text("visit\n1\n")
+    result = found(bids)
+    assert "has no column session_id" in result.problems["01"][0]
+    assert result.problems["02"] == [] and len(names(result)) == 2
+
+
+# covariates
+
+def test_covariates_are_typed(tree):
+    row = {"age": "34", "height": "1.80", "sex": "F", "code": "007", "rate": "1e-3", "none": "n/a",
+           "odd": "nan"}
+    bids = tree({"01": row, "02": {"age": "5"}}, ("01", "02"))
+    result = found(bids)
+    assert result.runs["01"][0].covariates == {"age": 34, "height": 1.8, "sex": "F", "code": "007",
+                                               "rate": 0.001, "odd": "nan"}
+    assert result.rows["02"].keys() == {"age", "batch"}
+
+
+def test_descriptions_of_columns(tree, caplog):
+    bids = tree()
+    assert list(found(bids).columns) == ["batch"]
+    (bids / "participants.json").write_text(json.dumps({"age": {"Units": "year"}, "sex": 3}))
+    assert found(bids).columns["age"] == {"Units": "year"}
+    (bids / "participants.json").write_text("{")
+    assert list(found(bids).columns) == ["batch"] and "participants.json" in caplog.text
+
+
+def test_participant_with_problems_alone_has_a_row(tree):
+    bids = tree()
+    (bids / "sub-01/dwi/sub-01_dwi.bval").unlink()
+    assert found(bids).rows["01"] == {"age": 30, "sex": "F", "batch": "n/a"}
+
+
+def test_rows_only_of_who_was_asked_for(tree):
+    truth.write_participants(bids := tree(), SITES)
+    assert list(found(bids, "--participant-label", "03", "01").rows) == ["03", "01"]

@@ -1,0 +1,246 @@
+"""Masks, and the signal inside them: every way in which an image can be odd or broken."""
+
+import gzip
+import tracemalloc
+
+import bids_tree as truth
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bidsapp import mask as masks
+from bidsapp.bids import btable
+from bidsapp.bids.inherit import read_part
+from bidsapp.dwi import Run, load, open_image, read_mean
+from bidsapp.errors import DataError
+
+SHAPE = (7, 8, 9)
+HEAD = truth.head(SHAPE)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Writes a run of one file or, given several sets of options, of several."""
+    def write(*parts):
+        made = []
+        for i, options in enumerate(parts or ({},)):
+            image = truth.write_run(tmp_path / f"sub-01/dwi/sub-01_run-{i + 1}",
+                                    **{"shape": SHAPE, "seed": i, **options})
+            made.append(read_part(image, tmp_path))
+        return Run({"sub": "01"}, tuple(made))
+    return write
+
+
+def data_of(run, part=0):
+    return np.asarray(nib.load(run.parts[part].image).dataobj)
+
+
+def rewrite(run, data, part=0, slope=None):
+    path = run.parts[part].image
+    image = nib.Nifti1Image(data, nib.load(path).affine)
+    if slope:
+        image.header.set_slope_inter(*slope)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, path)
+
+
+def loaded(run, mask=HEAD, **options):
+    return load(run, mask, btable.acquisition_of(run), **options)
+
+
+# the signal
+
+def test_rows_are_the_voxels_of_the_mask(run):
+    made = run()
+    dwi = loaded(made)
+    assert dwi.signal.dtype == np.float32 and dwi.signal.shape == (HEAD.sum(), 30)
+    assert np.array_equal(dwi.signal, data_of(made)[HEAD])
+    assert np.array_equal(dwi.unmask(dwi.signal)[HEAD], data_of(made)[HEAD])
+    assert not dwi.unmask(dwi.signal)[~HEAD].any() and dwi.invalid == 0
+
+
+def test_slabs_on_disk_give_the_same_signal(run, tmp_path):
+    made = run()
+    assert np.array_equal(loaded(made, memory=1, work_dir=tmp_path).signal, loaded(made).signal)
+    assert not list(tmp_path.glob("tmp*")), "nothing is left"
+
+
+def test_integers_with_scaling(run):
+    made = run()
+    stored = np.random.default_rng(1).integers(-300, 4000, (*SHAPE, 30)).astype(np.int16)
+    path = made.parts[0].image
+    rewrite(made, stored)
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[112:120] = np.array([0.25, -10], "<f4").tobytes()  # scl_slope, scl_inter of NIfTI-1
+    path.write_bytes(gzip.compress(bytes(raw)))
+    assert np.allclose(loaded(made).signal, stored[HEAD] * 0.25 - 10)
+
+
+def test_uncompressed_and_big_endian(run):
+    made = run()
+    data = data_of(made)
+    path = made.parts[0].image
+    nib.save(nib.Nifti1Image(data.astype(">f4"), truth.affine(),
+                             nib.Nifti1Header(endianness=">")), path)
+    assert np.array_equal(loaded(made).signal, data[HEAD])
+
+
+def test_negative_values_are_kept(run):
+    made = run()
+    rewrite(made, -data_of(made))
+    assert (loaded(made).signal < 0).all()
+
+
+def test_some_nan_and_inf_are_counted(run):
+    made = run()
+    data = data_of(made).copy()
+    inside = tuple(np.argwhere(HEAD)[5])
+    data[(*inside, 3)], data[(*inside, 4)], data[0, 0, 0, 5] = np.nan, -np.inf, np.nan
+    rewrite(made, data)
+    dwi = loaded(made)
+    assert dwi.invalid == 2, "the one outside the mask does not count"
+    assert dwi.signal[5, 3] == dwi.signal[5, 4] == 0 and np.isfinite(dwi.signal).all()
+
+
+def test_volume_of_nan(run):
+    made = run()
+    data = data_of(made).copy()
+    data[..., 7] = np.nan
+    rewrite(made, data)
+    with pytest.raises(DataError, match=r"dwi.nii.gz: volume 7 holds no finite value.*Remove it"):
+        loaded(made)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.9, 0.999])
+def test_truncated_gzip(run, kept):
+    made = run()
+    path = made.parts[0].image
+    path.write_bytes(path.read_bytes()[:int(kept * path.stat().st_size)])
+    with pytest.raises(DataError, match=rf"{path}: ends or breaks before volume \d+ of 30.*again"):
+        loaded(made)
+
+
+def test_truncated_inside_an_intact_gzip(run):
+    made = run()
+    path = made.parts[0].image
+    whole = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(whole[:len(whole) // 2]))
+    with pytest.raises(DataError, match=r"breaks before volume 1[45] of 30"):
+        loaded(made)
+
+
+def test_corrupt_gzip(run):
+    made = run()
+    path = made.parts[0].image
+    rewrite(made, data_of(made).astype(np.int16))  # Huffman-coded, so that damage breaks the code
+    data = bytearray(path.read_bytes())
+    data[5000:9000] = np.random.default_rng(0).bytes(4000)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="ends or breaks before volume"):
+        loaded(made)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", gzip.compress(b"x" * 400)],
+                         ids=["zero bytes", "text", "no header"])
+def test_no_image(run, content):
+    made = run()
+    path = made.parts[0].image
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{path}: cannot be read as NIfTI.*again"):
+        open_image(path)
+
+
+def test_three_and_five_dimensions(run):
+    made = run()
+    for data, n in ((data_of(made)[..., 0], 3), (data_of(made)[..., None, :], 5)):
+        rewrite(made, data)
+        with pytest.raises(DataError, match=f"has {n} dimensions, a DWI needs 4"):
+            read_mean(made, np.ones(30, bool))
+
+
+def test_parts_are_joined_and_levelled(run):
+    """The second file has half the receiver gain: its b0 says so."""
+    made = run({"scheme": ((0, 2), (1000, 12))}, {"scheme": ((0, 2), (2000, 16))})
+    rewrite(made, data_of(made, 1) / 2, part=1)
+    dwi = loaded(made)
+    assert dwi.signal.shape[1] == 32
+    b0 = dwi.signal[:, dwi.acquisition.b0]
+    assert np.isclose(b0[:, :2].mean(), b0[:, 2:].mean(), rtol=1e-4)
+    assert np.array_equal(dwi.signal[:, :14], data_of(made)[HEAD])
+
+
+def test_mean_of_the_b0_of_all_parts(run):
+    made = run({"scheme": ((0, 2), (1000, 12))}, {"scheme": ((0, 1), (2000, 16))})
+    mean, affine = read_mean(made, btable.acquisition_of(made).b0)
+    want = np.concatenate([data_of(made)[..., :2], data_of(made, 1)[..., :1]], -1).mean(-1)
+    assert np.allclose(mean, want, rtol=1e-5) and np.allclose(affine, truth.affine())
+
+
+def test_memory_is_bounded_by_the_mask(run):
+    shape, few = (40, 41, 42), np.zeros((40, 41, 42), bool)
+    few[10:14, 10:14, 10:14] = True
+    made = run({"shape": shape})
+    volume = 4 * few.size
+    tracemalloc.start()
+    dwi = loaded(made, few)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * dwi.signal.nbytes + 4 * volume, "30 volumes are never held at once"
+
+
+# the mask
+
+def mask_file(tmp_path, data, matrix=None):
+    path = tmp_path / "mask.nii.gz"
+    nib.save(nib.Nifti1Image(data, truth.affine() if matrix is None else matrix), path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+@pytest.mark.parametrize("more", [(), (1,)], ids=["3-D", "4-D of one volume"])
+def test_given_mask(tmp_path, dtype, more):
+    path = mask_file(tmp_path, HEAD.reshape(SHAPE + more).astype(dtype))
+    assert np.array_equal(masks.given(path, SHAPE, truth.affine()), HEAD)
+
+
+def test_given_mask_with_nan_background(tmp_path):
+    path = mask_file(tmp_path, np.where(HEAD, 1, np.nan).astype(np.float32))
+    assert np.array_equal(masks.given(path, SHAPE, truth.affine()), HEAD)
+
+
+@pytest.mark.parametrize("data,matrix,message", [
+    (np.zeros(SHAPE, np.uint8), None, "mask is empty"),
+    (np.ones((7, 8, 10), np.uint8), None, r"the shape \(7, 8, 10\).*Resample"),
+    (np.ones(SHAPE, np.uint8), truth.affine(voxel=(3, 3, 3)), "affine is not that.*Resample"),
+    (np.ones((*SHAPE, 2), np.uint8), None, r"\(7, 8, 9, 2\), one volume"),
+])
+def test_masks_that_do_not_serve(tmp_path, data, matrix, message):
+    path = mask_file(tmp_path, data, matrix)
+    with pytest.raises(DataError, match=f"{path}: .*{message}"):
+        masks.given(path, SHAPE, truth.affine())
+
+
+def test_truncated_mask(tmp_path):
+    shape = (40, 41, 42)
+    path = mask_file(tmp_path, np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DataError, match=f"{path}: ends or breaks.*again"):
+        masks.given(path, shape, truth.affine())
+
+
+def test_median_otsu_finds_the_head():
+    head = truth.head((40, 42, 44))
+    mean = np.random.default_rng(0).rayleigh(15, head.shape) + 1000 * head
+    found = masks.median_otsu(mean.astype(np.float32))
+    overlap = 2 * (found & head).sum() / (found.sum() + head.sum())
+    assert found.dtype == bool and overlap > 0.95
+
+
+def test_nothing_to_mask():
+    with pytest.raises(DataError, match="zero everywhere"):
+        masks.median_otsu(np.zeros(SHAPE, np.float32))
+
+
+def test_empty_mask_is_refused(run):
+    with pytest.raises(DataError, match="mask is empty"):
+        loaded(run(), np.zeros(SHAPE, bool))
