@@ -318,7 +318,10 @@ def test_page_of_refusals_failures_and_interruption(tmp_path):
          "batch": "x", "batch_source": "y", "files": [], "entities": {}, "status": "failed",
          "crash": "sub-01/log/a/crash-sub-01_dir-PA.txt"},
         {"state": "incomplete", "outputs": {}, "name": "sub-01_dir-LR"}]
+    records.append({**records[0], "name": "sub-01_dir-IS"})
     seen = check(page.participant("01", records, ["sub-01_dir-RL: no .bvec"], tmp_path))
+    assert seen.text.count("two are needed") == 1
+    assert "for sub-01_dir-AP, sub-01_dir-IS: one shell" in seen.text
     for words in ("Not everything could be processed", "sub-01.bval: missing", "no .bvec",
                   "sub-01/log/a/crash-sub-01_dir-PA.txt", "two are needed", "interrupted",
                   "Left out, and why", "# today", "Started today"):

@@ -45,7 +45,7 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
     return _templates().get_template("participant.html").render(
         title=f"sub-{label}", label=label, runs=runs, problems=problems,
         failed=[r for r in runs if r["state"] != "complete"],
-        refused=[r for r in runs if r["refusals"]], status=status,
+        refused=_refused(runs), status=status,
         options=_text(log / "options.toml") if log else "",
         log=log.relative_to(root) if log else "", **_common(used))
 
@@ -87,6 +87,15 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
         "sections": _sections(figures),
         "qc": [{"name": k, "value": _number(v), **described[k]} for k, v in qc.items()],
         "covariates": dict(record.get("covariates", {}))}
+
+
+def _refused(runs: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """Runs by the method that left them out and its reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for refusal in run["refusals"].items():
+            found.setdefault(refusal, []).append(run["id"])
+    return found
 
 
 def _sections(figures: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
