@@ -251,7 +251,7 @@ def test_holes_are_filled_in_slabs_too():
     x, y = np.ogrid[-32:32, -32:32]
     r = np.hypot(x, y)
     mean = np.where(r < 24, 900.0, 20.0)
-    mean[r < 7] = 60
+    mean[r < 7] = 20
     mask = masks.median_otsu(np.stack([mean, mean], axis=2))
     assert mask[32, 32].all() and mask[32, 44].all()
     assert not mask[0].any() and mask.sum() < 2 * (r < 26).sum()
