@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import tomli_w
@@ -25,13 +25,15 @@ from bidsapp import __version__, methods
 from bidsapp.bids import btable, find, names, sidecar
 from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
 from bidsapp.blocks import choose_device, memory_limit
-from bidsapp.cli import Options
 from bidsapp.dwi import Dwi, Run, load, noise_sd, open_image, peak_memory, read_mean
 from bidsapp.errors import DataError, QSphereError, Refusal, UsageError
 from bidsapp.evaluate import quality
 from bidsapp.mask import given, median_otsu
 from bidsapp.methods import Derived, Method
 from bidsapp.report import boilerplate, figures, page
+
+if TYPE_CHECKING:
+    from bidsapp.cli import Options
 
 log = logging.getLogger("qsphere")
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")

@@ -1,5 +1,6 @@
 """Quality numbers against signals whose truth is known by construction."""
 
+import itertools
 from dataclasses import replace
 from typing import ClassVar
 
@@ -7,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bidsapp import methods
+from bidsapp import cli, methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, find
-from bidsapp.dwi import Dwi, Run, load, noise_sd, read_mean
+from bidsapp.dwi import Dwi, load, noise_sd, read_mean
 from bidsapp.evaluate import quality
 from bidsapp.mask import given, median_otsu
 from bidsapp.methods import Derived, Method
@@ -233,24 +234,21 @@ def test_outliers_take_missing_values(rng):
     assert quality.outliers(table).empty
 
 
-def real(path):
-    run = Run(dict(x.split("-", 1) for x in path.name.split("_")[:-1]),
-              (find.read_part(path, path.parents[2]),))
+def real(run):
     acquisition = btable.acquisition_of(run)
     mean, affine = read_mean(run, acquisition.b0)
-    masks = list(path.parents[2].rglob(f"{path.name.removesuffix('_dwi.nii.gz')}_mask.nii.gz"))
-    mask = given(masks[0], mean.shape, affine) if masks else median_otsu(mean)
+    mask = given(run.mask, mean.shape, affine) if run.mask else median_otsu(mean)
     dwi = load(run, mask, acquisition)
     return replace(dwi, noise_sd=noise_sd(dwi))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("folder", "runs", "slices"), [
-    ("siemens_xa30", 2, 1), ("uih_dti16", 3, 0), ("mdt_multishell", 1, 0), ("nyu_3shell", 2, 0),
-    ("dib2019_btensor", 4, 0), ("canon_retest", 11, 7)])
-def test_real_data_has_few_suspected_slices(test_data, folder, runs, slices):
-    """Those of canon_retest hold signal voids that are plain to see."""
-    paths = sorted(test_data(folder).rglob("sub-*_dwi.nii.gz"))
-    found = [quality.slice_signal(real(path)) for path in paths]
-    assert len(found) == runs
-    assert sum(len(f.suspects) for f in found) <= slices
+@pytest.mark.parametrize(("folder", "most"), [
+    ("siemens_xa30", 1), ("uih_dti16", 0), ("mdt_multishell", 0), ("nyu_3shell", 0),
+    ("dib2019_btensor", 0), ("canon_retest", 7)])
+def test_real_data_has_few_suspected_slices(test_data, folder, most):
+    """Of 1560 and 5280 slices; those of canon_retest hold voids that are plain to see."""
+    options = cli.parse([str(test_data(folder)), "unused", "participant"])
+    there = find.find(options).runs.values()
+    found = [quality.slice_signal(real(run)) for run in itertools.chain(*there)]
+    assert found and sum(len(f.suspects) for f in found) <= most

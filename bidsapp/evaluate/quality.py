@@ -50,9 +50,9 @@ FIXED: dict[str, tuple[str, str]] = {
     "snr_b0": ("Median over the mask of the mean b = 0 signal divided by noise_sd", "1"),
     "ndc": ("Neighbouring DWI correlation: mean over weighted volumes of the correlation, over "
             "the mask, with the volume of the nearest b-tensor (Yeh et al. 2019)", "1"),
-    "n_dropout_slices": (f"Slices whose mean signal lies {DROPOUT_LOSS:.0%} or more, and {DROPOUT_Z:g}"
-                         " robust standard deviations or more, below what the other volumes of "
-                         "the shell predict", "slices"),
+    "n_dropout_slices": (f"Slices whose mean signal lies {DROPOUT_LOSS:.0%} or more, and "
+                         f"{DROPOUT_Z:g} robust standard deviations or more, below what the other "
+                         "volumes of the shell predict", "slices"),
     "n_dropout_volumes": ("Volumes with such a slice", "volumes"),
 }
 IDENTIFIERS = {
@@ -171,7 +171,8 @@ def slice_signal(dwi: Dwi) -> Slices:
         log = np.log(np.maximum(mean / usual, 1e-3))
         directed = not acquisition.b0[indices[0]]
         degree = sh.degree_for(len(indices) / 3, most=2) if directed else 0
-        basis = sh.basis(degree, acquisition.bvecs[indices]) if degree else np.ones((len(indices), 1))
+        basis = (sh.basis(degree, acquisition.bvecs[indices]) if degree
+                 else np.ones((len(indices), 1)))
         residual = log - _robust_fit(basis, log)
         if len(use) >= 5:
             residual = residual - np.median(residual, axis=0)
@@ -270,7 +271,7 @@ def _describe(key: str) -> dict[str, str]:
 @cache
 def _map_columns() -> Mapping[str, dict[str, str]]:
     """Description and Units of every statistic of every scalar map that a method can make."""
-    found = {}
+    found: dict[str, dict[str, str]] = {}
     for name in methods.names("estimate_"):
         outputs = methods.get(name).outputs
         for key, entry in outputs["maps"].items():

@@ -59,17 +59,17 @@ def markdown(chosen: Sequence[Method]) -> str:
 
 def _preparation() -> str:
     return (
-        f"Diffusion MRI in BIDS (doi:10.1038/sdata.2016.44) was processed with QSphere {__version__}"
-        ", a BIDS App (doi:10.1371/journal.pcbi.1005209); data were indexed with PyBIDS "
-        "(doi:10.21105/joss.01294). b-vectors were turned from image into world axes. Volumes with "
-        "b < 50 s/mm² counted as b = 0; the others were grouped in shells by b-value and b-tensor "
-        "shape. Everything was computed inside the brain mask that came with the data or, where "
-        "none did, the largest component with holes filled of DIPY's median-Otsu mask of the mean "
-        "b = 0 image (doi:10.3389/fninf.2014.00008, doi:10.1109/TSMC.1979.4310076). Where one "
-        "acquisition was split in several runs, they were concatenated and scaled to the mean b = 0 "
-        "signal of the first. NaN and infinite values were set to 0 and counted. QSphere applied "
-        "no correction of noise, Gibbs ringing, motion, eddy currents, susceptibility or bias "
-        "field: data that need it must be preprocessed first.")
+        "Diffusion MRI in BIDS (doi:10.1038/sdata.2016.44) was processed with QSphere "
+        f"{__version__}, a BIDS App (doi:10.1371/journal.pcbi.1005209); data were indexed with "
+        "PyBIDS (doi:10.21105/joss.01294). b-vectors were turned from image into world axes. "
+        "Volumes with b < 50 s/mm² counted as b = 0; the others were grouped in shells by b-value "
+        "and b-tensor shape. Everything was computed inside the brain mask that came with the data "
+        "or, where none did, the largest component with holes filled of DIPY's median-Otsu mask of "
+        "the mean b = 0 image (doi:10.3389/fninf.2014.00008, doi:10.1109/TSMC.1979.4310076). Where "
+        "one acquisition was split in several runs, they were concatenated and scaled to the mean "
+        "b = 0 signal of the first. NaN and infinite values were set to 0 and counted. QSphere "
+        "applied no correction of noise, Gibbs ringing, motion, eddy currents, susceptibility or "
+        "bias field: data that need it must be preprocessed first.")
 
 
 def _quality() -> str:
@@ -112,8 +112,8 @@ def _first_paragraph(readme: str) -> str:
 
 def _authors(before: str) -> str:
     """`Johnson et al. 2007` where the text before a DOI ends with it, else nothing."""
-    match = re.search(r"((?:[A-ZÀ-Þ][\w’'-]+(?: et al\.?)?(?:,? (?:and|&) )?)+,? \(?\d{4})[,;:.\s(]*$",
-                      before)
+    name = r"[A-ZÀ-Þ][\w’'-]+(?: et al\.?)?(?:,? (?:and|&) )?"
+    match = re.search(rf"((?:{name})+,? \(?\d{{4}})[,;:.\s(]*$", before)
     return match.group(1).replace("(", "") if match else ""
 
 

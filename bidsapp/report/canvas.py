@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C564B")
 """Okabe and Ito's colours, safe for colour-blind readers, and two more."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "qsphere", "svg.fonttype": "none", "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
@@ -41,6 +41,7 @@ WIDTH = 10.0
 TILE = 110
 """Most pixels along the longer side of a slice in a mosaic."""
 
+Limits = tuple[float, float]
 LEVELS = 128
 """Colours along a map's colour scale: fewer make smaller files, and 128 look continuous."""
 
@@ -105,9 +106,9 @@ class Canvas:
         self.orientation = nib.io_orientation(dwi.affine)
         if np.isnan(self.orientation).any():
             self.orientation = np.array([[0, 1], [1, 1], [2, 1]])
-        zooms = nib.affines.voxel_sizes(dwi.affine)
-        self.zooms = np.ones(3)
-        self.zooms[self.orientation[:, 0].astype(int)] = zooms
+        zooms = np.ones(3)
+        zooms[self.orientation[:, 0].astype(int)] = nib.affines.voxel_sizes(dwi.affine)
+        self.zooms = tuple(float(z) for z in zooms)
         self.mask = self.canonical(dwi.mask)
 
     def canonical(self, volume: np.ndarray) -> np.ndarray:
@@ -125,7 +126,8 @@ class Canvas:
         bounds = []
         for axis in range(3):
             there = np.flatnonzero(self.mask.any(axis=tuple({0, 1, 2} - {axis})))
-            bounds.append(slice(max(int(there[0]) - 2, 0), int(there[-1]) + 3))
+            bounds.append(slice(max(int(there[0]) - 2, 0),
+                                min(int(there[-1]) + 3, self.mask.shape[axis])))
         return bounds[0], bounds[1], bounds[2]
 
     @cached_property
@@ -181,11 +183,12 @@ class Canvas:
 
 
 def mosaics(canvas: Canvas, colours: Any, title: str, *, crop: bool = True,
-            outline: np.ndarray | None = None, bar: Any = None, unit: str = "") -> Figure:
+            outline: np.ndarray | None = None, bar: tuple[Limits, str] | None = None,
+            unit: str = "") -> Figure:
     """All views of a volume below one another.
 
     colours: canonical (x, y, z, 3) uint8. outline: canonical bool, drawn as a line.
-    bar: (norm, cmap) of the colour bar, which `unit` labels.
+    bar: (limits, cmap) of the colour bar, which `unit` labels.
     """
     images = [canvas.mosaic(colours, v, crop) for v in canvas.views]
     heights, widths = [], []
@@ -210,15 +213,14 @@ def mosaics(canvas: Canvas, colours: Any, title: str, *, crop: bool = True,
         tile_w = image.shape[1] / canvas.per_row(view)
         tile_h = image.shape[0] / max(1, -(-len(view.positions) // canvas.per_row(view)))
         y = image.shape[0] - tile_h / 2
-        style = {"color": "white", "size": 8, "va": "center"}
-        ax.text(0.5, y, left, ha="left", **style)
-        ax.text(tile_w - 1.5, y, right, ha="right", **style)
+        for x, label, side in ((0.5, left, "left"), (tile_w - 1.5, right, "right")):
+            ax.text(x, y, label, ha=side, va="center", color="white", size=8)
         top -= height + gap
     if bar:
         height = min(sum(heights), 2.6)
-        cax = drawn.add_axes(((max(widths) + 0.13) / WIDTH, (total - head - height) / total, 0.16 / WIDTH,
-                              (height - 0.1) / total))
-        colour_bar(cax, *bar, unit)
+        cax = drawn.add_axes(((max(widths) + 0.13) / WIDTH, (total - head - height) / total,
+                              0.16 / WIDTH, (height - 0.1) / total))
+        colour_bar(cax, bar[0], bar[1], unit)
     return drawn
 
 
@@ -242,14 +244,15 @@ def draw_outline(ax: Axes, inside: np.ndarray) -> None:
     ax.add_collection(LineCollection(lines, colors="#E69F00", linewidths=0.8), autolim=False)
 
 
-def colour_bar(ax: Axes, norm: Any, cmap: str, unit: str) -> None:
-    """A vertical bar from norm.vmin to norm.vmax, as one image; powers of 1000 go to the unit."""
-    most = max(abs(norm.vmin), abs(norm.vmax))
+def colour_bar(ax: Axes, limits: Limits, cmap: str, unit: str) -> None:
+    """A vertical bar from limit to limit, as one image; powers of 1000 go to the unit."""
+    low, high = limits
+    most = max(abs(low), abs(high))
     power = 3 * int(np.floor(np.log10(most) / 3)) if most > 0 else 0
     power = power if abs(power) >= 3 else 0
     scale = 10.0**-power
     ax.imshow(np.linspace(0, 1, 128)[:, None], origin="lower", aspect="auto", cmap=cmap,
-              extent=(0, 1, norm.vmin * scale, norm.vmax * scale), interpolation="none",
+              extent=(0, 1, low * scale, high * scale), interpolation="none",
               vmin=0, vmax=1)
     ax.set_xticks([])
     ax.yaxis.tick_right()
@@ -259,12 +262,13 @@ def colour_bar(ax: Axes, norm: Any, cmap: str, unit: str) -> None:
     ax.set_title(f"{factor}{unit}", fontsize=8, weight="normal", loc="left")
 
 
-def coloured(values: np.ndarray, norm: Any, cmap: str, mask: np.ndarray) -> np.ndarray:
-    """(x, y, z, 3) uint8 of a scalar volume, in LEVELS steps from norm.vmin to norm.vmax; black
+def coloured(values: np.ndarray, limits: Limits, cmap: str, mask: np.ndarray) -> np.ndarray:
+    """(x, y, z, 3) uint8 of a scalar volume, in LEVELS steps from limit to limit; black
     outside the mask, mid-grey where not finite."""
     table = (mpl.colormaps[cmap](np.linspace(0, 1, LEVELS))[:, :3] * 255).round().astype(np.uint8)
     finite = np.isfinite(values)
-    scaled = (np.where(finite, values, norm.vmin) - norm.vmin) / (norm.vmax - norm.vmin)
+    low, high = limits
+    scaled = (np.where(finite, values, low) - low) / (high - low)
     out = table[(np.clip(scaled, 0, 1) * (LEVELS - 1)).round().astype(np.uint8)]
     out[~finite] = 128
     out[~mask] = 0

@@ -9,7 +9,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
 from bidsapp.dwi import Dwi
@@ -66,7 +65,8 @@ def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
     the lower). A map of three components is a direction: |x| red, |y| green, |z| blue, times `fa`
     where the method has one; it comes first.
     """
-    canvas, drawn = Canvas(dwi), []
+    canvas = Canvas(dwi)
+    drawn: list[Figure] = []
     outputs = method.outputs
     with mpl.rc_context(STYLE):
         for key, values in derived.maps.items():
@@ -106,8 +106,8 @@ def of_group(study: Study, fitted: Mapping[str, Fitted]) -> list[Figure]:
                     "dwimap", {"desc": label},
                     _distributions([("before", study.statistics), ("after", table)], shared, units),
                     f"Before and after {label}",
-                    f"{method}: the statistics of every run before (open circles), and after (filled"
-                    " circles; runs of one participant in one batch are averaged first).",
+                    f"{method}: the statistics of every run before (open circles), and after "
+                    "(filled circles; runs of one participant in one batch are averaged first).",
                     "Harmonization"))
     return drawn
 
@@ -132,8 +132,9 @@ def _gradients(dwi: Dwi) -> Figure:
             ax.plot(radius * np.cos(circle), radius * np.sin(circle), style, color="#888888",
                     linewidth=0.8)
         colour = PALETTE[k % len(PALETTE)]
-        ax.scatter(*plane[above].T, s=22, color=colour, linewidths=0.8)
-        ax.scatter(*plane[~above].T, s=22, facecolors="none", edgecolors=colour, linewidths=1)
+        ax.scatter(plane[above, 0], plane[above, 1], s=22, color=colour, linewidths=0.8)
+        ax.scatter(plane[~above, 0], plane[~above, 1], s=22, facecolors="none",
+                   edgecolors=colour, linewidths=1)
         for x, y, text in ((0, 1.12, "A"), (0, -1.12, "P"), (-1.12, 0, "L"), (1.12, 0, "R")):
             ax.text(x, y, text, ha="center", va="center", size=8, color="#555555")
         ax.set_xlim(-1.25, 1.25)
@@ -154,8 +155,8 @@ def _gradients(dwi: Dwi) -> Figure:
 def _mean_b0(canvas: Canvas, mean_b0: np.ndarray) -> Figure:
     volume = canvas.canonical(np.asarray(mean_b0))
     inside = volume[canvas.mask]
-    norm = Normalize(0, float(np.percentile(inside, 99.5)) or 1.0)
-    grey = coloured(volume, norm, "gray", np.ones_like(canvas.mask))
+    limits = (0.0, float(np.percentile(inside, 99.5)) or 1.0)
+    grey = coloured(volume, limits, "gray", np.ones_like(canvas.mask))
     drawn = mosaics(canvas, grey, "Mean b = 0 and brain mask", crop=False, outline=canvas.mask)
     return Figure(
         "dwi", {"desc": "mask"}, svg(drawn), "Mean b = 0 with the brain mask",
@@ -252,8 +253,8 @@ def _slices(canvas: Canvas) -> Figure:
         text = "No slice looks corrupted."
     return Figure(
         "dwi", {"desc": "dropout"}, svg(drawn), "Slices that look corrupted",
-        f"{text} Colour: mean signal of each slice of each volume against what the other volumes of "
-        f"its shell predict; grey: not assessed. Suspected from a loss of "
+        f"{text} Colour: mean signal of each slice of each volume against what the other volumes "
+        "of its shell predict; grey: not assessed. Suspected from a loss of "
         f"{quality.DROPOUT_LOSS:.0%} and {quality.DROPOUT_Z:g} robust standard deviations.",
         "Signal")
 
@@ -300,19 +301,18 @@ def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities:
     usual = np.percentile(finite, (2, 98)) if len(finite) else (0.0, 1.0)
     low, high = (float(u if e is None else e) for e, u in zip(ends, usual, strict=True))
     high = high if high > low else low + 1
-    norm = Normalize(low, high)
     cmap = entry.get("cmap", "viridis")
     volume = canvas.canonical(canvas.dwi.unmask(values))
     units = _units(entry)
     name = entry["Description"].rstrip(".")
-    drawn = mosaics(canvas, coloured(volume, norm, cmap, canvas.mask), _short(name),
-                    bar=(norm, cmap), unit=units)
+    drawn = mosaics(canvas, coloured(volume, (low, high), cmap, canvas.mask), _short(name),
+                    bar=((low, high), cmap), unit=units)
     beyond = float(np.mean((finite < low) | (finite > high))) if len(finite) else 0.0
     parts = [] if name == _short(name) else [f"{name}."]
     parts.append(f"Shown from {low:.3g} to {high:.3g}{f' {units}' if units else ''}.")
     if len(finite):
-        parts.append(f"Median {np.median(finite):.4g}, 5 to 95 %: {np.percentile(finite, 5):.4g} to "
-                     f"{np.percentile(finite, 95):.4g}.")
+        p5, median, p95 = np.percentile(finite, (5, 50, 95))
+        parts.append(f"Median {median:.3g}, 5 to 95 %: {p5:.3g} to {p95:.3g}.")
     if beyond > 0:
         parts.append(f"{beyond:.2%} of the voxels lie outside the shown range.")
     if len(finite) < len(values):

@@ -46,8 +46,8 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
         title=f"sub-{label}", label=label, runs=runs, problems=problems,
         failed=[r for r in runs if r["state"] != "complete"],
         refused=[r for r in runs if r["refusals"]], status=status,
-        options=_text(log / "options.toml") if log else "", log=log.relative_to(root) if log else "",
-        **_common(used))
+        options=_text(log / "options.toml") if log else "",
+        log=log.relative_to(root) if log else "", **_common(used))
 
 
 def group(study: Study, outliers: pd.DataFrame, drawn: Sequence[Figure],

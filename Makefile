@@ -1,0 +1,43 @@
+# Everything happens in a private environment, .venv; only Python 3.11 or later and make are needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/pip --disable-pip-version-check
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test quick lint descriptors clean
+.DEFAULT_GOAL := help
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(INSTALLED)  ## process a small real dataset; prints where the maps and reports are
+	$(BIN)/python tools/demo.py
+
+test: lint  ## everything that CI checks
+	$(BIN)/pytest
+
+quick: $(INSTALLED)  ## the tests that take seconds
+	$(BIN)/pytest -m 'not slow'
+
+lint: $(INSTALLED)  ## style, types, the direction of imports, the Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/hadolint Dockerfile
+
+descriptors: $(INSTALLED)  ## write descriptors/ anew from the command line's parser
+	$(BIN)/python tools/descriptors.py
+
+clean:  ## remove the environment, the demo and every cache
+	rm -rf $(VENV) demo build dist .*_cache .hypothesis
+	find bidsapp tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+# torch first and at its pinned version: a looser request would bring another build
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.[test,lint]'
+	$(PIP) check
+	touch $@

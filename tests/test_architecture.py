@@ -1,0 +1,114 @@
+"""What holds for the house as a whole; the direction of imports is import-linter's (pyproject)."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bidsapp import __version__, methods
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted((ROOT / "bidsapp").rglob("*.py"))
+HEAVY = {"torch", "bids", "numpy", "nibabel", "dipy", "pandas", "scipy", "matplotlib"}
+
+
+def tracked():
+    """Files that a clone holds, as text."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT,
+                           capture_output=True, text=True, check=False).stdout.split("\0")
+    if not any(names):
+        pytest.skip("not a git checkout")
+    return {n: (ROOT / n).read_bytes().decode(errors="replace")
+            for n in names if n and (ROOT / n).is_file()}
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["in", "in", "participant"]])
+def test_answers_at_once(argv):
+    """Help, version and a refused argument come without the libraries that take seconds."""
+    code = ("import sys\nfrom bidsapp.cli import main\ntry:\n    main(sys.argv[1:])\n"
+            "except SystemExit:\n    pass\nprint(*sys.modules, file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True,
+                          cwd=ROOT, check=True)
+    assert not HEAVY & set(done.stderr.splitlines()[-1].split())
+    assert done.stdout or "OUTPUT_DIR is BIDS_DIR" in done.stderr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_every_method_folder_is_complete():
+    folders = [p for p in methods.FOLDER.iterdir() if p.is_dir() and p.name != "__pycache__"]
+    assert sorted(p.name for p in folders) == methods.names()
+    for folder in folders:
+        method = methods.get(folder.name)
+        assert {"model", "maps"} <= method.outputs.keys(), folder.name
+        for key, output in method.outputs["maps"].items():
+            assert {"entities", "Description", "Units", "range"} <= output.keys(), (folder, key)
+        assert (folder / "README.md").read_text().startswith(f"# {folder.name}\n")
+
+
+def test_the_commands_of_the_documents_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in ("README.md", "CONTRIBUTING.md", ".ci/run"):
+        text = (ROOT / name).read_text()
+        wanted = set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE))
+        assert wanted and wanted <= targets, name
+
+
+def test_the_options_of_the_readme_exist():
+    from bidsapp.cli import parser
+
+    known = {s for a in parser()._actions for s in a.option_strings}
+    text = (ROOT / "README.md").read_text()
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("| `--"))
+    named = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", rows))
+    assert named and named <= known
+
+
+@pytest.mark.parametrize("name,pattern", [
+    ("CITATION.cff", r"^version: (.+)$"),
+    ("CHANGES.md", r"^## ([0-9.]+)"),
+    ("Dockerfile", r'image\.version="(.+?)"'),
+    ("Singularity.def", r"image\.version (.+)$"),
+])
+def test_one_version(name, pattern):
+    found = re.search(pattern, (ROOT / name).read_text(), re.MULTILINE)
+    assert found and found[1] == __version__
+
+
+def test_containers_set_the_same_environment():
+    """What the Dockerfile sets, Singularity.def sets too, but for folders that its users own."""
+    docker = set(re.findall(r"^(?:ENV|   ) ([A-Z_]+)=", (ROOT / "Dockerfile").read_text(),
+                            re.MULTILINE))
+    singularity = set(re.findall(r"^    export ([A-Z_]+)=", (ROOT / "Singularity.def").read_text(),
+                                 re.MULTILINE))
+    assert {"PATH", "QSPHERE_CONTAINER"} <= docker
+    assert docker - singularity <= {"HOME", "LOGNAME", "TEMPLATEFLOW_HOME"} | {
+        "PIP_DISABLE_PIP_VERSION_CHECK", "PIP_ROOT_USER_ACTION"}
+
+
+def test_every_dependency_is_pinned():
+    def normal(text):
+        return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", text)[0]).lower()
+
+    pins = {normal(line) for line in (ROOT / "constraints.txt").read_text().splitlines()
+            if re.fullmatch(r"[\w.-]+==[\w.!]+", line)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = {normal(d) for d in project["dependencies"] + extras["test"] + extras["lint"]}
+    assert wanted <= pins
+    assert "torchvision" not in pins  # it brings a CUDA build of torch
+
+
+def test_nothing_names_one_machine():
+    """No absolute path of a developer's machine, no registry's address."""
+    word = re.compile(r"(?<![\w.])/(?:work|root|opt/q|home/\w+|Users/\w+)/|"
+                      r"(?:pypi|pythonhosted|download\.pytorch|debian)\.org")
+    found = {n: m[0] for n, text in tracked().items()
+             if n != "tests/test_architecture.py" and (m := word.search(text))}
+    assert found == {}

@@ -1,0 +1,423 @@
+"""Figures show the right thing the right way round; pages are whole, safe and open offline."""
+
+import base64
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import ClassVar
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from bidsapp import methods
+from bidsapp.acquisition import Acquisition
+from bidsapp.dwi import Dwi
+from bidsapp.methods import Derived, Fitted, Method, Study
+from bidsapp.report import boilerplate, canvas, figures, page
+
+SVG = "{http://www.w3.org/2000/svg}"
+OUTPUTS = {
+    "model": {"name": "tensor", "Description": "A tensor (Doe et al. 2020)",
+              "URL": "https://doi.org/10.1000/tensor"},
+    "maps": {
+        "fa": {"entities": {"param": "fa"}, "Description": "Fractional anisotropy",
+               "Units": "unitless", "range": [0, 1], "cmap": "gray", "report": True},
+        "md": {"entities": {"param": "md"}, "Description": "Mean diffusivity; of the tensor",
+               "Units": "mm2/s", "range": [0, None], "report": True},
+        "fa_std": {"entities": {"param": "fa", "stat": "std"}, "Description": "Standard error",
+                   "Units": "unitless", "range": [0, None], "display": [0, 0.2], "report": True},
+        "s0": {"entities": {"param": "s0"}, "Description": "S0", "Units": "arbitrary",
+               "range": [0, None], "report": False},
+        "direction": {"entities": {"param": "direction"}, "Description": "Direction",
+                      "Units": "unitless", "range": [-1, 1], "report": False}}}
+
+
+class Tensor(Method):
+    """A method with every kind of map."""
+
+    OUTPUTS: ClassVar[dict] = OUTPUTS
+
+    def __init__(self, folder=None):
+        self.folder = folder
+
+    @property
+    def name(self):
+        return "estimate_tensor"
+
+    @property
+    def outputs(self):
+        return self.OUTPUTS
+
+    def check(self, acquisition):
+        """Applies to everything."""
+
+
+def make_dwi(rng, shape=(9, 8, 7), affine=None, bvals=None, mask=None):
+    bvals = np.r_[np.zeros(2), np.full(8, 1000.0), np.full(7, 2000.0)] if bvals is None else bvals
+    bvecs = rng.standard_normal((len(bvals), 3))
+    bvecs /= np.linalg.norm(bvecs, axis=1, keepdims=True)
+    if mask is None:
+        mask = np.ones(shape, bool)
+    signal = 900 * np.exp(-1e-3 * bvals) + rng.normal(0, 20, (int(mask.sum()), len(bvals)))
+    affine = np.diag([2.0, 2.5, 4.0, 1.0]) if affine is None else affine
+    return Dwi(signal.astype(np.float32), mask, affine, Acquisition(bvals, bvecs), noise_sd=20.0)
+
+
+def make_derived(rng, dwi):
+    n = len(dwi.signal)
+    direction = np.zeros((n, 3), np.float32)
+    direction[:, 0] = 1
+    return Derived({"fa": rng.uniform(0, 1.1, n).astype(np.float32),
+                    "md": np.full(n, 1e-3, np.float32),
+                    "fa_std": rng.uniform(0, 0.1, n).astype(np.float32),
+                    "s0": np.full(n, 900, np.float32), "direction": direction})
+
+
+def all_figures(rng, dwi):
+    mean = dwi.unmask(dwi.mean_b0)
+    return figures.of_signal(dwi, mean) + figures.of_maps(Tensor(), make_derived(rng, dwi), dwi)
+
+
+def images(svg):
+    """The pictures in an SVG as RGB arrays, the largest first."""
+    found = re.findall(rb"base64,([A-Za-z0-9+/=\s]+)", svg)
+    arrays = [np.asarray(Image.open(io.BytesIO(base64.b64decode(f))).convert("RGB")) for f in found]
+    return sorted(arrays, key=lambda a: -a.size)
+
+
+# -- orientation -------------------------------------------------------------------------------
+
+AFFINES = {
+    "RAS": np.diag([2.0, 2, 2, 1]), "LAS": np.diag([-2.0, 2, 2, 1]),
+    "RPI": np.diag([2.0, -2, -2, 1]),
+    "sagittal": np.array([[0, 0, 2.0, 0], [2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 0, 1]]),
+    "oblique": np.array([[1.9, 0.4, 0, 0], [-0.4, 1.9, 0.3, 0], [0, -0.3, 2, 0], [0, 0, 0, 1.0]]),
+}
+
+
+@pytest.mark.parametrize("name", AFFINES)
+@pytest.mark.parametrize(("axis", "display"), [(0, "x"), (1, "y"), (2, "z")])
+def test_tiles_are_in_world_orientation(rng, name, axis, display):
+    """A half space along each world axis appears right (x, y) or at the top (z) of its tiles."""
+    affine = AFFINES[name].copy()
+    shape = (9, 10, 11)
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    world = np.stack(np.indices(shape), -1) @ affine[:3, :3].T + affine[:3, 3]
+    drawn = canvas.Canvas(make_dwi(rng, shape, affine))
+    volume = drawn.canonical((world[..., axis] > 0).astype(float))
+    for across in {0, 1, 2} - {axis}:
+        tile = drawn.tile(volume, across, volume.shape[across] // 2)
+        horizontal, _ = (a for a in range(3) if a != across)
+        low, high = np.array_split(tile, 2, axis=1 if axis == horizontal else 0)
+        assert high.mean() > 0.7 > 0.3 > low.mean(), display
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_place_finds_the_slice_again(rng, name):
+    shape = (5, 6, 7)
+    drawn = canvas.Canvas(make_dwi(rng, shape, AFFINES[name]))
+    volume = np.zeros(shape)
+    volume[:, :, 5] = 1
+    axis, position = drawn.place(2, 5)
+    assert np.take(drawn.canonical(volume), position, axis).all()
+
+
+def test_mosaic_keeps_the_order_of_slices(rng):
+    drawn = canvas.Canvas(make_dwi(rng, (20, 21, 9)))
+    view = drawn.views[0]
+    assert view.axis == 2 and view.positions == tuple(range(9))
+    volume = np.broadcast_to(np.arange(9.0), (20, 21, 9))
+    mosaic = drawn.mosaic(volume, view)
+    assert mosaic.shape == (2 * 23, 7 * 22)  # a frame of one pixel around each
+    assert mosaic[-10, 10] == 0 and mosaic[-10, 32] == 1 and mosaic[10, 10] == 7
+
+
+def test_large_slices_are_thinned(rng):
+    drawn = canvas.Canvas(make_dwi(rng, (250, 30, 3), bvals=np.array([0.0, 1000])))
+    assert max(drawn.mosaic(drawn.mask, drawn.views[0]).shape) <= 3 * (canvas.TILE + 2)
+
+
+def test_voxels_keep_their_shape(rng):
+    dwi = make_dwi(rng, (10, 10, 6), np.diag([1.0, 3.0, 2.0, 1]))
+    drawn = canvas.Canvas(dwi)
+    assert drawn.views[0].zooms == (1, 3)
+    svg = canvas.svg(canvas.mosaics(drawn, np.full((10, 10, 6, 3), 90, np.uint8), "t"))
+    (mosaic, *_) = ElementTree.fromstring(svg).iter(f"{SVG}image")
+    matrix = re.search(r"matrix\(([^)]*)\)|scale\(([^)]*)\)", mosaic.get("transform"))
+    scales = [float(v) for v in re.split(r"[ ,]+", matrix[1] or matrix[2])]
+    across, up = (scales[0], scales[3]) if matrix[1] else scales[:2]
+    assert abs(up / across) == pytest.approx(3, rel=0.02)
+
+
+# -- what the figures show ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [
+    (7, 8, 9), (40, 44, 1), (40, 44, 2), (1, 30, 31), (30, 3, 31), (2, 2, 2), (1, 1, 1)])
+def test_any_shape_can_be_drawn(rng, shape):
+    for figure in all_figures(rng, make_dwi(rng, shape)):
+        ElementTree.fromstring(figure.svg)
+        assert figure.title and figure.caption and figure.section
+
+
+@pytest.mark.parametrize("bvals", [
+    np.array([0.0, 1000]), np.full(7, 1000.0), np.r_[0.0, np.repeat(np.arange(1, 10) * 500.0, 2)]])
+def test_any_acquisition_can_be_drawn(rng, bvals):
+    dwi = replace(make_dwi(rng, bvals=bvals), noise_sd=None)
+    assert len(figures.of_signal(dwi, np.ones(dwi.mask.shape))) == 4
+    spherical = replace(dwi.acquisition, b_delta=np.zeros(len(bvals)))
+    figures.of_signal(replace(dwi, acquisition=spherical), np.zeros(dwi.mask.shape))
+
+
+def test_same_input_same_bytes_and_no_global_state(rng):
+    dwi = make_dwi(rng)
+    derived = make_derived(rng, dwi)
+    before = dict(mpl.rcParams)
+    one, two = (figures.of_maps(Tensor(), derived, dwi) + figures.of_signal(
+        dwi, dwi.unmask(dwi.mean_b0)) for _ in range(2))
+    assert [f.svg for f in one] == [f.svg for f in two]
+    assert dict(mpl.rcParams) == before
+    assert not any(b"<dc:date>" in f.svg for f in one)
+
+
+def test_maps_to_report_and_their_names(rng):
+    dwi = make_dwi(rng)
+    drawn = figures.of_maps(Tensor(), make_derived(rng, dwi), dwi)
+    assert [dict(f.entities) for f in drawn] == [
+        {"model": "tensor", "param": "direction"}, {"model": "tensor", "param": "fa"},
+        {"model": "tensor", "param": "md"}, {"model": "tensor", "param": "fa", "stat": "std"}]
+    fa, md = drawn[1], drawn[2]
+    assert fa.title == "Fractional anisotropy" and "outside the shown range" in fa.caption
+    assert md.title == "Mean diffusivity" and "mm²/s" in md.caption
+    assert "10⁻³ mm²/s" in md.svg.decode()
+
+
+def test_a_direction_along_x_is_red(rng):
+    dwi = make_dwi(rng)
+    derived = make_derived(rng, dwi)
+    full = replace(derived, maps={**derived.maps, "fa": np.ones(len(dwi.signal), np.float32)})
+    (mosaic, *_) = images(figures.of_maps(Tensor(), full, dwi)[0].svg)
+    colours = {tuple(c) for c in mosaic.reshape(-1, 3)}
+    assert colours == {(0, 0, 0), (255, 0, 0)}
+
+
+def test_colours_of_values():
+    values = np.array([0, 0.5, 1, 2, -1, np.nan, 1]).reshape(7, 1, 1)
+    mask = np.ones((7, 1, 1), bool)
+    mask[6] = False
+    grey = canvas.coloured(values, (0, 1), "gray", mask)[:, 0, 0, 0]
+    assert list(grey[[0, 2, 3, 4, 5, 6]]) == [0, 255, 255, 0, 128, 0]
+    assert abs(int(grey[1]) - 127) <= 2
+
+
+def test_the_palette_loses_nothing(rng):
+    """What is embedded equals what was given, for few colours and for many."""
+    dwi = make_dwi(rng, (40, 40, 5))
+    drawn = canvas.Canvas(dwi)
+    for most in (8, 256):
+        colours = rng.integers(0, most, (40, 40, 5, 3)).astype(np.uint8)
+        (mosaic, *_) = images(canvas.svg(canvas.mosaics(drawn, colours, "t")))
+        view = drawn.views[0]
+        assert np.array_equal(mosaic[::-1], drawn.mosaic(colours, view)) or np.array_equal(
+            mosaic, drawn.mosaic(colours, view))
+
+
+def test_a_suspected_slice_is_shown(rng):
+    bvals = np.r_[0.0, np.full(20, 1000.0)]
+    dwi = make_dwi(rng, (12, 12, 8), bvals=bvals)
+    clean = figures.of_signal(dwi, dwi.unmask(dwi.mean_b0))[-1]
+    assert "No slice looks corrupted" in clean.caption
+    signal = dwi.signal.copy()
+    signal[np.nonzero(dwi.mask)[2] == 4, 9] *= 0.5
+    drawn = figures.of_signal(replace(dwi, signal=signal), dwi.unmask(dwi.mean_b0))[-1]
+    assert "1 slice(s) in 1 volume(s)" in drawn.caption
+    assert "slice 4, vol. 9" in drawn.svg.decode()
+
+
+# -- pages -------------------------------------------------------------------------------------
+
+class Page(HTMLParser):
+    """What a page holds: ids, targets of links, sources of pictures, tags, text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.pictures, self.tags, self.words = [], [], [], [], []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        known = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [known["id"]] if "id" in known else []
+        self.links += [known["href"]] if "href" in known else []
+        self.pictures += [known] if tag == "img" else []
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def check(text):
+    """The page is self-contained, its links lead somewhere, its pictures say what they are."""
+    seen = Page(text)
+    assert text.startswith("<!DOCTYPE html>")
+    assert not {"script", "link", "iframe", "object"} & set(seen.tags)
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
+    assert not re.search(r"@import|url\(", style)
+    assert len(set(seen.ids)) == len(seen.ids)
+    assert {h[1:] for h in seen.links if h.startswith("#")} <= set(seen.ids)
+    assert all(h.startswith(("#", "https://doi.org/")) for h in seen.links)
+    assert all(p["src"].startswith("data:image/svg+xml,") and p["alt"] for p in seen.pictures)
+    return seen
+
+
+def record(name="sub-01_dir-AP", **more):
+    return {
+        "state": "complete", "status": "done", "outputs": {}, "name": name, "seconds": 5.1,
+        "entities": {"sub": "01", "dir": "AP"}, "batch": "Siemens Prisma",
+        "batch_source": "sidecar", "covariates": {"age": 31}, "files": ["bids:raw:sub-01/x.nii.gz"],
+        "n_voxels": 5000, "n_volumes": 21, "mask_source": "median-Otsu (dipy) of the mean b0",
+        "voxel_size": [3.0, 3.0, 2.5], "n_b0": 1, "qc": {"snr_b0": 33.123456, "ndc": None},
+        "shells": [{"b": 2500.4, "b_delta": 1.0, "n_directions": 20},
+                   {"b": 1000, "b_delta": -0.5, "n_directions": 6}],
+        "refusals": {}, "notices": [], "methods": [], "figures": [], **more}
+
+
+def test_page_of_a_good_run(rng, tmp_path):
+    folder = tmp_path / "sub-01/figures"
+    folder.mkdir(parents=True)
+    drawn = all_figures(rng, make_dwi(rng))
+    entries = []
+    for i, figure in enumerate(drawn):
+        (folder / f"{i}.svg").write_bytes(figure.svg)
+        entries.append({"file": f"sub-01/figures/{i}.svg", "title": figure.title,
+                        "caption": figure.caption, "section": figure.section})
+    text = page.participant("01", [record(figures=entries)], [], tmp_path)
+    seen = check(text)
+    assert len(seen.pictures) == len(drawn)
+    for words in ("20 × 2500, 6 × 1000 (planar)", "3 × 3 × 2.5 mm", "Siemens Prisma", "median-Otsu",
+                  "33.12", "n/a", "bids:raw:sub-01/x.nii.gz", "5000 voxels"):
+        assert words in seen.text
+    assert "could be processed" not in seen.text
+    from urllib.parse import unquote
+    assert unquote(seen.pictures[0]["src"].split(",", 1)[1]).encode() == drawn[0].svg
+
+
+def test_page_of_refusals_failures_and_interruption(tmp_path):
+    log = tmp_path / "sub-01/log"
+    for name, started in (("20250101-000000_a", "yesterday"), ("20250102-000000_b", "today")):
+        (log / name).mkdir(parents=True)
+        (log / name / "status.json").write_text(f'{{"started": "{started}", "version": "9"}}')
+        (log / name / "options.toml").write_text(f'estimate = ["dti"] # {started}')
+    records = [
+        record(refusals={"estimate_smt": "one shell was found, two are needed."}),
+        {"state": "failed", "outputs": {}, "name": "sub-01_dir-PA", "error": "sub-01.bval: missing",
+         "batch": "x", "batch_source": "y", "files": [], "entities": {}, "status": "failed",
+         "crash": "sub-01/log/a/crash-sub-01_dir-PA.txt"},
+        {"state": "incomplete", "outputs": {}, "name": "sub-01_dir-LR"}]
+    seen = check(page.participant("01", records, ["sub-01_dir-RL: no .bvec"], tmp_path))
+    for words in ("Not everything could be processed", "sub-01.bval: missing", "no .bvec",
+                  "sub-01/log/a/crash-sub-01_dir-PA.txt", "two are needed", "interrupted",
+                  "Left out, and why", "# today", "Started today"):
+        assert words in seen.text
+    assert "# yesterday" not in seen.text
+    assert seen.text.index("sub-01.bval") < seen.text.index("Summary Run")  # failures come first
+
+
+def test_page_of_nothing_but_problems(tmp_path):
+    seen = check(page.participant("01", [], ["no dMRI at all"], tmp_path))
+    assert "no dMRI at all" in seen.text and "No diffusion run" in seen.text
+
+
+def test_missing_figure_and_unknown_method_do_not_stop_the_page(tmp_path):
+    entry = {"file": "sub-01/figures/gone.svg", "title": "T", "caption": "C", "section": "S"}
+    seen = check(page.participant(
+        "01", [record(figures=[entry], methods=["estimate_gone"])], [], tmp_path))
+    assert "gone.svg is missing" in seen.text
+
+
+def test_what_comes_from_data_is_escaped(tmp_path):
+    evil = "<script>alert(1)</script>\"'&"
+    text = page.participant("01", [record(
+        name=evil, batch=evil, covariates={evil: evil}, files=[evil], refusals={evil: evil},
+        qc={evil: 1.0}, figures=[{"file": evil, "title": evil, "caption": evil, "section": evil}]),
+        {"state": "failed", "name": evil, "error": evil, "crash": evil}], [evil], tmp_path)
+    assert "<script" not in text
+    check(text)
+
+
+def make_study(rng, n=6):
+    table = pd.DataFrame({
+        "participant": [f"{i:02d}" for i in range(2 * n)], "session": "n/a",
+        "run": [f"sub-{i:02d}" for i in range(2 * n)], "batch": ["Site A"] * n + ["Site <B>"] * n,
+        "age": rng.uniform(20, 60, 2 * n), "dti_fa_mean": rng.normal(0.4, 0.02, 2 * n),
+        "dti_md_mean": rng.normal(8e-4, 2e-5, 2 * n)})
+    return Study(table, ("dti_fa_mean", "dti_md_mean"), ("age",), "Site A")
+
+
+def test_group_page(rng):
+    study = make_study(rng)
+    after = study.statistics[["participant", "batch", "dti_fa_mean"]].copy()
+    fitted = {"harmonize_combat": Fitted({"desc-combat_dwimap": after}, {
+        "Model": {"Description": "ComBat"}, "Covariates": ["age"], "ReferenceBatch": "Site A"})}
+    drawn = figures.of_group(study, fitted)
+    assert [f.entities["desc"] for f in drawn] == ["distributions", "combat"]
+    assert [f.svg for f in drawn] == [f.svg for f in figures.of_group(study, fitted)]
+    outliers = pd.DataFrame([{"run": "sub-03", "batch": "Site A", "measure": "snr_b0", "z": -4.2,
+                              "value": 1.0, "median": 2.0, "why": "1 lies below"}])
+    chosen = [methods.get("harmonize_combat")]
+    seen = check(page.group(study, outliers, drawn, fitted, chosen=chosen))
+    for words in ("Site <B> 6 6", "12 run(s)", "covariates: age", "-4.2", "1 lies below",
+                  "group/desc-combat_dwimap.tsv", "Johnson et al. 2007"):
+        assert words in seen.text
+    none = check(page.group(study, outliers[:0], [], {}, chosen=[]))
+    assert "None." in none.text
+
+
+@pytest.mark.parametrize("batches", [1, 3, 30])
+def test_group_of_any_size(rng, batches):
+    table = pd.DataFrame({"batch": [f"A very long name of a scanner {i}" for i in range(batches)],
+                          "f_mean": rng.normal(size=batches)})
+    table.loc[0, "f_mean"] = np.nan
+    for figure in figures.of_group(Study(table, ("f_mean",)), {}):
+        ElementTree.fromstring(figure.svg)
+    assert figures.of_group(Study(table, ()), {}) == []
+
+
+# -- methods text ------------------------------------------------------------------------------
+
+def test_methods_text_comes_from_the_folder(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "# estimate_tensor\n\nThe **tensor** of Basser et al. 1994,\ndoi:10.1016/0022-2836 "
+        "fitted as Doe & Roe 2020 (doi:10.1000/xyz.1).\n\n**Limits.** Not copied.\n")
+    method = Tensor(tmp_path)
+    text = boilerplate.markdown([method])
+    assert "Doe et al. 2020) (https://doi.org/10.1000/tensor). The tensor of Basser" in text
+    assert "Not copied" not in text
+    assert "Maps: Fractional anisotropy; Mean diffusivity;" in text
+    found = {url: what for what, url in boilerplate.references([method])}
+    assert found["https://doi.org/10.1000/xyz.1"] == "Doe & Roe 2020"
+    assert "https://doi.org/10.1000/tensor" in found
+    assert len(found) == len(boilerplate.references([method]))
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_brings_text_and_reference(name):
+    method = methods.get(name)
+    everything = {url for _, url in boilerplate.references([])}
+    own = [url for _, url in boilerplate.references([method]) if url not in everything]
+    assert own
+    assert method.outputs["model"]["URL"] in boilerplate.markdown([method])
+
+
+def test_what_the_text_cites_is_in_the_references():
+    cited = set(boilerplate.DOI.findall(" ".join(t for _, t in boilerplate.paragraphs([]))))
+    listed = {url.removeprefix("https://doi.org/") for _, url in boilerplate.references([])}
+    assert {c.rstrip(".") for c in cited} == listed
+
+
+def test_acknowledgement_is_one_sentence():
+    assert re.fullmatch(r"[^\n]*CITATION\.md[^\n]*\.", boilerplate.acknowledge())
