@@ -123,12 +123,12 @@ def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[fo
             elif not sessions or session in sessions:
                 try:
                     run = read()
-                    measured = [sidecar(path, root) for path in raw
-                                if session in (None, entities_of(path.name).get("ses"))]
                 except DataError as error:
                     problems.append(str(error))
                     continue
-                yield _with_mask(_with_scanner(run, measured), trees)
+                measured = [path for path in raw
+                            if session in (None, entities_of(path.name).get("ses"))]
+                yield _with_mask(_with_scanner(run, measured, root), trees)
     wanted = [p for p in raw if not sessions or entities_of(p.name).get("ses") in sessions]
     mine = [p for p in wanted if not taken.keys() & {None, entities_of(p.name).get("ses")}]
     if len(mine) < len(wanted):
@@ -138,11 +138,16 @@ def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[fo
         yield _with_mask(run, trees)
 
 
-def _with_scanner(run: Run, measured: Sequence[Mapping[str, Any]]) -> Run:
+def _with_scanner(run: Run, raw: Sequence[Path], root: Path) -> Run:
     """The run with what all raw sidecars of its session say of the scanner, where its own do not:
     most preprocessing tools do not copy it."""
     keys = {*batch.SCANNER, "InstitutionName"}
-    if not measured or keys & run.metadata.keys():
+    if not raw or keys & run.metadata.keys():
+        return run
+    try:
+        measured = [sidecar(path, root) for path in raw]
+    except DataError as error:
+        log.warning("%s: its scanner is not known: %s", run.name, error)
         return run
     scanner = {k: v for k, v in measured[0].items()
                if k in keys and all(other.get(k) == v for other in measured)}
