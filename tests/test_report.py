@@ -269,7 +269,7 @@ def check(text):
     assert not re.search(r"@import|url\(", style)
     assert len(set(seen.ids)) == len(seen.ids)
     assert {h[1:] for h in seen.links if h.startswith("#")} <= set(seen.ids)
-    assert all(h.startswith(("#", "https://doi.org/")) for h in seen.links)
+    assert all(re.match(r"#|https://doi\.org/10\.|sub-\w+\.html$", h) for h in seen.links)
     assert all(p["src"].startswith("data:image/svg+xml,") and p["alt"] for p in seen.pictures)
     return seen
 
@@ -318,7 +318,10 @@ def test_page_of_refusals_failures_and_interruption(tmp_path):
          "batch": "x", "batch_source": "y", "files": [], "entities": {}, "status": "failed",
          "crash": "sub-01/log/a/crash-sub-01_dir-PA.txt"},
         {"state": "incomplete", "outputs": {}, "name": "sub-01_dir-LR"}]
+    records.append({**records[0], "name": "sub-01_dir-IS"})
     seen = check(page.participant("01", records, ["sub-01_dir-RL: no .bvec"], tmp_path))
+    assert seen.text.count("two are needed") == 1
+    assert "for sub-01_dir-AP, sub-01_dir-IS: one shell" in seen.text
     for words in ("Not everything could be processed", "sub-01.bval: missing", "no .bvec",
                   "sub-01/log/a/crash-sub-01_dir-PA.txt", "two are needed", "interrupted",
                   "Left out, and why", "# today", "Started today"):
@@ -370,6 +373,7 @@ def test_group_page(rng):
                               "value": 1.0, "median": 2.0, "why": "1 lies below"}])
     chosen = [methods.get("harmonize_combat")]
     seen = check(page.group(study, outliers, drawn, fitted, chosen=chosen))
+    assert "sub-03.html" in seen.links
     for words in ("Site <B> 6 6", "12 run(s)", "covariates: age", "-4.2", "1 lies below",
                   "group/desc-combat_dwimap.tsv", "Johnson et al. 2007"):
         assert words in seen.text
@@ -391,8 +395,9 @@ def test_group_of_any_size(rng, batches):
 
 def test_methods_text_comes_from_the_folder(tmp_path):
     (tmp_path / "README.md").write_text(
-        "# estimate_tensor\n\nThe **tensor** of Basser et al. 1994,\ndoi:10.1016/0022-2836 "
-        "fitted as Doe & Roe 2020 (doi:10.1000/xyz.1).\n\n**Limits.** Not copied.\n")
+        "# estimate_tensor\n\nThe **tensor** of Basser et al. 1994,\ndoi:10.1016/S0006-"
+        "3495(94)80775-1. Fitted as Doe & Roe 2020 (doi:10.1000/xyz.1).\n\n"
+        "**Limits.** Not copied.\n")
     method = Tensor(tmp_path)
     text = boilerplate.markdown([method])
     assert "Doe et al. 2020) (https://doi.org/10.1000/tensor). The tensor of Basser" in text
@@ -400,6 +405,7 @@ def test_methods_text_comes_from_the_folder(tmp_path):
     assert "Maps: Fractional anisotropy; Mean diffusivity;" in text
     found = {url: what for what, url in boilerplate.references([method])}
     assert found["https://doi.org/10.1000/xyz.1"] == "Doe & Roe 2020"
+    assert found["https://doi.org/10.1016/S0006-3495(94)80775-1"] == "Basser et al. 1994"
     assert "https://doi.org/10.1000/tensor" in found
     assert len(found) == len(boilerplate.references([method]))
 

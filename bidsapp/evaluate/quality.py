@@ -109,18 +109,18 @@ def quality(dwi: Dwi) -> dict[str, Any]:
         "n_dropout_slices": len(slices), "n_dropout_volumes": len({i for _, i in slices}),
     }
     for shell in acquisition.shells:
-        level = float(np.median(shell_mean(dwi, shell)))
+        level = float(np.median(mean_volume(dwi, shell.indices)))
         name = shell_name(shell)
         qc |= {f"{name}_signal": level, f"{name}_snr": _ratio(level, noise)}
     return qc
 
 
-def shell_mean(dwi: Dwi, shell: Shell) -> np.ndarray:
-    """(voxel,) mean signal over the volumes of a shell, read volume by volume."""
+def mean_volume(dwi: Dwi, indices: np.ndarray) -> np.ndarray:
+    """(voxel,) mean signal over some volumes, one at a time so that none is copied."""
     total = np.zeros(len(dwi.signal))
-    for i in shell.indices:
+    for i in indices:
         total += dwi.signal[:, i]
-    return total / len(shell)
+    return total / len(indices)
 
 
 def neighbouring_correlation(dwi: Dwi) -> float | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bidsapp import __version__
 from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
 from bidsapp.methods import Method
 
-DOI = re.compile(r"\b(?:doi:\s*|https?://(?:dx\.)?doi\.org/)(10\.\d{4,9}/[^\s;,)\]}>\"]+)", re.I)
+DOI = re.compile(r"\b(?:doi:\s*|https?://(?:dx\.)?doi\.org/)"
+                 r"(10\.\d{4,9}/(?:[^\s;,()\[\]{}<>\"]|\([^\s()]*\))+)", re.I)
 
 REFERENCES = {
     "10.1038/sdata.2016.44": "Gorgolewski et al. 2016, the brain imaging data structure",
@@ -43,7 +45,8 @@ def references(chosen: Sequence[Method]) -> list[tuple[str, str]]:
         for text in (_first_paragraph(readme), url):
             for match in DOI.finditer(text):
                 doi = match.group(1).rstrip(".")
-                found.setdefault(doi, _authors(text[:match.start()]) or f"{_short(method)}, method")
+                found.setdefault(doi, _authors(text[:match.start()])
+                                 or f"{_short(method)}: {_clause(method.outputs['model'])}")
     return [(what, f"https://doi.org/{doi}") for doi, what in found.items()]
 
 
@@ -86,9 +89,7 @@ def _quality() -> str:
 
 def _method(method: Method) -> str:
     model = method.outputs["model"]
-    made = list(dict.fromkeys(
-        entry["Description"].split(";")[0].split(" (")[0].rstrip(".")
-        for entry in method.outputs.get("maps", {}).values()))
+    made = list(dict.fromkeys(map(_clause, method.outputs.get("maps", {}).values())))
     text = f"{model['Description'].rstrip('.')} ({model['URL']})."
     about = _first_paragraph(_readme(method))
     if about:
@@ -96,6 +97,11 @@ def _method(method: Method) -> str:
     if made:
         text += f" Maps: {'; '.join(made)}."
     return text
+
+
+def _clause(entry: Mapping[str, Any]) -> str:
+    """The first clause of a Description."""
+    return re.split(r"[;:,]| \(|\. ", entry["Description"])[0].rstrip(".")
 
 
 def _readme(method: Method) -> str:

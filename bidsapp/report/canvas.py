@@ -247,10 +247,7 @@ def draw_outline(ax: Axes, inside: np.ndarray) -> None:
 def colour_bar(ax: Axes, limits: Limits, cmap: str, unit: str) -> None:
     """A vertical bar from limit to limit, as one image; powers of 1000 go to the unit."""
     low, high = limits
-    most = max(abs(low), abs(high))
-    power = 3 * int(np.floor(np.log10(most) / 3)) if most > 0 else 0
-    power = power if abs(power) >= 3 else 0
-    scale = 10.0**-power
+    scale, unit = scaled_unit(max(abs(low), abs(high)), unit)
     ax.imshow(np.linspace(0, 1, 128)[:, None], origin="lower", aspect="auto", cmap=cmap,
               extent=(0, 1, low * scale, high * scale), interpolation="none",
               vmin=0, vmax=1)
@@ -258,8 +255,14 @@ def colour_bar(ax: Axes, limits: Limits, cmap: str, unit: str) -> None:
     ax.yaxis.tick_right()
     ax.locator_params(axis="y", nbins=5)
     ax.tick_params(labelsize=8)
-    factor = f"10{str(power).translate(SUPERSCRIPT)} " if power else ""
-    ax.set_title(f"{factor}{unit}", fontsize=8, weight="normal", loc="left")
+    ax.set_title(unit, fontsize=8, weight="normal", loc="left")
+
+
+def scaled_unit(most: float, unit: str) -> tuple[float, str]:
+    """By what to multiply values up to `most` to read them as 1 to 1000, and the unit then;
+    values from 0.01 to 10 000 stay as they are."""
+    power = 0 if 0.01 <= most < 1e4 or not most > 0 else 3 * int(np.floor(np.log10(most) / 3))
+    return 10.0**-power, f"10{str(power).translate(SUPERSCRIPT)} {unit}".strip() if power else unit
 
 
 def coloured(values: np.ndarray, limits: Limits, cmap: str, mask: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from bidsapp.dwi import Dwi
@@ -22,6 +23,7 @@ from bidsapp.report.canvas import (
     coloured,
     figure,
     mosaics,
+    scaled_unit,
     show,
     svg,
 )
@@ -172,22 +174,19 @@ def _levels(dwi: Dwi) -> Figure:
     if acquisition.b0.any():
         groups.insert(0, ("b0", np.flatnonzero(acquisition.b0)))
     colours = ["#444444", *PALETTE] if groups[0][0] == "b0" else list(PALETTE)
-    drawn = figure(2.9)
+    height = max(2.9, 0.9 + 0.36 * len(groups))
+    drawn = figure(height)
     left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
     boxes = []
-    for k, (name, indices) in enumerate(groups):
-        total = np.zeros(len(dwi.signal))
-        means = []
-        for i in indices:
-            total += dwi.signal[:, i]
-            means.append(float(dwi.signal[:, i].mean(dtype=np.float64)))
-        left.plot(indices, means, "o", markersize=4, color=colours[k % len(colours)], label=name)
-        boxes.append(np.percentile(total / len(indices) / (noise or 1), (5, 25, 50, 75, 95)))
+    for k, (_, indices) in enumerate(groups):
+        means = [float(dwi.signal[:, i].mean(dtype=np.float64)) for i in indices]
+        left.plot(indices, means, "o", markersize=4, color=colours[k % len(colours)])
+        level = quality.mean_volume(dwi, indices) / (noise or 1)
+        boxes.append(np.percentile(level, (5, 25, 50, 75, 95)))
     left.set_xlabel("volume")
     left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     left.set_ylabel("mean signal in the mask")
     left.set_ylim(bottom=0)
-    left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handletextpad=0.2)
     for k, (low, q1, median, q3, high) in enumerate(boxes):
         colour = colours[k % len(colours)]
         right.plot((low, high), (k, k), color=colour, linewidth=1.2)
@@ -197,19 +196,21 @@ def _levels(dwi: Dwi) -> Figure:
     if noise:
         right.axvline(3, color="#888888", linewidth=0.8, linestyle=":")
     right.set_yticks(range(len(groups)), [name for name, _ in groups])
+    for k, label in enumerate(right.get_yticklabels()):
+        label.set_color(colours[k % len(colours)])
     right.set_ylim(len(groups) - 0.5, -0.75)
     right.set_xlim(left=0)
     right.set_xlabel("SNR over the mask" if noise else "signal over the mask")
-    drawn.subplots_adjust(0.08, 0.17, 0.98, 0.95, 0.5)
+    drawn.subplots_adjust(0.08, 0.5 / height, 0.98, 1 - 0.15 / height, 0.3)
     known = (f"Noise SD {noise:.4g} (residual of a spherical harmonics fit per shell). Dotted: SNR "
              "3, below which the noise floor biases the signal." if noise else
              "The noise level could not be estimated: too few volumes beside what a fit needs.")
     return Figure(
         "dwi", {"desc": "snr"}, svg(drawn), "Signal and SNR per shell",
-        "Left: mean signal of each volume in the order of the file; a drift, step or single low "
-        "volume is worth a look. Right: signal of the mean volume of each shell"
-        f"{' over the noise SD' if noise else ''}; point: median of the mask, box: quartiles, line:"
-        f" 5 to 95 %. {known}", "Signal")
+        "Left: mean signal of each volume, coloured as on the right, in the order of the file; a "
+        "drift, step or single low volume is worth a look. Right: signal of the mean volume of each"
+        f" shell{' over the noise SD' if noise else ''}; point: median of the mask, box: quartiles,"
+        f" line: 5 to 95%. {known}", "Signal")
 
 
 def _slices(canvas: Canvas) -> Figure:
@@ -267,7 +268,7 @@ def _suspect(drawn: Any, canvas: Canvas, n: int, k: int, i: int, found: quality.
     group = next(g for g in groups if i in g)
     axis, position = canvas.place(2, k)
     zooms = [z for a, z in enumerate(canvas.zooms) if a != axis]
-    usual = dwi.signal[:, group].mean(axis=1)
+    usual = quality.mean_volume(dwi, group)
     tiles = [canvas.tile(canvas.canonical(dwi.unmask(v)), axis, position)
              for v in (dwi.signal[:, i], usual)]
     top = max(float(np.percentile(tiles[1], 99)), 1e-12)
@@ -312,7 +313,7 @@ def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities:
     parts.append(f"Shown from {low:.3g} to {high:.3g}{f' {units}' if units else ''}.")
     if len(finite):
         p5, median, p95 = np.percentile(finite, (5, 50, 95))
-        parts.append(f"Median {median:.3g}, 5 to 95 %: {p5:.3g} to {p95:.3g}.")
+        parts.append(f"Median {median:.3g}, 5 to 95%: {p5:.3g} to {p95:.3g}.")
     if beyond > 0:
         parts.append(f"{beyond:.2%} of the voxels lie outside the shown range.")
     if len(finite) < len(values):
@@ -328,36 +329,43 @@ def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
     rows = -(-len(features) // columns)
     tall = 0.75 + max(0.45, 0.22 + 0.16 * len(tables)) * len(batches)
     drawn = figure(tall * rows)
-    axes = np.atleast_1d(drawn.subplots(rows, columns, squeeze=False).ravel())
+    axes = drawn.subplots(rows, columns, squeeze=False).ravel()
     labels = [b if len(b) <= 24 else f"{b[:23]}…" for b in batches]
     for ax, feature in zip(axes, features, strict=False):
+        every = np.concatenate([t[feature].to_numpy(float) for _, t in tables])
+        finite = every[np.isfinite(every)]
+        scale, unit = scaled_unit(float(np.abs(finite).max(initial=0)), units[feature])
         for t, (_, table) in enumerate(tables):
-            last = t == len(tables) - 1
+            offset = (t - (len(tables) - 1) / 2) * 0.36
             for k, batch in enumerate(batches):
-                values = table.loc[table["batch"].astype(str) == batch, feature].astype(float)
-                values = values[np.isfinite(values)].to_numpy()
-                if not len(values):
-                    continue
-                y = k + (t - (len(tables) - 1) / 2) * 0.36
-                jitter = 0.09 * np.sin(7.3 * np.arange(len(values)))
-                colour = PALETTE[k % len(PALETTE)]
-                ax.scatter(values, y + jitter, s=14, edgecolors=colour, linewidths=0.8, zorder=2,
-                           facecolors=colour if last else "none", alpha=0.8)
-                q1, median, q3 = np.percentile(values, (25, 50, 75))
-                ax.plot((q1, q3), (y, y), color="#333333", linewidth=1, zorder=3)
-                ax.plot(median, y, "|", color="black", markersize=12, markeredgewidth=2, zorder=3)
+                values = table.loc[table["batch"].astype(str) == batch, feature].to_numpy(float)
+                _points(ax, scale * values[np.isfinite(values)], k + offset,
+                        PALETTE[k % len(PALETTE)], filled=t == len(tables) - 1)
         ax.set_yticks(range(len(batches)), labels)
         ax.set_ylim(len(batches) - 0.45, -0.55)
         ax.set_title(feature.removesuffix("_mean"), loc="left")
-        ax.set_xlabel(units[feature])
+        ax.set_xlabel(unit)
         ax.locator_params(axis="x", nbins=5)
-        ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
     for ax in axes[len(features):]:
         ax.set_axis_off()
-    left = (0.3 + 0.068 * max(map(len, labels))) / WIDTH
-    drawn.subplots_adjust(left, 0.45 / (tall * rows), 0.98, 1 - 0.3 / (tall * rows),
-                          wspace=2.2 * left + 0.1, hspace=0.75 / max(tall - 0.75, 0.1))
+    room = 0.35 + 0.075 * max(map(len, labels))  # for the names of batches, inches
+    wide = (WIDTH - 0.2 - columns * room) / columns
+    drawn.subplots_adjust(room / WIDTH, 0.45 / (tall * rows), 1 - 0.2 / WIDTH,
+                          1 - 0.3 / (tall * rows), wspace=room / wide,
+                          hspace=0.75 / (tall - 0.75))
     return svg(drawn)
+
+
+def _points(ax: Axes, values: np.ndarray, y: float, colour: str, *, filled: bool) -> None:
+    """Values along x at height y, with their quartiles and median."""
+    if not len(values):
+        return
+    jitter = 0.09 * np.sin(7.3 * np.arange(len(values)))
+    ax.scatter(values, y + jitter, s=14, edgecolors=colour, linewidths=0.8, zorder=2, alpha=0.8,
+               facecolors=colour if filled else "none")
+    q1, median, q3 = np.percentile(values, (25, 50, 75))
+    ax.plot((q1, q3), (y, y), color="#333333", linewidth=1, zorder=3)
+    ax.plot(median, y, "|", color="black", markersize=12, markeredgewidth=2, zorder=3)
 
 
 def _units(entry: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
     return _templates().get_template("participant.html").render(
         title=f"sub-{label}", label=label, runs=runs, problems=problems,
         failed=[r for r in runs if r["state"] != "complete"],
-        refused=[r for r in runs if r["refusals"]], status=status,
+        refused=_refused(runs), status=status,
         options=_text(log / "options.toml") if log else "",
         log=log.relative_to(root) if log else "", **_common(used))
 
@@ -87,6 +87,15 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
         "sections": _sections(figures),
         "qc": [{"name": k, "value": _number(v), **described[k]} for k, v in qc.items()],
         "covariates": dict(record.get("covariates", {}))}
+
+
+def _refused(runs: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """Runs by the method that left them out and its reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for refusal in run["refusals"].items():
+            found.setdefault(refusal, []).append(run["id"])
+    return found
 
 
 def _sections(figures: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -159,6 +168,22 @@ def _version(package: str) -> str:
 def _templates() -> jinja2.Environment:
     import jinja2
 
-    return jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True,
-                              trim_blocks=True, lstrip_blocks=True,
-                              undefined=jinja2.ChainableUndefined)
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
+    templates.filters["cite"] = _cite
+    return templates
+
+
+def _cite(text: str) -> str:
+    """The text, escaped, its DOIs as links."""
+    from markupsafe import Markup, escape
+
+    out, at = Markup(), 0
+    for match in boilerplate.DOI.finditer(text):
+        doi = match[1].rstrip(".")
+        shown = match[0].removesuffix(match[1]) + doi
+        out += escape(text[at:match.start()])
+        out += Markup('<a href="https://doi.org/{}" rel="noopener">{}</a>').format(doi, shown)
+        at = match.start() + len(shown)
+    return out + escape(text[at:])
