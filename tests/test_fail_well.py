@@ -51,9 +51,9 @@ def not_fetched(bids):
 DAMAGE = {
     "no bval": (lambda b: (b / f"{STEM}.bval").unlink(), ".bval", "beside it"),
     "no bvec": (lambda b: (b / f"{STEM}.bvec").unlink(), ".bvec", "beside it"),
-    "short bval": (lambda b: edit_table(b, ".bval", lambda v: v[:-1]), ".bval", "onvert"),
-    "short bvec": (lambda b: edit_table(b, ".bvec", lambda v: v[:, :-1]), ".bvec", "onvert"),
-    "short image": (lambda b: rewrite(b, lambda d: d[..., :-2]), ".nii.gz", "onvert"),
+    "short bval": (lambda b: edit_table(b, ".bval", lambda v: v[:-1]), ".bval", "xport"),
+    "short bvec": (lambda b: edit_table(b, ".bvec", lambda v: v[:, :-1]), ".bvec", "xport"),
+    "short image": (lambda b: rewrite(b, lambda d: d[..., :-2]), ".nii.gz", "xport"),
     "text in bval": (lambda b: (b / f"{STEM}.bval").write_text("a b c"), ".bval", "number"),
     "zero vector": (lambda b: edit_table(b, ".bvec", scaled(0, 4)), ".bvec", "direction"),
     "long vector": (lambda b: edit_table(b, ".bvec", scaled(1.5, 4)), ".bvec", "normalise"),

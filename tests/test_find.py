@@ -363,6 +363,9 @@ def test_scanner_of_preprocessed_runs_is_that_of_the_raw_ones(tree, qsiprep):
     ready, raw = (run for p in ("01", "02")
                   for run in found(bids, "-d", f"qsiprep={qsiprep}").runs[p])
     assert ready.dataset[0] == "qsiprep" and ready.batch == raw.batch != "unknown"
+    (bids / "sub-01/ses-a/dwi/sub-01_ses-a_dwi.json").write_text("{")
+    result = found(bids, "-d", f"qsiprep={qsiprep}")
+    assert result.runs["01"][0].batch == "unknown" and result.problems["01"] == []
 
 
 def test_damaged_preprocessed_run_is_not_replaced_by_raw_data(tree, qsiprep):

@@ -143,14 +143,16 @@ def _column(tables: Mapping[str, Rows], column: str, keys: Iterable[Key], settle
 
 def _same_groups(a: Mapping[Key, tuple[str, str]], b: Mapping[Key, tuple[str, str]]) -> None:
     """Raises UsageError unless values of a and b, where both are known, pair one to one."""
-    pairs = {(a[k][0], b[k][0]): k for k in sorted(a.keys() & b.keys(), key=str)}
-    for (x, y), (u, v) in itertools.combinations(sorted(pairs), 2):
-        if (x == u) != (y == v):
-            first, second = pairs[x, y], pairs[u, v]
-            raise UsageError(
-                f"the batch is ambiguous: {a[first][1]} and {b[first][1]} group the participants "
-                f"differently, {x!r} and {y!r} for sub-{first[0]} but {u!r} and {v!r} for "
-                f"sub-{second[0]}. {SETTLE}")
+    one: dict[str, Key] = {}
+    other: dict[str, Key] = {}
+    for key in sorted(a.keys() & b.keys(), key=str):
+        (x, source), (y, second) = a[key], b[key]
+        for seen in (one.setdefault(x, key), other.setdefault(y, key)):
+            if (a[seen][0], b[seen][0]) != (x, y):
+                raise UsageError(
+                    f"the batch is ambiguous: {source} and {second} group the participants "
+                    f"differently, {a[seen][0]!r} and {b[seen][0]!r} for sub-{seen[0]} but {x!r} "
+                    f"and {y!r} for sub-{key[0]}. {SETTLE}")
 
 
 def _scanner(metadata: Mapping[str, Any]) -> tuple[str, str]:

@@ -78,14 +78,13 @@ def find(options: Options) -> Found:
     asked = list(dict.fromkeys(s.removeprefix("sub-") for s in options.participant_label))
     sessions = {s.removeprefix("ses-") for s in options.session_label}
 
-    trees, raw = list(options.derivatives), defaultdict(list)
+    trees, raw = list(options.derivatives), dict[str, list[Path]]()
     if about.get("DatasetType") == "derivative":
         trees.insert(0, ("raw", root))
     else:
         layout = index(root, participants=asked, validate=not options.skip_bids_validation,
                        database_dir=options.bids_database_dir)
-        for path in files(layout, "dwi", filters):
-            raw[entities_of(path.name).get("sub", "")].append(path)
+        raw = foreign.by_label(files(layout, "dwi", filters))
     preprocessed = [foreign.Tree.of(name, path, asked, filters) for name, path in trees]
 
     known = participants(root).union(*(tree.labels for tree in preprocessed))
@@ -93,7 +92,7 @@ def find(options: Options) -> Found:
     wanted = [p for p in asked if p in known] if asked else sorted(known, key=label_order)
     problems: dict[str, list[str]] = {label: [] for label in wanted}
     runs = {label: sorted(
-        _participant(label, raw[label], root, preprocessed, sessions, problems[label]),
+        _participant(label, raw.get(label, []), root, preprocessed, sessions, problems[label]),
         key=lambda run: label_order(run.name)) for label in wanted}
     nothing = [label for label in runs if not runs[label] and not problems[label]]
     if len(nothing) == len(runs):
@@ -106,8 +105,8 @@ def find(options: Options) -> Found:
             if asked else []
     labels = [label for label in runs if runs[label] or problems[label]]
     batches = batch.Batches.read(root, labels, options.batch_file, options.batch_column, problems)
-    resolved = batches.resolve([run for label in labels for run in runs[label]])
-    runs = {label: [run for run in resolved if run.participant == label] for label in labels}
+    resolved = iter(batches.resolve([run for label in labels for run in runs[label]]))
+    runs = {label: [next(resolved) for _ in runs[label]] for label in labels}
     return Found(str(about.get("Name") or root.name), about.get("Authors", []), labels, runs,
                  problems, unknown, batches.rows(runs), batches.columns)
 
@@ -124,12 +123,12 @@ def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[fo
             elif not sessions or session in sessions:
                 try:
                     run = read()
-                    measured = [sidecar(path, root) for path in raw
-                                if session in (None, entities_of(path.name).get("ses"))]
                 except DataError as error:
                     problems.append(str(error))
                     continue
-                yield _with_mask(_with_scanner(run, measured), trees)
+                measured = [path for path in raw
+                            if session in (None, entities_of(path.name).get("ses"))]
+                yield _with_mask(_with_scanner(run, measured, root), trees)
     wanted = [p for p in raw if not sessions or entities_of(p.name).get("ses") in sessions]
     mine = [p for p in wanted if not taken.keys() & {None, entities_of(p.name).get("ses")}]
     if len(mine) < len(wanted):
@@ -139,11 +138,16 @@ def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[fo
         yield _with_mask(run, trees)
 
 
-def _with_scanner(run: Run, measured: Sequence[Mapping[str, Any]]) -> Run:
+def _with_scanner(run: Run, raw: Sequence[Path], root: Path) -> Run:
     """The run with what all raw sidecars of its session say of the scanner, where its own do not:
     most preprocessing tools do not copy it."""
     keys = {*batch.SCANNER, "InstitutionName"}
-    if not measured or keys & run.metadata.keys():
+    if not raw or keys & run.metadata.keys():
+        return run
+    try:
+        measured = [sidecar(path, root) for path in raw]
+    except DataError as error:
+        log.warning("%s: its scanner is not known: %s", run.name, error)
         return run
     scanner = {k: v for k, v in measured[0].items()
                if k in keys and all(other.get(k) == v for other in measured)}

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bidsapp.bids.index import files, index, participants
 from bidsapp.bids.inherit import entities_of, here, ordered, read_json, read_part, stem_of
@@ -22,6 +23,7 @@ from bidsapp.dwi import Part, Run
 from bidsapp.errors import UsageError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FSL_LAYOUTS = {
     "T1w/Diffusion": ("data.nii.gz", "nodif_brain_mask.nii.gz"),
@@ -36,16 +38,16 @@ FSL_NAME = re.compile(r"(?:sub-)?([0-9A-Za-z]+?)(?:_20250_(\d+)_\d+|_(?:ses-)?([
 class Tree:
     """One preprocessed dataset.
 
-    images, masks: by entities, without desc; fsl: (entities, folder, image, mask) of HCP-YA and UK
-    Biobank participants. labels: the participants that it holds.
+    labels: the participants that it holds. images, masks, fsl: by participant; fsl holds (entities,
+    folder, image, mask) of the HCP-YA and UK Biobank layouts.
     """
 
     name: str
     root: Path
     labels: frozenset[str]
-    images: tuple[Path, ...]
-    masks: tuple[Path, ...]
-    fsl: tuple[tuple[dict[str, str], Path, str, str], ...]
+    images: Mapping[str, Sequence[Path]]
+    masks: Mapping[str, Sequence[Path]]
+    fsl: Mapping[str, Sequence[tuple[dict[str, str], Path, str, str]]]
 
     @classmethod
     def of(cls, name: str, path: Path, wanted: Collection[str], filters: Mapping[str, Any]) -> Tree:
@@ -53,8 +55,8 @@ class Tree:
         root = path.absolute()
         if not root.is_dir():
             raise UsageError(f"--derivatives {name}={path}: is not a folder that exists.")
-        fsl = tuple(_fsl(root))
-        labels = participants(root) | {entities["sub"] for entities, *_ in fsl}
+        fsl = _by_label(_fsl(root), lambda item: item[0])
+        labels = participants(root).union(fsl)
         layout = index(root, participants=wanted, validate=False, derivative=True)
         images = files(layout, "dwi", {"desc": "preproc", **filters})
         masks = [m for m in files(layout, "mask", {}) if m.exists()
@@ -66,24 +68,23 @@ class Tree:
                 "are sub-*/[ses-*/]dwi/*_desc-preproc_dwi.nii.gz (QSIPrep and others), "
                 "SUBJ/T1w/Diffusion/data.nii.gz (HCP-YA), SUBJ/dMRI/dMRI/data_ud.nii.gz "
                 "(UK Biobank), and sub-*_mask.nii.gz.")
-        return cls(name, root, frozenset(labels), tuple(images), tuple(masks), fsl)
+        return cls(name, root, frozenset(labels), by_label(images), by_label(masks), fsl)
 
     def sources(self, label: str) -> list[tuple[str | None, Callable[[], Run]]]:
         """Session and reader of each preprocessed run of a participant."""
-        images = ((entities_of(path.name), path) for path in self.images)
-        return [*((entities.get("ses"), partial(self._bids_run, path))
-                  for entities, path in images if entities.get("sub") == label),
+        return [*((entities_of(path.name).get("ses"), partial(self._bids_run, path))
+                  for path in self.images.get(label, ())),
                 *((item[0].get("ses"), partial(self._fsl_run, *item))
-                  for item in self.fsl if item[0]["sub"] == label)]
+                  for item in self.fsl.get(label, ()))]
 
     def mask_of(self, run: Run) -> Path | None:
         """The mask whose entities (desc aside) are all the run's or its first part's, in the same
         space; the one with most entities."""
         own = entities_of(run.parts[0].image.name)
         matches = []
-        for path in self.masks:
+        for path in self.masks.get(run.participant, ()):
             entities = plain(entities_of(path.name))
-            if "sub" in entities and entities.get("space") == run.entities.get("space") and (
+            if entities.get("space") == run.entities.get("space") and (
                     entities.items() <= run.entities.items() or entities.items() <= own.items()):
                 matches.append((-len(entities), path))
         return min(matches)[1] if matches else None
@@ -99,6 +100,18 @@ class Tree:
                     metadata=read_json(sidecar) if sidecar.exists() else {})
         return Run(entities, (part,), folder / mask if (folder / mask).exists() else None,
                    (self.name, self.root))
+
+
+def by_label(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """BIDS files by participant."""
+    return _by_label(paths, lambda path: entities_of(path.name))
+
+
+def _by_label(items: Iterable[T], entities: Callable[[T], Mapping[str, str]]) -> dict[str, list[T]]:
+    out: dict[str, list[T]] = defaultdict(list)
+    for item in items:
+        out[entities(item).get("sub", "")].append(item)
+    return dict(out)
 
 
 def plain(entities: Mapping[str, str]) -> dict[str, str]:
