@@ -43,8 +43,8 @@ TABLE, INVERSE = 1024, 512
 ASSUMED_SNR = 20.0
 """Stands for S0 over noise SD where the noise could not be measured."""
 
-SMOOTHING = 0.75
-"""SH coefficients per direction, at most."""
+SMOOTHING = 0.25
+"""SH coefficients per direction, at most, of the fit that gives mean and Rician excess."""
 
 BLOCK = 256
 """Voxels whose grid of likelihoods fits the cache."""
@@ -233,17 +233,23 @@ def _linearise(z: np.ndarray, protocol: Protocol, theta: np.ndarray):
     return flat[0], np.stack(flat[1:], axis=2)
 
 
-def rician_excess() -> np.ndarray:
-    """(2049,) E[M] − A in units of σ against E[M]/σ = 0, 1/64, …, 32 (Koay & Basser 2006,
-    doi:10.1016/j.jmr.2006.01.016), for a magnitude M with true amplitude A.
+def rician_excess(spread: float) -> np.ndarray:
+    """(2049,) expected E[M] − A, in units of σ, of a magnitude M with true amplitude A, against
+    an estimate m = 0, 1/64, …, 32 of E[M] whose SD is `spread` times that of M.
 
-    E[M] = σ √(π/2) [(1 + 2t) I0(t) + 2t I1(t)] exp(−t), t = A²/4σ²; below its smallest value,
-    √(π/2) σ, A is 0.
+    E[M] = σ √(π/2) [(1 + 2t) I0(t) + 2t I1(t)] exp(−t), t = A²/4σ² (Koay & Basser 2006,
+    doi:10.1016/j.jmr.2006.01.016). Near the noise floor the excess is so curved that reading it at
+    m itself would leave a bias; it is averaged over A ≥ 0 with the weight
+    N(m; E[M], spread² Var M), Var M = 2 + A² − E[M]².
     """
-    amplitude = np.concatenate([np.linspace(0, 2, 4001), np.linspace(2, 33, 4001)[1:]])
+    amplitude = np.linspace(0, 33, 3301)
     t = amplitude**2 / 4
     mean = np.sqrt(np.pi / 2) * ((1 + 2 * t) * i0e(t) + 2 * t * i1e(t))
-    return np.interp(np.arange(2049) / 64, mean, mean - amplitude)
+    m = np.arange(2049) / 64
+    sd = max(spread, 0.02) * np.sqrt(2 + amplitude**2 - mean**2)
+    square = ((m[:, None] - mean) / sd) ** 2 / 2 + np.log(sd)
+    weight = np.exp(square.min(1, keepdims=True) - square)
+    return weight @ (mean - amplitude) / weight.sum(1)
 
 
 def unbiased(signal: torch.Tensor, smooth: torch.Tensor, sigma: float,
@@ -301,14 +307,15 @@ class SphericalMean(Method):
         protocol = Protocol(np.array([shell.b for shell in shells]) / 1000,
                             np.array([shell.b_delta for shell in shells]), noise[1:],
                             0.0 if known else noise[0])
-        tensors = [[torch.as_tensor(a, dtype=t, device=device) for a, t in zip(
-            plan, (torch.long, torch.float32, torch.float32), strict=True)] for plan in plans]
-        table = torch.as_tensor(rician_excess(), dtype=torch.float32, device=device)
+        tensors = [(torch.as_tensor(index, device=device), *(
+            torch.as_tensor(a, dtype=torch.float32, device=device) for a in (
+                weights, smooth, rician_excess(np.sqrt(np.trace(smooth) / len(index))))))
+            for index, weights, smooth in plans]
         grid = Posterior(protocol, device)
 
         def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
             averages = []
-            for index, weights, smooth in tensors:
+            for index, weights, smooth, table in tensors:
                 part = signal[:, index]
                 if dwi.noise_sd:
                     part = unbiased(part, smooth, dwi.noise_sd, table)
