@@ -46,6 +46,9 @@ ASSUMED_SNR = 20.0
 SMOOTHING = 0.25
 """SH coefficients per direction, at most, of the fit that gives mean and Rician excess."""
 
+LAPLACE_BELTRAMI = 0.006
+"""Weight of the penalty l²(l + 1)² on that fit where it stands for the expected signal."""
+
 BLOCK = 256
 """Voxels whose grid of likelihoods fits the cache."""
 
@@ -183,7 +186,7 @@ class Posterior:
 
 
 def least_squares(z: np.ndarray, protocol: Protocol, start: np.ndarray,
-                  steps: int = 100) -> np.ndarray:
+                  steps: int = 500) -> np.ndarray:
     """(voxel, 2) d and f that minimise Σ (z − S0 p(d, f))²/n² + (1 − S0)²/n0² over S0 too.
 
     0 ≤ d ≤ 3, 0 ≤ f ≤ 1. S0 is eliminated (variable projection); damped Gauss–Newton steps from
@@ -268,16 +271,19 @@ def unbiased(signal: torch.Tensor, smooth: torch.Tensor, sigma: float,
 
 
 def average_weights(acquisition: Acquisition, shell: Shell) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) weights of the mean over the sphere, and the (n, n) smoothing they belong to.
+    """(n,) weights of the mean over the sphere, and an (n, n) smoothing of the shell.
 
-    Both come from a least-squares SH fit, of which the degree-0 coefficient is the mean: exact for
-    any set of directions up to that degree (Afzali et al. 2021, doi:10.1038/s41598-021-93558-1).
+    The mean is the degree-0 coefficient of a least-squares SH fit, exact for any set of directions
+    up to its degree (Afzali et al. 2021, doi:10.1038/s41598-021-93558-1). The smoothing is that
+    fit with Laplace–Beltrami regularisation (Descoteaux et al. 2007, doi:10.1002/mrm.21277).
     """
     oriented = abs(shell.b_delta) > 0.05
     degree = sh.degree_for(SMOOTHING * len(shell)) if oriented else 0
     basis = sh.basis(degree, acquisition.bvecs[shell.indices])
-    inverse = np.linalg.pinv(basis)
-    return inverse[0] / np.sqrt(4 * np.pi), basis @ inverse
+    l = np.concatenate([np.full(2 * k + 1, k) for k in range(0, degree + 1, 2)])
+    penalty = LAPLACE_BELTRAMI * np.diag(l**2 * (l + 1.0) ** 2)
+    return (np.linalg.pinv(basis)[0] / np.sqrt(4 * np.pi),
+            basis @ np.linalg.solve(basis.T @ basis + penalty, basis.T))
 
 
 class SphericalMean(Method):
@@ -309,7 +315,7 @@ class SphericalMean(Method):
                             0.0 if known else noise[0])
         tensors = [(torch.as_tensor(index, device=device), *(
             torch.as_tensor(a, dtype=torch.float32, device=device) for a in (
-                weights, smooth, rician_excess(np.sqrt(np.trace(smooth) / len(index))))))
+                weights, smooth, rician_excess(np.linalg.norm(smooth) / len(index) ** 0.5))))
             for index, weights, smooth in plans]
         grid = Posterior(protocol, device)
 
