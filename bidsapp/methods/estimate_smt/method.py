@@ -34,7 +34,7 @@ MAX_DIFFUSIVITY = 3.0
 MIN_DIRECTIONS = 6
 """A directional shell with fewer has no usable mean over directions."""
 
-FRACTIONS, NODES, WINDOW = 64, 8, 4.5
+FRACTIONS, NODES, WINDOW = 64, 6, 4.0
 """Values of f; nodes in d for each, over so many posterior SDs of d to either side."""
 
 TABLE, INVERSE = 1024, 512
@@ -129,48 +129,51 @@ class Posterior:
         f = (np.arange(FRACTIONS) + 0.5) / FRACTIONS
         d = np.linspace(0, MAX_DIFFUSIVITY, TABLE + 1)
         p = protocol.predict(*np.meshgrid(d, f))[0]
-        self.table = tensor(np.concatenate([p[:, :-1], np.diff(p, axis=1)], 2)).flatten(0, 1)
+        self.table = tensor(np.concatenate([p[:, :-1], np.diff(p, axis=1)], 2)).flatten(0, 1).T
+        self.table = self.table.contiguous()
         total = (p / protocol.noise).sum(2)
         self.highest, self.step = float(total.max()), float(total.max()) / INVERSE
         at = np.arange(INVERSE + 1) * self.step
         self.inverse = tensor(np.array([np.interp(at, row[::-1], d[::-1])
                                         for row in total])).flatten()
         self.f = tensor(f)
-        self.noise, self.ratio = tensor(protocol.noise), tensor(protocol.noise_s0 / protocol.noise)
+        self.noise = tensor(protocol.noise)[:, None, None]
+        self.ratio = tensor(protocol.noise_s0 / protocol.noise)[:, None, None]
         nodes, weights = np.polynomial.legendre.leggauss(NODES)
         self.nodes, self.log_weights = tensor(nodes), tensor(np.log(weights))
         self.row = torch.arange(FRACTIONS, device=device)
 
     def predict(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """p and ∂p/∂d, (voxel, f, …, k), for d (voxel, f, …)."""
+        """p and ∂p/∂d, (k, voxel, f, …), for d (voxel, f, …)."""
         place = d * (TABLE / MAX_DIFFUSIVITY)
         index = place.long().clamp_(max=TABLE - 1)
         row = self.row.view(-1, *[1] * (d.ndim - 2)) * TABLE
-        p, change = self.table[index + row].chunk(2, -1)
-        return p + (place - index)[..., None] * change, change * (TABLE / MAX_DIFFUSIVITY)
+        found = self.table.index_select(1, (index + row).flatten()).view(-1, *d.shape)
+        p, change = found.chunk(2)
+        return torch.addcmul(p, place - index, change), change * (TABLE / MAX_DIFFUSIVITY)
 
     def __call__(self, z: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         """`mean` and `std` (voxel, 2) of d and f for z (voxel, k) and λ (voxel,); `start`, the
         most likely node."""
-        level = noise[:, None, None] * self.noise
-        z = z[:, None]
-        index = ((z / self.noise).sum(-1) / self.step).round().clamp(0, INVERSE).long()
+        level = noise[:, None] * self.noise
+        z = z.T[:, :, None]
+        index = ((z / self.noise).sum(0) / self.step).round().clamp(0, INVERSE).long()
         d = self.inverse[index + self.row * (INVERSE + 1)]
         for _ in range(2):  # Gauss–Newton along d
             p, slope = self.predict(d)
             slope, residual, q = slope / level, (z - p) / level, self.ratio * p
-            across = (slope * q).sum(-1) / (1 + (q * q).sum(-1))
-            curvature = (slope * slope).sum(-1) - across * (slope * q).sum(-1) + 1e-12
-            gradient = (slope * residual).sum(-1) - across * (residual * q).sum(-1)
+            across = (slope * q).sum(0) / (1 + (q * q).sum(0))
+            curvature = (slope * slope).sum(0) - across * (slope * q).sum(0) + 1e-12
+            gradient = (slope * residual).sum(0) - across * (residual * q).sum(0)
             d = (d + gradient / curvature).clamp(0, MAX_DIFFUSIVITY)
         width = WINDOW * curvature.rsqrt()
         low, high = (d - width).clamp(min=0), (d + width).clamp(max=MAX_DIFFUSIVITY)
         half = (high - low) / 2
         d = (low + half)[..., None] + half[..., None] * self.nodes
         p, _ = self.predict(d)
-        residual, q = (z[:, :, None] - p) / level[:, :, None], self.ratio * p
-        one = 1 + (q * q).sum(-1)
-        misfit = (residual * residual).sum(-1) - (residual * q).sum(-1) ** 2 / one
+        residual, q = (z[..., None] - p) / level[..., None], self.ratio[..., None] * p
+        one = 1 + (q * q).sum(0)
+        misfit = (residual * residual).sum(0) - (residual * q).sum(0) ** 2 / one
         best = misfit.flatten(1).argmin(1)
         log_l = -0.5 * (misfit + one.log()) + self.log_weights + half.log()[..., None]
         weight = log_l.flatten(1).softmax(1)
