@@ -21,7 +21,7 @@ import torch
 from bidsapp.methods import get
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_smt import acquisition, as_dwi, rician, simulate  # noqa: E402
+from test_smt import acquisition, as_dwi, rician, simulate
 
 PEER = """
 import sys, time

@@ -94,7 +94,7 @@ def test_is_finite_complete_and_in_range(method, rng):
         assert high is None or values.max() <= np.float32(high)
         if values.ndim > 1:
             assert output["OrientationEncoding"]["EncodingAxis"] == 3
-        assert ("std" == output["entities"].get("stat")) == ("Uncertainty" in output)
+        assert (output["entities"].get("stat") == "std") == ("Uncertainty" in output)
 
 
 def test_is_independent_of_voxel_order(method, rng):

@@ -193,7 +193,7 @@ def test_rician_excess_is_that_of_drawn_magnitudes(rng):
 
 def test_directional_average_is_exact_up_to_its_degree(rng):
     """Uneven directions, a signal of degree 2: the arithmetic mean is wrong, ours is not."""
-    g = rng.normal(size=(60, 3)) + [0, 0, 1.0]
+    g = rng.normal([0, 0, 1.0], size=(60, 3))
     g /= np.linalg.norm(g, axis=1, keepdims=True)
     acq = Acquisition(np.full(60, 1000.0), g)
     values = 0.3 + 0.5 * g[:, 0] ** 2 + 0.2 * g[:, 1] * g[:, 2]

@@ -121,7 +121,7 @@ def test_equals_dipy_on_noisy_signals(rng, method):
 
 @pytest.mark.parametrize("direction", ["AP", "PA"])
 def test_equals_dipy_on_siemens_xa30(test_data, direction):
-    """99 % of the voxels whose every signal is positive: FA within 1e-4, MD within 1e-4 relative."""
+    """99 % of the voxels with positive signals only: FA within 1e-4, MD within 1e-4 relative."""
     stem = test_data("siemens_xa30") / f"sub-01/dwi/sub-01_dir-{direction}_dwi"
     image = nib.load(f"{stem}.nii.gz")
     acq = Acquisition(np.loadtxt(f"{stem}.bval"), np.loadtxt(f"{stem}.bvec").T)
