@@ -47,7 +47,8 @@ def fit(signal: torch.Tensor, x: np.ndarray, *, weighted: bool = True) -> dict[s
         free), s0 and sigma (signal units; OLS: sigma of log S), fa_std, md_std; and bool flags
         `failed` (no tensor: everything else is 0), `clamped` (an eigenvalue was raised to the
         smallest allowed) and `saturated` (FA ≥ 0.999). Standard errors are those of the tensor
-        before clamping; that of FA is at most ½, as of anything within 0–1. Without spare measurements (n = 7) sigma and the errors are 0.
+        before clamping; that of FA is at most ½, as of anything within 0–1. Without spare
+        measurements (n = 7) sigma and the errors are 0.
     """
     columns = torch.as_tensor(x, dtype=signal.dtype, device=signal.device)
     signal = signal.T.contiguous()

@@ -108,7 +108,7 @@ def test_is_independent_of_voxel_order(method, rng):
 
 
 def test_is_independent_of_block_size(method, rng, monkeypatch):
-    """Voxels without holes share a quicker path, which single voxels take and full blocks do not."""
+    """Voxels without holes share a quicker path; small blocks of them take it."""
     dwi = brain(acquisition(), rng)
     whole = method.apply(dwi, "cpu").maps
     module = __import__(type(method).__module__, fromlist=["map_voxels"])

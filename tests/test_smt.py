@@ -1,5 +1,5 @@
-"""The spherical mean technique against numerical integration, a numerical minimiser and a simulator
-that shares nothing with the estimator: Funk–Hecke on Watson mixtures of the two-compartment model."""
+"""The spherical mean technique against integrals, a numerical minimiser and a simulator that
+shares nothing with the estimator: Funk–Hecke on Watson mixtures of the two-compartment model."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from bidsapp.methods.estimate_smt.method import (
 
 DEGREES = np.arange(0, 29, 2)
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(80)
-LEGENDRE = np.stack([eval_legendre(l, NODES) for l in DEGREES])
+LEGENDRE = np.stack([eval_legendre(degree, NODES) for degree in DEGREES])
 
 
 def directions(n, rng):
@@ -69,8 +69,8 @@ def simulate(acq, d, f, rng, peaks=3, kappa=(1, 32)):
         coefficients = np.einsum("vp,vpl,vl,l->vpl", share, watson, kernel, (2 * DEGREES + 1) / 2)
         cosine = np.einsum("gx,vpx->vpg", acq.bvecs[shell.indices], mu)
         signal[:, shell.indices] = sum(
-            (eval_legendre(l, cosine) * coefficients[:, :, i, None]).sum(1)
-            for i, l in enumerate(DEGREES))
+            (eval_legendre(degree, cosine) * coefficients[:, :, i, None]).sum(1)
+            for i, degree in enumerate(DEGREES))
     return signal
 
 

@@ -283,8 +283,8 @@ def average_weights(acquisition: Acquisition, shell: Shell) -> tuple[np.ndarray,
     oriented = abs(shell.b_delta) > 0.05
     degree = sh.degree_for(SMOOTHING * len(shell)) if oriented else 0
     basis = sh.basis(degree, acquisition.bvecs[shell.indices])
-    l = np.concatenate([np.full(2 * k + 1, k) for k in range(0, degree + 1, 2)])
-    penalty = LAPLACE_BELTRAMI * np.diag(l**2 * (l + 1.0) ** 2)
+    degrees = np.concatenate([np.full(2 * k + 1, k) for k in range(0, degree + 1, 2)])
+    penalty = LAPLACE_BELTRAMI * np.diag(degrees**2 * (degrees + 1.0) ** 2)
     return (np.linalg.pinv(basis)[0] / np.sqrt(4 * np.pi),
             basis @ np.linalg.solve(basis.T @ basis + penalty, basis.T))
 
@@ -299,7 +299,7 @@ class SphericalMean(Method):
                                for s in acquisition.shells) or "none weighted"
             raise Refusal(
                 f"the spherical mean technique has two unknowns beside S0; found are "
-                f"{int(acquisition.b0.sum())} volumes without weighting and these shells: {shells}. "
+                f"{int(acquisition.b0.sum())} volumes without weighting and shells: {shells}. "
                 f"Needed are a b0 and two shells of {MIN_DIRECTIONS} or more directions. Acquire a "
                 "second shell (e.g. b = 1000 and 2200 s/mm²), or leave smt out of --estimate.")
 
