@@ -116,7 +116,7 @@ class Acquisition:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Acquisition) and all(
-            np.array_equal(a, b)
+            np.array_equal(a, b, equal_nan=True)  # unknown times are NaN
             for a, b in zip(self._tables(), other._tables(), strict=True)
         )
 

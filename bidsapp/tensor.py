@@ -47,7 +47,8 @@ def fit(signal: torch.Tensor, x: np.ndarray, *, weighted: bool = True) -> dict[s
         free), s0 and sigma (signal units; OLS: sigma of log S), fa_std, md_std; and bool flags
         `failed` (no tensor: everything else is 0), `clamped` (an eigenvalue was raised to the
         smallest allowed) and `saturated` (FA ≥ 0.999). Standard errors are those of the tensor
-        before clamping. Without spare measurements (n = 7) sigma and the errors are 0.
+        before clamping; that of FA is at most ½, as of anything within 0–1. Without spare
+        measurements (n = 7) sigma and the errors are 0.
     """
     columns = torch.as_tensor(x, dtype=signal.dtype, device=signal.device)
     signal = signal.T.contiguous()
@@ -60,7 +61,8 @@ def fit(signal: torch.Tensor, x: np.ndarray, *, weighted: bool = True) -> dict[s
         valid = (signal > 0) & (signal < torch.inf)
         use = valid.to(signal.dtype)
         log_s = torch.log(torch.where(valid, signal, 1))
-        beta = _solve(*_ldl(_normal(columns, use)), columns.T @ (use * log_s))
+        lower, pivots, deficient = _ldl(_normal(columns, use))
+        beta = _solve(lower, pivots, deficient, columns.T @ (use * log_s))
     predicted = columns @ beta
     residual = log_s - predicted
     top = predicted.amax(0) if weighted else torch.zeros_like(predicted[0])
@@ -90,7 +92,7 @@ def _maps(beta, error, top, lower, pivots, deficient, smallest: float) -> dict[s
     maps = {
         "fa": fa, "md": (e1 + e2 + e3) / 3e3, "ad": e1 / 1e3, "rd": (e2 + e3) / 2e3,
         "direction": direction.T, "s0": torch.exp(beta[6]), "sigma": error * torch.exp(top),
-        "fa_std": error * _spread(lower, pivots, _fa_gradient(d).to(beta.dtype)),
+        "fa_std": (error * _spread(lower, pivots, _fa_gradient(d).to(beta.dtype))).clamp(max=0.5),
         "md_std": error * _spread(lower, pivots, trace) / 3e3,
     }
     failed = deficient

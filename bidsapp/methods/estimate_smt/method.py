@@ -34,7 +34,7 @@ MAX_DIFFUSIVITY = 3.0
 MIN_DIRECTIONS = 6
 """A directional shell with fewer has no usable mean over directions."""
 
-FRACTIONS, NODES, WINDOW = 64, 8, 4.5
+FRACTIONS, NODES, WINDOW = 64, 6, 4.0
 """Values of f; nodes in d for each, over so many posterior SDs of d to either side."""
 
 TABLE, INVERSE = 1024, 512
@@ -43,8 +43,11 @@ TABLE, INVERSE = 1024, 512
 ASSUMED_SNR = 20.0
 """Stands for S0 over noise SD where the noise could not be measured."""
 
-SMOOTHING = 0.75
-"""SH coefficients per direction, at most."""
+SMOOTHING = 0.25
+"""SH coefficients per direction, at most, of the fit that gives mean and Rician excess."""
+
+LAPLACE_BELTRAMI = 0.006
+"""Weight of the penalty l²(l + 1)² on that fit where it stands for the expected signal."""
 
 BLOCK = 256
 """Voxels whose grid of likelihoods fits the cache."""
@@ -126,48 +129,51 @@ class Posterior:
         f = (np.arange(FRACTIONS) + 0.5) / FRACTIONS
         d = np.linspace(0, MAX_DIFFUSIVITY, TABLE + 1)
         p = protocol.predict(*np.meshgrid(d, f))[0]
-        self.table = tensor(np.concatenate([p[:, :-1], np.diff(p, axis=1)], 2)).flatten(0, 1)
+        self.table = tensor(np.concatenate([p[:, :-1], np.diff(p, axis=1)], 2)).flatten(0, 1).T
+        self.table = self.table.contiguous()
         total = (p / protocol.noise).sum(2)
         self.highest, self.step = float(total.max()), float(total.max()) / INVERSE
         at = np.arange(INVERSE + 1) * self.step
         self.inverse = tensor(np.array([np.interp(at, row[::-1], d[::-1])
                                         for row in total])).flatten()
         self.f = tensor(f)
-        self.noise, self.ratio = tensor(protocol.noise), tensor(protocol.noise_s0 / protocol.noise)
+        self.noise = tensor(protocol.noise)[:, None, None]
+        self.ratio = tensor(protocol.noise_s0 / protocol.noise)[:, None, None]
         nodes, weights = np.polynomial.legendre.leggauss(NODES)
         self.nodes, self.log_weights = tensor(nodes), tensor(np.log(weights))
         self.row = torch.arange(FRACTIONS, device=device)
 
     def predict(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """p and ∂p/∂d, (voxel, f, …, k), for d (voxel, f, …)."""
+        """p and ∂p/∂d, (k, voxel, f, …), for d (voxel, f, …)."""
         place = d * (TABLE / MAX_DIFFUSIVITY)
         index = place.long().clamp_(max=TABLE - 1)
         row = self.row.view(-1, *[1] * (d.ndim - 2)) * TABLE
-        p, change = self.table[index + row].chunk(2, -1)
-        return p + (place - index)[..., None] * change, change * (TABLE / MAX_DIFFUSIVITY)
+        found = self.table.index_select(1, (index + row).flatten()).view(-1, *d.shape)
+        p, change = found.chunk(2)
+        return torch.addcmul(p, place - index, change), change * (TABLE / MAX_DIFFUSIVITY)
 
     def __call__(self, z: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         """`mean` and `std` (voxel, 2) of d and f for z (voxel, k) and λ (voxel,); `start`, the
         most likely node."""
-        level = noise[:, None, None] * self.noise
-        z = z[:, None]
-        index = ((z / self.noise).sum(-1) / self.step).round().clamp(0, INVERSE).long()
+        level = noise[:, None] * self.noise
+        z = z.T[:, :, None]
+        index = ((z / self.noise).sum(0) / self.step).round().clamp(0, INVERSE).long()
         d = self.inverse[index + self.row * (INVERSE + 1)]
         for _ in range(2):  # Gauss–Newton along d
             p, slope = self.predict(d)
             slope, residual, q = slope / level, (z - p) / level, self.ratio * p
-            across = (slope * q).sum(-1) / (1 + (q * q).sum(-1))
-            curvature = (slope * slope).sum(-1) - across * (slope * q).sum(-1) + 1e-12
-            gradient = (slope * residual).sum(-1) - across * (residual * q).sum(-1)
+            across = (slope * q).sum(0) / (1 + (q * q).sum(0))
+            curvature = (slope * slope).sum(0) - across * (slope * q).sum(0) + 1e-12
+            gradient = (slope * residual).sum(0) - across * (residual * q).sum(0)
             d = (d + gradient / curvature).clamp(0, MAX_DIFFUSIVITY)
         width = WINDOW * curvature.rsqrt()
         low, high = (d - width).clamp(min=0), (d + width).clamp(max=MAX_DIFFUSIVITY)
         half = (high - low) / 2
         d = (low + half)[..., None] + half[..., None] * self.nodes
         p, _ = self.predict(d)
-        residual, q = (z[:, :, None] - p) / level[:, :, None], self.ratio * p
-        one = 1 + (q * q).sum(-1)
-        misfit = (residual * residual).sum(-1) - (residual * q).sum(-1) ** 2 / one
+        residual, q = (z[..., None] - p) / level[..., None], self.ratio[..., None] * p
+        one = 1 + (q * q).sum(0)
+        misfit = (residual * residual).sum(0) - (residual * q).sum(0) ** 2 / one
         best = misfit.flatten(1).argmin(1)
         log_l = -0.5 * (misfit + one.log()) + self.log_weights + half.log()[..., None]
         weight = log_l.flatten(1).softmax(1)
@@ -183,7 +189,7 @@ class Posterior:
 
 
 def least_squares(z: np.ndarray, protocol: Protocol, start: np.ndarray,
-                  steps: int = 100) -> np.ndarray:
+                  steps: int = 500) -> np.ndarray:
     """(voxel, 2) d and f that minimise Σ (z − S0 p(d, f))²/n² + (1 − S0)²/n0² over S0 too.
 
     0 ≤ d ≤ 3, 0 ≤ f ≤ 1. S0 is eliminated (variable projection); damped Gauss–Newton steps from
@@ -233,17 +239,23 @@ def _linearise(z: np.ndarray, protocol: Protocol, theta: np.ndarray):
     return flat[0], np.stack(flat[1:], axis=2)
 
 
-def rician_excess() -> np.ndarray:
-    """(2049,) E[M] − A in units of σ against E[M]/σ = 0, 1/64, …, 32 (Koay & Basser 2006,
-    doi:10.1016/j.jmr.2006.01.016), for a magnitude M with true amplitude A.
+def rician_excess(spread: float) -> np.ndarray:
+    """(2049,) expected E[M] − A, in units of σ, of a magnitude M with true amplitude A, against
+    an estimate m = 0, 1/64, …, 32 of E[M] whose SD is `spread` times that of M.
 
-    E[M] = σ √(π/2) [(1 + 2t) I0(t) + 2t I1(t)] exp(−t), t = A²/4σ²; below its smallest value,
-    √(π/2) σ, A is 0.
+    E[M] = σ √(π/2) [(1 + 2t) I0(t) + 2t I1(t)] exp(−t), t = A²/4σ² (Koay & Basser 2006,
+    doi:10.1016/j.jmr.2006.01.016). Near the noise floor the excess is so curved that reading it at
+    m itself would leave a bias; it is averaged over A ≥ 0 with the weight
+    N(m; E[M], spread² Var M), Var M = 2 + A² − E[M]².
     """
-    amplitude = np.concatenate([np.linspace(0, 2, 4001), np.linspace(2, 33, 4001)[1:]])
+    amplitude = np.linspace(0, 33, 3301)
     t = amplitude**2 / 4
     mean = np.sqrt(np.pi / 2) * ((1 + 2 * t) * i0e(t) + 2 * t * i1e(t))
-    return np.interp(np.arange(2049) / 64, mean, mean - amplitude)
+    m = np.arange(2049) / 64
+    sd = max(spread, 0.02) * np.sqrt(2 + amplitude**2 - mean**2)
+    square = ((m[:, None] - mean) / sd) ** 2 / 2 + np.log(sd)
+    weight = np.exp(square.min(1, keepdims=True) - square)
+    return weight @ (mean - amplitude) / weight.sum(1)
 
 
 def unbiased(signal: torch.Tensor, smooth: torch.Tensor, sigma: float,
@@ -262,16 +274,19 @@ def unbiased(signal: torch.Tensor, smooth: torch.Tensor, sigma: float,
 
 
 def average_weights(acquisition: Acquisition, shell: Shell) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) weights of the mean over the sphere, and the (n, n) smoothing they belong to.
+    """(n,) weights of the mean over the sphere, and an (n, n) smoothing of the shell.
 
-    Both come from a least-squares SH fit, of which the degree-0 coefficient is the mean: exact for
-    any set of directions up to that degree (Afzali et al. 2021, doi:10.1038/s41598-021-93558-1).
+    The mean is the degree-0 coefficient of a least-squares SH fit, exact for any set of directions
+    up to its degree (Afzali et al. 2021, doi:10.1038/s41598-021-93558-1). The smoothing is that
+    fit with Laplace–Beltrami regularisation (Descoteaux et al. 2007, doi:10.1002/mrm.21277).
     """
     oriented = abs(shell.b_delta) > 0.05
     degree = sh.degree_for(SMOOTHING * len(shell)) if oriented else 0
     basis = sh.basis(degree, acquisition.bvecs[shell.indices])
-    inverse = np.linalg.pinv(basis)
-    return inverse[0] / np.sqrt(4 * np.pi), basis @ inverse
+    degrees = np.concatenate([np.full(2 * k + 1, k) for k in range(0, degree + 1, 2)])
+    penalty = LAPLACE_BELTRAMI * np.diag(degrees**2 * (degrees + 1.0) ** 2)
+    return (np.linalg.pinv(basis)[0] / np.sqrt(4 * np.pi),
+            basis @ np.linalg.solve(basis.T @ basis + penalty, basis.T))
 
 
 class SphericalMean(Method):
@@ -284,7 +299,7 @@ class SphericalMean(Method):
                                for s in acquisition.shells) or "none weighted"
             raise Refusal(
                 f"the spherical mean technique has two unknowns beside S0; found are "
-                f"{int(acquisition.b0.sum())} volumes without weighting and these shells: {shells}. "
+                f"{int(acquisition.b0.sum())} volumes without weighting and shells: {shells}. "
                 f"Needed are a b0 and two shells of {MIN_DIRECTIONS} or more directions. Acquire a "
                 "second shell (e.g. b = 1000 and 2200 s/mm²), or leave smt out of --estimate.")
 
@@ -301,14 +316,15 @@ class SphericalMean(Method):
         protocol = Protocol(np.array([shell.b for shell in shells]) / 1000,
                             np.array([shell.b_delta for shell in shells]), noise[1:],
                             0.0 if known else noise[0])
-        tensors = [[torch.as_tensor(a, dtype=t, device=device) for a, t in zip(
-            plan, (torch.long, torch.float32, torch.float32), strict=True)] for plan in plans]
-        table = torch.as_tensor(rician_excess(), dtype=torch.float32, device=device)
+        tensors = [(torch.as_tensor(index, device=device), *(
+            torch.as_tensor(a, dtype=torch.float32, device=device) for a in (
+                weights, smooth, rician_excess(np.linalg.norm(smooth) / len(index) ** 0.5))))
+            for index, weights, smooth in plans]
         grid = Posterior(protocol, device)
 
         def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
             averages = []
-            for index, weights, smooth in tensors:
+            for index, weights, smooth, table in tensors:
                 part = signal[:, index]
                 if dwi.noise_sd:
                     part = unbiased(part, smooth, dwi.noise_sd, table)

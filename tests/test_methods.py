@@ -1,0 +1,169 @@
+"""One contract, every method that is applied to images."""
+
+import json
+
+import numpy as np
+import pytest
+from dipy.core.sphere import HemiSphere, disperse_charges
+from scipy.spatial.transform import Rotation
+
+from bidsapp import blocks, methods
+from bidsapp.acquisition import Acquisition
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal, UsageError
+
+ESTIMATORS = methods.names("estimate_")
+EQUIVARIANT = {"estimate_dti": ("direction",), "estimate_smt": ()}
+"""Methods that claim rotation equivariance, with the maps that turn; the others stay."""
+
+
+def acquisition(b=(1000, 2200), n=24, seed=5):
+    xyz = np.random.default_rng(seed).normal(size=(n, 3))
+    sphere = HemiSphere(xyz=xyz / np.linalg.norm(xyz, axis=1, keepdims=True))
+    g = disperse_charges(sphere, 300)[0].vertices
+    return Acquisition(np.r_[0, 0, np.repeat(b, n)],
+                       np.r_[np.zeros((2, 3)), np.tile(g, (len(b), 1))])
+
+
+def brain(acq, rng, rotation=None, sd=4.0):
+    """(7, 8, 9) voxels: random tensors, Rician noise, and some voxels of every awkward kind."""
+    mask = np.zeros((7, 8, 9), bool)
+    mask[1:6, 2:7, 1:8] = True
+    n = int(mask.sum())
+    axes = np.linalg.qr(rng.normal(size=(n, 3, 3)))[0]
+    values = rng.uniform(0.2e-3, 2.2e-3, (n, 1, 3))
+    d = axes * values @ axes.transpose(0, 2, 1)
+    turn = np.eye(3) if rotation is None else rotation
+    signal = 400 * np.exp(-np.einsum("nij,vij->vn", acq.btensors, turn @ d @ turn.T))
+    noise = rng.normal(0, sd, (2, *signal.shape))
+    signal = np.hypot(signal + noise[0], noise[1])
+    signal[3], signal[11, 4], signal[17, :2] = 0, -2, 0
+    signal[23] = np.linspace(5, 30, signal.shape[1])  # rises with b
+    return Dwi(signal.astype(np.float32), mask, np.diag([2.0, 2.0, 2.0, 1.0]), acq, sd)
+
+
+@pytest.fixture(params=ESTIMATORS)
+def method(request):
+    return methods.get(request.param)
+
+
+def close(name, a, b):
+    """Equal to float32 rounding of the fit, relative to the size of the map."""
+    scale = max(float(np.abs(a).max()), 1e-12)
+    np.testing.assert_allclose(b / scale, a / scale, atol=2e-4, err_msg=name)
+
+
+def test_there_are_estimators():
+    assert {"estimate_dti", "estimate_smt"} <= set(ESTIMATORS)
+
+
+def test_refuses_a_missing_shell(method, rng):
+    dwi = brain(acquisition(b=(1000,), n=5), rng)
+    with pytest.raises(Refusal, match="Needed"):
+        method.check(dwi.acquisition)
+    with pytest.raises(Refusal):
+        method.apply(dwi, "cpu")
+
+
+def test_leaves_its_input_unchanged(method, rng):
+    dwi = brain(acquisition(), rng)
+    before = dwi.signal.copy()
+    method.apply(dwi, "cpu")
+    np.testing.assert_array_equal(dwi.signal, before)
+    with pytest.raises(ValueError, match="read-only"):
+        dwi.signal[0, 0] = 1
+
+
+def test_is_finite_complete_and_in_range(method, rng):
+    dwi = brain(acquisition(), rng)
+    derived, outputs = method.apply(dwi, "cpu"), method.outputs
+    assert set(derived.maps) == set(outputs["maps"])
+    assert {"name", "Description", "URL"} <= set(outputs["model"])
+    json.dumps([dict(derived.counts), dict(derived.parameters)])
+    assert all(isinstance(v, int) and v >= 0 for v in derived.counts.values())
+    stems = [tuple(sorted(o["entities"].items())) for o in outputs["maps"].values()]
+    assert len(set(stems)) == len(stems)
+    for name, values in derived.maps.items():
+        output = outputs["maps"][name]
+        assert {"entities", "Description", "Units", "range", "report"} <= set(output)
+        assert values.dtype == np.float32
+        assert len(values) == len(dwi.signal)
+        assert np.isfinite(values).all()
+        low, high = output["range"]
+        assert low is None or values.min() >= low
+        assert high is None or values.max() <= np.float32(high)
+        if values.ndim > 1:
+            assert output["OrientationEncoding"]["EncodingAxis"] == 3
+        assert (output["entities"].get("stat") == "std") == ("Uncertainty" in output)
+
+
+def test_is_independent_of_voxel_order(method, rng):
+    dwi = brain(acquisition(), rng)
+    order = rng.permutation(len(dwi.signal))
+    shuffled = Dwi(dwi.signal[order], dwi.mask, dwi.affine, dwi.acquisition, dwi.noise_sd)
+    one, other = method.apply(dwi, "cpu"), method.apply(shuffled, "cpu")
+    assert one.counts == other.counts
+    for name, values in one.maps.items():
+        close(name, values[order], other.maps[name])
+
+
+def test_is_independent_of_block_size(method, rng, monkeypatch):
+    """Voxels without holes share a quicker path; small blocks of them take it."""
+    dwi = brain(acquisition(), rng)
+    whole = method.apply(dwi, "cpu").maps
+    module = __import__(type(method).__module__, fromlist=["map_voxels"])
+    monkeypatch.setattr(module, "map_voxels", lambda function, signal, device, block=0:
+                        blocks.map_voxels(function, signal, device, 5))
+    for name, values in method.apply(dwi, "cpu").maps.items():
+        close(name, whole[name], values)
+
+
+def test_turns_with_the_head(method):
+    """The same noise on a turned head and turned gradients: scalars equal, directions turned."""
+    if method.name not in EQUIVARIANT:
+        pytest.skip("claims no equivariance")
+    turn = Rotation.from_euler("zyx", [40, -25, 70], degrees=True).as_matrix()
+    acq = acquisition()
+    one = method.apply(brain(acq, np.random.default_rng(3)), "cpu").maps
+    other = method.apply(brain(acq.rotated(turn), np.random.default_rng(3), turn), "cpu").maps
+    for name, values in one.items():
+        if name in EQUIVARIANT[method.name]:
+            sharp = (one["fa"] > 0.1) & (one["fa"] < 0.99)
+            cosine = np.abs(((values @ turn.T) * other[name]).sum(1))[sharp]
+            assert np.quantile(cosine, 0.01) > 0.9999
+        else:
+            close(name, values, other[name])
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(UsageError, match=r"(?s)estimate_dti.*Did you mean estimate_dti\?"):
+        methods.get("dtii", "estimate")
+    with pytest.raises(UsageError, match="Available to estimate are: estimate_dti"):
+        methods.get("scnn2", "estimate")
+    with pytest.raises(UsageError, match="Available to upsample are: none"):
+        methods.get("anything", "upsample")
+    assert methods.get("dti", "estimate").name == methods.get("estimate_dti").name
+
+
+def test_combat_is_for_tables(rng):
+    combat = methods.get("harmonize_combat")
+    dwi = brain(acquisition(), rng)
+    with pytest.raises(Refusal, match="tables"):
+        combat.check(dwi.acquisition)
+    with pytest.raises(UsageError, match="group --train harmonize_combat"):
+        combat.apply(dwi, "cpu")
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_need_no_training(name):
+    study = methods.Study(statistics=None, features=())
+    with pytest.raises(UsageError, match="needs no training"):
+        methods.get(name).fit(study)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_folder_is_complete(name):
+    folder = methods.FOLDER / name
+    assert {"method.py", "outputs.json", "README.md", "__init__.py"} <= {
+        p.name for p in folder.iterdir()}
+    assert methods.get(name).name == name
