@@ -26,9 +26,9 @@ class Halves(Method):
     OUTPUTS: ClassVar[dict] = {
         "model": {"name": "halves", "Description": "Halves (Doe et al. 2020)",
                   "URL": "https://doi.org/10.1000/halves"},
-        "maps": {"half": {"entities": {"param": "half"}, "Description": "Half", "Units": "mm2/s"},
+        "maps": {"half": {"entities": {"param": "half"}, "Description": "Half", "Units": "mm^2/s"},
                  "half_std": {"entities": {"param": "half", "stat": "std"}, "Description": "SD",
-                              "Units": "mm2/s"},
+                              "Units": "mm^2/s"},
                  "direction": {"entities": {"param": "direction"}, "Description": "Direction",
                                "Units": "unitless"}}}
 

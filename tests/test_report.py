@@ -28,7 +28,7 @@ OUTPUTS = {
         "fa": {"entities": {"param": "fa"}, "Description": "Fractional anisotropy",
                "Units": "unitless", "range": [0, 1], "cmap": "gray", "report": True},
         "md": {"entities": {"param": "md"}, "Description": "Mean diffusivity; of the tensor",
-               "Units": "mm2/s", "range": [0, None], "report": True},
+               "Units": "mm^2/s", "range": [0, None], "report": True},
         "fa_std": {"entities": {"param": "fa", "stat": "std"}, "Description": "Standard error",
                    "Units": "unitless", "range": [0, None], "display": [0, 0.2], "report": True},
         "s0": {"entities": {"param": "s0"}, "Description": "S0", "Units": "arbitrary",

@@ -371,7 +371,7 @@ def _points(ax: Axes, values: np.ndarray, y: float, colour: str, *, filled: bool
 def _units(entry: Mapping[str, Any]) -> str:
     """Units with superscripts; nothing where there are none."""
     text = str(entry["Units"])
-    return "" if text in ("unitless", "1") else text.replace("m2", "m²").replace("um", "µm")
+    return "" if text in ("unitless", "1") else text.replace("^2", "²").replace("um", "µm")
 
 
 def _short(text: str, most: int = 60) -> str:
