@@ -40,7 +40,7 @@ def given(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
 
 def median_otsu(mean_b0: np.ndarray) -> np.ndarray:
     """Brain mask of a mean b0 volume, (x, y, z) bool (dipy, median radius 4, one pass, largest
-    component with holes filled).
+    component, holes filled slice by slice).
 
     Raises:
         DataError: nothing is left.
@@ -53,7 +53,9 @@ def median_otsu(mean_b0: np.ndarray) -> np.ndarray:
         raise DataError("the mean b0 image is zero everywhere, so no brain mask can be made. "
                         "Check the image, or give a mask.")
     _, mask = dipy_median_otsu(mean_b0, median_radius=4, numpass=1)
-    mask = binary_fill_holes(clean_cc_mask(mask)) if mask.any() else mask
+    mask = clean_cc_mask(mask) if mask.any() else mask
+    # by slice: in three dimensions, dark deep grey matter in a thin slab is open above and below
+    mask = np.stack([binary_fill_holes(k) for k in np.moveaxis(mask, 2, 0)], axis=2)
     if not mask.any():
         raise DataError("median-Otsu found no brain in the mean b0. Check the image, or give a "
                         "mask through a derivatives folder.")

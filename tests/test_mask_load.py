@@ -244,3 +244,14 @@ def test_nothing_to_mask():
 def test_empty_mask_is_refused(run):
     with pytest.raises(DataError, match="mask is empty"):
         loaded(run(), np.zeros(SHAPE, bool))
+
+
+def test_holes_are_filled_in_slabs_too():
+    """A dark centre that goes through both slices is inside the brain, the air around is not."""
+    x, y = np.ogrid[-32:32, -32:32]
+    r = np.hypot(x, y)
+    mean = np.where(r < 24, 900.0, 20.0)
+    mean[r < 7] = 20
+    mask = masks.median_otsu(np.stack([mean, mean], axis=2))
+    assert mask[32, 32].all() and mask[32, 44].all()
+    assert not mask[0].any() and mask.sum() < 2 * (r < 26).sum()

@@ -18,7 +18,7 @@ from bidsapp import methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.methods import Derived, Fitted, Method, Study
-from bidsapp.report import boilerplate, canvas, figures, page
+from bidsapp.report import canvas, figures, page
 
 SVG = "{http://www.w3.org/2000/svg}"
 OUTPUTS = {
@@ -90,8 +90,6 @@ def images(svg):
     return sorted(arrays, key=lambda a: -a.size)
 
 
-# -- orientation -------------------------------------------------------------------------------
-
 AFFINES = {
     "RAS": np.diag([2.0, 2, 2, 1]), "LAS": np.diag([-2.0, 2, 2, 1]),
     "RPI": np.diag([2.0, -2, -2, 1]),
@@ -153,8 +151,6 @@ def test_voxels_keep_their_shape(rng):
     across, up = (scales[0], scales[3]) if matrix[1] else scales[:2]
     assert abs(up / across) == pytest.approx(3, rel=0.02)
 
-
-# -- what the figures show ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [
     (7, 8, 9), (40, 44, 1), (40, 44, 2), (1, 30, 31), (30, 3, 31), (2, 2, 2), (1, 1, 1)])
@@ -237,8 +233,6 @@ def test_a_suspected_slice_is_shown(rng):
     assert "1 slice(s) in 1 volume(s)" in drawn.caption
     assert "slice 4, vol. 9" in drawn.svg.decode()
 
-
-# -- pages -------------------------------------------------------------------------------------
 
 class Page(HTMLParser):
     """What a page holds: ids, targets of links, sources of pictures, tags, text."""
@@ -389,41 +383,3 @@ def test_group_of_any_size(rng, batches):
     for figure in figures.of_group(Study(table, ("f_mean",)), {}):
         ElementTree.fromstring(figure.svg)
     assert figures.of_group(Study(table, ()), {}) == []
-
-
-# -- methods text ------------------------------------------------------------------------------
-
-def test_methods_text_comes_from_the_folder(tmp_path):
-    (tmp_path / "README.md").write_text(
-        "# estimate_tensor\n\nThe **tensor** of Basser et al. 1994,\ndoi:10.1016/S0006-"
-        "3495(94)80775-1. Fitted as Doe & Roe 2020 (doi:10.1000/xyz.1).\n\n"
-        "**Limits.** Not copied.\n")
-    method = Tensor(tmp_path)
-    text = boilerplate.markdown([method])
-    assert "Doe et al. 2020) (https://doi.org/10.1000/tensor). The tensor of Basser" in text
-    assert "Not copied" not in text
-    assert "Maps: Fractional anisotropy; Mean diffusivity;" in text
-    found = {url: what for what, url in boilerplate.references([method])}
-    assert found["https://doi.org/10.1000/xyz.1"] == "Doe & Roe 2020"
-    assert found["https://doi.org/10.1016/S0006-3495(94)80775-1"] == "Basser et al. 1994"
-    assert "https://doi.org/10.1000/tensor" in found
-    assert len(found) == len(boilerplate.references([method]))
-
-
-@pytest.mark.parametrize("name", methods.names())
-def test_every_method_brings_text_and_reference(name):
-    method = methods.get(name)
-    everything = {url for _, url in boilerplate.references([])}
-    own = [url for _, url in boilerplate.references([method]) if url not in everything]
-    assert own
-    assert method.outputs["model"]["URL"] in boilerplate.markdown([method])
-
-
-def test_what_the_text_cites_is_in_the_references():
-    cited = set(boilerplate.DOI.findall(" ".join(t for _, t in boilerplate.paragraphs([]))))
-    listed = {url.removeprefix("https://doi.org/") for _, url in boilerplate.references([])}
-    assert {c.rstrip(".") for c in cited} == listed
-
-
-def test_acknowledgement_is_one_sentence():
-    assert re.fullmatch(r"[^\n]*CITATION\.md[^\n]*\.", boilerplate.acknowledge())

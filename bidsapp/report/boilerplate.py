@@ -67,10 +67,11 @@ def _preparation() -> str:
         "PyBIDS (doi:10.21105/joss.01294). b-vectors were turned from image into world axes. "
         "Volumes with b < 50 s/mm² counted as b = 0; the others were grouped in shells by b-value "
         "and b-tensor shape. Everything was computed inside the brain mask that came with the data "
-        "or, where none did, the largest component with holes filled of DIPY's median-Otsu mask of "
-        "the mean b = 0 image (doi:10.3389/fninf.2014.00008, doi:10.1109/TSMC.1979.4310076). Where "
-        "one acquisition was split in several runs, they were concatenated and scaled to the mean "
-        "b = 0 signal of the first. NaN and infinite values were set to 0 and counted. QSphere "
+        "or, where none did, the largest component, holes filled slice by slice, of DIPY's "
+        "median-Otsu mask of the mean b = 0 image (doi:10.3389/fninf.2014.00008, "
+        "doi:10.1109/TSMC.1979.4310076). Where one acquisition was split in several runs, they "
+        "were concatenated and scaled to the mean b = 0 signal of the first. NaN and infinite "
+        "values were set to 0 and counted. QSphere "
         "applied no correction of noise, Gibbs ringing, motion, eddy currents, susceptibility or "
         "bias field: data that need it must be preprocessed first.")
 
