@@ -52,17 +52,18 @@ def fit(signal: torch.Tensor, x: np.ndarray, *, weighted: bool = True) -> dict[s
     """
     columns = torch.as_tensor(x, dtype=signal.dtype, device=signal.device)
     signal = signal.T.contiguous()
+    use, holes = torch.ones_like(columns[:, :1]), None
     low, high = torch.aminmax(signal.detach())
-    if bool((low > 0) & (high < torch.inf)):  # one pseudo-inverse serves all voxels
-        use = torch.ones_like(columns[:, :1])
-        log_s = torch.log(signal)
-        beta = torch.linalg.pinv(columns) @ log_s
-    else:
+    if not bool((low > 0) & (high < torch.inf)):
         valid = (signal > 0) & (signal < torch.inf)
-        use = valid.to(signal.dtype)
-        log_s = torch.log(torch.where(valid, signal, 1))
-        lower, pivots, deficient = _ldl(_normal(columns, use))
-        beta = _solve(lower, pivots, deficient, columns.T @ (use * log_s))
+        use, holes = valid.to(signal.dtype), (~valid).any(0).nonzero()[:, 0]
+        signal = torch.where(valid, signal, 1)
+    log_s = torch.log(signal)
+    beta = torch.linalg.pinv(columns) @ log_s  # serves all voxels in which nothing is missing
+    if holes is not None:
+        some = use[:, holes]
+        solved = _solve(*_ldl(_normal(columns, some)), columns.T @ (some * log_s[:, holes]))
+        beta = beta.index_copy(1, holes, solved)
     predicted = columns @ beta
     residual = log_s - predicted
     top = predicted.amax(0) if weighted else torch.zeros_like(predicted[0])
@@ -92,12 +93,11 @@ def _maps(beta, error, top, lower, pivots, deficient, smallest: float) -> dict[s
     maps = {
         "fa": fa, "md": (e1 + e2 + e3) / 3e3, "ad": e1 / 1e3, "rd": (e2 + e3) / 2e3,
         "direction": direction.T, "s0": torch.exp(beta[6]), "sigma": error * torch.exp(top),
-        "fa_std": (error * _spread(lower, pivots, _fa_gradient(d).to(beta.dtype))).clamp(max=0.5),
+        "fa_std": (error * _spread(lower, pivots, _fa_gradient(beta[:6]))).clamp(max=0.5),
         "md_std": error * _spread(lower, pivots, trace) / 3e3,
     }
-    failed = deficient
-    for value in maps.values():
-        failed = failed | ~torch.isfinite(value if value.ndim == 1 else value.sum(1))
+    finite = sum(value if value.ndim == 1 else value.sum(1) for value in maps.values())
+    failed = deficient | ~torch.isfinite(finite)
     out = {k: torch.where(failed if v.ndim == 1 else failed[:, None], 0, v).to(beta.dtype)
            for k, v in maps.items()}
     return out | {"failed": failed, "clamped": clamped & ~failed,

@@ -118,8 +118,8 @@ class Dataset:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise DataError(f"OUTPUT_DIR {self.root}: {os.strerror(error.errno).lower()}. Free some space "
-                            "and run the same command again.") from error
+            raise DataError(f"OUTPUT_DIR {self.root}: {os.strerror(error.errno).lower()}. Free "
+                            "some space and run the same command again.") from error
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:

@@ -14,9 +14,6 @@ from bidsapp.methods import Derived, Method
 INDEPENDENT = 0.01
 """The design's columns, scaled to unit length, need singular values above this."""
 
-BLOCK = 4096
-"""Voxels whose signals and normal matrices fit the cache."""
-
 
 class Tensor(Method):
     """FA, MD, AD, RD, principal direction, S0, residual SD; standard errors of FA and MD."""
@@ -38,7 +35,7 @@ class Tensor(Method):
     def apply(self, dwi: Dwi, device: str) -> Derived:
         self.check(dwi.acquisition)
         x = tensor.design(dwi.acquisition.btensors)
-        maps = map_voxels(lambda signal: tensor.fit(signal, x), dwi.signal, device, BLOCK)
+        maps = map_voxels(lambda signal: tensor.fit(signal, x), dwi.signal, device)
         flags = {name: int(maps.pop(name).sum()) for name in ("failed", "clamped", "saturated")}
         counts = {"dti_no_fit": flags["failed"], "dti_negative_eigenvalue": flags["clamped"],
                   "dti_saturated_fa": flags["saturated"],
