@@ -240,18 +240,18 @@ def _linearise(z: np.ndarray, protocol: Protocol, theta: np.ndarray):
 
 
 def rician_excess(spread: float) -> np.ndarray:
-    """(2049,) expected E[M] − A, in units of σ, of a magnitude M with true amplitude A, against
-    an estimate m = 0, 1/64, …, 32 of E[M] whose SD is `spread` times that of M.
+    """(1025,) expected E[M] − A, in units of σ, of a magnitude M with true amplitude A, against
+    an estimate m = 0, 1/32, …, 32 of E[M] whose SD is `spread` times that of M.
 
     E[M] = σ √(π/2) [(1 + 2t) I0(t) + 2t I1(t)] exp(−t), t = A²/4σ² (Koay & Basser 2006,
     doi:10.1016/j.jmr.2006.01.016). Near the noise floor the excess is so curved that reading it at
     m itself would leave a bias; it is averaged over A ≥ 0 with the weight
     N(m; E[M], spread² Var M), Var M = 2 + A² − E[M]².
     """
-    amplitude = np.linspace(0, 33, 3301)
+    amplitude = np.linspace(0, 33, 1651)
     t = amplitude**2 / 4
     mean = np.sqrt(np.pi / 2) * ((1 + 2 * t) * i0e(t) + 2 * t * i1e(t))
-    m = np.arange(2049) / 64
+    m = np.arange(1025) / 32
     sd = max(spread, 0.02) * np.sqrt(2 + amplitude**2 - mean**2)
     square = ((m[:, None] - mean) / sd) ** 2 / 2 + np.log(sd)
     weight = np.exp(square.min(1, keepdims=True) - square)
@@ -266,7 +266,7 @@ def unbiased(signal: torch.Tensor, smooth: torch.Tensor, sigma: float,
     magnitude, keeps the noise of the signal linear, so that the mean over directions stays
     unbiased down to the noise floor.
     """
-    place = ((signal @ smooth) * (64 / sigma)).clamp(0, 2047.99)
+    place = ((signal @ smooth) * (32 / sigma)).clamp(0, 1023.99)
     index = place.long()
     low = table[index]
     excess = torch.lerp(low, table[index + 1], place - index)
