@@ -14,7 +14,6 @@ The map of the house, in the order a run flows through it:
     evaluate/       quality and statistics
     report/         figures and HTML pages
     errors.py       the few exceptions a user meets
-    data/           tables of names, no code
 
 Imports go one way, from the top of this list to the bottom; import-linter enforces it.
 """

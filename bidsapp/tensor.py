@@ -110,7 +110,7 @@ def _normal(columns: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (products.flatten(1).T @ weight).unflatten(0, (TERMS, TERMS))
 
 
-def _ldl(normal: torch.Tensor):
+def _ldl(normal: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """L D Lᵀ of symmetric matrices (7, 7, voxel): columns of L below its diagonal, D (7, voxel),
     and which are singular.
 
