@@ -8,6 +8,7 @@ doi:10.1002/mrm.21277).
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float
 
 
 def size(l_max: int) -> int:
@@ -20,7 +21,7 @@ def degree_for(count: float, most: int = 8) -> int:
     return max((l for l in range(0, most + 1, 2) if size(l) <= count), default=0)
 
 
-def basis(l_max: int, directions: np.ndarray) -> np.ndarray:
+def basis(l_max: int, directions: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n _"]:
     """(n, size(l_max)) values of the basis functions along (n, 3) unit directions."""
     from dipy.core.geometry import cart2sphere
     from dipy.reconst.shm import real_sh_descoteaux

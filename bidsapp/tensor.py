@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 
 TERMS = 7
 
@@ -27,14 +28,15 @@ MIN_LOG_SIGNAL = 1e-6
 SATURATED_FA = 0.999
 
 
-def design(btensors: np.ndarray) -> np.ndarray:
+def design(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 7"]:
     """(n, 7) design matrix of (n, 3, 3) b-tensors in s/mm²; its entries are in ms/µm² (and 1)."""
     b = np.asarray(btensors, dtype=np.float64) / 1000
     return np.stack([-b[:, 0, 0], -2 * b[:, 0, 1], -2 * b[:, 0, 2], -b[:, 1, 1],
                      -2 * b[:, 1, 2], -b[:, 2, 2], np.ones(len(b))], axis=1)
 
 
-def fit(signal: torch.Tensor, x: np.ndarray, *, weighted: bool = True) -> dict[str, torch.Tensor]:
+def fit(signal: Float[torch.Tensor, "voxel n"], x: Float[np.ndarray, "n 7"], *,
+        weighted: bool = True) -> dict[str, torch.Tensor]:
     """Fit one tensor to each row of `signal`.
 
     Args:
@@ -81,7 +83,10 @@ def fit(signal: torch.Tensor, x: np.ndarray, *, weighted: bool = True) -> dict[s
                  smallest=MIN_LOG_SIGNAL / float(-x[:, :6].min()))
 
 
-def _maps(beta, error, top, lower, pivots, deficient, smallest: float) -> dict[str, torch.Tensor]:
+def _maps(beta: Float[torch.Tensor, "7 voxel"], error: Float[torch.Tensor, " voxel"],
+          top: Float[torch.Tensor, " voxel"], lower: list[torch.Tensor],
+          pivots: Float[torch.Tensor, "7 voxel"], deficient: Bool[torch.Tensor, " voxel"],
+          smallest: float) -> dict[str, torch.Tensor]:
     d = beta[:6].double()
     eigenvalues, direction = _eigen(d)
     clamped = eigenvalues[2] < smallest
@@ -104,13 +109,15 @@ def _maps(beta, error, top, lower, pivots, deficient, smallest: float) -> dict[s
                   "saturated": (fa >= SATURATED_FA) & ~failed}
 
 
-def _normal(columns: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _normal(columns: Float[torch.Tensor, "n 7"], weight: Float[torch.Tensor, "n _"]
+            ) -> Float[torch.Tensor, "7 7 _"]:
     """Xᵀ W X of every voxel at once, (7, 7, voxel), for weights (n, voxel)."""
     products = columns[:, :, None] * columns[:, None, :]
     return (products.flatten(1).T @ weight).unflatten(0, (TERMS, TERMS))
 
 
-def _ldl(normal: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+def _ldl(normal: Float[torch.Tensor, "7 7 voxel"]) -> tuple[
+        list[torch.Tensor], Float[torch.Tensor, "7 voxel"], Bool[torch.Tensor, " voxel"]]:
     """L D Lᵀ of symmetric matrices (7, 7, voxel): columns of L below its diagonal, D (7, voxel),
     and which are singular.
 
@@ -131,7 +138,8 @@ def _ldl(normal: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.
     return lower, torch.stack(pivots), deficient
 
 
-def _forward(lower, right: torch.Tensor) -> torch.Tensor:
+def _forward(lower: list[torch.Tensor], right: Float[torch.Tensor, "7 voxel"]
+             ) -> Float[torch.Tensor, "7 voxel"]:
     """z of L z = right, (7, voxel)."""
     z = []
     for column in lower:
@@ -140,7 +148,9 @@ def _forward(lower, right: torch.Tensor) -> torch.Tensor:
     return torch.stack(z)
 
 
-def _solve(lower, pivots, deficient, right: torch.Tensor) -> torch.Tensor:
+def _solve(lower: list[torch.Tensor], pivots: Float[torch.Tensor, "7 voxel"],
+           deficient: Bool[torch.Tensor, " voxel"], right: Float[torch.Tensor, "7 voxel"]
+           ) -> Float[torch.Tensor, "7 voxel"]:
     """β of L D Lᵀ β = right, (7, voxel); 0 where singular."""
     scaled = _forward(lower, right) / pivots
     beta = scaled[:0]
@@ -149,12 +159,13 @@ def _solve(lower, pivots, deficient, right: torch.Tensor) -> torch.Tensor:
     return torch.where(deficient, 0, beta)
 
 
-def _spread(lower, pivots, gradient: torch.Tensor) -> torch.Tensor:
+def _spread(lower: list[torch.Tensor], pivots: Float[torch.Tensor, "7 voxel"],
+            gradient: Float[torch.Tensor, "7 voxel"]) -> Float[torch.Tensor, " voxel"]:
     """sqrt(gᵀ (Xᵀ W X)⁻¹ g) for the gradient g (7, voxel) of a quantity with respect to β."""
     return torch.sqrt((_forward(lower, gradient) ** 2 / pivots).sum(0) + 1e-30)
 
 
-def _fa_gradient(d: torch.Tensor) -> torch.Tensor:
+def _fa_gradient(d: Float[torch.Tensor, "6 voxel"]) -> Float[torch.Tensor, "7 voxel"]:
     """∂FA/∂β, (7, voxel), from FA² = 3/2 (1 − T²/(3Q)), T = tr D, Q = ‖D‖²:
 
     ∂FA/∂D_ij = T/(2 FA Q) (T D_ij/Q − δ_ij); entries off the diagonal count twice.
@@ -168,7 +179,8 @@ def _fa_gradient(d: torch.Tensor) -> torch.Tensor:
     return torch.cat([gradient, torch.zeros_like(gradient[:1])])
 
 
-def _eigen(d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _eigen(d: Float[torch.Tensor, "6 voxel"]
+           ) -> tuple[Float[torch.Tensor, "3 voxel"], Float[torch.Tensor, "3 voxel"]]:
     """Eigenvalues in descending order (3, voxel), and the first eigenvector (3, voxel), of
     (6, voxel) D11, D12, D13, D22, D23, D33 in float64; (1, 0, 0) where all are equal.
 

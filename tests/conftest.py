@@ -7,6 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bids_tree import write_dataset
+from jaxtyping import install_import_hook
+
+# shapes in annotations are checked here, and only here
+install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
+                     "bidsapp.methods.estimate_smt.method"], "beartype.beartype")
 
 ROOT = Path(__file__).parent.parent
 

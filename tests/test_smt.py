@@ -15,6 +15,7 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.methods import get
 from bidsapp.methods.estimate_smt.method import (
+    PER_SIGMA,
     Posterior,
     Protocol,
     average_weights,
@@ -187,7 +188,7 @@ def test_rician_excess_is_that_of_drawn_magnitudes(rng):
     table = rician_excess(0.0)
     for amplitude in (0.5, 1.0, 2.0, 5.0):
         m = np.hypot(amplitude + rng.normal(size=400_000), rng.normal(size=400_000))
-        assert np.interp(m.mean() * 64, np.arange(2049), table) == pytest.approx(
+        assert np.interp(m.mean() * PER_SIGMA, np.arange(len(table)), table) == pytest.approx(
             m.mean() - amplitude, abs=0.02)
 
 

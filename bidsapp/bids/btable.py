@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from bidsapp.acquisition import B0_MAX, Acquisition, concatenate
 from bidsapp.bids.inherit import here
@@ -103,12 +104,14 @@ def largest_b(part: Part) -> float:
         return math.inf
 
 
-def to_world(bvecs: np.ndarray, affine: np.ndarray) -> np.ndarray:
+def to_world(bvecs: Float[np.ndarray, "n 3"], affine: Float[np.ndarray, "4 4"]
+             ) -> Float[np.ndarray, "n 3"]:
     """(n, 3) b-vectors of FSL's convention → (n, 3) in world RAS+, for any invertible affine."""
     return bvecs @ _fsl_axes(affine).T
 
 
-def to_fsl(acquisition: Acquisition, affine: np.ndarray) -> np.ndarray:
+def to_fsl(acquisition: Acquisition, affine: Float[np.ndarray, "4 4"]
+           ) -> Float[np.ndarray, "3 n"]:
     """(3, n) b-vectors in FSL's convention for an image with this affine: what a .bvec holds."""
     return _fsl_axes(affine).T @ acquisition.bvecs.T
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from scipy.special import dawsn, erf, i0e, i1e
 
 from bidsapp import sh
@@ -43,6 +44,9 @@ TABLE, INVERSE = 1024, 512
 ASSUMED_SNR = 20.0
 """Stands for S0 over noise SD where the noise could not be measured."""
 
+PER_SIGMA, MOST_SIGMA = 32, 32
+"""Entries of the table of the Rician excess per noise SD, and the noise SDs that it spans."""
+
 SMOOTHING = 0.25
 """SH coefficients per direction, at most, of the fit that gives mean and Rician excess."""
 
@@ -53,7 +57,7 @@ BLOCK = 256
 """Voxels whose grid of likelihoods fits the cache."""
 
 
-def h(alpha: np.ndarray) -> np.ndarray:
+def h(alpha: np.ndarray | np.floating) -> np.ndarray:
     """∫₀¹ exp(−α x²) dx: erf for α > 0, Dawson's integral for α < 0, its series near 0."""
     root = np.sqrt(np.maximum(np.abs(alpha), 1e-6))
     positive = np.sqrt(np.pi) / 2 * erf(root) / root
@@ -62,7 +66,7 @@ def h(alpha: np.ndarray) -> np.ndarray:
     return np.where(np.abs(alpha) < 1e-4, series, np.where(alpha > 0, positive, negative))
 
 
-def h_slope(alpha: np.ndarray, value: np.ndarray) -> np.ndarray:
+def h_slope(alpha: np.ndarray | np.floating, value: np.ndarray) -> np.ndarray:
     """h'(α) = (exp(−α) − h)/(2α), its series near 0."""
     small = np.abs(alpha) < 1e-2
     safe = np.where(small, 1, alpha)
@@ -143,7 +147,8 @@ class Posterior:
         self.nodes, self.log_weights = tensor(nodes), tensor(np.log(weights))
         self.row = torch.arange(FRACTIONS, device=device)
 
-    def predict(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, d: Float[torch.Tensor, "voxel f *node"]) -> tuple[
+            Float[torch.Tensor, "k voxel f *node"], Float[torch.Tensor, "k voxel f *node"]]:
         """p and ∂p/∂d, (k, voxel, f, …), for d (voxel, f, …)."""
         place = d * (TABLE / MAX_DIFFUSIVITY)
         index = place.long().clamp_(max=TABLE - 1)
@@ -152,7 +157,8 @@ class Posterior:
         p, change = found.chunk(2)
         return torch.addcmul(p, place - index, change), change * (TABLE / MAX_DIFFUSIVITY)
 
-    def __call__(self, z: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, z: Float[torch.Tensor, "voxel k"], noise: Float[torch.Tensor, " voxel"]
+                 ) -> dict[str, Float[torch.Tensor, "voxel 2"]]:
         """`mean` and `std` (voxel, 2) of d and f for z (voxel, k) and λ (voxel,); `start`, the
         most likely node."""
         level = noise[:, None] * self.noise
@@ -188,8 +194,9 @@ class Posterior:
                 "start": torch.stack(start, 1)}
 
 
-def least_squares(z: np.ndarray, protocol: Protocol, start: np.ndarray,
-                  steps: int = 500) -> np.ndarray:
+def least_squares(z: Float[np.ndarray, "voxel k"], protocol: Protocol,
+                  start: Float[np.ndarray, "voxel 2"],
+                  steps: int = 500) -> Float[np.ndarray, "voxel 2"]:
     """(voxel, 2) d and f that minimise Σ (z − S0 p(d, f))²/n² + (1 − S0)²/n0² over S0 too.
 
     0 ≤ d ≤ 3, 0 ≤ f ≤ 1. S0 is eliminated (variable projection); damped Gauss–Newton steps from
@@ -240,8 +247,8 @@ def _linearise(z: np.ndarray, protocol: Protocol, theta: np.ndarray):
 
 
 def rician_excess(spread: float) -> np.ndarray:
-    """(1025,) expected E[M] − A, in units of σ, of a magnitude M with true amplitude A, against
-    an estimate m = 0, 1/32, …, 32 of E[M] whose SD is `spread` times that of M.
+    """(entry,) expected E[M] − A, in units of σ, of a magnitude M with true amplitude A, against
+    an estimate m = 0, 1/PER_SIGMA, … of E[M] whose SD is `spread` times that of M.
 
     E[M] = σ √(π/2) [(1 + 2t) I0(t) + 2t I1(t)] exp(−t), t = A²/4σ² (Koay & Basser 2006,
     doi:10.1016/j.jmr.2006.01.016). Near the noise floor the excess is so curved that reading it at
@@ -251,29 +258,30 @@ def rician_excess(spread: float) -> np.ndarray:
     amplitude = np.linspace(0, 33, 1651)
     t = amplitude**2 / 4
     mean = np.sqrt(np.pi / 2) * ((1 + 2 * t) * i0e(t) + 2 * t * i1e(t))
-    m = np.arange(1025) / 32
+    m = np.arange(MOST_SIGMA * PER_SIGMA + 1) / PER_SIGMA
     sd = max(spread, 0.02) * np.sqrt(2 + amplitude**2 - mean**2)
     square = ((m[:, None] - mean) / sd) ** 2 / 2 + np.log(sd)
     weight = np.exp(square.min(1, keepdims=True) - square)
     return weight @ (mean - amplitude) / weight.sum(1)
 
 
-def unbiased(signal: torch.Tensor, smooth: torch.Tensor, sigma: float,
-             table: torch.Tensor) -> torch.Tensor:
+def unbiased(signal: Float[torch.Tensor, "voxel n"], smooth: Float[torch.Tensor, "n n"],
+             sigma: float, table: Float[torch.Tensor, " entry"]) -> Float[torch.Tensor, "voxel n"]:
     """Magnitudes (voxel, n) less their Rician excess, read at their smoothed values.
 
     `smooth` (n, n) stands for the expectation. Subtracting the excess, not inverting each
     magnitude, keeps the noise of the signal linear, so that the mean over directions stays
     unbiased down to the noise floor.
     """
-    place = ((signal @ smooth) * (32 / sigma)).clamp(0, 1023.99)
+    place = ((signal @ smooth) * (PER_SIGMA / sigma)).clamp(0, len(table) - 1.01)
     index = place.long()
     low = table[index]
     excess = torch.lerp(low, table[index + 1], place - index)
     return signal - sigma * excess
 
 
-def average_weights(acquisition: Acquisition, shell: Shell) -> tuple[np.ndarray, np.ndarray]:
+def average_weights(acquisition: Acquisition, shell: Shell
+                    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n n"]]:
     """(n,) weights of the mean over the sphere, and an (n, n) smoothing of the shell.
 
     The mean is the degree-0 coefficient of a least-squares SH fit, exact for any set of directions
