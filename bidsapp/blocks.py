@@ -74,11 +74,18 @@ def map_voxels(
 
 
 def memory_limit(mem_mb: int | None) -> float:
-    """Bytes that may be used: --mem-mb, else the smaller of physical memory and cgroup limit."""
+    """Bytes that may be used: --mem-mb, else the least of physical memory and the limits of the
+    control groups (containers, SLURM jobs) that this process is in."""
     if mem_mb is not None:
         return mem_mb * 1e6
     limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(float(Path(name).read_text()))
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        root, name = Path("/sys/fs/cgroup"), "memory.max"
+        if "memory" in controllers.split(","):
+            root, name = root / "memory", "memory.limit_in_bytes"
+        for folder in (inner := root / path.lstrip("/"), *inner.parents):
+            with contextlib.suppress(OSError, ValueError):  # not here; "max"
+                limits.append(float((folder / name).read_text()))
     return min(limits)

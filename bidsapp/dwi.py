@@ -22,6 +22,9 @@ from bidsapp import sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.errors import DataError
 
+FIXED_MEMORY = 1.5e9
+"""Bytes that a process needs beside the signal: libraries, blocks, maps, figures."""
+
 NOISE_VOXELS = 20_000
 """The noise level is estimated on at most this many voxels, spread evenly over the mask."""
 
@@ -166,8 +169,8 @@ def read_mean(run: Run, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def peak_memory(voxels: int, measurements: int) -> float:
-    """Bytes at most while a signal of this size is processed: twice itself and 1.5 GB."""
-    return 2 * 4 * voxels * measurements + 1.5e9
+    """Bytes at most while a signal of this size is processed: twice itself and FIXED_MEMORY."""
+    return 2 * 4 * voxels * measurements + FIXED_MEMORY
 
 
 def load(run: Run, mask: np.ndarray, acquisition: Acquisition, *, memory: float = np.inf,

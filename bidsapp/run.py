@@ -25,7 +25,16 @@ from bidsapp import __version__, methods
 from bidsapp.bids import btable, find, names, sidecar
 from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
 from bidsapp.blocks import choose_device, memory_limit
-from bidsapp.dwi import Dwi, Run, load, noise_sd, open_image, peak_memory, read_mean
+from bidsapp.dwi import (
+    FIXED_MEMORY,
+    Dwi,
+    Run,
+    load,
+    noise_sd,
+    open_image,
+    peak_memory,
+    read_mean,
+)
 from bidsapp.errors import DataError, QSphereError, Refusal, UsageError
 from bidsapp.evaluate import quality
 from bidsapp.mask import given, median_otsu
@@ -70,9 +79,14 @@ def participant(options: Options) -> int:
     dataset.write_text("logs/CITATION.md", boilerplate.markdown(chosen))
     if options.boilerplate_only:
         return 0
-    workers = max(1, min(options.nprocs // options.omp_nthreads, len(found.participants)))
+    memory = memory_limit(options.mem_mb)
+    if memory < FIXED_MEMORY:
+        log.warning("%.1f GB of memory is little: up to %.1f GB is needed beside the signal.",
+                    memory / 1e9, FIXED_MEMORY / 1e9)
+    workers = max(1, min(options.nprocs // options.omp_nthreads, len(found.participants),
+                         int(memory // FIXED_MEMORY)))
     job = Job(options, links, f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}",
-              choose_device(options.device), memory_limit(options.mem_mb) / workers)
+              choose_device(options.device), memory / workers)
     failed = [label for label, ok in run_all(job, found, workers) if not ok]
     dataset.participants(found.rows, found.columns)
     for label in found.unknown:
