@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def choose_device(wanted: str) -> str:
     """
     if wanted == "cpu":
         return "cpu"
-    if wanted != "auto" and not (wanted == "cuda" or wanted.removeprefix("cuda:").isdigit()):
+    if wanted != "auto" and not re.fullmatch(r"cuda(:\d+)?", wanted):
         raise UsageError(f"--device {wanted}: needed is auto, cpu, cuda or cuda:N.")
     if not torch.cuda.is_available():
         if wanted != "auto":
