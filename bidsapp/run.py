@@ -239,7 +239,7 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
         try:
             dataset.write_text(crash, "".join(traceback.format_exception(error)))
             dataset.fail(path, facts)
-        except OSError as disk:
+        except (OSError, DataError) as disk:
             log.error("%s: the failure could not be recorded either (%s)", run.name, disk)
         return facts
 

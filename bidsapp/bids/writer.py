@@ -110,28 +110,32 @@ class Dataset:
         Raises:
             DataError: the disk is full; a file in the way is not ours (see `Batch.commit`).
         """
+        with self._staging() as folder:
+            batch = Batch(self, folder, record_path, fingerprint)
+            yield batch
+            batch.commit()
+
+    @contextlib.contextmanager
+    def _staging(self) -> Iterator[Path]:
+        """An empty folder on the output's file system, whose lock says that its owner lives.
+
+        Raises:
+            DataError: the disk is full.
+        """
+        folder = self.root / STAGING / uuid.uuid4().hex
         try:
-            with self._staging() as folder:
-                batch = Batch(self, folder, record_path, fingerprint)
-                yield batch
-                batch.commit()
+            with FileLock(folder.with_suffix(".lock")) as lock:
+                folder.mkdir()
+                try:
+                    yield folder
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    Path(lock.lock_file).unlink(missing_ok=True)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise DataError(f"OUTPUT_DIR {self.root}: {os.strerror(error.errno).lower()}. Free "
                             "some space and run the same command again.") from error
-
-    @contextlib.contextmanager
-    def _staging(self) -> Iterator[Path]:
-        """An empty folder on the output's file system, whose lock says that its owner lives."""
-        folder = self.root / STAGING / uuid.uuid4().hex
-        with FileLock(folder.with_suffix(".lock")) as lock:
-            folder.mkdir()
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-                Path(lock.lock_file).unlink(missing_ok=True)
 
     def fail(self, record_path: PurePosixPath, facts: Mapping[str, Any]) -> None:
         """Record that a batch failed. Files of an earlier one stay, and stay known."""
@@ -145,9 +149,9 @@ class Dataset:
             with contextlib.suppress(OSError):
                 if path.read_text() == text:
                     return
-            path.parent.mkdir(parents=True, exist_ok=True)
             with self._staging() as folder:
                 (folder / path.name).write_text(text)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 (folder / path.name).replace(path)
 
     def describe(self, name: str, authors: Sequence[str], how_to_acknowledge: str) -> None:
