@@ -21,7 +21,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from bidsapp import cli, run
+from bidsapp import cli, process
 from bidsapp.dwi import peak_memory
 from bidsapp.report import figures
 
@@ -71,9 +71,9 @@ def main() -> None:
     args = p.parse_args()
     bids = args.bids_dir.resolve()
     only = ["--participant-label", args.participant_label] if args.participant_label else []
-    report = Timed((figures, "of_signal"), (figures, "of_maps"), (run, "draw"),
-                   (run, "write_page"))
-    mask = Timed((run, "median_otsu"))
+    report = Timed((figures, "of_signal"), (figures, "of_maps"), (process, "draw"),
+                   (process, "write_page"))
+    mask = Timed((process, "median_otsu"))
     ratios, bare, runs, floors, reports, masks = [], [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(args.repeats + 1):

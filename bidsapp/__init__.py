@@ -2,8 +2,9 @@
 
 The map of the house, in the order a run flows through it:
 
-    cli.py          argv → one frozen Options
+    cli.py          argv → options.py: one frozen Options
     run.py          participant(options), group(options): two linear recipes
+    process.py      one participant: load, apply, write, report
     bids/           find runs, read b-tables and sidecars; the one writer of derivatives
     dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
     acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)

@@ -9,91 +9,16 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from bidsapp import __version__
 from bidsapp.errors import QSphereError, UsageError
+from bidsapp.options import Options
 
 POSITIONAL = ("bids_dir", "output_dir", "analysis_level")
 MODES = ("syn", "sample-mean", "sample", "random-wm")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Every choice of one invocation; passed explicitly to whatever needs it."""
-
-    bids_dir: Path
-    output_dir: Path
-    analysis_level: str
-    participant_label: tuple[str, ...] = ()
-    session_label: tuple[str, ...] = ()
-    bids_filter_file: Path | None = None
-    bids_database_dir: Path | None = None
-    skip_bids_validation: bool = False
-    derivatives: tuple[tuple[str, Path], ...] = ()
-    harmonize: str | None = None
-    upsample: str | None = None
-    estimate: tuple[str, ...] = ()
-    synthesize: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()
-    reference_batch: str | None = None
-    folds: int = 5
-    epochs: int | None = None
-    max_steps: int | None = None
-    init: Path | None = None
-    paired_by: str | None = None
-    batch_file: Path | None = None
-    batch_column: str | None = None
-    device: str = "auto"
-    nprocs: int = 1
-    omp_nthreads: int = 1
-    mem_mb: int | None = None
-    work_dir: Path | None = None
-    random_seed: int = 0
-    dry_run: bool = False
-    reports_only: bool = False
-    boilerplate_only: bool = False
-    stop_on_first_crash: bool = False
-    sloppy: bool = False
-    allow_extrapolation: bool = False
-    config_file: Path | None = None
-    verbose: int = 0
-    notrack: bool = False
-
-    def __post_init__(self) -> None:
-        bids, out = self.bids_dir.resolve(), self.output_dir.resolve()
-        if out == bids:
-            raise UsageError(f"OUTPUT_DIR is BIDS_DIR ({out}); results would mix with the data. "
-                             f"Give another folder, e.g. {bids / 'derivatives' / 'qsphere'}.")
-        if out.is_relative_to(bids) and out.relative_to(bids).parts[0] != "derivatives":
-            raise UsageError(f"OUTPUT_DIR {out} lies inside BIDS_DIR. Inside it only derivatives/ "
-                             f"may hold results, e.g. {bids / 'derivatives' / 'qsphere'}.")
-        if bids.is_relative_to(out):
-            raise UsageError(f"BIDS_DIR {bids} lies inside OUTPUT_DIR {out}. Give an OUTPUT_DIR "
-                             "that does not hold the input.")
-        for name in ("nprocs", "omp_nthreads", "mem_mb", "folds", "epochs", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
-        other = {"participant": ("train",), "group": ("harmonize", "upsample", "synthesize")}
-        for name in other[self.analysis_level]:
-            if getattr(self, name):
-                raise UsageError(f"--{name} does not belong to the {self.analysis_level} level. "
-                                 "Leave it out, or change the level.")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, without those that are unset: what --config-file can read again."""
-        def plain(value: Any) -> Any:
-            if isinstance(value, Path):
-                return str(value)
-            return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-        table = {k: plain(v) for k, v in asdict(self).items() if v not in (None, (), False)}
-        if self.derivatives:
-            table["derivatives"] = {name: str(path) for name, path in self.derivatives}
-        return table
 
 
 def _label(prefix: str):

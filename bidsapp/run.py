@@ -1,66 +1,33 @@
-"""The two recipes: one participant at a time, and across participants. Read from top to bottom."""
+"""The two recipes: participants one by one, and across participants. Read from top to bottom."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import multiprocessing
 import time
-import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePosixPath
+from typing import Any
 
 import pandas as pd
-import tomli_w
-import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bidsapp import __version__, methods
-from bidsapp.bids import btable, find, names, sidecar
-from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
+from bidsapp import methods
+from bidsapp.bids import btable, find, names
+from bidsapp.bids.writer import Dataset, to_json
 from bidsapp.blocks import choose_device, memory_limit
-from bidsapp.dwi import (
-    FIXED_MEMORY,
-    Dwi,
-    Run,
-    load,
-    noise_sd,
-    open_image,
-    peak_memory,
-    read_mean,
-)
-from bidsapp.errors import DataError, QSphereError, Refusal, UsageError
+from bidsapp.dwi import FIXED_MEMORY, open_image, peak_memory
+from bidsapp.errors import QSphereError, Refusal, UsageError
 from bidsapp.evaluate import quality
-from bidsapp.mask import given, median_otsu
-from bidsapp.methods import Derived, Method
+from bidsapp.methods import Method
+from bidsapp.options import Options
+from bidsapp.process import Job, chosen_methods, one_participant, write_page
 from bidsapp.report import boilerplate, figures, page
 
-if TYPE_CHECKING:
-    from bidsapp.cli import Options
-
 log = logging.getLogger("qsphere")
-DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one participant's process needs to know beside its runs."""
-
-    options: Options
-    links: Mapping[str, Path]
-    invocation: str
-    device: str
-    memory: float
-
-    @property
-    def dataset(self) -> Dataset:
-        return Dataset(self.options.output_dir, self.links)
 
 
 def participant(options: Options) -> int:
@@ -180,140 +147,6 @@ def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bo
                     return
 
 
-def one_participant(job: Job, label: str, runs: list[Run], problems: list[str]) -> bool:
-    """Process a participant's runs, note what happened, write the page. True if all succeeded."""
-    torch.set_num_threads(job.options.omp_nthreads)
-    logging.basicConfig(level=logging.DEBUG if job.options.verbose else logging.INFO,
-                        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    dataset, started = job.dataset, time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    folder = f"sub-{label}/log/{job.invocation}"
-    with dataset.lock(f"sub-{label}"):
-        status: dict[str, dict[str, Any]] = {}
-        for problem in problems:
-            log.error("sub-%s: %s", label, problem)
-        for run in runs:
-            status[run.name] = one_run(job, dataset, run, folder)
-            if status[run.name]["status"] == "failed" and job.options.stop_on_first_crash:
-                break
-        ok = not problems and all(s["status"] != "failed" for s in status.values())
-        try:
-            dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(job.options.as_dict()))
-            dataset.write_text(f"{folder}/status.json", to_json({
-                "participant": label, "status": "done" if ok else "failed",
-                "version": __version__, "started": started,
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "problems": problems, "runs": status}))
-            write_page(dataset, label, problems)
-        except (OSError, DataError) as error:
-            log.error("sub-%s: its log and page could not be written: %s", label, error)
-            return False
-    return ok
-
-
-def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]:
-    """Process one run unless it is complete and unchanged; an error is noted, never raised."""
-    path = names.output(run.entities, "dwi", ".json", "log")
-    start = time.monotonic()
-    try:
-        mark = fingerprint(run, job.options)
-        if dataset.is_complete(dataset.record(path), mark):
-            log.info("%s: complete and unchanged, skipped", run.name)
-            return {"status": "skipped"}
-        log.info("%s: %d file(s), batch %s", run.name, len(run.parts), run.batch)
-        with dataset.batch(path, mark) as batch:
-            batch.facts = {"name": run.name, "entities": run.entities, "batch": run.batch,
-                           "batch_source": run.batch_source, "covariates": run.covariates,
-                           "files": [dataset.uri(f) for f in run.files]}
-            process(job, dataset, run, batch)
-            batch.facts |= {"status": "done", "seconds": round(time.monotonic() - start, 1)}
-        log.info("%s: done in %.1f s", run.name, time.monotonic() - start)
-        return {"status": "done", "refusals": batch.facts["refusals"]}
-    except Exception as error:  # one run's failure must not stop the others
-        foreseen = isinstance(error, QSphereError)
-        shown = str(error) if foreseen else f"{type(error).__name__}: {error}"
-        log.error("%s: %s", run.name, shown, exc_info=job.options.verbose > 1 and not foreseen)
-        crash = f"{folder}/crash-{run.name}.txt"
-        facts = {"name": run.name, "entities": run.entities, "status": "failed", "error": shown,
-                 "batch": run.batch, "batch_source": run.batch_source,
-                 "files": [dataset.uri(f) for f in run.files], "crash": crash}
-        try:
-            dataset.write_text(crash, "".join(traceback.format_exception(error)))
-            dataset.fail(path, facts)
-        except (OSError, DataError) as disk:
-            log.error("%s: the failure could not be recorded either (%s)", run.name, disk)
-        return facts
-
-
-def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
-    """mask → load → check → apply → write → figures, for one run."""
-    acquisition = btable.acquisition_of(run)
-    mean_b0, affine = read_mean(run, acquisition.b0)
-    mask = given(run.mask, mean_b0.shape, affine) if run.mask else median_otsu(mean_b0)
-    mask_source = dataset.uri(run.mask) if run.mask else "median-Otsu (dipy) of the mean b0"
-    dwi = load(run, mask, acquisition, memory=job.memory, work_dir=job.options.work_dir)
-    dwi = replace(dwi, noise_sd=noise_sd(dwi))
-    like = open_image(run.parts[0].image)
-
-    mask_path = names.output(run.entities, "mask", ".nii.gz", desc="brain")
-    batch.image(mask_path, mask.astype("uint8"), like, sidecar.mask(run, dataset, mask_source))
-    qc: dict[str, Any] = dict(quality.quality(dwi))
-    refusals: dict[str, str] = {}
-    drawn = figures.of_signal(dwi, mean_b0)
-    for method in chosen_methods(job.options):
-        try:
-            method.check(acquisition)
-        except Refusal as refusal:
-            refusals[method.name] = str(refusal)
-            log.warning("%s: %s is left out: %s", run.name, method.name, refusal)
-            continue
-        log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
-        derived = method.apply(dwi, job.device)
-        write_maps(job, dataset, run, batch, method, derived, dwi, like, mask_path)
-        qc |= {**derived.counts, **quality.statistics(method, derived)}
-        drawn += figures.of_maps(method, derived, dwi)
-    batch.table(names.output(run.entities, "qc", ".tsv", desc="image"), [qc], quality.columns(qc))
-    batch.facts |= {
-        "n_voxels": int(mask.sum()), "n_volumes": len(acquisition), "mask_source": mask_source,
-        "voxel_size": [float(z) for z in like.header.get_zooms()[:3]],
-        "shells": [{"b": s.b, "b_delta": s.b_delta, "n_directions": len(s)}
-                   for s in acquisition.shells],
-        "n_b0": int(acquisition.b0.sum()), "qc": qc, "refusals": refusals, "notices": [],
-        "methods": [m.name for m in chosen_methods(job.options) if m.name not in refusals],
-        "figures": [draw(batch, run, figure) for figure in drawn]}
-
-
-def write_maps(job: Job, dataset: Dataset, run: Run, batch: Batch, method: Method,
-               derived: Derived, dwi: Dwi, like: Any, mask_path: PurePosixPath) -> None:
-    """Every map of a method on the image grid, with its sidecar."""
-    outputs = method.outputs
-    for key, values in derived.maps.items():
-        output = outputs["maps"][key]
-        path = names.output(run.entities, "dwimap", ".nii.gz", model=outputs["model"]["name"],
-                            **output["entities"])
-        batch.image(path, dwi.unmask(values), like, sidecar.derived(
-            run, dataset, model=outputs["model"], output=output, parameters=derived.parameters,
-            mask_uri=dataset.uri(dataset.root / mask_path), seed=job.options.random_seed,
-            device=job.device))
-
-
-def draw(batch: Batch, run: Run, figure: figures.Figure) -> dict[str, str]:
-    """Stage a figure; what the page needs to know of it."""
-    path = names.output(run.entities, figure.suffix, ".svg", "figures", **figure.entities)
-    batch.bytes(path, figure.svg)
-    return {"file": str(path), "title": figure.title, "caption": figure.caption,
-            "section": figure.section}
-
-
-def write_page(dataset: Dataset, label: str, problems: list[str]) -> None:
-    """sub-LABEL.html from the records and figures in the output tree."""
-    records = [json.loads(p.read_text())
-               for p in sorted((dataset.root / f"sub-{label}/log").glob("sub-*_dwi.json"))]
-    with dataset.batch(PurePosixPath(f"sub-{label}/log/page.json")) as batch:
-        batch.facts = {"problems": problems}
-        batch.text(PurePosixPath(f"sub-{label}.html"),
-                   page.participant(label, records, problems, dataset.root))
-
-
 def pages_again(options: Options) -> int:
     """--reports-only: every page from what earlier runs left in OUTPUT_DIR."""
     dataset = Dataset(options.output_dir, {})
@@ -328,33 +161,6 @@ def pages_again(options: Options) -> int:
             earlier = dataset.record(PurePosixPath(f"sub-{label}/log/page.json"))
             write_page(dataset, label, earlier.get("problems", []))
     return 0
-
-
-def chosen_methods(options: Options) -> list[Method]:
-    """The methods that the options ask for, in the order in which they are applied.
-
-    Raises:
-        UsageError: a name that no folder under methods/ has.
-    """
-    for kind in ("harmonize", "upsample"):
-        if name := getattr(options, kind):
-            methods.get(Path(name).name, kind)
-    if options.synthesize:
-        methods.get("synthesize")
-    if options.estimate:
-        return [methods.get(name, "estimate") for name in options.estimate]
-    there = methods.names("estimate_")
-    return [methods.get(n, "estimate") for n in DEFAULT_ESTIMATES if f"estimate_{n}" in there]
-
-
-def fingerprint(run: Run, options: Options) -> str:
-    """SHA-256 over all that results depend on: inputs' bytes, sidecars, options, version."""
-    what = {"version": __version__, "entities": run.entities, "batch": run.batch,
-            "inputs": [sha256(f) for f in run.files], "covariates": run.covariates,
-            "metadata": [p.metadata for p in run.parts],
-            "methods": [m.name for m in chosen_methods(options)],
-            "options": [options.random_seed, options.allow_extrapolation, options.sloppy]}
-    return hashlib.sha256(to_json(what).encode()).hexdigest()
 
 
 def plan(found: find.Found, chosen: list[Method], options: Options) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from bidsapp import __version__, cli
 from bidsapp.errors import UsageError
+from bidsapp.options import Options
 
 
 def parse(*argv):
@@ -23,7 +24,7 @@ def test_labels_with_and_without_prefix():
 
 
 def test_every_argument_is_an_option():
-    known = {f.name for f in fields(cli.Options)}
+    known = {f.name for f in fields(Options)}
     actions = {a.dest for a in cli.parser()._actions} - {"help", "version"}
     assert actions == known
 

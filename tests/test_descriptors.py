@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bidsapp import cli
+from bidsapp.options import Options
 
 ROOT = Path(__file__).parent.parent
 BOSH = Path(sys.executable).parent / "bosh"
@@ -56,7 +57,7 @@ def test_files_are_what_the_parser_says():
 
 def test_the_levels_together_hold_every_option():
     ids = {i["id"] for level in LEVELS for i in descriptors.full(level)["inputs"]}
-    assert ids | {"analysis_level"} == {f.name for f in fields(cli.Options)}
+    assert ids | {"analysis_level"} == {f.name for f in fields(Options)}
 
 
 @pytest.mark.parametrize("name", sorted(descriptors.descriptors()))

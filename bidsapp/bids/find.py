@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +32,7 @@ from bidsapp.bids.index import (
 from bidsapp.bids.inherit import entities_of, ordered, read_part, sidecar
 from bidsapp.dwi import Part, Run, open_image
 from bidsapp.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    from bidsapp.cli import Options
+from bidsapp.options import Options
 
 log = logging.getLogger(__name__)
 
