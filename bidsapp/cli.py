@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import tomllib
 import traceback
@@ -30,14 +31,14 @@ def _label(prefix: str):
 
 
 def _named_path(text: str) -> tuple[str, Path]:
-    name, mark, path = text.rpartition("=")
-    folder = Path(path)
-    return (name if mark else folder.name or "derivative", folder)
+    if named := re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", text):
+        return named[1], Path(named[2])
+    return Path(text).resolve().name, Path(text)
 
 
-def _memory(text: str) -> int:
+def megabytes(text: str) -> int:
     """MB; a unit of GB or G is understood, as in the neighbouring apps."""
-    number = text.upper().rstrip("B")
+    number = text.upper().removesuffix("B")
     return int(float(number[:-1]) * 1000) if number.endswith("G") else int(number.rstrip("M"))
 
 
@@ -106,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--omp-nthreads", type=int, metavar="N",
                    help="CPUs per participant; nprocs / omp-nthreads participants run at a time; "
                         "default: nprocs")
-    g.add_argument("--mem-mb", "--mem", type=_memory, metavar="MB",
+    g.add_argument("--mem-mb", "--mem", type=megabytes, metavar="MB",
                    help="most memory used; default: all there is")
     g.add_argument("-w", "--work-dir", type=Path, metavar="DIR",
                    help="for signals that do not fit in memory; default: a temporary folder")
@@ -164,9 +165,15 @@ def _config(path: Path) -> dict[str, Any]:
         if flag not in options or key == "config_file":
             raise UsageError(f"--config-file {path}: no option is called {key!r}; see --help.")
         if options[flag].nargs == 0:
+            if not isinstance(value, bool | int):
+                raise UsageError(f"--config-file {path}: {key} = {value!r}; needed is true, false "
+                                 "or a number.")
             argv += [flag] * int(value)
         elif key == "derivatives":
-            argv += [flag, *(f"{n}={p}" for n, p in dict(value).items())]
+            if not isinstance(value, dict):
+                raise UsageError(f"--config-file {path}: {key} = {value!r}; needed is a table, "
+                                 '{ NAME = "PATH" }.')
+            argv += [flag, *(f"{n}={p}" for n, p in value.items())]
         else:
             argv += [flag, *map(str, value if isinstance(value, list) else [value])]
     read = vars(parser().parse_args(["in", "out", "participant", *argv]))

@@ -50,8 +50,8 @@ def median_otsu(mean_b0: np.ndarray) -> np.ndarray:
     from scipy.ndimage import binary_fill_holes
 
     if not np.any(mean_b0 > 0):
-        raise DataError("the mean b0 image is zero everywhere, so no brain mask can be made. "
-                        "Check the image, or give a mask.")
+        raise DataError("the mean b0 image has no value above 0 (NaN and infinite values count as "
+                        "0), so no brain mask can be made. Check the image, or give a mask.")
     _, mask = dipy_median_otsu(mean_b0, median_radius=4, numpass=1)
     mask = clean_cc_mask(mask) if mask.any() else mask
     # by slice: in three dimensions, dark deep grey matter in a thin slab is open above and below

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from bidsapp.errors import UsageError
+
+OTHER_LEVEL = {
+    "participant": ("train", "reference_batch", "folds", "epochs", "max_steps", "init",
+                    "paired_by"),
+    "group": ("harmonize", "upsample", "estimate", "synthesize", "allow_extrapolation",
+              "reports_only", "boilerplate_only"),
+}
+"""What a level has no use for."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +76,19 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
-        other = {"participant": ("train",), "group": ("harmonize", "upsample", "synthesize")}
-        for name in other[self.analysis_level]:
-            if getattr(self, name):
-                raise UsageError(f"--{name} does not belong to the {self.analysis_level} level. "
-                                 "Leave it out, or change the level.")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in OTHER_LEVEL[self.analysis_level]:
+            if getattr(self, name) != defaults[name]:
+                raise UsageError(f"--{name.replace('_', '-')} does not belong to the "
+                                 f"{self.analysis_level} level. Leave it out, or change the level.")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"--device {self.device}: needed is auto, cpu, cuda or cuda:N.")
+        names = Counter(["raw", *(name for name, _ in self.derivatives)])
+        for name, count in names.items():
+            if count > 1:
+                raise UsageError(f"--derivatives: two datasets are called {name!r}"
+                                 f"{' (BIDS_DIR itself is)' if name == 'raw' else ''}. Give each a "
+                                 "name of its own, as NAME=PATH.")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without those that are unset: what --config-file can read again."""
@@ -79,7 +97,8 @@ class Options:
                 return str(value)
             return [plain(v) for v in value] if isinstance(value, tuple) else value
 
-        table = {k: plain(v) for k, v in asdict(self).items() if v not in (None, (), False)}
+        table = {k: plain(v) for k, v in asdict(self).items()
+                 if v not in (None, (), False) and k != "config_file"}
         if self.derivatives:
             table["derivatives"] = {name: str(path) for name, path in self.derivatives}
         return table

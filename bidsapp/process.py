@@ -56,6 +56,8 @@ def one_participant(job: Job, label: str, runs: list[Run], problems: list[str]) 
         status: dict[str, dict[str, Any]] = {}
         for problem in problems:
             log.error("sub-%s: %s", label, problem)
+        if problems:
+            dataset.write_text(f"{folder}/crash-sub-{label}.txt", "\n".join(problems) + "\n")
         for run in runs:
             status[run.name] = one_run(job, dataset, run, folder)
             if status[run.name]["status"] == "failed" and job.options.stop_on_first_crash:
@@ -96,7 +98,7 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
     except Exception as error:  # one run's failure must not stop the others
         foreseen = isinstance(error, QSphereError)
         shown = str(error) if foreseen else f"{type(error).__name__}: {error}"
-        log.error("%s: %s", run.name, shown, exc_info=job.options.verbose > 1 and not foreseen)
+        log.error("%s: %s", run.name, shown, exc_info=job.options.verbose > 1)
         crash = f"{folder}/crash-{run.name}.txt"
         facts = {"name": run.name, "entities": run.entities, "status": "failed", "error": shown,
                  "batch": run.batch, "batch_source": run.batch_source,
@@ -113,7 +115,10 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
     """mask → load → check → apply → write → figures, for one run."""
     acquisition = btable.acquisition_of(run)
     mean_b0, affine = read_mean(run, acquisition.b0)
-    mask = given(run.mask, mean_b0.shape, affine) if run.mask else median_otsu(mean_b0)
+    try:
+        mask = given(run.mask, mean_b0.shape, affine) if run.mask else median_otsu(mean_b0)
+    except DataError as error:
+        raise DataError(f"{run.mask or run.parts[0].image}: {error}") from error
     mask_source = dataset.uri(run.mask) if run.mask else "median-Otsu (dipy) of the mean b0"
     dwi = load(run, mask, acquisition, memory=job.memory, work_dir=job.options.work_dir)
     dwi = replace(dwi, noise_sd=noise_sd(dwi))
@@ -142,7 +147,7 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
         "voxel_size": [float(z) for z in like.header.get_zooms()[:3]],
         "shells": [{"b": s.b, "b_delta": s.b_delta, "n_directions": len(s)}
                    for s in acquisition.shells],
-        "n_b0": int(acquisition.b0.sum()), "qc": qc, "refusals": refusals, "notices": [],
+        "n_b0": int(acquisition.b0.sum()), "qc": qc, "refusals": refusals,
         "methods": [m.name for m in chosen_methods(job.options) if m.name not in refusals],
         "figures": [draw(batch, run, figure) for figure in drawn]}
 
@@ -187,11 +192,11 @@ def chosen_methods(options: Options) -> list[Method]:
     """
     for kind in ("harmonize", "upsample"):
         if name := getattr(options, kind):
-            methods.get(Path(name).name, kind)
+            raise methods.get(Path(name).name, kind).group_only()
     if options.synthesize:
         methods.get("synthesize")
     if options.estimate:
-        return [methods.get(name, "estimate") for name in options.estimate]
+        return [methods.get(name, "estimate") for name in dict.fromkeys(options.estimate)]
     there = methods.names("estimate_")
     return [methods.get(n, "estimate") for n in DEFAULT_ESTIMATES if f"estimate_{n}" in there]
 

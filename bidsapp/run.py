@@ -6,9 +6,9 @@ import logging
 import multiprocessing
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
@@ -33,11 +33,11 @@ log = logging.getLogger("qsphere")
 def participant(options: Options) -> int:
     """Find runs, process each, write derivatives and a page per participant. Returns exit code."""
     chosen = chosen_methods(options)
-    if options.reports_only:
+    if options.reports_only and not options.dry_run:
         return pages_again(options)
     found = find.find(options)
     if options.dry_run:
-        print(plan(found, chosen, options))
+        print("pages only" if options.reports_only else plan(found, chosen, options))
         return 0
     links = {"raw": options.bids_dir, **dict(options.derivatives)}
     dataset = Dataset(options.output_dir, links)
@@ -54,12 +54,12 @@ def participant(options: Options) -> int:
                          int(memory // FIXED_MEMORY)))
     job = Job(options, links, f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}",
               choose_device(options.device), memory / workers)
-    failed = [label for label, ok in run_all(job, found, workers) if not ok]
-    dataset.participants(found.rows, found.columns)
-    for label in found.unknown:
-        log.error("sub-%s does not exist in %s; the others were processed.", label,
-                  options.bids_dir)
-    if failed:
+    if options.work_dir:
+        make_work_dir(options.work_dir)
+    done = dict(run_all(job, found, workers))
+    dataset.participants({label: found.rows[label] for label in done}, found.columns)
+    told_unknown(found.unknown, options)
+    if failed := [label for label, ok in done.items() if not ok]:
         log.error("failed: %s; their pages and crash files say why.",
                   ", ".join(f"sub-{label}" for label in sorted(failed)))
     log.info("results: %s", dataset.root)
@@ -96,8 +96,23 @@ def group(options: Options) -> int:
             batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
         batch.text(PurePosixPath("group.html"), page.group(
             study, quality.outliers(statistics), drawn, fitted, chosen=trained))
+    told_unknown(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
-    return 0
+    return 1 if found.unknown else 0
+
+
+def told_unknown(labels: Sequence[str], options: Options) -> None:
+    for label in labels:
+        log.error("sub-%s does not exist in %s; the others were processed. Correct "
+                  "--participant-label.", label, options.bids_dir)
+
+
+def make_work_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--work-dir {path}: cannot be made ({error.strerror}). Give a folder "
+                         "that you may write to.") from error
 
 
 def participant_statistics(dataset: Dataset, found: find.Found) -> tuple[pd.DataFrame, list[str]]:
@@ -136,6 +151,8 @@ def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bo
                                    found.problems[label]): label for label in todo}
             for future in as_completed(futures):
                 bar.update()
+                if future.cancelled():
+                    continue
                 label, ok = futures[future], not future.exception() and future.result()
                 if future.exception():
                     log.error("sub-%s: its process died (%s); too little memory is the usual "
@@ -143,8 +160,8 @@ def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bo
                               future.exception())
                 yield label, ok
                 if not ok and job.options.stop_on_first_crash:
-                    pool.shutdown(cancel_futures=True)
-                    return
+                    for other in futures:
+                        other.cancel()
 
 
 def pages_again(options: Options) -> int:
@@ -160,7 +177,10 @@ def pages_again(options: Options) -> int:
         with dataset.lock(f"sub-{label}"):
             earlier = dataset.record(PurePosixPath(f"sub-{label}/log/page.json"))
             write_page(dataset, label, earlier.get("problems", []))
-    return 0
+    unknown = [label for label in options.participant_label if label not in labels]
+    for label in unknown:
+        log.error("sub-%s was not processed into %s, so it has no page.", label, dataset.root)
+    return 1 if unknown else 0
 
 
 def plan(found: find.Found, chosen: list[Method], options: Options) -> str:
@@ -175,7 +195,7 @@ def plan(found: find.Found, chosen: list[Method], options: Options) -> str:
             except QSphereError as error:
                 lines.append(f"{run.name}: would fail: {error}")
                 continue
-            table = ", ".join(f"{len(s)} × b{s.b:.0f}" for s in acquisition.shells)
+            table = ", ".join(f"{len(s)} × {quality.shell_name(s)}" for s in acquisition.shells)
             voxels = shape[0] * shape[1] * shape[2]
             most = peak_memory(voxels, len(acquisition)) / 1e9
             lines.append(f"{run.name}: {'x'.join(map(str, shape[:3]))} voxels, "

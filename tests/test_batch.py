@@ -220,3 +220,25 @@ def test_participant_with_problems_alone_has_a_row(tree):
 def test_rows_only_of_who_was_asked_for(tree):
     truth.write_participants(bids := tree(), SITES)
     assert list(found(bids, "--participant-label", "03", "01").rows) == ["03", "01"]
+
+
+def test_rows_with_surplus_cells(bids_tree):
+    """An empty cell at the end does not shift the row; a filled one is refused."""
+    bids = bids_tree(("01", "02"), rows={"01": {"age": 20, "site": "A"}, "02": {"age": 30,
+                                                                                "site": "B"}})
+    table = bids / "participants.tsv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], *(f"{line}\t" for line in lines[1:])]) + "\n")
+    batches = {r.batch for runs in found(bids).runs.values() for r in runs}
+    assert batches == {"A", "B"}
+    table.write_text("\n".join([*lines[:2], f"{lines[2]}\tmore"]) + "\n")
+    with pytest.raises(UsageError, match="line 3 has more cells"):
+        found(bids)
+
+
+def test_columns_of_one_name(bids_tree):
+    bids = bids_tree()
+    (bids / "participants.tsv").write_text(
+        "participant_id\tsite\tsite\nsub-01\tA\tB\nsub-02\tB\tA\n")
+    with pytest.raises(UsageError, match="two columns are called 'site'"):
+        found(bids)

@@ -60,7 +60,8 @@ def test_config_file_lies_below_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("text,message", [
-    ("nonsense = 1", "no option is called 'nonsense'"), ("a = [", "cannot be read as TOML")])
+    ("nonsense = 1", "no option is called 'nonsense'"), ("a = [", "cannot be read as TOML"),
+    ('dry-run = "yes"', "needed is true, false"), ('derivatives = ["a=/x"]', "needed is a table")])
 def test_config_file_refused(tmp_path, text, message):
     path = tmp_path / "options.toml"
     path.write_text(text)
@@ -87,8 +88,26 @@ def test_numbers_below_one(capsys):
     assert "at least 1 is needed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["participant", "--train", "harmonize_combat"],
-                                  ["group", "--harmonize", "x"]])
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "0"])
+def test_device_that_is_none(name, capsys):
+    assert cli.main(["/in", "/out", "participant", "--device", name]) == 2
+    assert "needed is auto, cpu, cuda or cuda:N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trees", [["a/x", "b/x"], ["raw=a"], ["x=a", "x=b"]])
+def test_names_of_derivatives_that_clash(trees, capsys):
+    assert cli.main(["/in", "/out", "participant", "-d", *trees]) == 2
+    assert "Give each a name of its own" in capsys.readouterr().err
+
+
+def test_path_of_a_derivative_may_hold_an_equals_sign():
+    assert parse("-d", "qsi=/a=1/b").derivatives == (("qsi", Path("/a=1/b")),)
+    assert parse("-d", "/a=1/b").derivatives == (("b", Path("/a=1/b")),)
+
+
+@pytest.mark.parametrize("argv", [
+    ["participant", "--train", "harmonize_combat"], ["participant", "--folds", "3"],
+    ["group", "--harmonize", "x"], ["group", "--estimate", "dti"], ["group", "--reports-only"]])
 def test_option_of_the_other_level(argv, capsys):
     assert cli.main(["/in", "/out", *argv]) == 2
     assert "does not belong to the" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.linalg import hadamard
 
 from bidsapp import methods
 from bidsapp.errors import Refusal, UsageError
@@ -87,6 +88,44 @@ def few(table):
 def test_refusals(table, spoil, message):
     with pytest.raises(UsageError, match=message):
         fit(spoil(table))
+
+
+def together(table):
+    """Two covariates, each fine alone, whose sum is the batch."""
+    noise = np.random.default_rng(3).normal(size=len(table))
+    return table.assign(a=noise, b=(table["batch"] == "B") - noise)
+
+
+def nearly_together(table):
+    noise = np.random.default_rng(4).normal(0, 0.05, len(table))
+    return together(table).assign(b=lambda t: t["b"] + noise)
+
+
+def small(table):
+    """Eight people with four covariates that neither the batch nor each other explains."""
+    orthogonal = hadamard(8)[:, [1, 2, 3, 5]]
+    return table.iloc[[0, 1, 2, 3, 196, 197, 198, 199]].assign(
+        **dict(zip("abcd", orthogonal.T, strict=True)))
+
+
+@pytest.mark.parametrize("spoil,names,message", [
+    (together, ("a", "b"), "b follows from the batch and the covariates before it .a."),
+    (nearly_together, ("a", "b"), "a, b together are confounded with the batch"),
+    (lambda t: t.assign(months=12 * t["age"]), ("age", "months"), "months follows from"),
+    (small, ("a", "b", "c", "d"), "are too much for 8 rows"),
+])
+def test_covariates_that_cannot_be_told_apart(table, spoil, names, message):
+    with pytest.raises(UsageError, match=message):
+        methods.get("harmonize_combat").fit(Study(spoil(table), FEATURES[5:], names))
+
+
+def test_text_that_differs_for_everyone_is_no_covariate(table):
+    dated = table.assign(acq_time=[f"2020-01-01T00:{i // 60:02}:{i % 60:02}" for i in range(200)])
+    method = methods.get("harmonize_combat")
+    result = method.fit(Study(dated, FEATURES, ("age", "acq_time")))
+    assert result.model["Covariates"] == ["age"]
+    pd.testing.assert_frame_equal(result.tables["desc-combat_dwimap"],
+                                  fit(table).tables["desc-combat_dwimap"])
 
 
 def test_categorical_covariate_confounded(table):

@@ -61,7 +61,7 @@ DAMAGE = {
     "truncated": (lambda b: os.truncate(b / f"{STEM}.nii.gz", 20_000), ".nii.gz", "again"),
     "zero bytes": (lambda b: os.truncate(b / f"{STEM}.nii.gz", 0), ".nii.gz", "again"),
     "3-D": (lambda b: rewrite(b, lambda d: d[..., 0]), ".nii.gz", "whole series"),
-    "all zero": (lambda b: rewrite(b, np.zeros_like), "sub-01", "mask"),
+    "all zero": (lambda b: rewrite(b, np.zeros_like), ".nii.gz", "give a mask"),
     "broken sidecar": (lambda b: (b / f"{STEM}.json").write_text("{"), ".json", "orrect"),
     "only b0": (lambda b: edit_table(b, ".bval", np.zeros_like), ".bval", "weighted"),
     "no b0": (lambda b: edit_table(b, ".bval", lambda v: np.maximum(v, 700)), ".bval", "b0"),
@@ -83,6 +83,8 @@ def test_one_bad_participant(name, bids_tree, tmp_path, capsys):
     assert (out / "sub-02/dwi/sub-02_model-tensor_param-fa_dwimap.nii.gz").exists()
     (status,) = out.glob("sub-01/log/*/status.json")
     assert json.loads(status.read_text())["status"] == "failed"
+    (crash,) = out.glob("sub-01/log/*/crash-*.txt")
+    assert remedy in crash.read_text()
     page = (out / "sub-01.html").read_text()
     assert remedy in page and page.rstrip().endswith("</html>")
     assert validate(out) == []
@@ -114,6 +116,21 @@ def test_stop_on_first_crash(bids_tree, tmp_path):
     os.truncate(bids / f"{STEM}.nii.gz", 0)
     assert qsphere(bids, out, "participant", "--stop-on-first-crash") == 1
     assert not (out / "sub-02").exists()
+
+
+def test_stop_on_first_crash_with_several_at_a_time(bids_tree, tmp_path):
+    """What runs already is finished, told and listed; the rest is not begun."""
+    labels = [f"{i:02}" for i in range(1, 9)]
+    bids, out = bids_tree(labels), tmp_path / "out"
+    os.truncate(bids / f"{STEM}.nii.gz", 0)
+    done = subprocess.run([sys.executable, "-m", "bidsapp", bids, out, "participant", "--estimate",
+                           "dti", "--nprocs", "2", "--omp-nthreads", "1",
+                           "--stop-on-first-crash"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "failed: sub-01;" in done.stderr
+    ran = {p.name for p in out.glob("sub-*/")}
+    listed = {line.split("\t")[0] for line in
+              (out / "participants.tsv").read_text().splitlines()[1:]}
+    assert listed == ran and 1 <= len(ran) < len(labels)
 
 
 def test_empty_mask(bids_tree, tmp_path, capsys):
@@ -170,6 +187,12 @@ def test_some_nan_and_negative_values_are_counted(bids_tree, tmp_path):
     assert 2 in [v for k, v in record["qc"].items() if "invalid" in k or "nan" in k.lower()]
     assert 1 in [v for k, v in record["qc"].items() if "negative" in k]
     assert all(np.isfinite(values).all() for values in maps(tmp_path / "out").values())
+
+
+def test_work_dir_that_cannot_be_made(bids_tree, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert qsphere(bids_tree(), tmp_path / "out", "participant", "-w", tmp_path / "file/x") == 2
+    assert "--work-dir" in capsys.readouterr().err
 
 
 def test_unknown_participant_beside_a_known_one(bids_tree, tmp_path, capsys):

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import bids_tree as truth
 import nibabel as nib
@@ -427,3 +429,32 @@ def test_folder_without_anything_known(tree, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"Understood are.*QSIPrep.*HCP-YA.*UK Biobank"):
         found(tree(), "-d", tmp_path / "empty")
+
+
+def test_derivative_that_holds_nothing_is_refused(bids_tree, tmp_path):
+    bids = bids_tree()
+    (tmp_path / "other/sub-01/anat").mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds no preprocessed DWI and no masks"):
+        found(bids, "-d", tmp_path / "other")
+
+
+def test_two_processes_make_one_index(bids_tree, tmp_path):
+    """Both find the same, whoever is first."""
+    bids = bids_tree()
+    code = ("import sys; from pathlib import Path; from bidsapp.bids.index import index, files\n"
+            "layout = index(Path(sys.argv[1]), participants=(), validate=True, "
+            "database_dir=Path(sys.argv[2]))\nprint(len(files(layout, 'dwi', {})))")
+    running = [subprocess.Popen([sys.executable, "-c", code, str(bids), str(tmp_path / "db")],
+                                stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [p.communicate()[0].strip() for p in running] == ["2"] * 4
+    assert [p.returncode for p in running] == [0] * 4
+
+
+@pytest.mark.parametrize("query,message", [
+    ({"session": {"a": 1}}, "needed is a label"),
+    ({"acquisition": "(", "regex_search": True}, "not a regular expression"),
+])
+def test_filters_that_mean_nothing(tree, tmp_path, query, message):
+    path = json_file(tmp_path / "filter.json", {"dwi": query})
+    with pytest.raises(UsageError, match=message):
+        found(tree(), "--bids-filter-file", path)

@@ -175,6 +175,12 @@ def test_statistics_skip_what_is_not_finite_or_not_scalar():
         "halves_half_std_median": None}
 
 
+def test_statistics_leave_out_voxels_without_an_estimate():
+    values = np.arange(10, dtype=np.float32)
+    found = quality.statistics(Halves(), Derived({"half": values}, valid=values > 5))
+    assert found["halves_half_mean"] == 7.5
+
+
 def test_every_key_is_described(dwi):
     planar = replace(dwi.acquisition, b_delta=np.where(dwi.acquisition.bvals > 2000, -0.5, 1))
     keys = [*quality.quality(dwi), *quality.quality(replace(dwi, acquisition=planar)),

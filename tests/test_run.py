@@ -200,6 +200,13 @@ def test_reports_only_makes_the_same_page(processed):
     assert page.read_text() == before
 
 
+def test_reports_only_of_someone_unknown(processed, capsys):
+    bids, out = processed
+    assert qsphere(bids, out, PARTICIPANT, "--reports-only", "--participant-label", "01",
+                   "99") == 1
+    assert "sub-99 was not processed" in capsys.readouterr().err
+
+
 def test_reports_only_needs_results(bids_tree, tmp_path, capsys):
     assert qsphere(bids_tree(), tmp_path / "out", PARTICIPANT, "--reports-only") == 2
     assert "Run without --reports-only first" in capsys.readouterr().err
@@ -258,6 +265,18 @@ def test_group_refuses_and_leaves_the_earlier_group_alone(study, capsys):
     assert qsphere(bids, out, "group", "--train", "harmonize_combat") == 2
     assert "at least two batches" in capsys.readouterr().err
     assert content(out) == before
+
+
+def test_group_without_someone_unknown(processed, capsys):
+    bids, out = processed
+    assert qsphere(bids, out, "group", "--participant-label", "01", "99") == 1
+    assert "sub-99 does not exist" in capsys.readouterr().err
+
+
+def test_combat_is_not_applied_to_images(processed, tmp_path, capsys):
+    bids, _ = processed
+    assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--harmonize", "combat") == 2
+    assert "group --train harmonize_combat" in capsys.readouterr().err
 
 
 def test_group_needs_participants(bids_tree, tmp_path, capsys):

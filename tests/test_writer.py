@@ -220,6 +220,44 @@ def test_killed_at_random_moments(tmp_path, rng):
     assert len(list(out.glob("sub-01/dwi/*.nii.gz"))) == 1
 
 
+def test_names_as_long_as_bids_allows(tmp_path, like):
+    dataset = claimed(tmp_path / "out")
+    entities = dict.fromkeys(("sub", "ses", "acq", "dir"), 45 * "x")
+    path = names.output(entities, "dwimap", ".nii.gz", param="fa")
+    assert len(path.name) < 255 < len(str(path))
+    with dataset.batch(RECORD) as batch:
+        batch.image(path, np.zeros((7, 8, 9), np.float32), like, {})
+    assert (dataset.root / path).exists()
+
+
+def test_shared_files_keep_what_someone_wrote(tmp_path):
+    dataset = claimed(tmp_path / "out")
+    dataset.describe("x", [], "cite")
+    dataset.participants({"01": {"age": 3}}, {})
+    (dataset.root / "README.md").write_text("mine")
+    with (dataset.root / ".bidsignore").open("a") as stream:
+        stream.write("notes\n")
+    (dataset.root / "participants.json").write_text('{"age": {"Description": "mine"}}')
+    description = json.loads((dataset.root / "dataset_description.json").read_text())
+    (dataset.root / "dataset_description.json").write_text(
+        json.dumps({**description, "Authors": ["A", "B"], "Funding": ["F"]}))
+    dataset.describe("x", [], "cite")
+    dataset.participants({"02": {"age": 4}}, {})
+    assert (dataset.root / "README.md").read_text() == "mine"
+    assert (dataset.root / ".bidsignore").read_text().splitlines()[-1] == "notes"
+    assert dataset.record(PurePosixPath("participants.json"))["age"]["Description"] == "mine"
+    description = json.loads((dataset.root / "dataset_description.json").read_text())
+    assert description["Authors"] == ["A", "B"] and description["Funding"] == ["F"]
+
+
+def test_uri_through_a_link(tmp_path):
+    (tmp_path / "bids").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "bids")
+    dataset = Dataset(tmp_path / "out", {"raw": tmp_path / "link"})
+    for way in ("bids", "link"):
+        assert dataset.uri(tmp_path / way / "sub-01" / "x.nii.gz") == "bids:raw:sub-01/x.nii.gz"
+
+
 def test_two_processes_write_shared_tables(tmp_path):
     code = ("import sys; from pathlib import Path; from bidsapp.bids.writer import Dataset\n"
             "d = Dataset(Path(sys.argv[1]), {})\nd.claim()\n"

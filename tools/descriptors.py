@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bidsapp import __version__, cli
+from bidsapp.options import OTHER_LEVEL
 
 FOLDER = Path(__file__).parent.parent / "descriptors"
-OTHER_LEVEL = {"participant": "what the group level trains",
-               "group": "what is done to each participant"}
-"""The parser's group of options that a level has no use for."""
 CREATED = {"output_dir", "work_dir", "bids_database_dir"}
 """Paths that need not exist, so that Boutiques must not look for them."""
 
@@ -33,8 +31,9 @@ def descriptors() -> dict[str, dict[str, Any]]:
 
 def full(level: str) -> dict[str, Any]:
     """Every option of one analysis level."""
-    groups = [(g.title, [a for a in g._group_actions if described(a)])
-              for g in cli.parser()._action_groups if g.title != OTHER_LEVEL[level]]
+    groups = [(g.title, [a for a in g._group_actions
+                         if described(a) and a.dest not in OTHER_LEVEL[level]])
+              for g in cli.parser()._action_groups]
     actions = [a for _, members in groups for a in members if a.dest != "analysis_level"]
     positional = [value_key(a) for a in actions if not a.option_strings]
     optional = [value_key(a) for a in actions if a.option_strings]

@@ -8,17 +8,16 @@ Two answers at one level that group the data differently stop the program.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import itertools
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from bidsapp.bids.inherit import here, read_json
 from bidsapp.dwi import Run
@@ -97,7 +96,8 @@ class Batches:
             source = next(iter(self.named.values()))[1]
             raise UsageError(f"{source}: {len(missing)} of {len(runs)} runs have no batch, e.g. "
                              f"{missing[0]}. Fill in their rows, leave them out with "
-                             "--participant-label, or give a table with --batch-file.")
+                             "--participant-label or --session-label, or give a table with "
+                             "--batch-file.")
         sites = {*COLUMNS, *(source.rpartition(":")[2] for _, source in self.named.values())}
         out = []
         for run in runs:
@@ -206,17 +206,24 @@ def _table(path: Path, identifier: str, participant: str = "") -> dict[Key, dict
     if not path.exists():
         return {}
     try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream, delimiter="\t")
+            columns, records = list(reader.fieldnames or ()), list(reader)
+    except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"{path}: cannot be read as a table ({error}). It must be a text file "
                          "with columns apart by tabs.") from error
-    if identifier not in table:
-        raise UsageError(f"{path}: has no column {identifier} (found: "
-                         f"{', '.join(map(str, table))}). Name it so; columns are apart by tabs.")
+    if identifier not in columns:
+        raise UsageError(f"{path}: has no column {identifier} (found: {', '.join(columns)}). Name "
+                         "it so; columns are apart by tabs.")
+    if twice := [c for c, n in Counter(columns).items() if n > 1]:
+        raise UsageError(f"{path}: two columns are called {twice[0]!r}. Rename or remove one.")
     rows: dict[Key, dict[str, str]] = {}
-    for record in table.to_dict("records"):
-        row = {str(k): v.strip() for k, v in record.items()
-               if isinstance(v, str) and v.strip() not in ("", "n/a")}
+    for number, record in enumerate(records, 2):
+        if any(cell.strip() for cell in record.pop(None, ())):
+            raise UsageError(f"{path}: line {number} has more cells than there are columns "
+                             f"({len(columns)}). Correct it; columns are apart by tabs.")
+        row = {k: v.strip() for k, v in record.items()
+               if v is not None and v.strip() not in ("", "n/a")}
         session = row.pop("session_id", None)
         person = participant or row.pop("participant_id", "")
         key = (person.removeprefix("sub-"), session.removeprefix("ses-") if session else None)

@@ -62,12 +62,14 @@ class Tree:
         masks = [m for m in files(layout, "mask", {}) if m.exists()
                  and {"desc": "brain", **entities_of(m.name)}["desc"] == "brain"
                  and "label" not in entities_of(m.name)]
-        if not labels and not masks:
+        if not wanted and not (images or masks or fsl):
             raise UsageError(
                 f"--derivatives {name}={path}: holds no preprocessed DWI and no masks. Understood "
                 "are sub-*/[ses-*/]dwi/*_desc-preproc_dwi.nii.gz (QSIPrep and others), "
                 "SUBJ/T1w/Diffusion/data.nii.gz (HCP-YA), SUBJ/dMRI/dMRI/data_ud.nii.gz "
                 "(UK Biobank), and sub-*_mask.nii.gz.")
+        if not (images or masks or fsl):
+            log.warning("--derivatives %s: holds nothing of sub-%s.", name, ", sub-".join(wanted))
         return cls(name, root, frozenset(labels), by_label(images), by_label(masks), fsl)
 
     def sources(self, label: str) -> list[tuple[str | None, Callable[[], Run]]]:

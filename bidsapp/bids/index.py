@@ -6,7 +6,6 @@ one participant is broken or a link to nowhere.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -93,8 +92,11 @@ def index(root: Path, *, participants: Collection[str], validate: bool, derivati
             place.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=place.parent) as unfinished:
                 make(Path(unfinished))
-                with contextlib.suppress(FileExistsError):  # another process was first
+                try:
                     Path(unfinished).rename(place)
+                except OSError:
+                    if not place.exists():  # else another process was first
+                        raise
         return make(place)
     except BIDSValidationError as error:
         raise UsageError(f"{root}: pybids does not take it for a BIDS dataset: {error}. Correct "
@@ -130,6 +132,18 @@ def read_filters(path: Path | None) -> dict[str, Any]:
     if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):
         raise UsageError(f"--bids-filter-file {path}: needed is an object of objects, e.g. "
                          '{"dwi": {"acquisition": "x"}}.')
+    for entity, value in table.get("dwi", {}).items():
+        values = value if isinstance(value, list) else [value]
+        if not all(v is None or isinstance(v, str | int | float) for v in values):
+            raise UsageError(f"--bids-filter-file {path}: {entity} is {value!r}; needed is a "
+                             "label, a list of labels, null (absent) or \"*\" (any).")
+        if table["dwi"].get("regex_search"):
+            for v in values:
+                try:
+                    re.compile(str(v))
+                except re.error as error:
+                    raise UsageError(f"--bids-filter-file {path}: {entity} is {v!r}, which is not "
+                                     f"a regular expression ({error}).") from error
     if others := sorted(set(table) - {"dwi"}):
         log.info("--bids-filter-file: only the query \"dwi\" is used here, not %s.",
                  ", ".join(others))

@@ -22,6 +22,7 @@ def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
     metadata = run.metadata
     keys: dict[str, Any] = {
         "Description": description,
+        "SkullStripped": True,
         "Sources": [dataset.uri(f) for f in run.files],
         **{k: metadata[k] for k in CARRIED if k in metadata},
     }
@@ -43,7 +44,6 @@ def derived(run: Run, dataset: Dataset, *, model: Mapping[str, Any], output: Map
     shown = ("entities", "Description", "range", "cmap", "report", "display")
     return {
         **keys,
-        "SkullStripped": True,
         **{k: v for k, v in output.items() if k not in shown},
         "Model": {"Description": model["Description"], "URL": model["URL"],
                   "Parameters": dict(parameters)},

@@ -49,7 +49,7 @@ class Dataset:
 
     def __init__(self, root: Path, links: Mapping[str, Path]) -> None:
         self.root = root.resolve()
-        self.links = {name: path.resolve() for name, path in links.items()}
+        self.links = {name: path.absolute() for name, path in links.items()}
 
     def claim(self) -> None:
         """Make the folder, or make sure that it is ours; sweep up after processes that died.
@@ -60,7 +60,7 @@ class Dataset:
         marker = self.root / "dataset_description.json"
         try:
             if self.root.is_dir() and not marker.exists() and not (self.root / STAGING).exists():
-                strangers = sorted(p.name for p in self.root.iterdir())
+                strangers = sorted({p.name for p in self.root.iterdir()} - {"logs"})
                 if strangers:
                     raise UsageError(
                         f"{self.root} is not empty (it holds {', '.join(strangers[:3])}…) and is "
@@ -81,9 +81,10 @@ class Dataset:
     def uri(self, path: Path) -> str:
         """`bids:NAME:relative/path` of a file in this dataset or one of the linked ones."""
         absolute = Path(os.path.abspath(path))  # noqa: PTH100  # resolve() would follow annex links
-        for name, root in {"": self.root, **self.links}.items():
-            if absolute.is_relative_to(root):
-                return f"bids:{name}:{absolute.relative_to(root).as_posix()}"
+        for name, place in {"": self.root, **self.links}.items():
+            for root in (place, place.resolve()):
+                if absolute.is_relative_to(root):
+                    return f"bids:{name}:{absolute.relative_to(root).as_posix()}"
         return absolute.resolve().as_uri()
 
     def lock(self, name: str) -> FileLock:
@@ -155,7 +156,10 @@ class Dataset:
                 (folder / path.name).replace(path)
 
     def describe(self, name: str, authors: Sequence[str], how_to_acknowledge: str) -> None:
-        """dataset_description.json, README.md and .bidsignore, for derivatives of `name`."""
+        """dataset_description.json, README.md and .bidsignore, for derivatives of `name`.
+
+        What someone has added to them stays.
+        """
         container = os.environ.get("QSPHERE_CONTAINER")
         by = {"Name": "QSphere", "Version": __version__, "CodeURL": CODE_URL,
               **({"Container": {"Type": container}} if container else {})}
@@ -164,13 +168,17 @@ class Dataset:
             links = {**old.get("DatasetLinks", {}),
                      **{n: self._link(p) for n, p in self.links.items()}}
             self.write_text("dataset_description.json", to_json({
-                "Name": f"QSphere derivatives of {name}", "BIDSVersion": "1.10.0",
+                **old, "Name": f"QSphere derivatives of {name}", "BIDSVersion": "1.10.0",
                 "DatasetType": "derivative", "GeneratedBy": [by],
-                "Authors": [*(authors or [f"The authors of {name}"]), "The QSphere developers"],
+                "Authors": old.get("Authors") or [
+                    *(authors or [f"The authors of {name}"]), "The QSphere developers"],
                 "SourceDatasets": [{"URL": link} for link in links.values()],
                 "DatasetLinks": links, "HowToAcknowledge": how_to_acknowledge}))
-        self.write_text("README.md", README)
-        self.write_text(".bidsignore", "\n".join(BIDSIGNORE) + "\n")
+            if not (self.root / "README.md").exists():
+                self.write_text("README.md", README)
+            ignored = self.root / ".bidsignore"
+            there = ignored.read_text().splitlines() if ignored.exists() else []
+            self.write_text(".bidsignore", "\n".join(dict.fromkeys([*there, *BIDSIGNORE])) + "\n")
 
     def participants(self, rows: Mapping[str, Mapping[str, Any]],
                      columns: Mapping[str, Mapping[str, Any]]) -> None:
@@ -189,13 +197,14 @@ class Dataset:
             carried = {c: {"Description": f"{c}, as in the input"}
                        for row in known.values() for c in row if c != "participant_id"}
             self.write_text("participants.json", to_json({
-                "Description": "Participants: covariates and batch", **carried, **columns}))
+                "Description": "Participants: covariates and batch", **carried, **columns,
+                **self.record(PurePosixPath("participants.json"))}))
 
     def _link(self, path: Path) -> str:
         """Relative where one dataset holds the other, so that both can be moved together."""
-        if self.root.is_relative_to(path):
-            return os.path.relpath(path, self.root)
-        return path.as_uri()
+        if self.root.is_relative_to(path.resolve()):
+            return os.path.relpath(path.resolve(), self.root)
+        return path.resolve().as_uri()
 
     def _clear_stale(self) -> None:
         """Remove what processes that died left in the staging folder."""
@@ -242,7 +251,8 @@ class Batch:
     def _stage(self, path: PurePosixPath) -> Path:
         if path in self.staged:
             raise ValueError(f"{path} is written twice")
-        self.staged[path] = staged = self.folder / str(path).replace("/", "__")
+        extension = path.name.partition(".")[2]
+        self.staged[path] = staged = self.folder / f"{len(self.staged)}.{extension}"
         return staged
 
     def commit(self) -> None:

@@ -184,12 +184,13 @@ def slice_signal(dwi: Dwi) -> Slices:
 
 
 def statistics(method: Method, derived: Derived) -> dict[str, float | None]:
-    """Mean, SD and median over the finite voxels of each scalar map, e.g. `dti_fa_mean`."""
+    """Mean, SD and median over the voxels with an estimate of each scalar map: `dti_fa_mean`, …"""
     found: dict[str, float | None] = {}
     for key, values in derived.maps.items():
         if values.ndim != 1:
             continue
-        finite = values[np.isfinite(values)].astype(np.float64)
+        finite = values[np.isfinite(values) & (True if derived.valid is None else derived.valid)]
+        finite = finite.astype(np.float64)
         numbers = (finite.mean(), finite.std(), np.median(finite)) if len(finite) else (None,) * 3
         found |= {f"{_short(method.name)}_{key}_{statistic}": None if n is None else float(n)
                   for statistic, n in zip(STATISTICS, numbers, strict=True)}

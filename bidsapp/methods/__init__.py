@@ -34,11 +34,13 @@ class Derived:
     maps: (voxel,) or (voxel, k) float32 per key of the method's outputs.json.
     counts: voxels that were handled in a special way, for the QC table.
     parameters: what the sidecar's Model.Parameters should say.
+    valid: (voxel,) bool, where there is an estimate (maps are 0 elsewhere); None for everywhere.
     """
 
     maps: Mapping[str, np.ndarray]
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    valid: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,12 @@ class Method(ABC):
 
     def apply(self, dwi: Dwi, device: str) -> Derived:
         """Process one Dwi, in blocks of voxels, on `device`. Never modifies it."""
-        raise UsageError(f"{self.name} is not applied to images, but trained at group level: "
-                         f"qsphere BIDS_DIR OUTPUT_DIR group --train {self.name}")
+        raise self.group_only()
+
+    def group_only(self) -> UsageError:
+        """Says that the method is trained, and not applied to images."""
+        return UsageError(f"{self.name} is not applied to images, but trained at group level: "
+                          f"qsphere BIDS_DIR OUTPUT_DIR group --train {self.name}")
 
     def fit(self, study: Study) -> Fitted:
         """Learn from all participants.

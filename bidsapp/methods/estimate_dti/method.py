@@ -36,8 +36,8 @@ class Tensor(Method):
         self.check(dwi.acquisition)
         x = tensor.design(dwi.acquisition.btensors)
         maps = map_voxels(lambda signal: tensor.fit(signal, x), dwi.signal, device)
-        flags = {name: int(maps.pop(name).sum()) for name in ("failed", "clamped", "saturated")}
-        counts = {"dti_no_fit": flags["failed"], "dti_negative_eigenvalue": flags["clamped"],
-                  "dti_saturated_fa": flags["saturated"],
+        failed, clamped, saturated = (maps.pop(k) for k in ("failed", "clamped", "saturated"))
+        counts = {"dti_no_fit": int(failed.sum()), "dti_negative_eigenvalue": int(clamped.sum()),
+                  "dti_saturated_fa": int(saturated.sum()),
                   "dti_nonpositive_signal": int((dwi.signal <= 0).any(axis=1).sum())}
-        return Derived(maps, counts, {"FitMethod": "wls", "Iterations": 1})
+        return Derived(maps, counts, {"FitMethod": "wls", "Iterations": 1}, ~failed)

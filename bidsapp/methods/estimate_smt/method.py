@@ -357,7 +357,7 @@ class SphericalMean(Method):
             "Prior": "diffusivity uniform on 0–3 µm²/ms, neurite fraction uniform on 0–1",
             "NoiseSD": dwi.noise_sd if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
             "RicianBias": "corrected" if dwi.noise_sd else "not corrected (noise unknown)",
-            "Shells": [round(shell.b) for shell in shells]})
+            "Shells": [round(shell.b) for shell in shells]}, usable)
 
 
 def _usable(acquisition: Acquisition) -> list[Shell]:

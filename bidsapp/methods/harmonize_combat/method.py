@@ -35,18 +35,19 @@ class Combat(Method):
         """Harmonized statistics and the batch effects.
 
         Covariates are used where every participant has them: numeric as they are, others as
-        categories; those that are the same for all are left out.
+        categories; those that are the same for all, or a text of one's own for each, are left out.
 
         Raises:
             UsageError: one batch; fewer than 3 participants in a batch; NaN or constant features;
-                a covariate confounded with the batch; an unknown reference batch.
+                a covariate confounded with the batch; covariates that depend on each other, or
+                too many for the participants; an unknown reference batch.
         """
         from neuroCombat import neuroCombat
 
         features = list(study.features)
         table = study.statistics
-        kept = [c for c in study.covariates
-                if table[c].notna().all() and table[c].nunique() > 1]
+        kept = [c for c in study.covariates if table[c].notna().all() and table[c].nunique() > 1
+                and not self._is_label(table, c)]
         runs = table.groupby(["participant", "batch"], sort=True)
         means = runs[features].agg(_mean)
         rows = pd.concat([means, runs[kept].first()], axis=1).reset_index()
@@ -72,6 +73,11 @@ class Combat(Method):
         }
         return Fitted({"desc-combat_dwimap": harmonized}, model)
 
+    def _is_label(self, table: pd.DataFrame, column: str) -> bool:
+        """Whether a text differs for every participant, as dates and names do."""
+        return (not pd.api.types.is_numeric_dtype(table[column])
+                and table[column].nunique() >= table["participant"].nunique())
+
     def _refuse(self, rows: pd.DataFrame, features: list[str], covariates: list[str],
                 reference: str | None) -> None:
         counts = rows["batch"].value_counts().sort_index()
@@ -90,20 +96,21 @@ class Combat(Method):
         if (holes := rows.columns[rows.isna().any()].intersection(features)).size:
             who = rows.loc[rows[holes].isna().any(axis=1), "participant"].unique()
             raise UsageError(f"ComBat cannot use missing values: {', '.join(holes[:5])} "
-                             f"of {', '.join(f'sub-{w}' for w in who[:5])} are NaN. Process these "
-                             "again, or leave them out with --participant-label.")
+                             f"of {', '.join(f'sub-{w}' for w in who[:5])} are NaN. Leave them out "
+                             "with --participant-label, or process everybody with --estimate and "
+                             "the methods that all acquisitions allow.")
         within = rows.groupby("batch")[features].std()
         if (flat := within.columns[(within <= 1e-12 * rows[features].abs().mean()).any()]).size:
             raise UsageError(f"ComBat cannot scale {', '.join(flat[:5])}: the value is the same "
                              "for everyone in a batch. Check that the participants are different "
                              "scans.")
         batch = pd.get_dummies(rows["batch"], dtype=float).to_numpy()
+        design = batch
         for name in covariates:
             coded = (rows[[name]].to_numpy(float) if pd.api.types.is_numeric_dtype(rows[name])
                      else pd.get_dummies(rows[name], dtype=float).to_numpy()[:, 1:])
-            centred = coded - coded.mean(axis=0)
-            residual = coded - batch @ np.linalg.lstsq(batch, coded, rcond=None)[0]
-            explained = 1 - (residual**2).sum(0) / np.maximum((centred**2).sum(0), 1e-300)
+            coded = (coded - coded.mean(axis=0)) / np.maximum(coded.std(axis=0), 1e-12)
+            explained = _explained(coded, by=batch)
             if explained.max() > CONFOUNDED:
                 raise UsageError(
                     f"ComBat: {name} is confounded with the batch (batches explain "
@@ -111,10 +118,36 @@ class Combat(Method):
                     "removing the batch would remove its effect too. Add participants that "
                     "overlap, or "
                     f"take {name} out of participants.tsv if it must not be kept.")
+            design = np.column_stack([design, coded])
+            if np.linalg.matrix_rank(design, tol=1e-6 * np.sqrt(len(rows))) < design.shape[1]:
+                raise UsageError(
+                    f"ComBat: {name} follows from the batch and the covariates before it "
+                    f"({', '.join(covariates[:covariates.index(name)]) or 'none'}), so their "
+                    "effects cannot be told apart. Take one of them out of participants.tsv.")
+        if len(rows) - design.shape[1] < MIN_PARTICIPANTS:
+            raise UsageError(
+                f"ComBat: {design.shape[1] - batch.shape[1]} columns of covariates "
+                f"({', '.join(covariates)}) and {batch.shape[1]} batches are too much for "
+                f"{len(rows)} rows; at least {MIN_PARTICIPANTS} more rows than these are needed. "
+                "Take covariates out of participants.tsv, or add participants.")
+        if covariates and _explained(batch, by=np.column_stack(
+                [np.ones(len(rows)), design[:, batch.shape[1]:]])).max() > CONFOUNDED:
+            raise UsageError(
+                f"ComBat: {', '.join(covariates)} together are confounded with the batch (they "
+                f"explain more than {CONFOUNDED:.0%} of it), so removing the batch would remove "
+                "their effects too. Add participants that overlap, or take covariates out of "
+                "participants.tsv.")
         if reference is not None and reference not in counts.index:
             near = difflib.get_close_matches(reference, counts.index, 1, 0.4)
             raise UsageError(f"--reference-batch {reference}: no such batch; found {found}."
                              + (f" Did you mean {near[0]}?" if near else ""))
+
+
+def _explained(values: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Share of the variance of each column that a linear model of `by` explains."""
+    residual = values - by @ np.linalg.lstsq(by, values, rcond=None)[0]
+    centred = values - values.mean(axis=0)
+    return 1 - (residual**2).sum(0) / np.maximum((centred**2).sum(0), 1e-300)
 
 
 def _mean(values: pd.Series) -> float:
