@@ -30,6 +30,14 @@ def degrees(l_max: int) -> Int[np.ndarray, " _"]:
     return np.repeat(np.arange(0, l_max + 1, 2), 2 * np.arange(0, l_max + 1, 2) + 1)
 
 
+def per_coefficient(values: Float[torch.Tensor, "*batch degree"]
+                    ) -> Float[torch.Tensor, "*batch _"]:
+    """One value per degree (…, l_max/2 + 1) → one per coefficient (…, size(l_max))."""
+    # faster than indexing by the degree of each coefficient
+    return torch.cat([v.expand(*v.shape[:-1], 4 * i + 1)
+                      for i, v in enumerate(values.split(1, -1))], -1)
+
+
 def l_max_of(coefficients: int) -> int:
     """The even degree whose basis has this many coefficients.
 
@@ -59,7 +67,7 @@ def evaluate(l_max: int, directions: Float[torch.Tensor, "*batch 3"]
     Y_lm = q_l|m|(z) · {√2 Re (x + iy)^|m|, 1, √2 (−1)^m Im (x + iy)^m} for m < 0, = 0, > 0, where
     q_lm (1 − z²)^(m/2) is the normalised associated Legendre function, by its recursion in l.
     """
-    x, y, z = directions.unbind(-1)
+    x, y, z = (axis.contiguous() for axis in directions.unbind(-1))
     out: list[torch.Tensor] = [z] * size(l_max)
     sectoral = torch.full_like(z, math.sqrt(1 / (4 * math.pi)))
     cosine, sine = torch.ones_like(z), torch.zeros_like(z)

@@ -110,8 +110,7 @@ def convolve(odf: Float[torch.Tensor, "voxel size"],
              kernel: Float[torch.Tensor, "voxel encoding degree"]
              ) -> Float[torch.Tensor, "voxel encoding size"]:
     """Coefficients S_lm = k_l w_lm of the signal of every encoding."""
-    degree = torch.as_tensor(sh.degrees(sh.l_max_of(odf.shape[-1])) // 2, device=odf.device)
-    return kernel[..., degree] * odf[:, None]
+    return sh.per_coefficient(kernel) * odf[:, None]
 
 
 class Protocol:
@@ -158,7 +157,7 @@ class Protocol:
             for c in compartments]
         s = convolve(odf, kernel(compartments, self.b, self.b_delta, self.l_max))
         parts = [s[:, i] @ basis for i, basis in enumerate(self.basis)]
-        return torch.cat(parts, 1)[:, self.order]
+        return torch.cat(parts, 1).index_select(1, self.order)
 
     def tensors(self, fraction: Float[torch.Tensor, "voxel part"],
                 tensor: Float[torch.Tensor, "voxel part *shell 3 3"]
