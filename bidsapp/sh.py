@@ -44,8 +44,8 @@ def l_max_of(coefficients: int) -> int:
     Raises:
         ValueError: no even degree has.
     """
-    l_max = degree_for(coefficients, coefficients)
-    if size(l_max) != coefficients:
+    l_max = (math.isqrt(8 * coefficients + 1) - 3) // 2
+    if l_max % 2 or size(l_max) != coefficients:
         raise ValueError(f"{coefficients} coefficients belong to no even degree; 1, 6, 15, 28, 45, "
                          "… (l + 1)(l + 2)/2 are needed")
     return l_max
