@@ -74,7 +74,7 @@ def main() -> None:
     d = 3 * torch.rand(n, generator=generator)
     f = torch.rand(n, generator=generator)
     kappa = torch.exp(torch.rand(n, generator=generator) * np.log(32))
-    turn = odf.random_rotations(n, generator)
+    turn = odf.random_rotations(n, generator).float()
     mu = turn[..., 2]
     weights = {l: odf.watson(mu, kappa, l) for l in (8, 12)}
 
@@ -134,13 +134,14 @@ def pair(d, f, turn):
     return axes * torch.stack([stick, zeppelin], 1)[:, :, None] @ axes.mT
 
 
-def dipy(gtab, d, f, mu):
-    return np.stack([
-        multi_tensor(gtab, np.array([[d[i], 0, 0], [d[i], (1 - f[i]) * d[i], (1 - f[i]) * d[i]]])
-                     * 1e-3, S0=1.0, angles=[angles, angles], fractions=[100 * f[i], 100 - 100 * f[i]],
-                     snr=None)[0]
-        for i, angles in enumerate(np.rad2deg(np.stack(
-            [np.arccos(mu[:, 2]), np.arctan2(mu[:, 1], mu[:, 0])], 1)))])
+def dipy(gtab, diffusivities, fractions, mu):
+    angles = np.rad2deg([np.arccos(mu[:, 2]), np.arctan2(mu[:, 1], mu[:, 0])]).T
+    out = []
+    for d, f, angle in zip(diffusivities, fractions, angles, strict=True):
+        evals = 1e-3 * np.array([[d, 0, 0], [d, (1 - f) * d, (1 - f) * d]])
+        out.append(multi_tensor(gtab, evals, S0=1.0, angles=[angle, angle],
+                                fractions=[100 * f, 100 - 100 * f], snr=None)[0])
+    return np.stack(out)
 
 
 def integrated(acq, d, f, kappa, mu):

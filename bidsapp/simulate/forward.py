@@ -12,9 +12,10 @@ of Funk and Hecke the integral is a product degree by degree. With w = Σ w_lm Y
 
     S_lm = k_l w_lm,     k_l = 2π ∫ K(t) P_l(t) dt over −1 ≤ t ≤ 1 = √(4π/(2l+1)) K_l0,
 
-where K_l0 = ∫ K(e_z·n) Y_l0(n) dn is the kernel's zonal coefficient: because K = Σ (2l+1)/(4π) k_l P_l
-and P_l(g·n) = 4π/(2l+1) Σ_m Y_lm(g) Y_lm(n). At b = 0, k_0 = 4π Σ f_i and S = Σ f_i. (The 2π that
-the paper's eq. 6 has in addition is the length of the circle about n in its integral over SO(3).)
+where K_l0 = ∫ K(e_z·n) Y_l0(n) dn is the kernel's zonal coefficient: because
+K = Σ (2l+1)/(4π) k_l P_l and P_l(g·n) = 4π/(2l+1) Σ_m Y_lm(g) Y_lm(n). At b = 0, k_0 = 4π Σ f_i and
+S = Σ f_i. (The 2π that the paper's eq. 6 has in addition is the length of the circle about n in its
+integral over SO(3).)
 
 The k_l are computed by a Gauss–Legendre rule of 48 points (24 by symmetry): within 1e-11 of the
 integral for b |s (axial − radial)| ≤ 60 and l ≤ 16, in float64; so the only approximation is the
@@ -95,14 +96,14 @@ def kernel(compartments: Sequence[Compartment], b: Float[np.ndarray, " encoding"
     like = compartments[0].axial
     t, moments = half_rule(l_max, NODES, like)
     b, s = like.new_tensor(np.asarray(b) / 1000), like.new_tensor(b_delta)
-    values: torch.Tensor | float = 0.0
+    values = like.new_zeros(())
     for fraction, axial, radial in compartments:
         if axial.ndim == 1:
             axial, radial = axial[:, None], radial[:, None]
         level = b * ((1 - s) / 3 * (axial + 2 * radial) + s * radial)
         slope = b * s * (axial - radial)
-        exponent = torch.addcmul(-level[..., None], slope[..., None], -(t**2))
-        values = values + fraction[:, None, None] * torch.exp(exponent)
+        decay = torch.exp(-level[..., None] - slope[..., None] * t**2)
+        values = values + fraction[:, None, None] * decay
     return values @ moments
 
 

@@ -1,7 +1,7 @@
 """Noise of magnitude and complex images, with known moments.
 
 σ is the standard deviation of the noise of one real channel, in units of the signal: a number, or
-a tensor that broadcasts against the signal (voxel, 1) where it varies in space (see `smooth_field`).
+a tensor that broadcasts against the signal, (voxel, 1) where it varies in space (`smooth_field`).
 Every law draws from the torch.Generator it is given, on the generator's device, and from nothing
 else. For magnitudes of n coils combined by root sum of squares (Constantinides et al. 1997,
 doi:10.1002/mrm.1910380524; n = 1 is Rice's law)
@@ -88,9 +88,9 @@ def shot_phase(position: Float[torch.Tensor, "voxel 3"], shot: Int[torch.Tensor,
     return offset * constant[shot] + gradient * ramp
 
 
-def mean(signal: np.ndarray, sigma: float | np.ndarray, coils: int = 1) -> np.ndarray:
+def mean(signal: np.ndarray | float, sigma: np.ndarray | float, coils: int = 1) -> np.ndarray:
     """E[M] of `noncentral_chi` (`rician` for one coil): σ √2 Γ(n + ½)/Γ(n) 1F1(−½; n; −S²/2σ²)."""
     from scipy.special import gammaln, hyp1f1
 
     factor = math.sqrt(2) * math.exp(gammaln(coils + 0.5) - gammaln(coils))
-    return factor * sigma * hyp1f1(-0.5, coils, -((signal / sigma) ** 2) / 2)
+    return np.asarray(factor * sigma * hyp1f1(-0.5, coils, -((signal / sigma) ** 2) / 2))

@@ -1,6 +1,6 @@
 """Fibre orientation densities with known truth, as spherical-harmonic coefficients.
 
-A density w(n) on the sphere, antipodally symmetric and with ∫ w dn = 1, is given by its coefficients
+A density w(n) on the sphere, antipodally symmetric and with ∫ w dn = 1, is given by coefficients
 in the basis of `bidsapp.sh`; normalised means c_00 = 1/√(4π). A zonal density w(n·μ) has, by
 Funk–Hecke, the coefficients
 
@@ -21,10 +21,10 @@ from jaxtyping import Float
 from bidsapp import sh
 
 NODES = 40
-"""Gauss–Legendre nodes on 0 < t < 1 (half of a rule of 80): w_l within 1e-10 for |κ| ≤ 128, l ≤ 16."""
+"""Gauss–Legendre nodes in 0 < t < 1, half of a rule of 80: w_l to 1e-10 for |κ| ≤ 128, l ≤ 16."""
 
 BINGHAM_DEGREE = 120
-"""Degree of the quadrature behind Bingham coefficients: they are within 1e-9 for κ ≤ 128, l ≤ 16."""
+"""Degree of the quadrature behind Bingham coefficients: to 1e-9 for 0 ≤ κ ≤ 128, l ≤ 16."""
 
 
 def half_rule(l_max: int, nodes: int, like: torch.Tensor
@@ -44,7 +44,7 @@ def _half_rule(l_max, nodes):
 
 def watson(axis: Float[torch.Tensor, "*batch 3"], kappa: Float[torch.Tensor, "*batch"],
            l_max: int) -> Float[torch.Tensor, "*batch _"]:
-    """Watson density ∝ exp(κ (μ·n)²) about the axis μ: κ > 0 a bundle, 0 isotropic, < 0 a girdle."""
+    """Watson density ∝ exp(κ (μ·n)²) about the axis μ: κ > 0 bundle, 0 isotropic, < 0 girdle."""
     t, moments = half_rule(l_max, NODES, kappa)
     zonal = torch.exp(kappa[..., None] * t**2 - kappa[..., None].clamp(min=0)) @ moments
     return sh.evaluate(l_max, axis) * sh.per_coefficient(zonal / zonal[..., :1])
@@ -104,9 +104,9 @@ def crossing(axis: Float[torch.Tensor, "*batch 3"], angle: Float[torch.Tensor, "
 
 
 def random_rotations(n: int, generator: torch.Generator) -> Float[torch.Tensor, "n 3 3"]:
-    """Rotations uniform over SO(3) (unit quaternions uniform on the 3-sphere), float32, on the
+    """Rotations uniform over SO(3) (unit quaternions uniform on the 3-sphere), float64, on the
     generator's device. Their columns are axes uniform on the sphere."""
-    q = torch.randn(n, 4, generator=generator, device=generator.device)
+    q = torch.randn(n, 4, generator=generator, device=generator.device, dtype=torch.float64)
     w, x, y, z = torch.nn.functional.normalize(q, dim=-1).unbind(-1)
     return torch.stack([
         1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
