@@ -95,13 +95,13 @@ def kernel(compartments: Sequence[Compartment], b: Float[np.ndarray, " encoding"
     (voxel, encoding)."""
     like = compartments[0].axial
     t, moments = half_rule(l_max, NODES, like)
-    b, s = like.new_tensor(np.asarray(b) / 1000), like.new_tensor(b_delta)
+    trace, s = like.new_tensor(b / 1000), like.new_tensor(b_delta)
     values = like.new_zeros(())
     for fraction, axial, radial in compartments:
         if axial.ndim == 1:
             axial, radial = axial[:, None], radial[:, None]
-        level = b * ((1 - s) / 3 * (axial + 2 * radial) + s * radial)
-        slope = b * s * (axial - radial)
+        level = trace * ((1 - s) / 3 * (axial + 2 * radial) + s * radial)
+        slope = trace * s * (axial - radial)
         decay = torch.exp(-level[..., None] - slope[..., None] * t**2)
         values = values + fraction[:, None, None] * decay
     return values @ moments
