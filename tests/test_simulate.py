@@ -334,6 +334,10 @@ def test_each_shell_may_have_its_own_tensor(rng):
         np.testing.assert_allclose(found[:, shell.indices], expected, atol=1e-12)
         np.testing.assert_allclose(convolved[:, shell.indices], expected, atol=2e-6)
     np.testing.assert_allclose(found[:, acq.b0], 1)
+    same = r[:, :1].expand(7, 5)  # one diffusivity per voxel beside one per shell
+    np.testing.assert_array_equal(
+        protocol.signal(sh.evaluate(16, n), [forward.zeppelin(one, a, r[:, 0])]),
+        protocol.signal(sh.evaluate(16, n), [forward.zeppelin(one, a, same)]))
 
 
 def test_signals_are_differentiable(rng):

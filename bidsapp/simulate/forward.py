@@ -19,7 +19,9 @@ integral over SO(3).)
 
 The k_l are computed by a Gauss–Legendre rule of 48 points (24 by symmetry): within 1e-11 of the
 integral for b |s (axial − radial)| ≤ 60 and l ≤ 16, in float64; so the only approximation is the
-l_max of the ODF. b-values in s/mm², diffusivities in µm²/ms, fractions of the signal at b = 0.
+l_max of the ODF: sticks of d = 2 in a Watson bundle of κ = 16, b = 2200 s/mm², are within 1.2e-3
+of S0 with l ≤ 8 and 6e-6 with l ≤ 12; of d = 3 and κ = 32, within 9e-3 and 2e-4.
+b-values in s/mm², diffusivities in µm²/ms, fractions of the signal at b = 0.
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ def two_compartments(diffusivity: torch.Tensor, fraction: torch.Tensor) -> list[
 def three_compartments(diffusivity: torch.Tensor, fraction: torch.Tensor,
                        sphere_diffusivity: torch.Tensor, sphere_fraction: torch.Tensor
                        ) -> list[Compartment]:
-    """Stick (d, f), sphere (d_sph, f_sph) and zeppelin with e = 1 − f − f_sph of the signal,
-    axial d e^(½ f_sph / (f_sph + f)) and radial d e^((½ f_sph + f) / (f_sph + f))
+    """Stick (d, f), sphere (d_sph, f_sph) and zeppelin with the rest r = 1 − f − f_sph, of
+    axial diffusivity d r^(½ f_sph / (f_sph + f)) and radial d r^((½ f_sph + f) / (f_sph + f))
     (Gyori et al. 2021, doi:10.1016/j.neuroimage.2021.118303). The sphere's signal is Gaussian,
     exp(−b d_sph) for every b_Δ. f_sph = 0 is the two-compartment model; f = f_sph = 0 free water.
 
@@ -83,7 +85,7 @@ def three_compartments(diffusivity: torch.Tensor, fraction: torch.Tensor,
     """
     outside = 1 - fraction - sphere_fraction
     inside = fraction + sphere_fraction
-    share = sphere_fraction / torch.where(inside > 0, inside, 1) / 2  # of f_sph/inside, half
+    share = sphere_fraction / torch.where(inside > 0, inside, 1) / 2
     return [stick(fraction, diffusivity), ball(sphere_fraction, sphere_diffusivity),
             zeppelin(outside, diffusivity * outside**share, diffusivity * outside ** (1 - share))]
 
@@ -97,9 +99,8 @@ def kernel(compartments: Sequence[Compartment], b: Float[np.ndarray, " encoding"
     t, moments = half_rule(l_max, NODES, like)
     trace, s = like.new_tensor(b / 1000), like.new_tensor(b_delta)
     values = like.new_zeros(())
-    for fraction, axial, radial in compartments:
-        if axial.ndim == 1:
-            axial, radial = axial[:, None], radial[:, None]
+    for fraction, *diffusivities in compartments:
+        axial, radial = (d[:, None] if d.ndim == 1 else d for d in diffusivities)
         level = trace * ((1 - s) / 3 * (axial + 2 * radial) + s * radial)
         slope = trace * s * (axial - radial)
         decay = torch.exp(-level[..., None] - slope[..., None] * t**2)
@@ -108,10 +109,10 @@ def kernel(compartments: Sequence[Compartment], b: Float[np.ndarray, " encoding"
 
 
 def convolve(odf: Float[torch.Tensor, "voxel size"],
-             kernel: Float[torch.Tensor, "voxel encoding degree"]
+             k: Float[torch.Tensor, "voxel encoding degree"]
              ) -> Float[torch.Tensor, "voxel encoding size"]:
     """Coefficients S_lm = k_l w_lm of the signal of every encoding."""
-    return sh.per_coefficient(kernel) * odf[:, None]
+    return sh.per_coefficient(k) * odf[:, None]
 
 
 class Protocol:
