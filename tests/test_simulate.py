@@ -196,6 +196,18 @@ def test_signal_is_the_dense_integral(rng, name):
     np.testing.assert_allclose(found[0], dense(acq, density, parts), atol=2e-7)
 
 
+@pytest.mark.parametrize(("d", "kappa", "l_max", "error"), [
+    (2, 16, 8, 1.8e-3), (2, 16, 12, 1.3e-5), (3, 32, 8, 1.3e-2), (3, 32, 12, 4.2e-4)])
+def test_error_of_truncation_is_the_stated_one(d, kappa, l_max, error):
+    acq = Acquisition(np.full(33, 2200.0), sh.quadrature(10)[0])
+    mu, k, one = t64(acq.bvecs[:1], [float(kappa)], [1.0])  # the greatest error is along the axis
+    density = np.exp(kappa * ((SPHERE @ acq.bvecs[0]) ** 2 - 1))
+    found = forward.Protocol(acq, l_max, one).signal(odf.watson(mu, k, l_max),
+                                                     [forward.stick(one, d * one)])[0].numpy()
+    wrong = np.abs(found - dense(acq, density / (AREA @ density), [(1, d, 0)])).max()
+    assert 0.9 * error < wrong < error
+
+
 def test_two_and_three_compartments_are_those_of_the_papers(rng):
     d, f, ds, fs = 2.1, 0.5, 0.4, 0.2
     bundle = forward.two_compartments(*t64([d], [f]))

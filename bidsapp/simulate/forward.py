@@ -19,8 +19,8 @@ integral over SO(3).)
 
 The k_l are computed by a Gauss–Legendre rule of 48 points (24 by symmetry): within 1e-11 of the
 integral for b |s (axial − radial)| ≤ 60 and l ≤ 16, in float64; so the only approximation is the
-l_max of the ODF: sticks of d = 2 in a Watson bundle of κ = 16, b = 2200 s/mm², are within 1.2e-3
-of S0 with l ≤ 8 and 6e-6 with l ≤ 12; of d = 3 and κ = 32, within 9e-3 and 2e-4.
+l_max of the ODF: sticks of d = 2 in a Watson bundle of κ = 16, b = 2200 s/mm², are within 1.8e-3
+of S0 with l ≤ 8 and 1.3e-5 with l ≤ 12; of d = 3 and κ = 32, within 1.3e-2 and 4.2e-4.
 b-values in s/mm², diffusivities in µm²/ms, fractions of the signal at b = 0.
 """
 
