@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer-python", type=Path)
-    parser.add_argument("--peer-voxels", type=int, default=1000)
+    parser.add_argument("--peer-voxels", type=int, default=500)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     acq = acquisition(np.random.default_rng(7))
