@@ -41,7 +41,9 @@ def phantom(test_data, tmp_path, label, erosions):
 
 def test_one_diffusivity_explains_water(test_data, tmp_path):
     """29 755 voxels, 21 volumes at b = 100–2000 s/mm², where S falls from 60 σ to 1.4 σ: one D for
-    all voxels, b-values and directions, Rice's law, σ from differences of neighbours."""
+    all voxels, b-values and directions, Rice's law, σ from differences of neighbours. Within the
+    noise of a voxel, that is: means over all voxels differ by up to 0.24 σ between volumes, 1.3 %
+    of the signal at b = 700 s/mm², which is far more than their standard error of 0.006 σ."""
     signal, acq, sigma = phantom(test_data, tmp_path, "water", 3)
     b, low = acq.bvals / 1000, acq.bvals < 1000
     one = torch.ones(1, dtype=torch.float64)
