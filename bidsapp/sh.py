@@ -2,13 +2,17 @@
 
 f(n) = Σ_l Σ_m c_lm Y_lm(n), l = 0, 2, …, l_max; coefficients ordered by l, then m = −l … l.
 Convention: dipy's `real_sh_descoteaux`, not legacy (Descoteaux et al. 2007,
-doi:10.1002/mrm.21277).
+doi:10.1002/mrm.21277); orthonormal, so that Σ_m Y_lm(n) Y_lm(μ) = (2l+1)/(4π) P_l(n·μ).
 """
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 
 
 def size(l_max: int) -> int:
@@ -21,6 +25,32 @@ def degree_for(count: float, most: int = 8) -> int:
     return max((l for l in range(0, most + 1, 2) if size(l) <= count), default=0)
 
 
+def degrees(l_max: int) -> Int[np.ndarray, " _"]:
+    """(size(l_max),) degree l of each coefficient."""
+    return np.repeat(np.arange(0, l_max + 1, 2), 2 * np.arange(0, l_max + 1, 2) + 1)
+
+
+def per_coefficient(values: Float[torch.Tensor, "*batch degree"]
+                    ) -> Float[torch.Tensor, "*batch _"]:
+    """One value per degree (…, l_max/2 + 1) → one per coefficient (…, size(l_max))."""
+    # faster than indexing by the degree of each coefficient
+    return torch.cat([v.expand(*v.shape[:-1], 4 * i + 1)
+                      for i, v in enumerate(values.split(1, -1))], -1)
+
+
+def l_max_of(coefficients: int) -> int:
+    """The even degree whose basis has this many coefficients.
+
+    Raises:
+        ValueError: no even degree has.
+    """
+    l_max = (math.isqrt(8 * coefficients + 1) - 3) // 2
+    if l_max % 2 or size(l_max) != coefficients:
+        raise ValueError(f"{coefficients} coefficients belong to no even degree; 1, 6, 15, 28, 45, "
+                         "… (l + 1)(l + 2)/2 are needed")
+    return l_max
+
+
 def basis(l_max: int, directions: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n _"]:
     """(n, size(l_max)) values of the basis functions along (n, 3) unit directions."""
     from dipy.core.geometry import cart2sphere
@@ -28,3 +58,84 @@ def basis(l_max: int, directions: Float[np.ndarray, "n 3"]) -> Float[np.ndarray,
 
     _, theta, phi = cart2sphere(*np.asarray(directions, dtype=np.float64).T)
     return real_sh_descoteaux(l_max, theta, phi, legacy=False)[0]
+
+
+def evaluate(l_max: int, directions: Float[torch.Tensor, "*batch 3"]
+             ) -> Float[torch.Tensor, "*batch _"]:
+    """The same basis, differentiable and on any device: (…, 3) unit directions → (…, size(l_max)).
+
+    Y_lm = q_l|m|(z) · {√2 Re (x + iy)^|m|, 1, √2 (−1)^m Im (x + iy)^m} for m < 0, = 0, > 0, where
+    q_lm (1 − z²)^(m/2) is the normalised associated Legendre function, by its recursion in l.
+    """
+    x, y, z = (axis.contiguous() for axis in directions.unbind(-1))
+    out: list[torch.Tensor] = [z] * size(l_max)
+    sectoral = torch.full_like(z, math.sqrt(1 / (4 * math.pi)))
+    cosine, sine = torch.ones_like(z), torch.zeros_like(z)
+    for m in range(l_max + 1):
+        before, q = torch.zeros_like(z), sectoral
+        for l in range(m, l_max + 1):
+            if l > m:
+                a = math.sqrt((4 * l * l - 1) / (l * l - m * m))
+                b = math.sqrt(((l - 1) ** 2 - m * m) / (4 * (l - 1) ** 2 - 1))
+                before, q = q, a * (z * q - b * before)
+            if l % 2 == 0:
+                centre = l * (l + 1) // 2
+                if m == 0:
+                    out[centre] = q
+                else:
+                    out[centre - m] = math.sqrt(2) * q * cosine
+                    out[centre + m] = (-1) ** m * math.sqrt(2) * q * sine
+        cosine, sine = x * cosine - y * sine, x * sine + y * cosine
+        sectoral = math.sqrt((2 * m + 3) / (2 * m + 2)) * sectoral
+    return torch.stack(out, -1)
+
+
+@lru_cache
+def quadrature(degree: int) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]:
+    """Points on the half sphere z ≥ 0 and weights (Σ = 4π), read-only, whose weighted sum is the
+    integral over the sphere of every antipodally symmetric polynomial up to `degree`.
+
+    Gauss–Legendre in z, where antipodal symmetry halves the nodes, times equal steps in azimuth.
+    """
+    z, w = np.polynomial.legendre.leggauss(degree // 2 + 1)
+    upper = z > -1e-12
+    z, w = z[upper], w[upper] * np.where(np.abs(z[upper]) < 1e-12, 1, 2)
+    phi = 2 * np.pi * np.arange(degree + 1) / (degree + 1)
+    r = np.sqrt(1 - z**2)[:, None]
+    points = np.stack([r * np.cos(phi), r * np.sin(phi), z[:, None] + 0 * phi], -1).reshape(-1, 3)
+    weights = np.repeat(w * 2 * np.pi / len(phi), len(phi))
+    points.flags.writeable = weights.flags.writeable = False
+    return points, weights
+
+
+def rotate(coefficients: Float[torch.Tensor, "*batch size"],
+           rotation: Float[torch.Tensor, "*batch 3 3"] | Float[torch.Tensor, "3 3"]
+           ) -> Float[torch.Tensor, "*batch size"]:
+    """Coefficients of n ↦ f(R⁻¹ n), for one rotation R or one per function.
+
+    f is sampled at R⁻¹ of the points of an exact quadrature and projected back: no approximation,
+    since each degree is closed under rotation (the product is the Wigner matrix of R).
+    """
+    l_max = l_max_of(coefficients.shape[-1])
+    points, weights = quadrature(2 * l_max)
+    turned = evaluate(l_max, coefficients.new_tensor(points) @ rotation.to(coefficients))
+    project = coefficients.new_tensor(basis(l_max, points) * weights[:, None])
+    if rotation.ndim == 2:
+        return coefficients @ (turned.mT @ project)
+    return (turned @ coefficients[..., None])[..., 0] @ project
+
+
+def smooth_fit(l_max: int, directions: Float[np.ndarray, "n 3"], smoothing: float = 0.0
+               ) -> Float[np.ndarray, "_ n"]:
+    """(size(l_max), n) matrix from values along (n, 3) unit directions to coefficients: least
+    squares with the Laplace–Beltrami penalty `smoothing` · l²(l+1)² (Descoteaux et al. 2007).
+
+    Raises:
+        ValueError: the directions do not determine the coefficients.
+    """
+    b, l = basis(l_max, directions), degrees(l_max)
+    normal = b.T @ b + smoothing * np.diag((l * (l + 1.0)) ** 2)
+    if np.linalg.cond(normal) > 1e10:
+        raise ValueError(f"{len(directions)} directions do not determine {len(l)} coefficients of "
+                         f"degree {l_max}: lower the degree or give a smoothing")
+    return np.linalg.solve(normal, b.T)
