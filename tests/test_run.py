@@ -12,6 +12,7 @@ from pathlib import Path
 import bids_tree as truth
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 from bidsapp import cli
@@ -248,6 +249,9 @@ def test_group_report_and_combat(study):
     assert set(json.loads((out / "group/desc-harmonizer_model.json").read_text())["Batches"]) \
         == {"A", "B"}
     page = (out / "group.html").read_text()
+    qc = pd.read_csv(out / "group/desc-image_qc.tsv", sep="\t")
+    fa = qc.groupby("batch")["dti_fa_mean"].mean()
+    assert all(f"<td>{fa[batch]:.4g} ± " in page for batch in "AB")
     assert "ComBat" in page and ("<svg" in page or "data:image" in page)
     assert validate(out) == []
     before = content(out)

@@ -58,10 +58,17 @@ def group(study: Study, outliers: pd.DataFrame, drawn: Sequence[Figure],
                 "runs": len(members)} for name, members in table.groupby("batch", sort=True)]
     estimates = _methods(name for name in methods.names("estimate_") if any(
         c.startswith(f"{name.removeprefix('estimate_')}_") for c in study.features))
+    units = quality.columns(study.features)
+    statistics = [
+        {"name": feature.removesuffix("_mean"), "units": units[feature]["Units"], "cells": [
+            f"{_number(float(v.mean()))} ± {_number(float(v.std()))}"
+            for _, v in table.groupby("batch", sort=True)[feature]]}
+        for feature in study.features]
     return _templates().get_template("group.html").render(
-        title="Group", batches=batches, n_runs=len(table), min_runs=quality.MIN_RUNS,
-        threshold=quality.OUTLIER, covariates=study.covariates, reference=study.reference_batch,
-        outliers=outliers.to_dict("records"), features=study.features,
+        title="Group", batches=batches, statistics=statistics, n_runs=len(table),
+        min_runs=quality.MIN_RUNS, threshold=quality.OUTLIER, covariates=study.covariates,
+        reference=study.reference_batch, outliers=outliers.to_dict("records"),
+        features=study.features,
         sections=_sections([{"title": f.title, "caption": f.caption, "section": f.section,
                              "uri": _uri(f.svg)} for f in drawn]),
         trained=[{"name": name, "model": result.model, "tables": list(result.tables)}
