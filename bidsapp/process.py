@@ -134,16 +134,17 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
             if method.name == SYNTHESIS:
                 made = method.synthesize(dwi, job.options.synthesize, job.options.random_seed,
                                          job.device)
-                notices += write_synthetic(job, dataset, run, batch, method, made, acquisition,
-                                           like, mask_path)
-                continue
-            derived = method.apply(dwi, job.device)
+                write_synthetic(job, dataset, run, batch, method, made, acquisition, like,
+                                mask_path)
+                derived, notices = made.derived, [*notices, *made.notices]
+            else:
+                derived = method.apply(dwi, job.device)
+                qc |= {**derived.counts, **quality.statistics(method, derived)}
         except Refusal as refusal:
             refusals[method.name] = str(refusal)
             log.warning("%s: %s is left out: %s", run.name, method.name, refusal)
             continue
         write_maps(job, dataset, run, batch, method, derived, dwi, like, mask_path)
-        qc |= {**derived.counts, **quality.statistics(method, derived)}
         drawn += figures.of_maps(method, derived, dwi)
     batch.table(names.output(run.entities, "qc", ".tsv", desc="image"), [qc], quality.columns(qc))
     batch.facts |= {
@@ -171,33 +172,31 @@ def write_maps(job: Job, dataset: Dataset, run: Run, batch: Batch, method: Metho
 
 
 def write_synthetic(job: Job, dataset: Dataset, run: Run, batch: Batch, method: Method,
-                    made: Mapping[str, Synthetic], acquisition: Acquisition, like: Any,
-                    mask_path: PurePosixPath) -> list[str]:
+                    made: Synthetic, acquisition: Acquisition, like: Any,
+                    mask_path: PurePosixPath) -> None:
     """Per mode an image of voxels × 1 × 1 × volumes with its b-table, and a table of the truth.
 
-    The affine is the run's, so that the .bvec is too; positions mean nothing. Returns the notices.
+    The affine is the run's, so that the .bvec is too; positions mean nothing.
     """
-    outputs, notices = method.outputs, dict[str, None]()
-    for mode, synthetic in made.items():
-        def path(suffix: str, extension: str, desc: str = f"synth{mode.replace('-', '')}"
-                 ) -> PurePosixPath:
-            return names.output(run.entities, suffix, extension, desc=desc)
-
+    outputs = method.outputs
+    tables = {".bval": btable.text(acquisition.bvals[None]),
+              ".bvec": btable.text(btable.to_fsl(acquisition, like.affine))}
+    if (acquisition.b_delta < 1).any():
+        tables[".btens"] = btable.btens_text(acquisition, like.affine)
+    for mode, signal in made.signals.items():
+        desc = f"synth{mode.replace('-', '')}"
+        truth = names.output(run.entities, "truth", ".tsv", desc=desc)
         about = sidecar.derived(
             run, dataset, model=outputs["model"], output=outputs["signal"],
-            parameters=synthetic.parameters, mask_uri=dataset.uri(dataset.root / mask_path),
-            seed=job.options.random_seed, device=job.device)
-        truth = path("truth", ".tsv")
-        batch.image(path("dwi", ".nii.gz"), synthetic.signal[:, None, None], like, {
-            **about, "SynthesizedVolumes": list(range(len(acquisition))),
-            "Truth": dataset.uri(dataset.root / truth)})
-        batch.text(path("dwi", ".bval"), btable.text(acquisition.bvals[None]))
-        batch.text(path("dwi", ".bvec"), btable.text(btable.to_fsl(acquisition, like.affine)))
-        if (acquisition.b_delta < 1).any():
-            batch.text(path("dwi", ".btens"), btable.btens_text(acquisition, like.affine))
-        batch.table(truth, synthetic.truth.to_dict("records"), synthetic.columns)
-        notices |= dict.fromkeys(synthetic.notices)
-    return list(notices)
+            parameters={"Mode": mode, **made.parameters}, seed=job.options.random_seed,
+            mask_uri=dataset.uri(dataset.root / mask_path), device=job.device)
+        batch.image(names.output(run.entities, "dwi", ".nii.gz", desc=desc),
+                    signal[:, None, None], like, {
+                        **about, "SynthesizedVolumes": list(range(len(acquisition))),
+                        "Truth": dataset.uri(dataset.root / truth)})
+        for extension, text in tables.items():
+            batch.text(names.output(run.entities, "dwi", extension, desc=desc), text)
+        batch.table(truth, made.truth[mode].to_dict("records"), made.columns)
 
 
 def draw(batch: Batch, run: Run, figure: figures.Figure) -> dict[str, str]:

@@ -66,16 +66,17 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Signals that were computed, not measured, and their truth.
+    """Signals that were computed, not measured, and their truth, both by mode.
 
-    signal: (voxel, measurement) float32 in the run's own b-table. truth: one row per voxel.
-    columns: Description and Units of each column of truth. parameters: as of `Derived`.
-    notices: what the report should say, in sentences.
+    signals: (voxel, measurement) float32 in the run's own b-table. truth: one row per voxel.
+    columns: Description and Units of each column of truth. derived: maps that show what of the
+    run served as a model. parameters: as of `Derived`. notices: sentences for the report.
     """
 
-    signal: np.ndarray
-    truth: pd.DataFrame
+    signals: Mapping[str, np.ndarray]
+    truth: Mapping[str, pd.DataFrame]
     columns: Mapping[str, Mapping[str, str]]
+    derived: Derived
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
 
@@ -105,9 +106,8 @@ class Method(ABC):
         raise UsageError(f"{self.name} is not applied to images, but trained at group level: "
                          f"qsphere BIDS_DIR OUTPUT_DIR group --train {self.name}")
 
-    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str
-                   ) -> dict[str, Synthetic]:
-        """Signals with known truth in the manner of one Dwi, by mode. Never modifies it.
+    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str) -> Synthetic:
+        """Signals with known truth in the manner of one Dwi. Never modifies it.
 
         Raises:
             Refusal: the Dwi cannot serve as a model; says what was found and what is needed.

@@ -24,8 +24,13 @@ from bidsapp import tensor
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.methods import Method, Synthetic
-from bidsapp.methods.synthesize.tissue import MIN_VOXELS, regions, tensor_volumes
+from bidsapp.methods import Derived, Method, Synthetic
+from bidsapp.methods.synthesize.tissue import (
+    MIN_VOXELS,
+    SINGLE_FIBRE_FA,
+    regions,
+    tensor_volumes,
+)
 
 MODES = ("syn", "sample-mean", "sample", "random-wm")
 
@@ -34,11 +39,9 @@ VOXELS = 10_000
 FIBRES = ("wm1", "wm2", "wm3")
 COMPARTMENTS = (*FIBRES, "gm", "csf")
 
-MAX_DIFFUSIVITY = 4.0
-"""µm²/ms; free water at body temperature has 3.0, noise is allowed some more."""
-
-FREE_WATER = 3.0
-"""µm²/ms: eigenvalues of the tensors of `random-wm` are uniform up to here."""
+MAX_DIFFUSIVITY = 3.0
+"""µm²/ms, of free water at body temperature: no tissue's is above. Where noise hides the signal of
+CSF in a high shell, it is what stands for it."""
 
 ASSUMED_SNR = 25.0
 """S0 over noise SD where the noise could not be measured (as Weninger et al. 2020)."""
@@ -83,8 +86,7 @@ class Synthesis(Method):
                 f"Needed are a b0 and a shell of {MIN_DIRECTIONS} or more directions that do not "
                 "lie on one cone. Acquire these, or leave --synthesize out.")
 
-    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str
-                   ) -> dict[str, Synthetic]:
+    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str) -> Synthetic:
         """VOXELS signals in each mode. Fractions, directions and noise are those of `seed` in
         every mode, so that modes can be compared voxel by voxel.
 
@@ -92,34 +94,38 @@ class Synthesis(Method):
             Refusal: the acquisition, or too few voxels of a tissue.
         """
         self.check(dwi.acquisition)
+        shells = dwi.acquisition.shells
         found = regions(dwi, device)
         measured = measure(dwi, found.gm, found.csf, found.single_fibre, device)
         s0 = float(np.median(dwi.mean_b0))
         sd = dwi.noise_sd or s0 / ASSUMED_SNR
-        counts = {"GreyMatterVoxels": int(found.gm.sum()), "CSFVoxels": int(found.csf.sum()),
-                  "SingleFibreVoxels": int(found.single_fibre.sum())}
-        notices = [] if found.callosum else [
-            f"Synthesis: fewer than {MIN_VOXELS} voxels with FA > 0.7 were found in the corpus "
-            f"callosum; the {counts['SingleFibreVoxels']} such voxels of the whole "
-            "brain stand for single fibres instead."]
-        if len(dwi.acquisition.shells) == 1:
-            notices.append("Synthesis: with a single shell the signals hold no dependence on b "
-                           "beyond one tensor per fibre.")
-        made = {}
+        signals, truth = {}, {}
+        columns: dict[str, dict[str, str]] = {}
         for mode in modes:
             fractions, directions, tensors = draw(mode, measured, seed)
             clean = s0 * attenuation(fractions, tensors, dwi.acquisition, device)
             noise = np.random.default_rng([seed, 1]).standard_normal((2, *clean.shape))
-            signal = np.hypot(clean + sd * noise[0], sd * noise[1]).astype(np.float32)
-            made[mode] = Synthetic(
-                signal, *_truth(fractions, directions, tensors, dwi.acquisition.shells),
-                {
-                    "Mode": mode, "S0": s0, "NoiseSD": sd, "NoiseLaw": "Rician",
-                    "NoiseSource": "residuals of SH fits to this run" if dwi.noise_sd
-                    else f"assumed: S0 / {ASSUMED_SNR:.0f}",
-                    "SingleFibreRegion": "corpus callosum" if found.callosum else "brain",
-                    **counts, **_summary(measured, dwi.acquisition.shells)}, notices)
-        return made
+            signals[mode] = np.hypot(clean + sd * noise[0], sd * noise[1]).astype(np.float32)
+            truth[mode], columns = _truth(fractions, directions, tensors, shells)
+        tissue = np.select([found.single_fibre, found.gm, found.csf], [3, 1, 2], 0)
+        parameters = {
+            "S0": s0, "NoiseSD": sd, "NoiseLaw": "Rician",
+            "NoiseSource": "residuals of SH fits to this run" if dwi.noise_sd
+            else f"assumed: S0 / {ASSUMED_SNR:.0f}",
+            "GreyMatterVoxels": int(found.gm.sum()), "CSFVoxels": int(found.csf.sum()),
+            "SingleFibreVoxels": int(found.single_fibre.sum()),
+            "SingleFibreRegion": "corpus callosum" if found.callosum else "brain",
+            **_summary(measured, shells)}
+        notices = [] if found.callosum else [
+            f"Synthesis: fewer than {MIN_VOXELS} voxels with FA > {SINGLE_FIBRE_FA:g} were found "
+            f"in the corpus callosum; the {parameters['SingleFibreVoxels']} such voxels of the "
+            "whole brain stand for single fibres instead."]
+        if len(shells) == 1:
+            notices.append("Synthesis: with a single shell the signals hold no dependence on b "
+                           "beyond one tensor per fibre.")
+        return Synthetic(signals, truth, columns,
+                         Derived({"tissue": tissue.astype(np.float32)}, {}, parameters),
+                         parameters, notices)
 
 
 def measure(dwi: Dwi, gm: np.ndarray, csf: np.ndarray, fibre: np.ndarray, device: str
@@ -143,7 +149,8 @@ def measure(dwi: Dwi, gm: np.ndarray, csf: np.ndarray, fibre: np.ndarray, device
                                  device=device)
         fits[i] = fit_prolate(signal / level[:, None],
                               acquisition.btensors[shells[i].indices] / 1000, noise / level)
-    nearest = [min(able, key=lambda i, b=shell.b: abs(shells[i].b - b)) for shell in shells]
+    nearest = [able[int(np.argmin([abs(shells[i].b - shell.b) for i in able]))]
+               for shell in shells]
     axial, radial = (torch.stack([fits[i][k] for i in nearest], 1).cpu().numpy() for k in (0, 1))
     return Diffusivities(axial, radial, isotropic["gm"], isotropic["csf"], pooled["gm"],
                          pooled["csf"])
@@ -157,7 +164,7 @@ def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.
     Least squares of S/S0 in D = r I + u uᵀ, which is prolate for every u (axial = r + |u|²), by
     damped Gauss–Newton steps for all voxels at once, from the axisymmetric part of the log-linear
     tensor. The model includes the noise floor, sqrt(A² + σ²) (Gudbjartsson & Patz 1995,
-    doi:10.1002/mrm.1910340618). btensors: ms/µm²; noise: σ/S0. 0 ≤ radial, axial ≤ 4.
+    doi:10.1002/mrm.1910340618). btensors: ms/µm²; noise: σ/S0. 0 ≤ radial ≤ axial ≤ 3.
     """
     b = torch.as_tensor(btensors, dtype=attenuation.dtype, device=attenuation.device)
     trace = torch.einsum("nii->n", b)
@@ -206,7 +213,7 @@ def draw(mode: str, measured: Diffusivities, seed: int) -> tuple[np.ndarray, ...
     shells = len(measured.gm_mean)
     if mode == "random-wm":
         frames = np.linalg.qr(rng.standard_normal((VOXELS, len(FIBRES), shells, 3, 3)))[0]
-        values = np.sort(rng.uniform(0, FREE_WATER, (VOXELS, len(FIBRES), shells, 3)))[..., ::-1]
+        values = np.sort(rng.uniform(0, MAX_DIFFUSIVITY, (VOXELS, len(FIBRES), shells, 3)))[..., ::-1]
         frames[:, :, 0, :, 0] = directions  # made orthogonal again, the first axis kept
         frames = np.linalg.qr(frames)[0]
         fibres = np.einsum("vcsik,vcsk,vcsjk->vcsij", frames, values, frames)

@@ -36,6 +36,12 @@ deep inside the mask it must lie (its noisy rim is as red as anything)."""
 PART = 0.2
 """Connected parts of the region that are smaller than this share of the largest are dropped."""
 
+FLUID = 1.5
+"""MD of CSF over that of tissue, at least; about 4, and less in high shells, where noise hides it."""
+
+MIXED = 0.1
+"""The least fluid, as a share, that the mean of the middle class of MD stands for."""
+
 MIN_VOXELS = 10
 """Fewer voxels of a kind do not describe a tissue."""
 
@@ -111,25 +117,45 @@ def segment(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
     """(voxel,) bool of grey matter and of CSF, eroded by one voxel.
 
     CSF is the highest of three classes of MD (tissue, mixed, fluid), grey matter the lower of two
-    classes of FA within tissue. The faces of the image do not erode, so that thin slabs keep
-    their tissue; a class of which erosion leaves too little stays as it is.
+    classes of FA within tissue. Where hardly a voxel is mixed the middle class is the upper part
+    of tissue, and counted to it; where the highest is not clearly fluid there is no CSF. The faces
+    of the image do not erode, so that thin slabs keep their tissue; a class of which erosion
+    leaves too little stays as it is.
     """
-    fluid = _classes(dwi, np.clip(md / 3e-3, 0, 1), usable, 3)
-    anisotropy = _classes(dwi, fa, fluid == 1, 2)
-    return _eroded(dwi, anisotropy == 1), _eroded(dwi, fluid == 3)
+    md = np.clip(md / 3e-3, 0, 1)
+    fluid = _classes(dwi, md, usable, 3)
+    if not fluid.any():
+        fluid = _classes(dwi, md, usable, 2)
+        fluid[fluid == 2] = 3
+    level = [md[fluid == k].mean() if (fluid == k).any() else np.inf for k in (1, 2, 3)]
+    csf = (fluid == 3) & (level[2] > FLUID * level[0])
+    mixed = (fluid == 2) & (level[1] > level[0] + MIXED * (level[2] - level[0]))
+    isotropic = _classes(dwi, fa, (fluid > 0) & ~csf & ~mixed, 2) == 1
+    return _eroded(dwi, isotropic), _eroded(dwi, csf)
 
 
 def _classes(dwi: Dwi, values: np.ndarray, inside: np.ndarray, count: int) -> np.ndarray:
-    """(voxel,) class 1 … count in ascending order of `values` (0–1), 0 where not inside."""
+    """(voxel,) class 1 … count in ascending order of `values` (0–1), 0 where not inside.
+
+    The classes start evenly over 0–1, or where one stays empty so, over what `values` span; where
+    one stays empty even then, all do.
+    """
     from dipy.segment.tissue import TissueClassifierHMRF
 
     if inside.sum() < MIN_VOXELS:
-        return np.zeros(len(values), int)
+        return np.zeros(len(values))
+    low, high = np.quantile(values[inside], (0.02, 0.98))
+    span = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
     # not 0: dipy would add unseeded noise there
     image = 1e-3 + 1e-4 * np.random.default_rng(0).standard_normal(dwi.mask.shape)
-    image[dwi.mask] = np.where(inside, 0.1 + 0.9 * values, image[dwi.mask])
-    _, found, _ = TissueClassifierHMRF(verbose=False).classify(image, count, SMOOTHNESS)
-    return np.where(inside, found[dwi.mask].astype(int), 0)
+    for scaled in (0.1 + 0.9 * values, 1 / count + (1 - 1 / count) * span):
+        image[dwi.mask] = np.where(inside, scaled, 1e-3)
+        with np.errstate(invalid="ignore", divide="ignore"):  # of classes that are empty
+            _, found, _ = TissueClassifierHMRF(verbose=False).classify(image, count, SMOOTHNESS)
+        classes = np.where(inside, found[dwi.mask], 0)
+        if set(range(1, count + 1)) <= set(np.unique(classes).tolist()):
+            return classes
+    return np.zeros(len(values))
 
 
 def _eroded(dwi: Dwi, inside: np.ndarray) -> np.ndarray:
