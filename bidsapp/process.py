@@ -196,7 +196,7 @@ def write_synthetic(job: Job, dataset: Dataset, run: Run, batch: Batch, method: 
                         "Truth": dataset.uri(dataset.root / truth)})
         for extension, text in tables.items():
             batch.text(names.output(run.entities, "dwi", extension, desc=desc), text)
-        batch.table(truth, made.truth[mode].to_dict("records"), made.columns)
+        batch.table(truth, made.truth[mode].to_dict("records"), made.columns[mode])
 
 
 def draw(batch: Batch, run: Run, figure: figures.Figure) -> dict[str, str]:

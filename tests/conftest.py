@@ -11,7 +11,8 @@ from jaxtyping import install_import_hook
 
 # shapes in annotations are checked here, and only here
 install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
-                     "bidsapp.methods.estimate_smt.method", "bidsapp.methods.synthesize.method"], "beartype.beartype")
+                     "bidsapp.methods.estimate_smt.method",
+                     "bidsapp.methods.synthesize.method"], "beartype.beartype")
 
 ROOT = Path(__file__).parent.parent
 

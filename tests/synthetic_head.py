@@ -21,8 +21,8 @@ SPREAD = 0.1  # relative SD of the axial diffusivity between callosal voxels
 
 def tissues(callosum=True):
     """(x, y, z) int: 0 air, 1 grey matter, 2 CSF, 3 callosum, 4 other white matter; world grid."""
-    grid = np.meshgrid(*[(np.arange(n) - (n - 1) / 2) * z for n, z in zip(SHAPE, ZOOMS, strict=True)],
-                       indexing="ij")
+    axes = [(np.arange(n) - (n - 1) / 2) * z for n, z in zip(SHAPE, ZOOMS, strict=True)]
+    grid = np.meshgrid(*axes, indexing="ij")
     x, y, z = grid
     r = np.sqrt(sum((g / (0.42 * n * s)) ** 2 for g, n, s in zip(grid, SHAPE, ZOOMS, strict=True)))
     out = np.where(r < 1, 1, 0)

@@ -66,7 +66,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Signals that were computed, not measured, and their truth, both by mode.
+    """Signals that were computed, not measured, and their truth, by mode.
 
     signals: (voxel, measurement) float32 in the run's own b-table. truth: one row per voxel.
     columns: Description and Units of each column of truth. derived: maps that show what of the
@@ -75,7 +75,7 @@ class Synthetic:
 
     signals: Mapping[str, np.ndarray]
     truth: Mapping[str, pd.DataFrame]
-    columns: Mapping[str, Mapping[str, str]]
+    columns: Mapping[str, Mapping[str, Mapping[str, str]]]
     derived: Derived
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()

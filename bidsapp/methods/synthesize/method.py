@@ -32,7 +32,8 @@ from bidsapp.methods.synthesize.tissue import (
     tensor_volumes,
 )
 
-MODES = ("syn", "sample-mean", "sample", "random-wm")
+RANDOM = "random-wm"
+MODES = ("syn", "sample-mean", "sample", RANDOM)
 
 VOXELS = 10_000
 
@@ -100,13 +101,20 @@ class Synthesis(Method):
         s0 = float(np.median(dwi.mean_b0))
         sd = dwi.noise_sd or s0 / ASSUMED_SNR
         signals, truth = {}, {}
-        columns: dict[str, dict[str, str]] = {}
+        columns: dict[str, dict[str, dict[str, str]]] = {}
         for mode in modes:
             fractions, directions, tensors = draw(mode, measured, seed)
-            clean = s0 * attenuation(fractions, tensors, dwi.acquisition, device)
+            share = attenuation(fractions[:, -tensors.shape[1]:], tensors, dwi.acquisition, device)
+            profile = None
+            if mode == RANDOM:
+                profile = np.random.default_rng([seed, 3]).uniform(
+                    0, MAX_DIFFUSIVITY, share.shape)
+                share += fractions[:, :len(FIBRES)].sum(1, keepdims=True) * np.exp(
+                    -dwi.acquisition.bvals / 1000 * profile)
+            clean = s0 * share
             noise = np.random.default_rng([seed, 1]).standard_normal((2, *clean.shape))
             signals[mode] = np.hypot(clean + sd * noise[0], sd * noise[1]).astype(np.float32)
-            truth[mode], columns = _truth(fractions, directions, tensors, shells)
+            truth[mode], columns[mode] = _truth(fractions, directions, tensors, profile, shells)
         tissue = np.select([found.single_fibre, found.gm, found.csf], [3, 1, 2], 0)
         parameters = {
             "S0": s0, "NoiseSD": sd, "NoiseLaw": "Rician",
@@ -204,31 +212,27 @@ def draw(mode: str, measured: Diffusivities, seed: int) -> tuple[np.ndarray, ...
     """Fractions (VOXELS, 5), directions (VOXELS, 3, 3) and tensors (VOXELS, 5, shell, 6), µm²/ms.
 
     Fractions are five uniform numbers divided by their sum; directions are uniform on the sphere.
+    `random-wm` has the tensors of the last two compartments only.
     """
     shared = np.random.default_rng([seed, 0])
     fractions = shared.uniform(size=(VOXELS, len(COMPARTMENTS)))
     fractions /= fractions.sum(1, keepdims=True)
-    directions = _unit(shared.standard_normal((VOXELS, len(FIBRES), 3)))
+    directions = shared.standard_normal((VOXELS, len(FIBRES), 3))
+    directions /= np.linalg.norm(directions, axis=2, keepdims=True)
     rng = np.random.default_rng([seed, 2])
-    shells = len(measured.gm_mean)
-    if mode == "random-wm":
-        frames = np.linalg.qr(rng.standard_normal((VOXELS, len(FIBRES), shells, 3, 3)))[0]
-        values = np.sort(rng.uniform(0, MAX_DIFFUSIVITY, (VOXELS, len(FIBRES), shells, 3)))[..., ::-1]
-        frames[:, :, 0, :, 0] = directions  # made orthogonal again, the first axis kept
-        frames = np.linalg.qr(frames)[0]
-        fibres = np.einsum("vcsik,vcsk,vcsjk->vcsij", frames, values, frames)
-    else:
+    shape = (VOXELS, len(measured.gm_mean))
+    parts = []
+    if mode != RANDOM:
         pick = rng.integers(len(measured.axial), size=(VOXELS, len(FIBRES)))
-        axial, radial = ((x.mean(0) for x in (measured.axial, measured.radial)) if mode == "syn"
-                         else (x[pick] for x in (measured.axial, measured.radial)))
+        axial, radial = (np.broadcast_to(x.mean(0), (*pick.shape, shape[1])) if mode == "syn"
+                         else x[pick] for x in (measured.axial, measured.radial))
         outer = directions[..., :, None] * directions[..., None, :]
-        fibres = (np.broadcast_to(radial, (*pick.shape, shells))[..., None, None] * np.eye(3)
-                  + (axial - radial)[..., None, None] * outer[:, :, None])
-    still = []
+        parts.append(radial[..., None, None] * np.eye(3)
+                     + (axial - radial)[..., None, None] * outer[:, :, None])
     for mean, each in ((measured.gm_mean, measured.gm), (measured.csf_mean, measured.csf)):
         own = each[rng.integers(len(each), size=VOXELS)] if mode == "sample" else mean
-        still.append(np.broadcast_to(own, (VOXELS, shells))[..., None, None] * np.eye(3))
-    tensors = np.concatenate([fibres, np.stack(still, 1)], 1)
+        parts.append(np.broadcast_to(own, shape)[:, None, :, None, None] * np.eye(3))
+    tensors = np.concatenate(parts, 1)
     return fractions, directions, tensors[..., [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]]
 
 
@@ -255,8 +259,8 @@ def _determines(acquisition: Acquisition, shell: Shell) -> bool:
     return bool(values[-1] > 0.01)
 
 
-def _isotropic(squares: np.ndarray, s0_squared: np.ndarray, shells: Sequence[Shell], noise: float
-               ) -> np.ndarray:
+def _isotropic(squares: np.ndarray, s0_squared: np.ndarray | np.floating,
+               shells: Sequence[Shell], noise: float) -> np.ndarray:
     """µm²/ms in each shell (last axis), from the mean of S²: E[S²] = A² + 2σ² under Rician noise,
     so that the noise floor, at which CSF lies in high shells, does not count as signal."""
     b = np.array([shell.b for shell in shells]) / 1000
@@ -271,10 +275,6 @@ def _bounded(theta: torch.Tensor) -> torch.Tensor:
     return torch.cat([radial, theta[:, 1:] * (length.clamp(max=most) / length)], 1)
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
 def _shell_names(shells: Sequence[Shell]) -> list[str]:
     """b1000, b1000m50 (b_delta −0.50): letters and digits, so that MATLAB takes them too."""
     return [f"b{s.b:.0f}" + ("" if s.b_delta > 0.95 else
@@ -283,8 +283,12 @@ def _shell_names(shells: Sequence[Shell]) -> list[str]:
 
 
 def _truth(fractions: np.ndarray, directions: np.ndarray, tensors: np.ndarray,
-           shells: Sequence[Shell]) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
-    """One row per voxel (diffusivities in mm²/s), and what each column is."""
+           profile: np.ndarray | None, shells: Sequence[Shell]
+           ) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
+    """One row per voxel (diffusivities in mm²/s), and what each column is.
+
+    profile: (voxel, measurement) diffusivities of white matter that has no tensor, or None.
+    """
     columns: dict[str, np.ndarray] = {}
     about: dict[str, dict[str, str]] = {}
 
@@ -293,20 +297,24 @@ def _truth(fractions: np.ndarray, directions: np.ndarray, tensors: np.ndarray,
 
     for c, name in enumerate(COMPARTMENTS):
         add(f"{name}_fraction", fractions[:, c], f"Signal fraction of {name} at b = 0", "unitless")
-    for c, name in enumerate(FIBRES):
+    fibres = FIBRES if profile is None else ()
+    for c, name in enumerate(fibres):
         for k, axis in enumerate("xyz"):
             add(f"{name}_direction_{axis}", directions[:, c, k],
-                f"{axis} of the fibre direction of {name} (random-wm: principal axis of the first "
-                "shell's tensor), world axes (RAS+); its sign means nothing", "unitless")
+                f"{axis} of the fibre direction of {name}, world axes (RAS+); its sign means "
+                "nothing", "unitless")
     for i, (label, shell) in enumerate(zip(_shell_names(shells), shells, strict=True)):
         at = f"at b = {shell.b:.0f} s/mm², b_delta = {shell.b_delta:.2g}"
-        for c, name in enumerate(FIBRES):
+        for c, name in enumerate(fibres):
             for k, term in enumerate(TERMS):
                 add(f"{name}_{label}_{term}", tensors[:, c, i, k] / 1000,
                     f"{term} of the diffusion tensor of {name} {at}, world axes (RAS+)", "mm^2/s")
-        for c, name in enumerate(COMPARTMENTS[len(FIBRES):], len(FIBRES)):
+        for c, name in enumerate(("gm", "csf"), len(fibres)):
             add(f"{name}_{label}_d", tensors[:, c, i, 0] / 1000, f"Diffusivity of {name} {at}",
                 "mm^2/s")
+    for i, values in enumerate(() if profile is None else profile.T):
+        add(f"wm_volume{i}_d", values / 1000,
+            f"Diffusivity of wm1, wm2 and wm3 in volume {i} (counted from 0)", "mm^2/s")
     return pd.DataFrame(columns), about
 
 

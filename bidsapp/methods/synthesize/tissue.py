@@ -37,7 +37,7 @@ PART = 0.2
 """Connected parts of the region that are smaller than this share of the largest are dropped."""
 
 FLUID = 1.5
-"""MD of CSF over that of tissue, at least; about 4, and less in high shells, where noise hides it."""
+"""MD of CSF over that of tissue, at least. It is about 4, and less where noise hides the signal."""
 
 MIXED = 0.1
 """The least fluid, as a share, that the mean of the middle class of MD stands for."""
