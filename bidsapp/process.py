@@ -192,7 +192,8 @@ def write_synthetic(job: Job, dataset: Dataset, run: Run, batch: Batch, method: 
             mask_uri=dataset.uri(dataset.root / mask_path), device=job.device)
         batch.image(names.output(run.entities, "dwi", ".nii.gz", desc=desc),
                     signal[:, None, None], like, {
-                        **about, "SynthesizedVolumes": list(range(len(acquisition))),
+                        **{k: v for k, v in about.items() if k not in sidecar.SPATIAL},
+                        "SynthesizedVolumes": list(range(len(acquisition))),
                         "Truth": dataset.uri(dataset.root / truth)})
         for extension, text in tables.items():
             batch.text(names.output(run.entities, "dwi", extension, desc=desc), text)

@@ -65,5 +65,6 @@ def write_dataset(root, scheme=SCHEME, **options):
     stem = root / "sub-01/dwi/sub-01_dwi"
     nib.save(nib.Nifti1Image(data, affine()), f"{stem}.nii.gz")
     np.savetxt(f"{stem}.bvec", bids_tree.fsl(axes, affine()).T, fmt="%.9f")
-    stem.with_suffix(".json").write_text(json.dumps(bids_tree.SIDECAR))
+    stem.with_suffix(".json").write_text(json.dumps(
+        {**bids_tree.SIDECAR, "EffectiveEchoSpacing": 5e-4}))
     return root

@@ -316,6 +316,7 @@ def test_end_to_end(tmp_path):
     sidecar = json.loads(stem.with_name(f"{stem.name}_dwi.json").read_text())
     assert sidecar["SynthesizedVolumes"] == list(range(54)) and sidecar["RandomSeed"] == 0
     assert sidecar["Model"]["Parameters"]["Mode"] == "random-wm"
+    assert sidecar["EchoTime"] == 0.08 and "EffectiveEchoSpacing" not in sidecar
     assert (out / sidecar["Truth"].removeprefix("bids::")).is_file()
     bvals, axes = bids_tree.table(head.SCHEME)
     np.testing.assert_array_equal(np.loadtxt(f"{stem}_dwi.bval"), bvals)
