@@ -33,18 +33,19 @@ def tissues(callosum=True):
     return out
 
 
-def signal(labels, bvals, axes, rng, noise=NOISE):
+def signal(labels, bvals, axes, rng, noise=NOISE, b_delta=1.0):
     """(x, y, z, n) float32 with Rician noise, and the axial diffusivity factor of each voxel."""
     factor = 1 + SPREAD * rng.standard_normal(labels.shape).clip(-2, 2)
     d = np.zeros((*labels.shape, len(bvals)))
     for i, b in enumerate(bvals):
         shell = int(b) if b else 1000
-        g = axes[i]
+        # b : D / b = (1 − b_delta) MD + b_delta gᵀ D g
+        along = (1 - b_delta) / 3 + b_delta * axes[i] ** 2
         d[..., i] = np.select(
             [labels == 1, labels == 2, labels == 3],
             [GM[shell], CSF[shell],
-             RADIAL[shell] + (factor * AXIAL[shell] - RADIAL[shell]) * g[0] ** 2],
-            RADIAL[shell] + (AXIAL[shell] - RADIAL[shell]) * g[1] ** 2)
+             RADIAL[shell] + (factor * AXIAL[shell] - RADIAL[shell]) * along[0]],
+            RADIAL[shell] + (AXIAL[shell] - RADIAL[shell]) * along[1])
     clean = S0 * (labels > 0)[..., None] * np.exp(-np.asarray(bvals) * d)
     noisy = np.hypot(clean + noise * rng.standard_normal(clean.shape),
                      noise * rng.standard_normal(clean.shape))
@@ -56,12 +57,13 @@ def affine():
     return bids_tree.affine(ZOOMS, det=-1)
 
 
-def write_dataset(root, scheme=SCHEME, **options):
-    """One participant of this head; options: of `tissues`."""
+def write_dataset(root, scheme=SCHEME, b_delta=None):
+    """One participant of this head; b_delta: one number for all weighted volumes."""
     rng = np.random.default_rng(4)
     bvals, axes = bids_tree.table(scheme)
-    data, _ = signal(tissues(**options), bvals, axes, rng)
-    bids_tree.write_dataset(root, ("01",), scheme=scheme, shape=(7, 8, 9))
+    data, _ = signal(tissues(), bvals, axes, rng, b_delta=1.0 if b_delta is None else b_delta)
+    bids_tree.write_dataset(root, ("01",), scheme=scheme, shape=(7, 8, 9),
+                            b_delta=b_delta)
     stem = root / "sub-01/dwi/sub-01_dwi"
     nib.save(nib.Nifti1Image(data, affine()), f"{stem}.nii.gz")
     np.savetxt(f"{stem}.bvec", bids_tree.fsl(axes, affine()).T, fmt="%.9f")

@@ -348,6 +348,31 @@ def test_end_to_end(tmp_path):
     assert not list(out.rglob("*synth*")), "what is no longer asked for is gone"
 
 
+def test_planar_encoding_end_to_end(tmp_path):
+    bids, out = head.write_dataset(tmp_path / "bids", b_delta=-0.5), tmp_path / "out"
+    assert qsphere(bids, out, "participant", "--estimate", "dti", "--synthesize", "syn") == 0
+    assert validate(out) == []
+    stem = out / "sub-01/dwi/sub-01_desc-synthsyn"
+    bvals, axes = bids_tree.table(head.SCHEME)
+    trace = np.loadtxt(f"{stem}_dwi.btens")[:, [0, 4, 8]].sum(axis=1)
+    np.testing.assert_allclose(trace, bvals, rtol=1e-4)
+    facts = json.loads(stem.with_name(f"{stem.name}_dwi.json").read_text())["Model"]["Parameters"]
+    axial, radial = (facts[f"SingleFibre{k}Diffusivity"]["b1000m50"] for k in ("Axial", "Radial"))
+    assert axial == pytest.approx(head.AXIAL[1000], rel=0.03)
+    assert radial == pytest.approx(head.RADIAL[1000], rel=0.03)
+    truth = pd.read_csv(f"{stem}_truth.tsv", sep="\t")
+    signal = np.asarray(nib.load(f"{stem}_dwi.nii.gz").dataobj)[:, 0, 0].astype(float)
+    i = 10  # one volume of b = 1000: b : D = b/2 (tr D − gᵀ D g)
+    clean = truth["gm_fraction"] * np.exp(-1000 * truth["gm_b1000m50_d"])
+    clean += truth["csf_fraction"] * np.exp(-1000 * truth["csf_b1000m50_d"])
+    for name in WM:
+        d = tensors(truth, "1000m50", name)
+        along = np.einsum("i,vij,j->v", axes[i], d, axes[i])
+        clean += truth[f"{name}_fraction"] * np.exp(-500 * (np.trace(d, axis1=1, axis2=2) - along))
+    z = standardised(signal[:, i], facts["S0"] * clean.to_numpy(), facts["NoiseSD"])
+    assert abs(z.mean()) < 5 / np.sqrt(len(z))
+
+
 def test_head_of_one_tensor_is_refused_and_the_rest_goes_on(bids_tree, tmp_path):
     assert qsphere(bids_tree(("01",)), tmp_path / "out", "participant", "--estimate", "dti",
                    "--synthesize", "syn") == 0
