@@ -16,18 +16,20 @@ import tomli_w
 import torch
 
 from bidsapp import __version__, methods
+from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, names, sidecar
 from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
 from bidsapp.dwi import Dwi, Run, load, noise_sd, open_image, read_mean
 from bidsapp.errors import DataError, QSphereError, Refusal
 from bidsapp.evaluate import quality
 from bidsapp.mask import given, median_otsu
-from bidsapp.methods import Derived, Method
+from bidsapp.methods import Derived, Method, Synthetic
 from bidsapp.options import Options
 from bidsapp.report import figures, page
 
 log = logging.getLogger("qsphere")
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
+SYNTHESIS = "synthesize"
 
 
 @dataclass(frozen=True)
@@ -128,18 +130,26 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
     batch.image(mask_path, mask.astype("uint8"), like, sidecar.mask(run, dataset, mask_source))
     qc: dict[str, Any] = dict(quality.quality(dwi))
     refusals: dict[str, str] = {}
+    notices: list[str] = []
     drawn = figures.of_signal(dwi, mean_b0)
     for method in chosen_methods(job.options):
         try:
             method.check(acquisition)
+            log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
+            if method.name == SYNTHESIS:
+                made = method.synthesize(dwi, job.options.synthesize, job.options.random_seed,
+                                         job.device)
+                write_synthetic(job, dataset, run, batch, method, made, acquisition, like,
+                                mask_path)
+                derived, notices = made.derived, [*notices, *made.notices]
+            else:
+                derived = method.apply(dwi, job.device)
+                qc |= {**derived.counts, **quality.statistics(method, derived)}
         except Refusal as refusal:
             refusals[method.name] = str(refusal)
             log.warning("%s: %s is left out: %s", run.name, method.name, refusal)
             continue
-        log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
-        derived = method.apply(dwi, job.device)
         write_maps(job, dataset, run, batch, method, derived, dwi, like, mask_path)
-        qc |= {**derived.counts, **quality.statistics(method, derived)}
         drawn += figures.of_maps(method, derived, dwi)
     batch.table(names.output(run.entities, "qc", ".tsv", desc="image"), [qc], quality.columns(qc))
     batch.facts |= {
@@ -147,7 +157,7 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
         "voxel_size": [float(z) for z in like.header.get_zooms()[:3]],
         "shells": [{"b": s.b, "b_delta": s.b_delta, "n_directions": len(s)}
                    for s in acquisition.shells],
-        "n_b0": int(acquisition.b0.sum()), "qc": qc, "refusals": refusals,
+        "n_b0": int(acquisition.b0.sum()), "qc": qc, "refusals": refusals, "notices": notices,
         "methods": [m.name for m in chosen_methods(job.options) if m.name not in refusals],
         "figures": [draw(batch, run, figure) for figure in drawn]}
 
@@ -164,6 +174,35 @@ def write_maps(job: Job, dataset: Dataset, run: Run, batch: Batch, method: Metho
             run, dataset, model=outputs["model"], output=output, parameters=derived.parameters,
             mask_uri=dataset.uri(dataset.root / mask_path), seed=job.options.random_seed,
             device=job.device))
+
+
+def write_synthetic(job: Job, dataset: Dataset, run: Run, batch: Batch, method: Method,
+                    made: Synthetic, acquisition: Acquisition, like: Any,
+                    mask_path: PurePosixPath) -> None:
+    """Per mode an image of voxels × 1 × 1 × volumes with its b-table, and a table of the truth.
+
+    The affine is the run's, so that the .bvec is too; positions mean nothing.
+    """
+    outputs = method.outputs
+    tables = {".bval": btable.text(acquisition.bvals[None]),
+              ".bvec": btable.text(btable.to_fsl(acquisition, like.affine))}
+    if (acquisition.b_delta < 1).any():
+        tables[".btens"] = btable.btens_text(acquisition, like.affine)
+    for mode, signal in made.signals.items():
+        desc = f"synth{mode.replace('-', '')}"
+        truth = names.output(run.entities, "truth", ".tsv", desc=desc)
+        about = sidecar.derived(
+            run, dataset, model=outputs["model"], output=outputs["signal"],
+            parameters={"Mode": mode, **made.parameters}, seed=job.options.random_seed,
+            mask_uri=dataset.uri(dataset.root / mask_path), device=job.device)
+        batch.image(names.output(run.entities, "dwi", ".nii.gz", desc=desc),
+                    signal[:, None, None], like, {
+                        **{k: v for k, v in about.items() if k not in sidecar.SPATIAL},
+                        "SynthesizedVolumes": list(range(len(acquisition))),
+                        "Truth": dataset.uri(dataset.root / truth)})
+        for extension, text in tables.items():
+            batch.text(names.output(run.entities, "dwi", extension, desc=desc), text)
+        batch.table(truth, made.truth[mode].to_dict("records"), made.columns[mode])
 
 
 def draw(batch: Batch, run: Run, figure: figures.Figure) -> dict[str, str]:
@@ -193,12 +232,10 @@ def chosen_methods(options: Options) -> list[Method]:
     for kind in ("harmonize", "upsample"):
         if name := getattr(options, kind):
             raise methods.get(Path(name).name, kind).group_only()
-    if options.synthesize:
-        methods.get("synthesize")
-    if options.estimate:
-        return [methods.get(name, "estimate") for name in dict.fromkeys(options.estimate)]
     there = methods.names("estimate_")
-    return [methods.get(n, "estimate") for n in DEFAULT_ESTIMATES if f"estimate_{n}" in there]
+    estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in there]
+    return [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
+            *([methods.get(SYNTHESIS)] if options.synthesize else [])]
 
 
 def fingerprint(run: Run, options: Options) -> str:
@@ -206,6 +243,6 @@ def fingerprint(run: Run, options: Options) -> str:
     what = {"version": __version__, "entities": run.entities, "batch": run.batch,
             "inputs": [sha256(f) for f in run.files], "covariates": run.covariates,
             "metadata": [p.metadata for p in run.parts],
-            "methods": [m.name for m in chosen_methods(options)],
+            "methods": [m.name for m in chosen_methods(options)], "modes": options.synthesize,
             "options": [options.random_seed, options.allow_extrapolation, options.sloppy]}
     return hashlib.sha256(to_json(what).encode()).hexdigest()

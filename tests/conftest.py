@@ -11,8 +11,9 @@ from jaxtyping import install_import_hook
 
 # shapes in annotations are checked here, and only here
 install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
-                     "bidsapp.methods.estimate_smt.method", "bidsapp.simulate.odf",
-                     "bidsapp.simulate.forward", "bidsapp.simulate.noise"], "beartype.beartype")
+                     "bidsapp.methods.estimate_smt.method", "bidsapp.methods.synthesize.method",
+                     "bidsapp.simulate.odf", "bidsapp.simulate.forward",
+                     "bidsapp.simulate.noise"], "beartype.beartype")
 
 ROOT = Path(__file__).parent.parent
 

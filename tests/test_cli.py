@@ -114,7 +114,7 @@ def test_option_of_the_other_level(argv, capsys):
 
 
 @pytest.mark.parametrize("argv", [["--harmonize", "shresnet"], ["--upsample", "unet"],
-                                  ["--synthesize", "syn"], ["--estimate", "dtti"]])
+                                  ["--estimate", "dtti"]])
 def test_method_that_does_not_exist(tmp_path, argv, capsys):
     (tmp_path / "in").mkdir()
     code = cli.main([str(tmp_path / "in"), str(tmp_path / "out"), "participant", *argv])

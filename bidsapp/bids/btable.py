@@ -116,6 +116,11 @@ def to_fsl(acquisition: Acquisition, affine: Float[np.ndarray, "4 4"]
     return _fsl_axes(affine).T @ acquisition.bvecs.T
 
 
+def text(table: np.ndarray) -> str:
+    """(row, n) numbers as a .bval or .bvec file holds them."""
+    return "".join(" ".join(f"{v:.8g}" for v in row + 0.0) + "\n" for row in table)
+
+
 def btens_text(acquisition: Acquisition, affine: np.ndarray) -> str:
     """The content of a .btens file: one line of 9 numbers per volume, s/mm², frame of the .bvec."""
     axes = _fsl_axes(affine)

@@ -10,7 +10,7 @@ ENTITIES = ("sub", "ses", "sample", "task", "tracksys", "acq", "ce", "trc", "sta
 """BIDS order, with the entities of BEP016 (model, param) and `stat` before `desc`."""
 
 BIDSIGNORE = ("*.html", "logs", "log", "figures", "group", "*_dwimap.*", "*_dwi.bval",
-              "*_dwi.bvec", "*_dwi.b", "*_dwi.btens", "*_qc.*", "*_xfm.*")
+              "*_dwi.bvec", "*_dwi.b", "*_dwi.btens", "*_qc.*", "*_truth.*", "*_xfm.*")
 """What the validator's schema does not know yet."""
 
 

@@ -16,6 +16,11 @@ CARRIED = (
 )
 """Acquisition keys that every image made from a run inherits."""
 
+SPATIAL = ("PhaseEncodingDirection", "TotalReadoutTime", "EffectiveEchoSpacing",
+           "MultibandAccelerationFactor", "PartialFourier", "ParallelReductionFactorInPlane",
+           "SliceThickness")
+"""Of these, what says how the image was encoded in space: nothing of voxels in no place."""
+
 
 def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
     """The keys of every image: Description, Sources, carried acquisition keys, space."""

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,23 @@ class Fitted:
     model: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Synthetic:
+    """Signals that were computed, not measured, and their truth, by mode.
+
+    signals: (voxel, measurement) float32 in the run's own b-table. truth: one row per voxel.
+    columns: Description and Units of each column of truth. derived: maps that show what of the
+    run served as a model. parameters: as of `Derived`. notices: sentences for the report.
+    """
+
+    signals: Mapping[str, np.ndarray]
+    truth: Mapping[str, pd.DataFrame]
+    columns: Mapping[str, Mapping[str, Mapping[str, str]]]
+    derived: Derived
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    notices: Sequence[str] = ()
+
+
 class Method(ABC):
     """A method of the literature. Folder name and class travel together: `get(name)`."""
 
@@ -94,6 +111,15 @@ class Method(ABC):
         """Says that the method is trained, and not applied to images."""
         return UsageError(f"{self.name} is not applied to images, but trained at group level: "
                           f"qsphere BIDS_DIR OUTPUT_DIR group --train {self.name}")
+
+    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str) -> Synthetic:
+        """Signals with known truth in the manner of one Dwi. Never modifies it.
+
+        Raises:
+            Refusal: the Dwi cannot serve as a model; says what was found and what is needed.
+        """
+        raise UsageError(f"{self.name} synthesizes nothing: qsphere BIDS_DIR OUTPUT_DIR "
+                         "participant --synthesize syn")
 
     def fit(self, study: Study) -> Fitted:
         """Learn from all participants.

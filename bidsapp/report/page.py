@@ -88,7 +88,7 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
     size = record.get("voxel_size")
     return {
         **record, "state": state, "id": record.get("name", "run"), "refusals":
-        record.get("refusals", {}),
+        record.get("refusals", {}), "notices": record.get("notices", []),
         "size": " × ".join(f"{s:.3g}" for s in size) + " mm" if size else "",
         "shells": [{**s, "shape": _shape(s["b_delta"])} for s in record.get("shells", ())],
         "sections": _sections(figures),

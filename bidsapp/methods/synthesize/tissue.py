@@ -1,0 +1,165 @@
+"""Where grey matter, CSF and single fibres are, from the diffusion images alone.
+
+Grey matter and CSF come from a hidden Markov random field segmentation, the algorithm of FAST
+(Zhang et al. 2001, doi:10.1109/42.906424; dipy's). Its images are ratios of signals, so a bias
+field cancels: the mean diffusivity parts fluid from tissue, FA then parts white from grey matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bidsapp import tensor
+from bidsapp.acquisition import Acquisition
+from bidsapp.blocks import map_voxels
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal
+
+SMOOTHNESS = 0.1
+"""β of the Markov random field, as in dipy's tutorial."""
+
+TENSOR_B_MAX = 1500.0
+"""s/mm²: the tensor is fitted to the volumes up to here where they determine it, else to all."""
+
+SINGLE_FIBRE_FA = 0.7
+"""The paper's threshold."""
+
+CALLOSUM_FA, LEFT_RIGHT = 0.4, 0.8
+"""FA and |x| of the principal direction, at least, of the region in which voxels are sought."""
+
+NEAR_MIDLINE, BELOW_CENTRE, DEPTH = 20.0, 20.0, 15.0
+"""mm: how far from the mid-sagittal plane, and below the brain's centre, the callosum may lie; how
+deep inside the mask it must lie (its noisy rim is as red as anything)."""
+
+PART = 0.2
+"""Connected parts of the region that are smaller than this share of the largest are dropped."""
+
+FLUID = 1.5
+"""MD of CSF over that of tissue, at least. It is about 4, and less where noise hides the signal."""
+
+MIXED = 0.1
+"""The least fluid, as a share, that the mean of the middle class of MD stands for."""
+
+MIN_VOXELS = 10
+"""Fewer voxels of a kind do not describe a tissue."""
+
+
+@dataclass(frozen=True)
+class Regions:
+    """(voxel,) bool each, and whether single fibres are from the callosum or from anywhere."""
+
+    gm: np.ndarray
+    csf: np.ndarray
+    single_fibre: np.ndarray
+    callosum: bool
+
+
+def regions(dwi: Dwi, device: str) -> Regions:
+    """Grey matter, CSF and single-fibre voxels.
+
+    Raises:
+        Refusal: fewer than MIN_VOXELS of one of them.
+    """
+    chosen = tensor_volumes(dwi.acquisition)
+    x = tensor.design(dwi.acquisition[chosen].btensors)
+    maps = map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, device)
+    usable = (dwi.mean_b0 > 0) & ~maps["failed"]
+    fibre, callosum = single_fibres(dwi, maps["fa"] * usable, maps["direction"])
+    gm, csf = segment(dwi, maps["md"], maps["fa"], usable)
+    for name, found, remedy in (
+            ("grey matter", gm, "Acquire more of the brain, or check the brain mask."),
+            ("CSF", csf, "The slab must cut the ventricles or sulci, and the mask hold them."),
+            (f"single-fibre (FA > {SINGLE_FIBRE_FA:g})", fibre,
+             "Acquire the corpus callosum, at smaller voxels or higher SNR.")):
+        if found.sum() < MIN_VOXELS:
+            raise Refusal(f"{int(found.sum())} {name} voxels were found, {MIN_VOXELS} or more are "
+                          f"needed to synthesize from this participant. {remedy}")
+    return Regions(gm, csf, fibre, callosum)
+
+
+def tensor_volumes(acquisition: Acquisition) -> np.ndarray:
+    """Indices of the volumes that the tensor is fitted to."""
+    low = np.flatnonzero(acquisition.bvals <= TENSOR_B_MAX)
+    x = tensor.design(acquisition[low].btensors) if len(low) else np.zeros((0, tensor.TERMS))
+    enough = (~acquisition[low].b0).sum() >= 12 if len(low) else False
+    return low if enough and np.linalg.matrix_rank(x) == tensor.TERMS else np.arange(
+        len(acquisition))
+
+
+def single_fibres(dwi: Dwi, fa: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, bool]:
+    """(voxel,) bool: FA > 0.7 in the corpus callosum, or anywhere where the slab cuts none.
+
+    The callosum is sought as what is red on a colour FA map near the midline: left–right principal
+    directions, within 20 mm of the mid-sagittal plane of the mask, deep inside it, not far below
+    its centre (where the transverse fibres of the pons are); specks are dropped. Genu and splenium
+    may be apart, as in a slab.
+    """
+    from scipy.ndimage import distance_transform_edt, label
+
+    xyz = np.argwhere(dwi.mask) @ dwi.affine[:3, :3].T
+    xyz = xyz - xyz.mean(axis=0)
+    size = np.linalg.norm(dwi.affine[:3, :3], axis=0)
+    inner = distance_transform_edt(dwi.mask, sampling=size)[dwi.mask] > DEPTH
+    red = (inner & (fa > CALLOSUM_FA) & (np.abs(direction[:, 0]) > LEFT_RIGHT)
+           & (np.abs(xyz[:, 0]) < NEAR_MIDLINE) & (xyz[:, 2] > -BELOW_CENTRE))
+    parts = label(dwi.unmask(red), np.ones((3, 3, 3)))[0][dwi.mask]
+    count = np.bincount(parts)
+    count[0] = 0
+    sharp = fa > SINGLE_FIBRE_FA
+    in_callosum = sharp & (parts > 0) & (count >= PART * count.max())[parts]
+    return (in_callosum, True) if in_callosum.sum() >= MIN_VOXELS else (sharp & inner, False)
+
+
+def segment(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """(voxel,) bool of grey matter and of CSF, eroded by one voxel.
+
+    CSF is the highest of three classes of MD (tissue, mixed, fluid), grey matter the lower of two
+    classes of FA within tissue. Where hardly a voxel is mixed the middle class is the upper part
+    of tissue, and counted to it; where the highest is not clearly fluid there is no CSF. The faces
+    of the image do not erode, so that thin slabs keep their tissue; a class of which erosion
+    leaves too little stays as it is.
+    """
+    md = np.clip(md / 3e-3, 0, 1)
+    fluid = _classes(dwi, md, usable, 3)
+    if not fluid.any():
+        fluid = _classes(dwi, md, usable, 2)
+        fluid[fluid == 2] = 3
+    level = [md[fluid == k].mean() if (fluid == k).any() else np.inf for k in (1, 2, 3)]
+    csf = (fluid == 3) & (level[2] > FLUID * level[0])
+    mixed = (fluid == 2) & (level[1] > level[0] + MIXED * (level[2] - level[0]))
+    isotropic = _classes(dwi, fa, (fluid > 0) & ~csf & ~mixed, 2) == 1
+    return _eroded(dwi, isotropic), _eroded(dwi, csf)
+
+
+def _classes(dwi: Dwi, values: np.ndarray, inside: np.ndarray, count: int) -> np.ndarray:
+    """(voxel,) class 1 … count in ascending order of `values` (0–1), 0 where not inside.
+
+    The classes start evenly over 0–1, or where one stays empty so, over what `values` span; where
+    one stays empty even then, all do.
+    """
+    from dipy.segment.tissue import TissueClassifierHMRF
+
+    if inside.sum() < MIN_VOXELS:
+        return np.zeros(len(values))
+    low, high = np.quantile(values[inside], (0.02, 0.98))
+    span = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
+    # not 0: dipy would add unseeded noise there
+    image = 1e-3 + 1e-4 * np.random.default_rng(0).standard_normal(dwi.mask.shape)
+    for scaled in (0.1 + 0.9 * values, 1 / count + (1 - 1 / count) * span):
+        image[dwi.mask] = np.where(inside, scaled, 1e-3)
+        with np.errstate(invalid="ignore", divide="ignore"):  # of classes that are empty
+            _, found, _ = TissueClassifierHMRF(verbose=False).classify(image, count, SMOOTHNESS)
+        classes = np.where(inside, found[dwi.mask], 0)
+        if set(range(1, count + 1)) <= set(np.unique(classes).tolist()):
+            return classes
+    return np.zeros(len(values))
+
+
+def _eroded(dwi: Dwi, inside: np.ndarray) -> np.ndarray:
+    from scipy.ndimage import binary_erosion
+
+    core = binary_erosion(dwi.unmask(inside), border_value=1)[dwi.mask]
+    return core if core.sum() >= MIN_VOXELS else inside
