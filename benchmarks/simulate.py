@@ -12,13 +12,12 @@ difference from dense integration over the sphere in float64, over the first vox
 
 import argparse
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import peer
 import torch
 from dipy.sims.voxel import multi_tensor
 
@@ -108,7 +107,8 @@ def main() -> None:
         times.setdefault("dipy multi_tensor", []).append(
             (time.perf_counter() - start) / len(theirs))
         if options.peer_python:
-            found = peer(options.peer_python, acq, d[few], f[few], kappa[few], mu[few])
+            found = peer.run(options.peer_python, PEER, b=acq.bvals, g=acq.bvecs, d=d[few],
+                             f=f[few], kappa=kappa[few], mu=mu[few])
             times.setdefault("dmipy-fit Watson", []).append(float(found["seconds"]) / len(theirs))
     first = slice(0, CHECKED)
     dense = integrated(acq, d[first], f[first], kappa[first], mu[first])
@@ -157,16 +157,6 @@ def integrated(acq, d, f, kappa, mu):
         zeppelin = torch.exp(-b[:, None] * d[i] * (1 - f[i] + f[i] * along))
         out.append((f[i] * stick + (1 - f[i]) * zeppelin) @ density[i])
     return torch.stack(out).numpy()
-
-
-def peer(python: Path, acq, d, f, kappa, mu):
-    with tempfile.TemporaryDirectory() as folder:
-        given, left = f"{folder}/in.npz", f"{folder}/out.npz"
-        np.savez(given, b=acq.bvals, g=acq.bvecs, d=d, f=f, kappa=kappa, mu=mu)
-        subprocess.run([python, "-W", "ignore", "-c", PEER, given, left], check=True,
-                       stdout=subprocess.DEVNULL)
-        with np.load(left) as arrays:
-            return dict(arrays)
 
 
 if __name__ == "__main__":

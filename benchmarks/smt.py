@@ -9,13 +9,12 @@ one noise-free b0, 60 directions at b = 1000 and 2200 s/mm², Watson-mixture ODF
 
 import argparse
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import peer
 import torch
 
 from bidsapp.methods import get
@@ -65,7 +64,8 @@ def main() -> None:
         maps = method.apply(dwi, "cpu").maps
         times.append((time.perf_counter() - start) / options.voxels)
         if options.peer_python:
-            found = peer(options.peer_python, acq, signal[:options.peer_voxels])
+            found = peer.run(options.peer_python, PEER, b=acq.bvals, g=acq.bvecs,
+                             signal=signal[:options.peer_voxels])
             peers.append(float(found["seconds"]) / options.peer_voxels)
     print(f"{'estimate':<16}{'vox/s':>9}{'MSE d':>10}{'MSE f':>10}   (µm²/ms)², 1")
     rows = [("posterior mean", times, maps["diffusivity"], maps["neuritefraction"]),
@@ -80,16 +80,6 @@ def main() -> None:
         ratios = [p / t for p, t in zip(peers, times, strict=True)]
         print(f"ratio to the peer: median {statistics.median(ratios):.0f}, "
               f"{min(ratios):.0f}–{max(ratios):.0f}")
-
-
-def peer(python: Path, acq, signal: np.ndarray):
-    with tempfile.TemporaryDirectory() as folder:
-        given, left = f"{folder}/in.npz", f"{folder}/out.npz"
-        np.savez(given, b=acq.bvals, g=acq.bvecs, signal=signal)
-        subprocess.run([python, "-W", "ignore", "-c", PEER, given, left], check=True,
-                       stdout=subprocess.DEVNULL)
-        with np.load(left) as arrays:
-            return dict(arrays)
 
 
 if __name__ == "__main__":

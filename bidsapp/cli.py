@@ -16,10 +16,9 @@ from typing import Any
 
 from bidsapp import __version__
 from bidsapp.errors import QSphereError, UsageError
-from bidsapp.options import Options
+from bidsapp.options import MODES, Options
 
 POSITIONAL = ("bids_dir", "output_dir", "analysis_level")
-MODES = ("syn", "sample-mean", "sample", "random-wm")
 
 
 def _label(prefix: str):

@@ -10,6 +10,9 @@ from typing import Any
 
 from bidsapp.errors import UsageError
 
+MODES = ("syn", "sample-mean", "sample", "random-wm")
+"""Of --synthesize."""
+
 OTHER_LEVEL = {
     "participant": ("train", "reference_batch", "folds", "epochs", "max_steps", "init",
                     "paired_by"),

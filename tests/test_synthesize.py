@@ -16,12 +16,13 @@ from test_run import content, qsphere, validate
 from bidsapp import methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, find
-from bidsapp.cli import MODES, parse
+from bidsapp.cli import parse
 from bidsapp.dwi import Dwi, load, noise_sd, read_mean
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.mask import given, median_otsu
 from bidsapp.methods.synthesize import method as synthesis
 from bidsapp.methods.synthesize import tissue
+from bidsapp.options import MODES
 
 SHELLS = (1000, 2000)
 WM = ("wm1", "wm2", "wm3")
@@ -82,10 +83,6 @@ def tensors(truth, b, name="wm1"):
         i, j = ("xyz".index(c) for c in term[1:])
         d[:, i, j] = d[:, j, i] = truth[f"{name}_b{b}_{term}"]
     return d
-
-
-def test_modes_are_those_of_the_command_line():
-    assert synthesis.MODES == MODES
 
 
 def test_regions_are_where_the_tissues_are():

@@ -136,7 +136,7 @@ class Posterior:
         self.table = tensor(np.concatenate([p[:, :-1], np.diff(p, axis=1)], 2)).flatten(0, 1).T
         self.table = self.table.contiguous()
         total = (p / protocol.noise).sum(2)
-        self.highest, self.step = float(total.max()), float(total.max()) / INVERSE
+        self.step = float(total.max()) / INVERSE
         at = np.arange(INVERSE + 1) * self.step
         self.inverse = tensor(np.array([np.interp(at, row[::-1], d[::-1])
                                         for row in total])).flatten()

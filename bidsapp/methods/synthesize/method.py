@@ -33,7 +33,6 @@ from bidsapp.methods.synthesize.tissue import (
 )
 
 RANDOM = "random-wm"
-MODES = ("syn", "sample-mean", "sample", RANDOM)
 
 VOXELS = 10_000
 
