@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from bidsapp.acquisition import Acquisition
+
 TERMS = 7
 
 MIN_LOG_SIGNAL = 1e-6
@@ -27,12 +29,24 @@ MIN_LOG_SIGNAL = 1e-6
 
 SATURATED_FA = 0.999
 
+B_MAX = 1500.0
+"""s/mm²: of the volumes that a tensor describes."""
+
 
 def design(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 7"]:
     """(n, 7) design matrix of (n, 3, 3) b-tensors in s/mm²; its entries are in ms/µm² (and 1)."""
     b = np.asarray(btensors, dtype=np.float64) / 1000
     return np.stack([-b[:, 0, 0], -2 * b[:, 0, 1], -2 * b[:, 0, 2], -b[:, 1, 1],
                      -2 * b[:, 1, 2], -b[:, 2, 2], np.ones(len(b))], axis=1)
+
+
+def volumes(acquisition: Acquisition) -> np.ndarray:
+    """Indices of the volumes up to B_MAX where they determine a tensor, else of all."""
+    low = np.flatnonzero(acquisition.bvals <= B_MAX)
+    x = design(acquisition[low].btensors) if len(low) else np.zeros((0, TERMS))
+    enough = (~acquisition[low].b0).sum() >= 12 if len(low) else False
+    return low if enough and np.linalg.matrix_rank(x) == TERMS else np.arange(
+        len(acquisition))
 
 
 def fit(signal: Float[torch.Tensor, "voxel n"], x: Float[np.ndarray, "n 7"], *,

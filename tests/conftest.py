@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 
 # shapes in annotations are checked here, and only here
 install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
-                     "bidsapp.methods.estimate_smt.method", "bidsapp.methods.synthesize.method",
+                     "bidsapp.methods.estimate_smt.method", "bidsapp.simulate.mixture",
                      "bidsapp.simulate.odf", "bidsapp.simulate.forward",
                      "bidsapp.simulate.noise"], "beartype.beartype")
 

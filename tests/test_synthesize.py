@@ -20,9 +20,9 @@ from bidsapp.cli import parse
 from bidsapp.dwi import Dwi, load, noise_sd, read_mean
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.mask import given, median_otsu
-from bidsapp.methods.synthesize import method as synthesis
-from bidsapp.methods.synthesize import tissue
 from bidsapp.options import MODES
+from bidsapp.preprocess import tissue
+from bidsapp.simulate import mixture
 
 SHELLS = (1000, 2000)
 WM = ("wm1", "wm2", "wm3")
@@ -99,7 +99,7 @@ def test_diffusivities_are_the_truth():
     """Every callosal voxel keeps its own; the noise floor does not lower CSF in the high shell."""
     dwi, labels, factor = participant()
     where = labels == 3
-    measured = synthesis.measure(dwi, labels == 1, labels == 2, where, "cpu")
+    measured = mixture.measure(dwi, labels == 1, labels == 2, where, "cpu")
     for i, b in enumerate(SHELLS):
         assert measured.gm_mean[i] == pytest.approx(1e3 * head.GM[b], rel=0.005)
         assert measured.csf_mean[i] == pytest.approx(1e3 * head.CSF[b], rel=0.02)
@@ -120,7 +120,7 @@ def test_prolate_fit_is_exact_without_noise(rng, b_delta):
     floor = 0.05
     clean = np.exp(-np.einsum("nij,vij->vn", acquisition.btensors / 1000, d))
     seen = torch.as_tensor(np.hypot(clean, floor))
-    found = synthesis.fit_prolate(seen, acquisition.btensors / 1000,
+    found = mixture.fit_prolate(seen, acquisition.btensors / 1000,
                                   torch.full((60,), floor, dtype=seen.dtype))
     np.testing.assert_allclose(found[0].numpy(), axial, rtol=1e-4)
     np.testing.assert_allclose(found[1].numpy(), radial, rtol=1e-4, atol=1e-5)
@@ -133,7 +133,7 @@ def test_prolate_fit_of_what_is_not_prolate(rng):
     oblate = np.exp(-np.einsum("nij,ij->n", b, np.diag([1.5, 1.5, 0.2])))
     rows = np.array([np.full(20, 0.4), oblate, np.zeros(20), np.full(20, 1.3),
                      rng.uniform(-0.1, 1, 20)])
-    axial, radial = (x.numpy() for x in synthesis.fit_prolate(
+    axial, radial = (x.numpy() for x in mixture.fit_prolate(
         torch.as_tensor(rows), b, torch.zeros(5, dtype=torch.float64)))
     assert np.isfinite(axial).all() and (radial >= 0).all()
     assert (axial >= radial).all() and (axial <= 3 + 1e-6).all()
@@ -255,7 +255,7 @@ def test_single_shell_is_used_and_said():
 def test_a_poor_shell_borrows_the_nearest():
     """Four directions at b = 2000 determine no tensor; isotropic tissue has its own there."""
     dwi, labels, _ = participant(scheme=((0, 4), (1000, 30), (2000, 4)))
-    measured = synthesis.measure(dwi, labels == 1, labels == 2, labels == 3, "cpu")
+    measured = mixture.measure(dwi, labels == 1, labels == 2, labels == 3, "cpu")
     np.testing.assert_array_equal(measured.axial[:, 0], measured.axial[:, 1])
     assert measured.gm_mean[1] == pytest.approx(1e3 * head.GM[2000], rel=0.01)
 
@@ -267,7 +267,7 @@ def test_spherical_encoding_borrows_too():
     methods.get("synthesize").check(acquisition)
     tensor = np.tile([1.7, 0, 0, 0.3, 0, 0.3], (1, 5, 2, 1))
     fractions = np.array([[1.0, 0, 0, 0, 0]])
-    signal = synthesis.attenuation(fractions, tensor, acquisition, "cpu")[0]
+    signal = mixture.attenuation(fractions, tensor, acquisition, "cpu")[0]
     np.testing.assert_allclose(signal[:2], 1)
     np.testing.assert_allclose(signal[22:], np.exp(-1.5 * (1.7 + 0.6) / 3), rtol=1e-12)
 
@@ -400,7 +400,7 @@ def test_real_participants(test_data, name):
     synth = methods.get("synthesize")
     found = tissue.regions(dwi, "cpu")
     assert found.callosum
-    measured = synthesis.measure(dwi, found.gm, found.csf, found.single_fibre, "cpu")
+    measured = mixture.measure(dwi, found.gm, found.csf, found.single_fibre, "cpu")
     assert np.all((measured.axial.mean(0) > 1.4) & (measured.axial.mean(0) < 2.2))
     assert np.all((measured.radial.mean(0) > 0.1) & (measured.radial.mean(0) < 0.5))
     assert np.all((measured.gm_mean > 0.5) & (measured.gm_mean < 0.9))

@@ -12,16 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bidsapp import tensor
-from bidsapp.acquisition import Acquisition
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 
 SMOOTHNESS = 0.1
 """β of the Markov random field, as in dipy's tutorial."""
-
-TENSOR_B_MAX = 1500.0
-"""s/mm²: the tensor is fitted to the volumes up to here where they determine it, else to all."""
 
 SINGLE_FIBRE_FA = 0.7
 """The paper's threshold."""
@@ -62,7 +58,7 @@ def regions(dwi: Dwi, device: str) -> Regions:
     Raises:
         Refusal: fewer than MIN_VOXELS of one of them.
     """
-    chosen = tensor_volumes(dwi.acquisition)
+    chosen = tensor.volumes(dwi.acquisition)
     x = tensor.design(dwi.acquisition[chosen].btensors)
     maps = map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, device)
     usable = (dwi.mean_b0 > 0) & ~maps["failed"]
@@ -77,15 +73,6 @@ def regions(dwi: Dwi, device: str) -> Regions:
             raise Refusal(f"{int(found.sum())} {name} voxels were found, {MIN_VOXELS} or more are "
                           f"needed to synthesize from this participant. {remedy}")
     return Regions(gm, csf, fibre, callosum)
-
-
-def tensor_volumes(acquisition: Acquisition) -> np.ndarray:
-    """Indices of the volumes that the tensor is fitted to."""
-    low = np.flatnonzero(acquisition.bvals <= TENSOR_B_MAX)
-    x = tensor.design(acquisition[low].btensors) if len(low) else np.zeros((0, tensor.TERMS))
-    enough = (~acquisition[low].b0).sum() >= 12 if len(low) else False
-    return low if enough and np.linalg.matrix_rank(x) == tensor.TERMS else np.arange(
-        len(acquisition))
 
 
 def single_fibres(dwi: Dwi, fa: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, bool]:

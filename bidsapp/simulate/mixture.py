@@ -1,0 +1,239 @@
+"""Signals with known truth: mixtures of tissues with one participant's own diffusivities.
+
+Sadegheih et al. 2023 (doi:10.1007/s13218-023-00811-y, WP2); fractions and number of compartments
+follow its free-water application (Weninger et al. 2020, doi:10.1371/journal.pone.0239475). A voxel
+mixes three fibre populations, grey matter and CSF:
+
+    S_i / S0 = Σ_c f_c exp(−B_i : D_c,s(i))
+
+with one set of tensors D per shell s, so that what depends on b (kurtosis) is in the signals.
+b is in ms/µm², D in µm²/ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from bidsapp import tensor
+from bidsapp.acquisition import Acquisition, Shell
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal
+
+RANDOM = "random-wm"
+
+FIBRES = ("wm1", "wm2", "wm3")
+COMPARTMENTS = (*FIBRES, "gm", "csf")
+
+MAX_DIFFUSIVITY = 3.0
+"""µm²/ms, of free water at body temperature: no tissue's is above. Where noise hides the signal of
+CSF in a high shell, it is what stands for it."""
+
+MIN_DIRECTIONS = 6
+"""A shell with fewer, or of spherical encoding, takes the fibre tensors of the nearest in b."""
+
+STEPS = 40
+
+
+@dataclass(frozen=True)
+class Diffusivities:
+    """What was measured in one participant, µm²/ms, by shell.
+
+    axial, radial: (voxel, shell) of the single-fibre voxels. gm, csf: (voxel, shell).
+    gm_mean, csf_mean: (shell,) of the signal pooled over the voxels.
+    """
+
+    axial: np.ndarray
+    radial: np.ndarray
+    gm: np.ndarray
+    csf: np.ndarray
+    gm_mean: np.ndarray
+    csf_mean: np.ndarray
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """Signals and their truth, one row per voxel.
+
+    attenuation: (voxel, measurement) S/S0 without noise. fractions: (voxel, 5) in the order of
+    COMPARTMENTS. directions: (voxel, 3, 3) of the fibres, world RAS+. tensors: (voxel, compartment,
+    shell, 6), µm²/ms, of all compartments, or of the last two where white matter has no tensor;
+    then profile is its (voxel, measurement) diffusivity in every volume, else None.
+    """
+
+    attenuation: np.ndarray
+    fractions: np.ndarray
+    directions: np.ndarray
+    tensors: np.ndarray
+    profile: np.ndarray | None = None
+
+
+def check(acquisition: Acquisition) -> None:
+    """Raises Refusal without a b0, or where no shell determines a fibre's tensor."""
+    chosen = acquisition[tensor.volumes(acquisition)]
+    rank = np.linalg.matrix_rank(tensor.design(chosen.btensors), tol=1e-3)
+    if not acquisition.b0.any() or rank < tensor.TERMS or not any(
+            _determines(acquisition, shell) for shell in acquisition.shells):
+        shells = ", ".join(f"{len(s)} at b = {s.b:.0f} (b_delta {s.b_delta:.2g})"
+                           for s in acquisition.shells) or "none weighted"
+        raise Refusal(
+            "mixtures of this participant's tissues need a tensor of the single-fibre voxels in "
+            f"each shell; found are {int(acquisition.b0.sum())} volumes without weighting and "
+            f"shells: {shells}. Needed are a b0 and a shell of {MIN_DIRECTIONS} or more directions "
+            "that do not lie on one cone. Acquire these, or do without.")
+
+
+def measure(dwi: Dwi, gm: np.ndarray, csf: np.ndarray, fibre: np.ndarray, device: str
+            ) -> Diffusivities:
+    """Diffusivities of the given (voxel,) bool regions in every shell."""
+    acquisition, s0 = dwi.acquisition, dwi.mean_b0
+    shells = acquisition.shells
+    noise = dwi.noise_sd or 0.0
+    isotropic, pooled = {}, {}
+    for name, where in (("gm", gm), ("csf", csf)):
+        squares = np.stack([(dwi.signal[where][:, s.indices].astype(float) ** 2).mean(1)
+                            for s in shells], 1)
+        isotropic[name] = _isotropic(squares, s0[where, None].astype(float) ** 2, shells, noise)
+        pooled[name] = _isotropic(squares.mean(0), (s0[where].astype(float) ** 2).mean(), shells,
+                                  noise)
+    able = [i for i, shell in enumerate(shells) if _determines(acquisition, shell)]
+    level = torch.as_tensor(s0[fibre].astype(float), device=device)
+    fits = {}
+    for i in able:
+        signal = torch.as_tensor(dwi.signal[fibre][:, shells[i].indices].astype(float),
+                                 device=device)
+        fits[i] = fit_prolate(signal / level[:, None],
+                              acquisition.btensors[shells[i].indices] / 1000, noise / level)
+    nearest = [able[int(np.argmin([abs(shells[i].b - shell.b) for i in able]))]
+               for shell in shells]
+    axial, radial = (torch.stack([fits[i][k] for i in nearest], 1).cpu().numpy() for k in (0, 1))
+    return Diffusivities(axial, radial, isotropic["gm"], isotropic["csf"], pooled["gm"],
+                         pooled["csf"])
+
+
+def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.ndarray, "n 3 3"],
+                noise: Float[torch.Tensor, " voxel"]
+                ) -> tuple[Float[torch.Tensor, " voxel"], Float[torch.Tensor, " voxel"]]:
+    """Axial and radial diffusivity, µm²/ms, of the prolate tensor nearest to each signal.
+
+    Least squares of S/S0 in D = r I + u uᵀ, which is prolate for every u (axial = r + |u|²), by
+    damped Gauss–Newton steps for all voxels at once, from the axisymmetric part of the log-linear
+    tensor. The model includes the noise floor, sqrt(A² + σ²) (Gudbjartsson & Patz 1995,
+    doi:10.1002/mrm.1910340618). btensors: ms/µm²; noise: σ/S0. 0 ≤ radial ≤ axial ≤ 3.
+    """
+    b = torch.as_tensor(btensors, dtype=attenuation.dtype, device=attenuation.device)
+    trace = torch.einsum("nii->n", b)
+    x = torch.as_tensor(tensor.design(btensors * 1000)[:, :6], dtype=b.dtype, device=b.device)
+    d = torch.log(attenuation.clamp(min=1e-3)) @ torch.linalg.pinv(x).T
+    full = d[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].unflatten(1, (3, 3))
+    values, vectors = torch.linalg.eigh(full)
+    radial = values[:, :2].mean(1).clamp(0.05, 1)
+    theta = torch.cat([radial[:, None], vectors[:, :, 2]
+                       * (values[:, 2] - radial).clamp(0.05, 2).sqrt()[:, None]], 1)
+
+    def predict(theta):
+        bu = torch.einsum("nij,vj->vni", b, theta[:, 1:])
+        clean = torch.exp(-trace * theta[:, :1] - torch.einsum("vni,vi->vn", bu, theta[:, 1:]))
+        seen = torch.sqrt(clean**2 + noise[:, None] ** 2)
+        slope = torch.cat([trace.expand(len(theta), -1)[..., None], 2 * bu], 2)
+        return attenuation - seen, -slope * (clean**2 / seen)[..., None]
+
+    damping = torch.full_like(radial, 1e-3)
+    residual, jacobian = predict(theta)
+    for _ in range(STEPS):
+        normal = jacobian.mT @ jacobian
+        diagonal = torch.diagonal(normal, dim1=1, dim2=2)
+        normal = normal + torch.diag_embed(damping[:, None] * diagonal + 1e-12)
+        step = torch.linalg.solve(normal, (jacobian.mT @ residual[..., None])[..., 0])
+        moved = _bounded(theta + step)
+        new_residual, new_jacobian = predict(moved)
+        better = (new_residual**2).sum(1) < (residual**2).sum(1)
+        theta = torch.where(better[:, None], moved, theta)
+        residual = torch.where(better[:, None], new_residual, residual)
+        jacobian = torch.where(better[:, None, None], new_jacobian, jacobian)
+        damping = (damping * torch.where(better, 0.2, 4.0)).clamp(1e-9, 1e9)
+    return theta[:, 0] + (theta[:, 1:] ** 2).sum(1), theta[:, 0]
+
+
+def mix(mode: str, measured: Diffusivities, acquisition: Acquisition, count: int, seed: int,
+        device: str) -> Mixtures:
+    """`count` voxels of a mode. With one seed, fractions and directions are those of every mode."""
+    fractions, directions, tensors = draw(mode, measured, count, seed)
+    share = attenuation(fractions[:, -tensors.shape[1]:], tensors, acquisition, device)
+    if mode != RANDOM:
+        return Mixtures(share, fractions, directions, tensors)
+    profile = np.random.default_rng([seed, 3]).uniform(0, MAX_DIFFUSIVITY, share.shape)
+    white = fractions[:, :len(FIBRES)].sum(1, keepdims=True)
+    share += white * np.exp(-acquisition.bvals / 1000 * profile)
+    return Mixtures(share, fractions, directions, tensors, profile)
+
+
+def draw(mode: str, measured: Diffusivities, count: int, seed: int) -> tuple[np.ndarray, ...]:
+    """Fractions (count, 5), directions (count, 3, 3) and tensors (count, 5, shell, 6), µm²/ms.
+
+    Fractions are five uniform numbers divided by their sum; directions are uniform on the sphere.
+    `random-wm` has the tensors of the last two compartments only.
+    """
+    shared = np.random.default_rng([seed, 0])
+    fractions = shared.uniform(size=(count, len(COMPARTMENTS)))
+    fractions /= fractions.sum(1, keepdims=True)
+    directions = shared.standard_normal((count, len(FIBRES), 3))
+    directions /= np.linalg.norm(directions, axis=2, keepdims=True)
+    rng = np.random.default_rng([seed, 2])
+    shape = (count, len(measured.gm_mean))
+    parts = []
+    if mode != RANDOM:
+        pick = rng.integers(len(measured.axial), size=(count, len(FIBRES)))
+        axial, radial = (np.broadcast_to(x.mean(0), (*pick.shape, shape[1])) if mode == "syn"
+                         else x[pick] for x in (measured.axial, measured.radial))
+        outer = directions[..., :, None] * directions[..., None, :]
+        parts.append(radial[..., None, None] * np.eye(3)
+                     + (axial - radial)[..., None, None] * outer[:, :, None])
+    for mean, each in ((measured.gm_mean, measured.gm), (measured.csf_mean, measured.csf)):
+        own = each[rng.integers(len(each), size=count)] if mode == "sample" else mean
+        parts.append(np.broadcast_to(own, shape)[:, None, :, None, None] * np.eye(3))
+    tensors = np.concatenate(parts, 1)
+    return fractions, directions, tensors[..., [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]]
+
+
+def attenuation(fractions: np.ndarray, tensors: np.ndarray, acquisition: Acquisition, device: str
+                ) -> np.ndarray:
+    """(voxel, measurement) S/S0 of mixtures; a b0 volume uses the tensors of the lowest shell."""
+    x = torch.as_tensor(tensor.design(acquisition.btensors)[:, :6], device=device)
+    share = torch.as_tensor(fractions, device=device)
+    d = torch.as_tensor(tensors, device=device)
+    out = torch.empty(len(share), len(x), dtype=x.dtype, device=device)
+    for i, shell in enumerate(acquisition.shells):
+        at = torch.as_tensor(np.r_[shell.indices, np.flatnonzero(acquisition.b0 & (i == 0))],
+                             device=device)
+        out[:, at] = torch.einsum("vc,vcn->vn", share, torch.exp(d[:, :, i] @ x[at].T))
+    return out.cpu().numpy()
+
+
+def _determines(acquisition: Acquisition, shell: Shell) -> bool:
+    """Whether a shell alone, with S0 known, determines the six entries of a tensor."""
+    if len(shell) < MIN_DIRECTIONS or abs(shell.b_delta) < 0.05:
+        return False
+    x = tensor.design(acquisition.btensors[shell.indices])[:, :6]
+    values = np.linalg.svd(x / np.linalg.norm(x, axis=0).clip(1e-12), compute_uv=False)
+    return bool(values[-1] > 0.01)
+
+
+def _isotropic(squares: np.ndarray, s0_squared: np.ndarray | np.floating,
+               shells: Sequence[Shell], noise: float) -> np.ndarray:
+    """µm²/ms in each shell (last axis), from the mean of S²: E[S²] = A² + 2σ² under Rician noise,
+    so that the noise floor, at which CSF lies in high shells, does not count as signal."""
+    b = np.array([shell.b for shell in shells]) / 1000
+    clean = np.maximum(squares - 2 * noise**2, 1e-12 * s0_squared)
+    return np.clip(-np.log(clean / s0_squared) / (2 * b), 0, MAX_DIFFUSIVITY)
+
+
+def _bounded(theta: torch.Tensor) -> torch.Tensor:
+    radial = theta[:, :1].clamp(0, MAX_DIFFUSIVITY)
+    length = theta[:, 1:].norm(dim=1, keepdim=True).clamp(min=1e-12)
+    most = (MAX_DIFFUSIVITY - radial).sqrt()
+    return torch.cat([radial, theta[:, 1:] * (length.clamp(max=most) / length)], 1)
