@@ -96,8 +96,13 @@ class Run:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that the result depends on."""
+        """Every file that all results depend on."""
         return tuple(f for p in self.parts for f in p.files) + ((self.mask,) if self.mask else ())
+
+    @property
+    def anatomy(self) -> tuple[Path, ...]:
+        """What tissue is read from, where a method wants it."""
+        return ((self.t1w,) if self.t1w else ()) + self.probsegs
 
     @property
     def metadata(self) -> dict[str, Any]:
