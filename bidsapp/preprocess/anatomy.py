@@ -156,7 +156,8 @@ def _entropy(p: np.ndarray) -> float:
 
 def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir: Path | None
              ) -> list[np.ndarray]:
-    """Posterior maps in the order of TISSUES; one thread, so that they are the same each time."""
+    """Posterior maps in the order of TISSUES; one thread and a constant seed (r), so that they are
+    the same each time."""
     os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
     import ants
     from scipy.ndimage import binary_erosion, binary_opening, label
@@ -181,7 +182,7 @@ def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir:
     inside = parts == np.bincount(parts.ravel())[1:].argmax() + 1 if parts.any() else core
     with _temporary(work_dir):
         classes = ants.atropos(to_ants(flat), to_ants(inside), i="kmeans[3]", m=SMOOTHNESS,
-                               c="[5,0]")["probabilityimages"]
+                               c="[5,0]", r=0)["probabilityimages"]
     maps = sorted((c.numpy() for c in classes), key=lambda p: (p * flat).sum() / max(p.sum(), 1e-9))
     return [maps[1], maps[2], maps[0]]  # dark to bright: CSF, grey, white
 

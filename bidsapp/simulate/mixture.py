@@ -172,7 +172,8 @@ def fill(mode: str, measured: Diffusivities, acquisition: Acquisition, fractions
     share = attenuation(fractions[:, -tensors.shape[1]:], tensors, acquisition, device)
     if mode != RANDOM:
         return Mixtures(share, fractions, directions, tensors)
-    profile = np.random.default_rng([*np.atleast_1d(seed), 3]).uniform(0, MAX_DIFFUSIVITY, share.shape)
+    rng = np.random.default_rng([*np.atleast_1d(seed), 3])
+    profile = rng.uniform(0, MAX_DIFFUSIVITY, share.shape)
     white = fractions[:, :len(FIBRES)].sum(1, keepdims=True)
     share += white * np.exp(-acquisition.bvals / 1000 * profile)
     return Mixtures(share, fractions, directions, tensors, profile)

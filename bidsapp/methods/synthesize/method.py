@@ -74,7 +74,8 @@ class Synthesis(Method):
             "S0": s0, "NoiseSD": sd, "NoiseLaw": "Rician",
             "NoiseSource": "residuals of SH fits to this run" if dwi.noise_sd
             else f"assumed: S0 / {ASSUMED_SNR:.0f}",
-            "TissueSource": found.source, "GreyMatterVoxels": int(found.gm.sum()), "CSFVoxels": int(found.csf.sum()),
+            "TissueSource": found.source, "GreyMatterVoxels": int(found.gm.sum()),
+            "CSFVoxels": int(found.csf.sum()),
             "SingleFibreVoxels": int(found.single_fibre.sum()),
             "SingleFibreRegion": "corpus callosum" if found.callosum else "brain",
             **_summary(measured, shells)}
@@ -103,7 +104,7 @@ def _image(mode: str, dwi: Dwi, measured: Diffusivities, layout: tuple[np.ndarra
     d: list[np.ndarray] = []
     for k, at in enumerate(range(0, len(signal), BLOCK)):
         rows = slice(at, at + BLOCK)
-        made = mixture.fill(mode, measured, dwi.acquisition, *(x[rows] for x in layout),
+        made = mixture.fill(mode, measured, dwi.acquisition, layout[0][rows], layout[1][rows],
                             [seed, 4, k], device)
         signal[rows] = _noisy(dwi.mean_b0[rows, None] * made.attenuation, sd, [seed, 5, k])
         d.append(_diffusivities(made))
@@ -112,9 +113,9 @@ def _image(mode: str, dwi: Dwi, measured: Diffusivities, layout: tuple[np.ndarra
     names = [f"{name}_{b}" for b in shells
              for name in [*(each if mode != mixture.RANDOM else []), "gm", "csf"]]
     truth = {"fraction": layout[0], "diffusivity": np.concatenate(d)}
-    volumes = {"fraction": COMPARTMENTS, "diffusivity": names}
+    volumes: dict[str, Sequence[str]] = {"fraction": COMPARTMENTS, "diffusivity": names}
     if mode == mixture.RANDOM:
-        volumes["diffusivity"] = [*names, *(f"wm_volume{i}" for i in range(signal.shape[1]))]
+        volumes["diffusivity"] = [*names, *(f"wm_volume{i}" for i in range(len(dwi.acquisition)))]
     else:
         truth["direction"] = layout[1].reshape(-1, 9)
         volumes["direction"] = [f"{c}_{axis}" for c in FIBRES for axis in "xyz"]
