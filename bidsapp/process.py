@@ -138,12 +138,14 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
             log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
             if method.name == SYNTHESIS:
                 made = method.synthesize(dwi, job.options.synthesize, job.options.random_seed,
-                                         job.device)
+                                         job.device, job.options.sloppy)
                 write_synthetic(job, dataset, run, batch, method, made, acquisition, like,
                                 mask_path)
                 derived, notices = made.derived, [*notices, *made.notices]
+                batch.facts["scores"] = {"columns": method.outputs["scores"], "rows": made.scores}
             else:
-                derived = method.apply(dwi, job.device)
+                derived = method.apply(dwi, job.device, job.options.random_seed)
+                notices += derived.notices
                 qc |= {**derived.counts, **quality.statistics(method, derived)}
         except Refusal as refusal:
             refusals[method.name] = str(refusal)
@@ -203,6 +205,9 @@ def write_synthetic(job: Job, dataset: Dataset, run: Run, batch: Batch, method: 
         for extension, text in tables.items():
             batch.text(names.output(run.entities, "dwi", extension, desc=desc), text)
         batch.table(truth, made.truth[mode].to_dict("records"), made.columns[mode])
+    batch.table(names.output(run.entities, "qc", ".tsv", desc="synth"),
+                [{"mode": mode, **values} for mode, values in made.scores.items()],
+                {"mode": {"Description": outputs["mode"]}, **outputs["scores"]})
 
 
 def draw(batch: Batch, run: Run, figure: figures.Figure) -> dict[str, str]:

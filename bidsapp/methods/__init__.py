@@ -35,12 +35,14 @@ class Derived:
     counts: voxels that were handled in a special way, for the QC table.
     parameters: what the sidecar's Model.Parameters should say.
     valid: (voxel,) bool, where there is an estimate (maps are 0 elsewhere); None for everywhere.
+    notices: sentences for the report.
     """
 
     maps: Mapping[str, np.ndarray]
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     valid: np.ndarray | None = None
+    notices: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Synthetic:
     signals: (voxel, measurement) float32 in the run's own b-table. truth: one row per voxel.
     columns: Description and Units of each column of truth. derived: maps that show what of the
     run served as a model. parameters: as of `Derived`. notices: sentences for the report.
+    scores: how well the signals of each mode stand for the run, by mode and key of "scores" in
+    outputs.json.
     """
 
     signals: Mapping[str, np.ndarray]
@@ -81,6 +85,7 @@ class Synthetic:
     derived: Derived
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -103,8 +108,11 @@ class Method(ABC):
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal, with what was found and what is needed, where the method cannot apply."""
 
-    def apply(self, dwi: Dwi, device: str) -> Derived:
-        """Process one Dwi, in blocks of voxels, on `device`. Never modifies it."""
+    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
+        """Process one Dwi, in blocks of voxels, on `device`. Never modifies it.
+
+        seed: of whatever is random, as the training of a network for this Dwi alone.
+        """
         raise self.group_only()
 
     def group_only(self) -> UsageError:
@@ -112,8 +120,11 @@ class Method(ABC):
         return UsageError(f"{self.name} is not applied to images, but trained at group level: "
                           f"qsphere BIDS_DIR OUTPUT_DIR group --train {self.name}")
 
-    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str) -> Synthetic:
+    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str,
+                   sloppy: bool = False) -> Synthetic:
         """Signals with known truth in the manner of one Dwi. Never modifies it.
+
+        sloppy: train what is trained on the way too briefly, for tests of everything else.
 
         Raises:
             Refusal: the Dwi cannot serve as a model; says what was found and what is needed.

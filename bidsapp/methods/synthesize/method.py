@@ -14,6 +14,7 @@ import pandas as pd
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.dwi import Dwi
 from bidsapp.methods import Derived, Method, Synthetic
+from bidsapp.methods.synthesize import score
 from bidsapp.preprocess import tissue
 from bidsapp.simulate import mixture
 from bidsapp.simulate.mixture import COMPARTMENTS, FIBRES, Diffusivities, Mixtures
@@ -33,7 +34,8 @@ class Synthesis(Method):
         """Raises Refusal without a b0, or where no shell determines a fibre's tensor."""
         mixture.check(acquisition)
 
-    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str) -> Synthetic:
+    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str,
+                   sloppy: bool = False) -> Synthetic:
         """VOXELS signals in each mode. Fractions, directions and noise are those of `seed` in
         every mode, so that modes can be compared voxel by voxel.
 
@@ -73,7 +75,8 @@ class Synthesis(Method):
                            "beyond one tensor per fibre.")
         return Synthetic(signals, truth, columns,
                          Derived({"tissue": labels.astype(np.float32)}, {}, parameters),
-                         parameters, notices)
+                         parameters, notices,
+                         score.scores(dwi, measured, modes, s0, sd, seed, device, sloppy))
 
 
 def _shell_names(shells: Sequence[Shell]) -> list[str]:
