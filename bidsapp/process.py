@@ -138,7 +138,7 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
             log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
             if method.name == SYNTHESIS:
                 made = method.synthesize(dwi, job.options.synthesize, job.options.random_seed,
-                                         job.device, job.options.sloppy)
+                                         job.device)
                 write_synthetic(job, dataset, run, batch, method, made, acquisition, like,
                                 mask_path)
                 derived, notices = made.derived, [*notices, *made.notices]
@@ -239,8 +239,11 @@ def chosen_methods(options: Options) -> list[Method]:
             raise methods.get(Path(name).name, kind).group_only()
     there = methods.names("estimate_")
     estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in there]
-    return [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
-            *([methods.get(SYNTHESIS)] if options.synthesize else [])]
+    chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
+              *([methods.get(SYNTHESIS)] if options.synthesize else [])]
+    for method in chosen:
+        method.sloppy = options.sloppy
+    return chosen
 
 
 def fingerprint(run: Run, options: Options) -> str:

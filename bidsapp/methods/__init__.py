@@ -89,7 +89,12 @@ class Synthetic:
 
 
 class Method(ABC):
-    """A method of the literature. Folder name and class travel together: `get(name)`."""
+    """A method of the literature. Folder name and class travel together: `get(name)`.
+
+    sloppy: what is trained on the way is trained too briefly, to try everything else.
+    """
+
+    sloppy = False
 
     def __init__(self) -> None:
         self.folder = Path(importlib.import_module(type(self).__module__).__file__ or "").parent
@@ -120,11 +125,8 @@ class Method(ABC):
         return UsageError(f"{self.name} is not applied to images, but trained at group level: "
                           f"qsphere BIDS_DIR OUTPUT_DIR group --train {self.name}")
 
-    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str,
-                   sloppy: bool = False) -> Synthetic:
+    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str) -> Synthetic:
         """Signals with known truth in the manner of one Dwi. Never modifies it.
-
-        sloppy: train what is trained on the way too briefly, for tests of everything else.
 
         Raises:
             Refusal: the Dwi cannot serve as a model; says what was found and what is needed.

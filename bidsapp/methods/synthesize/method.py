@@ -34,8 +34,7 @@ class Synthesis(Method):
         """Raises Refusal without a b0, or where no shell determines a fibre's tensor."""
         mixture.check(acquisition)
 
-    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str,
-                   sloppy: bool = False) -> Synthetic:
+    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str) -> Synthetic:
         """VOXELS signals in each mode. Fractions, directions and noise are those of `seed` in
         every mode, so that modes can be compared voxel by voxel.
 
@@ -76,7 +75,7 @@ class Synthesis(Method):
         return Synthetic(signals, truth, columns,
                          Derived({"tissue": labels.astype(np.float32)}, {}, parameters),
                          parameters, notices,
-                         score.scores(dwi, measured, modes, s0, sd, seed, device, sloppy))
+                         score.scores(dwi, measured, modes, s0, sd, seed, device, self.sloppy))
 
 
 def _shell_names(shells: Sequence[Shell]) -> list[str]:
