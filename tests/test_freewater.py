@@ -147,6 +147,7 @@ def test_corrected_tensor_is_nearer_the_truth(trained, applied):
     assert corrected < before / 3
     left = maps["fraction"] > freewater.MOST_WATER
     assert 0.1 < left.mean() < 0.3
+    assert (maps["fa"] > 0.999).mean() < 0.002, "what noise makes impossible is not corrected"
     for name in ("fa", "md"):
         np.testing.assert_allclose(maps[name][left], plain[name][left], rtol=1e-5, atol=1e-8)
 

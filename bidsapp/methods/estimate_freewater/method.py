@@ -71,23 +71,28 @@ class FreeWater(Method):
                 fraction, sd = model(shares)
             removed = torch.where(fraction > MOST_WATER, 0, fraction) * level
             fit = tensor.fit(signal - removed[:, None] * decay, x)
-            return {"fraction": fraction, "fraction_std": sd, "fa": fit["fa"], "md": fit["md"],
-                    "usable": (level > 0) & ~fit["failed"]}
+            fa, md, failed = fit["fa"], fit["md"], fit["failed"]
+            asis = (removed == 0) | failed | fit["clamped"]
+            if asis.any():
+                plain = tensor.fit(signal[asis], x)
+                fa[asis], md[asis], failed[asis] = (plain[k] for k in ("fa", "md", "failed"))
+            return {"fraction": fraction, "fraction_std": sd, "fa": fa, "md": md, "asis": asis,
+                    "usable": (level > 0) & ~failed}
 
         maps = map_voxels(estimate, dwi.signal, device)
-        usable = maps.pop("usable")
+        usable, asis = maps.pop("usable"), maps.pop("asis")
         maps = {name: np.where(usable, values, 0).astype(np.float32)
                 for name, values in maps.items()}
         shells = acquisition.shells
         counts = {"freewater_no_estimate": int((~usable).sum()),
-                  "freewater_not_corrected": int((maps["fraction"] > MOST_WATER).sum())}
+                  "freewater_not_corrected": int((asis & usable).sum())}
         return Derived(maps, counts, {
             "Diffusivities": source,
             "WaterDiffusivity": {f"b{s.b:.0f}": float(f"{d / 1000:.4g}") for s, d in zip(
                 shells, measured.csf_mean, strict=True)},
             "CorrectedUpTo": MOST_WATER,
-            "NotCorrected": f"where the fraction is above {MOST_WATER}, FA and MD are those of the "
-                            "signal as it is",
+            "NotCorrected": f"where the fraction is above {MOST_WATER}, or no tensor with positive "
+                            "eigenvalues is left, FA and MD are those of the signal as it is",
             "NoiseSD": dwi.noise_sd or f"assumed: S0 / {ASSUMED_SNR:.0f}",
             "TrainingSamples": options["samples"], "TrainingSteps": options["schedule"]["steps"],
             "HeldOutRMSE": float(f"{error:.3g}")}, usable, notices)
