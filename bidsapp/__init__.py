@@ -12,6 +12,7 @@ The map of the house, in the order a run flows through it:
     training.py     the only optimisation loop
     preprocess/     where tissues are
     simulate/       forward models and noise: signals with known truth
+    networks/       torch modules only: tensors in, tensors out
     tensor.py       batched, differentiable diffusion tensor fit
     checkpoint.py   trained weights and their card
     blocks.py       device choice and blocks of voxels

@@ -92,6 +92,8 @@ class Synthetic:
     columns: Description and Units of each column of truth. derived: maps that show what of the
     run served as a model. parameters: as of `Derived`. notices: sentences for the report.
     images: whole images by mode, where they were asked for.
+    scores: how well the signals of each mode stand for the run, by mode and key of "scores" in
+    outputs.json.
     """
 
     signals: Mapping[str, np.ndarray]
@@ -101,15 +103,18 @@ class Synthetic:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
     images: Mapping[str, SyntheticImage] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Method(ABC):
     """A method of the literature. Folder name and class travel together: `get(name)`.
 
     wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
+    sloppy: what is trained on the way is trained too briefly, to try everything else.
     """
 
     wants_tissue: ClassVar[bool] = False
+    sloppy = False
 
     def __init__(self) -> None:
         self.folder = Path(importlib.import_module(type(self).__module__).__file__ or "").parent
@@ -130,10 +135,13 @@ class Method(ABC):
 
     def run(self, dwi: Dwi, options: Options, device: str) -> Derived:
         """What the participant level makes of one Dwi. Never modifies it."""
-        return self.apply(dwi, device)
+        return self.apply(dwi, device, options.random_seed)
 
-    def apply(self, dwi: Dwi, device: str) -> Derived:
-        """Process one Dwi, in blocks of voxels, on `device`. Never modifies it."""
+    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
+        """Process one Dwi, in blocks of voxels, on `device`. Never modifies it.
+
+        seed: of whatever is random, as the training of a network for this Dwi alone.
+        """
         raise self.group_only()
 
     def group_only(self) -> UsageError:
