@@ -122,7 +122,7 @@ def describe(tree: Tree, options: PhantomOptions, people: list[Participant], sit
     """Dataset descriptions, README, participants and sessions."""
     by = {"Name": MAKER, "Version": __version__, "CodeURL": CODE_URL}
     title = "QSphere multi-site diffusion MRI phantom"
-    common = {"BIDSVersion": "1.10.0", "License": "CC0", "Authors": ["The QSphere developers"],
+    common = {"BIDSVersion": "1.10.0", "License": "CC0", "Authors": AUTHORS,
               "GeneratedBy": [by]}
     tree.json("dataset_description.json", {"Name": title, "DatasetType": "raw", **common})
     for folder, what in ((MASKS, "brain masks"), (TISSUE, "tissue maps"), (TRUTH, "truth")):
@@ -181,8 +181,9 @@ def write_scan(tree: Tree, options: PhantomOptions, who: Participant, someone: P
         **scanner, "EchoTime": 0.003, "RepetitionTime": 2.3, "FlipAngle": 9})
 
     def keys(source: PurePosixPath, text: str, **more: Any) -> dict[str, Any]:
-        return {"Description": text, "Sources": [f"bids:raw:{source}"], "SkullStripped": True,
-                **more}
+        uri = f"bids:raw:{source}"
+        return {"Description": text, "Sources": [uri], "SpatialReference": uri,
+                "SkullStripped": True, **more}
 
     tree.image(MASKS / names.output(entities, "mask", ".nii.gz", desc="brain"),
                made.mask.astype(np.uint8), affine, keys(dwi, "Brain mask", Type="Brain"))
@@ -230,6 +231,7 @@ def _stored(values: np.ndarray, options: PhantomOptions) -> np.ndarray:
     return np.clip(np.rint(values), 0, 32767).astype(np.int16)
 
 
+AUTHORS = ["The QSphere developers", "The authors of the MNI152 average (Fonov et al. 2011)"]
 SITE = {"Description": "Site (scanner)"}
 MAPS = {
     "diffusivity": ("smt", "Diffusivity d of the two-compartment model, mean over white and grey "

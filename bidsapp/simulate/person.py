@@ -82,7 +82,7 @@ def draw(options: PhantomOptions, atlas: Atlas, label: str, age: float, sex: str
     rng = stream(options.random_seed, "person", label)
     sd = options.person_sd
     scale = np.exp(sd * SIZE_SD * (rng.standard_normal() + 0.5 * rng.standard_normal(3)))
-    offset = {f"{name}_{tissue}": sd * OFFSET_SD[name] * rng.standard_normal()
+    offset = {f"{name}_{tissue}": float(sd * OFFSET_SD[name] * rng.standard_normal())
               for tissue in PROPERTIES for name in OFFSET_SD}
     warp = SplineField.draw(rng, np.full(3, sd * WARP_SD), WARP_SPACING,
                             limit=INJECTIVE * WARP_SPACING)

@@ -17,6 +17,7 @@ over white and grey matter; the ODF averaged with the signal s0; FA and MD of th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,8 @@ BOX = np.array([[-90.0, 90.0], [-126.0, 96.0], [-86.0, 100.0]])
 
 BLOCK = 2**14
 T1_LESION = -0.25
+T1_SNR = 3.0
+"""Times the DWI's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +150,7 @@ def scan(person: Person, site: Site, reference: Site, table: Acquisition, atlas:
     t1.reshape(-1)[inside] = tissue.t1 * (1 + T1_LESION * tissue.lesion)
     t1_tissue.reshape(3, -1)[:, inside] = tissue.share
     level = (site.gain * np.exp(site.log_bias(fine.points))).reshape(fine.shape)
-    t1 = _noisy(t1 * level, level / site.snr, site, rng)
+    t1 = _noisy(t1 * level, level / (T1_SNR * site.snr), site, rng)
     return Scan(
         grid, fine, UNIT * measured, UNIT * wanted, table, mask=mask,
         lesion=ideal(tissue.lesion[None])[0] > 0.5, tissue=np.clip(shares, 0, 1),
@@ -180,7 +183,8 @@ class _Imager:
 
     def __init__(self, inside: np.ndarray, fine: Grid, grid: Grid, fwhm: float) -> None:
         self.box = ndimage.find_objects(inside.astype(np.int8))[0]
-        self.inside, self.shape = inside[self.box], grid.shape
+        self.inside, self.shape = np.flatnonzero(inside[self.box]), grid.shape
+        self.cells = inside[self.box].shape
         self.matrices = []
         for (centres, cells), part in zip(zip(grid.axes, fine.axes, strict=True), self.box,
                                           strict=True):
@@ -192,9 +196,9 @@ class _Imager:
     def __call__(self, values: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k x y z"]:
         x, y, z = self.matrices
         out = np.empty((len(values), *self.shape), np.float32)
-        full = np.zeros(self.inside.shape, np.float32)
+        full = np.zeros(self.cells, np.float32)
         for k, value in enumerate(values):
-            full[self.inside] = value
+            full.reshape(-1)[self.inside] = value
             out[k] = np.tensordot(x, y @ (full @ z.T), 1)
         return out
 
@@ -230,13 +234,14 @@ class _Model:
         for start in range(0, len(b_factor), BLOCK):
             rows = slice(start, start + BLOCK)
             c = torch.as_tensor(b_factor[rows], dtype=torch.float32)
-            csf = self.tissue.share[2, rows] * S0["csf"] * np.exp(-te / T2["csf"][0])
-            total = csf * np.exp(-np.outer(self.table.bvals, c.numpy()) * D_CSF / 1000)
+            csf = self.tissue.share[2, rows] * (S0["csf"] * math.exp(-te / T2["csf"][0]))
+            b = (self.table.bvals / 1000).astype(np.float32)
+            total = csf * np.exp(-np.outer(b, c.numpy()) * D_CSF)
             for i, name in enumerate(("wm", "gm")):
                 level = torch.as_tensor(self.tissue.share[i, rows] * S0[name])
                 some = level > 0
                 parts = [Compartment(
-                    p.fraction * np.exp(-te / t2) * level[some], p.axial * c[some],
+                    p.fraction * math.exp(-te / t2) * level[some], p.axial * c[some],
                     p.radial * c[some]) for p, t2 in zip(self._parts(i, rows, some), T2[name],
                                                          strict=True)]
                 total[:, some.numpy()] += self.protocol.signal(
