@@ -136,6 +136,7 @@ class PhantomOptions:
     voxel_size: float | None = _option(None, "mm; default: 3, or 6 with --sloppy")
     snr: float = _option(25.0, "of white matter at b = 0; inf for no noise")
     echo_time: float = _option(80.0, "ms, of the reference")
+    repetition_time: float = _option(6.0, "s, of the reference")
 
     ages: tuple[float, float] = _option((20.0, 80.0), "youngest and oldest, years")
     age_slope_f: float = _option(-0.001, "change of the neurite fraction of white matter per year")
@@ -151,9 +152,10 @@ class PhantomOptions:
     effect_bias: float = _option(0.1, "SD of the log of the bias field left in the images")
     effect_snr: float = _option(0.3, "log of the SNR")
     effect_coils: int = _option(4, "coils of every second site: non-central chi noise; 1: Rician")
-    effect_psf: float = _option(0.8, "mm, full width at half maximum of the point spread")
-    effect_echo_time: float = _option(12.0, "ms: weights compartments and tissues by their T2")
-    effect_miscalibration: float = _option(0.03, "relative error of b")
+    effect_psf: float = _option(1.4, "mm, full width at half maximum of the point spread")
+    effect_echo_time: float = _option(20.0, "ms: weights compartments and tissues by their T2")
+    effect_repetition_time: float = _option(1.0, "log of it: weights tissues by their T1")
+    effect_miscalibration: float = _option(0.04, "relative error of b")
     effect_nonlinearity: float = _option(0.03, "SD over the head of the relative change of b")
     effect_directions: int = _option(3, "directions per shell")
     effect_voxel: float = _option(0.0, "mm; 0, so that scans of a person pair voxel by voxel")
@@ -170,7 +172,7 @@ class PhantomOptions:
                 raise UsageError(f"{_flag(name)} {value}: at least {least} is needed"
                                  + (", one person per site." if name == "participants" and apart
                                     else "."))
-        for name in ("voxel_size", "snr", "echo_time"):
+        for name in ("voxel_size", "snr", "echo_time", "repetition_time"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{_flag(name)} {value:g}: more than 0 is needed.")

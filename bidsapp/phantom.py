@@ -6,10 +6,12 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
 from tqdm import tqdm
 
 from bidsapp import __version__
@@ -26,20 +28,21 @@ from bidsapp.simulate.site import Site
 
 log = logging.getLogger("qsphere")
 MAKER = "qsphere-phantom"
-REPETITION_TIME = 8.0
 LABELS = dict(zip(TISSUES, ("WM", "GM", "CSF"), strict=True))
 MASKS, TISSUE, TRUTH = (PurePosixPath("derivatives", n) for n in ("masks", "tissue", "truth"))
 
 
 @dataclass(frozen=True)
 class Participant:
-    """Who is scanned where: label, age (years), sex, whether with a lesion, indices of sites."""
+    """Who is scanned where: label, age (years), sex, whether with a lesion, indices of sites, and
+    where their tissue stands among people (`person.OFFSET_SD`, in SDs)."""
 
     label: str
     age: float
     sex: str
     lesion: bool
     sites: tuple[int, ...]
+    tissue: tuple[float, ...]
 
 
 def phantom(options: PhantomOptions) -> int:
@@ -69,6 +72,7 @@ def phantom(options: PhantomOptions) -> int:
     return 0
 
 
+@lru_cache(1)
 def load_atlas(step: float) -> Atlas:
     """From the MNI152 maps in nilearn's wheel; nothing is fetched."""
     from nilearn.datasets import (
@@ -84,7 +88,8 @@ def load_atlas(step: float) -> Atlas:
 
 
 def recruit(options: PhantomOptions) -> list[Participant]:
-    """Ages spread evenly over the range, both sexes, lesions in the share asked for."""
+    """Ages spread evenly over the range and tissue over the quantiles of a normal distribution, so
+    that few people differ as many do; both sexes; lesions in the share asked for."""
     rng = stream(options.random_seed, "people", options.design)
     n, k, (low, high) = options.participants, options.sites, options.ages
 
@@ -101,16 +106,20 @@ def recruit(options: PhantomOptions) -> list[Participant]:
         ages, sexes = rng.permutation(spread(n)), np.arange(n) % 2
         where = [tuple(range(k))] * n
     lesion = np.isin(np.arange(n), rng.permutation(n)[:round(options.lesions * n)])
+    tissue = np.stack([norm.ppf((rng.permutation(n) + 0.5) / n) for _ in person.OFFSET_SD], 1)
+    tissue /= np.maximum(tissue.std(0), 1e-9) if n > 1 else 1
     width = max(2, len(str(n)))
     return [Participant(f"{i + 1:0{width}}", round(float(np.clip(ages[i], low, high)), 1),
-                        "FM"[sexes[i]], bool(lesion[i]), where[i]) for i in range(n)]
+                        "FM"[sexes[i]], bool(lesion[i]), where[i], tuple(tissue[i].tolist()))
+            for i in range(n)]
 
 
 def scans(options: PhantomOptions, people: list[Participant], sites: list[Site], atlas: Atlas
           ) -> Iterator[tuple[Participant, Person, Site, Scan]]:
     tables = {n: site.table(options.shells, n) for n in sorted({s.directions for s in sites})}
     for who in people:
-        someone = person.draw(options, atlas, who.label, who.age, who.sex, who.lesion)
+        someone = person.draw(options, atlas, who.label, who.age, who.sex, who.lesion,
+                              who.tissue)
         for where in (sites[i] for i in who.sites):
             pose = draw_pose(options, who.label, where.name)
             yield who, someone, where, scan(someone, where, sites[0], tables[where.directions],
@@ -173,8 +182,8 @@ def write_scan(tree: Tree, options: PhantomOptions, who: Participant, someone: P
     dwi = names.output(entities, "dwi", ".nii.gz")
     tree.image(dwi, _stored(made.signal, options), affine, {
         **scanner, "EchoTime": round(where.echo_time / 1000, 6),
-        "RepetitionTime": REPETITION_TIME, "PhaseEncodingDirection": "j-",
-        "TotalReadoutTime": 0.05}, REPETITION_TIME)
+        "RepetitionTime": round(where.repetition_time, 6), "PhaseEncodingDirection": "j-",
+        "TotalReadoutTime": 0.05}, where.repetition_time)
     tree.gradients(dwi, made.acquisition, affine)
     t1w = names.output(entities, "T1w", ".nii.gz", "anat")
     tree.image(t1w, _stored(made.t1, options), fine, {
@@ -212,7 +221,7 @@ def write_scan(tree: Tree, options: PhantomOptions, who: Participant, someone: P
     reference = TRUTH / names.output(entities, "dwi", ".nii.gz", desc="reference")
     tree.image(reference, made.reference, affine, keys(
         dwi, "What the reference site measures without noise, on this scan's grid, in this pose, "
-             "with this table"), REPETITION_TIME)
+             "with this table"), where.repetition_time)
     tree.gradients(reference, made.acquisition, affine)
     tree.json(TRUTH / names.output(entities, "truth", ".json"), {
         "Site": where.name, "Pose": made.pose, "PoseDescription":

@@ -27,7 +27,7 @@ TISSUES = ("wm", "gm", "csf")
 LEAK = 1e-3
 """Conductivity of what is no white matter, beside 1."""
 
-SHARPNESS = 2.5
+SHARPNESS = 1.5
 LEAST = 0.03
 """Smaller shares of a tissue are none."""
 

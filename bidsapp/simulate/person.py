@@ -12,6 +12,8 @@ slopes in white matter for f, in white and grey matter for d. In a lesion f is l
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +24,9 @@ from bidsapp.simulate.anatomy import SYSTEMS, Atlas
 from bidsapp.simulate.fields import SplineField, stream
 
 PROPERTIES = {"wm": {"d": 1.75, "f": 0.62}, "gm": {"d": 1.35, "f": 0.30}}
-OFFSET_SD = {"d": 0.10, "f": 0.045}
+OFFSET_SD = {"d_wm": 0.10, "f_wm": 0.055, "d_gm": 0.10, "f_gm": 0.055, "log_kappa": 0.3}
+"""Between people; log κ of white and grey matter alike."""
+
 VARIATION_SD = {"d": 0.06, "f": 0.025}
 CALLOSAL_F = 0.10
 """Added to f in proportion to the callosal share: the densest of the large bundles."""
@@ -64,7 +68,7 @@ class Tissue:
 
     share: (3, n) of WM, GM, CSF. d, f: (2, n) of WM and GM. axes: (4, n, 3) unit axes of the fibre
     systems and of GM, in the frame of the points. weight: (3, n) of the systems, adding up to 1.
-    t1: (n,) 0–1. lesion: (n,) 0–1.
+    t1: (n,) 0–1. lesion: (n,) 0–1. kappa: Watson's, by tissue.
     """
 
     share: np.ndarray
@@ -74,16 +78,18 @@ class Tissue:
     weight: np.ndarray
     t1: np.ndarray
     lesion: np.ndarray
+    kappa: dict[str, float]
 
 
-def draw(options: PhantomOptions, atlas: Atlas, label: str, age: float, sex: str, lesion: bool
-         ) -> Person:
-    """A person of this age and sex; everything else from the seed and the label."""
+def draw(options: PhantomOptions, atlas: Atlas, label: str, age: float, sex: str, lesion: bool,
+         tissue: Sequence[float] = (0, 0, 0, 0, 0)) -> Person:
+    """A person of this age and sex, whose tissue stands so many SDs from the mean in each of
+    OFFSET_SD; shape, local variation and the lesion's place from the seed and the label."""
     rng = stream(options.random_seed, "person", label)
     sd = options.person_sd
     scale = np.exp(sd * SIZE_SD * (rng.standard_normal() + 0.5 * rng.standard_normal(3)))
-    offset = {f"{name}_{tissue}": float(sd * OFFSET_SD[name] * rng.standard_normal())
-              for tissue in PROPERTIES for name in OFFSET_SD}
+    offset = {name: sd * size * float(z)
+              for (name, size), z in zip(OFFSET_SD.items(), tissue, strict=True)}
     warp = SplineField.draw(rng, np.full(3, sd * WARP_SD), WARP_SPACING,
                             limit=INJECTIVE * WARP_SPACING)
     variation = SplineField.draw(rng, sd * np.array([VARIATION_SD["d"], VARIATION_SD["f"]]), 30.0)
@@ -125,4 +131,5 @@ def tissue_at(person: Person, atlas: Atlas, options: PhantomOptions, pattern: Sp
     f[0] *= 1 + LESION_F * lesion
     d[0] *= 1 + LESION_D * lesion
     return Tissue(share, np.clip(d, 0.3, 2.9), np.clip(f, 0.02, 0.95), axes, weight,
-                  atlas.sample(atlas.t1, place), lesion)
+                  atlas.sample(atlas.t1, place), lesion,
+                  {t: k * math.exp(person.offset["log_kappa"]) for t, k in KAPPA.items()})

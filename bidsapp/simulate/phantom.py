@@ -4,10 +4,10 @@ A scan is simulated in the scanner's frame (world RAS+ of its images): with the 
 y = R x + t of the head, a point y of a fine grid lies at a(y) in the atlas, and the fibre axes there
 are (∂a/∂y)⁻¹ v, v the atlas' axis: the head turns, the b-table does not. In every fine cell
 
-    S = Σ_tissue share s0 Σ_c f_c exp(−ΔTE/T2_c) ∫ ODF exp(−b c(y) B : D_c),   c(y) = actual/nominal b,
+    S = Σ_tissue share s0 e1 Σ_c f_c exp(−ΔTE/T2_c) ∫ ODF exp(−b c(y) B : D_c),   c(y) = actual/nominal b,
 
 (stick and zeppelin in white and grey matter, free water in CSF; scaling b scales diffusivities, so
-c multiplies those), which the separable point spread takes to voxels. ΔTE is counted from the
+c multiplies those; e1 is 1 − exp(−TR/T1), relative to the reference's), which the separable point spread takes to voxels. ΔTE is counted from the
 reference site's echo time, so that f is a fraction of the signal there.
 
 What is true of a voxel is what the reference's point spread makes of it: shares; d and f averaged
@@ -32,7 +32,7 @@ from bidsapp.simulate import noise, odf
 from bidsapp.simulate.anatomy import Atlas
 from bidsapp.simulate.fields import SplineField, stream
 from bidsapp.simulate.forward import Compartment, Protocol, two_compartments
-from bidsapp.simulate.person import KAPPA, Person, Tissue, tissue_at
+from bidsapp.simulate.person import Person, Tissue, tissue_at
 from bidsapp.simulate.site import Site, spread_matrix
 
 L_MAX = 8
@@ -40,9 +40,12 @@ S0 = {"wm": 1.0, "gm": 1.25, "csf": 3.0}
 """Signal at b = 0 and the reference's echo time, as a multiple of UNIT."""
 
 UNIT = 1000.0
-T2 = {"wm": (85.0, 60.0), "gm": (95.0, 70.0), "csf": (1500.0,)}
+T2 = {"wm": (85.0, 60.0), "gm": (110.0, 65.0), "csf": (1500.0,)}
 """ms, of the compartments: stick, zeppelin (Veraart et al. 2018, doi:10.1016/j.neuroimage.
 2017.09.030, for white matter), and water."""
+
+T1 = {"wm": 0.85, "gm": 1.35, "csf": 4.2}
+"""s, at 3 T."""
 
 D_CSF = 3.0
 BOX = np.array([[-90.0, 90.0], [-126.0, 96.0], [-86.0, 100.0]])
@@ -135,22 +138,19 @@ def scan(person: Person, site: Site, reference: Site, table: Acquisition, atlas:
     model = _Model(tissue, table)
     image = _Imager(inside.reshape(fine.shape), fine, grid, site.fwhm)
     ideal = _Imager(inside.reshape(fine.shape), fine, grid, reference.fwhm)
-    clean = image(model.signal(site.b_factor(where), site.echo_time - options.echo_time))
-    wanted = ideal(model.signal(reference.b_factor(where),
-                                reference.echo_time - options.echo_time))
+    clean = image(model.signal(site, where, options))
+    wanted = ideal(model.signal(reference, where, options))
     rng = torch.Generator().manual_seed(int(stream(
         options.random_seed, "noise", person.label, site.name).integers(2**62)))
-    centres = grid.points
-    level = site.gain * np.exp(site.log_bias(centres))
-    sigma = (level * np.exp(-site.log_coil(centres)) / site.snr).reshape(grid.shape)
-    measured = _noisy(clean * level.reshape(grid.shape), sigma, site, rng)
+    level, sigma = site.level(grid.points), site.sigma(grid.points)
+    measured = noisy(clean * level.reshape(grid.shape), sigma.reshape(grid.shape), site, rng)
     shares = ideal(tissue.share)
     mask = shares.sum(0) > 0.5
     t1, t1_tissue = np.zeros(fine.shape, np.float32), np.zeros((3, *fine.shape), np.float32)
     t1.reshape(-1)[inside] = tissue.t1 * (1 + T1_LESION * tissue.lesion)
     t1_tissue.reshape(3, -1)[:, inside] = tissue.share
-    level = (site.gain * np.exp(site.log_bias(fine.points))).reshape(fine.shape)
-    t1 = _noisy(t1 * level, level / (T1_SNR * site.snr), site, rng)
+    level = site.level(fine.points).reshape(fine.shape)
+    t1 = noisy(t1 * level, level / (T1_SNR * site.snr), site, rng)
     return Scan(
         grid, fine, UNIT * measured, UNIT * wanted, table, mask=mask,
         lesion=ideal(tissue.lesion[None])[0] > 0.5, tissue=np.clip(shares, 0, 1),
@@ -203,7 +203,8 @@ class _Imager:
         return out
 
 
-def _noisy(clean: np.ndarray, sigma: np.ndarray, site: Site, rng: torch.Generator) -> np.ndarray:
+def noisy(clean: np.ndarray, sigma: np.ndarray, site: Site, rng: torch.Generator) -> np.ndarray:
+    """A magnitude image of the site's coils; as it is where the SNR is infinite."""
     if not np.isfinite(site.snr):
         return clean
     return noise.noncentral_chi(torch.as_tensor(clean, dtype=torch.float32),
@@ -219,7 +220,7 @@ class _Model:
         like = torch.zeros((), dtype=torch.float32)
         self.protocol = Protocol(table, L_MAX, like)
         axes = torch.as_tensor(tissue.axes, dtype=torch.float32)
-        kappa = {t: torch.full((axes.shape[1],), k) for t, k in KAPPA.items()}
+        kappa = {t: torch.full((axes.shape[1],), tissue.kappa[t]) for t in tissue.kappa}
         weight = torch.as_tensor(tissue.weight.T.copy(), dtype=torch.float32)
         wm = torch.zeros(axes.shape[1], sh.size(L_MAX))
         for i in range(weight.shape[1]):
@@ -228,17 +229,19 @@ class _Model:
         wm[none, 0] = 1 / np.sqrt(4 * np.pi)
         self.odf = {"wm": wm, "gm": odf.watson(axes[3], kappa["gm"], L_MAX)}
 
-    def signal(self, b_factor: np.ndarray, te: float) -> np.ndarray:
-        """(measurement, n) at an echo time `te` ms after the reference's, as a multiple of UNIT."""
-        out = np.empty((len(self.table), len(b_factor)), np.float32)
-        for start in range(0, len(b_factor), BLOCK):
+    def signal(self, site: Site, where: np.ndarray, options: PhantomOptions) -> np.ndarray:
+        """(measurement, n) at the points of the scanner's frame, as a multiple of UNIT."""
+        te, b = site.echo_time - options.echo_time, (self.table.bvals / 1000).astype(np.float32)
+        s0 = {t: S0[t] * _saturation(site.repetition_time, T1[t])
+              / _saturation(options.repetition_time, T1[t]) for t in S0}
+        out = np.empty((len(self.table), len(where)), np.float32)
+        for start in range(0, len(where), BLOCK):
             rows = slice(start, start + BLOCK)
-            c = torch.as_tensor(b_factor[rows], dtype=torch.float32)
-            csf = self.tissue.share[2, rows] * (S0["csf"] * math.exp(-te / T2["csf"][0]))
-            b = (self.table.bvals / 1000).astype(np.float32)
+            c = torch.as_tensor(site.b_factor(where[rows]), dtype=torch.float32)
+            csf = self.tissue.share[2, rows] * (s0["csf"] * math.exp(-te / T2["csf"][0]))
             total = csf * np.exp(-np.outer(b, c.numpy()) * D_CSF)
             for i, name in enumerate(("wm", "gm")):
-                level = torch.as_tensor(self.tissue.share[i, rows] * S0[name])
+                level = torch.as_tensor(self.tissue.share[i, rows] * s0[name])
                 some = level > 0
                 parts = [Compartment(
                     p.fraction * math.exp(-te / t2) * level[some], p.axial * c[some],
@@ -281,6 +284,10 @@ class _Model:
             out[key] = np.zeros((*value.shape[:-1], *mask.shape), np.float32)
             out[key][..., mask] = value
         return out
+
+
+def _saturation(repetition_time: float, t1: float) -> float:
+    return 1 - math.exp(-repetition_time / t1)
 
 
 def _second_moments() -> np.ndarray:

@@ -30,7 +30,7 @@ B0_SHARE = 10
 @dataclass(frozen=True, eq=False)
 class Site:
     """name; b_scale: actual over nominal b; nonlinearity: its relative change over the head (SD);
-    echo_time: ms; fwhm: mm; gain; coil: SD of the log of the coil's profile, which the noise
+    echo_time: ms; repetition_time: s; fwhm: mm; gain; coil: SD of the log of the coil's profile, which the noise
     follows inversely; bias: SD of the log of what is left of it in the image; snr: of a b = 0
     image of pure white matter at the reference's gain; coils: 1 Rician, else non-central χ;
     directions: per shell; voxel: mm; fields: of coil, bias, nonlinearity, unit SD, in scanner
@@ -40,6 +40,7 @@ class Site:
     b_scale: float
     nonlinearity: float
     echo_time: float
+    repetition_time: float
     fwhm: float
     gain: float
     coil: float
@@ -50,11 +51,13 @@ class Site:
     voxel: float
     fields: SplineField
 
-    def log_coil(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
-        return self.coil * self.fields.at(points)[0]
+    def level(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
+        """(n,) factor of the signal: gain and bias field."""
+        return self.gain * np.exp(self.bias * self.fields.at(points)[1])
 
-    def log_bias(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
-        return self.bias * self.fields.at(points)[1]
+    def sigma(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
+        """(n,) SD of the noise of one channel, as a multiple of a signal of 1 before `level`."""
+        return self.level(points) * np.exp(-self.coil * self.fields.at(points)[0]) / self.snr
 
     def b_factor(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
         """(n,) actual over nominal b: at a point, b times this is diffusivity times this."""
@@ -65,8 +68,8 @@ def draw(options: PhantomOptions) -> list[Site]:
     """siteA, siteB, …; the first is the reference."""
     sites = []
     levels = {name: _levels(options, name) for name in (
-        "gain", "psf", "echo_time", "miscalibration", "snr", "directions", "voxel",
-        "coil", "bias", "nonlinearity")}
+        "gain", "psf", "echo_time", "repetition_time", "miscalibration", "snr",
+        "directions", "voxel", "coil", "bias", "nonlinearity")}
     for i in range(options.sites):
         at = {name: float(level[i]) * options.effects for name, level in levels.items()}
         fields = SplineField.draw(stream(options.random_seed, "site", i), np.ones(3),
@@ -76,6 +79,8 @@ def draw(options: PhantomOptions) -> list[Site]:
             name=site_name(i), b_scale=1 + at["miscalibration"] * options.effect_miscalibration,
             nonlinearity=abs(at["nonlinearity"]) * options.effect_nonlinearity,
             echo_time=options.echo_time + at["echo_time"] * options.effect_echo_time,
+            repetition_time=options.repetition_time * float(np.exp(
+                at["repetition_time"] * options.effect_repetition_time)),
             fwhm=max(0.0, FWHM + at["psf"] * options.effect_psf),
             gain=float(np.exp(at["gain"] * options.effect_gain)),
             coil=abs(at["coil"]) * options.effect_coil, bias=abs(at["bias"]) * options.effect_bias,
