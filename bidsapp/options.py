@@ -152,10 +152,10 @@ class PhantomOptions:
     effect_bias: float = _option(0.1, "SD of the log of the bias field left in the images")
     effect_snr: float = _option(0.3, "log of the SNR")
     effect_coils: int = _option(4, "coils of every second site: non-central chi noise; 1: Rician")
-    effect_psf: float = _option(1.4, "mm, full width at half maximum of the point spread")
+    effect_psf: float = _option(1.2, "mm, full width at half maximum of the point spread")
     effect_echo_time: float = _option(20.0, "ms: weights compartments and tissues by their T2")
     effect_repetition_time: float = _option(1.0, "log of it: weights tissues by their T1")
-    effect_miscalibration: float = _option(0.04, "relative error of b")
+    effect_miscalibration: float = _option(0.03, "relative error of b")
     effect_nonlinearity: float = _option(0.03, "SD over the head of the relative change of b")
     effect_directions: int = _option(3, "directions per shell")
     effect_voxel: float = _option(0.0, "mm; 0, so that scans of a person pair voxel by voxel")
@@ -208,7 +208,7 @@ class PhantomOptions:
     @property
     def step(self) -> float:
         """mm, of the grid on which the anatomy is simulated."""
-        return 4.0 if self.sloppy else min(2.0, self.voxel * 2 / 3)
+        return 4.0 if self.sloppy else min(3.0, self.voxel * 2 / 3)
 
 
 def _flag(name: str) -> str:

@@ -24,7 +24,7 @@ from bidsapp.simulate.anatomy import SYSTEMS, Atlas
 from bidsapp.simulate.fields import SplineField, stream
 
 PROPERTIES = {"wm": {"d": 1.75, "f": 0.62}, "gm": {"d": 1.35, "f": 0.30}}
-OFFSET_SD = {"d_wm": 0.10, "f_wm": 0.055, "d_gm": 0.10, "f_gm": 0.055, "log_kappa": 0.3}
+OFFSET_SD = {"d_wm": 0.10, "f_wm": 0.065, "d_gm": 0.10, "f_gm": 0.065, "log_kappa": 0.3}
 """Between people; log κ of white and grey matter alike."""
 
 VARIATION_SD = {"d": 0.06, "f": 0.025}
@@ -82,7 +82,7 @@ class Tissue:
 
 
 def draw(options: PhantomOptions, atlas: Atlas, label: str, age: float, sex: str, lesion: bool,
-         tissue: Sequence[float] = (0, 0, 0, 0, 0)) -> Person:
+         tissue: Sequence[float] = (0.0,) * len(OFFSET_SD)) -> Person:
     """A person of this age and sex, whose tissue stands so many SDs from the mean in each of
     OFFSET_SD; shape, local variation and the lesion's place from the seed and the label."""
     rng = stream(options.random_seed, "person", label)
