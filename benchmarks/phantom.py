@@ -63,7 +63,7 @@ def effects(options):
     atlas, sites = load_atlas(options.step), site.draw(options)
     clean = replace(options, snr=float("inf"))
     found, rng = {}, torch.Generator().manual_seed(0)
-    for who, _, where, scan in scans(clean, recruit(options), site.draw(clean), atlas):
+    for _, _, where, scan in scans(clean, recruit(options), site.draw(clean), atlas):
         noisy = next(s for s in sites if s.name == where.name)
         if noisy is sites[0]:
             continue

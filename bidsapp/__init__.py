@@ -4,13 +4,14 @@ The map of the house, in the order a run flows through it:
 
     cli.py          argv → options.py: one frozen Options
     run.py          participant(options), group(options): two linear recipes
+    phantom.py      phantom(options): a multi-site dataset with known truth (cli_phantom.py)
     process.py      one participant: load, apply, write, report
     bids/           find runs, read b-tables and sidecars; the one writer of derivatives
     dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
     acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)
     methods/        one folder per published method: check, apply, outputs.json, README.md
     preprocess/     where tissues are
-    simulate/       forward models and noise: signals with known truth
+    simulate/       forward models, noise, people, sites: signals with known truth
     tensor.py       batched, differentiable diffusion tensor fit
     blocks.py       device choice and blocks of voxels
     sh.py           spherical harmonics

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from bidsapp import __version__
 from bidsapp.cli import guarded, log_to_stderr
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = given.pop("verbose")
 
     def work() -> int:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
+                                  for k, v in given.items()}
         options = PhantomOptions(**values)
         log_to_stderr(verbose)
         from bidsapp import phantom

@@ -93,6 +93,8 @@ def recruit(options: PhantomOptions) -> list[Participant]:
     rng = stream(options.random_seed, "people", options.design)
     n, k, (low, high) = options.participants, options.sites, options.ages
 
+    where: list[tuple[int, ...]]
+
     def spread(count: int) -> np.ndarray:
         return low + (high - low) * (np.arange(count) + rng.uniform(size=count)) / count
 

@@ -250,8 +250,8 @@ def test_without_effects_sites_are_the_same(atlas):
 
 
 EFFECTS = {"gain": 0.3, "coil": 0.3, "bias": 0.1, "snr": 0.3, "coils": 4, "psf": 1.2,
-           "echo_time": 20.0, "repetition_time": 1.0, "miscalibration": 0.03, "nonlinearity": 0.03, "directions": 3,
-           "voxel": 0.7}
+           "echo_time": 20.0, "repetition_time": 1.0, "miscalibration": 0.03, "nonlinearity": 0.03,
+           "directions": 3, "voxel": 0.7}
 OWN = {"gain": {"gain"}, "coil": {"coil"}, "bias": {"bias"}, "snr": {"snr"}, "coils": {"coils"},
        "psf": {"fwhm"}, "echo_time": {"echo_time"},
        "repetition_time": {"repetition_time"}, "miscalibration": {"b_scale"},

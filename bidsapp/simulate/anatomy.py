@@ -76,7 +76,7 @@ def build(t1: np.ndarray, gm: np.ndarray, wm: np.ndarray, affine: np.ndarray, st
     fine[:3] *= fine[:3] > LEAST
     coarse = _thinned(maps[:3], size, max(step, FLOW_STEP))
     flow = _flows(coarse, origin, max(step, FLOW_STEP))
-    index = np.indices(fine.shape[1:], np.float32) * (step / max(step, FLOW_STEP))
+    index = np.indices(fine.shape[1:]) * (step / max(step, FLOW_STEP))
     flow = np.stack([[ndimage.map_coordinates(f, index, order=1, mode="nearest") for f in system]
                      for system in flow])
     outward = -np.stack(np.gradient(ndimage.gaussian_filter(fine[0], 4 / step)))
@@ -93,7 +93,7 @@ def _sharp(tissue: np.ndarray) -> np.ndarray:
 def _thinned(maps: np.ndarray, size: float, step: float) -> np.ndarray:
     """(k, x, y, z) maps of `size` mm at `step` mm, smoothed against aliasing."""
     shape = np.ceil((np.array(maps.shape[1:]) - 1) * size / step).astype(int) + 1
-    index = np.indices(shape, np.float32) * (step / size)
+    index = np.indices(tuple(shape)) * (step / size)
     smooth = 0.35 * step / size if step > size else 0
     return np.stack([ndimage.map_coordinates(ndimage.gaussian_filter(m, smooth), index, order=1)
                      for m in maps.astype(np.float32)])

@@ -1,13 +1,14 @@
 """Scans of a phantom's people, and what is true of them, on each scan's own grid.
 
 A scan is simulated in the scanner's frame (world RAS+ of its images): with the rigid pose
-y = R x + t of the head, a point y of a fine grid lies at a(y) in the atlas, and the fibre axes there
-are (∂a/∂y)⁻¹ v, v the atlas' axis: the head turns, the b-table does not. In every fine cell
+y = R x + t of the head, a point y of a fine grid lies at a(y) in the atlas, and the fibre axes
+there are (∂a/∂y)⁻¹ v, v the atlas' axis: the head turns, the b-table does not. In every fine cell
 
-    S = Σ_tissue share s0 e1 Σ_c f_c exp(−ΔTE/T2_c) ∫ ODF exp(−b c(y) B : D_c),   c(y) = actual/nominal b,
+    S = Σ_tissue share s0 e1 Σ_c f_c exp(−ΔTE/T2_c) ∫ ODF exp(−b c(y) B : D_c)
 
-(stick and zeppelin in white and grey matter, free water in CSF; scaling b scales diffusivities, so
-c multiplies those; e1 is 1 − exp(−TR/T1), relative to the reference's), which the separable point spread takes to voxels. ΔTE is counted from the
+with stick and zeppelin in white and grey matter and free water in CSF; c(y) = actual/nominal b,
+which multiplies diffusivities, for that is the same; e1 = 1 − exp(−TR/T1), relative to the
+reference's. The separable point spread takes S to voxels. ΔTE is counted from the
 reference site's echo time, so that f is a fraction of the signal there.
 
 What is true of a voxel is what the reference's point spread makes of it: shares; d and f averaged

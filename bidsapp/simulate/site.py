@@ -30,9 +30,9 @@ B0_SHARE = 10
 @dataclass(frozen=True, eq=False)
 class Site:
     """name; b_scale: actual over nominal b; nonlinearity: its relative change over the head (SD);
-    echo_time: ms; repetition_time: s; fwhm: mm; gain; coil: SD of the log of the coil's profile, which the noise
-    follows inversely; bias: SD of the log of what is left of it in the image; snr: of a b = 0
-    image of pure white matter at the reference's gain; coils: 1 Rician, else non-central χ;
+    echo_time: ms; repetition_time: s; fwhm: mm; gain; coil: SD of the log of the coil's profile,
+    which the noise follows inversely; bias: SD of the log of what is left of it in the image; snr:
+    of a b = 0 image of pure white matter at the reference's gain; coils: 1 Rician, else non-central χ;
     directions: per shell; voxel: mm; fields: of coil, bias, nonlinearity, unit SD, in scanner
     coordinates."""
 
@@ -121,8 +121,8 @@ def table(shells: tuple[float, ...], directions: int) -> Acquisition:
     n = max(2, round(len(bvals) / B0_SHARE))
     order = rng.permutation(len(bvals))  # so that scanner drift, or a cut, harms no shell alone
     where = np.linspace(0, len(bvals), n, endpoint=False).astype(int)
-    b = np.insert(np.array(bvals)[order], where, 0)
-    return Acquisition(b, np.insert(np.array(bvecs)[order], where, 0, axis=0))
+    return Acquisition(np.insert(np.array(bvals)[order], where, 0.0),
+                       np.insert(np.array(bvecs)[order], where, 0, axis=0))
 
 
 def spread_matrix(centres: Float[np.ndarray, " m"], voxel: float, fine: Float[np.ndarray, " n"],
