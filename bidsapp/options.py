@@ -129,10 +129,10 @@ class PhantomOptions:
     sites: int = _option(2, "scanners; the first, A, is the reference")
     design: str = _option("travelling", "; ".join(f"{k}: {v}" for k, v in DESIGNS.items()))
     random_seed: int = _option(0, "same seed, same bytes")
-    sloppy: bool = _option(False, "6 mm voxels and 12 directions unless given, for tests")
+    sloppy: bool = _option(False, "6 mm voxels and 16 directions unless given, for tests")
 
     shells: tuple[float, ...] = _option((1000.0, 2000.0), "b-values, s/mm²")
-    directions: int | None = _option(None, "per shell; default: 30, or 12 with --sloppy")
+    directions: int | None = _option(None, "per shell; default: 30, or 16 with --sloppy")
     voxel_size: float | None = _option(None, "mm; default: 3, or 6 with --sloppy")
     snr: float = _option(25.0, "of white matter at b = 0; inf for no noise")
     echo_time: float = _option(80.0, "ms, of the reference")
@@ -203,7 +203,7 @@ class PhantomOptions:
 
     @property
     def per_shell(self) -> int:
-        return self.directions or (12 if self.sloppy else 30)
+        return self.directions or (16 if self.sloppy else 30)
 
     @property
     def step(self) -> float:

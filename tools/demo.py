@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PHANTOM = ("--participants", "4", "--sites", "2", "--voxel-size", "4", "--directions", "15")
+PHANTOM = ("--participants", "4", "--sites", "2", "--voxel-size", "4", "--directions", "20")
 
 
 def run(module: str, *arguments: object) -> int:

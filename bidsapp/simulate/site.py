@@ -32,8 +32,8 @@ class Site:
     """name; b_scale: actual over nominal b; nonlinearity: its relative change over the head (SD);
     echo_time: ms; repetition_time: s; fwhm: mm; gain; coil: SD of the log of the coil's profile,
     which the noise follows inversely; bias: SD of the log of what is left of it in the image; snr:
-    of a b = 0 image of pure white matter at the reference's gain; coils: 1 Rician, else non-central χ;
-    directions: per shell; voxel: mm; fields: of coil, bias, nonlinearity, unit SD, in scanner
+    of a b = 0 image of pure white matter at the reference's gain; coils: 1 Rician, else
+    non-central χ; directions: per shell; voxel: mm; fields: of coil, bias, nonlinearity, unit SD, in scanner
     coordinates."""
 
     name: str
