@@ -88,8 +88,9 @@ def load_atlas(step: float) -> Atlas:
 
 
 def recruit(options: PhantomOptions) -> list[Participant]:
-    """Ages spread evenly over the range and tissue over the quantiles of a normal distribution, so
-    that few people differ as many do; both sexes; lesions in the share asked for."""
+    """Ages spread evenly over the range and tissue over the quantiles of a normal distribution,
+    uncorrelated, so that few people differ as many do; both sexes; lesions in the share
+    asked for."""
     rng = stream(options.random_seed, "people", options.design)
     n, k, (low, high) = options.participants, options.sites, options.ages
 
@@ -110,6 +111,8 @@ def recruit(options: PhantomOptions) -> list[Participant]:
     lesion = np.isin(np.arange(n), rng.permutation(n)[:round(options.lesions * n)])
     tissue = np.stack([norm.ppf((rng.permutation(n) + 0.5) / n) for _ in person.OFFSET_SD], 1)
     tissue /= np.maximum(tissue.std(0), 1e-9) if n > 1 else 1
+    if n > tissue.shape[1]:  # uncorrelated, lest chance cancels one property by another
+        tissue = np.linalg.qr(tissue)[0] * np.sqrt(n)
     width = max(2, len(str(n)))
     return [Participant(f"{i + 1:0{width}}", round(float(np.clip(ages[i], low, high)), 1),
                         "FM"[sexes[i]], bool(lesion[i]), where[i], tuple(tissue[i].tolist()))
