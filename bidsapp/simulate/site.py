@@ -33,8 +33,8 @@ class Site:
     echo_time: ms; repetition_time: s; fwhm: mm; gain; coil: SD of the log of the coil's profile,
     which the noise follows inversely; bias: SD of the log of what is left of it in the image; snr:
     of a b = 0 image of pure white matter at the reference's gain; coils: 1 Rician, else
-    non-central χ; directions: per shell; voxel: mm; fields: of coil, bias, nonlinearity, unit SD, in scanner
-    coordinates."""
+    non-central χ; directions: per shell; voxel: mm; fields: of coil, bias, nonlinearity, unit
+    SD, in scanner coordinates."""
 
     name: str
     b_scale: float
