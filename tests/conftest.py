@@ -13,7 +13,10 @@ from jaxtyping import install_import_hook
 install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
                      "bidsapp.methods.estimate_smt.method", "bidsapp.simulate.mixture",
                      "bidsapp.simulate.odf", "bidsapp.simulate.forward",
-                     "bidsapp.simulate.noise"], "beartype.beartype")
+                     "bidsapp.simulate.noise", "bidsapp.simulate.anatomy",
+                     "bidsapp.simulate.fields",
+                     "bidsapp.simulate.person", "bidsapp.simulate.site",
+                     "bidsapp.simulate.phantom", "bidsapp.bids.raw"], "beartype.beartype")
 
 ROOT = Path(__file__).parent.parent
 
