@@ -41,7 +41,7 @@ def main() -> None:
     acq, method = acquisition(), get("estimate_freewater")
     start = time.perf_counter()
     trained = network.learn(freewater.literature(2), acq, np.array([1 / SNR]), False, options.seed,
-                            "cpu", network.settings(False))
+                            "cpu", get("estimate_freewater").settings("network"))
     training = time.perf_counter() - start
     network.learn = lambda *args: trained  # `apply` now takes the time of everything else
     freewater.tissue.regions = refuse

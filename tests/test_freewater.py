@@ -84,7 +84,7 @@ def trained():
     """(method, network, acquisition): trained once at full length for an acquisition at SNR 25."""
     acq, method = acquisition(), methods.get("estimate_freewater")
     model, error = network.learn(freewater.literature(2), acq, np.array([1 / SNR]), False, 0, "cpu",
-                                 network.settings(False))
+                                 methods.get("estimate_freewater").settings("network"))
     return method, model, error, acq
 
 

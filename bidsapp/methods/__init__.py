@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,11 @@ class Method(ABC):
         "range", …}}}."""
         return json.loads((self.folder / "outputs.json").read_text())
 
+    def settings(self, table: str) -> dict[str, Any]:
+        """A table of training.toml; where `sloppy`, with what sloppy.TABLE says instead."""
+        tables = tomllib.loads((self.folder / "training.toml").read_text())
+        return _over(tables[table], tables["sloppy"][table] if self.sloppy else {})
+
     @abstractmethod
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal, with what was found and what is needed, where the method cannot apply."""
@@ -167,6 +173,11 @@ class Method(ABC):
             UsageError: the study cannot carry the method; says what was found and what is needed.
         """
         raise UsageError(f"--train {self.name}: this method needs no training.")
+
+
+def _over(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    return {**table, **{k: _over(table[k], v) if isinstance(v, dict) else v
+                        for k, v in other.items()}}
 
 
 def names(kind: str = "") -> list[str]:

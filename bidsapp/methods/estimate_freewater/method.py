@@ -60,7 +60,7 @@ class FreeWater(Method):
         known = bool((s0 == 1).all())  # the signals were divided by S0 before
         noise = (np.quantile(dwi.noise_sd / s0[s0 > 0], np.linspace(0, 1, LEVELS))
                  if dwi.noise_sd and (s0 > 0).any() else np.array([1 / ASSUMED_SNR]))
-        options = network.settings(self.sloppy)
+        options = self.settings("network")
         model, error = network.learn(measured, acquisition, noise, known, seed, device, options)
 
         water = water_attenuation(measured, acquisition)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,16 +47,6 @@ class Network(nn.Module):
     def forward(self, signal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.sigmoid(self.layers((signal - self.mean) / self.scale))
         return out[:, 0], 0.5 * out[:, 1]
-
-
-def settings(sloppy: bool) -> dict[str, Any]:
-    """The table [network] of training.toml; shorter when sloppy."""
-    both = tomllib.loads((Path(__file__).parent / "training.toml").read_text())
-    found = both["network"]
-    if sloppy:
-        short = both["sloppy"]["network"]
-        found = {**found, **short, "schedule": {**found["schedule"], **short["schedule"]}}
-    return found
 
 
 def mixtures(measured: Diffusivities, acquisition: Acquisition, count: int, seed: int, device: str

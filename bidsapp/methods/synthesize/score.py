@@ -7,10 +7,8 @@ no room for it; both raise the error. The signal is S/S0 of the weighted volumes
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,29 +30,20 @@ CODE = 7
 FIBRES = 0.2
 """Directions are compared where the measured FA is above."""
 
+
 def scores(dwi: Dwi, measured: Diffusivities, modes: Sequence[str], s0: float, sd: float,
-           seed: int, device: str, sloppy: bool = False) -> dict[str, dict[str, float]]:
+           seed: int, device: str, options: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """`compare` of each mode, and of `noise`.
 
-    measured: what the modes are made from. s0, sd: of the synthetic signals.
+    measured: what the modes are made from. s0, sd: of the synthetic signals. options: the table
+    [score] of training.toml.
     """
-    options = settings(sloppy)
     out = {}
     for mode in modes:
         mixtures = mixture.mix(mode, measured, dwi.acquisition, options["samples"], seed, device)
         model = learn(mixtures.attenuation[:, ~dwi.acquisition.b0], sd / s0, seed, device, options)
         out[mode] = compare(dwi, model, device)
     return {**out, "noise": compare(dwi, noise(sd, seed, device), device)}
-
-
-def settings(sloppy: bool = False) -> dict[str, Any]:
-    """The table [score] of training.toml; shorter when sloppy."""
-    both = tomllib.loads((Path(__file__).parent / "training.toml").read_text())
-    found = both["score"]
-    if sloppy:
-        short = both["sloppy"]["score"]
-        found = {**found, **short, "schedule": {**found["schedule"], **short["schedule"]}}
-    return found
 
 
 def widths(n: int) -> list[int]:
