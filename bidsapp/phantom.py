@@ -29,7 +29,10 @@ from bidsapp.simulate.site import Site
 log = logging.getLogger("qsphere")
 MAKER = "qsphere-phantom"
 LABELS = dict(zip(TISSUES, ("WM", "GM", "CSF"), strict=True))
-MASKS, TISSUE, TRUTH = (PurePosixPath("derivatives", n) for n in ("masks", "tissue", "truth"))
+MASKS, TISSUE = (PurePosixPath("derivatives", n) for n in ("masks", "tissue"))
+TRUTH = PurePosixPath("sourcedata", "truth")
+"""What the raw data were made from. Not below derivatives/: `bids-validator -r` 3.0.2 skips every
+hidden file below the root, and with it the .bidsignore that names like *_dwimap need."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +257,10 @@ MAPS = {
                         "and grey matter, at the reference's echo time", "1"),
     "odf": ("smt", "Fibre orientation density, mean over white and grey matter weighted by their "
             "signal", "1/sr"),
-    "fa": ("tensor", "FA of the tensor in the limit of b to 0, without noise", "1"),
-    "md": ("tensor", "MD in the limit of b to 0, without noise", "mm^2/s"),
+    "fa": ("tensor", "FA of the mean diffusion tensor: the limit of b to 0, without noise; "
+           "a fit at finite b differs", "1"),
+    "md": ("tensor", "MD of the mean diffusion tensor: the limit of b to 0, without noise; "
+           "a fit at finite b differs", "mm^2/s"),
 }
 ODF_KEYS = {"OrientationEncoding": {
     "Type": "sh", "Reference": "xyz", "EncodingAxis": 3, "AntipodalSymmetry": True,
@@ -270,8 +275,12 @@ all anatomies are deformed from.
 - `sub-*/[ses-*/]`: T1w and DWI, as measured. `participants.tsv` (and `sub-*/sub-*_sessions.tsv`)
   say age, sex and site.
 - `derivatives/masks`: brain masks. `derivatives/tissue`: tissue shares on the grid of the T1w.
-- `derivatives/truth`: what is true of each scan, on its own grid: the two-compartment model's d, f
+- `sourcedata/truth`: what is true of each scan, on its own grid: the two-compartment model's d, f
   and ODF, noise-free FA and MD, tissue shares, lesions; `desc-reference_dwi`, what the reference
   site would have measured without noise; `desc-sites_truth.json`, every site's parameters;
   `*_truth.json`, pose and person.
+
+FA and MD are of the mean diffusion tensor, the limit of b to 0. A tensor fitted at b = 1000 s/mm2
+differs from it without any noise, because log S is not linear in b; compare such fits with the same
+fit of `desc-reference_dwi`.
 """

@@ -38,7 +38,7 @@ def main() -> int:
                    "--reference-batch", "siteA"))
     if code == 0:
         print("\nmaps:", *sorted(out.glob("sub-*/ses-*/dwi")), sep="\n  ")
-        print("\ntruth:", bids / "derivatives" / "truth", sep="\n  ")
+        print("\ntruth:", bids / "sourcedata" / "truth", sep="\n  ")
         print("\nreports:", *sorted(out.glob("sub-*.html")), out / "group.html", sep="\n  ")
     return code
 

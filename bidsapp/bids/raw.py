@@ -26,6 +26,8 @@ from bidsapp.bids.writer import to_json, to_tsv
 from bidsapp.errors import UsageError
 
 STAGING = ".qsphere-staging"
+SHARED = ("derivatives", "sourcedata")
+"""Top-level folders in which others may have put something too."""
 
 
 class Tree:
@@ -108,10 +110,10 @@ def new_dataset(root: Path, maker: str) -> Iterator[Tree]:
 
 
 def _replace(root: Path, staging: Path, record: Path) -> None:
-    """Entries of the staging folder, those of derivatives/ one by one, in place of the old."""
-    entries = [p.relative_to(staging) for p in sorted(staging.iterdir())
-               if p.name != "derivatives"]
-    entries += [p.relative_to(staging) for p in sorted((staging / "derivatives").glob("*"))]
+    """Entries of the staging folder, those of SHARED folders one by one, in place of the old."""
+    entries = [p.relative_to(staging) for p in sorted(staging.iterdir()) if p.name not in SHARED]
+    entries += [p.relative_to(staging) for name in SHARED
+                for p in sorted((staging / name).glob("*"))]
     old = json.loads(record.read_text()) if record.exists() else []
     record.write_text(to_json(sorted({*old, *map(str, entries)})))
     for name in {*old, *map(str, entries)}:

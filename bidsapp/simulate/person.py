@@ -24,7 +24,7 @@ from bidsapp.simulate.anatomy import SYSTEMS, Atlas
 from bidsapp.simulate.fields import SplineField, stream
 
 PROPERTIES = {"wm": {"d": 1.75, "f": 0.62}, "gm": {"d": 1.35, "f": 0.30}}
-OFFSET_SD = {"d_wm": 0.10, "f_wm": 0.065, "d_gm": 0.10, "f_gm": 0.065, "log_kappa": 0.3}
+OFFSET_SD = {"d_wm": 0.10, "f_wm": 0.065, "d_gm": 0.14, "f_gm": 0.08, "log_kappa": 0.25}
 """Between people; log κ of white and grey matter alike."""
 
 VARIATION_SD = {"d": 0.06, "f": 0.025}
@@ -33,6 +33,9 @@ CALLOSAL_F = 0.10
 
 KAPPA = {"wm": 24.0, "gm": 2.2}
 """Watson concentration of a fibre system within a voxel."""
+
+LEAST_STRENGTH = 1e-12
+"""Where the currents' squares add up to less, there are no fibres: tissue is isotropic."""
 
 SIZE_SD = 0.04
 WARP_SD = 3.0
@@ -67,8 +70,8 @@ class Tissue:
     """What is at n points of a person.
 
     share: (3, n) of WM, GM, CSF. d, f: (2, n) of WM and GM. axes: (4, n, 3) unit axes of the fibre
-    systems and of GM, in the frame of the points. weight: (3, n) of the systems, adding up to 1.
-    t1: (n,) 0–1. lesion: (n,) 0–1. kappa: Watson's, by tissue.
+    systems and of GM, in the frame of the points. weight: (3, n) of the systems, adding up to 1,
+    or 0 where no current runs. t1: (n,) 0–1. lesion: (n,) 0–1. kappa: Watson's, by tissue.
     """
 
     share: np.ndarray
@@ -112,7 +115,8 @@ def tissue_at(person: Person, atlas: Atlas, options: PhantomOptions, pattern: Sp
     share = atlas.sample(atlas.tissue, place)
     flow = atlas.sample(atlas.flow, place)
     strength = np.linalg.norm(flow, axis=1) ** 2
-    weight = strength / np.maximum(strength.sum(0), 1e-12)
+    total = strength.sum(0)
+    weight = np.where(total > LEAST_STRENGTH, strength / np.maximum(total, LEAST_STRENGTH), 0)
     vectors = np.concatenate([flow, atlas.sample(atlas.outward, place)[None]]).transpose(0, 2, 1)
     axes = np.linalg.solve(jacobian, vectors[..., None])[..., 0]
     length = np.linalg.norm(axes, axis=-1, keepdims=True)
