@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
                      "bidsapp.methods.estimate_smt.method", "bidsapp.simulate.mixture",
                      "bidsapp.simulate.odf", "bidsapp.simulate.forward",
-                     "bidsapp.simulate.noise"], "beartype.beartype")
+                     "bidsapp.simulate.noise", "bidsapp.networks.spherical"], "beartype.beartype")
 
 ROOT = Path(__file__).parent.parent
 

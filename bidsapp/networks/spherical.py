@@ -1,0 +1,116 @@
+"""Layers on the sphere: tensors (coefficient, voxel, channel) of SH coefficients c_lm (`bidsapp.sh`).
+
+A layer is equivariant where turning its input turns its output: with D_l(R) the matrix that turns
+the 2l + 1 coefficients of degree l, layer(D x) = D layer(x). Coefficients come first because then
+every step is a matrix product without a transpose: channels are mixed by one batched product, and
+the passage to points on the sphere is one product over all voxels and channels together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from bidsapp import sh
+
+
+def by_degree(values: Float[torch.Tensor, "degree *rest"]) -> Float[torch.Tensor, "coef *rest"]:
+    """One value per even degree → one per coefficient, along the first axis."""
+    return torch.cat([v.expand(4 * i + 1, *v.shape[1:])
+                      for i, v in enumerate(values.split(1, 0))])
+
+
+def truncate(x: Float[torch.Tensor, "coef voxel channel"], l_max: int
+             ) -> Float[torch.Tensor, "_ voxel channel"]:
+    """Spectral pooling: the coefficients up to degree l_max."""
+    return x[:sh.size(l_max)]
+
+
+def mean(x: Float[torch.Tensor, "coef voxel channel"]) -> Float[torch.Tensor, "voxel channel"]:
+    """Mean over the sphere, c_00/√(4π): does not change with rotation."""
+    return x[0] / math.sqrt(4 * math.pi)
+
+
+def power(x: Float[torch.Tensor, "coef voxel channel"], first: int = 2
+          ) -> Float[torch.Tensor, "voxel _"]:
+    """Σ_m c_lm²/(2l + 1) of every degree from `first` on and channel, (voxel, degrees · channels):
+    does not change with rotation. With linear layers before it, it gives every quadratic invariant
+    of two channels."""
+    square = x * x
+    l_max = sh.l_max_of(len(x))
+    start = [sh.size(l - 2) if l else 0 for l in range(first, l_max + 1, 2)]
+    return torch.cat([square[i:i + 2 * l + 1].mean(0)
+                      for i, l in zip(start, range(first, l_max + 1, 2), strict=True)], -1)
+
+
+class ZonalConvolution(nn.Module):
+    """y_lm,d = Σ_c scale_l w_l,cd x_lm,c + √(4π) bias_d δ_l0: convolution with zonal filters
+    (Esteves et al. 2018, doi:10.1007/978-3-030-01261-8_4), exactly equivariant. A bias at another
+    degree would not be.
+
+    Args:
+        l_max: even degree of the input that is used; higher ones are left out.
+        scale: (degree,) constants in front of the weights; by default 1/√in.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, l_max: int, *, bias: bool = True,
+                 scale: Float[torch.Tensor, " degree"] | None = None) -> None:
+        super().__init__()
+        self.l_max = l_max
+        degrees = l_max // 2 + 1
+        self.weight = nn.Parameter(torch.randn(degrees, channels_in, channels_out))
+        self.bias = nn.Parameter(torch.zeros(channels_out)) if bias else None
+        if scale is None:
+            scale = torch.full((degrees,), channels_in**-0.5)
+        self.register_buffer("scale", scale.view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Float[torch.Tensor, "coef voxel channel"]
+                ) -> Float[torch.Tensor, "_ voxel out"]:
+        y = torch.bmm(truncate(x, self.l_max), by_degree(self.weight * self.scale))
+        return y if self.bias is None else add_mean(y, self.bias)
+
+
+def add_mean(x: Float[torch.Tensor, "coef voxel channel"],
+             value: Float[torch.Tensor, "#voxel channel"] | Float[torch.Tensor, " channel"]
+             ) -> Float[torch.Tensor, "coef voxel channel"]:
+    """x with `value` added to the function, that is √(4π) value to degree 0."""
+    return torch.cat([x[:1] + math.sqrt(4 * math.pi) * value, x[1:]])
+
+
+class Pointwise(nn.Module):
+    """A nonlinearity applied to the function's values on an antipodal half grid.
+
+    The values a = σ(f) at the points n_i are projected back, c_lm = Σ_i w_i a(n_i) Y_lm(n_i). σ(f)
+    has degrees above those of f; the grid, exact to `grid` (`sh.half_grid`), keeps those up to
+    grid − l_out out of the result, and the ones above are mirrored into it: the aliasing error,
+    the only departure from equivariance. The default, 2 l_in + l_out, is exact for a quadratic σ.
+    Relative SD of the result over rotations, for the signal of crossing fibres with mean 0 and
+    SD 1 (tested):
+
+        degree of the grid       17       23       29       47
+        points                   55       97       151      385
+        SiLU, l 8 → 8            9e-3     2e-4     1e-5     7e-10
+        leaky ReLU, l 8 → 8      3e-2     1e-2     7e-3     2e-3
+
+    A kink makes the error fall with a power of the degree, a smooth σ exponentially: hence SiLU.
+    """
+
+    def __init__(self, l_in: int, l_out: int, *, grid: int | None = None,
+                 function: Callable[[torch.Tensor], torch.Tensor] = nn.functional.silu) -> None:
+        super().__init__()
+        points, weights = sh.half_grid(2 * l_in + l_out if grid is None else grid)
+        to_grid = torch.from_numpy(sh.basis(l_in, points))
+        back = torch.from_numpy(sh.basis(l_out, points) * weights[:, None]).T
+        dtype = torch.get_default_dtype()
+        self.register_buffer("to_grid", to_grid.to(dtype), persistent=False)
+        self.register_buffer("back", back.contiguous().to(dtype), persistent=False)
+        self.function = function
+
+    def forward(self, x: Float[torch.Tensor, "coef voxel channel"]
+                ) -> Float[torch.Tensor, "_ voxel channel"]:
+        values = self.function(self.to_grid @ x.flatten(1))
+        return (self.back @ values).unflatten(1, x.shape[1:])
