@@ -9,9 +9,11 @@ The map of the house, in the order a run flows through it:
     dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
     acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)
     methods/        one folder per published method: check, apply, outputs.json, README.md
+    training.py     the only optimisation loop
     preprocess/     where tissues are
     simulate/       forward models and noise: signals with known truth
     tensor.py       batched, differentiable diffusion tensor fit
+    checkpoint.py   trained weights and their card
     blocks.py       device choice and blocks of voxels
     sh.py           spherical harmonics
     evaluate/       quality and statistics

@@ -1,7 +1,7 @@
-"""Layers on the sphere: tensors (coefficient, voxel, channel) of SH coefficients c_lm (`bidsapp.sh`).
+"""Layers on the sphere: tensors (coefficient, voxel, channel) of SH coefficients (`bidsapp.sh`).
 
 A layer is equivariant where turning its input turns its output: with D_l(R) the matrix that turns
-the 2l + 1 coefficients of degree l, layer(D x) = D layer(x). Coefficients come first because then
+the 2l + 1 coefficients c_lm of degree l, layer(D x) = D layer(x). Coefficients come first because then
 every step is a matrix product without a transpose: channels are mixed by one batched product, and
 the passage to points on the sphere is one product over all voxels and channels together.
 """
@@ -18,7 +18,7 @@ from torch import nn
 from bidsapp import sh
 
 
-def by_degree(values: Float[torch.Tensor, "degree *rest"]) -> Float[torch.Tensor, "coef *rest"]:
+def by_degree(values: Float[torch.Tensor, "degree ..."]) -> Float[torch.Tensor, "coef ..."]:
     """One value per even degree → one per coefficient, along the first axis."""
     return torch.cat([v.expand(4 * i + 1, *v.shape[1:])
                       for i, v in enumerate(values.split(1, 0))])
@@ -56,6 +56,8 @@ class ZonalConvolution(nn.Module):
         l_max: even degree of the input that is used; higher ones are left out.
         scale: (degree,) constants in front of the weights; by default 1/√in.
     """
+
+    scale: torch.Tensor
 
     def __init__(self, channels_in: int, channels_out: int, l_max: int, *, bias: bool = True,
                  scale: Float[torch.Tensor, " degree"] | None = None) -> None:
@@ -98,6 +100,9 @@ class Pointwise(nn.Module):
 
     A kink makes the error fall with a power of the degree, a smooth σ exponentially: hence SiLU.
     """
+
+    to_grid: torch.Tensor
+    back: torch.Tensor
 
     def __init__(self, l_in: int, l_out: int, *, grid: int | None = None,
                  function: Callable[[torch.Tensor], torch.Tensor] = nn.functional.silu) -> None:

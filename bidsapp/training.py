@@ -1,0 +1,201 @@
+"""The only optimisation loop: seeded, resumable, on one device or many (Lightning Fabric).
+
+Step k on rank r draws its batch, and what the network itself leaves to chance (dropout), from
+generators seeded by (seed, k, r) alone, so a training that was interrupted and resumed gives the
+weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bidsapp.errors import DataError, UsageError
+
+Batch = tuple[torch.Tensor, ...]
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+DECAYS = ("constant", "step", "cosine", "plateau")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: a table of a method's training.toml.
+
+    steps: optimiser steps. learning_rate: at the start. optimizer: adam, adamw or sgd (momentum
+    0.9). decay: constant; step (÷ 10 after 50 % and 75 % of the steps); cosine (to 0 at the end);
+    plateau (÷ 10 after 3 validations without progress). validate_every: steps between validations,
+    which are when the state is saved, too. patience: validations without progress after which to
+    stop, None for never. clip: greatest norm of the gradient, None for any. precision: Fabric's.
+
+    Raises:
+        UsageError: a value outside these.
+    """
+
+    steps: int
+    learning_rate: float
+    optimizer: str = "adam"
+    decay: str = "constant"
+    weight_decay: float = 0.0
+    validate_every: int = 1000
+    patience: int | None = None
+    clip: float | None = None
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS or self.decay not in DECAYS:
+            raise UsageError(f"a schedule with optimizer {self.optimizer!r} and decay "
+                             f"{self.decay!r}: known are {', '.join(OPTIMIZERS)}; "
+                             f"{', '.join(DECAYS)}.")
+        if min(self.steps, self.validate_every, self.patience or 1) < 1 or self.learning_rate <= 0:
+            raise UsageError(f"a schedule of {self.steps} steps, validated every "
+                             f"{self.validate_every} with patience {self.patience}, at learning "
+                             f"rate {self.learning_rate}: all must be positive.")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's global generator seeded inside, and as it was afterwards: for initial weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def train(model: nn.Module, batch: Callable[[torch.Generator], Batch],
+          loss: Callable[[nn.Module, Batch], torch.Tensor], schedule: Schedule, *, seed: int,
+          device: str, validate: Callable[[nn.Module], float] | None = None,
+          saved: Path | None = None, devices: int = 1, nodes: int = 1, name: str = "training"
+          ) -> list[dict[str, float]]:
+    """Optimise `model` in place; it is left in eval mode, at its best validation if there is one.
+
+    Args:
+        batch: draws one batch from a generator, on the generator's device.
+        loss: (model, batch) → scalar to be made small.
+        validate: model in eval mode → number to be made small, the same on every rank.
+        saved: file in which the state is kept, and from which a training is taken up again.
+        devices, nodes: as torchrun or SLURM started them.
+
+    Returns:
+        One row per validation: step, loss (mean since the last one), learning_rate, validation.
+
+    Raises:
+        DataError: the loss is not finite.
+        UsageError: `saved` holds another training.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment
+
+    kind, _, number = device.partition(":")
+    several = devices * nodes > 1
+    fabric = Fabric(accelerator=kind, num_nodes=nodes, devices=[int(number)] if number else devices,
+                    precision=schedule.precision,  # type: ignore[arg-type]
+                    # one process alone must not take a SLURM job around it for its own
+                    plugins=None if several else LightningEnvironment())
+    if several:
+        fabric.launch()
+    with seeded(seed):
+        parameters: dict[str, Any] = {"lr": schedule.learning_rate,
+                                      "weight_decay": schedule.weight_decay}
+        if schedule.optimizer == "sgd":
+            parameters["momentum"] = 0.9
+        optimizer = OPTIMIZERS[schedule.optimizer](model.parameters(), **parameters)
+        decay = _decay(schedule, optimizer)
+        wrapped, stepper = fabric.setup(model, optimizer)
+        state: dict[str, Any] = {
+            "model": wrapped, "optimizer": stepper, "decay": decay.state_dict(), "step": 0,
+            "best": math.inf, "best_model": {}, "waited": 0, "history": [],
+            "of": {"schedule": asdict(schedule), "seed": seed}}
+        if saved and saved.exists():
+            _resume(fabric, saved, state)
+            decay.load_state_dict(state["decay"])
+        with tqdm(total=schedule.steps, initial=state["step"], desc=name,
+                  disable=None if fabric.is_global_zero else True) as bar:
+            mean = 0.0
+            for step in range(state["step"], schedule.steps):
+                if schedule.patience and state["waited"] >= schedule.patience:
+                    break
+                model.train()
+                chance = int(np.random.SeedSequence([seed, step, fabric.global_rank])
+                             .generate_state(1, np.uint64)[0] >> 1)
+                torch.manual_seed(chance)
+                generator = torch.Generator(fabric.device).manual_seed(chance)
+                stepper.zero_grad()
+                value = loss(wrapped, batch(generator))
+                fabric.backward(value)
+                if schedule.clip:
+                    fabric.clip_gradients(wrapped, stepper, max_norm=schedule.clip)
+                stepper.step()
+                if schedule.decay != "plateau":
+                    decay.step()
+                mean += float(value.detach()) / schedule.validate_every
+                bar.update()
+                state["step"] = step + 1
+                if (step + 1) % schedule.validate_every and step + 1 < schedule.steps:
+                    continue
+                if not math.isfinite(mean):
+                    raise DataError(f"{name}: the loss is {mean} at step {step + 1}. Lower the "
+                                    f"learning rate (now {schedule.learning_rate:g}), or check the "
+                                    "training data for values that are not finite.")
+                rest = (step + 1) % schedule.validate_every or schedule.validate_every
+                row = {"step": step + 1.0, "loss": mean * schedule.validate_every / rest,
+                       "learning_rate": stepper.param_groups[0]["lr"]}
+                mean = 0.0
+                if validate:
+                    model.eval()
+                    with torch.no_grad():
+                        row["validation"] = float(validate(model))
+                    better = row["validation"] < state["best"]
+                    state["waited"] = 0 if better else state["waited"] + 1
+                    if better:
+                        state["best"] = row["validation"]
+                        state["best_model"] = {k: v.detach().cpu().clone()
+                                               for k, v in model.state_dict().items()}
+                if schedule.decay == "plateau":
+                    decay.step(row.get("validation", row["loss"]))
+                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step"})
+                state["history"].append(row)
+                state["decay"] = decay.state_dict()
+                if saved:
+                    part = saved.with_suffix(".part")
+                    fabric.save(part, state)
+                    if fabric.is_global_zero:
+                        part.replace(saved)
+                    fabric.barrier()
+    if state["best_model"]:
+        model.load_state_dict(state["best_model"])
+    model.eval()
+    return state["history"]
+
+
+def _decay(schedule: Schedule, optimizer: torch.optim.Optimizer) -> Any:
+    rates = torch.optim.lr_scheduler
+    if schedule.decay == "plateau":
+        return rates.ReduceLROnPlateau(optimizer, patience=3)
+    if schedule.decay == "cosine":
+        return rates.CosineAnnealingLR(optimizer, schedule.steps)
+    at = [schedule.steps // 2, schedule.steps * 3 // 4] if schedule.decay == "step" else []
+    return rates.MultiStepLR(optimizer, at)
+
+
+def _resume(fabric: Any, saved: Path, state: dict[str, Any]) -> None:
+    of = state["of"]
+    try:
+        found = fabric.load(saved, {}, weights_only=True)["of"]
+    except Exception as error:  # whatever pickle and zip make of a broken file
+        raise UsageError(f"{saved}: cannot be read as the state of a training ({error}). Remove "
+                         "it to start again.") from error
+    if found != of:
+        differ = {k: (v, of["schedule"].get(k)) for k, v in found["schedule"].items()
+                  if v != of["schedule"].get(k)} or {"seed": (found["seed"], of["seed"])}
+        raise UsageError(f"{saved}: belongs to another training: (its, asked for) {differ}. Remove "
+                         "it to start again, or ask for what it holds.")
+    fabric.load(saved, state, weights_only=True)

@@ -1,0 +1,76 @@
+"""Checkpoints come back as they were, or not at all."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import nn
+
+from bidsapp.checkpoint import Card, Checkpoint, load, pack
+from bidsapp.errors import DataError
+
+CARD = Card(method="estimate_test", network={"widths": [3, 2]}, trained_for={"b": [0, 3000]},
+            training={"steps": 5}, intended_use="Tests.", seed=4, versions={"torch": "2"},
+            constants={"scale": 0.1}, metrics={"mse": 1e-3}, reference_batch="A",
+            batches=("A", "B"))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    for name, content in pack(Checkpoint(network.state_dict(), CARD)).items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path, network
+
+
+def test_comes_back_as_it_was(saved):
+    folder, network = saved
+    found = load(folder, "estimate_test")
+    assert replace(found.card, sha256="") == CARD and len(found.card.sha256) == 64
+    other = found.into(nn.Linear(3, 2))
+    assert not other.training
+    for a, b in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert json.loads((folder / "model.json").read_text())["intended_use"] == "Tests."
+
+
+def test_another_network_is_refused(saved):
+    found = load(saved[0], "estimate_test")
+    with pytest.raises(DataError, match="do not fit its network"):
+        found.into(nn.Linear(2, 2))
+    with pytest.raises(DataError, match="do not fit its network"):
+        found.into(nn.Sequential(nn.Linear(3, 2)))
+
+
+def test_another_method_is_refused(saved):
+    with pytest.raises(DataError, match="weights of estimate_test; those of estimate_other"):
+        load(saved[0], "estimate_other")
+
+
+def test_a_changed_byte_is_noticed(saved):
+    path = saved[0] / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="SHA-256"):
+        load(saved[0], "estimate_test")
+
+
+@pytest.mark.parametrize("change", ["missing", "broken", "unknown", "lacking"])
+def test_a_card_that_is_not_whole_is_refused(saved, change):
+    path = saved[0] / "model.json"
+    told = asdict(CARD)
+    if change == "missing":
+        path.unlink()
+    else:
+        path.write_text({"broken": "{", "unknown": json.dumps(told | {"colour": "red"}),
+                         "lacking": json.dumps({"method": "estimate_test"})}[change])
+    with pytest.raises(DataError, match="holds no checkpoint that can be read"):
+        load(saved[0], "estimate_test")
+
+
+def test_numbers_that_are_not_finite_do_not_enter_a_card():
+    with pytest.raises(ValueError, match="JSON"):
+        pack(Checkpoint({}, replace(CARD, metrics={"mse": float("nan")})))

@@ -1,0 +1,174 @@
+"""The optimisation loop: it learns, repeats itself, resumes, stops, and says what is wrong."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from bidsapp.errors import DataError, UsageError
+from bidsapp.training import Schedule, seeded, train
+
+TRUTH = torch.tensor([[1.0], [-2.0], [0.5]])
+
+
+def linear(seed=0):
+    with seeded(seed):
+        return nn.Sequential(nn.Dropout(0.1), nn.Linear(3, 1))
+
+
+def batch(generator):
+    x = torch.randn(32, 3, generator=generator, device=generator.device)
+    return x, x @ TRUTH
+
+
+def squared(model, batch):
+    x, y = batch
+    return ((model(x) - y) ** 2).mean()
+
+
+def error(model):
+    return float(((model[1].weight.T - TRUTH) ** 2).sum())
+
+
+def learn(schedule, model=None, **more):
+    model = model or linear()
+    return model, train(model, batch, squared, schedule, seed=3, device="cpu", **more)
+
+
+def test_finds_the_solution_of_a_linear_problem():
+    """Without dropout the loss has one minimum, where it is 0."""
+    with seeded(0):
+        model = nn.Linear(3, 1)
+    rows = train(model, batch, squared, Schedule(400, 0.05, decay="cosine", validate_every=100),
+                 seed=0, device="cpu")
+    torch.testing.assert_close(model.weight.T.detach(), TRUTH, atol=1e-3, rtol=0)
+    assert [row["step"] for row in rows] == [100, 200, 300, 400]
+    assert rows[-1]["loss"] < 1e-5 * rows[0]["loss"]
+    assert rows[-1]["learning_rate"] == pytest.approx(0, abs=1e-12) and not model.training
+
+
+@pytest.mark.parametrize("decay", ["constant", "step", "cosine", "plateau"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, decay, optimizer):
+    schedule = Schedule(30, 0.02, optimizer, decay, validate_every=5, patience=100)
+    whole, rows = learn(schedule, validate=error)
+
+    class Stop(Exception):
+        pass
+
+    seen = []
+
+    def stop(model):
+        seen.append(1)
+        if len(seen) == 4:
+            raise Stop
+        return error(model)
+
+    with pytest.raises(Stop):
+        learn(schedule, validate=stop, saved=tmp_path / "state.ckpt")
+    again, more = learn(schedule, linear(99), validate=error, saved=tmp_path / "state.ckpt")
+    assert more == rows and len(rows) == 6
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.ckpt"]
+    assert learn(schedule, linear(5), validate=error, saved=tmp_path / "state.ckpt")[1] == rows
+
+
+def test_another_training_is_not_resumed(tmp_path):
+    saved = tmp_path / "state.ckpt"
+    learn(Schedule(4, 0.02), saved=saved)
+    before = saved.read_bytes()
+    with pytest.raises(UsageError, match=r"another training.*'learning_rate': \(0.02, 0.03\)"):
+        learn(Schedule(4, 0.03), saved=saved)
+    with pytest.raises(UsageError, match=r"another training.*'seed': \(3, 4\)"):
+        train(linear(), batch, squared, Schedule(4, 0.02), seed=4, device="cpu", saved=saved)
+    assert saved.read_bytes() == before
+    saved.write_bytes(before[:50])
+    with pytest.raises(UsageError, match="cannot be read as the state of a training"):
+        learn(Schedule(4, 0.02), saved=saved)
+
+
+def test_stops_early_and_keeps_the_best():
+    scores = iter([5.0, 3.0, 4.0, 6.0, 1.0])
+    kept = []
+
+    def validate(model):
+        kept.append(model[1].weight.detach().clone())
+        return next(scores)
+
+    model, rows = learn(Schedule(100, 0.02, validate_every=10, patience=2), validate=validate)
+    assert [row["validation"] for row in rows] == [5.0, 3.0, 4.0, 6.0]
+    torch.testing.assert_close(model[1].weight, kept[1], rtol=0, atol=0)
+
+
+def test_leaves_the_global_generator_alone():
+    torch.manual_seed(1)
+    expected = torch.randn(3)
+    torch.manual_seed(1)
+    learn(Schedule(3, 0.02))
+    torch.testing.assert_close(torch.randn(3), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("decay,rates", [("step", [1, 0.1, 0.01, 0.01]),
+                                         ("constant", [1, 1, 1, 1]),
+                                         ("cosine", [0.853553, 0.5, 0.146447, 0])])
+def test_learning_rate_falls_as_said(decay, rates):
+    """The rate of the step that follows each validation."""
+    _, rows = learn(Schedule(8, 1e-3, decay=decay, validate_every=2))
+    assert [row["learning_rate"] * 1e3 for row in rows] == pytest.approx(rates, abs=1e-5)
+
+
+def test_gradient_is_clipped():
+    """Steps of SGD are at most the learning rate times the norm, before momentum adds up."""
+    model = linear()
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    learn(Schedule(1, 0.1, "sgd", clip=0.01), model)
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert moved.norm() == pytest.approx(0.001, rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"the loss is nan at step 2\. Lower the learning rate"):
+        train(linear(), batch, lambda m, b: squared(m, b) * torch.nan,
+              Schedule(10, 0.1, validate_every=2), seed=0, device="cpu",
+              saved=tmp_path / "state.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"optimizer": "magic"}, {"decay": "linear"},
+                                 {"learning_rate": 0}, {"patience": 0, "validate_every": 0}])
+def test_a_schedule_refuses_bad_values(bad):
+    with pytest.raises(UsageError, match="schedule"):
+        Schedule(**{"steps": 10, "learning_rate": 0.1} | bad)
+
+
+SCRIPT = """
+import torch
+from torch import nn
+from bidsapp.training import Schedule, seeded, train
+def batch(generator):
+    x = torch.randn(8, 3, generator=generator)
+    return x, x.sum(1, keepdim=True)
+with seeded(0):
+    model = nn.Linear(3, 1)
+rows = train(model, batch, lambda m, b: ((m(b[0]) - b[1]) ** 2).mean(),
+             Schedule(200, 0.05, decay="cosine"), seed=0, device="cpu", devices=2)
+print("weights", *model.weight.flatten().tolist())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(tmp_path):
+    """Started by torchrun; gradients are averaged, so both end with the same weights."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", "2", script], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(found) == 2 and found[0] == found[1]
+    assert [float(w) for w in found[0]] == pytest.approx([1, 1, 1], abs=1e-3)
