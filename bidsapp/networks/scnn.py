@@ -84,8 +84,8 @@ class Published(nn.Module):
 class ShellEmbedding(nn.Module):
     """Any set of shells → a fixed number of channels: y_lm,c = Σ_s W_l,c(shell s) x_lm,s, where the
     weights are a smooth function, a small network, of what the shell is (b in ms/µm², b_delta,
-    1/√directions; the last is 0 where there is no shell). The sum over shells of a second output
-    tells the head which protocol it is.
+    1/√directions; the last is 0 where there is no shell). Likewise for the logarithms of the means
+    over the sphere, which are nearly linear in diffusivity: Σ_s V_c(shell s) log x̄_s + U_c(shell s).
 
     Shells of several protocols stand side by side, (group, shell, 3); voxels go group by group.
     """
@@ -94,93 +94,99 @@ class ShellEmbedding(nn.Module):
     """About the inverse of the size of signal coefficients by degree, so that channels are near 1
     for all degrees."""
 
-    def __init__(self, channels: int, context: int, *, l_max: int = 8, hidden: int = 64) -> None:
+    def __init__(self, channels: int, *, l_max: int = 8, hidden: int = 64) -> None:
         super().__init__()
-        self.l_max, self.channels = l_max, channels
-        self.net = nn.Sequential(
-            nn.Linear(5, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-            nn.Linear(hidden, (l_max // 2 + 1) * channels + context))
-        nn.init.normal_(self.net[-1].weight, std=1.5 / math.sqrt(hidden))
+        self.channels, self.degrees = channels, l_max // 2 + 1
+        last = nn.Linear(hidden, (self.degrees + 2) * channels)
+        nn.init.normal_(last.weight, std=1.5 / math.sqrt(hidden))
+        self.net = nn.Sequential(nn.Linear(5, hidden), nn.SiLU(), nn.Linear(hidden, hidden),
+                                 nn.SiLU(), last)
 
     def forward(self, x: Float[torch.Tensor, "coef voxel shell"],
                 shells: Float[torch.Tensor, "group shell 3"]
                 ) -> tuple[Float[torch.Tensor, "_ voxel channel"],
-                           Float[torch.Tensor, "group context"]]:
+                           Float[torch.Tensor, "voxel channel"]]:
         b, b_delta, noise = shells.unbind(-1)
         told = torch.stack([b.clamp(min=0.01).log(), b - 2, b_delta, 4 * noise,
                             noise.clamp(min=0.01).log() + 2], -1)
         found = self.net(told) * (noise > 0)[..., None]
-        degrees = self.l_max // 2 + 1
-        weight = found[..., :degrees * self.channels].unflatten(-1, (degrees, self.channels))
-        weight = by_degree(weight.movedim(2, 0) * x.new_tensor(self.SCALE[:degrees]).view(
-            -1, 1, 1, 1))
-        groups = x[:len(weight)].unflatten(1, (len(shells), -1))
-        return (groups @ weight).flatten(1, 2), found[..., degrees * self.channels:].sum(1)
+        weight = found.unflatten(-1, (-1, self.channels)).movedim(2, 0)
+        *filters, log_weight, bias = weight
+        groups = x.unflatten(1, (len(shells), -1))
+        log_mean = (groups[0] * ISOTROPIC).clamp(min=0.005).log()
+        told = log_mean @ log_weight + bias.sum(1, keepdim=True)
+        scaled = torch.stack([w * c for w, c in zip(filters, self.SCALE, strict=False)])
+        y = groups[:sh.size(2 * self.degrees - 2)] @ by_degree(scaled)
+        return y.flatten(1, 2), told.flatten(0, 1)
+
+
+def amplitudes(x: Float[torch.Tensor, "coef voxel channel"]) -> Float[torch.Tensor, "voxel _"]:
+    """√ and log of the power per degree: ratios of powers between channels, which tell the kernel
+    from the density, are differences of logarithms."""
+    p = power(x)
+    return torch.cat([(p + 1e-3).sqrt(), (p + 3e-3).log()], 1)
 
 
 class SphericalNetwork(nn.Module):
     """Tissue parameters with their posterior SD, and the density of fibres, from any protocol.
 
     Embedded shells pass blocks of zonal convolution and SiLU on a half grid. Means and powers per
-    degree of every block, which do not change with rotation, go with noise and protocol to a head,
-    which gives the parameters. The density is a combination of channels whose gain per degree the
-    head sets voxel by voxel (a deconvolution with the kernel of that voxel), followed by one more
-    block.
+    degree, which do not change with rotation, go with the noise to a head, which gives the
+    parameters. The density is a combination of channels whose gain per degree the head sets voxel
+    by voxel (a deconvolution with the kernel of that voxel), followed by one more block.
 
     Args:
         parameters: number of scalars.
         widths, degrees: channels and degree of the embedding and of every block.
-        grid: degree of the half grid (`Pointwise`).
+        grid: degree of the half grids (`Pointwise`).
+        tail: channels of the last block.
     """
 
-    def __init__(self, parameters: int, *, widths: Sequence[int] = (32, 32, 32),
-                 degrees: Sequence[int] = (8, 8, 8), grid: int = 23, hidden: int = 128,
-                 tail: int = 16, context: int = 16, l_odf: int = 8) -> None:
+    def __init__(self, parameters: int, *, widths: Sequence[int] = (32, 16),
+                 degrees: Sequence[int] = (8, 8), grid: int = 21, hidden: int = 128,
+                 tail: int = 8, l_odf: int = 8) -> None:
         super().__init__()
-        self.parameters_out = parameters
-        self.embed = ShellEmbedding(widths[0], context, l_max=degrees[0])
+        self.l_odf = l_odf
+        self.embed = ShellEmbedding(widths[0], l_max=degrees[0])
+        steps = list(zip(widths, widths[1:], degrees, degrees[1:], strict=False))
         self.convolutions = nn.ModuleList(
-            ZonalConvolution(i, o, min(a, b))
-            for i, o, a, b in zip(widths, widths[1:], degrees, degrees[1:], strict=False))
+            ZonalConvolution(i, o, min(a, b)) for i, o, a, b in steps)
         self.pointwise = nn.ModuleList(
-            Pointwise(min(a, b), b, grid=grid)
-            for a, b in zip(degrees, degrees[1:], strict=False))
-        pooled = widths[0] * (degrees[0] // 2 + 1) + sum(
-            w * (1 + l // 2) for w, l in zip(widths[1:], degrees[1:], strict=True))
+            Pointwise(min(a, b), b, grid=grid) for *_, a, b in steps)
+        pooled = widths[0] * (2 + degrees[0]) + sum(
+            o * (1 + min(a, b)) for _, o, a, b in steps)
         self.trunk = nn.Sequential(
-            nn.Linear(pooled + context + 3, hidden), nn.SiLU(),
+            nn.Linear(pooled + 3, hidden), nn.SiLU(),
             nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         self.scalars = nn.Linear(hidden, 2 * parameters)
-        self.l_odf = l_odf
-        self.channels = widths[0] + widths[-1]
-        self.gain = nn.Linear(hidden, self.channels * (l_odf // 2 + 1))
-        self.narrow = ZonalConvolution(self.channels, tail, l_odf)
+        channels = widths[0] + widths[-1] * (len(widths) > 1)
+        self.gain = nn.Linear(hidden, channels * (l_odf // 2 + 1))
+        self.narrow = ZonalConvolution(channels, tail, l_odf)
         self.sharpen = Pointwise(l_odf, l_odf, grid=grid)
-        self.out = ZonalConvolution(tail + tail, 1, l_odf, bias=False)
+        self.out = ZonalConvolution(2 * tail, 1, l_odf, bias=False)
 
     def forward(self, x: Float[torch.Tensor, "coef voxel shell"],
                 noise: Float[torch.Tensor, "voxel 2"],
                 shells: Float[torch.Tensor, "group shell 3"]) -> Estimate:
-        y, context = self.embed(x, shells)
-        first = y
-        pools = [y[0], (power(y) + 1e-3).sqrt()]
+        y, told = self.embed(x, shells)
+        parts, pools = [y], [told, y[0], amplitudes(y)]
         for convolution, pointwise in zip(self.convolutions, self.pointwise, strict=True):
             y = convolution(y)
-            pools.append((power(y) + 1e-3).sqrt())
+            pools.append(amplitudes(y))
             y = pointwise(y)
             pools.append(mean(y))
-        log_noise = noise.clamp(min=1e-3).log()
-        told = torch.cat([log_noise[:, :1] + 4, 10 * noise], 1)
-        context = context.repeat_interleave(x.shape[1] // len(context), 0)
-        hidden = self.trunk(torch.cat([*pools, context, told], 1))
+        if len(self.convolutions):
+            parts.append(y)
+        level = torch.cat([noise.clamp(min=1e-3).log()[:, :1] + 4, 10 * noise], 1)
+        hidden = self.trunk(torch.cat([*pools, level], 1))
         found, log_sd = self.scalars(hidden).chunk(2, 1)
-        return Estimate(found, log_sd - 2, self.density(first, y, hidden))
+        return Estimate(found, log_sd - 2, self.density(parts, hidden))
 
-    def density(self, first, last, hidden):
+    def density(self, parts: list[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         size = sh.size(self.l_odf)
-        parts = [nn.functional.pad(y[:size], (0, 0, 0, 0, 0, size - min(size, len(y))))
-                 for y in (first, last)]
-        gain = self.gain(hidden).unflatten(1, (-1, self.channels))
-        z = self.narrow(torch.cat(parts, 2) * by_degree(gain.transpose(0, 1)))
-        odf = self.out(torch.cat([z, self.sharpen(z)], 2))[:, :, 0].T
-        return torch.cat([torch.full_like(odf[:, :1], ISOTROPIC), odf[:, 1:]], 1)
+        padded = [nn.functional.pad(y[:size], (0, 0, 0, 0, 0, max(0, size - len(y))))
+                  for y in parts]
+        gain = self.gain(hidden).unflatten(1, (self.l_odf // 2 + 1, -1))
+        z = self.narrow(torch.cat(padded, 2) * by_degree(gain.transpose(0, 1)))
+        odf = self.out(torch.cat([z, self.sharpen(z)], 2))[1:, :, 0].T
+        return torch.cat([torch.full_like(odf[:, :1], ISOTROPIC), odf], 1)
