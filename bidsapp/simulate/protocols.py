@@ -114,8 +114,9 @@ def of(acquisition: Acquisition, l_max: int, *, s0_known: bool = False, most_b: 
 
 def build(b: torch.Tensor, b_delta: torch.Tensor, count: Int[torch.Tensor, "group shell"],
           b0: torch.Tensor, directions: Float[torch.Tensor, "group shell direction 3"],
-          l_max: int) -> Protocols:
-    """Protocols of unit directions, padded with zeros; basis up to l_max ≥ 8."""
+          l_max: int, *, even: bool = False) -> Protocols:
+    """Protocols of unit directions, padded with zeros; basis up to l_max ≥ 8. Directions known to
+    be spread evenly need no look at the condition of the fit."""
     there = torch.arange(directions.shape[2], device=count.device) < count[..., None]
     basis = sh.evaluate(l_max, directions) * there[..., None]
     l = torch.from_numpy(sh.degrees(L_FIT)).to(count.device)
@@ -130,12 +131,14 @@ def build(b: torch.Tensor, b_delta: torch.Tensor, count: Int[torch.Tensor, "grou
         used = ((l <= highest[..., None]) & (count > 0)[..., None]).to(low.dtype)
         design = low * used[..., None, :]
         normal = design.mT @ design * (4 * math.pi / volumes) + torch.diag_embed(1 - used)
+        if even:
+            break
         values = torch.linalg.eigvalsh(normal)
         bad = (values[..., 0] * MOST_CONDITION < values[..., -1]) & (highest > 0)
         if not bad.any():
             break
         highest = torch.where(bad, highest - 2, highest)
-    fit = torch.linalg.solve(normal, design.mT) * (4 * math.pi / volumes)
+    fit = torch.cholesky_solve(design.mT, torch.linalg.cholesky(normal)) * (4 * math.pi / volumes)
     return Protocols(b, b_delta, count.to(b.dtype), b0, basis, fit)
 
 
@@ -164,18 +167,21 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
          b: tuple[float, float] = (0.5, 5.0), directions: tuple[int, int] = (6, 90),
          b_delta: Sequence[float] = (1.0,), b0: tuple[int, int] = (1, 16), known: float = 0.1
          ) -> Protocols:
-    """Random protocols: 2 or more of `shells` b-values in ms/µm², uniform in √b and apart by 15 %,
-    counts of directions uniform in √count, S0 known in a share of `known`."""
+    """Random protocols: a number of `shells` (a single one is drawn more rarely) of b-values in
+    ms/µm², uniform in √b and apart by 15 %; counts of directions uniform in √count, spread evenly,
+    and S0 known in a share of `known`. Each shell is turned at random."""
     rng = np.random.default_rng(
         int(torch.randint(2**62, (), generator=generator, device=generator.device)))
     most = shells[1]
+    share = 1.0 - 0.75 * (np.arange(shells[0], most + 1) < 2)
+    share /= share.sum()
     count = np.zeros((groups, most), int)
     values, shapes = np.ones((groups, most)), np.ones((groups, most))
     xyz = np.zeros((groups, most, directions[1], 3))
     rotations = odf.random_rotations(groups * most, generator).cpu().numpy().reshape(
         groups, most, 3, 3)
     for g in range(groups):
-        k = rng.integers(shells[0], most + 1)
+        k = rng.choice(np.arange(shells[0], most + 1), p=share)
         while True:
             level = np.sort(rng.uniform(*np.sqrt(b), k) ** 2)
             if (level[1:] > 1.15 * level[:-1]).all():
@@ -191,4 +197,5 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
     def put(array):
         return torch.as_tensor(array, device=generator.device)
 
-    return build(put(values), put(shapes), put(count), put(volumes), put(xyz), l_max)
+    return build(put(values), put(shapes), put(count), put(volumes), put(xyz), l_max,
+                 even=True)
