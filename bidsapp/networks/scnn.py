@@ -18,7 +18,6 @@ from bidsapp import sh
 from bidsapp.networks.spherical import (
     Pointwise,
     ZonalConvolution,
-    add_mean,
     by_degree,
     mean,
     power,
@@ -116,7 +115,8 @@ class ShellEmbedding(nn.Module):
         log_mean = (groups[0] * ISOTROPIC).clamp(min=0.005).log()
         told = log_mean @ log_weight + bias.sum(1, keepdim=True)
         scaled = torch.stack([w * c for w, c in zip(filters, self.SCALE, strict=False)])
-        y = groups[:sh.size(2 * self.degrees - 2)] @ by_degree(scaled)
+        y = truncate(groups.flatten(1, 2), 2 * self.degrees - 2).unflatten(
+            1, groups.shape[1:3]) @ by_degree(scaled)
         return y.flatten(1, 2), told.flatten(0, 1)
 
 
@@ -124,7 +124,7 @@ def amplitudes(x: Float[torch.Tensor, "coef voxel channel"]) -> Float[torch.Tens
     """√ and log of the power per degree: ratios of powers between channels, which tell the kernel
     from the density, are differences of logarithms."""
     p = power(x)
-    return torch.cat([(p + 1e-3).sqrt(), (p + 3e-3).log()], 1)
+    return torch.cat([*(p + 1e-3).sqrt(), *(p + 3e-3).log()], 1)
 
 
 class SphericalNetwork(nn.Module):
@@ -160,8 +160,9 @@ class SphericalNetwork(nn.Module):
             nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         self.scalars = nn.Linear(hidden, 2 * parameters)
         channels = widths[0] + widths[-1] * (len(widths) > 1)
-        self.gain = nn.Linear(hidden, channels * (l_odf // 2 + 1))
-        self.narrow = ZonalConvolution(channels, tail, l_odf)
+        self.narrow = ZonalConvolution(channels, 2 * tail, l_odf, bias=False)
+        self.gain = nn.Linear(hidden, 2 * tail * (l_odf // 2 + 1))
+        self.mix = ZonalConvolution(2 * tail, tail, l_odf)
         self.sharpen = Pointwise(l_odf, l_odf, grid=grid)
         self.out = ZonalConvolution(2 * tail, 1, l_odf, bias=False)
 
@@ -169,7 +170,7 @@ class SphericalNetwork(nn.Module):
                 noise: Float[torch.Tensor, "voxel 2"],
                 shells: Float[torch.Tensor, "group shell 3"]) -> Estimate:
         y, told = self.embed(x, shells)
-        parts, pools = [y], [told, y[0], amplitudes(y)]
+        parts, pools = [y], [told, mean(y), amplitudes(y)]
         for convolution, pointwise in zip(self.convolutions, self.pointwise, strict=True):
             y = convolution(y)
             pools.append(amplitudes(y))
@@ -184,9 +185,9 @@ class SphericalNetwork(nn.Module):
 
     def density(self, parts: list[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         size = sh.size(self.l_odf)
-        padded = [nn.functional.pad(y[:size], (0, 0, 0, 0, 0, max(0, size - len(y))))
+        padded = [nn.functional.pad(truncate(y, self.l_odf), (0, 0, 0, 0, 0, max(0, size - len(y))))
                   for y in parts]
         gain = self.gain(hidden).unflatten(1, (self.l_odf // 2 + 1, -1))
-        z = self.narrow(torch.cat(padded, 2) * by_degree(gain.transpose(0, 1)))
+        z = self.mix(self.narrow(torch.cat(padded, 2)) * by_degree(gain.transpose(0, 1)))
         odf = self.out(torch.cat([z, self.sharpen(z)], 2))[1:, :, 0].T
         return torch.cat([torch.full_like(odf[:, :1], ISOTROPIC), odf], 1)

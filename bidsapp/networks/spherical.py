@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
@@ -27,24 +28,25 @@ def by_degree(values: Float[torch.Tensor, "degree ..."]) -> Float[torch.Tensor, 
 def truncate(x: Float[torch.Tensor, "coef voxel channel"], l_max: int
              ) -> Float[torch.Tensor, "_ voxel channel"]:
     """Spectral pooling: the coefficients up to degree l_max."""
-    return x[:sh.size(l_max)]
+    size = sh.size(l_max)
+    return x if len(x) <= size else x[:size]
 
 
 def mean(x: Float[torch.Tensor, "coef voxel channel"]) -> Float[torch.Tensor, "voxel channel"]:
     """Mean over the sphere, c_00/√(4π): does not change with rotation."""
-    return x[0] / math.sqrt(4 * math.pi)
+    pick = x.new_zeros(1, len(x))  # a product, whose backward step is cheaper than that of a slice
+    pick[0, 0] = 1 / math.sqrt(4 * math.pi)
+    return (pick @ x.flatten(1)).view(x.shape[1:])
 
 
-def power(x: Float[torch.Tensor, "coef voxel channel"], first: int = 2
-          ) -> Float[torch.Tensor, "voxel _"]:
-    """Σ_m c_lm²/(2l + 1) of every degree from `first` on and channel, (voxel, degrees · channels):
-    does not change with rotation. With linear layers before it, it gives every quadratic invariant
-    of two channels."""
-    square = x * x
-    l_max = sh.l_max_of(len(x))
-    start = [sh.size(l - 2) if l else 0 for l in range(first, l_max + 1, 2)]
-    return torch.cat([square[i:i + 2 * l + 1].mean(0)
-                      for i, l in zip(start, range(first, l_max + 1, 2), strict=True)], -1)
+def power(x: Float[torch.Tensor, "coef voxel channel"]
+          ) -> Float[torch.Tensor, "degree voxel channel"]:
+    """Σ_m c_lm²/(2l + 1) of the degrees 2, 4, …: does not change with rotation. With linear layers
+    before it, it gives every quadratic invariant of two channels."""
+    degrees = sh.degrees(sh.l_max_of(len(x)))
+    wanted = np.arange(2, degrees[-1] + 1, 2)
+    average = (degrees == wanted[:, None]) / (2 * wanted[:, None] + 1)
+    return (x.new_tensor(average) @ (x * x).flatten(1)).unflatten(1, x.shape[1:])
 
 
 class ZonalConvolution(nn.Module):
@@ -72,15 +74,12 @@ class ZonalConvolution(nn.Module):
 
     def forward(self, x: Float[torch.Tensor, "coef voxel channel"]
                 ) -> Float[torch.Tensor, "_ voxel out"]:
-        y = torch.bmm(truncate(x, self.l_max), by_degree(self.weight * self.scale))
-        return y if self.bias is None else add_mean(y, self.bias)
-
-
-def add_mean(x: Float[torch.Tensor, "coef voxel channel"],
-             value: Float[torch.Tensor, "#voxel channel"] | Float[torch.Tensor, " channel"]
-             ) -> Float[torch.Tensor, "coef voxel channel"]:
-    """x with `value` added to the function, that is √(4π) value to degree 0."""
-    return torch.cat([x[:1] + math.sqrt(4 * math.pi) * value, x[1:]])
+        weight = by_degree(self.weight * self.scale)
+        if self.bias is None:
+            return torch.bmm(truncate(x, self.l_max), weight)
+        offset = nn.functional.pad(math.sqrt(4 * math.pi) * self.bias[None, None],
+                                   (0, 0, 0, 0, 0, len(weight) - 1))
+        return torch.baddbmm(offset, truncate(x, self.l_max), weight)
 
 
 class Pointwise(nn.Module):

@@ -143,24 +143,24 @@ def build(b: torch.Tensor, b_delta: torch.Tensor, count: Int[torch.Tensor, "grou
 
 
 @lru_cache
-def spread(n: int, steps: int = 300) -> np.ndarray:
+def spread(n: int, steps: int = 60) -> np.ndarray:
     """(n, 3) axes that repel each other and their antipodes (Jones et al. 1999,
     doi:10.1002/(SICI)1522-2594(199909)42:3<515::AID-MRM14>3.0.CO;2-Q), from a spiral."""
-    z = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    phi = torch.arange(n, dtype=torch.float64) * math.pi * (3 - math.sqrt(5))
-    x = torch.stack([(1 - z**2).sqrt() * phi.cos(), (1 - z**2).sqrt() * phi.sin(), z], 1)
-    step = 0.3 / n**0.5
+    z = (np.arange(n) + 0.5) / n
+    phi = np.arange(n) * np.pi * (3 - np.sqrt(5))
+    r = np.sqrt(1 - z**2)
+    x = np.stack([r * np.cos(phi), r * np.sin(phi), z], 1)
     for i in range(steps):
-        force = torch.zeros_like(x)
-        for sign in (1, -1):
-            apart = x[:, None] - sign * x
-            length = apart.square().sum(-1, keepdim=True)
-            near = (length > 1e-12).to(x.dtype)
-            force += (near * apart * (length + 1 - near) ** -1.5).sum(1)
-        force -= (force * x).sum(1, keepdim=True) * x
-        move = force / force.norm(dim=1).amax().clamp(min=1e-12)
-        x = torch.nn.functional.normalize(x + step * (1 - i / steps) * move, dim=1)
-    return x.numpy()
+        # 1/|x − y|³ of axes, from the cosine: |x − y|² = 2 − 2c
+        c = np.clip(x @ x.T, -1 + 1e-9, 1 - 1e-9) * (1 - np.eye(n))
+        near, far = (2 - 2 * c) ** -1.5, (2 + 2 * c) ** -1.5
+        weight = (far - near) * (1 - np.eye(n))
+        force = weight @ x
+        force -= (force * x).sum(1, keepdims=True) * x
+        move = force / max(np.linalg.norm(force, axis=1).max(), 1e-12)
+        x = x + 0.3 / n**0.5 * (1 - i / steps) * move
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x
 
 
 def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[int, int] = (1, 4),
