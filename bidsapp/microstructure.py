@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 from bidsapp import __version__, sh, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.blocks import map_voxels
-from bidsapp.checkpoint import Card, Checkpoint
+from bidsapp.checkpoint import Card, Checkpoint, load
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.networks.scnn import Estimate, SphericalNetwork
@@ -47,6 +47,9 @@ ASSUMED_SNR = 20.0
 """Stands for S0 over noise SD where the noise could not be measured."""
 
 BLOCK = 512
+"""Voxels whose layers fit the cache."""
+
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,14 @@ class Recipe:
     odfs: Mapping[str, Any] = field(default_factory=dict)
 
 
+def read_recipe(tissue: Tissue, table: Mapping[str, Any]) -> Recipe:
+    """A recipe from a training.toml."""
+    rest = {k: v for k, v in table.items() if k not in ("schedule", "trained_for")}
+    known = {k: tuple(v) for k, v in table["trained_for"].items()}
+    return Recipe(tissue, schedule=training.Schedule(**table["schedule"]),
+                  trained_for=Range(**known), **rest)
+
+
 class Simulator:
     """Draws what a network sees and what it should say, from a generator and nothing else."""
 
@@ -91,7 +102,7 @@ class Simulator:
         self.recipe, self.table = recipe, table
         known = recipe.trained_for
         self.fixed = None if known.acquisition is None else protocols.of(
-            known.acquisition, L_SIMULATED, s0_known=known.s0_known)[0]
+            known.acquisition, known.acquisition.shells, L_SIMULATED, s0_known=known.s0_known)
 
     def protocols(self, groups: int, generator: torch.Generator) -> Protocols:
         of = self.recipe.trained_for
@@ -144,7 +155,9 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
     batches = _held_out(simulate, recipe, held_out, seed + 1, device)
 
     def validate(model: nn.Module) -> float:
-        return float(np.mean([float(loss_of(recipe, model(x, n, s), p, o))
+        # beta = 0, the likelihood: the loss of another beta does not fall with the error
+        plain = replace(recipe, beta=0.0)
+        return float(np.mean([float(loss_of(plain, model(x, n, s), p, o))
                               for x, n, s, p, o in batches]))
 
     start = time.monotonic()
@@ -288,3 +301,71 @@ def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list
             "is such an acquisition (b-values in s/mm², not ms/µm²); or leave it out of "
             "--estimate.")
     return usable
+
+
+def shipped(name: str) -> Checkpoint:
+    """The weights of a method that come with the program.
+
+    Raises:
+        Refusal: none do.
+    """
+    folder = WEIGHTS / name
+    if not folder.is_dir():
+        raise Refusal(f"{name} has no weights in {folder}. Needed are those of the release, or "
+                      f"new ones: python tools/train_weights.py {name} {folder}")
+    return load(folder, name)
+
+
+def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
+             ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, Any], np.ndarray]:
+    """Maps, counts of special voxels, parameters for the sidecar, and where there is an estimate.
+
+    Maps are the parameters, NAME_std, odf (coefficients up to degree 8) and flag: 1 where the
+    signal does not look like the simulated ones, 2 where the noise lies above their range.
+    """
+    card, acquisition = checkpoint.card, dwi.acquisition
+    shells = check(acquisition, card.trained_for, card.method)
+    network = checkpoint.into(SphericalNetwork(len(tissue.names), **card.network)).to(device)
+    s0_known = bool((dwi.mean_b0 == 1).all())
+    side = protocols.of(acquisition, shells, protocols.L_FIT, s0_known=s0_known)
+    fits = [side.fit[0, i, :, :len(s)].to(device, torch.float32) for i, s in enumerate(shells)]
+    index = [torch.as_tensor(s.indices, device=device) for s in shells]
+    b0 = torch.as_tensor(np.flatnonzero(acquisition.b0), device=device)
+    told = side.shells.to(device, torch.float32)
+    told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
+    least, most = (1 / snr for snr in reversed(card.trained_for["SNR"]))
+    of_mean = 0.0 if s0_known else len(b0) ** -0.5
+
+    def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
+        level = signal[:, b0].mean(1)
+        usable = level > 0
+        level = torch.where(usable, level, 1)
+        x = torch.stack([fit @ signal[:, i].T for fit, i in zip(fits, index, strict=True)], 2)
+        x = x / level[:, None]
+        sigma = (dwi.noise_sd / level if dwi.noise_sd else torch.full_like(level, 1 / ASSUMED_SNR))
+        bounded = sigma.clamp(least, most)[:, None]
+        noise = torch.cat([bounded, of_mean * bounded], 1)
+        found = network(x, noise, told)
+        sd = calibrated(tissue, found.log_sd.clamp(-7, 2).exp(), card.constants)
+        strange = misfit(tissue, x, noise, told, found) > card.constants["misfit"]
+        flag = torch.where(sigma > 1.001 * most, 2.0, torch.where(strange, 1.0, 0.0))
+        return {"mean": clamped(tissue, found.mean), "sd": sd, "odf": found.odf, "flag": flag,
+                "usable": usable}
+
+    with torch.inference_mode():
+        found = map_voxels(of_block, dwi.signal, device, BLOCK)
+    usable = found["usable"]
+    maps = {key: np.where(usable, found[part][:, i], 0).astype(np.float32)
+            for i, name in enumerate(tissue.names)
+            for key, part in ((name, "mean"), (f"{name}_std", "sd"))}
+    maps["odf"] = np.where(usable[:, None], found["odf"], 0).astype(np.float32)
+    maps["flag"] = np.where(usable, found["flag"], 0).astype(np.float32)
+    short = card.method.removeprefix("estimate_")
+    counts = {f"{short}_no_b0_signal": int((~usable).sum()),
+              f"{short}_strange_signal": int((maps["flag"] == 1).sum()),
+              f"{short}_noise_out_of_range": int((maps["flag"] == 2).sum())}
+    return maps, counts, {
+        "Weights": card.sha256, "Shells": [round(s.b) for s in shells],
+        "Uncertainty": "± 1.645 SD cover 90 % of held-out simulated truths",
+        "NoiseSD": dwi.noise_sd if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
+        "TrainedFor": dict(card.trained_for)}, usable

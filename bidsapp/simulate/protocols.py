@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 
 from bidsapp import sh
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.simulate import forward, odf
 
 L_FIT = 8
@@ -96,20 +96,20 @@ def measure(protocols: Protocols, signals: Float[torch.Tensor, "group voxels she
         0, 1)[:, 0]
 
 
-def of(acquisition: Acquisition, l_max: int, *, s0_known: bool = False, most_b: float = math.inf
-       ) -> tuple[Protocols, list[np.ndarray]]:
-    """One group: the shells of an acquisition, and the volumes of each in the order of the fits."""
-    shells = [s for s in acquisition.shells if s.b <= most_b]
-    most = max(len(s) for s in shells)
-    directions = torch.zeros(len(shells), most, 3, dtype=torch.float64)
+def of(acquisition: Acquisition, shells: Sequence[Shell], l_max: int, *, s0_known: bool = False
+       ) -> Protocols:
+    """One group: the given shells of an acquisition."""
+    directions = torch.zeros(len(shells), max(len(s) for s in shells), 3, dtype=torch.float64)
     for i, shell in enumerate(shells):
-        directions[i, :len(shell)] = torch.from_numpy(acquisition.bvecs[shell.indices])
+        axes = torch.from_numpy(acquisition.bvecs[shell.indices])
+        # with a spherical tensor the axis does not matter but must be one
+        directions[i, :len(shell)] = torch.where(axes.norm(dim=1, keepdim=True) > 0.5, axes,
+                                                 axes.new_tensor([0, 0, 1]))
     count = torch.tensor([[len(s) for s in shells]])
     b, b_delta = (torch.tensor([[getattr(s, k) for s in shells]], dtype=torch.float64)
                   for k in ("b", "b_delta"))
     b0 = torch.tensor([math.inf if s0_known else acquisition.b0.sum()], dtype=torch.float64)
-    return (build(b / 1000, b_delta, count, b0, directions[None], l_max),
-            [s.indices for s in shells])
+    return build(b / 1000, b_delta, count, b0, directions[None], l_max)
 
 
 def build(b: torch.Tensor, b_delta: torch.Tensor, count: Int[torch.Tensor, "group shell"],

@@ -1,0 +1,41 @@
+"""Neurite diffusivity, fraction and orientation density by a spherical network.
+
+Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415): a rotation-equivariant network, trained on
+simulated signals of the constrained two-compartment model (Kaden et al. 2016,
+doi:10.1016/j.neuroimage.2016.06.002), in place of a fit. Here one network serves every acquisition
+in its range, and gives a posterior SD (`bidsapp.microstructure`).
+"""
+
+from __future__ import annotations
+
+import tomllib
+
+from bidsapp import microstructure
+from bidsapp.acquisition import Acquisition
+from bidsapp.dwi import Dwi
+from bidsapp.methods import Derived, Method
+from bidsapp.simulate.tissue import TWO_COMPARTMENTS
+
+
+class TwoCompartments(Method):
+    """d, f and ODF with the weights that ship."""
+
+    tissue = TWO_COMPARTMENTS
+    intended_use = (
+        "Neurite diffusivity, neurite fraction and orientation density of brain tissue from "
+        "multi-shell linear encoding within the ranges under trained_for. The model has one "
+        "diffusivity, the tortuosity constraint and no free water. Not for diagnosis.")
+
+    def recipe(self) -> microstructure.Recipe:
+        """How the weights are trained."""
+        return microstructure.read_recipe(
+            self.tissue, tomllib.loads((self.folder / "training.toml").read_text()))
+
+    def check(self, acquisition: Acquisition) -> None:
+        """Raises Refusal without a b0 or two shells within what the network was trained for."""
+        microstructure.check(acquisition, microstructure.shipped(self.name).card.trained_for,
+                             self.name)
+
+    def apply(self, dwi: Dwi, device: str) -> Derived:
+        return Derived(*microstructure.estimate(
+            microstructure.shipped(self.name), self.tissue, dwi, device))
