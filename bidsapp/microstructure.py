@@ -90,7 +90,7 @@ class Recipe:
 def read_recipe(tissue: Tissue, table: Mapping[str, Any]) -> Recipe:
     """A recipe from a training.toml."""
     rest = {k: v for k, v in table.items() if k not in ("schedule", "trained_for")}
-    known = {k: tuple(v) for k, v in table["trained_for"].items()}
+    known: dict[str, Any] = {k: tuple(v) for k, v in table["trained_for"].items()}
     return Recipe(tissue, schedule=training.Schedule(**table["schedule"]),
                   trained_for=Range(**known), **rest)
 
@@ -229,8 +229,8 @@ def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Bat
             "factor": [float(torch.quantile(v, min(1.0, LEVEL * (1 + 1 / len(v)))) / QUANTILE)
                        for v in bands]}
     with torch.no_grad():
-        found = [(b, network(*b[:3])) for b in batches]
-        misfits = [misfit(recipe.tissue, *b[:3], e) for b, e in found]
+        misfits = [misfit(recipe.tissue, x, noise, shells, network(x, noise, shells))
+                   for x, noise, shells, *_ in batches]
     out["misfit"] = float(torch.quantile(torch.cat(misfits), 0.999))
     return out
 

@@ -13,7 +13,8 @@ from jaxtyping import install_import_hook
 install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
                      "bidsapp.methods.estimate_smt.method", "bidsapp.simulate.mixture",
                      "bidsapp.simulate.odf", "bidsapp.simulate.forward",
-                     "bidsapp.simulate.noise", "bidsapp.networks.spherical", "bidsapp.networks.scnn",
+                     "bidsapp.simulate.noise", "bidsapp.networks.spherical",
+                     "bidsapp.networks.scnn",
                      "bidsapp.simulate.protocols", "bidsapp.simulate.tissue",
                      "bidsapp.microstructure"], "beartype.beartype")
 

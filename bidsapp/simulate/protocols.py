@@ -183,12 +183,12 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
     for g in range(groups):
         k = rng.choice(np.arange(shells[0], most + 1), p=share)
         while True:
-            level = np.sort(rng.uniform(*np.sqrt(b), k) ** 2)
+            level = np.sort(rng.uniform(b[0]**0.5, b[1]**0.5, k) ** 2)
             if (level[1:] > 1.15 * level[:-1]).all():
                 break
         values[g, :k], shapes[g, :k] = level, rng.choice(b_delta, k)
         for s in range(k):
-            n = int(round(rng.uniform(*np.sqrt(directions)) ** 2))
+            n = round(rng.uniform(directions[0]**0.5, directions[1]**0.5) ** 2)
             count[g, s] = n
             xyz[g, s, :n] = spread(n) @ rotations[g, s].T
     volumes = np.where(rng.random(groups) < known, np.inf,

@@ -55,7 +55,7 @@ def draw_odfs(count: int, generator: torch.Generator, l_max: int, *, peaks: int 
     simplex, κ uniform in its logarithm), and in a share of `measured` rows of a table of densities
     (from deconvolution), if there is one."""
     device = generator.device
-    known = 0 if table is None else int(round(measured * count))
+    known = 0 if table is None else round(measured * count)
 
     def uniform(*shape):
         return torch.rand(*shape, generator=generator, device=device)
