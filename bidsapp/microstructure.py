@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import nn
 
 from bidsapp import __version__, sh, training
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.blocks import map_voxels
 from bidsapp.checkpoint import Card, Checkpoint, load
 from bidsapp.dwi import Dwi
@@ -28,7 +28,7 @@ from bidsapp.errors import Refusal
 from bidsapp.networks.scnn import Estimate, SphericalNetwork
 from bidsapp.simulate import forward, protocols
 from bidsapp.simulate.protocols import Protocols
-from bidsapp.simulate.tissue import Tissue, draw_odfs
+from bidsapp.simulate.tissue import Tissue
 
 L_SIMULATED = 12
 """Degree of the densities and signals that are simulated; fits and maps go to 8."""
@@ -116,11 +116,11 @@ class Simulator:
         side = self.protocols(groups, generator)
         tissue = self.recipe.tissue
         parameters = tissue.draw(count, generator)
-        odfs = draw_odfs(count, generator, L_SIMULATED, table=self.table, **self.recipe.odfs)
+        s, odfs = tissue.simulate(side, parameters, generator, L_SIMULATED, table=self.table,
+                                  **self.recipe.odfs)
         low, high = map(math.log, self.recipe.trained_for.snr)
         snr = torch.exp(low + (high - low) * torch.rand(count, generator=generator,
                                                         device=generator.device))
-        s = side.coefficients(odfs, tissue.compartments(parameters))
         x, noise = protocols.measure(side, side.signals(s), 1 / snr, generator)
         return x, noise, side.shells, parameters, odfs[:, :sh.size(protocols.L_FIT)]
 
@@ -262,8 +262,11 @@ def misfit(tissue: Tissue, x: Float[torch.Tensor, "coef voxel shell"],
     in units of their noise, √(4π (σ² + TOLERANCE²)/directions)."""
     per_group = x.shape[1] // len(shells)
     b, b_delta, scale = shells.repeat_interleave(per_group, 0).unbind(-1)
-    k = forward.kernel(tissue.compartments(clamped(tissue, estimate.mean)), 1000 * b, b_delta,
-                       protocols.L_FIT)
+    p = clamped(tissue, estimate.mean)
+    parts = tissue.compartments(p)
+    if tissue.aligned is not None:  # as if they followed the density, too: the axis is not at hand
+        parts = parts + tissue.aligned(p)
+    k = forward.kernel(parts, 1000 * b, b_delta, protocols.L_FIT)
     residual = (x - forward.convolve(estimate.odf, k).permute(2, 0, 1)) * (x != 0)
     level = scale.clamp(min=1e-3) * (4 * math.pi * (noise[:, :1] ** 2 + TOLERANCE**2)).sqrt()
     return ((residual / level) ** 2).sum((0, 2)).div((x != 0).sum((0, 2)).clamp(min=1)).sqrt()
@@ -277,29 +280,41 @@ def measure(network: nn.Module, recipe: Recipe, constants: Mapping[str, Any],
     error = mean - truth
     return {"samples": len(mean), "mse_density": float(density.mean())} | {
         f"{key}_{name}": float(value[:, i].mean()) for i, name in enumerate(recipe.tissue.names)
-        for key, value in (("mse", error**2), ("coverage90", (error.abs() <= QUANTILE * sd).float()))}
+        for key, value in (("mse", error**2),
+                           ("coverage90", (error.abs() <= QUANTILE * sd).float()))}
 
 
-def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list[Any]:
-    """The shells that a network may use.
+def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list[Shell]:
+    """The shells that a network may use: those within what it was trained for.
 
     Raises:
-        Refusal: without a b0, or with fewer than two shells within what it was trained for.
+        Refusal: there is no b0, fewer than two such shells, or, for a network trained for one
+            acquisition, not just its shells.
     """
-    low, high = known["b"]
-    usable = [s for s in acquisition.shells
-              if low <= s.b / 1000 <= high and len(s) >= known["directions"][0]
-              and any(abs(s.b_delta - d) < 0.05 for d in known["b_delta"])]
-    if len(usable) < 2 or not acquisition.b0.any():
-        shells = ", ".join(f"{len(s)} at b = {s.b:.0f} s/mm² (b_delta {s.b_delta:.2g})"
-                           for s in acquisition.shells) or "none weighted"
+    shells, one = acquisition.shells, known.get("acquisition")
+    if one:
+        wanted = ", ".join(f"{w['directions']} at b = {1000 * w['b']:.0f}" for w in one)
+        usable = [s for s, w in zip(shells, one, strict=False)
+                  if abs(s.b / 1000 - w["b"]) < 0.05 * w["b"] and len(s) == w["directions"]
+                  and abs(s.b_delta - w["b_delta"]) < 0.05]
+        fits = len(usable) == len(shells) == len(one)
+        needed = f"just the shells it was trained for, {wanted} s/mm²"
+    else:
+        (low, high), least = known["b"], known["directions"][0]
+        usable = [s for s in shells if low <= s.b / 1000 <= high
+                  and (len(s) >= least or abs(s.b_delta) < protocols.ISOTROPIC)
+                  and any(abs(s.b_delta - d) < 0.05 for d in known["b_delta"])]
+        fits = len(usable) >= 2
+        needed = (f"two or more shells of b = {1000 * low:.0f}–{1000 * high:.0f} s/mm² with "
+                  f"{least} or more directions and b_delta "
+                  f"{', '.join(f'{d:g}' for d in known['b_delta'])}")
+    if not (fits and acquisition.b0.any()):
+        found = ", ".join(f"{len(s)} at b = {s.b:.0f} s/mm² (b_delta {s.b_delta:.2g})"
+                          for s in shells) or "none weighted"
         raise Refusal(
-            f"{name} was trained for a b0 and two or more shells of b = {1000 * low:.0f}–"
-            f"{1000 * high:.0f} s/mm² with {known['directions'][0]} or more directions and b_delta "
-            f"{', '.join(f'{d:g}' for d in known['b_delta'])}; found are "
-            f"{int(acquisition.b0.sum())} volumes without weighting and shells: {shells}. Needed "
-            "is such an acquisition (b-values in s/mm², not ms/µm²); or leave it out of "
-            "--estimate.")
+            f"{name} found {int(acquisition.b0.sum())} volumes without weighting and shells: "
+            f"{found}. Needed are a b0 and {needed}. Check that b-values are in s/mm², not ms/µm²; "
+            "or leave it out of --estimate.")
     return usable
 
 
@@ -332,7 +347,8 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     index = [torch.as_tensor(s.indices, device=device) for s in shells]
     b0 = torch.as_tensor(np.flatnonzero(acquisition.b0), device=device)
     told = side.shells.to(device, torch.float32)
-    told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
+    if "directions" in card.trained_for:
+        told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
     least, most = (1 / snr for snr in reversed(card.trained_for["SNR"]))
     of_mean = 0.0 if s0_known else len(b0) ** -0.5
 

@@ -286,3 +286,28 @@ def test_recipe_of_the_folder():
     recipe = methods.get("estimate_scnn2").recipe()
     assert recipe.schedule.steps == table["schedule"]["steps"]
     assert recipe.trained_for.b == (0.5, 5.0)
+
+
+def test_noddi_is_its_integral():
+    """Zhang et al. 2012 written out on a dense grid: sticks weighed by Watson's density, one
+    tensor that is the average of the zeppelins, free water."""
+    points, weights = sh.quadrature(120)
+    acq = acquisition(b=(1000, 2500), n=(12, 20))
+    p = tissue.NODDI.draw(6, torch.Generator().manual_seed(2)).double()
+    side = protocols.of(acq, acq.shells, 16)
+    generator = torch.Generator().manual_seed(1)
+    s, _ = tissue.NODDI.simulate(side, p, generator, 16)
+    axis = odf.random_rotations(6, torch.Generator().manual_seed(1))[:, :, 0].numpy()
+    found = side.signals(s)
+    for v, (ndi, odi, fiso) in enumerate(p.numpy()):
+        kappa = 1 / np.tan(np.pi * odi / 2)
+        w = np.exp(kappa * ((points @ axis[v]) ** 2 - 1)) * weights
+        w /= w.sum()
+        outer = points[:, :, None] * points[:, None, :]
+        d = np.einsum("n,nij->ij", w, 1.7 * (1 - ndi) * np.eye(3) + 1.7 * ndi * outer)
+        for i, shell in enumerate(acq.shells):
+            g, b = acq.bvecs[shell.indices], shell.b / 1000
+            sticks = np.exp(-1.7 * b * (g @ points.T) ** 2) @ w
+            outside = np.exp(-b * np.einsum("gi,ij,gj->g", g, d, g))
+            expected = (1 - fiso) * (ndi * sticks + (1 - ndi) * outside) + fiso * np.exp(-3 * b)
+            np.testing.assert_allclose(found[0, v, i, :len(shell)], expected, atol=2e-4)

@@ -1,4 +1,4 @@
-"""Networks from SH coefficients of the shells to tissue parameters and the fibre orientation density.
+"""Networks from SH coefficients of the shells to tissue parameters and the density of fibres.
 
 Input: x (coefficient, voxel, shell), the SH coefficients of S/S0 on every shell, 0 above the degree
 that a shell's directions determine. Output: `Estimate`.
@@ -82,9 +82,9 @@ class Published(nn.Module):
 
 class ShellEmbedding(nn.Module):
     """Any set of shells → a fixed number of channels: y_lm,c = Σ_s W_l,c(shell s) x_lm,s, where the
-    weights are a smooth function, a small network, of what the shell is (b in ms/µm², b_delta,
-    1/√directions; the last is 0 where there is no shell). Likewise for the logarithms of the means
-    over the sphere, which are nearly linear in diffusivity: Σ_s V_c(shell s) log x̄_s + U_c(shell s).
+    weights are a smooth function, a small network, of what the shell is: b in ms/µm², b_delta,
+    1/√directions (0 where there is no shell). Likewise Σ_s V_c(shell s) log x̄_s + U_c(shell s) of
+    the logarithms of the means over the sphere, which are nearly linear in diffusivity.
 
     Shells of several protocols stand side by side, (group, shell, 3); voxels go group by group.
     """

@@ -1,9 +1,9 @@
 """Layers on the sphere: tensors (coefficient, voxel, channel) of SH coefficients (`bidsapp.sh`).
 
 A layer is equivariant where turning its input turns its output: with D_l(R) the matrix that turns
-the 2l + 1 coefficients c_lm of degree l, layer(D x) = D layer(x). Coefficients come first because then
-every step is a matrix product without a transpose: channels are mixed by one batched product, and
-the passage to points on the sphere is one product over all voxels and channels together.
+the 2l + 1 coefficients c_lm of degree l, layer(D x) = D layer(x). Coefficients come first because
+then every step is a matrix product without a transpose: channels are mixed by one batched product,
+and the passage to points on the sphere is one product over all voxels and channels together.
 """
 
 from __future__ import annotations
