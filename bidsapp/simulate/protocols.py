@@ -168,8 +168,8 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
          b_delta: Sequence[float] = (1.0,), b0: tuple[int, int] = (1, 16), known: float = 0.1
          ) -> Protocols:
     """Random protocols: a number of `shells` (a single one is drawn more rarely) of b-values in
-    ms/µm², uniform in √b and apart by 15 %; counts of directions uniform in √count, spread evenly,
-    and S0 known in a share of `known`. Each shell is turned at random."""
+    ms/µm², uniform in √b and, of one shape, apart by 15 %; counts of directions uniform in √count,
+    spread evenly, and S0 known in a share of `known`. Each shell is turned at random."""
     rng = np.random.default_rng(
         int(torch.randint(2**62, (), generator=generator, device=generator.device)))
     most = shells[1]
@@ -183,10 +183,11 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
     for g in range(groups):
         k = rng.choice(np.arange(shells[0], most + 1), p=share)
         while True:
-            level = np.sort(rng.uniform(b[0]**0.5, b[1]**0.5, k) ** 2)
-            if (level[1:] > 1.15 * level[:-1]).all():
+            level = np.sort(rng.uniform(b[0] ** 0.5, b[1] ** 0.5, k) ** 2)
+            shape = rng.choice(b_delta, k)
+            if all((level[shape == x][1:] > 1.15 * level[shape == x][:-1]).all() for x in b_delta):
                 break
-        values[g, :k], shapes[g, :k] = level, rng.choice(b_delta, k)
+        values[g, :k], shapes[g, :k] = level, shape
         for s in range(k):
             n = round(rng.uniform(directions[0]**0.5, directions[1]**0.5) ** 2)
             count[g, s] = n

@@ -1,0 +1,40 @@
+"""Neurite density, dispersion and free water (NODDI) by a spherical network.
+
+Zhang et al. 2012 (doi:10.1016/j.neuroimage.2012.03.072), estimated as Kerkelä et al. 2024
+(doi:10.3389/fnimg.2024.1349415) estimate theirs: a rotation-equivariant network trained on
+simulated signals in place of a fit (`bidsapp.microstructure`).
+"""
+
+from __future__ import annotations
+
+import tomllib
+
+from bidsapp import microstructure
+from bidsapp.acquisition import Acquisition
+from bidsapp.dwi import Dwi
+from bidsapp.methods import Derived, Method
+from bidsapp.simulate.tissue import NODDI
+
+
+class Noddi(Method):
+    """NDI, ODI, FISO and the ODF with the weights that ship."""
+
+    tissue = NODDI
+    intended_use = (
+        "Neurite density index, orientation dispersion index and free water fraction of brain "
+        "tissue in vivo from multi-shell linear encoding within the ranges under trained_for. "
+        "Diffusivities are fixed (1.7 and 3.0 µm²/ms). Not for diagnosis.")
+
+    def recipe(self) -> microstructure.Recipe:
+        """How the weights are trained."""
+        return microstructure.read_recipe(
+            self.tissue, tomllib.loads((self.folder / "training.toml").read_text()))
+
+    def check(self, acquisition: Acquisition) -> None:
+        """Raises Refusal without a b0 or two shells within what the network was trained for."""
+        microstructure.check(acquisition, microstructure.shipped(self.name).card.trained_for,
+                             self.name)
+
+    def apply(self, dwi: Dwi, device: str) -> Derived:
+        return Derived(*microstructure.estimate(
+            microstructure.shipped(self.name), self.tissue, dwi, device))
