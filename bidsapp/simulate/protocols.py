@@ -196,6 +196,7 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
                        rng.integers(b0[0], b0[1] + 1, groups))
 
     def put(array):
+        array = array if array.dtype == int else array.astype(np.float32)
         return torch.as_tensor(array, device=generator.device)
 
     return build(put(values), put(shapes), put(count), put(volumes), put(xyz), l_max,

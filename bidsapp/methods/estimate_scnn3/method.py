@@ -22,8 +22,8 @@ class ThreeCompartments(Method):
     tissue = THREE_COMPARTMENTS
     intended_use = (
         "Neurite and soma diffusivities and signal fractions and orientation density of brain "
-        "tissue from shells of linear, planar or spherical encoding within the ranges under trained_for. "
-        "Not for diagnosis.")
+        "tissue from shells of linear, planar or spherical encoding within the ranges under "
+        "trained_for. Not for diagnosis.")
 
     def recipe(self) -> microstructure.Recipe:
         """How the weights are trained."""
