@@ -27,6 +27,7 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.networks.scnn import Estimate, SphericalNetwork
 from bidsapp.simulate import forward, protocols
+from bidsapp.simulate.likelihood import Likelihood, hint
 from bidsapp.simulate.protocols import Protocols
 from bidsapp.simulate.tissue import Tissue
 
@@ -103,6 +104,7 @@ class Simulator:
         known = recipe.trained_for
         self.fixed = None if known.acquisition is None else protocols.of(
             known.acquisition, known.acquisition.shells, L_SIMULATED, s0_known=known.s0_known)
+        self.power = density_power(recipe, table)
 
     def protocols(self, groups: int, generator: torch.Generator) -> Protocols:
         of = self.recipe.trained_for
@@ -112,7 +114,7 @@ class Simulator:
         return drawn.to(torch.zeros((), device=generator.device))
 
     def __call__(self, count: int, groups: int, generator: torch.Generator) -> training.Batch:
-        """(x, noise, shells, parameters, density up to degree 8), `count` voxels."""
+        """(x, noise, shells, hint, parameters, density up to degree 8), `count` voxels."""
         side = self.protocols(groups, generator)
         tissue = self.recipe.tissue
         parameters = tissue.draw(count, generator)
@@ -122,7 +124,16 @@ class Simulator:
         snr = torch.exp(low + (high - low) * torch.rand(count, generator=generator,
                                                         device=generator.device))
         x, noise = protocols.measure(side, side.signals(s), 1 / snr, generator)
-        return x, noise, side.shells, parameters, odfs[:, :sh.size(protocols.L_FIT)]
+        found = hint(Likelihood(tissue, self.power.to(x), x, noise, side.shells))
+        return x, noise, side.shells, found, parameters, odfs[:, :sh.size(protocols.L_FIT)]
+
+
+def density_power(recipe: Recipe, table: torch.Tensor | None) -> Float[torch.Tensor, " degree"]:
+    """Mean square of a coefficient of the densities that are drawn, by degree 2, 4, 6, 8."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = recipe.tissue.densities(4096, generator, protocols.L_FIT, table=table, **recipe.odfs)
+    return torch.stack([drawn[:, sh.size(l - 2):sh.size(l)].square().mean()
+                        for l in range(2, protocols.L_FIT + 1, 2)])
 
 
 def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: torch.Tensor
@@ -157,16 +168,15 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
     def validate(model: nn.Module) -> float:
         # beta = 0, the likelihood: the loss of another beta does not fall with the error
         plain = replace(recipe, beta=0.0)
-        return float(np.mean([float(loss_of(plain, model(x, n, s), p, o))
-                              for x, n, s, p, o in batches]))
+        return float(np.mean([float(loss_of(plain, model(*b[:4]), *b[4:])) for b in batches]))
 
     start = time.monotonic()
     history = training.train(
         network, lambda g: simulate(recipe.batch, recipe.groups, g),
-        lambda model, b: loss_of(recipe, model(*b[:3]), *b[3:]), recipe.schedule,
+        lambda model, b: loss_of(recipe, model(*b[:4]), *b[4:]), recipe.schedule,
         seed=seed, device=device, validate=validate, saved=saved, name=method)
     seconds = time.monotonic() - start
-    constants = calibrate(network, recipe, _held_out(simulate, recipe, 8 * held_out, seed + 2,
+    constants = {"density_power": simulate.power.tolist()} | calibrate(network, recipe, _held_out(simulate, recipe, 8 * held_out, seed + 2,
                                                      device))
     metrics = measure(network, recipe, constants, _held_out(simulate, recipe, 4 * held_out,
                                                             seed + 3, device))
@@ -205,8 +215,8 @@ def predictions(network: nn.Module, batches: Sequence[training.Batch]
                 ) -> tuple[torch.Tensor, ...]:
     """Mean, SD, truth (voxel, parameter), density error and σ/S0 (voxel,) over batches."""
     parts = []
-    for x, noise, shells, truth, odf in batches:
-        e = network(x, noise, shells)
+    for x, noise, shells, told, truth, odf in batches:
+        e = network(x, noise, shells, told)
         parts.append((e.mean, e.log_sd.clamp(-7, 2).exp(), truth, density_error(e.odf, odf),
                       noise[:, 0]))
     return tuple(torch.cat(p) for p in zip(*parts, strict=True))
@@ -229,8 +239,8 @@ def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Bat
             "factor": [float(torch.quantile(v, min(1.0, LEVEL * (1 + 1 / len(v)))) / QUANTILE)
                        for v in bands]}
     with torch.no_grad():
-        misfits = [misfit(recipe.tissue, x, noise, shells, network(x, noise, shells))
-                   for x, noise, shells, *_ in batches]
+        misfits = [misfit(recipe.tissue, x, noise, shells, network(x, noise, shells, told))
+                   for x, noise, shells, told, *_ in batches]
     out["misfit"] = float(torch.quantile(torch.cat(misfits), 0.999))
     return out
 
@@ -350,6 +360,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     if "directions" in card.trained_for:
         told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
     least, most = (1 / snr for snr in reversed(card.trained_for["SNR"]))
+    power = torch.tensor(card.constants["density_power"], device=device)
     of_mean = 0.0 if s0_known else len(b0) ** -0.5
 
     def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -361,7 +372,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         sigma = (dwi.noise_sd / level if dwi.noise_sd else torch.full_like(level, 1 / ASSUMED_SNR))
         bounded = sigma.clamp(least, most)[:, None]
         noise = torch.cat([bounded, of_mean * bounded], 1)
-        found = network(x, noise, told)
+        found = network(x, noise, told, hint(Likelihood(tissue, power, x, noise, told)))
         sd = calibrated(tissue, found.log_sd.clamp(-7, 2).exp(), card.constants)
         strange = misfit(tissue, x, noise, told, found) > card.constants["misfit"]
         flag = torch.where(sigma > 1.001 * most, 2.0, torch.where(strange, 1.0, 0.0))

@@ -131,8 +131,8 @@ class SphericalNetwork(nn.Module):
     """Tissue parameters with their posterior SD, and the density of fibres, from any protocol.
 
     Embedded shells pass blocks of zonal convolution and SiLU on a half grid. Means and powers per
-    degree, which do not change with rotation, go with the noise to a head, which gives the
-    parameters. The density is a combination of channels whose gain per degree the head sets voxel
+    degree, which do not change with rotation, go to a head with the noise and a hint, the most
+    likely parameters and their covariance (`simulate.likelihood`); it gives the parameters. The density is a combination of channels whose gain per degree the head sets voxel
     by voxel (a deconvolution with the kernel of that voxel), followed by one more block.
 
     Args:
@@ -147,6 +147,7 @@ class SphericalNetwork(nn.Module):
                  tail: int = 8, l_odf: int = 8) -> None:
         super().__init__()
         self.l_odf = l_odf
+        hints = parameters * (parameters + 3) // 2
         self.embed = ShellEmbedding(widths[0], l_max=degrees[0])
         steps = list(zip(widths, widths[1:], degrees, degrees[1:], strict=False))
         self.convolutions = nn.ModuleList(
@@ -156,7 +157,7 @@ class SphericalNetwork(nn.Module):
         pooled = widths[0] * (2 + degrees[0]) + sum(
             o * (1 + min(a, b)) for _, o, a, b in steps)
         self.trunk = nn.Sequential(
-            nn.Linear(pooled + 3, hidden), nn.SiLU(),
+            nn.Linear(pooled + 3 + hints, hidden), nn.SiLU(),
             nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         self.scalars = nn.Linear(hidden, 2 * parameters)
         channels = widths[0] + widths[-1] * (len(widths) > 1)
@@ -168,7 +169,8 @@ class SphericalNetwork(nn.Module):
 
     def forward(self, x: Float[torch.Tensor, "coef voxel shell"],
                 noise: Float[torch.Tensor, "voxel 2"],
-                shells: Float[torch.Tensor, "group shell 3"]) -> Estimate:
+                shells: Float[torch.Tensor, "group shell 3"],
+                hint: Float[torch.Tensor, "voxel hint"]) -> Estimate:
         y, told = self.embed(x, shells)
         parts, pools = [y], [told, mean(y), amplitudes(y)]
         for convolution, pointwise in zip(self.convolutions, self.pointwise, strict=True):
@@ -179,7 +181,7 @@ class SphericalNetwork(nn.Module):
         if len(self.convolutions):
             parts.append(y)
         level = torch.cat([noise.clamp(min=1e-3).log()[:, :1] + 4, 10 * noise], 1)
-        hidden = self.trunk(torch.cat([*pools, level], 1))
+        hidden = self.trunk(torch.cat([*pools, level, hint], 1))
         found, log_sd = self.scalars(hidden).chunk(2, 1)
         return Estimate(found, log_sd - 2, self.density(parts, hidden))
 

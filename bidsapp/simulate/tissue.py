@@ -51,6 +51,14 @@ class Tissue:
             s = s + side.coefficients(one_axis, self.aligned(parameters))
         return s, densities
 
+    def densities(self, count: int, generator: torch.Generator, l_max: int, **odfs: Any
+                  ) -> Float[torch.Tensor, "voxel _"]:
+        """The densities alone, under the prior."""
+        if self.watson is None:
+            return draw_odfs(count, generator, l_max, **odfs)
+        axis = odf.random_rotations(count, generator)[:, :, 0].float()
+        return odf.watson(axis, self.watson(self.draw(count, generator)), l_max)
+
 
 TWO_COMPARTMENTS = Tissue(
     ("diffusivity", "neuritefraction"), ((0.0, 3.0), (0.0, 1.0)),
