@@ -14,6 +14,7 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.networks.scnn import Published, SphericalNetwork
 from bidsapp.simulate import forward, odf, protocols, tissue
+from bidsapp.simulate.likelihood import Likelihood, hint
 
 SHELLS = torch.tensor([[[1.0, 1.0, 0.13], [2.2, 1.0, 0.11], [3.0, 1.0, 0.0]]])
 """Two shells; the third is not there."""
@@ -44,6 +45,11 @@ def coefficients(voxels, dtype, rotation=None, seed=0):
     return torch.cat([s, torch.zeros_like(s[:, :, :1])], 2).to(dtype)
 
 
+def hint_of(x, noise, shells):
+    power = torch.tensor([0.018, 0.009, 0.004, 0.002])
+    return hint(Likelihood(tissue.TWO_COMPARTMENTS, power.to(x), x, noise, shells))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["ours", "deep", "published"])
 def test_networks_are_equivariant(kind, dtype):
@@ -68,7 +74,9 @@ def test_networks_are_equivariant(kind, dtype):
 
     def run(x):
         with torch.no_grad():
-            return network(x) if kind == "published" else network(x, noise, SHELLS.to(dtype))
+            if kind == "published":
+                return network(x)
+            return network(x, noise, SHELLS.to(dtype), hint_of(x, noise, SHELLS.to(dtype)))
 
     one = run(coefficients(50, dtype))
     for r in torch.tensor(Rotation.random(3, random_state=1).as_matrix()):
@@ -89,9 +97,10 @@ def test_shells_are_a_set():
     x = coefficients(9, torch.float32)
     order = [2, 1, 0]
     with torch.no_grad():
-        one = network(x, noise, SHELLS)
-        for other in (network(x[:, :, order], noise, SHELLS[:, order]),
-                      network(x[:, :, :2], noise, SHELLS[:, :2])):
+        told = hint_of(x, noise, SHELLS)
+        one = network(x, noise, SHELLS, told)
+        for other in (network(x[:, :, order], noise, SHELLS[:, order], told),
+                      network(x[:, :, :2], noise, SHELLS[:, :2], told)):
             for a, b in zip(one, other, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
@@ -103,10 +112,12 @@ def test_protocols_do_not_mix():
     shells = torch.cat([SHELLS, SHELLS * torch.tensor([1.5, 1, 0.9])])
     x = coefficients(10, torch.float32)
     with torch.no_grad():
-        both = network(x, noise, shells)
+        told = hint_of(x, noise, shells)
+        both = network(x, noise, shells, told)
         for i in range(2):
             rows = slice(5 * i, 5 * i + 5)
-            alone = network(x[:, rows], noise[rows], shells[i:i + 1])
+            alone = network(x[:, rows], noise[rows], shells[i:i + 1],
+                            hint_of(x[:, rows], noise[rows], shells[i:i + 1]))
             for a, b in zip(both, alone, strict=True):
                 torch.testing.assert_close(a[rows], b, atol=1e-5, rtol=1e-4)
 

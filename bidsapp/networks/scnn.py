@@ -160,6 +160,7 @@ class SphericalNetwork(nn.Module):
             nn.Linear(pooled + 3 + hints, hidden), nn.SiLU(),
             nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         self.scalars = nn.Linear(hidden, 2 * parameters)
+        self.shortcut = nn.Linear(hints, parameters, bias=False)
         channels = widths[0] + widths[-1] * (len(widths) > 1)
         self.narrow = ZonalConvolution(channels, 2 * tail, l_odf, bias=False)
         self.gain = nn.Linear(hidden, 2 * tail * (l_odf // 2 + 1))
@@ -183,7 +184,7 @@ class SphericalNetwork(nn.Module):
         level = torch.cat([noise.clamp(min=1e-3).log()[:, :1] + 4, 10 * noise], 1)
         hidden = self.trunk(torch.cat([*pools, level, hint], 1))
         found, log_sd = self.scalars(hidden).chunk(2, 1)
-        return Estimate(found, log_sd - 2, self.density(parts, hidden))
+        return Estimate(found + self.shortcut(hint), log_sd - 2, self.density(parts, hidden))
 
     def density(self, parts: list[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         size = sh.size(self.l_odf)

@@ -72,7 +72,8 @@ class Likelihood:
 
     def scoring(self, theta: Float[torch.Tensor, "voxel n"], k: Float[torch.Tensor, "voxel shell 5"]
                 ) -> tuple[Float[torch.Tensor, "voxel n"], Float[torch.Tensor, "voxel n n"]]:
-        """Gradient of log L and Fisher's information."""
+        """Gradient of log L and Fisher's information; that the share of b0 noise depends on θ is
+        left out."""
         span = self.high - self.low
         slopes = []
         for j in range(theta.shape[1]):
