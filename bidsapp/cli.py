@@ -85,6 +85,10 @@ def parser() -> argparse.ArgumentParser:
                    help="path or name of a trained network that fills in gradient directions")
     g.add_argument("--synthesize", nargs="+", choices=MODES, metavar="MODE",
                    help=f"synthetic signals with known truth: {' '.join(MODES)}")
+    g.add_argument("--synthesize-voxels", type=int, metavar="N",
+                   help="synthetic signals of each mode; default: 10000")
+    g.add_argument("--synthesize-image", action="store_true",
+                   help="of each mode a whole image, too, in the participant's own anatomy")
     g.add_argument("--allow-extrapolation", action="store_true",
                    help="use a model outside what it was trained for; noted in every sidecar")
 

@@ -58,6 +58,8 @@ class Run:
 
     entities: BIDS entities shared by all parts, by short key in BIDS order, e.g.
         {"sub": "01", "ses": "a", "acq": "x", "dir": "AP", "run": "1"}.
+    t1w: the T1w image of the same session or, where it has none, of the participant.
+    probsegs: grey matter, white matter and CSF probabilities in its space, or nothing.
     dataset: (name, root) of the dataset the files come from; `raw` or a derivative's name.
     batch, batch_source: the site and where it was read from.
     covariates: the participant's row of participants.tsv (and sessions.tsv), e.g. age, sex.
@@ -66,6 +68,8 @@ class Run:
     entities: Mapping[str, str]
     parts: tuple[Part, ...]
     mask: Path | None = None
+    t1w: Path | None = None
+    probsegs: tuple[Path, ...] = ()
     dataset: tuple[str, Path] = ("raw", Path())
     batch: str = "unknown"
     batch_source: str = "none found"
@@ -92,8 +96,13 @@ class Run:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that the result depends on."""
+        """Every file that all results depend on."""
         return tuple(f for p in self.parts for f in p.files) + ((self.mask,) if self.mask else ())
+
+    @property
+    def anatomy(self) -> tuple[Path, ...]:
+        """What tissue is read from, where a method wants it."""
+        return ((self.t1w,) if self.t1w else ()) + self.probsegs
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -114,6 +123,8 @@ class Dwi:
         acquisition: as many measurements as signal has columns.
         noise_sd: SD of the noise in signal units, or None where it could not be estimated.
         invalid: number of NaN or infinite values that were read and set to 0.
+        tissue: (voxel, 3) float32 probabilities of grey matter, white matter and CSF from a T1w
+            image, Σ ≤ 1, or None.
 
     Raises:
         DataError: the mask is empty. ValueError: sizes disagree.
@@ -125,6 +136,7 @@ class Dwi:
     acquisition: Acquisition
     noise_sd: float | None = None
     invalid: int = 0
+    tissue: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.mask.any():
@@ -135,7 +147,12 @@ class Dwi:
                              f"voxels and {len(self.acquisition)} measurements")
         if self.signal.dtype != np.float32 or self.mask.dtype != bool:
             raise ValueError("signal must be float32 and mask bool")
-        for name in ("signal", "mask", "affine"):
+        if self.tissue is not None and (
+                self.tissue.shape != (len(self.signal), 3) or self.tissue.dtype != np.float32
+                or not (self.tissue.min() >= 0 and self.tissue.sum(axis=1).max() <= 1 + 1e-5)):
+            raise ValueError("tissue must be (voxel, 3) float32 of probabilities with a sum of at "
+                             f"most 1, and has shape {self.tissue.shape}, {self.tissue.dtype}")
+        for name in ("signal", "mask", "affine", *(["tissue"] if self.tissue is not None else [])):
             view = np.asarray(getattr(self, name)).view()
             view.flags.writeable = False
             object.__setattr__(self, name, view)

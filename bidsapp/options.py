@@ -16,7 +16,8 @@ MODES = ("syn", "sample-mean", "sample", "random-wm")
 OTHER_LEVEL = {
     "participant": ("train", "reference_batch", "folds", "epochs", "max_steps", "init",
                     "paired_by"),
-    "group": ("harmonize", "upsample", "estimate", "synthesize", "allow_extrapolation",
+    "group": ("harmonize", "upsample", "estimate", "synthesize", "synthesize_voxels",
+              "synthesize_image", "allow_extrapolation",
               "reports_only", "boilerplate_only"),
 }
 """What a level has no use for."""
@@ -39,6 +40,8 @@ class Options:
     upsample: str | None = None
     estimate: tuple[str, ...] = ()
     synthesize: tuple[str, ...] = ()
+    synthesize_voxels: int = 10_000
+    synthesize_image: bool = False
     train: tuple[str, ...] = ()
     reference_batch: str | None = None
     folds: int = 5
@@ -75,7 +78,8 @@ class Options:
         if bids.is_relative_to(out):
             raise UsageError(f"BIDS_DIR {bids} lies inside OUTPUT_DIR {out}. Give an OUTPUT_DIR "
                              "that does not hold the input.")
-        for name in ("nprocs", "omp_nthreads", "mem_mb", "folds", "epochs", "max_steps"):
+        for name in ("nprocs", "omp_nthreads", "mem_mb", "folds", "epochs", "max_steps",
+                     "synthesize_voxels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
@@ -84,6 +88,10 @@ class Options:
             if getattr(self, name) != defaults[name]:
                 raise UsageError(f"--{name.replace('_', '-')} does not belong to the "
                                  f"{self.analysis_level} level. Leave it out, or change the level.")
+        for name in ("synthesize_voxels", "synthesize_image"):
+            if getattr(self, name) != defaults[name] and not self.synthesize:
+                raise UsageError(f"--{name.replace('_', '-')} belongs to --synthesize. Give a "
+                                 f"MODE with it ({' '.join(MODES)}), or leave it out.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: needed is auto, cpu, cuda or cuda:N.")
         names = Counter(["raw", *(name for name, _ in self.derivatives)])

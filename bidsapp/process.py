@@ -18,18 +18,19 @@ import torch
 from bidsapp import __version__, methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, names, sidecar
+from bidsapp.bids.derivatives import Output
 from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
 from bidsapp.dwi import Dwi, Run, load, noise_sd, open_image, read_mean
 from bidsapp.errors import DataError, QSphereError, Refusal
 from bidsapp.evaluate import quality
 from bidsapp.mask import given, median_otsu
-from bidsapp.methods import Derived, Method, Synthetic
+from bidsapp.methods import Method
 from bidsapp.options import Options
+from bidsapp.preprocess import anatomy
 from bidsapp.report import figures, page
 
 log = logging.getLogger("qsphere")
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
-SYNTHESIS = "synthesize"
 
 
 @dataclass(frozen=True)
@@ -132,24 +133,24 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
     refusals: dict[str, str] = {}
     notices: list[str] = []
     drawn = figures.of_signal(dwi, mean_b0)
-    for method in chosen_methods(job.options):
+    chosen = chosen_methods(job.options)
+    if any(method.wants_tissue and not refused(method, acquisition) for method in chosen):
+        dwi, told = tissue_of(run, dwi, job.options.work_dir)
+        log.info("%s: %s", run.name, told)
+        notices.append(told)
+    output = Output(batch, run, dwi, like, mask_path, job.options.random_seed, job.device)
+    for method in chosen:
         try:
             method.check(acquisition)
             log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
-            if method.name == SYNTHESIS:
-                made = method.synthesize(dwi, job.options.synthesize, job.options.random_seed,
-                                         job.device)
-                write_synthetic(job, dataset, run, batch, method, made, acquisition, like,
-                                mask_path)
-                derived, notices = made.derived, [*notices, *made.notices]
-            else:
-                derived = method.apply(dwi, job.device)
-                qc |= {**derived.counts, **quality.statistics(method, derived)}
+            derived = method.run(dwi, job.options, job.device)
         except Refusal as refusal:
             refusals[method.name] = str(refusal)
             log.warning("%s: %s is left out: %s", run.name, method.name, refusal)
             continue
-        write_maps(job, dataset, run, batch, method, derived, dwi, like, mask_path)
+        qc |= {**derived.counts, **quality.statistics(method, derived)}
+        notices += derived.notices
+        output.write(method, derived)
         drawn += figures.of_maps(method, derived, dwi)
     batch.table(names.output(run.entities, "qc", ".tsv", desc="image"), [qc], quality.columns(qc))
     batch.facts |= {
@@ -158,51 +159,27 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
         "shells": [{"b": s.b, "b_delta": s.b_delta, "n_directions": len(s)}
                    for s in acquisition.shells],
         "n_b0": int(acquisition.b0.sum()), "qc": qc, "refusals": refusals, "notices": notices,
-        "methods": [m.name for m in chosen_methods(job.options) if m.name not in refusals],
+        "methods": [m.name for m in chosen if m.name not in refusals],
         "figures": [draw(batch, run, figure) for figure in drawn]}
 
 
-def write_maps(job: Job, dataset: Dataset, run: Run, batch: Batch, method: Method,
-               derived: Derived, dwi: Dwi, like: Any, mask_path: PurePosixPath) -> None:
-    """Every map of a method on the image grid, with its sidecar."""
-    outputs = method.outputs
-    for key, values in derived.maps.items():
-        output = outputs["maps"][key]
-        path = names.output(run.entities, "dwimap", ".nii.gz", model=outputs["model"]["name"],
-                            **output["entities"])
-        batch.image(path, dwi.unmask(values), like, sidecar.derived(
-            run, dataset, model=outputs["model"], output=output, parameters=derived.parameters,
-            mask_uri=dataset.uri(dataset.root / mask_path), seed=job.options.random_seed,
-            device=job.device))
+def refused(method: Method, acquisition: Acquisition) -> bool:
+    try:
+        method.check(acquisition)
+    except Refusal:
+        return True
+    return False
 
 
-def write_synthetic(job: Job, dataset: Dataset, run: Run, batch: Batch, method: Method,
-                    made: Synthetic, acquisition: Acquisition, like: Any,
-                    mask_path: PurePosixPath) -> None:
-    """Per mode an image of voxels × 1 × 1 × volumes with its b-table, and a table of the truth.
-
-    The affine is the run's, so that the .bvec is too; positions mean nothing.
-    """
-    outputs = method.outputs
-    tables = {".bval": btable.text(acquisition.bvals[None]),
-              ".bvec": btable.text(btable.to_fsl(acquisition, like.affine))}
-    if (acquisition.b_delta < 1).any():
-        tables[".btens"] = btable.btens_text(acquisition, like.affine)
-    for mode, signal in made.signals.items():
-        desc = f"synth{mode.replace('-', '')}"
-        truth = names.output(run.entities, "truth", ".tsv", desc=desc)
-        about = sidecar.derived(
-            run, dataset, model=outputs["model"], output=outputs["signal"],
-            parameters={"Mode": mode, **made.parameters}, seed=job.options.random_seed,
-            mask_uri=dataset.uri(dataset.root / mask_path), device=job.device)
-        batch.image(names.output(run.entities, "dwi", ".nii.gz", desc=desc),
-                    signal[:, None, None], like, {
-                        **{k: v for k, v in about.items() if k not in sidecar.SPATIAL},
-                        "SynthesizedVolumes": list(range(len(acquisition))),
-                        "Truth": dataset.uri(dataset.root / truth)})
-        for extension, text in tables.items():
-            batch.text(names.output(run.entities, "dwi", extension, desc=desc), text)
-        batch.table(truth, made.truth[mode].to_dict("records"), made.columns[mode])
+def tissue_of(run: Run, dwi: Dwi, work_dir: Path | None) -> tuple[Dwi, str]:
+    """The Dwi with tissue from the run's T1w image where that can be had, and a sentence on it."""
+    if run.t1w is None:
+        return dwi, "No T1w image was found: tissue comes from the DWI alone."
+    try:
+        tissue = anatomy.posteriors(dwi, run.t1w, run.probsegs, work_dir)
+    except DataError as error:
+        return dwi, f"The T1w image is not used, tissue comes from the DWI alone: {error}"
+    return replace(dwi, tissue=tissue), f"Tissue was sought in {run.t1w.name}."
 
 
 def draw(batch: Batch, run: Run, figure: figures.Figure) -> dict[str, str]:
@@ -235,14 +212,18 @@ def chosen_methods(options: Options) -> list[Method]:
     there = methods.names("estimate_")
     estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in there]
     return [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
-            *([methods.get(SYNTHESIS)] if options.synthesize else [])]
+            *([methods.get("synthesize")] if options.synthesize else [])]
 
 
 def fingerprint(run: Run, options: Options) -> str:
     """SHA-256 over all that results depend on: inputs' bytes, sidecars, options, version."""
+    chosen = chosen_methods(options)
+    wanted = run.anatomy if any(m.wants_tissue for m in chosen) else ()
     what = {"version": __version__, "entities": run.entities, "batch": run.batch,
             "inputs": [sha256(f) for f in run.files], "covariates": run.covariates,
             "metadata": [p.metadata for p in run.parts],
-            "methods": [m.name for m in chosen_methods(options)], "modes": options.synthesize,
+            "anatomy": [sha256(f) if f.is_file() else str(f) for f in wanted],
+            "methods": [m.name for m in chosen],
+            "synthesis": [options.synthesize, options.synthesize_voxels, options.synthesize_image],
             "options": [options.random_seed, options.allow_extrapolation, options.sloppy]}
     return hashlib.sha256(to_json(what).encode()).hexdigest()

@@ -204,7 +204,9 @@ def plan(found: find.Found, chosen: list[Method], options: Options) -> str:
             for method in chosen:
                 try:
                     method.check(acquisition)
-                    lines.append(f"  {method.name}")
+                    source = run.t1w.name if run.t1w else "the DWI alone, no T1w"
+                    lines.append(f"  {method.name}"
+                                 + f": tissue from {source}" * method.wants_tissue)
                 except Refusal as refusal:
                     lines.append(f"  {method.name}: refused: {refusal}")
     return "\n".join(lines)

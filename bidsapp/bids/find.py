@@ -104,7 +104,9 @@ def find(options: Options) -> Found:
     labels = [label for label in runs if runs[label] or problems[label]]
     batches = batch.Batches.read(root, labels, options.batch_file, options.batch_column, problems)
     resolved = iter(batches.resolve([run for label in labels for run in runs[label]]))
-    runs = {label: [next(resolved) for _ in runs[label]] for label in labels}
+    anatomy = [*(tree.root for tree in preprocessed), root]
+    runs = {label: [foreign.with_anatomy(next(resolved), anatomy) for _ in runs[label]]
+            for label in labels}
     return Found(str(about.get("Name") or root.name), about.get("Authors", []), labels, runs,
                  problems, unknown, batches.rows(runs), batches.columns)
 

@@ -3,7 +3,9 @@
 BIDS derivatives: `sub-*/[ses-*/]dwi/*_desc-preproc_dwi.nii[.gz]`, and masks `*_mask.nii[.gz]` there
 or at the dataset's root. HCP-YA: `SUBJ/T1w/Diffusion/data.nii.gz`. UK Biobank:
 `SUBJ[_SESSION]/dMRI/dMRI/data_ud.nii.gz` (or SUBJ_20250_SESSION_0, as its bulk files are named).
-The last two hold `bvals`, `bvecs` and `nodif_brain_mask[_ud].nii.gz` in the same folder.
+The last two hold `bvals`, `bvecs` and `nodif_brain_mask[_ud].nii.gz` in the same folder. T1w images
+are those of `anat/`, and HCP-YA's `SUBJ/T1w/T1w_acpc_dc_restore.nii.gz`; they are looked up run by
+run, for an index of anat/ would cost more than all the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bidsapp.bids.index import files, index, participants
+from bidsapp.bids.index import files, index, label_order, participants
 from bidsapp.bids.inherit import entities_of, here, ordered, read_json, read_part, stem_of
 from bidsapp.dwi import Part, Run
 from bidsapp.errors import UsageError
@@ -100,8 +102,45 @@ class Tree:
         sidecar = stem_of(folder / image).with_suffix(".json")
         part = Part(here(folder / image), here(folder / "bvals"), here(folder / "bvecs"),
                     metadata=read_json(sidecar) if sidecar.exists() else {})
+        t1w = folder.parent / "T1w_acpc_dc_restore.nii.gz"
         return Run(entities, (part,), folder / mask if (folder / mask).exists() else None,
-                   (self.name, self.root))
+                   t1w if t1w.exists() else None, dataset=(self.name, self.root))
+
+
+def with_anatomy(run: Run, roots: Iterable[Path]) -> Run:
+    """The run with a T1w image, and tissue probabilities in its space where they lie beside it, of
+    the first dataset that has one: of the session, else of the participant; `desc-preproc` first.
+
+    Images in another space than the run's, with contrast agent, or of phase are left aside.
+    """
+    if run.t1w:
+        return run
+    for root in roots:
+        person = root / f"sub-{run.participant}"
+        own = [person / f"ses-{run.session}/anat"] if run.session else []
+        for folder in dict.fromkeys([*own, person / "anat", *sorted(person.glob("ses-*/anat"))]):
+            images = [p for p in folder.glob("*_T1w.nii*") if _fits(entities_of(p.name), run)]
+            if images:
+                t1w = min(images, key=lambda p: ("desc" not in entities_of(p.name),
+                                                 len(entities_of(p.name)), label_order(p.name)))
+                return replace(run, t1w=t1w, probsegs=_probsegs(t1w))
+    return run
+
+
+def _fits(entities: Mapping[str, str], run: Run) -> bool:
+    return (entities.get("desc", "preproc") == "preproc" and "ce" not in entities
+            and entities.get("part", "mag") == "mag"
+            and entities.get("space") in (None, run.entities.get("space")))
+
+
+def _probsegs(t1w: Path) -> tuple[Path, ...]:
+    """Grey matter, white matter and CSF beside a preprocessed T1w image, or nothing."""
+    own = {k: v for k, v in entities_of(t1w.name).items() if k != "desc"}
+    found = {tuple(sorted(entities_of(p.name).items())): p
+             for p in t1w.parent.glob("*_probseg.nii*")}
+    maps = [found.get(tuple(sorted({**own, "label": label}.items())))
+            for label in ("GM", "WM", "CSF")]
+    return tuple(m for m in maps if m) if all(maps) else ()
 
 
 def by_label(paths: Iterable[Path]) -> dict[str, list[Path]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bidsapp.bids.writer import Dataset
@@ -42,10 +42,12 @@ def mask(run: Run, dataset: Dataset, source: str) -> dict[str, Any]:
 
 
 def derived(run: Run, dataset: Dataset, *, model: Mapping[str, Any], output: Mapping[str, Any],
-            parameters: Mapping[str, Any], mask_uri: str, seed: int, device: str) -> dict[str, Any]:
-    """A map of a method. model and output are the entries of its outputs.json."""
+            parameters: Mapping[str, Any], more_sources: Sequence[str], seed: int, device: str
+            ) -> dict[str, Any]:
+    """A map of a method. model and output are the entries of its outputs.json; more_sources are
+    URIs of what it was made from beside the run."""
     keys = base(run, dataset, output["Description"])
-    keys["Sources"] = [*keys["Sources"], mask_uri]
+    keys["Sources"] = [*keys["Sources"], *more_sources]
     shown = ("entities", "Description", "range", "cmap", "report", "display")
     return {
         **keys,

@@ -184,10 +184,12 @@ def slice_signal(dwi: Dwi) -> Slices:
 
 
 def statistics(method: Method, derived: Derived) -> dict[str, float | None]:
-    """Mean, SD and median over the voxels with an estimate of each scalar map: `dti_fa_mean`, …"""
+    """Mean, SD and median over the voxels with an estimate of each scalar map: `dti_fa_mean`, …
+    (labels have none)."""
     found: dict[str, float | None] = {}
+    maps = method.outputs["maps"]
     for key, values in derived.maps.items():
-        if values.ndim != 1:
+        if values.ndim != 1 or maps[key]["Units"] == "label":
             continue
         finite = values[np.isfinite(values) & (True if derived.valid is None else derived.valid)]
         finite = finite.astype(np.float64)

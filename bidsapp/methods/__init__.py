@@ -13,13 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import UsageError
+from bidsapp.options import Options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,12 +36,15 @@ class Derived:
     counts: voxels that were handled in a special way, for the QC table.
     parameters: what the sidecar's Model.Parameters should say.
     valid: (voxel,) bool, where there is an estimate (maps are 0 elsewhere); None for everywhere.
+    notices: sentences for the report. synthetic: signals that were computed, not measured.
     """
 
     maps: Mapping[str, np.ndarray]
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     valid: np.ndarray | None = None
+    notices: Sequence[str] = ()
+    synthetic: Synthetic | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,27 @@ class Fitted:
 
 
 @dataclass(frozen=True)
+class SyntheticImage:
+    """One synthetic image in a run's own anatomy.
+
+    signal: (voxel, measurement) float32. truth: (voxel, k) per key of `truth` in outputs.json;
+    volumes: what the k are. parameters: as of `Derived`.
+    """
+
+    signal: np.ndarray
+    truth: Mapping[str, np.ndarray]
+    volumes: Mapping[str, Sequence[str]]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Synthetic:
     """Signals that were computed, not measured, and their truth, by mode.
 
     signals: (voxel, measurement) float32 in the run's own b-table. truth: one row per voxel.
     columns: Description and Units of each column of truth. derived: maps that show what of the
     run served as a model. parameters: as of `Derived`. notices: sentences for the report.
+    images: whole images by mode, where they were asked for.
     """
 
     signals: Mapping[str, np.ndarray]
@@ -81,10 +100,16 @@ class Synthetic:
     derived: Derived
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    images: Mapping[str, SyntheticImage] = field(default_factory=dict)
 
 
 class Method(ABC):
-    """A method of the literature. Folder name and class travel together: `get(name)`."""
+    """A method of the literature. Folder name and class travel together: `get(name)`.
+
+    wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
+    """
+
+    wants_tissue: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.folder = Path(importlib.import_module(type(self).__module__).__file__ or "").parent
@@ -103,6 +128,10 @@ class Method(ABC):
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal, with what was found and what is needed, where the method cannot apply."""
 
+    def run(self, dwi: Dwi, options: Options, device: str) -> Derived:
+        """What the participant level makes of one Dwi. Never modifies it."""
+        return self.apply(dwi, device)
+
     def apply(self, dwi: Dwi, device: str) -> Derived:
         """Process one Dwi, in blocks of voxels, on `device`. Never modifies it."""
         raise self.group_only()
@@ -112,8 +141,10 @@ class Method(ABC):
         return UsageError(f"{self.name} is not applied to images, but trained at group level: "
                           f"qsphere BIDS_DIR OUTPUT_DIR group --train {self.name}")
 
-    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str) -> Synthetic:
-        """Signals with known truth in the manner of one Dwi. Never modifies it.
+    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str, *,
+                   voxels: int = 10_000, image: bool = False) -> Synthetic:
+        """`voxels` signals with known truth in the manner of one Dwi, and a whole image of it.
+        Never modifies it.
 
         Raises:
             Refusal: the Dwi cannot serve as a model; says what was found and what is needed.

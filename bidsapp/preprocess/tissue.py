@@ -1,6 +1,7 @@
-"""Where grey matter, CSF and single fibres are, from the diffusion images alone.
+"""Where grey matter, CSF and single fibres are.
 
-Grey matter and CSF come from a hidden Markov random field segmentation, the algorithm of FAST
+Grey matter and CSF come from the posteriors of a T1w image where there is one that fits, else from
+the diffusion images alone, by a hidden Markov random field segmentation, the algorithm of FAST
 (Zhang et al. 2001, doi:10.1109/42.906424; dipy's). Its images are ratios of signals, so a bias
 field cancels: the mean diffusivity parts fluid from tissue, FA then parts white from grey matter.
 """
@@ -38,18 +39,24 @@ FLUID = 1.5
 MIXED = 0.1
 """The least fluid, as a share, that the mean of the middle class of MD stands for."""
 
+SURE, PURE = 0.8, 0.95
+"""Posterior of a voxel, at least: with all its neighbours, or alone where none is left so."""
+
 MIN_VOXELS = 10
 """Fewer voxels of a kind do not describe a tissue."""
 
 
 @dataclass(frozen=True)
 class Regions:
-    """(voxel,) bool each, and whether single fibres are from the callosum or from anywhere."""
+    """(voxel,) bool each; whether single fibres are from the callosum or from anywhere; what grey
+    matter and CSF come from; sentences for the report."""
 
     gm: np.ndarray
     csf: np.ndarray
     single_fibre: np.ndarray
     callosum: bool
+    source: str = "DWI"
+    notices: tuple[str, ...] = ()
 
 
 def regions(dwi: Dwi, device: str) -> Regions:
@@ -63,7 +70,17 @@ def regions(dwi: Dwi, device: str) -> Regions:
     maps = map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, device)
     usable = (dwi.mean_b0 > 0) & ~maps["failed"]
     fibre, callosum = single_fibres(dwi, maps["fa"] * usable, maps["direction"])
-    gm, csf = segment(dwi, maps["md"], maps["fa"], usable)
+    notices: tuple[str, ...] = ()
+    gm, csf, source = *segment(dwi, maps["md"], maps["fa"], usable), "DWI"
+    if dwi.tissue is not None:
+        if (of_t1w := from_posteriors(dwi, maps["md"], usable)) is not None:
+            gm, csf, source = *of_t1w, "T1w"
+        else:
+            notices = (
+                "Tissue comes from the DWI alone: where the T1w image shows CSF, water does not "
+                f"diffuse {FLUID:g} times as fast as in its grey matter, or either lacks "
+                f"{MIN_VOXELS} voxels. Check that the T1w image is this participant's and covers "
+                "the brain.",)
     for name, found, remedy in (
             ("grey matter", gm, "Acquire more of the brain, or check the brain mask."),
             ("CSF", csf, "The slab must cut the ventricles or sulci, and the mask hold them."),
@@ -72,7 +89,7 @@ def regions(dwi: Dwi, device: str) -> Regions:
         if found.sum() < MIN_VOXELS:
             raise Refusal(f"{int(found.sum())} {name} voxels were found, {MIN_VOXELS} or more are "
                           f"needed to synthesize from this participant. {remedy}")
-    return Regions(gm, csf, fibre, callosum)
+    return Regions(gm, csf, fibre, callosum, source, notices)
 
 
 def single_fibres(dwi: Dwi, fa: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -99,6 +116,25 @@ def single_fibres(dwi: Dwi, fa: np.ndarray, direction: np.ndarray) -> tuple[np.n
     return (in_callosum, True) if in_callosum.sum() >= MIN_VOXELS else (sharp & inner, False)
 
 
+def from_posteriors(dwi: Dwi, md: np.ndarray, usable: np.ndarray
+                    ) -> tuple[np.ndarray, np.ndarray] | None:
+    """(voxel,) bool of grey matter and of CSF by the T1w image, None where MD contradicts it.
+
+    Posteriors are means over the voxel, so that a high one is an erosion by half a voxel. Distorted
+    images and a mask's rim leave some of one tissue under the other: voxels of fluid that diffuse
+    as tissue are dropped, and the reverse.
+    """
+    assert dwi.tissue is not None
+    gm, csf = (_eroded(dwi, usable & (p > SURE), usable & (p > PURE)) for p in dwi.tissue.T[[0, 2]])
+    if min(gm.sum(), csf.sum()) < MIN_VOXELS:
+        return None
+    bound = FLUID * np.median(md[gm])
+    if np.median(md[csf]) < bound:
+        return None
+    gm, csf = gm & (md < bound), csf & (md > bound)
+    return (gm, csf) if min(gm.sum(), csf.sum()) >= MIN_VOXELS else None
+
+
 def segment(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
             ) -> tuple[np.ndarray, np.ndarray]:
     """(voxel,) bool of grey matter and of CSF, eroded by one voxel.
@@ -118,7 +154,7 @@ def segment(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
     csf = (fluid == 3) & (level[2] > FLUID * level[0])
     mixed = (fluid == 2) & (level[1] > level[0] + MIXED * (level[2] - level[0]))
     isotropic = _classes(dwi, fa, (fluid > 0) & ~csf & ~mixed, 2) == 1
-    return _eroded(dwi, isotropic), _eroded(dwi, csf)
+    return _eroded(dwi, isotropic, isotropic), _eroded(dwi, csf, csf)
 
 
 def _classes(dwi: Dwi, values: np.ndarray, inside: np.ndarray, count: int) -> np.ndarray:
@@ -145,8 +181,9 @@ def _classes(dwi: Dwi, values: np.ndarray, inside: np.ndarray, count: int) -> np
     return np.zeros(len(values))
 
 
-def _eroded(dwi: Dwi, inside: np.ndarray) -> np.ndarray:
+def _eroded(dwi: Dwi, inside: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+    """`inside` without its outermost voxels, or `otherwise` where that leaves too few."""
     from scipy.ndimage import binary_erosion
 
     core = binary_erosion(dwi.unmask(inside), border_value=1)[dwi.mask]
-    return core if core.sum() >= MIN_VOXELS else inside
+    return core if core.sum() >= MIN_VOXELS else otherwise

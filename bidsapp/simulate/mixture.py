@@ -162,28 +162,45 @@ def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.
 def mix(mode: str, measured: Diffusivities, acquisition: Acquisition, count: int, seed: int,
         device: str) -> Mixtures:
     """`count` voxels of a mode. With one seed, fractions and directions are those of every mode."""
-    fractions, directions, tensors = draw(mode, measured, count, seed)
+    return fill(mode, measured, acquisition, *layout(count, seed), seed, device)
+
+
+def fill(mode: str, measured: Diffusivities, acquisition: Acquisition, fractions: np.ndarray,
+         directions: np.ndarray, seed: int | Sequence[int], device: str) -> Mixtures:
+    """Voxels of a mode with given (voxel, 5) fractions and (voxel, 3, 3) directions."""
+    tensors = populate(mode, measured, directions, seed)
     share = attenuation(fractions[:, -tensors.shape[1]:], tensors, acquisition, device)
     if mode != RANDOM:
         return Mixtures(share, fractions, directions, tensors)
-    profile = np.random.default_rng([seed, 3]).uniform(0, MAX_DIFFUSIVITY, share.shape)
+    rng = np.random.default_rng([*np.atleast_1d(seed), 3])
+    profile = rng.uniform(0, MAX_DIFFUSIVITY, share.shape)
     white = fractions[:, :len(FIBRES)].sum(1, keepdims=True)
     share += white * np.exp(-acquisition.bvals / 1000 * profile)
     return Mixtures(share, fractions, directions, tensors, profile)
 
 
 def draw(mode: str, measured: Diffusivities, count: int, seed: int) -> tuple[np.ndarray, ...]:
-    """Fractions (count, 5), directions (count, 3, 3) and tensors (count, 5, shell, 6), µm²/ms.
+    """Fractions (count, 5), directions (count, 3, 3) and tensors (count, 5, shell, 6), µm²/ms."""
+    fractions, directions = layout(count, seed)
+    return fractions, directions, populate(mode, measured, directions, seed)
 
-    Fractions are five uniform numbers divided by their sum; directions are uniform on the sphere.
-    `random-wm` has the tensors of the last two compartments only.
-    """
+
+def layout(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fractions (count, 5), five uniform numbers divided by their sum, and directions
+    (count, 3, 3), uniform on the sphere."""
     shared = np.random.default_rng([seed, 0])
     fractions = shared.uniform(size=(count, len(COMPARTMENTS)))
     fractions /= fractions.sum(1, keepdims=True)
     directions = shared.standard_normal((count, len(FIBRES), 3))
-    directions /= np.linalg.norm(directions, axis=2, keepdims=True)
-    rng = np.random.default_rng([seed, 2])
+    return fractions, directions / np.linalg.norm(directions, axis=2, keepdims=True)
+
+
+def populate(mode: str, measured: Diffusivities, directions: np.ndarray,
+             seed: int | Sequence[int]) -> np.ndarray:
+    """(voxel, 5, shell, 6) tensors of a mode's compartments, µm²/ms; in `random-wm` of the last
+    two only."""
+    count = len(directions)
+    rng = np.random.default_rng([*np.atleast_1d(seed), 2])
     shape = (count, len(measured.gm_mean))
     parts = []
     if mode != RANDOM:
@@ -197,7 +214,7 @@ def draw(mode: str, measured: Diffusivities, count: int, seed: int) -> tuple[np.
         own = each[rng.integers(len(each), size=count)] if mode == "sample" else mean
         parts.append(np.broadcast_to(own, shape)[:, None, :, None, None] * np.eye(3))
     tensors = np.concatenate(parts, 1)
-    return fractions, directions, tensors[..., [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]]
+    return tensors[..., [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]]
 
 
 def attenuation(fractions: np.ndarray, tensors: np.ndarray, acquisition: Acquisition, device: str

@@ -7,18 +7,22 @@ The mixtures are those of `simulate.mixture`, with the run's S0 and Rician noise
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.dwi import Dwi
-from bidsapp.methods import Derived, Method, Synthetic
+from bidsapp.methods import Derived, Method, Synthetic, SyntheticImage
+from bidsapp.options import Options
 from bidsapp.preprocess import tissue
 from bidsapp.simulate import mixture
 from bidsapp.simulate.mixture import COMPARTMENTS, FIBRES, Diffusivities, Mixtures
+from bidsapp.simulate.unmix import unmix
 
-VOXELS = 10_000
+BLOCK = 20_000
+"""Voxels of a whole image that are made at a time."""
 
 ASSUMED_SNR = 25.0
 """S0 over noise SD where the noise could not be measured (as Weninger et al. 2020)."""
@@ -29,13 +33,21 @@ TERMS = ("dxx", "dxy", "dxz", "dyy", "dyz", "dzz")
 class Synthesis(Method):
     """Mixtures of three fibre populations, grey matter and CSF in a participant's own b-table."""
 
+    wants_tissue = True
+
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal without a b0, or where no shell determines a fibre's tensor."""
         mixture.check(acquisition)
 
-    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str) -> Synthetic:
-        """VOXELS signals in each mode. Fractions, directions and noise are those of `seed` in
-        every mode, so that modes can be compared voxel by voxel.
+    def run(self, dwi: Dwi, options: Options, device: str) -> Derived:
+        made = self.synthesize(dwi, options.synthesize, options.random_seed, device,
+                               voxels=options.synthesize_voxels, image=options.synthesize_image)
+        return replace(made.derived, notices=made.notices, synthetic=made)
+
+    def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str, *,
+                   voxels: int = 10_000, image: bool = False) -> Synthetic:
+        """`voxels` signals in each mode. Fractions, directions and noise are those of `seed` in
+        every mode, so that modes can be compared voxel by voxel. With `image` a whole image, too.
 
         Raises:
             Refusal: the acquisition, or too few voxels of a tissue.
@@ -49,31 +61,83 @@ class Synthesis(Method):
         signals, truth = {}, {}
         columns: dict[str, dict[str, dict[str, str]]] = {}
         for mode in modes:
-            made = mixture.mix(mode, measured, dwi.acquisition, VOXELS, seed, device)
-            clean = s0 * made.attenuation
-            noise = np.random.default_rng([seed, 1]).standard_normal((2, *clean.shape))
-            signals[mode] = np.hypot(clean + sd * noise[0], sd * noise[1]).astype(np.float32)
+            made = mixture.mix(mode, measured, dwi.acquisition, voxels, seed, device)
+            signals[mode] = _noisy(s0 * made.attenuation, sd, [seed, 1])
             truth[mode], columns[mode] = _truth(made, shells)
+        images = {}
+        if image:
+            layout = unmix(dwi, measured, device)
+            images = {mode: _image(mode, dwi, measured, layout, sd, seed, device)
+                      for mode in modes}
         labels = np.select([found.single_fibre, found.gm, found.csf], [3, 1, 2], 0)
         parameters = {
             "S0": s0, "NoiseSD": sd, "NoiseLaw": "Rician",
             "NoiseSource": "residuals of SH fits to this run" if dwi.noise_sd
             else f"assumed: S0 / {ASSUMED_SNR:.0f}",
-            "GreyMatterVoxels": int(found.gm.sum()), "CSFVoxels": int(found.csf.sum()),
+            "TissueSource": found.source, "GreyMatterVoxels": int(found.gm.sum()),
+            "CSFVoxels": int(found.csf.sum()),
             "SingleFibreVoxels": int(found.single_fibre.sum()),
             "SingleFibreRegion": "corpus callosum" if found.callosum else "brain",
             **_summary(measured, shells)}
-        notices = [] if found.callosum else [
+        notices = [*found.notices, *([] if found.callosum else [
             f"Synthesis: fewer than {tissue.MIN_VOXELS} voxels with FA > "
             f"{tissue.SINGLE_FIBRE_FA:g} were found in the corpus callosum; the "
             f"{parameters['SingleFibreVoxels']} such voxels of the whole brain stand for "
-            "single fibres instead."]
+            "single fibres instead."])]
         if len(shells) == 1:
             notices.append("Synthesis: with a single shell the signals hold no dependence on b "
                            "beyond one tensor per fibre.")
         return Synthetic(signals, truth, columns,
                          Derived({"tissue": labels.astype(np.float32)}, {}, parameters),
-                         parameters, notices)
+                         parameters, notices, images)
+
+
+def _noisy(clean: np.ndarray, sd: float, seed: Sequence[int]) -> np.ndarray:
+    noise = np.random.default_rng(seed).standard_normal((2, *clean.shape))
+    return np.hypot(clean + sd * noise[0], sd * noise[1]).astype(np.float32)
+
+
+def _image(mode: str, dwi: Dwi, measured: Diffusivities, layout: tuple[np.ndarray, np.ndarray],
+           sd: float, seed: int, device: str) -> SyntheticImage:
+    """Every voxel of the mask, with its own mean b0 and the (fractions, directions) of layout."""
+    signal = np.empty(dwi.signal.shape, np.float32, order="F")
+    d: list[np.ndarray] = []
+    for k, at in enumerate(range(0, len(signal), BLOCK)):
+        rows = slice(at, at + BLOCK)
+        made = mixture.fill(mode, measured, dwi.acquisition, layout[0][rows], layout[1][rows],
+                            [seed, 4, k], device)
+        signal[rows] = _noisy(dwi.mean_b0[rows, None] * made.attenuation, sd, [seed, 5, k])
+        d.append(_diffusivities(made))
+    shells = _shell_names(dwi.acquisition.shells)
+    each = [f"{c}_{kind}" for c in FIBRES for kind in ("axial", "radial")]
+    names = [f"{name}_{b}" for b in shells
+             for name in [*(each if mode != mixture.RANDOM else []), "gm", "csf"]]
+    truth = {"fraction": layout[0], "diffusivity": np.concatenate(d)}
+    volumes: dict[str, Sequence[str]] = {"fraction": COMPARTMENTS, "diffusivity": names}
+    if mode == mixture.RANDOM:
+        volumes["diffusivity"] = [*names, *(f"wm_volume{i}" for i in range(len(dwi.acquisition)))]
+    else:
+        truth["direction"] = layout[1].reshape(-1, 9)
+        volumes["direction"] = [f"{c}_{axis}" for c in FIBRES for axis in "xyz"]
+    return SyntheticImage(signal, {k: v.astype(np.float32) for k, v in truth.items()}, volumes, {
+        "S0": "mean b0 of each voxel", "NoiseSeed": [seed, 5]})
+
+
+def _diffusivities(made: Mixtures) -> np.ndarray:
+    """(voxel, k), mm²/s: by shell axial and radial of each fibre, grey matter, CSF; then, in
+    `random-wm`, white matter in each volume."""
+    xx, trace = made.tensors[..., 0], made.tensors[..., [0, 3, 5]].sum(-1)
+    values = [xx[:, -2:]]
+    if made.profile is None:
+        n = made.directions[..., None, :]
+        t = made.tensors[:, :len(FIBRES)]
+        along = ((n**2 * t[..., [0, 3, 5]]).sum(-1) + 2 * (
+            n[..., [0, 0, 1]] * n[..., [1, 2, 2]] * t[..., [1, 2, 4]]).sum(-1))
+        across = (trace[:, :len(FIBRES)] - along) / 2
+        values.insert(0, np.stack([along, across], 2).reshape(len(t), -1, t.shape[2]))
+    by_shell = np.concatenate(values, 1).transpose(0, 2, 1).reshape(len(xx), -1)
+    profile = [] if made.profile is None else [made.profile]
+    return np.concatenate([by_shell, *profile], 1) / 1000
 
 
 def _shell_names(shells: Sequence[Shell]) -> list[str]:
