@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 from scipy.stats import multivariate_normal
 
 from bidsapp import sh
@@ -101,6 +102,16 @@ def test_maximum_is_found():
     of, theta, *_ = likelihood(300, 0.03)
     best = most_likely(of, starts * torch.tensor([3.0, 1.0]))[2]
     assert (best >= of.value(of.kernel(theta)) - 1e-3).double().mean() > 0.85
+
+
+def test_hint_does_not_turn():
+    of, _, x, noise, counts = likelihood(40)
+    shells = torch.tensor([[[b, 1, n**-0.5] for b, n in zip((1, 2.2, 3), counts, strict=True)]])
+    turned = sh.rotate(x.movedim(0, 2), torch.tensor(Rotation.random(random_state=1).as_matrix()))
+    turned = torch.where(x == 0, 0, turned.movedim(2, 0))  # degrees that were not determined
+    one, other = (hint(Likelihood(TWO_COMPARTMENTS, POWER, c, noise, shells.double()))
+                  for c in (x, turned))
+    np.testing.assert_allclose(other, one, atol=1e-6)
 
 
 def test_hint_is_finite_everywhere():
