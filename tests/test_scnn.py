@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -323,3 +324,17 @@ def test_noddi_is_its_integral():
             outside = np.exp(-b * np.einsum("gi,ij,gj->g", g, d, g))
             expected = (1 - fiso) * (ndi * sticks + (1 - ndi) * outside) + fiso * np.exp(-3 * b)
             np.testing.assert_allclose(found[0, v, i, :len(shell)], expected, atol=2e-4)
+
+
+def test_training_for_one_acquisition():
+    """Its card knows the shells; another acquisition is refused, this one is estimated."""
+    acq = acquisition(b=(700, 2000), n=(20, 40))
+    recipe = replace(small(20), groups=1, trained_for=microstructure.Range(
+        snr=(20.0, 40.0), acquisition=acq))
+    trained = microstructure.train("estimate_scnn2", recipe, seed=0, device="cpu", held_out=1024)
+    assert trained.card.trained_for["acquisition"] == [
+        {"b": 0.7, "b_delta": 1.0, "directions": 20}, {"b": 2.0, "b_delta": 1.0, "directions": 40}]
+    maps = microstructure.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 8), "cpu")[0]
+    assert all(np.isfinite(m).all() for m in maps.values())
+    with pytest.raises(Refusal, match="20 at b = 700, 40 at b = 2000"):
+        microstructure.check(acquisition(), trained.card.trained_for, "estimate_scnn2")
