@@ -34,7 +34,7 @@ class Likelihood:
     def __init__(self, tissue: Tissue, power: Float[torch.Tensor, " degree"],
                  x: Float[torch.Tensor, "coef voxel shell"], noise: Float[torch.Tensor, "voxel 2"],
                  shells: Float[torch.Tensor, "group shell 3"]) -> None:
-        self.tissue, self.power = tissue, power
+        self.tissue, self.power, self.shells = tissue, power, shells
         each = shells.repeat_interleave(x.shape[1] // len(shells), 0)
         self.b, self.b_delta, scale = each.unbind(-1)
         there = scale > 0
@@ -51,23 +51,37 @@ class Likelihood:
 
     def kernel(self, theta: Float[torch.Tensor, "voxel n"]
                ) -> Float[torch.Tensor, "voxel shell 5"]:
+        return self._kernel(theta, self.b, self.b_delta)
+
+    def of_protocols(self, points: Float[torch.Tensor, "point n"]
+                     ) -> Float[torch.Tensor, "voxel point shell 5"]:
+        """The kernel at points that all voxels share, computed once per protocol."""
+        groups, count = len(self.shells), len(points)
+        each = self.shells[..., :2].repeat_interleave(count, 0)
+        k = self._kernel(points.repeat(groups, 1), *each.unbind(-1)).unflatten(0, (groups, count))
+        return k.repeat_interleave(len(self.mean) // groups, 0)
+
+    def _kernel(self, theta, b, b_delta):
         parts = self.tissue.compartments(theta)
         if self.tissue.aligned is not None:  # the axis is unknown: as if dispersed, too
             parts = parts + self.tissue.aligned(theta)
-        return forward.kernel(parts, 1000 * self.b, self.b_delta, L_MAX)
+        return forward.kernel(parts, 1000 * b, b_delta, L_MAX)
 
-    def value(self, k: Float[torch.Tensor, "voxel shell 5"]) -> Float[torch.Tensor, " voxel"]:
-        """log L less a constant."""
-        p = k[..., 0] / (4 * math.pi) * self.weight
-        r, q = self.mean - p, self.b0_noise * p
-        one = 1 + (q * q).sum(1)
-        total = (r * r).sum(1) - (r * q).sum(1) ** 2 / one + one.log()
+    def value(self, k: Float[torch.Tensor, "voxel *point shell 5"]
+              ) -> Float[torch.Tensor, "voxel *point"]:
+        """log L less a constant, of one or more points per voxel."""
+        if k.ndim == 3:
+            return self.value(k[:, None])[:, 0]
+        weight = self.weight[:, None]
+        p = k[..., 0] / (4 * math.pi) * weight
+        r, q = self.mean[:, None] - p, self.b0_noise[:, None] * p
+        one = 1 + (q * q).sum(-1)
+        total = (r * r).sum(-1) - (r * q).sum(-1) ** 2 / one + one.log()
         for i, (gram, use) in enumerate(zip(self.gram, self.use, strict=True)):
             c = self.power[i]
-            kappa = k[..., i + 1] * self.weight * use / math.sqrt(4 * math.pi)
-            a = 1 / c + (kappa * kappa).sum(1)
-            total = total - (kappa * (gram @ kappa[..., None])[..., 0]).sum(1) / a
-            total = total + (4 * i + 5) * (c * a).log()
+            kappa = k[..., i + 1] * (weight * use[:, None] / math.sqrt(4 * math.pi))
+            a = 1 / c + (kappa * kappa).sum(-1)
+            total = total - (kappa * (kappa @ gram)).sum(-1) / a + (4 * i + 5) * (c * a).log()
         return -total / 2
 
     def scoring(self, theta: Float[torch.Tensor, "voxel n"], k: Float[torch.Tensor, "voxel shell 5"]
@@ -113,19 +127,10 @@ def most_likely(likelihood: Likelihood, starts: Float[torch.Tensor, "start n"]
                            Float[torch.Tensor, " voxel"]]:
     """θ within its range that maximises L, from the best of `starts`; Fisher's information in
     units of the ranges, and log L there."""
-    voxels = len(likelihood.mean)
     low, span = likelihood.low, likelihood.high - likelihood.low
-    best = likelihood.mean.new_full((voxels,), -math.inf)
-    theta = starts[:1].expand(voxels, -1)
-    k = likelihood.kernel(theta)
-    for start in starts:
-        at = start.expand(voxels, -1)
-        here = likelihood.kernel(at)
-        value = likelihood.value(here)
-        better = value > best
-        best = torch.where(better, value, best)
-        theta = torch.where(better[:, None], at, theta)
-        k = torch.where(better[:, None, None], here, k)
+    every = likelihood.of_protocols(starts)
+    best, first = likelihood.value(every).max(1)
+    theta, k = starts[first], every[torch.arange(len(every), device=first.device), first]
     damping = torch.full_like(best, 1e-2)
     eye = torch.eye(len(span), dtype=k.dtype, device=k.device)
     for _ in range(STEPS):
