@@ -176,8 +176,9 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
         lambda model, b: loss_of(recipe, model(*b[:4]), *b[4:]), recipe.schedule,
         seed=seed, device=device, validate=validate, saved=saved, name=method)
     seconds = time.monotonic() - start
-    constants = {"density_power": simulate.power.tolist()} | calibrate(network, recipe, _held_out(simulate, recipe, 8 * held_out, seed + 2,
+    constants = calibrate(network, recipe, _held_out(simulate, recipe, 8 * held_out, seed + 2,
                                                      device))
+    constants["density_power"] = simulate.power.tolist()
     metrics = measure(network, recipe, constants, _held_out(simulate, recipe, 4 * held_out,
                                                             seed + 3, device))
     known = recipe.trained_for

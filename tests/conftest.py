@@ -15,7 +15,8 @@ install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
                      "bidsapp.simulate.odf", "bidsapp.simulate.forward",
                      "bidsapp.simulate.noise", "bidsapp.networks.spherical",
                      "bidsapp.networks.scnn",
-                     "bidsapp.simulate.protocols", "bidsapp.simulate.tissue", "bidsapp.simulate.likelihood",
+                     "bidsapp.simulate.protocols", "bidsapp.simulate.tissue",
+                     "bidsapp.simulate.likelihood",
                      "bidsapp.microstructure"], "beartype.beartype")
 
 ROOT = Path(__file__).parent.parent

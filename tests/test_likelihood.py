@@ -105,7 +105,7 @@ def test_maximum_is_found():
 
 
 def test_hint_does_not_turn():
-    of, _, x, noise, counts = likelihood(40)
+    _, _, x, noise, counts = likelihood(40)
     shells = torch.tensor([[[b, 1, n**-0.5] for b, n in zip((1, 2.2, 3), counts, strict=True)]])
     turned = sh.rotate(x.movedim(0, 2), torch.tensor(Rotation.random(random_state=1).as_matrix()))
     turned = torch.where(x == 0, 0, turned.movedim(2, 0))  # degrees that were not determined
@@ -116,7 +116,7 @@ def test_hint_does_not_turn():
 
 def test_hint_is_finite_everywhere():
     """Signals of 0, far too large, negative."""
-    of, _, x, noise, counts = likelihood(8)
+    _, _, x, noise, counts = likelihood(8)
     x = x.clone()
     x[:, 0], x[:, 1], x[:, 2] = 0, 50 * x[:, 1], -x[:, 2]
     shells = torch.tensor([[[b, 1, n**-0.5] for b, n in zip((1, 2.2, 3), counts, strict=True)]])

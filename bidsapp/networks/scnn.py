@@ -132,8 +132,9 @@ class SphericalNetwork(nn.Module):
 
     Embedded shells pass blocks of zonal convolution and SiLU on a half grid. Means and powers per
     degree, which do not change with rotation, go to a head with the noise and a hint, the most
-    likely parameters and their covariance (`simulate.likelihood`); it gives the parameters. The density is a combination of channels whose gain per degree the head sets voxel
-    by voxel (a deconvolution with the kernel of that voxel), followed by one more block.
+    likely parameters and their covariance (`simulate.likelihood`); it gives the parameters. The
+    density is a combination of channels whose gain per degree the head sets voxel by voxel (a
+    deconvolution with the kernel of that voxel), followed by one more block.
 
     Args:
         parameters: number of scalars.

@@ -67,8 +67,8 @@ class Likelihood:
             parts = parts + self.tissue.aligned(theta)
         return forward.kernel(parts, 1000 * b, b_delta, L_MAX)
 
-    def value(self, k: Float[torch.Tensor, "voxel *point shell 5"]
-              ) -> Float[torch.Tensor, "voxel *point"]:
+    def value(self, k: Float[torch.Tensor, "voxel ... shell 5"]
+              ) -> Float[torch.Tensor, "voxel ..."]:
         """log L less a constant, of one or more points per voxel."""
         if k.ndim == 3:
             return self.value(k[:, None])[:, 0]
