@@ -361,7 +361,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     if "directions" in card.trained_for:
         told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
     least, most = (1 / snr for snr in reversed(card.trained_for["SNR"]))
-    power = torch.tensor(card.constants["density_power"], device=device)
+    power = torch.tensor(card.constants["density_power"], device=device, dtype=torch.float64)
     of_mean = 0.0 if s0_known else len(b0) ** -0.5
 
     def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -373,7 +373,9 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         sigma = (dwi.noise_sd / level if dwi.noise_sd else torch.full_like(level, 1 / ASSUMED_SNR))
         bounded = sigma.clamp(least, most)[:, None]
         noise = torch.cat([bounded, of_mean * bounded], 1)
-        found = network(x, noise, told, hint(Likelihood(tissue, power, x, noise, told)))
+        # in double precision, else rounding decides which way the search goes on a flat ridge
+        likely = hint(Likelihood(tissue, power, x.double(), noise.double(), told.double()))
+        found = network(x, noise, told, likely.float())
         sd = calibrated(tissue, found.log_sd.clamp(-7, 2).exp(), card.constants)
         strange = misfit(tissue, x, noise, told, found) > card.constants["misfit"]
         flag = torch.where(sigma > 1.001 * most, 2.0, torch.where(strange, 1.0, 0.0))
