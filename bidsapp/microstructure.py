@@ -368,8 +368,9 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         level = signal[:, b0].mean(1)
         usable = level > 0
         level = torch.where(usable, level, 1)
-        x = torch.stack([fit @ signal[:, i].T for fit, i in zip(fits, index, strict=True)], 2)
-        x = x / level[:, None]
+        # no signal is below 0 or at twice S0: such voxels are flagged, and must not run away
+        ratio = (signal / level[:, None]).clamp(0, 2)
+        x = torch.stack([fit @ ratio[:, i].T for fit, i in zip(fits, index, strict=True)], 2)
         sigma = (dwi.noise_sd / level if dwi.noise_sd else torch.full_like(level, 1 / ASSUMED_SNR))
         bounded = sigma.clamp(least, most)[:, None]
         noise = torch.cat([bounded, of_mean * bounded], 1)

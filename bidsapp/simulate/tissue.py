@@ -72,10 +72,15 @@ def _three_prior(u: torch.Tensor) -> torch.Tensor:
     return torch.stack([d, f, d.clamp(max=0.5) * u[:, 2], (1 - f) * u[:, 3]], 1)
 
 
+def _three_parts(p: torch.Tensor) -> list[forward.Compartment]:
+    d, f, d_sph, f_sph = p.unbind(1)  # f + f_sph ≤ 1, in estimates too
+    return forward.three_compartments(d, f, d_sph, torch.minimum(f_sph, (1 - f) * (1 - 1e-6)))
+
+
 THREE_COMPARTMENTS = Tissue(
     ("diffusivity", "neuritefraction", "somadiffusivity", "somafraction"),
     ((0.0, 3.0), (0.0, 1.0), (0.0, 0.5), (0.0, 1.0)), _three_prior,
-    lambda p: forward.three_compartments(*p.unbind(1)))
+    _three_parts)
 """Priors as `forward.three_compartments` says."""
 
 
