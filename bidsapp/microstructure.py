@@ -47,6 +47,10 @@ TOLERANCE = 0.01
 ASSUMED_SNR = 20.0
 """Stands for S0 over noise SD where the noise could not be measured."""
 
+GRID = 47
+"""Degree of the half grids where a network is applied (385 points). Densities turn with the head
+within 2e-4; on the coarse grid that is enough to train on, within 2 %."""
+
 BLOCK = 512
 """Voxels whose layers fit the cache."""
 
@@ -351,7 +355,8 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     """
     card, acquisition = checkpoint.card, dwi.acquisition
     shells = check(acquisition, card.trained_for, card.method)
-    network = checkpoint.into(SphericalNetwork(len(tissue.names), **card.network)).to(device)
+    arguments = {**card.network, "grid": GRID}
+    network = checkpoint.into(SphericalNetwork(len(tissue.names), **arguments)).to(device)
     s0_known = bool((dwi.mean_b0 == 1).all())
     side = protocols.of(acquisition, shells, protocols.L_FIT, s0_known=s0_known)
     fits = [side.fit[0, i, :, :len(s)].to(device, torch.float32) for i, s in enumerate(shells)]

@@ -128,16 +128,18 @@ def test_turns_with_the_head(method):
     acq = acquisition()
     one = method.apply(brain(acq, np.random.default_rng(3)), "cpu").maps
     other = method.apply(brain(acq.rotated(turn), np.random.default_rng(3), turn), "cpu").maps
+    # where noise is beyond a network's range, rounding may decide where its search ends
+    sane = one["flag"] < 2 if "flag" in one else slice(None)
     for name, values in one.items():
         if name == "odf":
             expected = sh.rotate(torch.from_numpy(values), torch.from_numpy(turn)).numpy()
-            close(name, expected, other[name])
+            close(name, expected[sane], other[name][sane])
         elif name in EQUIVARIANT[method.name]:
             sharp = (one["fa"] > 0.1) & (one["fa"] < 0.99)
             cosine = np.abs(((values @ turn.T) * other[name]).sum(1))[sharp]
             assert np.quantile(cosine, 0.01) > 0.9999
         else:
-            close(name, values, other[name])
+            close(name, values[sane], other[name][sane])
 
 
 def test_unknown_names_say_what_there_is():
