@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bidsapp import checkpoint, methods, microstructure, sh
+from bidsapp import checkpoint, methods, sh
 from bidsapp.acquisition import Acquisition
+from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Published
 from bidsapp.simulate import forward, odf, protocols
 from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_odfs
@@ -46,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     trained = (checkpoint.load(options.weights, "estimate_scnn2") if options.weights
-               else microstructure.shipped("estimate_scnn2"))
+               else estimating.shipped("estimate_scnn2"))
     generator = torch.Generator().manual_seed(7)
     acq, tissue = acquisition(), TWO_COMPARTMENTS
     densities = draw_odfs(options.voxels, generator, 16)
@@ -62,7 +63,7 @@ def main() -> None:
     times = []
     for _ in range(options.repeats):
         start = time.perf_counter()
-        maps = microstructure.estimate(trained, tissue, dwi, "cpu")[0]
+        maps = estimating.estimate(trained, tissue, dwi, "cpu")[0]
         times.append((time.perf_counter() - start) / options.voxels)
     difference = torch.from_numpy(maps["odf"]) - densities[:, :45]
     vertex = difference @ torch.from_numpy(sh.basis(8, np.array([[0.0, 0, 1]]))).float()[0]
@@ -72,7 +73,7 @@ def main() -> None:
         for i, key in enumerate(tissue.names):
             error = found[key] - truth[:, i].numpy()
             row += [np.mean(error**2),
-                    np.mean(np.abs(error) <= microstructure.QUANTILE * found[f"{key}_std"])]
+                    np.mean(np.abs(error) <= estimating.QUANTILE * found[f"{key}_std"])]
         print(f"{name:<8}{row[0]:>10.2e}{row[2]:>10.2e}{row[1]:>9.3f}{row[3]:>9.3f}")
     print(f"ODF: over the sphere {difference.square().sum(1).mean() / (4 * math.pi):.2e}, at one "
           f"vertex {vertex.square().mean():.2e}")
@@ -85,7 +86,7 @@ def main() -> None:
     every = torch.cat([sh.rotate(one, r) for r in rotations])
     clean = forward.Protocol(acq, 8, every).signal(every, tissue.compartments(p.repeat(turns, 1)))
     dwi = as_dwi(clean.numpy().astype(np.float32), acq, 0.02)
-    for name, found in (("scnn2", microstructure.estimate(trained, tissue, dwi, "cpu")[0]),
+    for name, found in (("scnn2", estimating.estimate(trained, tissue, dwi, "cpu")[0]),
                         ("smt", methods.get("estimate_smt").apply(dwi, "cpu").maps)):
         sd = [found[k].reshape(turns, n).std(0).mean() for k in tissue.names]
         print(f"rotational SD of {name}: d {sd[0]:.2e}, f {sd[1]:.2e}")

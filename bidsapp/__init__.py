@@ -9,7 +9,7 @@ The map of the house, in the order a run flows through it:
     dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
     acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)
     methods/        one folder per published method: check, apply, outputs.json, README.md
-    microstructure.py  spherical networks: trained, calibrated, applied
+    microstructure/ spherical networks: trained, calibrated, applied
     training.py     the only optimisation loop
     preprocess/     where tissues are
     simulate/       forward models and noise: signals with known truth

@@ -17,7 +17,8 @@ install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
                      "bidsapp.networks.scnn",
                      "bidsapp.simulate.protocols", "bidsapp.simulate.tissue",
                      "bidsapp.simulate.likelihood",
-                     "bidsapp.microstructure"], "beartype.beartype")
+                     "bidsapp.microstructure.learn",
+                     "bidsapp.microstructure.maps"], "beartype.beartype")
 
 ROOT = Path(__file__).parent.parent
 

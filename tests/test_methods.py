@@ -8,10 +8,11 @@ import torch
 from dipy.core.sphere import HemiSphere, disperse_charges
 from scipy.spatial.transform import Rotation
 
-from bidsapp import blocks, methods, microstructure, sh
+from bidsapp import blocks, methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
+from bidsapp.microstructure import maps
 
 ESTIMATORS = methods.names("estimate_")
 EQUIVARIANT = {"estimate_dti": ("direction",), "estimate_smt": (), "estimate_scnn2": ("odf",)}
@@ -113,7 +114,7 @@ def test_is_independent_of_block_size(method, rng, monkeypatch):
     dwi = brain(acquisition(), rng)
     whole = method.apply(dwi, "cpu").maps
     own = __import__(type(method).__module__, fromlist=["map_voxels"])
-    module = own if hasattr(own, "map_voxels") else microstructure
+    module = own if hasattr(own, "map_voxels") else maps
     monkeypatch.setattr(module, "map_voxels", lambda function, signal, device, block=0:
                         blocks.map_voxels(function, signal, device, 5))
     for name, values in method.apply(dwi, "cpu").maps.items():

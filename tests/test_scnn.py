@@ -9,10 +9,12 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from bidsapp import checkpoint, methods, microstructure, sh, training
+from bidsapp import checkpoint, methods, sh, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
+from bidsapp.microstructure import learn
+from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Published, SphericalNetwork
 from bidsapp.simulate import forward, odf, protocols, tissue
 from bidsapp.simulate.likelihood import Likelihood, hint
@@ -220,7 +222,7 @@ def test_priors():
 
 def small(steps=150):
     recipe = methods.get("estimate_scnn2").recipe()
-    return microstructure.Recipe(
+    return learn.Recipe(
         recipe.tissue, {"widths": (8, 8), "degrees": (4, 4), "tail": 4, "hidden": 32, "grid": 11},
         training.Schedule(steps, 5e-3, validate_every=50, decay="cosine"), recipe.trained_for,
         batch=128, groups=4)
@@ -228,7 +230,7 @@ def small(steps=150):
 
 @pytest.fixture(scope="module")
 def trained():
-    return microstructure.train("estimate_scnn2", small(), seed=3, device="cpu", held_out=2048)
+    return learn.train("estimate_scnn2", small(), seed=3, device="cpu", held_out=2048)
 
 
 def test_training_learns_and_calibrates(trained):
@@ -242,7 +244,7 @@ def test_training_learns_and_calibrates(trained):
 
 
 def test_training_depends_on_its_seed_alone(trained):
-    again = microstructure.train("estimate_scnn2", small(), seed=3, device="cpu", held_out=2048)
+    again = learn.train("estimate_scnn2", small(), seed=3, device="cpu", held_out=2048)
     for name, value in trained.tensors.items():
         torch.testing.assert_close(again.tensors[name], value, atol=1e-6, rtol=1e-5)
 
@@ -252,7 +254,7 @@ def test_card_round_trip(trained, tmp_path):
         (tmp_path / name).write_bytes(content)
     found = checkpoint.load(tmp_path, "estimate_scnn2")
     dwi = voxels(acquisition())
-    one, other = (microstructure.estimate(c, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]
+    one, other = (estimating.estimate(c, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]
                   for c in (trained, found))
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
@@ -274,10 +276,10 @@ def voxels(acq, n=60, sigma=0.02, seed=5, strange=False):
 def test_strange_signals_and_noise_are_flagged():
     """With the weights that ship. The signal's size wanders from 0.3 to 1.7 with the volume, which
     is plausible only where there is hardly any signal."""
-    acq, shipped = acquisition(), microstructure.shipped("estimate_scnn2")
+    acq, shipped = acquisition(), estimating.shipped("estimate_scnn2")
 
     def flags(dwi):
-        return microstructure.estimate(shipped, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]["flag"]
+        return estimating.estimate(shipped, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]["flag"]
 
     assert (flags(voxels(acq)) == 0).mean() > 0.9
     assert (flags(voxels(acq, strange=True)) == 1).mean() > 0.8
@@ -292,7 +294,7 @@ def test_strange_signals_and_noise_are_flagged():
     (acquisition(n=(60, 5)), "6 or more directions")], ids=["one", "b0", "far", "units", "few"])
 def test_refuses_what_it_was_not_trained_for(trained, acq, message):
     with pytest.raises(Refusal, match=message):
-        microstructure.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 5), "cpu")
+        estimating.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 5), "cpu")
 
 
 def test_recipe_of_the_folder():
@@ -331,12 +333,12 @@ def test_noddi_is_its_integral():
 def test_training_for_one_acquisition():
     """Its card knows the shells; another acquisition is refused, this one is estimated."""
     acq = acquisition(b=(700, 2000), n=(20, 40))
-    recipe = replace(small(20), groups=1, trained_for=microstructure.Range(
+    recipe = replace(small(20), groups=1, trained_for=learn.Range(
         snr=(20.0, 40.0), acquisition=acq))
-    trained = microstructure.train("estimate_scnn2", recipe, seed=0, device="cpu", held_out=1024)
+    trained = learn.train("estimate_scnn2", recipe, seed=0, device="cpu", held_out=1024)
     assert trained.card.trained_for["acquisition"] == [
         {"b": 0.7, "b_delta": 1.0, "directions": 20}, {"b": 2.0, "b_delta": 1.0, "directions": 40}]
-    maps = microstructure.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 8), "cpu")[0]
+    maps = estimating.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 8), "cpu")[0]
     assert all(np.isfinite(m).all() for m in maps.values())
     with pytest.raises(Refusal, match="20 at b = 700, 40 at b = 2000"):
-        microstructure.check(acquisition(), trained.card.trained_for, "estimate_scnn2")
+        estimating.check(acquisition(), trained.card.trained_for, "estimate_scnn2")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from bidsapp import checkpoint, methods, microstructure
+from bidsapp import checkpoint, methods
+from bidsapp.microstructure import learn
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     recipe = method.recipe()
     if options.steps:
         recipe = replace(recipe, schedule=replace(recipe.schedule, steps=options.steps))
-    trained = microstructure.train(
+    trained = learn.train(
         method.name, recipe, seed=options.seed, device=options.device,
         saved=options.state or options.out / "state.ckpt", intended_use=method.intended_use)
     for name, content in checkpoint.pack(trained).items():

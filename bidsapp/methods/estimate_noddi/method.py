@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import tomllib
 
-from bidsapp import microstructure
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.methods import Derived, Method
+from bidsapp.microstructure import learn, maps
 from bidsapp.simulate.tissue import NODDI
 
 
@@ -25,16 +25,16 @@ class Noddi(Method):
         "tissue in vivo from multi-shell linear encoding within the ranges under trained_for. "
         "Diffusivities are fixed (1.7 and 3.0 µm²/ms). Not for diagnosis.")
 
-    def recipe(self) -> microstructure.Recipe:
+    def recipe(self) -> learn.Recipe:
         """How the weights are trained."""
-        return microstructure.read_recipe(
+        return learn.read_recipe(
             self.tissue, tomllib.loads((self.folder / "training.toml").read_text()))
 
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal without a b0 or two shells within what the network was trained for."""
-        microstructure.check(acquisition, microstructure.shipped(self.name).card.trained_for,
+        maps.check(acquisition, maps.shipped(self.name).card.trained_for,
                              self.name)
 
     def apply(self, dwi: Dwi, device: str) -> Derived:
-        return Derived(*microstructure.estimate(
-            microstructure.shipped(self.name), self.tissue, dwi, device))
+        return Derived(*maps.estimate(
+            maps.shipped(self.name), self.tissue, dwi, device))
