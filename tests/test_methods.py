@@ -15,7 +15,8 @@ from bidsapp.errors import Refusal, UsageError
 from bidsapp.microstructure import maps
 
 ESTIMATORS = methods.names("estimate_")
-EQUIVARIANT = {"estimate_dti": ("direction",), "estimate_smt": (), "estimate_scnn2": ("odf",)}
+EQUIVARIANT = {"estimate_dti": ("direction",), "estimate_smt": (), "estimate_scnn2": ("odf",),
+               "estimate_noddi": ("odf",), "estimate_scnn3": ("odf",)}
 """Methods that claim rotation equivariance, with the maps that turn; the others stay."""
 
 
