@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(INSTALLED)  ## process a small real dataset; prints where the maps and reports are
+demo: $(INSTALLED)  ## a two-site phantom: maps, reports, a harmonizer; prints where they are
 	$(BIN)/python tools/demo.py
 
 test: lint  ## everything that CI checks

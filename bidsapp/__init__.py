@@ -4,6 +4,7 @@ The map of the house, in the order a run flows through it:
 
     cli.py          argv → options.py: one frozen Options
     run.py          participant(options), group(options): two linear recipes
+    phantom.py      phantom(options): a multi-site dataset with known truth (cli_phantom.py)
     process.py      one participant: load, apply, write, report
     bids/           find runs, read b-tables and sidecars; the one writer of derivatives
     dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
@@ -12,7 +13,8 @@ The map of the house, in the order a run flows through it:
     microstructure/ spherical networks: trained, calibrated, applied
     training.py     the only optimisation loop
     preprocess/     where tissues are
-    simulate/       forward models and noise: signals with known truth
+    simulate/       forward models, noise, people, sites: signals with known truth
+    networks/       torch modules only: tensors in, tensors out
     tensor.py       batched, differentiable diffusion tensor fit
     checkpoint.py   trained weights and their card
     networks/       torch modules: tensors in, tensors out

@@ -9,7 +9,7 @@ import re
 import sys
 import tomllib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -187,32 +187,46 @@ def _config(path: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns 0 all done, 1 some participant failed, 2 unusable arguments or input."""
     verbose = 0
-    try:
+
+    def work() -> int:
+        nonlocal verbose
         options = parse(argv)
         verbose = options.verbose
-        logging.basicConfig(
-            level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, force=True,
-            format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-        for noisy in ("matplotlib", "fontTools", "filelock", "PIL"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+        log_to_stderr(verbose)
         os.environ.setdefault("OMP_NUM_THREADS", str(options.omp_nthreads))
 
         from bidsapp import run
 
         return (run.participant if options.analysis_level == "participant" else run.group)(options)
+
+    return guarded("qsphere", work, lambda: verbose)
+
+
+def log_to_stderr(verbose: int) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, force=True,
+        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("matplotlib", "fontTools", "filelock", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def guarded(program: str, work: Callable[[], int], verbose: Callable[[], int]) -> int:
+    """The exit code of `work`; errors told in one line, with a traceback where verbose() > 1."""
+    try:
+        return work()
     except QSphereError as error:
-        if verbose > 1:
+        if verbose() > 1:
             traceback.print_exc()
-        print(f"qsphere: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except Exception as error:  # a defect: told in one line, and in full only when asked for
-        if verbose > 1:
+        if verbose() > 1:
             raise
-        print(f"qsphere: unexpected {type(error).__name__}: {error}. Run again with -vv for the "
+        print(f"{program}: unexpected {type(error).__name__}: {error}. Run again with -vv for the "
               "traceback, and please report it.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("qsphere: interrupted; run the same command again to go on.", file=sys.stderr)
+        print(f"{program}: interrupted; run the same command again to go on.", file=sys.stderr)
         return 130
 
 

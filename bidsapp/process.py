@@ -151,6 +151,9 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
         qc |= {**derived.counts, **quality.statistics(method, derived)}
         notices += derived.notices
         output.write(method, derived)
+        if derived.synthetic:
+            batch.facts["scores"] = {"columns": method.outputs["scores"],
+                                     "rows": derived.synthetic.scores}
         drawn += figures.of_maps(method, derived, dwi)
     batch.table(names.output(run.entities, "qc", ".tsv", desc="image"), [qc], quality.columns(qc))
     batch.facts |= {
@@ -158,7 +161,8 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
         "voxel_size": [float(z) for z in like.header.get_zooms()[:3]],
         "shells": [{"b": s.b, "b_delta": s.b_delta, "n_directions": len(s)}
                    for s in acquisition.shells],
-        "n_b0": int(acquisition.b0.sum()), "qc": qc, "refusals": refusals, "notices": notices,
+        "n_b0": int(acquisition.b0.sum()), "qc": qc, "refusals": refusals,
+        "notices": list(dict.fromkeys(notices)),
         "methods": [m.name for m in chosen if m.name not in refusals],
         "figures": [draw(batch, run, figure) for figure in drawn]}
 
@@ -211,8 +215,11 @@ def chosen_methods(options: Options) -> list[Method]:
             raise methods.get(Path(name).name, kind).group_only()
     there = methods.names("estimate_")
     estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in there]
-    return [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
-            *([methods.get("synthesize")] if options.synthesize else [])]
+    chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
+              *([methods.get("synthesize")] if options.synthesize else [])]
+    for method in chosen:
+        method.sloppy = options.sloppy
+    return chosen
 
 
 def fingerprint(run: Run, options: Options) -> str:

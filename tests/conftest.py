@@ -18,7 +18,11 @@ install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
                      "bidsapp.simulate.protocols", "bidsapp.simulate.tissue",
                      "bidsapp.simulate.likelihood",
                      "bidsapp.microstructure.learn",
-                     "bidsapp.microstructure.maps"], "beartype.beartype")
+                     "bidsapp.microstructure.maps",
+                     "bidsapp.simulate.anatomy",
+                     "bidsapp.simulate.fields",
+                     "bidsapp.simulate.person", "bidsapp.simulate.site",
+                     "bidsapp.simulate.phantom", "bidsapp.bids.raw"], "beartype.beartype")
 
 ROOT = Path(__file__).parent.parent
 

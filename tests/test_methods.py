@@ -47,7 +47,9 @@ def brain(acq, rng, rotation=None, sd=4.0):
 
 @pytest.fixture(params=ESTIMATORS)
 def method(request):
-    return methods.get(request.param)
+    found = methods.get(request.param)
+    found.sloppy = True  # the contract holds for networks of any quality
+    return found
 
 
 def close(name, a, b):

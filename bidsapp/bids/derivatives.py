@@ -39,6 +39,7 @@ class Output:
                 self._signals(method, mode, derived.synthetic)
             for mode, image in derived.synthetic.images.items():
                 self._image(method, mode, image, derived.synthetic)
+            self._scores(method, derived.synthetic)
 
     def _map(self, method: Method, entry: Mapping[str, Any], values: np.ndarray,
              parameters: Mapping[str, Any], **more: Any) -> PurePosixPath:
@@ -71,6 +72,12 @@ class Output:
         self._dwi(self.dwi.unmask(image.signal), desc,
                   self._about(method, method.outputs["image"], parameters),
                   [self._uri(path) for path in truth])
+
+    def _scores(self, method: Method, made: Synthetic) -> None:
+        outputs = method.outputs
+        self.batch.table(names.output(self.run.entities, "qc", ".tsv", desc="synth"),
+                         [{"mode": mode, **values} for mode, values in made.scores.items()],
+                         {"mode": {"Description": outputs["mode"]}, **outputs["scores"]})
 
     def _dwi(self, data: np.ndarray, desc: str, about: Mapping[str, Any], truth: Any) -> None:
         """Synthetic volumes in the run's b-table, all marked as such."""

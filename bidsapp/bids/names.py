@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 ENTITIES = ("sub", "ses", "sample", "task", "tracksys", "acq", "ce", "trc", "stain", "rec", "dir",
-            "run", "echo", "part", "chunk", "space", "res", "model", "param", "stat", "desc")
+            "run", "echo", "part", "chunk", "space", "res", "label", "model", "param",
+            "stat", "desc")
 """BIDS order, with the entities of BEP016 (model, param) and `stat` before `desc`."""
 
 BIDSIGNORE = ("*.html", "logs", "log", "figures", "group", "*_dwimap.*", "*_dwi.bval",

@@ -323,7 +323,8 @@ Diffusion MRI derivatives in BIDS, made by QSphere. Open `sub-*.html` (and `grou
 - `sub-*/[ses-*/]dwi/*_model-*_param-*_dwimap.nii.gz`: maps; the JSON beside each says what it is,
   its units, and what it was made from. `_stat-std` is the uncertainty of the map of that name.
 - `*_desc-synth*_dwi.nii.gz`: synthetic signals, one voxel after another; `*_desc-synth*_truth.tsv`
-  beside each holds what every voxel was made from, in the same order.
+  beside each holds what every voxel was made from, in the same order. `*_desc-synth_qc.tsv`: how
+  well each mode stands for the participant.
 - `*_desc-brain_mask.nii.gz`: where maps were computed. `*_desc-image_qc.tsv`: one row of quality
   measures and map statistics per run.
 - `sub-*/log/`: what ran, with which options, and crash files where something failed.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,8 @@ class Synthetic:
     columns: Description and Units of each column of truth. derived: maps that show what of the
     run served as a model. parameters: as of `Derived`. notices: sentences for the report.
     images: whole images by mode, where they were asked for.
+    scores: how well the signals of each mode stand for the run, by mode and key of "scores" in
+    outputs.json.
     """
 
     signals: Mapping[str, np.ndarray]
@@ -101,15 +104,18 @@ class Synthetic:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
     images: Mapping[str, SyntheticImage] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Method(ABC):
     """A method of the literature. Folder name and class travel together: `get(name)`.
 
     wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
+    sloppy: what is trained on the way is trained too briefly, to try everything else.
     """
 
     wants_tissue: ClassVar[bool] = False
+    sloppy = False
 
     def __init__(self) -> None:
         self.folder = Path(importlib.import_module(type(self).__module__).__file__ or "").parent
@@ -124,16 +130,24 @@ class Method(ABC):
         "range", …}}}."""
         return json.loads((self.folder / "outputs.json").read_text())
 
+    def settings(self, table: str) -> dict[str, Any]:
+        """A table of training.toml; where `sloppy`, with what sloppy.TABLE says instead."""
+        tables = tomllib.loads((self.folder / "training.toml").read_text())
+        return _over(tables[table], tables["sloppy"][table] if self.sloppy else {})
+
     @abstractmethod
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal, with what was found and what is needed, where the method cannot apply."""
 
     def run(self, dwi: Dwi, options: Options, device: str) -> Derived:
         """What the participant level makes of one Dwi. Never modifies it."""
-        return self.apply(dwi, device)
+        return self.apply(dwi, device, options.random_seed)
 
-    def apply(self, dwi: Dwi, device: str) -> Derived:
-        """Process one Dwi, in blocks of voxels, on `device`. Never modifies it."""
+    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
+        """Process one Dwi, in blocks of voxels, on `device`. Never modifies it.
+
+        seed: of whatever is random, as the training of a network for this Dwi alone.
+        """
         raise self.group_only()
 
     def group_only(self) -> UsageError:
@@ -159,6 +173,11 @@ class Method(ABC):
             UsageError: the study cannot carry the method; says what was found and what is needed.
         """
         raise UsageError(f"--train {self.name}: this method needs no training.")
+
+
+def _over(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    return {**table, **{k: _over(table[k], v) if isinstance(v, dict) else v
+                        for k, v in other.items()}}
 
 
 def names(kind: str = "") -> list[str]:

@@ -93,7 +93,19 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
         "shells": [{**s, "shape": _shape(s["b_delta"])} for s in record.get("shells", ())],
         "sections": _sections(figures),
         "qc": [{"name": k, "value": _number(v), **described[k]} for k, v in qc.items()],
+        "scores": _scores(record.get("scores", {})),
         "covariates": dict(record.get("covariates", {}))}
+
+
+def _scores(scores: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Per mode one row for each measure: its mean error, SD, and what noise alone makes of it."""
+    columns, rows = scores.get("columns", {}), scores.get("rows", {})
+    measures = [name for name in columns if f"{name}_sd" in columns]
+    noise = rows.get("noise", {})
+    return {mode: [{**columns[name], "name": name.removesuffix("_error").replace("_", " "),
+                    "mean": _number(values.get(name)), "sd": _number(values.get(f"{name}_sd")),
+                    "noise": _number(noise.get(name))} for name in measures]
+            for mode, values in rows.items() if mode != "noise"}
 
 
 def _refused(runs: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:

@@ -32,7 +32,7 @@ class Tensor(Method):
                 "more directions that differ and do not lie on one cone, and a b0 or a second "
                 "b-value. Acquire these, or leave dti out of --estimate.")
 
-    def apply(self, dwi: Dwi, device: str) -> Derived:
+    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         self.check(dwi.acquisition)
         x = tensor.design(dwi.acquisition.btensors)
         maps = map_voxels(lambda signal: tensor.fit(signal, x), dwi.signal, device)

@@ -311,7 +311,7 @@ class SphericalMean(Method):
                 f"Needed are a b0 and two shells of {MIN_DIRECTIONS} or more directions. Acquire a "
                 "second shell (e.g. b = 1000 and 2200 s/mm²), or leave smt out of --estimate.")
 
-    def apply(self, dwi: Dwi, device: str) -> Derived:
+    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         acquisition = dwi.acquisition
         self.check(acquisition)
         shells = _usable(acquisition)

@@ -15,6 +15,7 @@ import pandas as pd
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.dwi import Dwi
 from bidsapp.methods import Derived, Method, Synthetic, SyntheticImage
+from bidsapp.methods.synthesize import score
 from bidsapp.options import Options
 from bidsapp.preprocess import tissue
 from bidsapp.simulate import mixture
@@ -89,7 +90,9 @@ class Synthesis(Method):
                            "beyond one tensor per fibre.")
         return Synthetic(signals, truth, columns,
                          Derived({"tissue": labels.astype(np.float32)}, {}, parameters),
-                         parameters, notices, images)
+                         parameters, notices, images,
+                         score.scores(dwi, measured, modes, s0, sd, seed, device,
+                                      self.settings("score")))
 
 
 def _noisy(clean: np.ndarray, sd: float, seed: Sequence[int]) -> np.ndarray:

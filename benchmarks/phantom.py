@@ -1,0 +1,140 @@
+"""The multi-site phantom: time, size of the site effects, how well sites are told apart.
+
+    python benchmarks/phantom.py [--sloppy] [--sites K] [--participants N] [--random-seed S]
+
+Effects are between each site's and the reference's signal of the same scan (same grid, pose and
+b-table): mean over voxels of |difference| / reference, in the voxels of which WM, or GM, is the
+largest part (what a segmentation calls so), without lesions; first without noise, then of the maps
+that each site's own noise leads to on average (over DRAWS draws, in VOXELS voxels per region). FA
+and MD are of a tensor fitted up to b 1500.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bidsapp import tensor
+from bidsapp.options import PhantomOptions
+from bidsapp.phantom import load_atlas, phantom, recruit, scans
+from bidsapp.simulate import phantom as phantom_model
+from bidsapp.simulate import site
+
+DRAWS, VOXELS = 32, 3000
+REGIONS = {"WM": 0, "GM": 1}
+
+
+def tensor_maps(signal, acquisition):
+    """FA and MD of (voxel, measurement) signal."""
+    chosen = tensor.volumes(acquisition)
+    fitted = tensor.fit(torch.as_tensor(signal[:, chosen].astype(np.float64)),
+                        tensor.design(acquisition[chosen].btensors))
+    return {k: fitted[k].numpy() for k in ("fa", "md")}
+
+
+def maps_of(signal, acquisition):
+    """What is compared, by name, of (voxel, measurement) signal."""
+    b0 = signal[:, acquisition.b0].mean(1)
+    maps = tensor_maps(signal, acquisition)
+    for shell in acquisition.shells:
+        maps[f"S/S0 b{shell.b:.0f}"] = signal[:, shell.indices].mean(1) / b0
+    return maps
+
+
+def with_noise(image, inside, scan, where, rng):
+    """Maps of (voxel,) chosen voxels, averaged over draws of the site's noise."""
+    sigma = phantom_model.UNIT * where.sigma(scan.grid.points).reshape(scan.grid.shape)[inside]
+    total = {}
+    for _ in range(DRAWS):
+        drawn = phantom_model.noisy(image[:, inside], sigma, where, rng)
+        for name, values in maps_of(drawn.T, scan.acquisition).items():
+            total[name] = total.get(name, 0) + values / DRAWS
+    return total
+
+
+def effects(options):
+    """|difference| / reference of each scan at another site, by (region, map, with noise)."""
+    atlas, sites = load_atlas(options.step), site.draw(options)
+    clean = replace(options, snr=float("inf"))
+    found, rng = {}, torch.Generator().manual_seed(0)
+    for _, _, where, scan in scans(clean, recruit(options), site.draw(clean), atlas):
+        noisy = next(s for s in sites if s.name == where.name)
+        if noisy is sites[0]:
+            continue
+        for region, tissue in REGIONS.items():
+            inside = (scan.tissue.argmax(0) == tissue) & scan.mask & ~scan.lesion
+            mine, wanted = (maps_of(image[:, inside].T, scan.acquisition)
+                            for image in (scan.signal, scan.reference))
+            some = np.zeros_like(inside)
+            some.reshape(-1)[np.flatnonzero(inside)[::max(1, inside.sum() // VOXELS)]] = True
+            averages = [with_noise(image, some, scan, at, rng) for image, at in (
+                (scan.signal, noisy), (scan.reference, sites[0]))]
+            for name in mine:
+                for kind, (a, b) in (("without noise", (mine, wanted)),
+                                     ("with its noise", averages)):
+                    ratio = np.mean(np.abs(a[name] - b[name]) / b[name])
+                    found.setdefault((kind, region, name), []).append(ratio)
+    return found
+
+
+def features(options):
+    """Participant, site and regional statistics of raw maps of each scan."""
+    atlas, sites = load_atlas(options.step), site.draw(options)
+    rows = []
+    for who, _, where, scan in scans(options, recruit(options), sites, atlas):
+        row = []
+        for tissue in REGIONS.values():
+            inside = (scan.tissue.argmax(0) == tissue) & scan.mask & ~scan.lesion
+            for values in maps_of(scan.signal[:, inside].T, scan.acquisition).values():
+                row += [np.median(values), values.std()]
+        rows.append((who.label, where.name, row))
+    return tuple(map(np.array, zip(*rows, strict=True)))
+
+
+def site_auc(people, names, values):
+    """Lowest one-against-the-rest area under the ROC curve, leaving one participant out in turn."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=5000))
+    score = cross_val_predict(model, values, names, groups=people, cv=LeaveOneGroupOut(),
+                              method="predict_proba")
+    return min(roc_auc_score(names == name, score[:, i])
+               for i, name in enumerate(np.unique(names)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sloppy", action="store_true")
+    parser.add_argument("--no-writing", action="store_true", help="skip the timed whole run")
+    for name, value in (("participants", 6), ("sites", 3), ("random-seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    given = vars(parser.parse_args())
+    if not given.pop("no_writing"):
+        with tempfile.TemporaryDirectory() as folder:
+            start, used = time.perf_counter(), os.times()
+            phantom(PhantomOptions(Path(folder) / "out", sloppy=given["sloppy"]))
+            now = os.times()
+            print(f"4 people x 2 sites: {time.perf_counter() - start:.0f} s, "
+                  f"CPU {now.user + now.system - used.user - used.system:.0f} s, "
+                  f"load {os.getloadavg()[0]:.1f}", flush=True)
+    options = PhantomOptions(Path("unused"), **given)
+    for (kind, region, name), found in effects(options).items():
+        print(f"site effect {kind}, {region} {name}: mean {np.mean(found):.1%} "
+              f"(scans {np.min(found):.1%} to {np.max(found):.1%})")
+    print(f"site AUC from raw maps: {site_auc(*features(options)):.3f} (lowest, one vs rest)")
+    print(f"the same without effects: {site_auc(*features(replace(options, effects=0))):.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Writer of a whole dataset that did not exist before: all of it appears at the end, or nothing.
+
+Files are made in a hidden folder inside the dataset, then renamed into place. A hidden record names
+the top-level entries; only these are replaced when the same dataset is made again, so that results
+which someone has put beside them (derivatives/qsphere) stay.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from filelock import FileLock, Timeout
+from jaxtyping import Float, Shaped
+
+from bidsapp.acquisition import Acquisition
+from bidsapp.bids import btable
+from bidsapp.bids.writer import to_json, to_tsv
+from bidsapp.errors import UsageError
+
+STAGING = ".qsphere-staging"
+
+
+class Tree:
+    """Files of a dataset to be; made by `new_dataset`. Paths are relative to its root."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def text(self, path: PurePosixPath | str, text: str) -> None:
+        where = self.folder / path
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.write_text(text)
+
+    def json(self, path: PurePosixPath | str, content: Mapping[str, Any]) -> None:
+        self.text(path, to_json(content))
+
+    def table(self, path: PurePosixPath | str, rows: Iterable[Mapping[Any, Any]],
+              columns: Mapping[str, Any]) -> None:
+        """A TSV, and the JSON that describes its columns."""
+        self.text(path, to_tsv(rows))
+        self.json(PurePosixPath(path).with_suffix(".json"), columns)
+
+    def image(self, path: PurePosixPath, data: Shaped[np.ndarray, "*k x y z"], affine: np.ndarray,
+              sidecar: Mapping[str, Any] | None = None, repetition_time: float = 0) -> None:
+        """A NIfTI image with world coordinates of the scanner, and its sidecar if given."""
+        where = self.folder / path
+        where.parent.mkdir(parents=True, exist_ok=True)
+        image = nib.Nifti1Image(np.moveaxis(data, 0, -1) if data.ndim > 3 else data, affine)
+        image.set_qform(affine, 1)
+        image.set_sform(affine, 1)
+        image.header.set_xyzt_units("mm", "sec" if data.ndim > 3 else "unknown")
+        if repetition_time:
+            image.header.set_zooms((*image.header.get_zooms()[:3], repetition_time))
+        nib.save(image, where)
+        if sidecar is not None:
+            self.json(path.with_name(path.name.removesuffix(".nii.gz") + ".json"), sidecar)
+
+    def gradients(self, path: PurePosixPath, acquisition: Acquisition,
+                  affine: Float[np.ndarray, "4 4"]) -> None:
+        """.bval and .bvec beside an image …_dwi.nii.gz."""
+        stem = path.name.removesuffix(".nii.gz")
+        self.text(path.with_name(f"{stem}.bval"), btable.text(acquisition.bvals[None]))
+        self.text(path.with_name(f"{stem}.bvec"), btable.text(btable.to_fsl(acquisition, affine)))
+
+
+@contextmanager
+def new_dataset(root: Path, maker: str) -> Iterator[Tree]:
+    """A Tree whose files stand in `root` after the block; after an exception, nothing has changed.
+
+    Raises:
+        UsageError: root holds what this maker has not made, cannot be written, or is in use.
+    """
+    root = root.absolute()
+    record, staging = root / f".{maker}.json", root / STAGING
+    try:
+        if root.exists() and not root.is_dir():
+            raise UsageError(f"{root} is a file. Give a new or empty folder.")
+        strangers = sorted(p.name for p in root.iterdir()) if root.exists() else []
+        if strangers and not record.exists() and not set(strangers) <= {STAGING, f".{maker}.lock"}:
+            raise UsageError(f"{root} is not empty (it holds {', '.join(strangers[:3])}…) and was "
+                             f"not made by {maker}. Give a new or empty folder.")
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{maker}.lock", timeout=0):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            try:
+                yield Tree(staging)
+                _replace(root, staging, record)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except Timeout as error:
+        raise UsageError(f"another {maker} is writing {root}. Wait for it, or give another "
+                         "folder.") from error
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+                               errno.ENOTDIR):
+            raise
+        raise UsageError(f"{root} cannot be written ({error.strerror}). Give a folder that you may "
+                         "write to and that has free space.") from error
+
+
+def _replace(root: Path, staging: Path, record: Path) -> None:
+    """Entries of the staging folder, those of derivatives/ one by one, in place of the old."""
+    entries = [p.relative_to(staging) for p in sorted(staging.iterdir())
+               if p.name != "derivatives"]
+    entries += [p.relative_to(staging) for p in sorted((staging / "derivatives").glob("*"))]
+    old = json.loads(record.read_text()) if record.exists() else []
+    record.write_text(to_json(sorted({*old, *map(str, entries)})))
+    for name in {*old, *map(str, entries)}:
+        where = root / name
+        if where.is_dir() and not where.is_symlink():
+            shutil.rmtree(where)
+        else:
+            where.unlink(missing_ok=True)
+    for entry in entries:
+        (root / entry).parent.mkdir(exist_ok=True)
+        (staging / entry).rename(root / entry)
+    record.write_text(to_json(sorted(map(str, entries))))

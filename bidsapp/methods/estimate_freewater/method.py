@@ -1,0 +1,116 @@
+"""Free water by a network that is trained on mixtures of the participant's own tissues.
+
+Weninger et al. 2020 (doi:10.1007/978-3-030-52893-5_8). Mixtures are those of `simulate.mixture`;
+what was changed, and why, is in README.md. Units inside: b in ms/µm², D in µm²/ms.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from bidsapp import tensor
+from bidsapp.acquisition import Acquisition
+from bidsapp.blocks import map_voxels
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal
+from bidsapp.methods import Derived, Method
+from bidsapp.methods.estimate_freewater import network
+from bidsapp.preprocess import tissue
+from bidsapp.simulate import mixture
+from bidsapp.simulate.mixture import Diffusivities
+
+MOST_WATER = 0.8
+"""Above this fraction too little tissue is left to correct, and voxels stay as they are."""
+
+ASSUMED_SNR = 25.0
+"""S0 over noise SD where the noise could not be measured: the paper's."""
+
+LEVELS = 101
+"""Quantiles of the noise over S0 that stand for all voxels."""
+
+AXIAL, RADIAL, GREY, WATER = (1.4, 2.0), (0.15, 0.45), (0.7, 0.9), 3.0
+"""µm²/ms, ranges: single fibres and grey matter of adults (Pierpaoli et al. 1996,
+doi:10.1148/radiology.201.3.8939209); free water at 37 °C."""
+
+
+class FreeWater(Method):
+    """Fraction of free water with its SD, and FA and MD of what is left without it."""
+
+    wants_tissue = True
+
+    def check(self, acquisition: Acquisition) -> None:
+        """Raises Refusal without a b0, or where no shell determines a fibre's tensor."""
+        mixture.check(acquisition)
+
+    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
+        acquisition = dwi.acquisition
+        self.check(acquisition)
+        notices: list[str] = []
+        try:
+            found = tissue.regions(dwi, device)
+            measured = mixture.measure(dwi, found.gm, found.csf, found.single_fibre, device)
+            source = "measured in this run"
+            notices += found.notices
+        except Refusal as refusal:
+            measured, source = literature(len(acquisition.shells)), "literature"
+            notices.append("Free water: the network was trained with diffusivities of the "
+                           f"literature, for this run cannot show its own ({refusal})")
+        s0 = dwi.mean_b0
+        known = bool((s0 == 1).all())  # the signals were divided by S0 before
+        noise = (np.quantile(dwi.noise_sd / s0[s0 > 0], np.linspace(0, 1, LEVELS))
+                 if dwi.noise_sd and (s0 > 0).any() else np.array([1 / ASSUMED_SNR]))
+        options = self.settings("network")
+        model, error = network.learn(measured, acquisition, noise, known, seed, device, options)
+
+        water = water_attenuation(measured, acquisition)
+        b0 = torch.as_tensor(acquisition.b0, device=device)
+        x = tensor.design(acquisition.btensors)
+        decay = torch.as_tensor(water, dtype=torch.float32, device=device)
+
+        def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
+            shares, level = network.relative(signal, b0)
+            with torch.no_grad():
+                fraction, sd = model(shares)
+            removed = torch.where(fraction > MOST_WATER, 0, fraction) * level
+            fit = tensor.fit(signal - removed[:, None] * decay, x)
+            fa, md, failed = fit["fa"], fit["md"], fit["failed"]
+            asis = (removed == 0) | failed | fit["clamped"]
+            if asis.any():
+                plain = tensor.fit(signal[asis], x)
+                fa[asis], md[asis], failed[asis] = (plain[k] for k in ("fa", "md", "failed"))
+            return {"fraction": fraction, "fraction_std": sd, "fa": fa, "md": md, "asis": asis,
+                    "usable": (level > 0) & ~failed}
+
+        maps = map_voxels(estimate, dwi.signal, device)
+        usable, asis = maps.pop("usable"), maps.pop("asis")
+        maps = {name: np.where(usable, values, 0).astype(np.float32)
+                for name, values in maps.items()}
+        shells = acquisition.shells
+        counts = {"freewater_no_estimate": int((~usable).sum()),
+                  "freewater_not_corrected": int((asis & usable).sum())}
+        return Derived(maps, counts, {
+            "Diffusivities": source,
+            "WaterDiffusivity": {f"b{s.b:.0f}": float(f"{d / 1000:.4g}") for s, d in zip(
+                shells, measured.csf_mean, strict=True)},
+            "CorrectedUpTo": MOST_WATER,
+            "NotCorrected": f"where the fraction is above {MOST_WATER}, or no tensor with positive "
+                            "eigenvalues is left, FA and MD are those of the signal as it is",
+            "NoiseSD": dwi.noise_sd or f"assumed: S0 / {ASSUMED_SNR:.0f}",
+            "TrainingSamples": options["samples"], "TrainingSteps": options["schedule"]["steps"],
+            "HeldOutRMSE": float(f"{error:.3g}")}, usable, notices)
+
+
+def literature(shells: int) -> Diffusivities:
+    """Diffusivities without dependence on b, for a participant who cannot show their own."""
+    axial, radial = (np.repeat(a.reshape(-1, 1), shells, 1) for a in np.meshgrid(
+        np.linspace(*AXIAL, 7), np.linspace(*RADIAL, 7)))
+    gm = np.repeat(np.linspace(*GREY, 9)[:, None], shells, 1)
+    csf = np.full((1, shells), WATER)
+    return Diffusivities(axial, radial, gm, csf, gm.mean(0), csf[0])
+
+
+def water_attenuation(measured: Diffusivities, acquisition: Acquisition) -> np.ndarray:
+    """(measurement,) S/S0 of the free water that the mixtures hold, on average."""
+    csf = measured.csf_mean[None, None, :, None] * np.array([1, 0, 0, 1, 0, 1])
+    return mixture.attenuation(np.ones((1, 1)), csf, acquisition, "cpu")[0]
