@@ -1,5 +1,6 @@
 """Networks, protocols and the maps made with them."""
 
+import json
 import math
 import tomllib
 from dataclasses import replace
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
+from test_run import qsphere, validate
 
 from bidsapp import checkpoint, methods, sh, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
-from bidsapp.errors import Refusal
+from bidsapp.errors import Refusal, UsageError
 from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Published, SphericalNetwork
@@ -225,12 +227,12 @@ def small(steps=150):
     return learn.Recipe(
         recipe.tissue, {"widths": (8, 8), "degrees": (4, 4), "tail": 4, "hidden": 32, "grid": 11},
         training.Schedule(steps, 5e-3, validate_every=50, decay="cosine"), recipe.trained_for,
-        batch=128, groups=4)
+        batch=128, groups=4, held_out=2048)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return learn.train("estimate_scnn2", small(), seed=3, device="cpu", held_out=2048)
+    return learn.train("estimate_scnn2", small(), seed=3, device="cpu")
 
 
 def test_training_learns_and_calibrates(trained):
@@ -244,7 +246,7 @@ def test_training_learns_and_calibrates(trained):
 
 
 def test_training_depends_on_its_seed_alone(trained):
-    again = learn.train("estimate_scnn2", small(), seed=3, device="cpu", held_out=2048)
+    again = learn.train("estimate_scnn2", small(), seed=3, device="cpu")
     for name, value in trained.tensors.items():
         torch.testing.assert_close(again.tensors[name], value, atol=1e-6, rtol=1e-5)
 
@@ -299,7 +301,7 @@ def test_refuses_what_it_was_not_trained_for(trained, acq, message):
 
 def test_recipe_of_the_folder():
     folder = methods.get("estimate_scnn2").folder
-    table = tomllib.loads((folder / "training.toml").read_text())
+    table = tomllib.loads((folder / "training.toml").read_text())["training"]
     recipe = methods.get("estimate_scnn2").recipe()
     assert recipe.schedule.steps == table["schedule"]["steps"]
     assert recipe.trained_for.b == (0.5, 5.0)
@@ -333,12 +335,62 @@ def test_noddi_is_its_integral():
 def test_training_for_one_acquisition():
     """Its card knows the shells; another acquisition is refused, this one is estimated."""
     acq = acquisition(b=(700, 2000), n=(20, 40))
-    recipe = replace(small(20), groups=1, trained_for=learn.Range(
+    recipe = replace(small(20), groups=1, held_out=1024, trained_for=learn.Range(
         snr=(20.0, 40.0), acquisition=acq))
-    trained = learn.train("estimate_scnn2", recipe, seed=0, device="cpu", held_out=1024)
+    trained = learn.train("estimate_scnn2", recipe, seed=0, device="cpu")
     assert trained.card.trained_for["acquisition"] == [
         {"b": 0.7, "b_delta": 1.0, "directions": 20}, {"b": 2.0, "b_delta": 1.0, "directions": 40}]
     maps = estimating.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 8), "cpu")[0]
     assert all(np.isfinite(m).all() for m in maps.values())
     with pytest.raises(Refusal, match="20 at b = 700, 40 at b = 2000"):
         estimating.check(acquisition(), trained.card.trained_for, "estimate_scnn2")
+
+
+# --- trained at group level, used at participant level
+
+
+@pytest.fixture
+def study(bids_tree, tmp_path):
+    """Two processed participants and a function that runs the app on them."""
+    root, out = bids_tree(), tmp_path / "out"
+
+    def app(level, *argv):
+        return qsphere(root, out, level, *argv)
+
+    assert app("participant", "--estimate", "dti") == 0
+    return app, out
+
+
+def test_a_network_for_one_acquisition_is_trained_kept_and_used(study):
+    app, out = study
+    assert app("group", "--train", "estimate_scnn2", "--sloppy", "--max-steps", "40") == 0
+    (folder,) = (out / "group/models").iterdir()
+    assert folder.name == "estimate_scnn2_b1000n12_b2000n16"
+    card = json.loads((folder / "model.json").read_text())
+    assert card["training"]["steps"] == 40
+    assert [s["directions"] for s in card["trained_for"]["acquisition"]] == [12, 16]
+    assert not list(out.rglob("*.ckpt"))  # nothing to go on from
+    assert "group/models/estimate_scnn2_b1000n12_b2000n16" in (out / "group.html").read_text()
+    assert app("participant", "--estimate", "scnn2", "--participant-label", "01") == 0
+    sidecar = json.loads(next(out.glob("sub-01/dwi/*scnn2_param-neuritefraction_dwimap.json"))
+                         .read_text())
+    assert sidecar["Model"]["Parameters"]["Weights"] == card["sha256"]
+    assert not validate(out)
+
+
+def test_other_acquisitions_take_the_weights_that_ship(study, tmp_path):
+    app, out = study
+    assert app("group", "--train", "estimate_scnn2", "--sloppy", "--max-steps", "2") == 0
+    own = estimating.fitting("estimate_scnn2", acquisition((1000, 2000), (12, 16)),
+                             out / "group/models")
+    other = estimating.fitting("estimate_scnn2", acquisition(), out / "group/models")
+    assert own.card.sha256 != other.card.sha256
+    assert other.card.sha256 == estimating.shipped("estimate_scnn2").card.sha256
+
+
+def test_a_training_for_several_acquisitions_is_refused(study):
+    two = {"a": acquisition(), "b": acquisition((1000, 2000), (12, 16))}
+    recipe = methods.get("estimate_scnn2").recipe("one")
+    with pytest.raises(UsageError, match=r"found are 2 \(b1000n30_b2200n60: a; b1000n12_b"):
+        learn.for_one("estimate_scnn2", recipe, two, [20.0], steps=1, seed=0, device="cpu",
+                      states=None, intended_use="")

@@ -17,6 +17,7 @@ from torch import nn
 from bidsapp import __version__, sh, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import Card, Checkpoint
+from bidsapp.errors import UsageError
 from bidsapp.microstructure.maps import QUANTILE, calibrated, clamped, misfit
 from bidsapp.networks.scnn import Estimate, SphericalNetwork
 from bidsapp.simulate import protocols
@@ -55,7 +56,8 @@ class Recipe:
 
     groups: protocols side by side in a batch. beta: weight of a voxel's error, SD^(2 beta − 2):
     1 for the least mean square error, 0 for the likelihood, between them where the noise varies.
-    density: weight of the density's mean square error over the sphere.
+    density: weight of the density's mean square error over the sphere. held_out: voxels of a
+    validation; 8 times as many calibrate, 4 times as many measure.
     """
 
     tissue: Tissue
@@ -66,6 +68,7 @@ class Recipe:
     groups: int = 8
     beta: float = 0.5
     density: float = 1.0
+    held_out: int = 16384
     odfs: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -135,7 +138,7 @@ def density_error(found: Float[torch.Tensor, "voxel 45"], truth: Float[torch.Ten
 
 
 def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | None = None,
-          table: torch.Tensor | None = None, held_out: int = 16384, intended_use: str = ""
+          table: torch.Tensor | None = None, intended_use: str = ""
           ) -> Checkpoint:
     """Train, calibrate and measure a network; its weights and card.
 
@@ -144,7 +147,7 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
     with training.seeded(seed):
         network = SphericalNetwork(len(recipe.tissue.names), **recipe.network)
     simulate = Simulator(recipe, table)
-    batches = _held_out(simulate, recipe, held_out, seed + 1, device)
+    batches = _held_out(simulate, recipe, recipe.held_out, seed + 1, device)
 
     def validate(model: nn.Module) -> float:
         # beta = 0, the likelihood: the loss of another beta does not fall with the error
@@ -157,10 +160,10 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
         lambda model, b: loss_of(recipe, model(*b[:4]), *b[4:]), recipe.schedule,
         seed=seed, device=device, validate=validate, saved=saved, name=method)
     seconds = time.monotonic() - start
-    constants = calibrate(network, recipe, _held_out(simulate, recipe, 8 * held_out, seed + 2,
-                                                     device))
+    constants = calibrate(network, recipe, _held_out(
+        simulate, recipe, 8 * recipe.held_out, seed + 2, device))
     constants["density_power"] = simulate.power.tolist()
-    metrics = measure(network, recipe, constants, _held_out(simulate, recipe, 4 * held_out,
+    metrics = measure(network, recipe, constants, _held_out(simulate, recipe, 4 * recipe.held_out,
                                                             seed + 3, device))
     known = recipe.trained_for
     return Checkpoint(network.state_dict(), Card(
@@ -177,6 +180,43 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
                                            "Watson mixtures and measured densities")},
         intended_use=intended_use, versions={"qsphere": __version__, "torch": torch.__version__},
         constants=constants, metrics=metrics))
+
+
+def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition],
+            snr: Sequence[float], *, steps: int | None, seed: int, device: str,
+            states: Path | None, intended_use: str) -> tuple[str, Checkpoint]:
+    """A network for the acquisition that all runs share, and a name that says which.
+
+    snr: S0 over the noise SD of the runs; trained for half the least to twice the greatest.
+    steps: at most, else the recipe's. states: folder of the state from which a training goes on.
+
+    Raises:
+        UsageError: acquisitions differ in their shells, or have none.
+    """
+    kinds: dict[str, list[str]] = {}
+    for run, acquisition in acquisitions.items():
+        kinds.setdefault("_".join(
+            f"b{round(s.b, -2):.0f}n{len(s)}"
+            + ("" if s.b_delta > 0.95 else f"d{round(100 * s.b_delta)}")
+            for s in acquisition.shells), []).append(run)
+    if len(kinds) != 1 or "" in kinds:
+        told_runs = "; ".join(f"{kind or 'no shell'}: {', '.join(runs[:3])}"
+                              + (", …" if len(runs) > 3 else "") for kind, runs in kinds.items())
+        raise UsageError(f"--train {method} learns one acquisition, that all runs share; found are "
+                         f"{len(kinds)} ({told_runs}). Choose runs with --participant-label, "
+                         "--session-label or --bids-filter-file.")
+    (kind,) = kinds
+    acquisition = next(iter(acquisitions.values()))
+    levels = [float(v) for v in snr if v is not None and math.isfinite(v)]
+    low, high = (min(levels) / 2, 2 * max(levels)) if levels else recipe.trained_for.snr
+    recipe = replace(
+        recipe, groups=1, schedule=replace(recipe.schedule, steps=steps or recipe.schedule.steps),
+        trained_for=Range(snr=(low, high), acquisition=acquisition))
+    name = f"{method}_{kind}"
+    if states:
+        states.mkdir(parents=True, exist_ok=True)
+    return name, train(method, recipe, seed=seed, device=device, intended_use=intended_use,
+                       saved=states / f"{name}.ckpt" if states else None)
 
 
 def told(acquisition: Acquisition) -> dict[str, Any]:

@@ -74,6 +74,25 @@ def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list
     return usable
 
 
+def fitting(name: str, acquisition: Acquisition, models: Path | None = None) -> Checkpoint:
+    """The weights of a method for an acquisition: those in `models` that were trained for it alone,
+    else those that come with the program.
+
+    Raises:
+        Refusal: there are none that fit.
+    """
+    for folder in sorted(models.glob(f"{name}_*")) if models else ():
+        own = load(folder, name)
+        try:
+            check(acquisition, own.card.trained_for, name)
+        except Refusal:
+            continue
+        return own
+    found = shipped(name)
+    check(acquisition, found.card.trained_for, name)
+    return found
+
+
 def shipped(name: str) -> Checkpoint:
     """The weights of a method that come with the program.
 
@@ -82,8 +101,8 @@ def shipped(name: str) -> Checkpoint:
     """
     folder = WEIGHTS / name
     if not folder.is_dir():
-        raise Refusal(f"{name} has no weights in {folder}. Needed are those of the release, or "
-                      f"new ones: python tools/train_weights.py {name} {folder}")
+        raise Refusal(f"{name} has no weights in {folder}. Train them for this acquisition: "
+                      f"qsphere BIDS_DIR OUTPUT_DIR group --train {name}")
     return load(folder, name)
 
 
