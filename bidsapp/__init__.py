@@ -10,12 +10,14 @@ The map of the house, in the order a run flows through it:
     dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
     acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)
     methods/        one folder per published method: check, apply, outputs.json, README.md
+    microstructure/ spherical networks: trained, calibrated, applied
     training.py     the only optimisation loop
     preprocess/     where tissues are
     simulate/       forward models, noise, people, sites: signals with known truth
     networks/       torch modules only: tensors in, tensors out
     tensor.py       batched, differentiable diffusion tensor fit
     checkpoint.py   trained weights and their card
+    networks/       torch modules: tensors in, tensors out
     blocks.py       device choice and blocks of voxels
     sh.py           spherical harmonics
     evaluate/       quality and statistics

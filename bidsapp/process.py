@@ -30,6 +30,7 @@ from bidsapp.preprocess import anatomy
 from bidsapp.report import figures, page
 
 log = logging.getLogger("qsphere")
+MODELS = PurePosixPath("group/models")
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
 
 
@@ -218,7 +219,7 @@ def chosen_methods(options: Options) -> list[Method]:
     chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
               *([methods.get("synthesize")] if options.synthesize else [])]
     for method in chosen:
-        method.sloppy = options.sloppy
+        method.sloppy, method.models = options.sloppy, options.output_dir / MODELS
     return chosen
 
 
@@ -231,6 +232,7 @@ def fingerprint(run: Run, options: Options) -> str:
             "metadata": [p.metadata for p in run.parts],
             "anatomy": [sha256(f) if f.is_file() else str(f) for f in wanted],
             "methods": [m.name for m in chosen],
+            "models": [sha256(f) for f in sorted((options.output_dir / MODELS).glob("*/*.json"))],
             "synthesis": [options.synthesize, options.synthesize_voxels, options.synthesize_image],
             "options": [options.random_seed, options.allow_extrapolation, options.sloppy]}
     return hashlib.sha256(to_json(what).encode()).hexdigest()

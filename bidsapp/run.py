@@ -15,7 +15,7 @@ import pandas as pd
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bidsapp import methods
+from bidsapp import checkpoint, methods
 from bidsapp.bids import btable, find, names
 from bidsapp.bids.writer import Dataset, to_json
 from bidsapp.blocks import choose_device, memory_limit
@@ -24,7 +24,7 @@ from bidsapp.errors import QSphereError, Refusal, UsageError
 from bidsapp.evaluate import quality
 from bidsapp.methods import Method
 from bidsapp.options import Options
-from bidsapp.process import Job, chosen_methods, one_participant, write_page
+from bidsapp.process import MODELS, Job, chosen_methods, one_participant, write_page
 from bidsapp.report import boilerplate, figures, page
 
 log = logging.getLogger("qsphere")
@@ -69,6 +69,8 @@ def participant(options: Options) -> int:
 def group(options: Options) -> int:
     """Table, distributions and outliers over what participants left; trains what is asked for."""
     trained = [methods.get(name) for name in options.train]
+    for method in trained:
+        method.sloppy = options.sloppy
     found = find.find(options)
     dataset = Dataset(options.output_dir, {"raw": options.bids_dir, **dict(options.derivatives)})
     statistics, covariates = participant_statistics(dataset, found)
@@ -78,7 +80,12 @@ def group(options: Options) -> int:
               + ", ".join(f"{b}: {n}" for b, n in statistics["batch"].value_counts().items())
               + f"; trains {', '.join(options.train) or 'nothing'}")
         return 0
-    study = methods.Study(statistics, features, tuple(covariates), options.reference_batch)
+    done, states = set(statistics["run"]), options.work_dir or options.output_dir / "group/log"
+    study = methods.Study(
+        statistics, features, tuple(covariates), options.reference_batch,
+        {run.name: btable.acquisition_of(run) for label in found.participants
+         for run in found.runs[label] if run.name in done},
+        options.max_steps, options.random_seed, choose_device(options.device), states)
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:
@@ -90,12 +97,18 @@ def group(options: Options) -> int:
             for name, table in result.tables.items():
                 batch.table(folder / f"{name}.tsv", table.to_dict("records"),
                             quality.columns(table.columns))
-            batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
+            if result.tables:
+                batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
+            for name, trained_weights in result.checkpoints.items():
+                for file, content in checkpoint.pack(trained_weights).items():
+                    batch.bytes(MODELS / name / file, content)
         drawn = figures.of_group(study, fitted)
         for figure in drawn:
             batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
         batch.text(PurePosixPath("group.html"), page.group(
             study, quality.outliers(statistics), drawn, fitted, chosen=trained))
+    for name in (name for result in fitted.values() for name in result.checkpoints):
+        (states / f"{name}.ckpt").unlink(missing_ok=True)
     told_unknown(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
     return 1 if found.unknown else 0

@@ -4,16 +4,19 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from dipy.core.sphere import HemiSphere, disperse_charges
 from scipy.spatial.transform import Rotation
 
-from bidsapp import blocks, methods
+from bidsapp import blocks, methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
+from bidsapp.microstructure import maps
 
 ESTIMATORS = methods.names("estimate_")
-EQUIVARIANT = {"estimate_dti": ("direction",), "estimate_smt": ()}
+EQUIVARIANT = {"estimate_dti": ("direction",), "estimate_smt": (), "estimate_scnn2": ("odf",),
+               "estimate_noddi": ("odf",), "estimate_scnn3": ("odf",)}
 """Methods that claim rotation equivariance, with the maps that turn; the others stay."""
 
 
@@ -113,7 +116,8 @@ def test_is_independent_of_block_size(method, rng, monkeypatch):
     """Voxels without holes share a quicker path; small blocks of them take it."""
     dwi = brain(acquisition(), rng)
     whole = method.apply(dwi, "cpu").maps
-    module = __import__(type(method).__module__, fromlist=["map_voxels"])
+    own = __import__(type(method).__module__, fromlist=["map_voxels"])
+    module = own if hasattr(own, "map_voxels") else maps
     monkeypatch.setattr(module, "map_voxels", lambda function, signal, device, block=0:
                         blocks.map_voxels(function, signal, device, 5))
     for name, values in method.apply(dwi, "cpu").maps.items():
@@ -128,20 +132,25 @@ def test_turns_with_the_head(method):
     acq = acquisition()
     one = method.apply(brain(acq, np.random.default_rng(3)), "cpu").maps
     other = method.apply(brain(acq.rotated(turn), np.random.default_rng(3), turn), "cpu").maps
+    # where noise is beyond a network's range, rounding may decide where its search ends
+    sane = one["flag"] < 2 if "flag" in one else slice(None)
     for name, values in one.items():
-        if name in EQUIVARIANT[method.name]:
+        if name == "odf":
+            expected = sh.rotate(torch.from_numpy(values), torch.from_numpy(turn)).numpy()
+            close(name, expected[sane], other[name][sane])
+        elif name in EQUIVARIANT[method.name]:
             sharp = (one["fa"] > 0.1) & (one["fa"] < 0.99)
             cosine = np.abs(((values @ turn.T) * other[name]).sum(1))[sharp]
             assert np.quantile(cosine, 0.01) > 0.9999
         else:
-            close(name, values, other[name])
+            close(name, values[sane], other[name][sane])
 
 
 def test_unknown_names_say_what_there_is():
     with pytest.raises(UsageError, match=r"(?s)estimate_dti.*Did you mean estimate_dti\?"):
         methods.get("dtii", "estimate")
     with pytest.raises(UsageError, match="Available to estimate are: estimate_dti"):
-        methods.get("scnn2", "estimate")
+        methods.get("qbi", "estimate")
     with pytest.raises(UsageError, match="Available to upsample are: none"):
         methods.get("anything", "upsample")
     assert methods.get("dti", "estimate").name == methods.get("estimate_dti").name
@@ -156,7 +165,8 @@ def test_combat_is_for_tables(rng):
         combat.apply(dwi, "cpu")
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", [n for n in ESTIMATORS
+                                  if type(methods.get(n)).fit is methods.Method.fit])
 def test_estimators_need_no_training(name):
     study = methods.Study(statistics=None, features=())
     with pytest.raises(UsageError, match="needs no training"):

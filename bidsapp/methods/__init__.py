@@ -26,6 +26,8 @@ from bidsapp.options import Options
 if TYPE_CHECKING:
     import pandas as pd
 
+    from bidsapp.checkpoint import Checkpoint
+
 FOLDER = Path(__file__).parent
 
 
@@ -54,21 +56,30 @@ class Study:
 
     statistics: one row per run: participant, session, run, batch, the covariates, then features.
     features: its columns of map statistics. covariates: its columns of age, sex, ….
-    reference_batch: the batch that others are mapped to, or None.
+    reference_batch: the batch that others are mapped to, or None. acquisitions: of every run, by
+    its name. max_steps, seed, device: of trainings. states: folder in which an interrupted training
+    is kept.
     """
 
     statistics: pd.DataFrame
     features: tuple[str, ...]
     covariates: tuple[str, ...] = ()
     reference_batch: str | None = None
+    acquisitions: Mapping[str, Acquisition] = field(default_factory=dict)
+    max_steps: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    states: Path | None = None
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` leaves: tables by output name (`desc-combat_dwimap`), and what it learned."""
+    """What `fit` leaves: tables by output name (`desc-combat_dwimap`), what it learned, and weights
+    by the folder of group/models they belong in."""
 
     tables: Mapping[str, pd.DataFrame]
     model: Mapping[str, Any]
+    checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,11 +122,13 @@ class Method(ABC):
     """A method of the literature. Folder name and class travel together: `get(name)`.
 
     wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
-    sloppy: what is trained on the way is trained too briefly, to try everything else.
+    sloppy: what is trained is trained too briefly, to try everything else.
+    models: folder of the checkpoints that the group level left.
     """
 
     wants_tissue: ClassVar[bool] = False
     sloppy = False
+    models: Path | None = None
 
     def __init__(self) -> None:
         self.folder = Path(importlib.import_module(type(self).__module__).__file__ or "").parent
@@ -130,10 +143,13 @@ class Method(ABC):
         "range", …}}}."""
         return json.loads((self.folder / "outputs.json").read_text())
 
-    def settings(self, table: str) -> dict[str, Any]:
-        """A table of training.toml; where `sloppy`, with what sloppy.TABLE says instead."""
+    def settings(self, table: str, *variants: str) -> dict[str, Any]:
+        """A table of training.toml, with what VARIANT.TABLE says instead, sloppy last."""
         tables = tomllib.loads((self.folder / "training.toml").read_text())
-        return _over(tables[table], tables["sloppy"][table] if self.sloppy else {})
+        found = tables[table]
+        for variant in [*variants, *(["sloppy"] if self.sloppy else [])]:
+            found = _over(found, tables[variant][table])
+        return found
 
     @abstractmethod
     def check(self, acquisition: Acquisition) -> None:

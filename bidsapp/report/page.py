@@ -71,7 +71,8 @@ def group(study: Study, outliers: pd.DataFrame, drawn: Sequence[Figure],
         features=study.features,
         sections=_sections([{"title": f.title, "caption": f.caption, "section": f.section,
                              "uri": _uri(f.svg)} for f in drawn]),
-        trained=[{"name": name, "model": result.model, "tables": list(result.tables)}
+        trained=[{"name": name, "model": result.model, "tables": list(result.tables),
+                  "weights": list(result.checkpoints)}
                  for name, result in fitted.items()],
         **_common([*estimates, *chosen]))
 

@@ -90,14 +90,16 @@ def three_compartments(diffusivity: torch.Tensor, fraction: torch.Tensor,
             zeppelin(outside, diffusivity * outside**share, diffusivity * outside ** (1 - share))]
 
 
-def kernel(compartments: Sequence[Compartment], b: Float[np.ndarray, " encoding"],
-           b_delta: Float[np.ndarray, " encoding"], l_max: int
+Encodings = Float[np.ndarray, " encoding"] | Float[torch.Tensor, "voxel encoding"]
+
+
+def kernel(compartments: Sequence[Compartment], b: Encodings, b_delta: Encodings, l_max: int
            ) -> Float[torch.Tensor, "voxel encoding _"]:
-    """k_l, l = 0, 2, … l_max, for every encoding (b in s/mm²). Diffusivities of shape (voxel,) or
-    (voxel, encoding)."""
+    """k_l, l = 0, 2, … l_max, for every encoding (b in s/mm²), the same for all voxels or not.
+    Diffusivities of shape (voxel,) or (voxel, encoding)."""
     like = compartments[0].axial
     t, moments = half_rule(l_max, NODES, like)
-    trace, s = like.new_tensor(b / 1000), like.new_tensor(b_delta)
+    trace, s = torch.as_tensor(b).to(like) / 1000, torch.as_tensor(b_delta).to(like)
     values = like.new_zeros(())
     for fraction, *diffusivities in compartments:
         axial, radial = (d[:, None] if d.ndim == 1 else d for d in diffusivities)

@@ -1,0 +1,279 @@
+"""From simulation to a network, its calibration and its card."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from bidsapp import __version__, sh, training
+from bidsapp.acquisition import Acquisition
+from bidsapp.checkpoint import Card, Checkpoint
+from bidsapp.errors import UsageError
+from bidsapp.microstructure.maps import QUANTILE, calibrated, clamped, misfit
+from bidsapp.networks.scnn import Estimate, SphericalNetwork
+from bidsapp.simulate import protocols
+from bidsapp.simulate.likelihood import Likelihood, hint
+from bidsapp.simulate.protocols import Protocols
+from bidsapp.simulate.tissue import Tissue
+
+L_SIMULATED = 12
+"""Degree of the densities and signals that are simulated; fits and maps go to 8."""
+
+LEVEL = 0.9
+"""Share of truths that ± QUANTILE SDs shall cover."""
+
+BANDS = 24
+"""Of the predicted SD, in each of which SDs are calibrated."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a network was trained for. snr: S0 over the noise SD. b in ms/µm². An acquisition
+    stands here where it was trained for that alone."""
+
+    snr: tuple[float, float] = (10.0, 100.0)
+    b: tuple[float, float] = (0.5, 5.0)
+    directions: tuple[int, int] = (6, 90)
+    shells: tuple[int, int] = (1, 4)
+    b_delta: tuple[float, ...] = (1.0,)
+    b0: tuple[int, int] = (1, 16)
+    acquisition: Acquisition | None = None
+    s0_known: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is learned and how: a method's training.toml beside its `Tissue`.
+
+    groups: protocols side by side in a batch. beta: weight of a voxel's error, SD^(2 beta − 2):
+    1 for the least mean square error, 0 for the likelihood, between them where the noise varies.
+    density: weight of the density's mean square error over the sphere. held_out: voxels of a
+    validation; 8 times as many calibrate, 4 times as many measure.
+    """
+
+    tissue: Tissue
+    network: Mapping[str, Any]
+    schedule: training.Schedule
+    trained_for: Range
+    batch: int = 512
+    groups: int = 8
+    beta: float = 0.5
+    density: float = 1.0
+    held_out: int = 16384
+    odfs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_recipe(tissue: Tissue, table: Mapping[str, Any]) -> Recipe:
+    """A recipe from a training.toml."""
+    rest = {k: v for k, v in table.items() if k not in ("schedule", "trained_for")}
+    known: dict[str, Any] = {k: tuple(v) for k, v in table["trained_for"].items()}
+    return Recipe(tissue, schedule=training.Schedule(**table["schedule"]),
+                  trained_for=Range(**known), **rest)
+
+
+class Simulator:
+    """Draws what a network sees and what it should say, from a generator and nothing else."""
+
+    def __init__(self, recipe: Recipe, table: torch.Tensor | None = None) -> None:
+        self.recipe, self.table = recipe, table
+        known = recipe.trained_for
+        self.fixed = None if known.acquisition is None else protocols.of(
+            known.acquisition, known.acquisition.shells, L_SIMULATED, s0_known=known.s0_known)
+        self.power = density_power(recipe, table)
+
+    def protocols(self, groups: int, generator: torch.Generator) -> Protocols:
+        of = self.recipe.trained_for
+        drawn = self.fixed or protocols.draw(
+            groups, generator, l_max=L_SIMULATED, shells=of.shells, b=of.b, b0=of.b0,
+            directions=of.directions, b_delta=of.b_delta)
+        return drawn.to(torch.zeros((), device=generator.device))
+
+    def __call__(self, count: int, groups: int, generator: torch.Generator) -> training.Batch:
+        """(x, noise, shells, hint, parameters, density up to degree 8), `count` voxels."""
+        side = self.protocols(groups, generator)
+        tissue = self.recipe.tissue
+        parameters = tissue.draw(count, generator)
+        s, odfs = tissue.simulate(side, parameters, generator, L_SIMULATED, table=self.table,
+                                  **self.recipe.odfs)
+        low, high = map(math.log, self.recipe.trained_for.snr)
+        snr = torch.exp(low + (high - low) * torch.rand(count, generator=generator,
+                                                        device=generator.device))
+        x, noise = protocols.measure(side, side.signals(s), 1 / snr, generator)
+        found = hint(Likelihood(tissue, self.power.to(x), x, noise, side.shells))
+        return x, noise, side.shells, found, parameters, odfs[:, :sh.size(protocols.L_FIT)]
+
+
+def density_power(recipe: Recipe, table: torch.Tensor | None) -> Float[torch.Tensor, " degree"]:
+    """Mean square of a coefficient of the densities that are drawn, by degree 2, 4, 6, 8."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = recipe.tissue.densities(4096, generator, protocols.L_FIT, table=table, **recipe.odfs)
+    return torch.stack([drawn[:, sh.size(l - 2):sh.size(l)].square().mean()
+                        for l in range(2, protocols.L_FIT + 1, 2)])
+
+
+def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: torch.Tensor
+            ) -> torch.Tensor:
+    """Gaussian likelihood of the parameters, weighed by SD^(2 beta) (Seitzer et al. 2022,
+    arXiv:2203.09168), and mean square error of the density over the sphere."""
+    log_sd = estimate.log_sd.clamp(-7, 2)
+    error = estimate.mean - parameters
+    weight = torch.exp(2 * recipe.beta * log_sd.detach())
+    likelihood = weight * (0.5 * error**2 * torch.exp(-2 * log_sd) + log_sd)
+    return likelihood.mean(0).sum() + recipe.density * density_error(estimate.odf, odf).mean()
+
+
+def density_error(found: Float[torch.Tensor, "voxel 45"], truth: Float[torch.Tensor, "voxel 45"]
+                  ) -> Float[torch.Tensor, " voxel"]:
+    """Mean square over the sphere (Parseval), (1/sr)²."""
+    return (found - truth).square().sum(1) / (4 * math.pi)
+
+
+def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | None = None,
+          table: torch.Tensor | None = None, intended_use: str = ""
+          ) -> Checkpoint:
+    """Train, calibrate and measure a network; its weights and card.
+
+    saved: state file, from which an interrupted training goes on. table: (row, 45) densities.
+    """
+    with training.seeded(seed):
+        network = SphericalNetwork(len(recipe.tissue.names), **recipe.network)
+    simulate = Simulator(recipe, table)
+    batches = _held_out(simulate, recipe, recipe.held_out, seed + 1, device)
+
+    def validate(model: nn.Module) -> float:
+        # beta = 0, the likelihood: the loss of another beta does not fall with the error
+        plain = replace(recipe, beta=0.0)
+        return float(np.mean([float(loss_of(plain, model(*b[:4]), *b[4:])) for b in batches]))
+
+    start = time.monotonic()
+    history = training.train(
+        network, lambda g: simulate(recipe.batch, recipe.groups, g),
+        lambda model, b: loss_of(recipe, model(*b[:4]), *b[4:]), recipe.schedule,
+        seed=seed, device=device, validate=validate, saved=saved, name=method)
+    seconds = time.monotonic() - start
+    constants = calibrate(network, recipe, _held_out(
+        simulate, recipe, 8 * recipe.held_out, seed + 2, device))
+    constants["density_power"] = simulate.power.tolist()
+    metrics = measure(network, recipe, constants, _held_out(simulate, recipe, 4 * recipe.held_out,
+                                                            seed + 3, device))
+    known = recipe.trained_for
+    return Checkpoint(network.state_dict(), Card(
+        method=method, network=dict(recipe.network), seed=seed,
+        trained_for={"SNR": list(known.snr), **(
+            {"b": list(known.b), "directions": list(known.directions), "b0": list(known.b0),
+             "shells": list(known.shells), "b_delta": list(known.b_delta)}
+            if known.acquisition is None else told(known.acquisition))},
+        training={"steps": int(history[-1]["step"]) if history else 0,
+                  "samples": int(history[-1]["step"]) * recipe.batch if history else 0,
+                  "seconds": round(seconds), "device": device,
+                  "threads": torch.get_num_threads() if device == "cpu" else None,
+                  "data": "simulated: " + ("Watson mixtures" if table is None else
+                                           "Watson mixtures and measured densities")},
+        intended_use=intended_use, versions={"qsphere": __version__, "torch": torch.__version__},
+        constants=constants, metrics=metrics))
+
+
+def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition],
+            snr: Sequence[float], *, steps: int | None, seed: int, device: str,
+            states: Path | None, intended_use: str) -> tuple[str, Checkpoint]:
+    """A network for the acquisition that all runs share, and a name that says which.
+
+    snr: S0 over the noise SD of the runs; trained for half the least to twice the greatest.
+    steps: at most, else the recipe's. states: folder of the state from which a training goes on.
+
+    Raises:
+        UsageError: acquisitions differ in their shells, or have none.
+    """
+    kinds: dict[str, list[str]] = {}
+    for run, acquisition in acquisitions.items():
+        kinds.setdefault("_".join(
+            f"b{round(s.b, -2):.0f}n{len(s)}"
+            + ("" if s.b_delta > 0.95 else f"d{round(100 * s.b_delta)}")
+            for s in acquisition.shells), []).append(run)
+    if len(kinds) != 1 or "" in kinds:
+        told_runs = "; ".join(f"{kind or 'no shell'}: {', '.join(runs[:3])}"
+                              + (", …" if len(runs) > 3 else "") for kind, runs in kinds.items())
+        raise UsageError(f"--train {method} learns one acquisition, that all runs share; found are "
+                         f"{len(kinds)} ({told_runs}). Choose runs with --participant-label, "
+                         "--session-label or --bids-filter-file.")
+    (kind,) = kinds
+    acquisition = next(iter(acquisitions.values()))
+    levels = [float(v) for v in snr if v is not None and math.isfinite(v)]
+    low, high = (min(levels) / 2, 2 * max(levels)) if levels else recipe.trained_for.snr
+    recipe = replace(
+        recipe, groups=1, schedule=replace(recipe.schedule, steps=steps or recipe.schedule.steps),
+        trained_for=Range(snr=(low, high), acquisition=acquisition))
+    name = f"{method}_{kind}"
+    if states:
+        states.mkdir(parents=True, exist_ok=True)
+    return name, train(method, recipe, seed=seed, device=device, intended_use=intended_use,
+                       saved=states / f"{name}.ckpt" if states else None)
+
+
+def told(acquisition: Acquisition) -> dict[str, Any]:
+    """Shells of one acquisition, as a card holds them."""
+    return {"acquisition": [{"b": s.b / 1000, "b_delta": s.b_delta, "directions": len(s)}
+                            for s in acquisition.shells], "b0": int(acquisition.b0.sum())}
+
+
+def _held_out(simulate: Simulator, recipe: Recipe, count: int, seed: int, device: str
+              ) -> list[training.Batch]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return [simulate(1024, recipe.groups if recipe.groups == 1 else 64, generator)
+            for _ in range(count // 1024)]
+
+
+@torch.no_grad()
+def predictions(network: nn.Module, batches: Sequence[training.Batch]
+                ) -> tuple[torch.Tensor, ...]:
+    """Mean, SD, truth (voxel, parameter), density error and σ/S0 (voxel,) over batches."""
+    parts = []
+    for x, noise, shells, told, truth, odf in batches:
+        e = network(x, noise, shells, told)
+        parts.append((e.mean, e.log_sd.clamp(-7, 2).exp(), truth, density_error(e.odf, odf),
+                      noise[:, 0]))
+    return tuple(torch.cat(p) for p in zip(*parts, strict=True))
+
+
+def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Batch]
+              ) -> dict[str, Any]:
+    """By parameter, factors for the SD so that ± 1.645 SD cover 90 % of held-out truths in every
+    band of predicted SD (split conformal prediction in bands: Vovk et al. 2005; Romano et al. 2019,
+    arXiv:1905.03222), and the misfit that 99.9 % of signals stay below."""
+    mean, sd, truth, *_ = predictions(network, batches)
+    mean = clamped(recipe.tissue, mean)
+    out: dict[str, Any] = {"sd": {}}
+    for i, name in enumerate(recipe.tissue.names):
+        order = sd[:, i].argsort()
+        score = ((mean - truth).abs() / sd)[order, i]
+        bands = score.tensor_split(BANDS)
+        out["sd"][name] = {
+            "predicted": [float(v.median()) for v in sd[order, i].tensor_split(BANDS)],
+            "factor": [float(torch.quantile(v, min(1.0, LEVEL * (1 + 1 / len(v)))) / QUANTILE)
+                       for v in bands]}
+    with torch.no_grad():
+        misfits = [misfit(recipe.tissue, x, noise, shells, network(x, noise, shells, told))
+                   for x, noise, shells, told, *_ in batches]
+    out["misfit"] = float(torch.quantile(torch.cat(misfits), 0.999))
+    return out
+
+
+def measure(network: nn.Module, recipe: Recipe, constants: Mapping[str, Any],
+            batches: Sequence[training.Batch]) -> dict[str, Any]:
+    """On held-out simulation: mean square errors, and the share of truths within ± 1.645 SD."""
+    mean, sd, truth, density, _ = predictions(network, batches)
+    mean, sd = clamped(recipe.tissue, mean), calibrated(recipe.tissue, sd, constants)
+    error = mean - truth
+    return {"samples": len(mean), "mse_density": float(density.mean())} | {
+        f"{key}_{name}": float(value[:, i].mean()) for i, name in enumerate(recipe.tissue.names)
+        for key, value in (("mse", error**2),
+                           ("coverage90", (error.abs() <= QUANTILE * sd).float()))}

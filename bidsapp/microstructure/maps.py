@@ -1,0 +1,204 @@
+"""From a Dwi to maps: the check, the preparation, the network and its calibrated SDs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from bidsapp.acquisition import Acquisition, Shell
+from bidsapp.blocks import map_voxels
+from bidsapp.checkpoint import Checkpoint, load
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal
+from bidsapp.networks.scnn import Estimate, SphericalNetwork
+from bidsapp.simulate import forward, protocols
+from bidsapp.simulate.likelihood import Likelihood, hint
+from bidsapp.simulate.tissue import Tissue
+
+QUANTILE = 1.6448536269514722
+"""A normal number is within ± this many SDs with probability LEVEL."""
+
+TOLERANCE = 0.01
+"""Of S0: misfit of the network's own reconstruction that is no sign of a strange signal."""
+
+ASSUMED_SNR = 20.0
+"""Stands for S0 over noise SD where the noise could not be measured."""
+
+GRID = 47
+"""Degree of the half grids where a network is applied (385 points). Densities turn with the head
+within 2e-4; on the coarse grid that is enough to train on, within 2 %."""
+
+BLOCK = 512
+"""Voxels whose layers fit the cache."""
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list[Shell]:
+    """The shells that a network may use: those within what it was trained for.
+
+    Raises:
+        Refusal: there is no b0, fewer than two such shells, or, for a network trained for one
+            acquisition, not just its shells.
+    """
+    shells, one = acquisition.shells, known.get("acquisition")
+    if one:
+        wanted = ", ".join(f"{w['directions']} at b = {1000 * w['b']:.0f}" for w in one)
+        usable = [s for s, w in zip(shells, one, strict=False)
+                  if abs(s.b / 1000 - w["b"]) < 0.05 * w["b"] and len(s) == w["directions"]
+                  and abs(s.b_delta - w["b_delta"]) < 0.05]
+        fits = len(usable) == len(shells) == len(one)
+        needed = f"just the shells it was trained for, {wanted} s/mm²"
+    else:
+        (low, high), least = known["b"], known["directions"][0]
+        usable = [s for s in shells if low <= s.b / 1000 <= high
+                  and (len(s) >= least or abs(s.b_delta) < protocols.ISOTROPIC)
+                  and any(abs(s.b_delta - d) < 0.05 for d in known["b_delta"])]
+        fits = len(usable) >= 2
+        needed = (f"two or more shells of b = {1000 * low:.0f}–{1000 * high:.0f} s/mm² with "
+                  f"{least} or more directions and b_delta "
+                  f"{', '.join(f'{d:g}' for d in known['b_delta'])}")
+    if not (fits and acquisition.b0.any()):
+        found = ", ".join(f"{len(s)} at b = {s.b:.0f} s/mm² (b_delta {s.b_delta:.2g})"
+                          for s in shells) or "none weighted"
+        raise Refusal(
+            f"{name} found {int(acquisition.b0.sum())} volumes without weighting and shells: "
+            f"{found}. Needed are a b0 and {needed}. Check that b-values are in s/mm², not ms/µm²; "
+            "or leave it out of --estimate.")
+    return usable
+
+
+def fitting(name: str, acquisition: Acquisition, models: Path | None = None) -> Checkpoint:
+    """The weights of a method for an acquisition: those in `models` that were trained for it alone,
+    else those that come with the program.
+
+    Raises:
+        Refusal: there are none that fit.
+    """
+    for folder in sorted(models.glob(f"{name}_*")) if models else ():
+        own = load(folder, name)
+        try:
+            check(acquisition, own.card.trained_for, name)
+        except Refusal:
+            continue
+        return own
+    found = shipped(name)
+    check(acquisition, found.card.trained_for, name)
+    return found
+
+
+def shipped(name: str) -> Checkpoint:
+    """The weights of a method that come with the program.
+
+    Raises:
+        Refusal: none do.
+    """
+    folder = WEIGHTS / name
+    if not folder.is_dir():
+        raise Refusal(f"{name} has no weights in {folder}. Train them for this acquisition: "
+                      f"qsphere BIDS_DIR OUTPUT_DIR group --train {name}")
+    return load(folder, name)
+
+
+def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
+             ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, Any], np.ndarray]:
+    """Maps, counts of special voxels, parameters for the sidecar, and where there is an estimate.
+
+    Maps are the parameters, NAME_std, odf (coefficients up to degree 8) and flag: 1 where the
+    signal does not look like the simulated ones, 2 where the noise lies above their range.
+    """
+    card, acquisition = checkpoint.card, dwi.acquisition
+    shells = check(acquisition, card.trained_for, card.method)
+    arguments = {**card.network, "grid": GRID}
+    network = checkpoint.into(SphericalNetwork(len(tissue.names), **arguments)).to(device)
+    s0_known = bool((dwi.mean_b0 == 1).all())
+    side = protocols.of(acquisition, shells, protocols.L_FIT, s0_known=s0_known)
+    fits = [side.fit[0, i, :, :len(s)].to(device, torch.float32) for i, s in enumerate(shells)]
+    index = [torch.as_tensor(s.indices, device=device) for s in shells]
+    b0 = torch.as_tensor(np.flatnonzero(acquisition.b0), device=device)
+    told = side.shells.to(device, torch.float32)
+    if "directions" in card.trained_for:
+        told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
+    least, most = (1 / snr for snr in reversed(card.trained_for["SNR"]))
+    power = torch.tensor(card.constants["density_power"], device=device, dtype=torch.float64)
+    of_mean = 0.0 if s0_known else len(b0) ** -0.5
+
+    def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
+        level = signal[:, b0].mean(1)
+        usable = level > 0
+        level = torch.where(usable, level, 1)
+        # no signal is below 0 or at twice S0: such voxels are flagged, and must not run away
+        ratio = (signal / level[:, None]).clamp(0, 2)
+        x = torch.stack([fit @ ratio[:, i].T for fit, i in zip(fits, index, strict=True)], 2)
+        sigma = (dwi.noise_sd / level if dwi.noise_sd else torch.full_like(level, 1 / ASSUMED_SNR))
+        bounded = sigma.clamp(least, most)[:, None]
+        noise = torch.cat([bounded, of_mean * bounded], 1)
+        # in double precision, else rounding decides which way the search goes on a flat ridge
+        likely = hint(Likelihood(tissue, power, x.double(), noise.double(), told.double()))
+        found = network(x, noise, told, likely.float())
+        sd = calibrated(tissue, found.log_sd.clamp(-7, 2).exp(), card.constants)
+        strange = misfit(tissue, x, noise, told, found) > card.constants["misfit"]
+        flag = torch.where(sigma > 1.001 * most, 2.0, torch.where(strange, 1.0, 0.0))
+        return {"mean": clamped(tissue, found.mean), "sd": sd, "odf": found.odf, "flag": flag,
+                "usable": usable}
+
+    with torch.inference_mode():
+        found = map_voxels(of_block, dwi.signal, device, BLOCK)
+    usable = found["usable"]
+    maps = {key: np.where(usable, found[part][:, i], 0).astype(np.float32)
+            for i, name in enumerate(tissue.names)
+            for key, part in ((name, "mean"), (f"{name}_std", "sd"))}
+    maps["odf"] = np.where(usable[:, None], found["odf"], 0).astype(np.float32)
+    maps["flag"] = np.where(usable, found["flag"], 0).astype(np.float32)
+    short = card.method.removeprefix("estimate_")
+    counts = {f"{short}_no_b0_signal": int((~usable).sum()),
+              f"{short}_strange_signal": int((maps["flag"] == 1).sum()),
+              f"{short}_noise_out_of_range": int((maps["flag"] == 2).sum())}
+    return maps, counts, {
+        "Weights": card.sha256, "Shells": [round(s.b) for s in shells],
+        "Uncertainty": "± 1.645 SD cover 90 % of held-out simulated truths",
+        "NoiseSD": dwi.noise_sd if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
+        "TrainedFor": dict(card.trained_for)}, usable
+
+
+def clamped(tissue: Tissue, mean: Float[torch.Tensor, "voxel n"]) -> Float[torch.Tensor, "voxel n"]:
+    low, high = mean.new_tensor(tissue.ranges).T
+    return torch.minimum(torch.maximum(mean, low), high)
+
+
+def calibrated(tissue: Tissue, sd: Float[torch.Tensor, "voxel n"], constants: Mapping[str, Any]
+               ) -> Float[torch.Tensor, "voxel n"]:
+    """Predicted SDs times their factor, interpolated between bands; at most half the range."""
+    columns = []
+    for i, (name, (low, high)) in enumerate(zip(tissue.names, tissue.ranges, strict=True)):
+        table = constants["sd"][name]
+        at, factor = (sd.new_tensor(table[k]) for k in ("predicted", "factor"))
+        right = torch.searchsorted(at, sd[:, i].contiguous()).clamp(1, len(at) - 1)
+        step = (at[right] - at[right - 1]).clamp(min=1e-9)
+        share = ((sd[:, i] - at[right - 1]) / step).clamp(0, 1)
+        columns.append((sd[:, i] * torch.lerp(factor[right - 1], factor[right], share)
+                        ).clamp(max=(high - low) / 2))
+    return torch.stack(columns, 1)
+
+
+def misfit(tissue: Tissue, x: Float[torch.Tensor, "coef voxel shell"],
+           noise: Float[torch.Tensor, "voxel 2"], shells: Float[torch.Tensor, "group shell 3"],
+           estimate: Estimate) -> Float[torch.Tensor, " voxel"]:
+    """Root mean square of the coefficients less those of the signal that the estimate stands for,
+    in units of their noise, √(4π (σ² + TOLERANCE²)/directions)."""
+    per_group = x.shape[1] // len(shells)
+    b, b_delta, scale = shells.repeat_interleave(per_group, 0).unbind(-1)
+    p = clamped(tissue, estimate.mean)
+    parts = tissue.compartments(p)
+    if tissue.aligned is not None:  # as if they followed the density, too: the axis is not at hand
+        parts = parts + tissue.aligned(p)
+    k = forward.kernel(parts, 1000 * b, b_delta, protocols.L_FIT)
+    residual = (x - forward.convolve(estimate.odf, k).permute(2, 0, 1)) * (x != 0)
+    level = scale.clamp(min=1e-3) * (4 * math.pi * (noise[:, :1] ** 2 + TOLERANCE**2)).sqrt()
+    return ((residual / level) ** 2).sum((0, 2)).div((x != 0).sum((0, 2)).clamp(min=1)).sqrt()

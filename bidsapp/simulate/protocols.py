@@ -1,0 +1,203 @@
+"""Acquisitions as networks see them: shells with directions, an SH fit of each, and the noise.
+
+Several protocols stand side by side, group by group, padded to the same number of shells and
+directions, so that a batch may hold many of them and an acquisition is a batch with one group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from bidsapp import sh
+from bidsapp.acquisition import Acquisition, Shell
+from bidsapp.simulate import forward, odf
+
+L_FIT = 8
+
+REDUNDANCY = 1.3
+"""Directions per coefficient, at least, of the fit of a shell (6 directions: degree 2)."""
+
+MOST_CONDITION = 30.0
+"""Of the fit; where directions are spread unevenly the degree is lowered until it holds."""
+
+ISOTROPIC = 0.05
+"""|b_delta| below which a shell has no direction."""
+
+
+@dataclass(frozen=True)
+class Protocols:
+    """b (ms/µm²), b_delta, count of directions, (group, shell); count 0 where there is no shell.
+
+    b0: (group,) number of volumes that S0 is the mean of; inf where S0 is known.
+    basis: (group, shell, direction, _) SH functions along the directions, 0 where there is none.
+    fit: (group, shell, size(8), direction) from signals to the coefficients that they determine.
+    """
+
+    b: Float[torch.Tensor, "group shell"]
+    b_delta: Float[torch.Tensor, "group shell"]
+    count: Float[torch.Tensor, "group shell"]
+    b0: Float[torch.Tensor, " group"]
+    basis: Float[torch.Tensor, "group shell direction _"]
+    fit: Float[torch.Tensor, "group shell 45 direction"]
+
+    def to(self, like: torch.Tensor) -> Protocols:
+        return Protocols(*(getattr(self, f.name).to(like) for f in fields(self)))
+
+    @property
+    def shells(self) -> Float[torch.Tensor, "group shell 3"]:
+        """What a network is told: b, b_delta, and 1/√count, which is 0 where there is no shell."""
+        noise = torch.where(self.count > 0, self.count.clamp(min=1).rsqrt(), 0)
+        return torch.stack([self.b, self.b_delta, noise], -1)
+
+    def coefficients(self, odfs: Float[torch.Tensor, "voxel size"],
+                     compartments: Sequence[forward.Compartment]
+                     ) -> Float[torch.Tensor, "voxel shell size"]:
+        """Coefficients of S/S0 on every shell, voxels group by group, without noise."""
+        per_group = len(odfs) // len(self.b)
+        b, s = (x.repeat_interleave(per_group, 0) for x in (1000 * self.b, self.b_delta))
+        return forward.convolve(odfs, forward.kernel(compartments, b, s,
+                                                     sh.l_max_of(odfs.shape[1])))
+
+    def signals(self, coefficients: Float[torch.Tensor, "voxel shell size"]
+                ) -> Float[torch.Tensor, "group voxels shell direction"]:
+        """S/S0 along the directions of each group."""
+        s = coefficients.unflatten(0, (len(self.b), -1)).transpose(1, 2)
+        return (s @ self.basis.mT).transpose(1, 2)
+
+    def fitted(self, signals: Float[torch.Tensor, "group voxels shell direction"]
+               ) -> Float[torch.Tensor, "coef voxel shell"]:
+        """Coefficients of the fits, first the coefficients, as layers on the sphere take them."""
+        found = torch.einsum("gskd,gvsd->kgvs", self.fit, signals)
+        return found.flatten(1, 2)
+
+
+def measure(protocols: Protocols, signals: Float[torch.Tensor, "group voxels shell direction"],
+            noise: Float[torch.Tensor, " voxel"], generator: torch.Generator
+            ) -> tuple[Float[torch.Tensor, "coef voxel shell"], Float[torch.Tensor, "voxel 2"]]:
+    """Fitted coefficients of noisy magnitudes over the mean b0, and the noise as a network is told:
+    σ/S0 of one measurement and of the mean b0. noise: σ/S0, the true S0; Rice's law."""
+    def normal(like):
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+    sigma = noise.view(len(protocols.b), -1, 1, 1)
+    noisy = torch.hypot(signals + sigma * normal(signals), sigma * normal(signals))
+    s0_noise = sigma * protocols.b0.rsqrt().view(-1, 1, 1, 1)
+    # of Rice's excess the first term, σ²/2S0, unless S0 is known
+    excess = torch.where(s0_noise > 0, sigma**2 / 2, 0)
+    s0 = 1 + excess + s0_noise * normal(s0_noise)
+    return protocols.fitted(noisy / s0), torch.cat([sigma / s0, s0_noise / s0], -1).flatten(
+        0, 1)[:, 0]
+
+
+def of(acquisition: Acquisition, shells: Sequence[Shell], l_max: int, *, s0_known: bool = False
+       ) -> Protocols:
+    """One group: the given shells of an acquisition."""
+    directions = torch.zeros(len(shells), max(len(s) for s in shells), 3, dtype=torch.float64)
+    for i, shell in enumerate(shells):
+        axes = torch.from_numpy(acquisition.bvecs[shell.indices])
+        # with a spherical tensor the axis does not matter but must be one
+        directions[i, :len(shell)] = torch.where(axes.norm(dim=1, keepdim=True) > 0.5, axes,
+                                                 axes.new_tensor([0, 0, 1]))
+    count = torch.tensor([[len(s) for s in shells]])
+    b, b_delta = (torch.tensor([[getattr(s, k) for s in shells]], dtype=torch.float64)
+                  for k in ("b", "b_delta"))
+    b0 = torch.tensor([math.inf if s0_known else acquisition.b0.sum()], dtype=torch.float64)
+    return build(b / 1000, b_delta, count, b0, directions[None], l_max)
+
+
+def build(b: torch.Tensor, b_delta: torch.Tensor, count: Int[torch.Tensor, "group shell"],
+          b0: torch.Tensor, directions: Float[torch.Tensor, "group shell direction 3"],
+          l_max: int, *, even: bool = False) -> Protocols:
+    """Protocols of unit directions, padded with zeros; basis up to l_max ≥ 8. Directions known to
+    be spread evenly need no look at the condition of the fit."""
+    there = torch.arange(directions.shape[2], device=count.device) < count[..., None]
+    basis = sh.evaluate(l_max, directions) * there[..., None]
+    l = torch.from_numpy(sh.degrees(L_FIT)).to(count.device)
+    highest = torch.zeros_like(count)
+    for degree in range(2, L_FIT + 1, 2):
+        enough = count >= (6 if degree == 2 else REDUNDANCY * sh.size(degree))
+        highest = torch.where(enough, degree, highest)
+    highest = torch.where(b_delta.abs() < ISOTROPIC, 0, highest)
+    low = basis[..., :len(l)]
+    volumes = count.clamp(min=1)[..., None, None]
+    while True:
+        used = ((l <= highest[..., None]) & (count > 0)[..., None]).to(low.dtype)
+        design = low * used[..., None, :]
+        normal = design.mT @ design * (4 * math.pi / volumes) + torch.diag_embed(1 - used)
+        if even:
+            break
+        values = torch.linalg.eigvalsh(normal)
+        bad = (values[..., 0] * MOST_CONDITION < values[..., -1]) & (highest > 0)
+        if not bad.any():
+            break
+        highest = torch.where(bad, highest - 2, highest)
+    fit = torch.cholesky_solve(design.mT, torch.linalg.cholesky(normal)) * (4 * math.pi / volumes)
+    return Protocols(b, b_delta, count.to(b.dtype), b0, basis, fit)
+
+
+@lru_cache
+def spread(n: int, steps: int = 60) -> np.ndarray:
+    """(n, 3) axes that repel each other and their antipodes (Jones et al. 1999,
+    doi:10.1002/(SICI)1522-2594(199909)42:3<515::AID-MRM14>3.0.CO;2-Q), from a spiral."""
+    z = (np.arange(n) + 0.5) / n
+    phi = np.arange(n) * np.pi * (3 - np.sqrt(5))
+    r = np.sqrt(1 - z**2)
+    x = np.stack([r * np.cos(phi), r * np.sin(phi), z], 1)
+    for i in range(steps):
+        # 1/|x − y|³ of axes, from the cosine: |x − y|² = 2 − 2c
+        c = np.clip(x @ x.T, -1 + 1e-9, 1 - 1e-9) * (1 - np.eye(n))
+        near, far = (2 - 2 * c) ** -1.5, (2 + 2 * c) ** -1.5
+        weight = (far - near) * (1 - np.eye(n))
+        force = weight @ x
+        force -= (force * x).sum(1, keepdims=True) * x
+        move = force / max(np.linalg.norm(force, axis=1).max(), 1e-12)
+        x = x + 0.3 / n**0.5 * (1 - i / steps) * move
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x
+
+
+def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[int, int] = (1, 4),
+         b: tuple[float, float] = (0.5, 5.0), directions: tuple[int, int] = (6, 90),
+         b_delta: Sequence[float] = (1.0,), b0: tuple[int, int] = (1, 16), known: float = 0.1
+         ) -> Protocols:
+    """Random protocols: a number of `shells` (a single one is drawn more rarely) of b-values in
+    ms/µm², uniform in √b and, of one shape, apart by 15 %; counts of directions uniform in √count,
+    spread evenly, and S0 known in a share of `known`. Each shell is turned at random."""
+    rng = np.random.default_rng(
+        int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+    most = shells[1]
+    share = 1.0 - 0.75 * (np.arange(shells[0], most + 1) < 2)
+    share /= share.sum()
+    count = np.zeros((groups, most), int)
+    values, shapes = np.ones((groups, most)), np.ones((groups, most))
+    xyz = np.zeros((groups, most, directions[1], 3))
+    rotations = odf.random_rotations(groups * most, generator).cpu().numpy().reshape(
+        groups, most, 3, 3)
+    for g in range(groups):
+        k = rng.choice(np.arange(shells[0], most + 1), p=share)
+        while True:
+            level = np.sort(rng.uniform(b[0] ** 0.5, b[1] ** 0.5, k) ** 2)
+            shape = rng.choice(b_delta, k)
+            if all((level[shape == x][1:] > 1.15 * level[shape == x][:-1]).all() for x in b_delta):
+                break
+        values[g, :k], shapes[g, :k] = level, shape
+        for s in range(k):
+            n = round(rng.uniform(directions[0]**0.5, directions[1]**0.5) ** 2)
+            count[g, s] = n
+            xyz[g, s, :n] = spread(n) @ rotations[g, s].T
+    volumes = np.where(rng.random(groups) < known, np.inf,
+                       rng.integers(b0[0], b0[1] + 1, groups))
+
+    def put(array):
+        array = array if array.dtype == int else array.astype(np.float32)
+        return torch.as_tensor(array, device=generator.device)
+
+    return build(put(values), put(shapes), put(count), put(volumes), put(xyz), l_max,
+                 even=True)

@@ -1,0 +1,396 @@
+"""Networks, protocols and the maps made with them."""
+
+import json
+import math
+import tomllib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+from test_run import qsphere, validate
+
+from bidsapp import checkpoint, methods, sh, training
+from bidsapp.acquisition import Acquisition
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal, UsageError
+from bidsapp.microstructure import learn
+from bidsapp.microstructure import maps as estimating
+from bidsapp.networks.scnn import Published, SphericalNetwork
+from bidsapp.simulate import forward, odf, protocols, tissue
+from bidsapp.simulate.likelihood import Likelihood, hint
+
+SHELLS = torch.tensor([[[1.0, 1.0, 0.13], [2.2, 1.0, 0.11], [3.0, 1.0, 0.0]]])
+"""Two shells; the third is not there."""
+
+
+def axes(n, seed=0):
+    return Rotation.random(n, random_state=seed).as_matrix()[:, :, 0]
+
+
+def acquisition(b=(1000, 2200), n=(30, 60), b0=2):
+    """b0s first, shells with their directions turned against each other."""
+    turns = Rotation.random(len(b), random_state=3)
+    g = [turn.apply(protocols.spread(k)) for turn, k in zip(turns, n, strict=True)]
+    return Acquisition(np.r_[np.zeros(b0), np.repeat(b, n)],
+                       np.concatenate([np.zeros((b0, 3)), *g]))
+
+
+def coefficients(voxels, dtype, rotation=None, seed=0):
+    """(45, voxel, 3) of signals; the third shell is absent. The densities may be turned."""
+    generator = torch.Generator().manual_seed(seed)
+    densities = tissue.draw_odfs(voxels, generator, 8).double()
+    parameters = tissue.TWO_COMPARTMENTS.draw(voxels, generator).double()
+    if rotation is not None:
+        densities = sh.rotate(densities, rotation)
+    k = forward.kernel(tissue.TWO_COMPARTMENTS.compartments(parameters), np.array([1e3, 2.2e3]),
+                       np.ones(2), 8)
+    s = forward.convolve(densities, k).permute(2, 0, 1)
+    return torch.cat([s, torch.zeros_like(s[:, :, :1])], 2).to(dtype)
+
+
+def hint_of(x, noise, shells):
+    power = torch.tensor([0.018, 0.009, 0.004, 0.002])
+    return hint(Likelihood(tissue.TWO_COMPARTMENTS, power.to(x), x, noise, shells))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["ours", "deep", "published"])
+def test_networks_are_equivariant(kind, dtype):
+    """Scalars stay, densities turn: to rounding for a fine grid, to the aliasing of the grid used.
+
+    Random weights; BatchNorm with the statistics of a batch.
+    """
+    torch.manual_seed(4)
+    torch.set_default_dtype(dtype)
+    if kind == "published":
+        network, limit = Published(3, 2, grid=59), 2e-2
+        with torch.no_grad():
+            for c in network.convolutions:
+                c.weight *= 0.1
+    else:
+        deep = {"widths": (8, 12, 8), "degrees": (8, 8, 6), "tail": 4, "grid": 71}
+        network = SphericalNetwork(2, **(deep if kind == "deep" else {}))
+        limit = (1e-3 if kind == "ours" else {torch.float32: 2e-5, torch.float64: 1e-11}[dtype])
+    network.eval()
+    torch.set_default_dtype(torch.float32)
+    noise = torch.tensor([[0.02, 0.01]], dtype=dtype).expand(50, 2)
+    told = hint_of(coefficients(50, dtype), noise, SHELLS.to(dtype))
+
+    def run(x):
+        with torch.no_grad():
+            if kind == "published":
+                return network(x)
+            return network(x, noise, SHELLS.to(dtype), told)
+
+    one = run(coefficients(50, dtype))
+    for r in torch.tensor(Rotation.random(3, random_state=1).as_matrix()):
+        other = run(coefficients(50, dtype, r))
+        for a, b in ((one.mean, other.mean), (one.log_sd, other.log_sd),
+                     (sh.rotate(one.odf, r), other.odf)):
+            assert (a - b).square().mean().sqrt() <= limit * a.square().mean().sqrt()
+
+
+def test_published_network_has_the_published_size():
+    assert sum(p.numel() for p in Published(2, 2).parameters()) == 78_258
+
+
+def test_shells_are_a_set():
+    """Their order does not matter, nor does a shell that is not there."""
+    torch.manual_seed(0)
+    network, noise = SphericalNetwork(2).eval(), torch.full((9, 2), 0.02)
+    x = coefficients(9, torch.float32)
+    order = [2, 1, 0]
+    with torch.no_grad():
+        told = hint_of(x, noise, SHELLS)
+        one = network(x, noise, SHELLS, told)
+        for other in (network(x[:, :, order], noise, SHELLS[:, order], told),
+                      network(x[:, :, :2], noise, SHELLS[:, :2], told)):
+            for a, b in zip(one, other, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_protocols_do_not_mix():
+    """Two protocols side by side give what each gives alone."""
+    torch.manual_seed(0)
+    network, noise = SphericalNetwork(2).eval(), torch.full((10, 2), 0.02)
+    shells = torch.cat([SHELLS, SHELLS * torch.tensor([1.5, 1, 0.9])])
+    x = coefficients(10, torch.float32)
+    with torch.no_grad():
+        told = hint_of(x, noise, shells)
+        both = network(x, noise, shells, told)
+        for i in range(2):
+            rows = slice(5 * i, 5 * i + 5)
+            alone = network(x[:, rows], noise[rows], shells[i:i + 1],
+                            hint_of(x[:, rows], noise[rows], shells[i:i + 1]))
+            for a, b in zip(both, alone, strict=True):
+                torch.testing.assert_close(a[rows], b, atol=1e-5, rtol=1e-4)
+
+
+# ---- protocols
+
+
+def test_simulated_shells_are_those_of_the_forward_model():
+    """Signals of a group against `forward.Protocol` (tested there), fits against least squares."""
+    acq = acquisition()
+    generator = torch.Generator().manual_seed(0)
+    densities = tissue.draw_odfs(7, generator, 12).double()
+    parts = tissue.TWO_COMPARTMENTS.compartments(
+        tissue.TWO_COMPARTMENTS.draw(7, generator).double())
+    side = protocols.of(acq, acq.shells, 12)
+    signals = side.signals(side.coefficients(densities, parts))
+    expected = forward.Protocol(acq, 12, densities).signal(densities, parts)
+    x = side.fitted(signals)
+    for i, (shell, degree) in enumerate(zip(acq.shells, (4, 8), strict=True)):
+        np.testing.assert_allclose(signals[0, :, i, :len(shell)], expected[:, shell.indices],
+                                   atol=1e-12)
+        fit = sh.smooth_fit(degree, acq.bvecs[shell.indices])
+        size = sh.size(degree)
+        np.testing.assert_allclose(x[:size, :, i], fit @ expected[:, shell.indices].numpy().T,
+                                   atol=1e-10)
+        assert (x[size:, :, i] == 0).all()
+
+
+def test_uneven_directions_lower_the_degree():
+    """60 directions, all within 35° of one axis, do not determine degree 8."""
+    g = np.random.default_rng(0).normal(size=(4000, 3))
+    g /= np.linalg.norm(g, axis=1, keepdims=True)
+    g = g[g[:, 2] > np.cos(np.deg2rad(35))][:60]
+    acq = Acquisition(np.r_[0, np.full(60, 1000)], np.r_[np.zeros((1, 3)), g])
+    fit = protocols.of(acq, acq.shells, 8).fit[0, 0]
+    used = int((fit != 0).any(1).sum())
+    assert used < 45
+    assert np.linalg.cond(sh.basis(sh.l_max_of(used), g)) ** 2 < protocols.MOST_CONDITION
+
+
+def test_noise_of_fitted_coefficients():
+    """Its mean over voxels and SD are those of Rice's law through the fit, within 5 standard
+    errors, and the mean b0 has the noise that is told."""
+    acq = acquisition(b=(1000,), n=(60,), b0=4)
+    n, sigma = 4000, 0.05
+    side = protocols.of(acq, acq.shells, 8)
+    clean = torch.full((1, n, 1, 60), 0.6, dtype=torch.float64)
+    x, noise = protocols.measure(side, clean, torch.full((n,), sigma).double(),
+                                 torch.Generator().manual_seed(0))
+    level = sigma / noise[:, 0]  # the S0 that was divided by
+    assert float(level.std()) == pytest.approx(sigma / 2, rel=5 / np.sqrt(2 * n))
+    assert float(noise[:, 1].mean() / noise[:, 0].mean()) == pytest.approx(0.5, rel=1e-6)
+    mean = x[0, :, 0] * level / math.sqrt(4 * math.pi)
+    from bidsapp.simulate.noise import mean as rician_mean
+    assert float(mean.mean()) == pytest.approx(float(rician_mean(0.6, sigma)),
+                                               abs=5 * sigma / np.sqrt(60 * n))
+    assert float(mean.std()) == pytest.approx(sigma / np.sqrt(60), rel=0.06)
+
+
+def test_drawn_protocols_are_within_their_ranges():
+    side = protocols.draw(200, torch.Generator().manual_seed(1), l_max=8)
+    there = side.count > 0
+    assert set(there.sum(1).tolist()) == {1, 2, 3, 4}
+    assert side.b[there].min() >= 0.5
+    assert side.b[there].max() <= 5
+    assert (side.count[there].min(), side.count.max()) >= (6, 90)
+    assert torch.isfinite(side.fit).all()
+    assert torch.isinf(side.b0).any()
+
+
+# ---- densities
+
+
+def test_table_densities_are_turned_and_mixed():
+    """Rows of a table keep their power per degree; the asked-for share comes from it."""
+    table = odf.watson(torch.tensor(axes(1)).float(), torch.tensor([9.0]), 8)
+    found = tissue.draw_odfs(400, torch.Generator().manual_seed(0), 12, table=table, measured=0.25)
+
+    def power(c):
+        return torch.stack([c[:, 1:6].square().sum(1), c[:, 6:15].square().sum(1)], 1)
+
+    same = torch.isclose(power(found), power(table), rtol=1e-3).all(1) & (found[:, 45:] == 0).all(1)
+    assert int(same.sum()) == 100
+    first = found[same][:, 1:6]
+    assert first.std(0).min() > 0.1 * first.abs().max()
+
+
+def test_priors():
+    p = tissue.THREE_COMPARTMENTS.draw(5000, torch.Generator().manual_seed(0))
+    d, f, d_sph, f_sph = p.T
+    assert (f + f_sph <= 1 + 1e-6).all()
+    assert (d_sph <= d.clamp(max=0.5)).all()
+    assert float(d.mean()) == pytest.approx(1.5, abs=0.05)
+
+
+# ---- training, calibration, maps
+
+
+def small(steps=150):
+    recipe = methods.get("estimate_scnn2").recipe()
+    return learn.Recipe(
+        recipe.tissue, {"widths": (8, 8), "degrees": (4, 4), "tail": 4, "hidden": 32, "grid": 11},
+        training.Schedule(steps, 5e-3, validate_every=50, decay="cosine"), recipe.trained_for,
+        batch=128, groups=4, held_out=2048)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return learn.train("estimate_scnn2", small(), seed=3, device="cpu")
+
+
+def test_training_learns_and_calibrates(trained):
+    """Better than the prior's variance (0.75, 1/12); 90 % within ± 1.645 SD on held-out voxels,
+    3 points being 4 standard errors of both samples and of the bands."""
+    m = trained.card.metrics
+    assert m["mse_diffusivity"] < 0.4
+    assert m["mse_neuritefraction"] < 0.06
+    for name in ("diffusivity", "neuritefraction"):
+        assert m[f"coverage90_{name}"] == pytest.approx(0.9, abs=0.03)
+
+
+def test_training_depends_on_its_seed_alone(trained):
+    again = learn.train("estimate_scnn2", small(), seed=3, device="cpu")
+    for name, value in trained.tensors.items():
+        torch.testing.assert_close(again.tensors[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_card_round_trip(trained, tmp_path):
+    for name, content in checkpoint.pack(trained).items():
+        (tmp_path / name).write_bytes(content)
+    found = checkpoint.load(tmp_path, "estimate_scnn2")
+    dwi = voxels(acquisition())
+    one, other = (estimating.estimate(c, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]
+                  for c in (trained, found))
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def voxels(acq, n=60, sigma=0.02, seed=5, strange=False):
+    generator = torch.Generator().manual_seed(seed)
+    parts = tissue.TWO_COMPARTMENTS
+    clean = forward.Protocol(acq, 12, torch.zeros(1)).signal(
+        tissue.draw_odfs(n, generator, 12), parts.compartments(parts.draw(n, generator)))
+    signal = 300 * torch.hypot(clean + sigma * torch.randn(clean.shape, generator=generator),
+                               sigma * torch.randn(clean.shape, generator=generator))
+    if strange:
+        signal[:, ~torch.as_tensor(acq.b0)] *= torch.linspace(0.3, 1.7, int((~acq.b0).sum()))
+    return Dwi(signal.numpy().astype(np.float32), np.ones((n, 1, 1), bool), np.eye(4), acq,
+               300 * sigma)
+
+
+def test_strange_signals_and_noise_are_flagged():
+    """With the weights that ship. The signal's size wanders from 0.3 to 1.7 with the volume, which
+    is plausible only where there is hardly any signal."""
+    acq, shipped = acquisition(), estimating.shipped("estimate_scnn2")
+
+    def flags(dwi):
+        return estimating.estimate(shipped, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]["flag"]
+
+    assert (flags(voxels(acq)) == 0).mean() > 0.9
+    assert (flags(voxels(acq, strange=True)) == 1).mean() > 0.8
+    assert (flags(voxels(acq, sigma=0.2)) == 2).mean() > 0.5
+
+
+@pytest.mark.parametrize(("acq", "message"), [
+    (acquisition(b=(1000,), n=(60,)), "two or more shells"),
+    (acquisition(b0=0), "0 volumes without weighting"),
+    (acquisition(b=(1000, 9000)), "b = 9000"),
+    (acquisition(b=(60, 75)), "not ms/µm²"),
+    (acquisition(n=(60, 5)), "6 or more directions")], ids=["one", "b0", "far", "units", "few"])
+def test_refuses_what_it_was_not_trained_for(trained, acq, message):
+    with pytest.raises(Refusal, match=message):
+        estimating.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 5), "cpu")
+
+
+def test_recipe_of_the_folder():
+    folder = methods.get("estimate_scnn2").folder
+    table = tomllib.loads((folder / "training.toml").read_text())["training"]
+    recipe = methods.get("estimate_scnn2").recipe()
+    assert recipe.schedule.steps == table["schedule"]["steps"]
+    assert recipe.trained_for.b == (0.5, 5.0)
+
+
+def test_noddi_is_its_integral():
+    """Zhang et al. 2012 written out on a dense grid: sticks weighed by Watson's density, one
+    tensor that is the average of the zeppelins, free water."""
+    points, weights = sh.quadrature(120)
+    acq = acquisition(b=(1000, 2500), n=(12, 20))
+    p = tissue.NODDI.draw(6, torch.Generator().manual_seed(2)).double()
+    side = protocols.of(acq, acq.shells, 16)
+    generator = torch.Generator().manual_seed(1)
+    s, _ = tissue.NODDI.simulate(side, p, generator, 16)
+    axis = odf.random_rotations(6, torch.Generator().manual_seed(1))[:, :, 0].numpy()
+    found = side.signals(s)
+    for v, (ndi, odi, fiso) in enumerate(p.numpy()):
+        kappa = 1 / np.tan(np.pi * odi / 2)
+        w = np.exp(kappa * ((points @ axis[v]) ** 2 - 1)) * weights
+        w /= w.sum()
+        outer = points[:, :, None] * points[:, None, :]
+        d = np.einsum("n,nij->ij", w, 1.7 * (1 - ndi) * np.eye(3) + 1.7 * ndi * outer)
+        for i, shell in enumerate(acq.shells):
+            g, b = acq.bvecs[shell.indices], shell.b / 1000
+            sticks = np.exp(-1.7 * b * (g @ points.T) ** 2) @ w
+            outside = np.exp(-b * np.einsum("gi,ij,gj->g", g, d, g))
+            expected = (1 - fiso) * (ndi * sticks + (1 - ndi) * outside) + fiso * np.exp(-3 * b)
+            np.testing.assert_allclose(found[0, v, i, :len(shell)], expected, atol=2e-4)
+
+
+def test_training_for_one_acquisition():
+    """Its card knows the shells; another acquisition is refused, this one is estimated."""
+    acq = acquisition(b=(700, 2000), n=(20, 40))
+    recipe = replace(small(20), groups=1, held_out=1024, trained_for=learn.Range(
+        snr=(20.0, 40.0), acquisition=acq))
+    trained = learn.train("estimate_scnn2", recipe, seed=0, device="cpu")
+    assert trained.card.trained_for["acquisition"] == [
+        {"b": 0.7, "b_delta": 1.0, "directions": 20}, {"b": 2.0, "b_delta": 1.0, "directions": 40}]
+    maps = estimating.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 8), "cpu")[0]
+    assert all(np.isfinite(m).all() for m in maps.values())
+    with pytest.raises(Refusal, match="20 at b = 700, 40 at b = 2000"):
+        estimating.check(acquisition(), trained.card.trained_for, "estimate_scnn2")
+
+
+# --- trained at group level, used at participant level
+
+
+@pytest.fixture
+def study(bids_tree, tmp_path):
+    """Two processed participants and a function that runs the app on them."""
+    root, out = bids_tree(), tmp_path / "out"
+
+    def app(level, *argv):
+        return qsphere(root, out, level, *argv)
+
+    assert app("participant", "--estimate", "dti") == 0
+    return app, out
+
+
+def test_a_network_for_one_acquisition_is_trained_kept_and_used(study):
+    app, out = study
+    assert app("group", "--train", "estimate_scnn2", "--sloppy", "--max-steps", "40") == 0
+    (folder,) = (out / "group/models").iterdir()
+    assert folder.name == "estimate_scnn2_b1000n12_b2000n16"
+    card = json.loads((folder / "model.json").read_text())
+    assert card["training"]["steps"] == 40
+    assert [s["directions"] for s in card["trained_for"]["acquisition"]] == [12, 16]
+    assert not list(out.rglob("*.ckpt"))  # nothing to go on from
+    assert "group/models/estimate_scnn2_b1000n12_b2000n16" in (out / "group.html").read_text()
+    assert app("participant", "--estimate", "scnn2", "--participant-label", "01") == 0
+    sidecar = json.loads(next(out.glob("sub-01/dwi/*scnn2_param-neuritefraction_dwimap.json"))
+                         .read_text())
+    assert sidecar["Model"]["Parameters"]["Weights"] == card["sha256"]
+    assert not validate(out)
+
+
+def test_other_acquisitions_take_the_weights_that_ship(study, tmp_path):
+    app, out = study
+    assert app("group", "--train", "estimate_scnn2", "--sloppy", "--max-steps", "2") == 0
+    own = estimating.fitting("estimate_scnn2", acquisition((1000, 2000), (12, 16)),
+                             out / "group/models")
+    other = estimating.fitting("estimate_scnn2", acquisition(), out / "group/models")
+    assert own.card.sha256 != other.card.sha256
+    assert other.card.sha256 == estimating.shipped("estimate_scnn2").card.sha256
+
+
+def test_a_training_for_several_acquisitions_is_refused(study):
+    two = {"a": acquisition(), "b": acquisition((1000, 2000), (12, 16))}
+    recipe = methods.get("estimate_scnn2").recipe("one")
+    with pytest.raises(UsageError, match=r"found are 2 \(b1000n30_b2200n60: a; b1000n12_b"):
+        learn.for_one("estimate_scnn2", recipe, two, [20.0], steps=1, seed=0, device="cpu",
+                      states=None, intended_use="")

@@ -1,0 +1,45 @@
+"""Train the weights that ship: one network for all protocols.
+
+    python tools/train_weights.py METHOD OUT [--steps N] [--state FILE] [--threads N] [--seed N]
+
+METHOD is a folder of bidsapp/methods with a training.toml. An interrupted training goes on from
+--state (default OUT/state.ckpt). OUT receives model.safetensors and model.json.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bidsapp import checkpoint, methods
+from bidsapp.microstructure import learn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--state", type=Path)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    method = methods.get(options.method, "estimate")
+    recipe = method.recipe()
+    if options.steps:
+        recipe = replace(recipe, schedule=replace(recipe.schedule, steps=options.steps))
+    trained = learn.train(
+        method.name, recipe, seed=options.seed, device=options.device,
+        saved=options.state or options.out / "state.ckpt", intended_use=method.intended_use)
+    for name, content in checkpoint.pack(trained).items():
+        (options.out / name).write_bytes(content)
+    print(trained.card.metrics)
+
+
+if __name__ == "__main__":
+    main()
