@@ -212,6 +212,8 @@ def log_to_stderr(verbose: int) -> None:
 
 def guarded(program: str, work: Callable[[], int], verbose: Callable[[], int]) -> int:
     """The exit code of `work`; errors told in one line, with a traceback where verbose() > 1."""
+    # threads that spin while they wait take busy cores from those that work
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return work()
     except QSphereError as error:

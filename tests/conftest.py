@@ -9,6 +9,8 @@ import pytest
 from bids_tree import write_dataset
 from jaxtyping import install_import_hook
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program does, before torch is loaded
+
 # shapes in annotations are checked here, and only here
 install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
                      "bidsapp.methods.estimate_smt.method", "bidsapp.simulate.mixture",
