@@ -178,7 +178,7 @@ def test_dti_of_noise_free_scans_is_the_truth(atlas):
     logs = [np.log(s.signal[:, mask].astype(float)) for s in scans]
     inverse = [np.linalg.pinv(x)[:6] for x in designs]
     d = 2 * inverse[0] @ logs[0] - inverse[1] @ logs[1]
-    for s, x, own, log in zip(scans, designs, inverse, logs, strict=True):
+    for x, own, log in zip(designs, inverse, logs, strict=True):
         md = tensor.fit(torch.as_tensor(np.exp(log.T)), x, weighted=False)["md"].numpy()
         np.testing.assert_allclose(md * 1000, (own @ log)[[0, 3, 5]].mean(0), rtol=1e-9)
 
