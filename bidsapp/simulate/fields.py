@@ -37,9 +37,10 @@ class SplineField:
         normal = rng.standard_normal((len(sd), n, n, n))
         return cls(np.clip(UNIT * sd[:, None, None, None] * normal, -limit, limit), spacing)
 
-    def at(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "k n"]:
-        """Values at world points (mm)."""
+    def at(self, points: Float[np.ndarray, "n 3"], which: slice = slice(None)
+           ) -> Float[np.ndarray, "k n"]:
+        """Values of `which` fields, all by default, at world points (mm)."""
         index = points.T / self.spacing + self.coefficients.shape[1] // 2
         return np.stack([ndimage.map_coordinates(c, index, order=3, prefilter=False,
                                                  mode="nearest", output=np.float32)
-                         for c in self.coefficients])
+                         for c in self.coefficients[which]])

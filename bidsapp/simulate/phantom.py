@@ -140,7 +140,7 @@ def scan(person: Person, site: Site, reference: Site, table: Acquisition, atlas:
     image = _Imager(inside.reshape(fine.shape), fine, grid, site.fwhm)
     ideal = _Imager(inside.reshape(fine.shape), fine, grid, reference.fwhm)
     clean = image(model.signal(site, where, options))
-    wanted = ideal(model.signal(reference, where, options))
+    wanted = clean if site is reference else ideal(model.signal(reference, where, options))
     rng = torch.Generator().manual_seed(int(stream(
         options.random_seed, "noise", person.label, site.name).integers(2**62)))
     level, sigma = site.level(grid.points), site.sigma(grid.points)

@@ -53,15 +53,18 @@ class Site:
 
     def level(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
         """(n,) factor of the signal: gain and bias field."""
-        return self.gain * np.exp(self.bias * self.fields.at(points)[1])
+        return self.gain * np.exp(self.bias * self._field(1, points))
 
     def sigma(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
         """(n,) SD of the noise of one channel, as a multiple of a signal of 1 before `level`."""
-        return self.level(points) * np.exp(-self.coil * self.fields.at(points)[0]) / self.snr
+        return self.level(points) * np.exp(-self.coil * self._field(0, points)) / self.snr
 
     def b_factor(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
         """(n,) actual over nominal b: at a point, b times this is diffusivity times this."""
-        return self.b_scale * (1 + np.clip(self.nonlinearity * self.fields.at(points)[2], -.5, .5))
+        return self.b_scale * (1 + np.clip(self.nonlinearity * self._field(2, points), -.5, .5))
+
+    def _field(self, i: int, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
+        return self.fields.at(points, slice(i, i + 1))[0]
 
 
 def draw(options: PhantomOptions) -> list[Site]:
