@@ -12,7 +12,7 @@ The map of the house, in the order a run flows through it:
     methods/        one folder per published method: check, apply, outputs.json, README.md
     microstructure/ spherical networks: trained, calibrated, applied
     training.py     the only optimisation loop
-    preprocess/     where tissues are
+    preprocess/     where tissues are, how fibres lie
     simulate/       forward models, noise, people, sites: signals with known truth
     networks/       torch modules only: tensors in, tensors out
     tensor.py       batched, differentiable diffusion tensor fit

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program does, befo
 # shapes in annotations are checked here, and only here
 install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
                      "bidsapp.methods.estimate_smt.method", "bidsapp.simulate.mixture",
+                     "bidsapp.preprocess.deconvolution",
                      "bidsapp.simulate.odf", "bidsapp.simulate.forward",
                      "bidsapp.simulate.noise", "bidsapp.networks.spherical",
                      "bidsapp.networks.scnn",

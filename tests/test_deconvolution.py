@@ -1,0 +1,99 @@
+"""Densities of real voxels: deconvolution against simulated truth and against the tensor."""
+
+import numpy as np
+import pytest
+import torch
+from test_synthesize import real
+
+from bidsapp import sh, tensor
+from bidsapp.acquisition import Acquisition
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal
+from bidsapp.preprocess import tissue
+from bidsapp.preprocess.deconvolution import densities
+from bidsapp.simulate import forward, odf, protocols
+from bidsapp.simulate.tissue import draw_odfs
+
+AXIAL, RADIAL = 1.8, 0.25
+
+
+def dwi_of(fraction, directions, n=60, b=3000.0, sd=0.0):
+    """Voxels of two crossing prolate tensors, (voxel, 2) and (voxel, 2, 3)."""
+    acquisition = Acquisition(np.r_[0, 0, np.full(n, b)],
+                              np.vstack([np.zeros((2, 3)), protocols.spread(n)]))
+    outer = directions[..., :, None] * directions[..., None, :]
+    d = torch.as_tensor(RADIAL * np.eye(3) + (AXIAL - RADIAL) * outer)
+    like = torch.zeros((), dtype=torch.float64)
+    clean = forward.Protocol(acquisition, 2, like).tensors(torch.as_tensor(fraction), d)
+    noisy = np.hypot(clean.numpy() + sd * np.random.default_rng(0).normal(size=clean.shape),
+                     sd * np.random.default_rng(1).normal(size=clean.shape))
+    return Dwi(1000 * noisy.astype(np.float32), np.ones((len(noisy), 1, 1), bool), np.eye(4),
+               acquisition)
+
+
+def crossing(angle, voxels=40):
+    """Axes at an angle (degrees), turned at random; the first half of the voxels has one only."""
+    turns = odf.random_rotations(voxels, torch.Generator().manual_seed(0)).numpy()
+    t = np.radians(angle)
+    pair = np.array([[0, 0, 1.0], [np.sin(t), 0, np.cos(t)]])
+    single = np.arange(voxels) < voxels // 2
+    fraction = np.where(single[:, None], [1.0, 0.0], [0.5, 0.5])
+    return fraction, pair @ turns.transpose(0, 2, 1), single
+
+
+def test_peaks_are_the_fibres():
+    """Density along the fibres is a maximum, on a grid of 3°, within 5°: of one and of two."""
+    fraction, axes, single = crossing(70)
+    found = densities(dwi_of(fraction, axes), single, np.ones(len(single), bool))
+    assert found.shape == (len(single), 45)
+    torch.testing.assert_close(found[:, 0], torch.full((len(single),), 1 / np.sqrt(4 * np.pi)),
+                               atol=1e-6, rtol=0)
+    grid = protocols.spread(1500)
+    values = found.numpy() @ sh.basis(8, grid).T
+    for v in range(len(single)):
+        for axis in axes[v][fraction[v] > 0]:
+            angle = np.degrees(np.arccos(np.abs(grid @ axis).clip(max=1)))
+            near = np.flatnonzero(angle < 25)
+            assert angle[near[values[v, near].argmax()]] < 5
+    assert values.min() > -0.05 * values.max()
+
+
+def test_two_fibres_are_less_sharp_than_one():
+    fraction, axes, single = crossing(70)
+    found = densities(dwi_of(fraction, axes, sd=0.02), single, np.ones(len(single), bool))
+    power = found[:, 1:6].square().sum(1)
+    assert power[single].min() > power[~single].max()
+
+
+def test_they_are_drawn_from():
+    """In a table of `draw_odfs`: each row turned, its power by degree kept."""
+    fraction, axes, single = crossing(70)
+    table = densities(dwi_of(fraction, axes), single, ~single)
+    drawn = draw_odfs(50, torch.Generator().manual_seed(0), 8, table=table, measured=1.0)
+
+    def power(c):
+        return torch.stack([c[:, 1:6].square().sum(1), c[:, 6:15].square().sum(1)], 1)
+
+    apart = (power(drawn)[:, None] - power(table)).norm(dim=2).amin(1)
+    assert float(apart.max()) < 1e-5 * float(power(table).max())
+
+
+@pytest.mark.parametrize("n,kind", [(30, "one"), (60, "none")])
+def test_refuses_what_it_cannot_deconvolve(n, kind):
+    fraction, axes, single = crossing(70)
+    with pytest.raises(Refusal, match="45 directions in one shell, and voxels of both kinds"):
+        densities(dwi_of(fraction, axes, n=n), single & (kind == "one"), ~single)
+
+
+@pytest.mark.slow
+def test_real_densities_follow_the_tensor(test_data):
+    """In callosal voxels of one direction the density points where the tensor does."""
+    dwi = real(test_data("mdt_multishell"))
+    one = tissue.regions(dwi, "cpu").single_fibre
+    found = densities(dwi, one, one)
+    grid = protocols.spread(1500)
+    peak = grid[(found.numpy() @ sh.basis(8, grid).T).argmax(1)]
+    direction = tensor.fit(torch.from_numpy(dwi.signal[one].copy()),
+                           tensor.design(dwi.acquisition.btensors))["direction"].numpy()
+    angle = np.degrees(np.arccos(np.abs((peak * direction).sum(1)).clip(max=1)))
+    assert np.median(angle) < 6 and np.quantile(angle, 0.9) < 15
