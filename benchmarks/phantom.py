@@ -119,7 +119,8 @@ def features(options):
 
 
 def site_auc(people, names, values):
-    """Lowest one-against-the-rest area under the ROC curve, leaving one participant out in turn."""
+    """Area under the ROC curve of each site against the rest, leaving one participant out in
+    turn."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
@@ -129,8 +130,8 @@ def site_auc(people, names, values):
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=5000))
     score = cross_val_predict(model, values, names, groups=people, cv=LeaveOneGroupOut(),
                               method="predict_proba")
-    return min(roc_auc_score(names == name, score[:, i])
-               for i, name in enumerate(np.unique(names)))
+    return np.array([roc_auc_score(names == name, score[:, i])
+                     for i, name in enumerate(np.unique(names))])
 
 
 def main():
@@ -169,10 +170,11 @@ def report(options):
     for (region, name), errors in bias.items():
         mean, size = np.mean(errors, 0)
         print(f"{region} {name} fitted without noise against the limit b to 0: {mean:+.1%} "
-              f"(mean of |difference| {size:.1%})")
-    print(f"site AUC from raw maps: {site_auc(*features(options)):.3f} (lowest, one vs rest)")
-    print(f"the same without effects: {site_auc(*features(replace(options, effects=0))):.3f}",
-          flush=True)
+              f"(mean of |difference| {size:.1%})", flush=True)
+    for text, scale in (("", 1), (" without effects", 0)):
+        auc = site_auc(*features(replace(options, effects=scale)))
+        print(f"site AUC{text}: {auc.mean():.3f} (each against the rest: "
+              f"{', '.join(f'{a:.3f}' for a in auc)})", flush=True)
 
 
 if __name__ == "__main__":

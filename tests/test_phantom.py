@@ -404,8 +404,8 @@ def test_a_classifier_knows_the_site_and_only_by_its_effects():
     """Six people, three sites; leaving one person out in turn. Without effects, chance: 0.5, whose
     standard error over 18 scans is 0.14 (Hanley and McNeil 1982)."""
     options = replace(SLOPPY, participants=6, sites=3)
-    assert site_auc(*features(options)) >= 0.95
-    assert site_auc(*features(replace(options, effects=0.0))) < 0.5 + 2 * 0.14
+    assert site_auc(*features(options)).min() >= 0.95
+    assert abs(site_auc(*features(replace(options, effects=0.0))).mean() - 0.5) < 2 * 0.14
 
 
 # --- the dataset
