@@ -18,6 +18,7 @@ from bidsapp import __version__
 from bidsapp.bids import names
 from bidsapp.bids.raw import Tree, new_dataset
 from bidsapp.bids.writer import CODE_URL
+from bidsapp.blocks import one_thread
 from bidsapp.options import DESIGNS, PhantomOptions
 from bidsapp.simulate import anatomy, person, site
 from bidsapp.simulate.anatomy import TISSUES, Atlas
@@ -54,7 +55,7 @@ def phantom(options: PhantomOptions) -> int:
     Raises:
         UsageError: the folder cannot be used.
     """
-    with new_dataset(options.output_dir, MAKER) as tree:
+    with new_dataset(options.output_dir, MAKER) as tree, one_thread():
         atlas = load_atlas(options.step)
         sites = site.draw(options)
         people = recruit(options)
