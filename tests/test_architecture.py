@@ -61,9 +61,10 @@ def test_the_commands_of_the_documents_exist():
 
 
 def test_the_options_of_the_readme_exist():
-    from bidsapp.cli import parser
+    from bidsapp import cli, cli_phantom
 
-    known = {s for a in parser()._actions for s in a.option_strings}
+    known = {s for module in (cli, cli_phantom) for a in module.parser()._actions
+             for s in a.option_strings}
     text = (ROOT / "README.md").read_text()
     rows = "\n".join(line for line in text.splitlines() if line.startswith("| `--"))
     named = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", rows))

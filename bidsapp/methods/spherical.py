@@ -1,0 +1,44 @@
+"""What the methods that are a spherical network with its own tissue model share."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from bidsapp.acquisition import Acquisition
+from bidsapp.dwi import Dwi
+from bidsapp.methods import Derived, Fitted, Method, Study
+from bidsapp.microstructure import learn, maps
+from bidsapp.simulate.tissue import Tissue
+
+
+class SphericalMethod(Method):
+    """Parameters and ODF of a tissue model by a network (`bidsapp.microstructure`).
+
+    tissue: the model. intended_use: of the card.
+    """
+
+    tissue: ClassVar[Tissue]
+    intended_use: ClassVar[str]
+
+    def recipe(self, *variants: str) -> learn.Recipe:
+        """How a network is trained: for all protocols, or, with "one", for one acquisition."""
+        return learn.read_recipe(self.tissue, self.settings("training", *variants))
+
+    def check(self, acquisition: Acquisition) -> None:
+        """Raises Refusal where neither a network trained at group level fits the acquisition, nor
+        the one that ships: that one needs a b0 and two shells in its range."""
+        maps.fitting(self.name, acquisition, self.models)
+
+    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
+        checkpoint = maps.fitting(self.name, dwi.acquisition, self.models)
+        return Derived(*maps.estimate(checkpoint, self.tissue, dwi, device))
+
+    def fit(self, study: Study) -> Fitted:
+        """A network for the one acquisition that all runs of the study share."""
+        name, checkpoint = learn.for_one(
+            self.name, self.recipe("one"), study.acquisitions,
+            study.statistics["snr_b0"].tolist(),
+            steps=study.max_steps, seed=study.seed, device=study.device, states=study.states,
+            intended_use=self.intended_use)
+        return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
+                           "Metrics": checkpoint.card.metrics}, {name: checkpoint})
