@@ -1,5 +1,6 @@
 """The optimisation loop: it learns, repeats itself, resumes, stops, and says what is wrong."""
 
+import json
 import os
 import subprocess
 import sys
@@ -146,6 +147,8 @@ def test_a_schedule_refuses_bad_values(bad):
 
 
 SCRIPT = """
+import os, sys
+from pathlib import Path
 import torch
 from torch import nn
 from bidsapp.training import Schedule, seeded, train
@@ -156,7 +159,7 @@ with seeded(0):
     model = nn.Linear(3, 1)
 rows = train(model, batch, lambda m, b: ((m(b[0]) - b[1]) ** 2).mean(),
              Schedule(200, 0.05, decay="cosine"), seed=0, device="cpu", devices=2)
-print("weights", *model.weight.flatten().tolist())
+(Path(sys.argv[1]) / os.environ["RANK"]).write_text(repr(model.weight.flatten().tolist()))
 """
 
 
@@ -166,9 +169,8 @@ def test_two_processes_train_one_network(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc-per-node", "2", script], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           "--nproc-per-node", "2", script, tmp_path], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("weights")]
-    assert len(found) == 2 and found[0] == found[1]
-    assert [float(w) for w in found[0]] == pytest.approx([1, 1, 1], abs=1e-3)
+    found = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
+    assert found[0] == found[1] == pytest.approx([1, 1, 1], abs=1e-3)
