@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import quality
 from bidsapp.methods import Derived, Fitted, Method, Study
+from bidsapp.report import glyphs
 from bidsapp.report.canvas import (
     PALETTE,
     STYLE,
@@ -65,7 +66,8 @@ def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
 
     Colours run over `display`, else `range`; an end that is null is the 98th percentile (2nd for
     the lower). A map of three components is a direction: |x| red, |y| green, |z| blue, times `fa`
-    where the method has one; it comes first.
+    where the method has one; it comes first. Spherical harmonics are drawn as glyphs over the map
+    that `background` names, where it does.
     """
     canvas = Canvas(dwi)
     drawn: list[Figure] = []
@@ -80,6 +82,9 @@ def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
                                             section))
             elif values.ndim == 1 and entry.get("report"):
                 drawn.append(_map(canvas, values, entry, entities, section))
+            elif entry.get("report"):
+                drawn.append(_glyphs(canvas, values, derived, outputs["maps"], entry, entities,
+                                     section))
     return drawn
 
 
@@ -319,6 +324,28 @@ def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities:
     if len(finite) < len(values):
         parts.append(f"{len(values) - len(finite)} voxels have no value (grey).")
     return Figure("dwimap", entities, svg(drawn), _short(name), " ".join(parts), section)
+
+
+def _glyphs(canvas: Canvas, odf: np.ndarray, derived: Derived, maps: Mapping[str, Any],
+            entry: Mapping[str, Any], entities: dict[str, str], section: str) -> Figure:
+    background = maps[entry["background"]]
+    share = derived.maps[entry["background"]]
+    low, high = background["range"]
+    sure = np.ones(len(odf), bool) if derived.valid is None else derived.valid
+    sure = sure & (derived.maps.get("flag", np.zeros(len(odf))) == 0)
+    ground = coloured(canvas.canonical(canvas.dwi.unmask(share)), (low, high), "gray", canvas.mask)
+    what = _short(background["Description"])
+    drawn, peak = glyphs.draw(canvas, odf, share, sure, ground, "Orientation density")
+    return Figure(
+        "dwimap", entities, drawn, "Orientation density",
+        f"In each voxel, the distance from the centre is the density along that direction times "
+        f"the {what[0].lower()}{what[1:]}, on one scale that starts at 0: half a voxel is "
+        f"{peak:.2g} {_units(entry)}, the {glyphs.PEAK}th percentile of all peaks (higher ones are "
+        "drawn as long). Colour: direction, red left–right, green anterior–posterior, blue "
+        f"inferior–superior, in world axes. Background: {what[0].lower()}{what[1:]}, {low:g} to "
+        f"{high:g} at half brightness. The window holds the most anisotropic voxels; the small "
+        f"picture shows where it lies. {(~sure).mean():.2%} of the voxels are flagged or have no "
+        "estimate, and have no glyph.", section)
 
 
 def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
