@@ -340,8 +340,8 @@ def _glyphs(canvas: Canvas, odf: np.ndarray, derived: Derived, maps: Mapping[str
         "dwimap", entities, drawn, "Orientation density",
         f"In each voxel, the distance from the centre is the density along that direction times "
         f"the {what[0].lower()}{what[1:]}, on one scale that starts at 0: half a voxel is "
-        f"{peak:.2g} {_units(entry)}, the {glyphs.PEAK}th percentile of all peaks (higher ones are "
-        "drawn as long). Colour: direction, red left–right, green anterior–posterior, blue "
+        f"{peak:.2g} {_units(entry)}, the {glyphs.PEAK}th percentile of all peaks (glyphs with a "
+        "higher one are drawn as long). Colour: direction, red left–right, green anterior–posterior, blue "
         f"inferior–superior, in world axes. Background: {what[0].lower()}{what[1:]}, {low:g} to "
         f"{high:g} at half brightness. The window holds the most anisotropic voxels; the small "
         f"picture shows where it lies. {(~sure).mean():.2%} of the voxels are flagged or have no "

@@ -11,13 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from matplotlib.patches import Rectangle
 from scipy.ndimage import uniform_filter
 
 from bidsapp import sh
 from bidsapp.report.canvas import LABELS, WIDTH, Canvas, figure, show, svg
 
-CELL = 24
+CELL = 32
 """Pixels along the shorter side of a voxel."""
 
 MOST = 32
@@ -29,8 +30,9 @@ TILTS = 48
 BLOCK = 32
 """Voxels whose surfaces fit the cache."""
 
-PEAK = 99
-"""Percentile of the voxels' peaks that is as long as half a voxel."""
+PEAK = 90
+"""Percentile of the voxels' peaks that is as long as half a voxel: a single bundle's is many times
+that of a crossing, which would be a dot if the highest filled the voxel."""
 
 NAMES = ("Sagittal", "Coronal", "Axial")
 TOWARDS = (1, -1, 1)
@@ -78,9 +80,9 @@ def surfaces(odf: np.ndarray, frame: np.ndarray, cell: tuple[int, int]
     screen = np.stack([np.cos(phi[near])[:, None] * np.sin(theta),
                        np.sin(phi[near])[:, None] * np.sin(theta),
                        np.broadcast_to(np.cos(theta), (int(near.sum()), TILTS))], -1)
-    world = screen @ frame.T
+    world = (screen @ frame.T).astype(np.float32)
     world /= np.linalg.norm(world, axis=-1, keepdims=True)
-    basis = sh.basis(sh.l_max_of(odf.shape[1]), world.reshape(-1, 3)).astype(np.float32)
+    basis = sh.evaluate(sh.l_max_of(odf.shape[1]), torch.from_numpy(world.reshape(-1, 3))).numpy()
     reach = (rho[near][:, None] / np.sin(theta)).astype(np.float32)
     seen = (np.abs(world) * 255).round().astype(np.uint8)
     colours = np.zeros((len(odf), *cell, 3), np.uint8)
