@@ -294,7 +294,8 @@ def test_glyphs_are_surfaces_seen_from_outside():
     y, x = np.indices((41, 41)) - 20.0
     rho = np.hypot(y, x) / 20.5
     np.testing.assert_array_equal(inside[1], rho <= 0.5)
-    ball = np.stack([np.abs(x), np.abs(y), 20.5 * np.sqrt(np.maximum(0.25 - rho**2, 0))], -1) / 10.25
+    depth = 20.5 * np.sqrt(np.maximum(0.25 - rho**2, 0))
+    ball = np.stack([np.abs(x), np.abs(y), depth], -1) / 10.25
     off = np.abs(colours[1] / 255 - ball)[rho < 0.45]
     assert off.max() < 1.5 * np.pi / glyphs.TILTS / np.sqrt(1 - 0.9**2)
     assert colours[0, 20, 20, 2] > 250 and colours[0, 20, 20, :2].max() < 30
@@ -326,11 +327,11 @@ def test_the_window_holds_most_and_has_a_square_side():
 class Spherical(Tensor):
     OUTPUTS: ClassVar[dict] = {**OUTPUTS, "maps": {
         "fa": OUTPUTS["maps"]["fa"],
-        "odf": {"entities": {"param": "odf"}, "Description": "Density", "Units": "1/sr",
-                "range": [None, None], "report": True, "background": "fa"}}}
+        "odf": {"entities": {"param": "odf"}, "Description": "Density; its integral is 1",
+                "Units": "1/sr", "range": [None, None], "report": True, "background": "fa"}}}
 
 
-@pytest.mark.parametrize("shape", [(40, 44, 2), (9, 8, 7), (1, 20, 21), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(20, 20, 2), (9, 8, 7), (1, 10, 11), (1, 1, 1)])
 def test_glyph_figure(rng, shape):
     """Flagged voxels and those without estimate have no glyph; the scale starts at 0."""
     dwi = make_dwi(rng, shape, bvals=np.array([0.0, 1000]))
@@ -339,10 +340,11 @@ def test_glyph_figure(rng, shape):
     maps = {"fa": np.full(n, 0.5, np.float32), "odf": odf}
     (_, drawn) = figures.of_maps(Spherical(), Derived(maps), dwi)
     ElementTree.fromstring(drawn.svg)
-    assert drawn.entities == {"model": "tensor", "param": "odf"}
+    assert drawn.entities == {"model": "tensor", "param": "odf"} and drawn.title == "Density"
     assert "half a voxel is 1.5 1/sr" in drawn.caption  # of 3 · 0.5
     titles = re.findall(r"(Axial|Coronal|Sagittal), [xyz] = -?\d+ mm", drawn.svg.decode())
-    assert titles == {40: ["Axial"], 1: ["Sagittal"]}.get(shape[0], ["Axial", "Coronal"])[:2]
+    assert titles == {(20, 20, 2): ["Axial"], (1, 10, 11): ["Sagittal"]}.get(
+        shape, ["Axial", "Coronal"])
 
     def coloured(derived):
         shown = figures.of_maps(Spherical(), derived, dwi)[1]
@@ -351,16 +353,34 @@ def test_glyph_figure(rng, shape):
     every, _ = coloured(Derived(maps))
     flagged = Spherical.OUTPUTS["maps"] | {"flag": {**OUTPUTS["maps"]["s0"]}}
     outputs = {**Spherical.OUTPUTS, "maps": flagged}
-    sure = np.arange(n) // 2 % 2 == 0
+    sure = (rng.random(n) < 0.5) & (np.arange(n) > 0)
     valid, caption = coloured(Derived(maps, valid=sure))
     assert f"{1 - sure.mean():.2%} of the voxels" in caption
-    assert every > 0 and valid <= 0.7 * every
+    assert every > 0 and valid <= 0.8 * every
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Spherical, "OUTPUTS", outputs)
         flags, _ = coloured(Derived({**maps, "flag": 1.0 - sure}))
     assert flags == valid
     nothing, _ = coloured(Derived(maps, valid=np.zeros(n, bool)))
     assert nothing == 0
+
+
+@pytest.mark.parametrize("name", methods.names("estimate_"))
+def test_every_figure_has_its_own_title(rng, name):
+    maps = methods.get(name).outputs["maps"]
+    titles = [figures._short(e["Description"]) for e in maps.values() if e["report"]]
+    assert len(set(titles)) == len(titles) and all(len(t) > 3 for t in titles)
+
+
+def test_labels_are_counted(rng):
+    dwi = make_dwi(rng, (5, 4, 5), bvals=np.array([0.0, 1000]))
+    flag = {"entities": {"param": "flag"}, "Description": "Flag: 0 good; 1 bad; 2 worse",
+            "Units": "label", "range": [0, 2], "report": True}
+    values = np.repeat([0.0, 1, 2], (70, 20, 10)).astype(np.float32)
+    with mpl.rc_context(canvas.STYLE):
+        drawn = figures._map(canvas.Canvas(dwi), values, flag, {}, "")
+    assert drawn.title == "Flag" and "1: 20.00%, 2: 10.00%" in drawn.caption
+    assert "Median" not in drawn.caption and ">0.5<" not in drawn.svg.decode()
 
 
 @pytest.mark.parametrize("name", methods.names("estimate_"))

@@ -258,7 +258,7 @@ def colour_bar(ax: Axes, limits: Limits, cmap: str, unit: str) -> None:
               vmin=0, vmax=1)
     ax.set_xticks([])
     ax.yaxis.tick_right()
-    ax.locator_params(axis="y", nbins=5)
+    ax.locator_params(axis="y", nbins=5, integer=unit == "label")
     ax.tick_params(labelsize=8)
     ax.set_title(unit, fontsize=8, weight="normal", loc="left")
 

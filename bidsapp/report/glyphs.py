@@ -122,11 +122,11 @@ def painted(canvas: Canvas, odf: np.ndarray, rows: np.ndarray, ground: np.ndarra
 
 
 def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
-         ground: np.ndarray, title: str) -> tuple[bytes, float]:
-    """The figure as SVG, and the density in 1/sr that is as long as half a voxel.
+         ground: np.ndarray, title: str, what: str) -> tuple[bytes, str]:
+    """The figure as SVG, and its caption.
 
-    odf: (voxel, coefficient), integral 1; share: (voxel,), what it is multiplied with; drawn:
-    (voxel,) bool. ground: canonical (x, y, z, 3) uint8.
+    odf: (voxel, coefficient), integral 1; share: (voxel,), what it is multiplied with and `what`
+    that is; drawn: (voxel,) bool. ground: share as canonical (x, y, z, 3) uint8.
     """
     odf = np.where(drawn[:, None], odf * share[:, None], 0)
     points, _ = sh.half_grid(47)
@@ -172,4 +172,12 @@ def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
         sides = [cut.box[a].stop - cut.box[a].start for a in (across, up)]
         where.add_patch(Rectangle((first[0], first[1]), sides[0], sides[1], fill=False,
                                   edgecolor="#E69F00", linewidth=1.2))
-    return svg(page), peak
+    what = what[0].lower() + what[1:]
+    return svg(page), (
+        "In each voxel, the distance from the centre is the density along that direction times "
+        f"the {what}, on one scale that starts at 0: half a voxel is {peak:.2g} 1/sr, the "
+        f"{PEAK}th percentile of all peaks (glyphs with a higher one are drawn as long). Colour: "
+        "direction, red left–right, green anterior–posterior, blue inferior–superior, world axes. "
+        f"Background: {what}, at half brightness. The window holds the most anisotropic voxels; "
+        f"the small picture shows where it lies. {(~drawn).mean():.2%} of the voxels are flagged "
+        "or have no estimate, and have no glyph.")
