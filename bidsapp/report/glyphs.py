@@ -129,8 +129,8 @@ def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
     that is; drawn: (voxel,) bool. ground: share as canonical (x, y, z, 3) uint8.
     """
     odf = np.where(drawn[:, None], odf * share[:, None], 0)
-    points, _ = sh.half_grid(47)
-    peaks = (odf @ sh.basis(sh.l_max_of(odf.shape[1]), points).T.astype(odf.dtype)).max(1)
+    basis = sh.basis(sh.l_max_of(odf.shape[1]), sh.half_grid(59)[0]).T.astype(np.float32)
+    peaks = np.concatenate([(odf[i:i + 4096] @ basis).max(1) for i in range(0, len(odf), 4096)])
     peak = float(np.percentile(peaks[drawn], PEAK)) if drawn.any() else 1.0
     peak = peak if peak > 0 else 1.0
     scaled = odf / np.maximum(peaks, peak)[:, None]
@@ -145,8 +145,8 @@ def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
     cuts = [densest(amount, axis, canvas.zooms) for axis in sorted(axes, reverse=True)]
     images = [painted(canvas, scaled, rows, ground, cut) for cut in cuts]
 
-    wide, gap, head = 6.6, 0.08, 0.6
-    tall = [wide * i.shape[0] / i.shape[1] for i in images]
+    side, gap, head = 6.6, 0.08, 0.6
+    tall = [side * min(1, i.shape[0] / i.shape[1]) for i in images]
     total = sum(tall) + head * len(cuts)
     page = figure(total)
     top = total
@@ -156,13 +156,14 @@ def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
         page.text(0.005, (top + height + 0.1) / total, f"{title}\n{NAMES[cut.axis]}, "
                   f"{'xyz'[cut.axis]} = {centre[cut.axis]:.0f} mm", va="bottom", weight="bold",
                   size=10)
+        wide = height * image.shape[1] / image.shape[0]
         ax = page.add_axes((0.05 / WIDTH, top / total, wide / WIDTH, height / total))
         show(ax, image, (1.0, 1.0))
-        for x, label, side in zip((0.01, 0.99), LABELS[cut.axis], ("left", "right"), strict=True):
-            ax.text(x, 0.5, label, transform=ax.transAxes, ha=side, va="center", color="white")
+        for x, label, end in zip((0.01, 0.99), LABELS[cut.axis], ("left", "right"), strict=True):
+            ax.text(x, 0.5, label, transform=ax.transAxes, ha=end, va="center", color="white")
         across, up = (a for a in range(3) if a != cut.axis)
         whole = canvas.tile(ground, cut.axis, cut.box[cut.axis].start)
-        room = WIDTH - wide - 0.15 - gap
+        room = WIDTH - side - 0.15 - gap
         ratio = whole.shape[0] * canvas.zooms[up] / (whole.shape[1] * canvas.zooms[across])
         small = min(room, height / ratio)
         where = page.add_axes(((wide + 0.05 + gap) / WIDTH, (top + height - small * ratio) / total,
