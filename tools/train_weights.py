@@ -1,8 +1,10 @@
 """Train the weights that ship: one network for all protocols.
 
-    python tools/train_weights.py METHOD OUT [--steps N] [--state FILE] [--threads N] [--seed N]
+    python tools/train_weights.py METHOD OUT [--densities FILE.npy] [--steps N]
+        [--state FILE] [--threads N] [--seed N]
 
-METHOD is a folder of bidsapp/methods with a training.toml. An interrupted training goes on from
+METHOD is a folder of bidsapp/methods with a training.toml. --densities: what tools/densities.py
+writes; half of the simulated voxels take theirs from it. An interrupted training goes on from
 --state (default OUT/state.ckpt). OUT receives model.safetensors and model.json.
 """
 
@@ -10,6 +12,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bidsapp import checkpoint, methods
@@ -21,6 +24,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--densities", type=Path)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--state", type=Path)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -33,8 +37,9 @@ def main() -> None:
     recipe = method.recipe()
     if options.steps:
         recipe = replace(recipe, schedule=replace(recipe.schedule, steps=options.steps))
+    table = torch.from_numpy(np.load(options.densities)) if options.densities else None
     trained = learn.train(
-        method.name, recipe, seed=options.seed, device=options.device,
+        method.name, recipe, seed=options.seed, device=options.device, table=table,
         saved=options.state or options.out / "state.ckpt", intended_use=method.intended_use)
     for name, content in checkpoint.pack(trained).items():
         (options.out / name).write_bytes(content)

@@ -53,7 +53,8 @@ def densities(dwi: Dwi, single_fibre: Bool[np.ndarray, " voxel"], gm: Bool[np.nd
             f"shells of {[len(s) for s in shells]} directions, and voxels: "
             f"{', '.join(f'{k} {int(v.sum())}' for k, v in kinds.items())}. Needed are a b0, two "
             f"shells, {LEAST} directions in one of them, and voxels of every kind.")
-    volumes = np.sort(np.concatenate([np.flatnonzero(acquisition.b0), *(s.indices for s in shells)]))
+    volumes = np.sort(np.concatenate(
+        [np.flatnonzero(acquisition.b0), *(s.indices for s in shells)]))
     part = acquisition[volumes]
     table = gradient_table(_of_shells(part), bvecs=part.bvecs)
     signal = dwi.signal[:, volumes].astype(float)
