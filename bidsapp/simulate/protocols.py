@@ -169,7 +169,8 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
          ) -> Protocols:
     """Random protocols: a number of `shells` (a single one is drawn more rarely) of b-values in
     ms/µm², uniform in √b and, of one shape, apart by 15 %; counts of directions uniform in √count,
-    spread evenly, and S0 known in a share of `known`. Each shell is turned at random."""
+    spread evenly, and S0 known in a share of `known`. Each shell is turned at random. Every protocol
+    has the first of `b_delta` to choose from, and each of the others in half."""
     rng = np.random.default_rng(
         int(torch.randint(2**62, (), generator=generator, device=generator.device)))
     most = shells[1]
@@ -182,9 +183,10 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
         groups, most, 3, 3)
     for g in range(groups):
         k = rng.choice(np.arange(shells[0], most + 1), p=share)
+        kinds = [b_delta[0], *(x for x in b_delta[1:] if rng.random() < 0.5)]
         while True:
             level = np.sort(rng.uniform(b[0] ** 0.5, b[1] ** 0.5, k) ** 2)
-            shape = rng.choice(b_delta, k)
+            shape = rng.choice(kinds, k)
             if all((level[shape == x][1:] > 1.15 * level[shape == x][:-1]).all() for x in b_delta):
                 break
         values[g, :k], shapes[g, :k] = level, shape
