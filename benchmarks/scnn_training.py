@@ -1,6 +1,6 @@
 """Networks of the spherical family trained on the same samples, and what each then estimates.
 
-    python benchmarks/scnn_training.py --network published|perceptron|spherical [--steps 2000]
+    python benchmarks/scnn_training.py --network published|mlp|spherical [--steps 2000]
         [--batch 500] [--seed 0] [--threads 1] [--table FILE.npy] [--measured 0.5]
         [--test-table FILE.npy ...] [--test-voxels 20000] [--state FILE] [--init FOLDER|shipped]
         [--learning-rate RATE] [--grid 59] [--out FOLDER]
@@ -16,7 +16,7 @@ sphere, and, as the paper's, at one vertex.
 `published` is the paper's architecture, loss and schedule: the mean over 3072 ODF values and two
 scalars (the ODF's by Parseval's theorem, up to degree 16), Adam at 1e-3, ÷ 10 after 50 % and 75 %
 of the steps. Its points are a half grid exact to degree --grid in place of 3072; weights start as
-He et al. 2015 propose (doi:10.1109/ICCV.2015.123), which the paper does not say. `perceptron` and
+He et al. 2015 propose (doi:10.1109/ICCV.2015.123), which the paper does not say. `mlp` and
 `spherical` are trained as `group --train` trains estimate_mlp2 and estimate_scnn2; --init starts
 from the weights in a folder, or those that ship. --out keeps weights and card.
 """
@@ -75,7 +75,7 @@ def published_loss(estimate: Estimate, parameters: torch.Tensor, odf: torch.Tens
 
 
 def recipe_of(options: argparse.Namespace) -> learn.Recipe:
-    name = {"perceptron": "estimate_mlp2"}.get(options.network, "estimate_scnn2")
+    name = {"mlp": "estimate_mlp2"}.get(options.network, "estimate_scnn2")
     known = methods.get(name).recipe("one")
     schedule = replace(known.schedule, steps=options.steps,
                        validate_every=min(known.schedule.validate_every, options.steps))
@@ -105,7 +105,7 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
         seconds = time.perf_counter() - start
         print(f"loss {history[0]['loss']:.3g} → {history[-1]['loss']:.3g}")
         return network, recipe, simulate.power, recipe.schedule.steps * recipe.batch / seconds
-    method = "estimate_mlp2" if options.network == "perceptron" else "estimate_scnn2"
+    method = "estimate_mlp2" if options.network == "mlp" else "estimate_scnn2"
     start_from = None
     if options.init:
         start_from = (estimating.shipped(method) if options.init == "shipped"
@@ -169,7 +169,7 @@ def options_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", required=True,
-                        choices=("published", "perceptron", "spherical"))
+                        choices=("published", "mlp", "spherical"))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)

@@ -205,7 +205,7 @@ def test_published_loss_is_the_mean_over_all_values():
 
 def test_networks_are_trained_on_the_same_samples():
     seen = []
-    for name in ("published", "spherical", "perceptron"):
+    for name in ("published", "spherical", "mlp"):
         options = scnn_training.options_of(["--network", name])
         simulate = learn.Simulator(scnn_training.recipe_of(options))
         seen.append(simulate(32, 1, torch.Generator().manual_seed(4)))
