@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from bidsapp import methods
+from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.methods import Derived, Fitted, Method, Study
-from bidsapp.report import canvas, figures, page
+from bidsapp.report import canvas, figures, glyphs, page
 
 SVG = "{http://www.w3.org/2000/svg}"
 OUTPUTS = {
@@ -232,6 +232,164 @@ def test_a_suspected_slice_is_shown(rng):
     drawn = figures.of_signal(replace(dwi, signal=signal), dwi.unmask(dwi.mean_b0))[-1]
     assert "1 slice(s) in 1 volume(s)" in drawn.caption
     assert "slice 4, vol. 9" in drawn.svg.decode()
+
+
+def towards(axes, sharpness=20.0):
+    """(voxel, 45) functions ∝ exp(κ (n·μ)²) up to degree 8, 1 along their axis μ."""
+    axes, (points, weights) = np.atleast_2d(axes).astype(float), sh.quadrature(60)
+    odf = (np.exp(sharpness * ((axes @ points.T)**2 - 1)) * weights) @ sh.basis(8, points)
+    return (odf / (odf * sh.basis(8, axes)).sum(1, keepdims=True)).astype(np.float32)
+
+
+def long_axis(pixels):
+    """Angle in degrees, modulo 180, of the longest axis of a set of pixels; row 0 at the bottom."""
+    y, x = np.nonzero(pixels)
+    _, vectors = np.linalg.eigh(np.cov(x, y))
+    return np.degrees(np.arctan2(vectors[1, -1], vectors[0, -1])) % 180
+
+
+@pytest.mark.parametrize("name", [*AFFINES, "anisotropic"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_glyphs_point_from_voxel_to_voxel(rng, name, axis):
+    """A fibre that runs from one voxel through another is drawn along the line between them."""
+    affine = (AFFINES["oblique"] @ np.diag([1, -1.5, 2.5, 1])  # of unequal voxels, one axis flipped
+              if name == "anisotropic" else AFFINES[name])
+    shape = (9, 10, 11)
+    dwi = make_dwi(rng, shape, affine)
+    drawn = canvas.Canvas(dwi)
+    across, up = (a for a in range(3) if a != axis)
+    image_axes = {int(drawn.orientation[i, 0]): i for i in range(3)}
+    for step in ((2, 1), (1, -2), (0, 1), (1, 0)):
+        ends = np.full((2, 3), 4)
+        ends[1, image_axes[across]] += step[0]
+        ends[1, image_axes[up]] += step[1]
+        fibre = affine[:3, :3] @ (ends[1] - ends[0])
+        fibre /= np.linalg.norm(fibre)
+        rows = np.full(shape, -1)
+        rows[tuple(ends[0])] = 0
+        marks = np.zeros(shape)
+        marks[tuple(ends[0])], marks[tuple(ends[1])] = 1, 2
+        position = np.argwhere(drawn.canonical(marks) == 1)[0]
+        tile = drawn.tile(drawn.canonical(marks), axis, position[axis], crop=False)
+        (one, two) = (np.argwhere(tile == k)[0] for k in (1, 2))
+        line = (two - one) * (drawn.zooms[up], drawn.zooms[across])
+        box = [slice(int(p), int(p) + 1) for p in position]
+        picture = glyphs.painted(drawn, towards(fibre), drawn.canonical(rows), np.zeros((
+            *drawn.mask.shape, 3), np.uint8), glyphs.Cut(axis, tuple(box)))
+        expected = np.degrees(np.arctan2(*line)) % 180
+        found = long_axis(picture.any(-1))
+        assert min(abs(found - expected), 180 - abs(found - expected)) < 3
+        y, x = np.indices(picture.shape[:2]) - (np.array(picture.shape[:2])[:, None, None] - 1) / 2
+        tip = np.argmax(picture.any(-1) * np.hypot(y, x))
+        np.testing.assert_allclose(picture.reshape(-1, 3)[tip] / 255, np.abs(fibre), atol=0.12)
+
+
+def test_glyphs_are_surfaces_seen_from_outside():
+    """A bundle along the line of sight is round, its axis' colour in the middle. A flat density is
+    a ball of that radius, whose visible points are known. A tilted bundle's lobe that comes
+    towards the viewer hides more of the other than the other of it."""
+    flat = np.eye(1, 45, dtype=np.float32) * 0.5 * np.sqrt(4 * np.pi)
+    odf = np.concatenate([towards([0, 0, 1]), flat, towards(np.array([1, 0, 2]) / np.sqrt(5))])
+    colours, inside = glyphs.surfaces(odf, np.eye(3), (41, 41))
+    y, x = np.indices((41, 41)) - 20.0
+    rho = np.hypot(y, x) / 20.5
+    np.testing.assert_array_equal(inside[1], rho <= 0.5)
+    depth = 20.5 * np.sqrt(np.maximum(0.25 - rho**2, 0))
+    ball = np.stack([np.abs(x), np.abs(y), depth], -1) / 10.25
+    off = np.abs(colours[1] / 255 - ball)[rho < 0.45]
+    assert off.max() < 1.5 * np.pi / glyphs.TILTS / np.sqrt(1 - 0.9**2)
+    assert colours[0, 20, 20, 2] > 250 and colours[0, 20, 20, :2].max() < 30
+    np.testing.assert_array_equal(inside[0], inside[0].T)
+    np.testing.assert_array_equal(inside[2], inside[2][:, ::-1])  # its outline is symmetric,
+    assert (colours[2, 20, 21:25, 2] > colours[2, 20, 16:20, 2][::-1]).all()  # what is seen is not
+
+
+def test_two_bundles_make_two_lobes():
+    odf = towards([[1, 0, 0], [0, 1, 0]]).sum(0, keepdims=True)
+    colours, inside = glyphs.surfaces(odf, np.eye(3), (41, 41))
+    y, x = np.indices((41, 41)) - 20.0
+    far = inside[0] & (np.hypot(y, x) > 12)
+    assert np.abs(np.sin(2 * np.arctan2(y, x)))[far].max() < 0.6
+    for row, column, expected in ((20, 36, 0), (36, 20, 1), (20, 4, 0), (4, 20, 1)):
+        assert inside[0, row, column] and colours[0, row, column].argmax() == expected
+
+
+def test_the_window_holds_most_and_has_a_square_side():
+    amount = np.zeros((60, 50, 4))
+    amount[40:44, 5:9, 2] = 1
+    cut = glyphs.densest(amount, 2, (1.0, 1.0, 3.0))
+    assert amount[cut.box].sum() == amount.sum() and cut.box[2] == slice(2, 3)
+    assert [s.stop - s.start for s in cut.box] == [32, 32, 1]
+    assert [s.stop - s.start for s in glyphs.densest(amount, 1, (1.0, 1.0, 10.0)).box] == [32, 1, 3]
+    assert glyphs.densest(amount[:3, :2], 2, (1.0, 1.0, 1.0)).box[:2] == (slice(0, 3), slice(0, 2))
+
+
+class Spherical(Tensor):
+    OUTPUTS: ClassVar[dict] = {**OUTPUTS, "maps": {
+        "fa": OUTPUTS["maps"]["fa"],
+        "odf": {"entities": {"param": "odf"}, "Description": "Density; its integral is 1",
+                "Units": "1/sr", "range": [None, None], "report": True, "background": "fa"}}}
+
+
+@pytest.mark.parametrize("shape", [(20, 20, 2), (9, 8, 7), (1, 10, 11), (1, 1, 1)])
+def test_glyph_figure(rng, shape):
+    """Flagged voxels and those without estimate have no glyph; the scale starts at 0."""
+    dwi = make_dwi(rng, shape, bvals=np.array([0.0, 1000]))
+    n = len(dwi.signal)
+    odf = 3 * np.repeat(towards([1, 0, 0]), n, 0)
+    maps = {"fa": np.full(n, 0.5, np.float32), "odf": odf}
+    (_, drawn) = figures.of_maps(Spherical(), Derived(maps), dwi)
+    ElementTree.fromstring(drawn.svg)
+    assert drawn.entities == {"model": "tensor", "param": "odf"} and drawn.title == "Density"
+    assert "half a voxel is 1.5 1/sr" in drawn.caption  # of 3 · 0.5
+    titles = re.findall(r"(Axial|Coronal|Sagittal), [xyz] = -?\d+ mm", drawn.svg.decode())
+    assert titles == {(20, 20, 2): ["Axial"], (1, 10, 11): ["Sagittal"]}.get(
+        shape, ["Axial", "Coronal"])
+
+    def coloured(derived):
+        shown = figures.of_maps(Spherical(), derived, dwi)[1]
+        return (np.ptp(images(shown.svg)[0].astype(int), axis=2) > 60).sum(), shown.caption
+
+    every, _ = coloured(Derived(maps))
+    flagged = Spherical.OUTPUTS["maps"] | {"flag": {**OUTPUTS["maps"]["s0"]}}
+    outputs = {**Spherical.OUTPUTS, "maps": flagged}
+    sure = (rng.random(n) < 0.5) & (np.arange(n) > 0)
+    valid, caption = coloured(Derived(maps, valid=sure))
+    assert f"{1 - sure.mean():.2%} of the voxels" in caption
+    assert every > 0 and valid <= 0.8 * every
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Spherical, "OUTPUTS", outputs)
+        flags, _ = coloured(Derived({**maps, "flag": 1.0 - sure}))
+    assert flags == valid
+    nothing, _ = coloured(Derived(maps, valid=np.zeros(n, bool)))
+    assert nothing == 0
+
+
+@pytest.mark.parametrize("name", methods.names("estimate_"))
+def test_every_figure_has_its_own_title(rng, name):
+    maps = methods.get(name).outputs["maps"]
+    titles = [figures._short(e["Description"]) for e in maps.values() if e["report"]]
+    assert len(set(titles)) == len(titles) and all(len(t) > 3 for t in titles)
+
+
+def test_labels_are_counted(rng):
+    dwi = make_dwi(rng, (5, 4, 5), bvals=np.array([0.0, 1000]))
+    flag = {"entities": {"param": "flag"}, "Description": "Flag: 0 good; 1 bad; 2 worse",
+            "Units": "label", "range": [0, 2], "report": True}
+    values = np.repeat([0.0, 1, 2], (70, 20, 10)).astype(np.float32)
+    with mpl.rc_context(canvas.STYLE):
+        drawn = figures._map(canvas.Canvas(dwi), values, flag, {}, "")
+    assert drawn.title == "Flag" and "1: 20.00%, 2: 10.00%" in drawn.caption
+    assert "Median" not in drawn.caption and ">0.5<" not in drawn.svg.decode()
+
+
+@pytest.mark.parametrize("name", methods.names("estimate_"))
+def test_what_glyphs_stand_on_is_there(name):
+    maps = methods.get(name).outputs["maps"]
+    for key, entry in maps.items():
+        drawn = entry["report"] and entry["Units"] == "1/sr"
+        assert drawn == (key == "odf") == ("background" in entry)
+        assert not drawn or maps[entry["background"]]["range"] == [0, 1]
 
 
 class Page(HTMLParser):

@@ -48,7 +48,7 @@ def derived(run: Run, dataset: Dataset, *, model: Mapping[str, Any], output: Map
     URIs of what it was made from beside the run."""
     keys = base(run, dataset, output["Description"])
     keys["Sources"] = [*keys["Sources"], *more_sources]
-    shown = ("entities", "Description", "range", "cmap", "report", "display")
+    shown = ("entities", "Description", "range", "cmap", "report", "display", "background")
     return {
         **keys,
         **{k: v for k, v in output.items() if k not in shown},

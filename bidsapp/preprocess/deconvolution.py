@@ -1,8 +1,8 @@
 """Fibre orientation densities of real voxels, to simulate from.
 
-Constrained spherical deconvolution (Tournier et al. 2007, doi:10.1016/j.neuroimage.2007.02.016;
-dipy's) of the shell that has the most directions, with the tensor of the single-fibre voxels as the
-response, as the densities that `simulate.tissue.draw_odfs` takes as a table.
+Constrained spherical deconvolution of all linear shells into white matter, grey matter and CSF
+(Jeurissen et al. 2014, doi:10.1016/j.neuroimage.2014.07.061; dipy's, which needs cvxpy: the extra
+`train`), with tensors of the three tissues in each shell as responses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from bidsapp import sh, tensor
+from bidsapp import sh
+from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 
@@ -21,44 +22,60 @@ L_MAX = 8
 LEAST = 45
 """Directions of a shell, at least: as many as coefficients of degree 8."""
 
+WHITE = 0.2
+"""Share of white matter in a voxel's signal, at least: below it there is no density to speak of."""
 
-def densities(dwi: Dwi, single_fibre: Bool[np.ndarray, " voxel"], where: Bool[np.ndarray, " voxel"]
+
+def densities(dwi: Dwi, single_fibre: Bool[np.ndarray, " voxel"], gm: Bool[np.ndarray, " voxel"],
+              csf: Bool[np.ndarray, " voxel"], where: Bool[np.ndarray, " voxel"]
               ) -> Float[torch.Tensor, "row 45"]:
-    """One row of coefficients (basis of `bidsapp.sh`, ∫ = 1) for each voxel of `where` in which the
-    deconvolution leaves a density; they are non-negative up to dipy's tolerance.
+    """One row of coefficients (basis of `bidsapp.sh`, ∫ = 1) for each voxel of `where` that is
+    white matter for a share of WHITE or more; non-negative up to the solver's tolerance.
 
-    single_fibre: voxels whose mean tensor, sorted by its eigenvalues, is the response.
+    single_fibre, gm, csf: voxels of which the responses are made.
 
     Raises:
-        Refusal: no b0, no linear shell of LEAST directions, or no voxel of either kind.
+        Refusal: no b0, fewer than two linear shells, none of LEAST directions, or no voxel of a
+            kind.
     """
+    from dipy.core.gradients import gradient_table
     from dipy.core.sphere import Sphere
-    from dipy.reconst.csdeconv import ConstrainedSphericalDeconvModel
+    from dipy.reconst.mcsd import MultiShellDeconvModel, response_from_mask_msmt
 
     acquisition = dwi.acquisition
     shells = [s for s in acquisition.shells if s.b_delta > 0.95]
-    shell = max(shells, key=lambda s: (len(s), s.b), default=None)
     usable = where & (dwi.mean_b0 > 0)
-    if shell is None or len(shell) < LEAST or not (
-            acquisition.b0.any() and single_fibre.any() and usable.any()):
+    kinds = {"single-fibre": single_fibre, "grey matter": gm, "CSF": csf, "usable": usable}
+    if not acquisition.b0.any() or len(shells) < 2 or max(map(len, shells)) < LEAST or not all(
+            v.any() for v in kinds.values()):
         raise Refusal(
-            f"deconvolution found {int(acquisition.b0.sum())} volumes without weighting, "
-            f"{len(shell) if shell else 0} directions in the largest shell, "
-            f"{int(single_fibre.sum())} single-fibre voxels and {int(usable.sum())} to deconvolve. "
-            f"Needed are a b0, {LEAST} directions in one shell, and voxels of both kinds.")
-    volumes = np.sort(np.r_[np.flatnonzero(acquisition.b0), shell.indices])
+            f"deconvolution found {int(acquisition.b0.sum())} volumes without weighting, linear "
+            f"shells of {[len(s) for s in shells]} directions, and voxels: "
+            f"{', '.join(f'{k} {int(v.sum())}' for k, v in kinds.items())}. Needed are a b0, two "
+            f"shells, {LEAST} directions in one of them, and voxels of every kind.")
+    volumes = np.sort(np.concatenate([np.flatnonzero(acquisition.b0), *(s.indices for s in shells)]))
     part = acquisition[volumes]
-    fit = tensor.fit(torch.from_numpy(dwi.signal[single_fibre][:, volumes].copy()),
-                     tensor.design(part.btensors))
-    axial, radial, s0 = (float(fit[k].median()) for k in ("ad", "rd", "s0"))
+    table = gradient_table(_of_shells(part), bvecs=part.bvecs)
+    signal = dwi.signal[:, volumes].astype(float)
+    response = response_from_mask_msmt(
+        table, signal[:, None, None], *(v[:, None, None] for v in (single_fibre, gm, csf)))
     points, weights = sh.quadrature(2 * L_MAX)
     with warnings.catch_warnings():  # dipy deconvolves in its old basis and says so
         warnings.simplefilter("ignore", PendingDeprecationWarning)
-        model = ConstrainedSphericalDeconvModel(
-            part.to_dipy(), (np.array([axial, radial, radial]), s0), sh_order_max=L_MAX)
+        model = MultiShellDeconvModel(table, np.array(response), sh_order_max=L_MAX)
+        fit = model.fit(signal[usable])
         # sampled and projected below, so that no convention of the basis matters
-        values = model.fit(dwi.signal[usable][:, volumes].astype(float)).odf(Sphere(xyz=points))
+        values = fit.odf(Sphere(xyz=points))
     found = torch.from_numpy(values @ (weights[:, None] * sh.basis(L_MAX, points)))
-    total = found[:, :1] * np.sqrt(4 * np.pi)
-    kept = (total[:, 0] > 1e-3) & found.isfinite().all(1)
-    return (found[kept] / total[kept]).float()
+    share = fit.volume_fractions / np.maximum(fit.volume_fractions.sum(1, keepdims=True), 1e-9)
+    kept = torch.from_numpy(share[:, 2] >= WHITE) & found.isfinite().all(1)
+    total = found[kept, :1] * np.sqrt(4 * np.pi)
+    return (found[kept] / total).float()
+
+
+def _of_shells(acquisition: Acquisition) -> Float[np.ndarray, " volume"]:
+    """b-values as dipy parts them into shells: each the mean of its shell."""
+    b = np.zeros(len(acquisition.bvals))
+    for shell in acquisition.shells:
+        b[shell.indices] = round(shell.b)
+    return b

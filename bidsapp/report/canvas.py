@@ -99,7 +99,10 @@ class View:
 
 
 class Canvas:
-    """Where the voxels of a Dwi stand on the screen."""
+    """Where the voxels of a Dwi stand on the screen.
+
+    affine: (4, 4), canonical voxel to world RAS+, mm. axes: (3, 3), its columns at unit length.
+    """
 
     def __init__(self, dwi: Dwi) -> None:
         self.dwi = dwi
@@ -110,6 +113,8 @@ class Canvas:
         zooms[self.orientation[:, 0].astype(int)] = nib.affines.voxel_sizes(dwi.affine)
         self.zooms = tuple(float(z) for z in zooms)
         self.mask = self.canonical(dwi.mask)
+        self.affine = dwi.affine @ nib.orientations.inv_ornt_aff(self.orientation, dwi.mask.shape)
+        self.axes = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
 
     def canonical(self, volume: np.ndarray) -> np.ndarray:
         """(x, y, z, …) in the order closest to RAS+."""
@@ -253,7 +258,7 @@ def colour_bar(ax: Axes, limits: Limits, cmap: str, unit: str) -> None:
               vmin=0, vmax=1)
     ax.set_xticks([])
     ax.yaxis.tick_right()
-    ax.locator_params(axis="y", nbins=5)
+    ax.locator_params(axis="y", nbins=5, integer=unit == "label")
     ax.tick_params(labelsize=8)
     ax.set_title(unit, fontsize=8, weight="normal", loc="left")
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import quality
 from bidsapp.methods import Derived, Fitted, Method, Study
+from bidsapp.report import glyphs
 from bidsapp.report.canvas import (
     PALETTE,
     STYLE,
@@ -65,7 +66,7 @@ def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
 
     Colours run over `display`, else `range`; an end that is null is the 98th percentile (2nd for
     the lower). A map of three components is a direction: |x| red, |y| green, |z| blue, times `fa`
-    where the method has one; it comes first.
+    where the method has one; it comes first. Glyphs of an ODF stand on the map `background`.
     """
     canvas = Canvas(dwi)
     drawn: list[Figure] = []
@@ -80,6 +81,8 @@ def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
                                             section))
             elif values.ndim == 1 and entry.get("report"):
                 drawn.append(_map(canvas, values, entry, entities, section))
+            elif entry.get("report"):
+                drawn.append(_glyphs(canvas, values, derived, outputs, entry, entities, section))
     return drawn
 
 
@@ -310,8 +313,12 @@ def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities:
                     bar=((low, high), cmap), unit=units)
     beyond = float(np.mean((finite < low) | (finite > high))) if len(finite) else 0.0
     parts = [] if name == _short(name) else [f"{name}."]
-    parts.append(f"Shown from {low:.3g} to {high:.3g}{f' {units}' if units else ''}.")
-    if len(finite):
+    if units == "label":
+        counts = [f"{k}: {np.mean(finite == k):.2%}" for k in range(1, int(high) + 1)]
+        parts.append(f"{', '.join(counts)} of the voxels.")
+    else:
+        parts.append(f"Shown from {low:.3g} to {high:.3g}{f' {units}' if units else ''}.")
+    if len(finite) and units != "label":
         p5, median, p95 = np.percentile(finite, (5, 50, 95))
         parts.append(f"Median {median:.3g}, 5 to 95%: {p5:.3g} to {p95:.3g}.")
     if beyond > 0:
@@ -319,6 +326,18 @@ def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities:
     if len(finite) < len(values):
         parts.append(f"{len(values) - len(finite)} voxels have no value (grey).")
     return Figure("dwimap", entities, svg(drawn), _short(name), " ".join(parts), section)
+
+
+def _glyphs(canvas: Canvas, odf: np.ndarray, derived: Derived, outputs: Mapping[str, Any],
+            entry: Mapping[str, Any], entities: dict[str, str], section: str) -> Figure:
+    behind, share = outputs["maps"][entry["background"]], derived.maps[entry["background"]]
+    sure = derived.maps.get("flag", 0 * share) == 0
+    sure = sure & (True if derived.valid is None else derived.valid)
+    ground = coloured(canvas.canonical(canvas.dwi.unmask(share)), tuple(behind["range"]), "gray",
+                      canvas.mask)
+    title, what = _short(entry["Description"]), _short(behind["Description"])
+    drawn, caption = glyphs.draw(canvas, odf, share, sure, ground, title, what)
+    return Figure("dwimap", entities, drawn, title, caption, section)
 
 
 def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
