@@ -26,11 +26,12 @@ WEIGHTS, CARD = "model.safetensors", "model.json"
 class Card:
     """What is known of trained weights; plain values, as JSON holds them.
 
-    method: folder of the method. network: arguments of its constructor. trained_for: acquisitions
-    and ranges outside of which it must refuse. training: schedule, samples, device, duration and
-    what the data were. constants: numbers learned in training that are not weights. metrics: on
-    held-out data. intended_use: a sentence or two, limits included. reference_batch, batches: of a
-    harmonizer. sha256: of the weights' file, set when they are packed.
+    method: folder of the method. network: its architecture, where there are several, and arguments
+    of its constructor. trained_for: acquisitions and ranges outside of which it must refuse.
+    training: schedule, samples, device, duration and what the data were. constants: numbers learned
+    in training that are not weights. metrics: on held-out data. intended_use: a sentence or two,
+    limits included. reference_batch, batches: of a harmonizer. sha256: of the weights' file, set
+    when they are packed.
     """
 
     method: str

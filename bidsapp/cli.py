@@ -99,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--folds", type=int, metavar="K", help="of the cross-validation; default: 5")
     g.add_argument("--epochs", type=int, metavar="N", help="instead of the method's own")
     g.add_argument("--max-steps", type=int, metavar="N", help="stop the training early")
-    g.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights")
+    g.add_argument("--init", type=Path, metavar="CHECKPOINT",
+                   help="folder of weights to start from; default: those that ship, "
+                   "where they fit")
     g.add_argument("--paired-by", choices=("participant", "session"),
                    help="what pairs scans of two sites")
 

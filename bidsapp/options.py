@@ -93,6 +93,9 @@ class Options:
             if getattr(self, name) != defaults[name] and not self.synthesize:
                 raise UsageError(f"--{name.replace('_', '-')} belongs to --synthesize. Give a "
                                  f"MODE with it ({' '.join(MODES)}), or leave it out.")
+        if self.init and not self.train:
+            raise UsageError(f"--init {self.init}: weights that a training starts from. Give a "
+                             "METHOD with --train, or leave it out.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: needed is auto, cpu, cuda or cuda:N.")
         names = Counter(["raw", *(name for name, _ in self.derivatives)])

@@ -85,7 +85,8 @@ def group(options: Options) -> int:
         statistics, features, tuple(covariates), options.reference_batch,
         {run.name: btable.acquisition_of(run) for label in found.participants
          for run in found.runs[label] if run.name in done},
-        options.max_steps, options.random_seed, choose_device(options.device), states)
+        options.max_steps, options.random_seed, choose_device(options.device), states,
+        options.init)
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:

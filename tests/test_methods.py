@@ -3,12 +3,13 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from dipy.core.sphere import HemiSphere, disperse_charges
 from scipy.spatial.transform import Rotation
 
-from bidsapp import blocks, methods, sh
+from bidsapp import blocks, checkpoint, methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
@@ -45,10 +46,25 @@ def brain(acq, rng, rotation=None, sd=4.0):
     return Dwi(signal.astype(np.float32), mask, np.diag([2.0, 2.0, 2.0, 1.0]), acq, sd)
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """What a group level leaves: weights of the method that ships with none, for `acquisition`."""
+    folder, method = tmp_path_factory.mktemp("models"), methods.get("estimate_mlp2")
+    method.sloppy = True
+    study = methods.Study(pd.DataFrame({"snr_b0": [50.0]}), (), max_steps=20,
+                          acquisitions={"one": acquisition()})
+    for name, trained in method.fit(study).checkpoints.items():
+        for file, content in checkpoint.pack(trained).items():
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / file).write_bytes(content)
+    return folder
+
+
 @pytest.fixture(params=ESTIMATORS)
-def method(request):
+def method(request, models):
     found = methods.get(request.param)
     found.sloppy = True  # the contract holds for networks of any quality
+    found.models = models
     return found
 
 

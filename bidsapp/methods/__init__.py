@@ -58,7 +58,7 @@ class Study:
     features: its columns of map statistics. covariates: its columns of age, sex, ….
     reference_batch: the batch that others are mapped to, or None. acquisitions: of every run, by
     its name. max_steps, seed, device: of trainings. states: folder in which an interrupted training
-    is kept.
+    is kept. init: folder of the checkpoint that a training starts from, instead of its own choice.
     """
 
     statistics: pd.DataFrame
@@ -70,6 +70,7 @@ class Study:
     seed: int = 0
     device: str = "cpu"
     states: Path | None = None
+    init: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the methods that are a spherical network with its own tissue model share."""
+"""What the methods that are a network with its own tissue model share."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ class SphericalMethod(Method):
             self.name, self.recipe("one"), study.acquisitions,
             study.statistics["snr_b0"].tolist(),
             steps=study.max_steps, seed=study.seed, device=study.device, states=study.states,
-            intended_use=self.intended_use)
+            intended_use=self.intended_use, init=study.init)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
                            "Metrics": checkpoint.card.metrics}, {name: checkpoint})

@@ -16,10 +16,18 @@ from torch import nn
 
 from bidsapp import __version__, sh, training
 from bidsapp.acquisition import Acquisition
-from bidsapp.checkpoint import Card, Checkpoint
-from bidsapp.errors import UsageError
-from bidsapp.microstructure.maps import QUANTILE, calibrated, clamped, misfit
-from bidsapp.networks.scnn import Estimate, SphericalNetwork
+from bidsapp.checkpoint import Card, Checkpoint, load
+from bidsapp.errors import DataError, Refusal, UsageError
+from bidsapp.microstructure.maps import (
+    QUANTILE,
+    build,
+    calibrated,
+    clamped,
+    misfit,
+    shipped,
+    takes_hint,
+)
+from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import protocols
 from bidsapp.simulate.likelihood import Likelihood, hint
 from bidsapp.simulate.protocols import Protocols
@@ -54,10 +62,11 @@ class Range:
 class Recipe:
     """What is learned and how: a method's training.toml beside its `Tissue`.
 
-    groups: protocols side by side in a batch. beta: weight of a voxel's error, SD^(2 beta − 2):
-    1 for the least mean square error, 0 for the likelihood, between them where the noise varies.
-    density: weight of the density's mean square error over the sphere. held_out: voxels of a
-    validation; 8 times as many calibrate, 4 times as many measure.
+    network: `architecture` and its arguments (`maps.build`); `shells`, where it is one of them, is
+    that of the acquisition. groups: protocols side by side in a batch. beta: weight of a voxel's
+    error, SD^(2 beta − 2): 1 for the least mean square error, 0 for the likelihood, between them
+    where the noise varies. density: weight of the density's mean square error over the sphere.
+    held_out: voxels of a validation; 8 times as many calibrate, 4 times as many measure.
     """
 
     tissue: Tissue
@@ -81,14 +90,19 @@ def read_recipe(tissue: Tissue, table: Mapping[str, Any]) -> Recipe:
 
 
 class Simulator:
-    """Draws what a network sees and what it should say, from a generator and nothing else."""
+    """Draws what a network sees and what it should say, from a generator and nothing else.
 
-    def __init__(self, recipe: Recipe, table: torch.Tensor | None = None) -> None:
+    power: of the densities, that hints are made with, where a network knows others already.
+    """
+
+    def __init__(self, recipe: Recipe, table: torch.Tensor | None = None,
+                 power: torch.Tensor | None = None) -> None:
         self.recipe, self.table = recipe, table
         known = recipe.trained_for
         self.fixed = None if known.acquisition is None else protocols.of(
             known.acquisition, known.acquisition.shells, L_SIMULATED, s0_known=known.s0_known)
-        self.power = density_power(recipe, table)
+        self.power = density_power(recipe, table) if power is None else power
+        self.hinted = takes_hint(recipe.network)
 
     def protocols(self, groups: int, generator: torch.Generator) -> Protocols:
         of = self.recipe.trained_for
@@ -108,7 +122,8 @@ class Simulator:
         snr = torch.exp(low + (high - low) * torch.rand(count, generator=generator,
                                                         device=generator.device))
         x, noise = protocols.measure(side, side.signals(s), 1 / snr, generator)
-        found = hint(Likelihood(tissue, self.power.to(x), x, noise, side.shells))
+        found = hint(Likelihood(tissue, self.power.to(x), x, noise, side.shells)
+                     ) if self.hinted else x.new_zeros(count, 0)
         return x, noise, side.shells, found, parameters, odfs[:, :sh.size(protocols.L_FIT)]
 
 
@@ -131,22 +146,49 @@ def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: t
     return likelihood.mean(0).sum() + recipe.density * density_error(estimate.odf, odf).mean()
 
 
-def density_error(found: Float[torch.Tensor, "voxel 45"], truth: Float[torch.Tensor, "voxel 45"]
-                  ) -> Float[torch.Tensor, " voxel"]:
+def density_error(found: Float[torch.Tensor, "voxel size"],
+                  truth: Float[torch.Tensor, "voxel size"]) -> Float[torch.Tensor, " voxel"]:
     """Mean square over the sphere (Parseval), (1/sr)²."""
     return (found - truth).square().sum(1) / (4 * math.pi)
 
 
+def start_of(method: str, recipe: Recipe, init: Path | None) -> Checkpoint | None:
+    """What a training starts from: the checkpoint in the folder `init`; without one the weights
+    that ship, where there are any for this network; else None, chance.
+
+    Raises:
+        UsageError: `init` cannot be read, or belongs to another method or network.
+    """
+    network = build(recipe.tissue, recipe.network)
+    if init:
+        try:
+            found = load(init, method)
+            found.into(network)
+        except DataError as error:
+            raise UsageError(f"--init: {error}") from error
+        return found
+    try:
+        found = shipped(method)
+    except Refusal:
+        return None
+    shapes = {k: v.shape for k, v in network.state_dict().items()}
+    return found if shapes == {k: v.shape for k, v in found.tensors.items()} else None
+
+
 def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | None = None,
-          table: torch.Tensor | None = None, intended_use: str = ""
-          ) -> Checkpoint:
+          table: torch.Tensor | None = None, intended_use: str = "",
+          start: Checkpoint | None = None) -> Checkpoint:
     """Train, calibrate and measure a network; its weights and card.
 
     saved: state file, from which an interrupted training goes on. table: (row, 45) densities.
+    start: weights at the start, and the power of densities that they know from their hints.
     """
     with training.seeded(seed):
-        network = SphericalNetwork(len(recipe.tissue.names), **recipe.network)
-    simulate = Simulator(recipe, table)
+        network = build(recipe.tissue, recipe.network)
+    if start:
+        start.into(network)
+    simulate = Simulator(recipe, table, torch.tensor(start.card.constants["density_power"])
+                         if start else None)
     batches = _held_out(simulate, recipe, recipe.held_out, seed + 1, device)
 
     def validate(model: nn.Module) -> float:
@@ -154,12 +196,12 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
         plain = replace(recipe, beta=0.0)
         return float(np.mean([float(loss_of(plain, model(*b[:4]), *b[4:])) for b in batches]))
 
-    start = time.monotonic()
+    began = time.monotonic()
     history = training.train(
         network, lambda g: simulate(recipe.batch, recipe.groups, g),
         lambda model, b: loss_of(recipe, model(*b[:4]), *b[4:]), recipe.schedule,
         seed=seed, device=device, validate=validate, saved=saved, name=method)
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - began
     constants = calibrate(network, recipe, _held_out(
         simulate, recipe, 8 * recipe.held_out, seed + 2, device))
     constants["density_power"] = simulate.power.tolist()
@@ -176,6 +218,7 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
                   "samples": int(history[-1]["step"]) * recipe.batch if history else 0,
                   "seconds": round(seconds), "device": device,
                   "threads": torch.get_num_threads() if device == "cpu" else None,
+                  "start": start.card.sha256 if start else "random",
                   "data": "simulated: " + ("Watson mixtures" if table is None else
                                            "Watson mixtures and measured densities")},
         intended_use=intended_use, versions={"qsphere": __version__, "torch": torch.__version__},
@@ -184,14 +227,16 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
 
 def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition],
             snr: Sequence[float], *, steps: int | None, seed: int, device: str,
-            states: Path | None, intended_use: str) -> tuple[str, Checkpoint]:
+            states: Path | None, intended_use: str, init: Path | None = None
+            ) -> tuple[str, Checkpoint]:
     """A network for the acquisition that all runs share, and a name that says which.
 
     snr: S0 over the noise SD of the runs; trained for half the least to twice the greatest.
     steps: at most, else the recipe's. states: folder of the state from which a training goes on.
+    init: as of `start_of`.
 
     Raises:
-        UsageError: acquisitions differ in their shells, or have none.
+        UsageError: acquisitions differ in their shells, or have none; or as of `start_of`.
     """
     kinds: dict[str, list[str]] = {}
     for run, acquisition in acquisitions.items():
@@ -209,14 +254,17 @@ def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition]
     acquisition = next(iter(acquisitions.values()))
     levels = [float(v) for v in snr if v is not None and math.isfinite(v)]
     low, high = (min(levels) / 2, 2 * max(levels)) if levels else recipe.trained_for.snr
+    shells = {"shells": len(acquisition.shells)} if "shells" in recipe.network else {}
     recipe = replace(
-        recipe, groups=1, schedule=replace(recipe.schedule, steps=steps or recipe.schedule.steps),
+        recipe, groups=1, network={**recipe.network, **shells},
+        schedule=replace(recipe.schedule, steps=steps or recipe.schedule.steps),
         trained_for=Range(snr=(low, high), acquisition=acquisition))
     name = f"{method}_{kind}"
     if states:
         states.mkdir(parents=True, exist_ok=True)
     return name, train(method, recipe, seed=seed, device=device, intended_use=intended_use,
-                       saved=states / f"{name}.ckpt" if states else None)
+                       saved=states / f"{name}.ckpt" if states else None,
+                       start=start_of(method, recipe, init))
 
 
 def told(acquisition: Acquisition) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import nn
 
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.blocks import map_voxels
 from bidsapp.checkpoint import Checkpoint, load
 from bidsapp.dwi import Dwi
-from bidsapp.errors import Refusal
+from bidsapp.errors import DataError, Refusal
+from bidsapp.networks.mlp import Perceptron
 from bidsapp.networks.scnn import Estimate, SphericalNetwork
 from bidsapp.simulate import forward, protocols
 from bidsapp.simulate.likelihood import Likelihood, hint
@@ -38,6 +40,37 @@ BLOCK = 512
 """Voxels whose layers fit the cache."""
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+
+ARCHITECTURES: Mapping[str, type[nn.Module]] = {
+    "spherical": SphericalNetwork, "perceptron": Perceptron}
+
+
+def architecture(arguments: Mapping[str, Any]) -> type[nn.Module]:
+    """The class of the network that a recipe or a card describes, spherical where it says nothing.
+
+    Raises:
+        DataError: no such architecture.
+    """
+    kind = arguments.get("architecture", "spherical")
+    if kind not in ARCHITECTURES:
+        raise DataError(f"a network of architecture {kind!r}; known are "
+                        f"{', '.join(ARCHITECTURES)}. The weights belong to another version; "
+                        "train again, or use that version.")
+    return ARCHITECTURES[kind]
+
+
+def build(tissue: Tissue, arguments: Mapping[str, Any], *, grid: int | None = None) -> nn.Module:
+    """That network. grid: of a spherical one, instead of its own."""
+    kind = architecture(arguments)
+    known = {k: v for k, v in arguments.items() if k != "architecture"}
+    if grid and kind is SphericalNetwork:
+        known["grid"] = grid
+    return kind(len(tissue.names), **known)
+
+
+def takes_hint(arguments: Mapping[str, Any]) -> bool:
+    """Whether that network looks at the hint, which costs more than the rest of a simulation."""
+    return architecture(arguments) is not Perceptron
 
 
 def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list[Shell]:
@@ -101,7 +134,8 @@ def shipped(name: str) -> Checkpoint:
     """
     folder = WEIGHTS / name
     if not folder.is_dir():
-        raise Refusal(f"{name} has no weights in {folder}. Train them for this acquisition: "
+        raise Refusal(f"{name} found no weights: none ship, and none in OUTPUT_DIR/group/models "
+                      "are for this acquisition. Needed is a training: "
                       f"qsphere BIDS_DIR OUTPUT_DIR group --train {name}")
     return load(folder, name)
 
@@ -115,8 +149,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     """
     card, acquisition = checkpoint.card, dwi.acquisition
     shells = check(acquisition, card.trained_for, card.method)
-    arguments = {**card.network, "grid": GRID}
-    network = checkpoint.into(SphericalNetwork(len(tissue.names), **arguments)).to(device)
+    network = checkpoint.into(build(tissue, card.network, grid=GRID)).to(device)
     s0_known = bool((dwi.mean_b0 == 1).all())
     side = protocols.of(acquisition, shells, protocols.L_FIT, s0_known=s0_known)
     fits = [side.fit[0, i, :, :len(s)].to(device, torch.float32) for i, s in enumerate(shells)]
@@ -127,6 +160,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
     least, most = (1 / snr for snr in reversed(card.trained_for["SNR"]))
     power = torch.tensor(card.constants["density_power"], device=device, dtype=torch.float64)
+    hinted = takes_hint(card.network)
     of_mean = 0.0 if s0_known else len(b0) ** -0.5
 
     def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -140,8 +174,9 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         bounded = sigma.clamp(least, most)[:, None]
         noise = torch.cat([bounded, of_mean * bounded], 1)
         # in double precision, else rounding decides which way the search goes on a flat ridge
-        likely = hint(Likelihood(tissue, power, x.double(), noise.double(), told.double()))
-        found = network(x, noise, told, likely.float())
+        likely = hint(Likelihood(tissue, power, x.double(), noise.double(), told.double())
+                      ).float() if hinted else x.new_zeros(len(signal), 0)
+        found = network(x, noise, told, likely)
         sd = calibrated(tissue, found.log_sd.clamp(-7, 2).exp(), card.constants)
         strange = misfit(tissue, x, noise, told, found) > card.constants["misfit"]
         flag = torch.where(sigma > 1.001 * most, 2.0, torch.where(strange, 1.0, 0.0))

@@ -1,11 +1,17 @@
-"""Plain multilayer perceptrons."""
+"""Multilayer perceptrons: plain layers, and the one that spherical networks are compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
+from jaxtyping import Float
 from torch import nn
+
+from bidsapp import sh
+from bidsapp.networks.scnn import ISOTROPIC, Estimate, ShellEmbedding
+from bidsapp.networks.spherical import by_degree
 
 
 def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU,
@@ -22,3 +28,35 @@ def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU,
         if i < last:
             layers += [*([norm(outside)] if norm else []), activation()]
     return nn.Sequential(*layers)
+
+
+class Perceptron(nn.Module):
+    """The baseline of Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415): hidden layers of 512
+    with batch normalisation and ReLU. It must learn what a rotation does: it is not equivariant.
+
+    Coefficients up to degree 8 of a given number of shells in their order (scaled by degree to
+    about 1) and the noise → parameters with their posterior SD, and the density. `forward` takes
+    what `SphericalNetwork` takes, but leaves shells and hint unused: it serves one acquisition.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(self, parameters: int, *, shells: int, widths: Sequence[int] = (512, 512, 512),
+                 l_odf: int = 8) -> None:
+        super().__init__()
+        scale = by_degree(torch.tensor(ShellEmbedding.SCALE))[:, None, None]
+        self.register_buffer("scale", scale, persistent=False)
+        self.outputs = (parameters, parameters, sh.size(l_odf) - 1)
+        self.layers = mlp([shells * len(scale) + 2, *widths, sum(self.outputs)],
+                          norm=nn.BatchNorm1d)
+
+    def forward(self, x: Float[torch.Tensor, "coef voxel shell"],
+                noise: Float[torch.Tensor, "voxel 2"],
+                shells: Float[torch.Tensor, "group shell 3"],
+                hint: Float[torch.Tensor, "voxel hint"]) -> Estimate:
+        flat = (x * self.scale).transpose(0, 1).flatten(1)
+        level, of_mean = noise.split(1, 1)
+        told = torch.cat([flat, level.clamp(min=1e-3).log() + 4, 10 * of_mean], 1)
+        mean, log_sd, odf = self.layers(told).split(self.outputs, 1)
+        return Estimate(mean, log_sd - 2,
+                        torch.cat([torch.full_like(odf[:, :1], ISOTROPIC), odf], 1))
