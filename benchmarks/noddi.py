@@ -41,8 +41,8 @@ PRIORS = {"whole": ((0.0, 1.0), (0.01, 0.99), (0.0, 1.0)),
 PARALLEL, FREE = 1.7, 3.0
 
 PEER = """
-import os, sys, tempfile, time
-folder = tempfile.mkdtemp()
+import os, sys, time
+folder = os.path.dirname(sys.argv[2])  # is removed after the run
 os.environ["HOME"] = os.environ["DIPY_HOME"] = folder
 import nibabel as nib
 import numpy as np
