@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 import traceback
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import tomli_w
 import torch
 
@@ -117,15 +119,9 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
 
 def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
     """mask → load → check → apply → write → figures, for one run."""
-    acquisition = btable.acquisition_of(run)
-    mean_b0, affine = read_mean(run, acquisition.b0)
-    try:
-        mask = given(run.mask, mean_b0.shape, affine) if run.mask else median_otsu(mean_b0)
-    except DataError as error:
-        raise DataError(f"{run.mask or run.parts[0].image}: {error}") from error
+    dwi, mean_b0 = dwi_of(run, memory=job.memory, work_dir=job.options.work_dir)
+    acquisition, mask = dwi.acquisition, dwi.mask
     mask_source = dataset.uri(run.mask) if run.mask else "median-Otsu (dipy) of the mean b0"
-    dwi = load(run, mask, acquisition, memory=job.memory, work_dir=job.options.work_dir)
-    dwi = replace(dwi, noise_sd=noise_sd(dwi))
     like = open_image(run.parts[0].image)
 
     mask_path = names.output(run.entities, "mask", ".nii.gz", desc="brain")
@@ -166,6 +162,20 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
         "notices": list(dict.fromkeys(notices)),
         "methods": [m.name for m in chosen if m.name not in refusals],
         "figures": [draw(batch, run, figure) for figure in drawn]}
+
+
+def dwi_of(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
+           ) -> tuple[Dwi, np.ndarray]:
+    """A run within its mask, the one beside it or else one of its b0, with its noise; and the mean
+    b0 image."""
+    acquisition = btable.acquisition_of(run)
+    mean_b0, affine = read_mean(run, acquisition.b0)
+    try:
+        mask = given(run.mask, mean_b0.shape, affine) if run.mask else median_otsu(mean_b0)
+    except DataError as error:
+        raise DataError(f"{run.mask or run.parts[0].image}: {error}") from error
+    dwi = load(run, mask, acquisition, memory=memory, work_dir=work_dir)
+    return replace(dwi, noise_sd=noise_sd(dwi)), mean_b0
 
 
 def refused(method: Method, acquisition: Acquisition) -> bool:

@@ -24,7 +24,7 @@ from bidsapp.errors import QSphereError, Refusal, UsageError
 from bidsapp.evaluate import quality
 from bidsapp.methods import Method
 from bidsapp.options import Options
-from bidsapp.process import MODELS, Job, chosen_methods, one_participant, write_page
+from bidsapp.process import MODELS, Job, chosen_methods, dwi_of, one_participant, write_page
 from bidsapp.report import boilerplate, figures, page
 
 log = logging.getLogger("qsphere")
@@ -80,13 +80,14 @@ def group(options: Options) -> int:
               + ", ".join(f"{b}: {n}" for b, n in statistics["batch"].value_counts().items())
               + f"; trains {', '.join(options.train) or 'nothing'}")
         return 0
-    done, states = set(statistics["run"]), options.work_dir or options.output_dir / "group/log"
+    states = options.work_dir or options.output_dir / "group/log"
+    runs = {run.name: run for label in found.participants for run in found.runs[label]
+            if run.name in set(statistics["run"])}
     study = methods.Study(
         statistics, features, tuple(covariates), options.reference_batch,
-        {run.name: btable.acquisition_of(run) for label in found.participants
-         for run in found.runs[label] if run.name in done},
-        options.max_steps, options.random_seed, choose_device(options.device), states,
-        options.init)
+        {name: btable.acquisition_of(run) for name, run in runs.items()},
+        lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0], options.max_steps,
+        options.random_seed, choose_device(options.device), states, options.init)
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:

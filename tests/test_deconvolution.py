@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import synthetic_head as head
 import torch
 from test_synthesize import real
 
@@ -9,12 +10,10 @@ from bidsapp import sh, tensor
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.preprocess import tissue
+from bidsapp.preprocess import deconvolution, tissue
 from bidsapp.preprocess.deconvolution import densities
 from bidsapp.simulate import forward, odf, protocols
 from bidsapp.simulate.tissue import draw_odfs
-
-pytest.importorskip("cvxpy", reason="the extra `train` is not installed")
 
 AXIAL, RADIAL, GREY, WATER = 1.8, 0.25, 0.75, 3.0
 ISOTROPIC = 6
@@ -108,6 +107,22 @@ def test_refuses_what_it_cannot_deconvolve(n, kind):
     fraction, axes, single = crossing(70)
     with pytest.raises(Refusal, match="45 directions in one of them, and voxels of every kind"):
         deconvolved(dwi_of(fraction, axes, n=n), single & (kind == "one"))
+
+
+def test_a_study_gives_densities_of_its_own(tmp_path, caplog):
+    """From whole runs: white matter of the head whose fibres run along x or y, in world axes; a run
+    that cannot be deconvolved is left out, and said."""
+    folders = {n: head.write_dataset(tmp_path / str(n), scheme=((0, 4), (1000, 20), (2000, n)))
+               for n in (30, 45)}
+    found = deconvolution.of_study(lambda name: real(folders[int(name)]), ["30", "45"], voxels=100,
+                                   seed=0, device="cpu")
+    assert "30: gives no densities to learn from: deconvolution found 4 volumes" in caplog.text
+    assert 10 <= len(found) <= 50
+    grid = protocols.spread(1500)
+    peak = np.abs(grid[(found.numpy() @ sh.basis(8, grid).T).argmax(1)])
+    assert np.median(peak[:, :2].max(1)) > np.cos(np.radians(6))
+    assert deconvolution.of_study(lambda _: real(folders[30]), ["a"], voxels=9, seed=0,
+                                  device="cpu") is None
 
 
 @pytest.mark.slow

@@ -15,13 +15,13 @@ from test_run import content, qsphere, validate
 
 from bidsapp import methods
 from bidsapp.acquisition import Acquisition
-from bidsapp.bids import btable, find
+from bidsapp.bids import find
 from bidsapp.cli import parse
-from bidsapp.dwi import Dwi, load, noise_sd, read_mean
+from bidsapp.dwi import Dwi, noise_sd
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.mask import given, median_otsu
 from bidsapp.options import MODES
 from bidsapp.preprocess import tissue
+from bidsapp.process import dwi_of
 from bidsapp.simulate import mixture
 
 SHELLS = (1000, 2000)
@@ -393,12 +393,7 @@ def test_head_of_one_tensor_is_refused_and_the_rest_goes_on(bids_tree, tmp_path)
 def real(folder):
     options = parse([str(folder), str(folder.parent / "out"), "participant"])
     found = find.find(options)
-    run = found.runs[found.participants[0]][0]
-    acquisition = btable.acquisition_of(run)
-    mean_b0, affine = read_mean(run, acquisition.b0)
-    mask = given(run.mask, mean_b0.shape, affine) if run.mask else median_otsu(mean_b0)
-    dwi = load(run, mask, acquisition)
-    return replace(dwi, noise_sd=noise_sd(dwi))
+    return dwi_of(found.runs[found.participants[0]][0])[0]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@
 
 Multi-tissue deconvolution (`bidsapp.preprocess.deconvolution`) of the first participant's first
 run, in its mask and in slices FROM to TO, TO left out: others then serve as a test. OUT holds
-(row, 45) coefficients. 30 ms per voxel. Needs `pip install '.[train]'`.
+(row, 45) coefficients. 30 ms per voxel.
 """
 
 import argparse

@@ -11,7 +11,7 @@ import importlib
 import json
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -57,8 +57,9 @@ class Study:
     statistics: one row per run: participant, session, run, batch, the covariates, then features.
     features: its columns of map statistics. covariates: its columns of age, sex, ….
     reference_batch: the batch that others are mapped to, or None. acquisitions: of every run, by
-    its name. max_steps, seed, device: of trainings. states: folder in which an interrupted training
-    is kept. init: folder of the checkpoint that a training starts from, instead of its own choice.
+    its name; load: reads that run. max_steps, seed, device: of trainings. states: folder in which
+    an interrupted training is kept. init: folder of the checkpoint that a training starts from,
+    instead of its own choice.
     """
 
     statistics: pd.DataFrame
@@ -66,6 +67,7 @@ class Study:
     covariates: tuple[str, ...] = ()
     reference_batch: str | None = None
     acquisitions: Mapping[str, Acquisition] = field(default_factory=dict)
+    load: Callable[[str], Dwi] | None = None
     max_steps: int | None = None
     seed: int = 0
     device: str = "cpu"

@@ -8,6 +8,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.methods import Derived, Fitted, Method, Study
 from bidsapp.microstructure import learn, maps
+from bidsapp.preprocess import deconvolution
 from bidsapp.simulate.tissue import Tissue
 
 
@@ -34,10 +35,16 @@ class SphericalMethod(Method):
         return Derived(*maps.estimate(checkpoint, self.tissue, dwi, device))
 
     def fit(self, study: Study) -> Fitted:
-        """A network for the one acquisition that all runs of the study share."""
+        """A network for the one acquisition that all runs of the study share; half of the densities
+        it learns from are of their own voxels."""
+        table = None
+        if self.tissue.watson is None and study.load:
+            table = deconvolution.of_study(
+                study.load, list(study.acquisitions), voxels=20 if self.sloppy else 2000,
+                seed=study.seed, device=study.device)
         name, checkpoint = learn.for_one(
             self.name, self.recipe("one"), study.acquisitions,
-            study.statistics["snr_b0"].tolist(),
+            study.statistics["snr_b0"].tolist(), table=table,
             steps=study.max_steps, seed=study.seed, device=study.device, states=study.states,
             intended_use=self.intended_use, init=study.init)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],

@@ -227,13 +227,13 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
 
 def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition],
             snr: Sequence[float], *, steps: int | None, seed: int, device: str,
-            states: Path | None, intended_use: str, init: Path | None = None
-            ) -> tuple[str, Checkpoint]:
+            states: Path | None, intended_use: str, init: Path | None = None,
+            table: torch.Tensor | None = None) -> tuple[str, Checkpoint]:
     """A network for the acquisition that all runs share, and a name that says which.
 
     snr: S0 over the noise SD of the runs; trained for half the least to twice the greatest.
     steps: at most, else the recipe's. states: folder of the state from which a training goes on.
-    init: as of `start_of`.
+    init: as of `start_of`. table: as of `train`.
 
     Raises:
         UsageError: acquisitions differ in their shells, or have none; or as of `start_of`.
@@ -263,7 +263,7 @@ def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition]
     if states:
         states.mkdir(parents=True, exist_ok=True)
     return name, train(method, recipe, seed=seed, device=device, intended_use=intended_use,
-                       saved=states / f"{name}.ckpt" if states else None,
+                       table=table, saved=states / f"{name}.ckpt" if states else None,
                        start=start_of(method, recipe, init))
 
 

@@ -1,13 +1,15 @@
 """Fibre orientation densities of real voxels, to simulate from.
 
 Constrained spherical deconvolution of all linear shells into white matter, grey matter and CSF
-(Jeurissen et al. 2014, doi:10.1016/j.neuroimage.2014.07.061; dipy's, which needs cvxpy: the extra
-`train`), with tensors of the three tissues in each shell as responses.
+(Jeurissen et al. 2014, doi:10.1016/j.neuroimage.2014.07.061; dipy's), with
+tensors of the three tissues in each shell as responses.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,10 +19,16 @@ from bidsapp import sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
+from bidsapp.preprocess import tissue
+
+log = logging.getLogger(__name__)
 
 L_MAX = 8
 LEAST = 45
 """Directions of a shell, at least: as many as coefficients of degree 8."""
+
+RUNS = 20
+"""Of a study, at most."""
 
 WHITE = 0.2
 """Share of white matter in a voxel's signal, at least: below it there is no density to speak of."""
@@ -72,6 +80,25 @@ def densities(dwi: Dwi, single_fibre: Bool[np.ndarray, " voxel"], gm: Bool[np.nd
     kept = torch.from_numpy(share[:, 2] >= WHITE) & found.isfinite().all(1)
     total = found[kept, :1] * np.sqrt(4 * np.pi)
     return (found[kept] / total).float()
+
+
+def of_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels: int, seed: int,
+             device: str) -> Float[torch.Tensor, "row 45"] | None:
+    """Densities of up to `voxels` voxels in all, drawn at random from the masks of up to RUNS runs
+    drawn at random; None where no run can be deconvolved."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(np.array(runs))[:RUNS]
+    found = []
+    for run in chosen:
+        dwi = load(str(run))
+        where = np.zeros(len(dwi.signal), bool)
+        where[rng.permutation(len(where))[:max(1, voxels // len(chosen))]] = True
+        try:
+            at = tissue.regions(dwi, device)
+            found.append(densities(dwi, at.single_fibre, at.gm, at.csf, where))
+        except Refusal as refusal:
+            log.warning("%s: gives no densities to learn from: %s", run, refusal)
+    return torch.cat(found) if found else None
 
 
 def _of_shells(acquisition: Acquisition) -> Float[np.ndarray, " volume"]:

@@ -169,8 +169,8 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
          ) -> Protocols:
     """Random protocols: a number of `shells` (a single one is drawn more rarely) of b-values in
     ms/µm², uniform in √b and, of one shape, apart by 15 %; counts of directions uniform in √count,
-    spread evenly, and S0 known in a share of `known`. Each shell is turned at random. Every protocol
-    has the first of `b_delta` to choose from, and each of the others in half."""
+    spread evenly, and S0 known in a share of `known`. Each shell is turned at random. Every
+    protocol has the first of `b_delta` to choose from, and each of the others in half."""
     rng = np.random.default_rng(
         int(torch.randint(2**62, (), generator=generator, device=generator.device)))
     most = shells[1]
