@@ -165,3 +165,19 @@ def smooth_fit(l_max: int, directions: Float[np.ndarray, "n 3"], smoothing: floa
         raise ValueError(f"{len(directions)} directions do not determine {len(l)} coefficients of "
                          f"degree {l_max}: lower the degree or give a smoothing")
     return np.linalg.solve(normal, b.T)
+
+
+def rish(coefficients: Float[torch.Tensor, "*batch size"]) -> Float[torch.Tensor, "*batch _"]:
+    """Rotation-invariant features Σ_m c_lm² of the degrees 0, 2, … (Mirzaalian et al. 2015,
+    doi:10.1007/978-3-319-24553-9_2)."""
+    sizes = [4 * i + 1 for i in range(l_max_of(coefficients.shape[-1]) // 2 + 1)]
+    return torch.stack([c.square().sum(-1) for c in coefficients.split(sizes, -1)], -1)
+
+
+def with_rish(coefficients: Float[torch.Tensor, "*batch size"],
+              features: Float[torch.Tensor, "*batch degree"]) -> Float[torch.Tensor, "*batch size"]:
+    """c_lm √(features_l / RISH_l): every degree keeps its shape and takes another size (Koppers et
+    al. 2019, eq. 1). A degree that is 0 stays 0."""
+    own = rish(coefficients)
+    scale = torch.where(own > 0, features / own.clamp(min=torch.finfo(own.dtype).tiny), 0)
+    return coefficients * per_coefficient(scale.sqrt())

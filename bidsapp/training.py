@@ -33,9 +33,10 @@ class Schedule:
 
     steps: optimiser steps. learning_rate: at the start. optimizer: adam, adamw or sgd (momentum
     0.9). decay: constant; step (÷ 10 after 50 % and 75 % of the steps); cosine (to 0 at the end);
-    plateau (÷ 10 after 3 validations without progress). validate_every: steps between validations,
-    which are when the state is saved, too. patience: validations without progress after which to
-    stop, None for never. clip: greatest norm of the gradient, None for any. precision: Fabric's.
+    plateau (× factor after `plateau` validations without progress). validate_every: steps between
+    validations, which are when the state is saved, too. patience: validations without progress
+    after which to stop, None for never. clip: greatest norm of the gradient, None for any.
+    precision: Fabric's.
 
     Raises:
         UsageError: a value outside these.
@@ -50,16 +51,20 @@ class Schedule:
     patience: int | None = None
     clip: float | None = None
     precision: str = "32-true"
+    factor: float = 0.1
+    plateau: int = 4
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS or self.decay not in DECAYS:
             raise UsageError(f"a schedule with optimizer {self.optimizer!r} and decay "
                              f"{self.decay!r}: known are {', '.join(OPTIMIZERS)}; "
                              f"{', '.join(DECAYS)}.")
-        if min(self.steps, self.validate_every, self.patience or 1) < 1 or self.learning_rate <= 0:
+        if (min(self.steps, self.validate_every, self.patience or 1, self.plateau) < 1
+                or self.learning_rate <= 0 or not 0 < self.factor < 1):
             raise UsageError(f"a schedule of {self.steps} steps, validated every "
                              f"{self.validate_every} with patience {self.patience}, at learning "
-                             f"rate {self.learning_rate}: all must be positive.")
+                             f"rate {self.learning_rate}, × {self.factor} after a plateau of "
+                             f"{self.plateau}: all must be positive, the factor below 1.")
 
 
 @contextmanager
@@ -179,7 +184,8 @@ def train(model: nn.Module, batch: Callable[[torch.Generator], Batch],
 def _decay(schedule: Schedule, optimizer: torch.optim.Optimizer) -> Any:
     rates = torch.optim.lr_scheduler
     if schedule.decay == "plateau":
-        return rates.ReduceLROnPlateau(optimizer, patience=3)
+        return rates.ReduceLROnPlateau(optimizer, factor=schedule.factor,
+                                       patience=schedule.plateau - 1)
     if schedule.decay == "cosine":
         return rates.CosineAnnealingLR(optimizer, schedule.steps)
     at = [schedule.steps // 2, schedule.steps * 3 // 4] if schedule.decay == "step" else []
@@ -190,6 +196,8 @@ def _resume(fabric: Any, saved: Path, state: dict[str, Any]) -> None:
     of = state["of"]
     try:
         found = fabric.load(saved, {}, weights_only=True)["of"]
+        # fields that a schedule had not yet when the state was saved stand at their defaults
+        found = {**found, "schedule": asdict(Schedule(**found["schedule"]))}
     except Exception as error:  # whatever pickle and zip make of a broken file
         raise UsageError(f"{saved}: cannot be read as the state of a training ({error}). Remove "
                          "it to start again.") from error

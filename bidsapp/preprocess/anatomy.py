@@ -180,7 +180,7 @@ def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir:
     inside = binary_opening(brain & (flat < 1.1 * np.percentile(flat[core], 99.5)))
     parts = label(inside)[0]
     inside = parts == np.bincount(parts.ravel())[1:].argmax() + 1 if parts.any() else core
-    with _temporary(work_dir):
+    with temporary(work_dir):
         classes = ants.atropos(to_ants(flat), to_ants(inside), i="kmeans[3]", m=SMOOTHNESS,
                                c="[5,0]", r=0)["probabilityimages"]
     maps = sorted((c.numpy() for c in classes), key=lambda p: (p * flat).sum() / max(p.sum(), 1e-9))
@@ -188,13 +188,13 @@ def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir:
 
 
 @contextmanager
-def _temporary(work_dir: Path | None) -> Iterator[None]:
+def temporary(work_dir: Path | None) -> Iterator[str]:
     """antspyx leaves its files in Python's temporary folder: one that is removed with them."""
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         tempfile.tempdir = folder
         try:
-            yield
+            yield folder
         finally:
             tempfile.tempdir = before
 

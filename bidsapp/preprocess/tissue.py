@@ -42,6 +42,9 @@ MIXED = 0.1
 SURE, PURE = 0.8, 0.95
 """Posterior of a voxel, at least: with all its neighbours, or alone where none is left so."""
 
+GREY, WHITE = 1, 2
+"""Labels."""
+
 MIN_VOXELS = 10
 """Fewer voxels of a kind do not describe a tissue."""
 
@@ -137,13 +140,35 @@ def from_posteriors(dwi: Dwi, md: np.ndarray, usable: np.ndarray
 
 def segment(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
             ) -> tuple[np.ndarray, np.ndarray]:
-    """(voxel,) bool of grey matter and of CSF, eroded by one voxel.
+    """(voxel,) bool of grey matter and of CSF, as `classes`, eroded by one voxel.
+
+    The faces of the image do not erode, so that thin slabs keep their tissue; a class of which
+    erosion leaves too little stays as it is.
+    """
+    grey, _, fluid = classes(dwi, md, fa, usable)
+    return _eroded(dwi, grey, grey), _eroded(dwi, fluid, fluid)
+
+
+def labels(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """(voxel,) int8, GREY, WHITE or 0 for anything else: the likelier of the two where posteriors
+    of a T1w image make them likelier than not together, else as `classes`."""
+    if dwi.tissue is not None:
+        grey, white, _ = dwi.tissue.T
+        solid = usable & (grey + white > 0.5)
+        grey, white = solid & (grey >= white), solid & (grey < white)
+    else:
+        grey, white, _ = classes(dwi, md, fa, usable)
+    return (GREY * grey + WHITE * white).astype(np.int8)
+
+
+def classes(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
+            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(voxel,) bool of grey matter, white matter and CSF.
 
     CSF is the highest of three classes of MD (tissue, mixed, fluid), grey matter the lower of two
     classes of FA within tissue. Where hardly a voxel is mixed the middle class is the upper part
-    of tissue, and counted to it; where the highest is not clearly fluid there is no CSF. The faces
-    of the image do not erode, so that thin slabs keep their tissue; a class of which erosion
-    leaves too little stays as it is.
+    of tissue, and counted to it; where the highest is not clearly fluid there is no CSF. Mixed
+    voxels are none of the three.
     """
     md = np.clip(md / 3e-3, 0, 1)
     fluid = _classes(dwi, md, usable, 3)
@@ -153,8 +178,8 @@ def segment(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
     level = [md[fluid == k].mean() if (fluid == k).any() else np.inf for k in (1, 2, 3)]
     csf = (fluid == 3) & (level[2] > FLUID * level[0])
     mixed = (fluid == 2) & (level[1] > level[0] + MIXED * (level[2] - level[0]))
-    isotropic = _classes(dwi, fa, (fluid > 0) & ~csf & ~mixed, 2) == 1
-    return _eroded(dwi, isotropic, isotropic), _eroded(dwi, csf, csf)
+    solid = _classes(dwi, fa, (fluid > 0) & ~csf & ~mixed, 2)
+    return solid == 1, solid == 2, csf
 
 
 def _classes(dwi: Dwi, values: np.ndarray, inside: np.ndarray, count: int) -> np.ndarray:

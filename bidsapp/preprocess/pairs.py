@@ -1,0 +1,230 @@
+"""Two scans of one participant, voxel on voxel: what a supervised harmonizer learns from.
+
+The source is moved into the target: a rigid move by normalised mutual information of the
+attenuations (`preprocess.anatomy`: dense, deterministic), then antspyx' SyN (Avants et al. 2008,
+doi:10.1016/j.media.2007.06.004) between FA images, with local cross-correlation over all voxels,
+on one thread. FA, unlike the b0, has neither the coil's profile nor an echo time in it, and its
+edges are those of white matter. Of a target voxel at the world point p the source lies at
+
+    φ(p) = M(p + u(p)),   J = ∂φ/∂p = R S,
+
+R the rotation of the polar decomposition (finite strain: Alexander et al. 2001,
+doi:10.1109/42.963816); what the source has along n stands in the target along Rᵀ n.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from bidsapp import sh, tensor
+from bidsapp.blocks import map_voxels, one_thread
+from bidsapp.dwi import Dwi
+from bidsapp.errors import DataError
+from bidsapp.preprocess import anatomy, tissue
+
+SMOOTHING = 0.006
+"""λ of the Laplace–Beltrami penalty (Koppers et al. 2019)."""
+
+ITERATIONS = (40, 20, 10)
+"""Of SyN, at a quarter, half and the whole of the resolution."""
+
+RADIUS = 3
+"""Voxels, of the local cross-correlation."""
+
+BLOCK = 2**14
+"""Voxels whose coefficients are turned at a time."""
+
+OVERLAP = 0.5
+"""Share of the smaller brain that both must show."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Runs of one participant in the batch to be harmonized and in the reference."""
+
+    participant: str
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """A pair on the target's grid.
+
+    image: (shell, x, y, z, coefficient) float32, the source's coefficients of S/S0, outside its
+        mask those of the nearest voxel inside.
+    where: (x, y, z) bool, voxels of both masks; labels: (x, y, z) int8 of the target's tissue
+        (`tissue.labels`), 0 outside `where`.
+    target: (voxel of `where`, measurement) float32, the target's S/S0, in its own b-table.
+    """
+
+    image: np.ndarray
+    where: np.ndarray
+    labels: np.ndarray
+    target: np.ndarray
+
+
+def find(statistics: pd.DataFrame, reference: str) -> dict[str, list[Pair]]:
+    """Pairs by batch other than the reference: every run of a participant in the one with every
+    run of theirs in the other. Batches without any have an empty list.
+
+    statistics: columns participant, batch, run.
+    """
+    by = {key: list(rows["run"]) for key, rows in statistics.groupby(["participant", "batch"])}
+    people = sorted(statistics["participant"].unique())
+    return {batch: [Pair(person, s, t) for person in people
+                    for s, t in product(by.get((person, batch), ()),
+                                        by.get((person, reference), ()))]
+            for batch in sorted(statistics["batch"].unique()) if batch != reference}
+
+
+def coefficients(dwi: Dwi, l_max: int, smoothing: float = SMOOTHING
+                 ) -> tuple[Float[np.ndarray, "shell voxel coef"], np.ndarray]:
+    """SH coefficients of S/S0 per shell, float32, and (voxel,) bool where S0, the mean b0, is
+    positive; 0 elsewhere."""
+    s0 = dwi.mean_b0
+    usable = s0 > 0
+    scale = np.where(usable, 1 / np.where(usable, s0, 1), 0)
+    fits = [sh.smooth_fit(l_max, dwi.acquisition.bvecs[shell.indices], smoothing)
+            for shell in dwi.acquisition.shells]
+    return np.stack([((dwi.signal[:, shell.indices] * scale[:, None]) @ fit.T).astype(np.float32)
+                     for shell, fit in zip(dwi.acquisition.shells, fits, strict=True)]), usable
+
+
+def filled(values: Float[np.ndarray, "voxel coef"], mask: np.ndarray,
+           usable: np.ndarray | None = None, margin: int = 0) -> Float[np.ndarray, "x y z coef"]:
+    """Values of the mask's (usable) voxels on the grid, `margin` voxels wider on every side; those
+    of the nearest of them everywhere else."""
+    from scipy.ndimage import distance_transform_edt
+
+    inside = mask.copy()
+    if usable is not None:
+        inside[mask] = usable
+    inside = np.pad(inside, margin)
+    nearest = distance_transform_edt(~inside, return_distances=False, return_indices=True)
+    row = np.zeros(inside.shape, np.int32)
+    row[inside] = np.arange(len(values))
+    return values[row[tuple(nearest)]]
+
+
+def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, device: str = "cpu",
+          work_dir: Path | None = None) -> Aligned:
+    """The source's coefficients, turned, on the target's grid. Reproducible to the byte on a CPU.
+
+    Coefficients are interpolated by cubic splines, which smooth little: a network that learned
+    from smoothed input would be applied to input that is not.
+
+    Raises:
+        DataError: hardly any voxel is in both masks.
+    """
+    from scipy.ndimage import map_coordinates
+
+    values, usable = coefficients(source, l_max)
+    maps = {"target": _tensor(target, device), "source": _tensor(source, device)}
+    ratio = source.unmask(_attenuation(source))
+    rigid = anatomy.align(target, ratio, source.affine)
+    place, at = _grid(target.mask.shape, rigid @ target.affine), np.linalg.inv(source.affine)
+    turn = np.broadcast_to(rigid[:3, :3].T, (*target.mask.shape, 3, 3))
+    if deformable:
+        moved = map_coordinates(source.unmask(maps["source"]["fa"]), _at(at, place), order=1)
+        u = _displacement(target.unmask(maps["target"]["fa"]), moved * target.mask, target.affine,
+                          work_dir)
+        place = _moved(rigid, _grid(target.mask.shape, target.affine) + u)
+        turn = _rotations(place, target.affine)
+    index = _at(at, place)
+    inside = source.unmask(usable).astype(np.float32)
+    where = target.mask & (map_coordinates(inside, index, order=1) > 0.5)
+    where[target.mask] &= target.mean_b0 > 0
+    least = OVERLAP * min(source.mask.sum() * abs(np.linalg.det(source.affine[:3, :3])),
+                          target.mask.sum() * abs(np.linalg.det(target.affine[:3, :3])))
+    if where.sum() * abs(np.linalg.det(target.affine[:3, :3])) < least:
+        raise DataError(f"the scans of this participant share {int(where.sum())} voxels, less than "
+                        f"{OVERLAP:.0%} of the smaller brain mask. Check that both show the same "
+                        "part of the same head, and their masks.")
+    index, turn = index[:, where], turn[where]
+    image = np.empty((len(values), *where.shape, values.shape[2]), np.float32)
+    for shell, own in zip(image, values, strict=True):
+        grid = filled(own[usable], source.mask, usable)
+        moved = [map_coordinates(component, index, order=3, mode="nearest")
+                 for component in np.moveaxis(grid, -1, 0)]
+        # beyond the source's brain: as at the edge of its image in application
+        shell[:] = filled(_turned(np.stack(moved, -1), turn), where)
+    labels = target.unmask(tissue.labels(target, maps["target"]["md"], maps["target"]["fa"],
+                                         (target.mean_b0 > 0) & ~maps["target"]["failed"]))
+    rows = where[target.mask]
+    return Aligned(image, where, labels * where,
+                   (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32))
+
+
+def _tensor(dwi: Dwi, device: str) -> Mapping[str, np.ndarray]:
+    chosen = tensor.volumes(dwi.acquisition)
+    x = tensor.design(dwi.acquisition[chosen].btensors)
+    return map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, device)
+
+
+def _attenuation(dwi: Dwi) -> Float[np.ndarray, " voxel"]:
+    s0 = dwi.mean_b0
+    weighted = dwi.signal[:, ~dwi.acquisition.b0].mean(axis=1)
+    return (weighted / np.where(s0 > 0, s0, np.inf)).clip(0, 1)
+
+
+def _grid(shape: Sequence[int], affine: np.ndarray) -> Float[np.ndarray, "x y z 3"]:
+    """World points of all voxels."""
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    return _moved(affine, index)
+
+
+def _moved(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
+    return points @ affine[:3, :3].T + affine[:3, 3]
+
+
+def _at(inverse: np.ndarray, place: np.ndarray) -> Float[np.ndarray, "3 x y z"]:
+    return np.moveaxis(_moved(inverse, place), -1, 0)
+
+
+def _displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work_dir: Path | None
+                  ) -> Float[np.ndarray, "x y z 3"]:
+    """u of SyN, world mm, between two images on one grid."""
+    os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
+    import ants
+
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    flip = np.array([-1.0, -1.0, 1.0])  # ITK's world is LPS+
+    where = {"origin": (flip * affine[:3, 3]).tolist(), "spacing": size.tolist(),
+             "direction": flip[:, None] * affine[:3, :3] / size}
+    with anatomy.temporary(work_dir) as folder:
+        found = ants.registration(
+            *(ants.from_numpy(np.ascontiguousarray(v, np.float32), **where)
+              for v in (fixed, moving)),
+            type_of_transform="SyNOnly", initial_transform="Identity", syn_metric="CC",
+            syn_sampling=RADIUS, reg_iterations=ITERATIONS, outprefix=f"{folder}/syn")
+        warp = next(f for f in found["fwdtransforms"] if f.endswith(".nii.gz"))
+        u = np.asarray(nib.load(warp).dataobj, np.float64)[..., 0, :]
+    return u * flip
+
+
+def _rotations(place: np.ndarray, affine: np.ndarray) -> Float[np.ndarray, "x y z 3 3"]:
+    """Rᵀ of the polar decomposition of ∂φ/∂p, φ at the voxels of a grid."""
+    slopes = np.stack(np.gradient(place, axis=(0, 1, 2)), -1)  # world axis, voxel axis
+    left, _, right = np.linalg.svd(slopes @ np.linalg.inv(affine[:3, :3]))
+    left[..., -1] *= np.linalg.det(left @ right)[..., None]
+    return (left @ right).swapaxes(-1, -2)
+
+
+def _turned(values: Float[np.ndarray, "voxel coef"], turn: Float[np.ndarray, "voxel 3 3"]
+            ) -> Float[np.ndarray, "voxel coef"]:
+    with one_thread():
+        parts = [sh.rotate(torch.from_numpy(values[i:i + BLOCK]),
+                           torch.from_numpy(np.ascontiguousarray(turn[i:i + BLOCK], np.float32)))
+                 for i in range(0, len(values), BLOCK)]
+    return torch.cat(parts).numpy()
