@@ -110,7 +110,8 @@ def group(options: Options) -> int:
         batch.text(PurePosixPath("group.html"), page.group(
             study, quality.outliers(statistics), drawn, fitted, chosen=trained))
     for name in (name for result in fitted.values() for name in result.checkpoints):
-        (states / f"{name}.ckpt").unlink(missing_ok=True)
+        for state in states.glob(f"{name}.*ckpt"):
+            state.unlink(missing_ok=True)
     told_unknown(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
     return 1 if found.unknown else 0

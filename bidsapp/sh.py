@@ -177,7 +177,7 @@ def rish(coefficients: Float[torch.Tensor, "*batch size"]) -> Float[torch.Tensor
 def with_rish(coefficients: Float[torch.Tensor, "*batch size"],
               features: Float[torch.Tensor, "*batch degree"]) -> Float[torch.Tensor, "*batch size"]:
     """c_lm √(features_l / RISH_l): every degree keeps its shape and takes another size (Koppers et
-    al. 2019, eq. 1). A degree that is 0 stays 0."""
+    al. 2018, eq. 1). A degree that is 0 stays 0."""
     own = rish(coefficients)
     scale = torch.where(own > 0, features / own.clamp(min=torch.finfo(own.dtype).tiny), 0)
     return coefficients * per_coefficient(scale.sqrt())

@@ -25,14 +25,15 @@ OFFSETS = np.array(list(product((-1, 0, 1), repeat=3)))
 
 class PatchConvolution(nn.Module):
     """A 3×3×3 convolution with zero padding inside each patch (torch's Conv3d: same weights (out,
-    in, 3, 3, 3), same initialisation)."""
+    in, 3, 3, 3), same initial weights; the bias starts at 0)."""
 
     taps: torch.Tensor
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         convolution = nn.Conv3d(channels_in, channels_out, 3)
-        self.weight, self.bias = convolution.weight, convolution.bias
+        self.weight = convolution.weight
+        self.bias = nn.Parameter(torch.zeros(channels_out))
         step = OFFSETS[None] - OFFSETS[:, None] + 1  # out position, in position
         tap = step @ [9, 3, 1]
         tap[((step < 0) | (step > 2)).any(-1)] = PATCH
@@ -43,7 +44,6 @@ class PatchConvolution(nn.Module):
         nn.init.dirac_(self.weight)
         with torch.no_grad():
             self.weight.mul_(factor)
-        nn.init.zeros_(self.bias)
         return self
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 channel"]
@@ -79,7 +79,7 @@ class ResBlock(nn.Module):
 
 
 class SHResNet(nn.Module):
-    """Koppers et al. 2019, fig. 1: two convolutions, residual blocks, two convolutions, from which
+    """Koppers et al. 2018, fig. 1: two convolutions, residual blocks, two convolutions, from which
     the result of the first two is subtracted, and a last one without padding, 3×3×3 → 1.
 
     The paper says nothing of the first weights. Here the network starts as the identity, which is

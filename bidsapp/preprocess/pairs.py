@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -28,12 +27,12 @@ from jaxtyping import Float
 
 from bidsapp import sh, tensor
 from bidsapp.blocks import map_voxels, one_thread
-from bidsapp.dwi import Dwi
+from bidsapp.dwi import Dwi, open_image
 from bidsapp.errors import DataError
 from bidsapp.preprocess import anatomy, tissue
 
 SMOOTHING = 0.006
-"""λ of the Laplace–Beltrami penalty (Koppers et al. 2019)."""
+"""λ of the Laplace–Beltrami penalty (Koppers et al. 2018)."""
 
 ITERATIONS = (40, 20, 10)
 """Of SyN, at a quarter, half and the whole of the resolution."""
@@ -61,8 +60,8 @@ class Pair:
 class Aligned:
     """A pair on the target's grid.
 
-    image: (shell, x, y, z, coefficient) float32, the source's coefficients of S/S0, outside its
-        mask those of the nearest voxel inside.
+    image: (shell, x + 2, y + 2, z + 2, coefficient) float32, the source's coefficients of S/S0,
+        with a margin of one voxel; outside `where` those of the nearest voxel inside.
     where: (x, y, z) bool, voxels of both masks; labels: (x, y, z) int8 of the target's tissue
         (`tissue.labels`), 0 outside `where`.
     target: (voxel of `where`, measurement) float32, the target's S/S0, in its own b-table.
@@ -152,17 +151,16 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
                         f"{OVERLAP:.0%} of the smaller brain mask. Check that both show the same "
                         "part of the same head, and their masks.")
     index, turn = index[:, where], turn[where]
-    image = np.empty((len(values), *where.shape, values.shape[2]), np.float32)
-    for shell, own in zip(image, values, strict=True):
+    image = []
+    for own in values:
         grid = filled(own[usable], source.mask, usable)
         moved = [map_coordinates(component, index, order=3, mode="nearest")
                  for component in np.moveaxis(grid, -1, 0)]
-        # beyond the source's brain: as at the edge of its image in application
-        shell[:] = filled(_turned(np.stack(moved, -1), turn), where)
+        image.append(filled(_turned(np.stack(moved, -1), turn), where, margin=1))
     labels = target.unmask(tissue.labels(target, maps["target"]["md"], maps["target"]["fa"],
                                          (target.mean_b0 > 0) & ~maps["target"]["failed"]))
     rows = where[target.mask]
-    return Aligned(image, where, labels * where,
+    return Aligned(np.stack(image), where, labels * where,
                    (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32))
 
 
@@ -209,7 +207,7 @@ def _displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, wor
             type_of_transform="SyNOnly", initial_transform="Identity", syn_metric="CC",
             syn_sampling=RADIUS, reg_iterations=ITERATIONS, outprefix=f"{folder}/syn")
         warp = next(f for f in found["fwdtransforms"] if f.endswith(".nii.gz"))
-        u = np.asarray(nib.load(warp).dataobj, np.float64)[..., 0, :]
+        u = np.asarray(open_image(Path(warp)).dataobj, np.float64)[..., 0, :]
     return u * flip
 
 

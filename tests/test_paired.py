@@ -1,0 +1,234 @@
+"""Harmonizers that learn from pairs, on heads whose site effect is known.
+
+The head of `synthetic_head` at half its resolution; in the other batch every order of the signal is
+scaled by a factor of its own, so that the right answer is known in every voxel.
+"""
+
+import bids_tree
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_head
+import torch
+
+from bidsapp import methods, sh
+from bidsapp.acquisition import Acquisition
+from bidsapp.checkpoint import pack
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal, UsageError
+from bidsapp.methods import paired
+
+SCALE = {0: 0.92, 2: 0.75, 4: 1.3}
+NOISE = 0.005
+ZOOMS = 2 * np.array(synthetic_head.ZOOMS)
+AFFINE = np.diag([*ZOOMS, 1.0])
+AFFINE[:3, 3] = -60, -70, -50
+BVALS, AXES = bids_tree.table(((0, 3), (1000, 30)))
+PEOPLE = ("01", "02", "03")
+METHODS = ("harmonize_shresnet", "harmonize_golkov")
+
+
+def head(person, site, noise=NOISE):
+    """S/S0 with every person's own diffusivities; in site B, orders scaled."""
+    labels = synthetic_head.tissues()[::2, ::2, ::2]
+    rng = np.random.default_rng(int(person))
+    clean, _ = synthetic_head.signal(labels, BVALS, AXES, rng, noise=0)
+    mask = labels > 0
+    weighted = clean[mask][:, 3:] / synthetic_head.S0
+    basis = sh.basis(4, AXES[3:])
+    c = weighted @ np.linalg.pinv(basis).T
+    if site == "B":
+        c = c * np.array([SCALE[l] for l in sh.degrees(4)])
+    values = np.concatenate([np.ones((len(c), 3)), c @ basis.T], 1)
+    values += noise * np.random.default_rng([int(person), ord(site)]).standard_normal(values.shape)
+    return Dwi((800 * values).astype(np.float32), mask, AFFINE, Acquisition(BVALS, AXES))
+
+
+def study(people=PEOPLE, sites="AB", load=None, acquisitions=None, **more):
+    rows = [(p, s, f"{p}{s}", 30.0) for p in people for s in sites]
+    table = pd.DataFrame(rows, columns=["participant", "batch", "run", "snr_b0"])
+    known = {r: Acquisition(BVALS, AXES) for r in table["run"]} | (acquisitions or {})
+    return methods.Study(
+        table, (), reference_batch=more.pop("reference_batch", "A"), acquisitions=known, seed=1,
+        load=load or (lambda run: head(run[:2], run[2])),
+        voxel_sizes={r: tuple(ZOOMS) for r in table["run"]}, **more)
+
+
+def brief(name="harmonize_shresnet"):
+    method = methods.get(name)
+    method.sloppy = True
+    return method
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def trained(request):
+    method = brief(request.param)
+    return method, method.fit(study())
+
+
+@pytest.fixture(scope="module")
+def shresnet():
+    method = brief()
+    return method, method.fit(study())
+
+
+def test_learns_the_factors_of_the_orders(shresnet):
+    """Of held-out participants the error falls to less than a third: what remains is noise, whose
+    share in 'before' is known, and what a hundred steps leave."""
+    _, fitted = shresnet
+    (checkpoint,) = fitted.checkpoints.values()
+    m = checkpoint.card.metrics
+    for tissue in ("gm", "wm"):
+        before, after = m[f"mse_before_{tissue}_b1000"], m[f"mse_after_{tissue}_b1000"]
+        assert after - NOISE**2 < (before - NOISE**2) / 3, m
+
+
+def test_harmonizes_who_it_has_not_seen(shresnet):
+    """Against the noise-free signal of the reference: less than half the error, everywhere."""
+    method, fitted = shresnet
+    (checkpoint,) = fitted.checkpoints.values()
+    dwi, truth = head("07", "B"), head("07", "A", noise=0)
+    before = dwi.signal.copy()
+    found = method.harmonize(dwi, checkpoint, "B", "cpu")
+    np.testing.assert_array_equal(dwi.signal, before)
+    weighted = ~dwi.acquisition.b0
+    np.testing.assert_array_equal(found.signal[:, ~weighted], before[:, ~weighted])
+    error = [np.square(s[:, weighted] / s[:, ~weighted].mean(1, keepdims=True)
+                       - truth.signal[:, weighted] / 800).mean() for s in (before, found.signal)]
+    assert error[1] < error[0] / 2, error
+    assert found.counts == {"shresnet_unchanged": 0, "shresnet_clipped_values": 0}
+
+
+def test_keeps_directions(shresnet):
+    """The principal axis of degree 2 is that of the input, to float32, in every voxel with one."""
+    method, fitted = shresnet
+    (checkpoint,) = fitted.checkpoints.values()
+    dwi = head("07", "B")
+    found = method.harmonize(dwi, checkpoint, "B", "cpu").signal
+    fit = sh.smooth_fit(4, AXES[3:], 0.006)
+    exact = np.linalg.pinv(sh.basis(4, AXES[3:]))
+    points, weights = sh.quadrature(8)
+    second = sh.basis(4, points) * (sh.degrees(4) == 2)
+
+    def axes(signal, matrix):
+        c = (signal[:, 3:] / signal[:, :3].mean(1, keepdims=True)) @ matrix.T
+        moment = np.einsum("pi,vp,pj->vij", points, (c @ second.T) * weights, points)
+        values, vectors = np.linalg.eigh(moment)
+        return values, vectors[:, :, 0]
+
+    (values, own), (_, new) = axes(dwi.signal, fit), axes(found, exact)
+    clear = values[:, 1] - values[:, 0] > 0.05
+    assert clear.sum() > 200
+    assert np.abs((own * new).sum(1))[clear].min() > np.cos(np.deg2rad(0.1))
+
+
+def test_leaves_a_card_and_one_checkpoint_per_batch(trained):
+    method, fitted = trained
+    assert list(fitted.checkpoints) == [f"{method.name}_B-to-A"]
+    card = fitted.checkpoints[f"{method.name}_B-to-A"].card
+    assert (card.reference_batch, card.batches) == ("A", ("B",))
+    assert card.trained_for["shells"] == [{"b": 1000.0, "b_delta": 1.0, "directions": [30, 30]}]
+    told = card.training["participants"]
+    assert told["A"] == told["B"] and len(told["A"]) == 3 and "01" not in told["A"]
+    assert card.training["held_out"] == 1
+    assert all(np.isfinite(v) for v in card.metrics.values())
+    pack(fitted.checkpoints[f"{method.name}_B-to-A"])  # the card is plain JSON
+
+
+def test_several_batches_in_one_command():
+    method = brief("harmonize_golkov")
+    fitted = method.fit(study(PEOPLE[:2], "ABC", max_steps=2))
+    assert sorted(fitted.checkpoints) == ["harmonize_golkov_B-to-A", "harmonize_golkov_C-to-A"]
+
+
+def test_refuses_what_it_cannot_harmonize(trained):
+    method, fitted = trained
+    (checkpoint,) = fitted.checkpoints.values()
+    few = Acquisition(BVALS[:15], AXES[:15])
+    dwi = head("01", "B")
+    with pytest.raises(Refusal, match=r"12 × b 1000.* 15 or more directions"):
+        method.harmonize(Dwi(dwi.signal[:, :15], dwi.mask, AFFINE, few), checkpoint, "B", "cpu")
+    with pytest.raises(Refusal, match="Needed are a b0"):
+        method.check(Acquisition(BVALS[3:], AXES[3:]))
+    with pytest.raises(Refusal, match="linear encoding"):
+        method.check(Acquisition(BVALS, AXES, np.where(BVALS > 0, 0.0, 1.0)))
+
+
+def test_voxels_without_b0_stay_as_they_are(trained):
+    method, fitted = trained
+    (checkpoint,) = fitted.checkpoints.values()
+    dwi = head("01", "B")
+    signal = dwi.signal.copy()
+    signal[5, :3] = 0
+    found = method.harmonize(Dwi(signal, dwi.mask, AFFINE, dwi.acquisition), checkpoint, "B", "cpu")
+    np.testing.assert_array_equal(found.signal[5], signal[5])
+    assert found.counts[f"{method.network}_unchanged"] == 1
+    assert np.isfinite(found.signal).all()
+
+
+def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
+    """Cut off in the second stage, before it had saved anything, and once more after."""
+    method = brief("harmonize_golkov")
+    monkeypatch.setattr(method, "settings", lambda table: {
+        **methods.get(method.name).settings(table, "sloppy"), "stages": [
+            {"optimizer": "adam", "learning_rate": 1e-3, "batch": 64, "epochs": 2},
+            {"optimizer": "sgd", "learning_rate": 1e-2, "batch": 32, "epochs": 3,
+             "decay": "plateau", "factor": 0.9, "plateau": 1, "patience": 5}], "epoch": 320})
+    whole = method.fit(study(PEOPLE[:2], states=tmp_path / "whole"))
+    blocks, seen = paired._blocks, []
+
+    def cut(*told):
+        seen.append(1)
+        if len(seen) in (3, 6):
+            raise KeyboardInterrupt
+        return blocks(*told)
+
+    monkeypatch.setattr(paired, "_blocks", cut)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            method.fit(study(PEOPLE[:2], states=tmp_path / "cut"))
+    again = method.fit(study(PEOPLE[:2], states=tmp_path / "cut"))
+    (one,), (other,) = (f.checkpoints.values() for f in (whole, again))
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(other.tensors[name], tensor, rtol=0, atol=0)
+    assert other.card.metrics == one.card.metrics
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
+        f"harmonize_golkov_B-to-A.b1000.{k}.ckpt" for k in (1, 2)]
+
+
+def broken(run):
+    dwi = head(run[:2], run[2])
+    if run != "02B":
+        return dwi
+    signal = dwi.signal.copy()
+    signal[:, 7] = np.nan
+    return Dwi(signal, dwi.mask, AFFINE, dwi.acquisition)
+
+
+OTHER = Acquisition(2 * BVALS, AXES)
+BAD = [
+    (dict(people=("01",)), "at least 2 participants in every batch"),
+    (dict(sites="A"), "at least two batches"),
+    (dict(reference_batch=None), "--reference-batch"),
+    (dict(reference_batch="a"), "no such batch; found A: 3, B: 3"),
+    (dict(acquisitions={"02B": OTHER}), "shells differ. 02B of B has 30 × b 2000"),
+    (dict(load=broken), r"values of 02B are NaN or infinite \(3\.0%"),
+]
+
+
+@pytest.mark.parametrize("options,message", BAD, ids=[m[:20] for _, m in BAD])
+def test_studies_that_cannot_carry_it_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        brief().fit(study(**options))
+
+
+@pytest.mark.parametrize("shared,message", [([], "nobody was scanned in B and in A"),
+                                            (["02"], "sub-02 alone was scanned in B and in A")])
+def test_batches_without_pairs_are_refused(shared, message):
+    whole = study(("01", "02", "03", "04"))
+    table = whole.statistics
+    kept = table[((table["batch"] == "A") & table["participant"].isin(["01", "02"]))
+                 | ((table["batch"] == "B") & table["participant"].isin(["03", "04", *shared]))]
+    with pytest.raises(UsageError, match=f"{message}.*harmonize_mica"):
+        brief().fit(methods.Study(kept, (), reference_batch="A", acquisitions=whole.acquisitions,
+                                  load=whole.load, seed=1))
