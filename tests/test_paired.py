@@ -4,6 +4,8 @@ The head of `synthetic_head` at half its resolution; in the other batch every or
 scaled by a factor of its own, so that the right answer is known in every voxel.
 """
 
+from functools import cache
+
 import bids_tree
 import numpy as np
 import pandas as pd
@@ -60,16 +62,20 @@ def brief(name="harmonize_shresnet"):
     return method
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@cache
+def fit(name):
+    method = brief(name)
+    return method, method.fit(study())
+
+
+@pytest.fixture(params=METHODS)
 def trained(request):
-    method = brief(request.param)
-    return method, method.fit(study())
+    return fit(request.param)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def shresnet():
-    method = brief()
-    return method, method.fit(study())
+    return fit("harmonize_shresnet")
 
 
 def test_learns_the_factors_of_the_orders(shresnet):
@@ -207,12 +213,12 @@ def broken(run):
 
 OTHER = Acquisition(2 * BVALS, AXES)
 BAD = [
-    (dict(people=("01",)), "at least 2 participants in every batch"),
-    (dict(sites="A"), "at least two batches"),
-    (dict(reference_batch=None), "--reference-batch"),
-    (dict(reference_batch="a"), "no such batch; found A: 3, B: 3"),
-    (dict(acquisitions={"02B": OTHER}), "shells differ. 02B of B has 30 × b 2000"),
-    (dict(load=broken), r"values of 02B are NaN or infinite \(3\.0%"),
+    ({"people": ("01",)}, "at least 2 participants in every batch"),
+    ({"sites": "A"}, "at least two batches"),
+    ({"reference_batch": None}, "--reference-batch"),
+    ({"reference_batch": "a"}, "no such batch; found A: 3, B: 3"),
+    ({"acquisitions": {"02B": OTHER}}, "shells differ. 02B of B has 30 × b 2000"),
+    ({"load": broken}, r"values of 02B are NaN or infinite \(3\.0%"),
 ]
 
 

@@ -122,6 +122,25 @@ def test_learning_rate_falls_as_said(decay, rates):
     assert [row["learning_rate"] * 1e3 for row in rows] == pytest.approx(rates, abs=1e-5)
 
 
+def test_learning_rate_falls_at_a_plateau():
+    """Two validations without progress: × 0.9 from the next step on."""
+    scores = iter([5.0, 3.0, 4.0, 6.0, 4.0, 4.0, 4.0])
+    _, rows = learn(Schedule(7, 1e-3, decay="plateau", factor=0.9, plateau=2, validate_every=1),
+                    validate=lambda model: next(scores))
+    rates = [1, 1, 1, 1, 0.9, 0.9, 0.81]
+    assert [row["learning_rate"] * 1e3 for row in rows] == pytest.approx(rates)
+
+
+def test_a_state_from_before_a_field_existed_is_taken_up(tmp_path):
+    saved = tmp_path / "state.ckpt"
+    whole, _ = learn(Schedule(4, 0.02), saved=saved)
+    state = torch.load(saved, weights_only=True)
+    del state["of"]["schedule"]["plateau"]
+    torch.save(state, saved)
+    again, _ = learn(Schedule(4, 0.02), linear(7), saved=saved)
+    torch.testing.assert_close(again[1].weight, whole[1].weight, rtol=0, atol=0)
+
+
 def test_gradient_is_clipped():
     """Steps of SGD are at most the learning rate times the norm, before momentum adds up."""
     model = linear()
@@ -140,7 +159,8 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"optimizer": "magic"}, {"decay": "linear"},
-                                 {"learning_rate": 0}, {"patience": 0, "validate_every": 0}])
+                                 {"learning_rate": 0}, {"patience": 0, "validate_every": 0},
+                                 {"factor": 1.0}, {"plateau": 0}])
 def test_a_schedule_refuses_bad_values(bad):
     with pytest.raises(UsageError, match="schedule"):
         Schedule(**{"steps": 10, "learning_rate": 0.1} | bad)

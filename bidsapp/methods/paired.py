@@ -42,7 +42,7 @@ class Samples:
 
     def __init__(self, folder: Path, directions: int, l_max: int) -> None:
         self.directions, self.l_max = directions, l_max
-        self.files = [(folder / name).open("wb") for name in ("image", "target")]
+        self.files = folder / "image", folder / "target"
         self.rows = 0
         self.centres: list[np.ndarray] = []
         self.pairs: list[np.ndarray] = []
@@ -64,18 +64,17 @@ class Samples:
         self.bases.append(basis)
         target = np.zeros((int(kept.sum()), self.directions), np.float32)
         target[:, :len(indices)] = aligned.target[kept][:, indices]
-        for file, values in zip(self.files, (image, target), strict=True):
-            file.write(np.ascontiguousarray(values).data)
+        for path, values in zip(self.files, (image, target), strict=True):
+            with path.open("ab") as file:
+                file.write(np.ascontiguousarray(values).data)
         self.rows += inside.size
 
     def close(self) -> None:
         """No more pairs: from now on voxels can be drawn."""
-        for file in self.files:
-            file.close()
         width = self.bases[0].shape[1]
         self.image, self.target = (torch.from_file(
-            file.name, size=Path(file.name).stat().st_size // 4).view(-1, columns)
-            for file, columns in zip(self.files, (width, self.directions), strict=True))
+            str(path), size=path.stat().st_size // 4).view(-1, columns)
+            for path, columns in zip(self.files, (width, self.directions), strict=True))
         self.centre, self.pair, self.tissue = (torch.from_numpy(np.concatenate(v)) for v in (
             self.centres, self.pairs, self.labels))
         self.step = torch.from_numpy(np.stack(self.steps))
@@ -182,7 +181,9 @@ class PairedHarmonizer(shared.Harmonizer):
         ordered = [*learned, *(p for p in found if p.participant in held)]
         tensors: dict[str, torch.Tensor] = {}
         metrics: dict[str, float] = {}
-        began, steps = time.monotonic(), []
+        steps: list[list[int]] = []
+        reached: list[list[float]] = []
+        began = time.monotonic()
         if study.states:
             study.states.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=study.states) as folder:
@@ -204,11 +205,13 @@ class PairedHarmonizer(shared.Harmonizer):
                 metrics |= self._measured(network, own_samples, len(learned),
                                           f"_{shared.short(shell)}", study.device)
                 steps.append([int(h[-1]["step"]) for h in history])
+                reached.append([min(row["validation"] for row in h) for h in history])
         return Checkpoint(tensors, Card(
             method=self.name, network=dict(recipe["network"]), trained_for=known["trained_for"],
             training={"participants": known["hashed"], "held_out": len(held), "pairs": len(found),
-                      "steps": steps, "seconds": round(time.monotonic() - began),
-                      "device": study.device, "data": "pairs of scans, grey and white matter",
+                      "steps": steps, "validation": reached,
+                      "seconds": round(time.monotonic() - began), "device": study.device,
+                      "data": "pairs of scans, grey and white matter",
                       "start": start.card.sha256 if start else "identity or chance"},
             intended_use=self.intended_use, seed=study.seed,
             versions={"qsphere": __version__, "torch": torch.__version__},
@@ -217,9 +220,13 @@ class PairedHarmonizer(shared.Harmonizer):
 
     def _start(self, study: Study) -> Checkpoint | None:
         try:
-            return load(study.init, self.name) if study.init else None
+            start = load(study.init, self.name) if study.init else None
+            if start:
+                replace(start, tensors=_part(start, "shell0.")).into(
+                    self.build(self.settings("training")["network"]))
         except DataError as error:
             raise UsageError(f"--init: {error}") from error
+        return start
 
     def _aligned(self, study: Study, pair: pairs.Pair, recipe: Mapping[str, Any], folder: Path
                  ) -> pairs.Aligned:
@@ -281,8 +288,8 @@ class PairedHarmonizer(shared.Harmonizer):
                 network, batch, lambda model, b: errors(model(b[0]), b).mean(), schedule,
                 seed=study.seed, device=study.device, validate=validate,
                 saved=study.states / f"{name}.{number}.ckpt" if study.states else None, name=name))
-            if (reached := min(row["validation"] for row in histories[-1])) < best:
-                best = reached
+            if (found := min(row["validation"] for row in histories[-1])) < best:
+                best = found
                 kept = {k: v.detach().clone() for k, v in network.state_dict().items()}
         network.load_state_dict(kept)
         return network, histories
