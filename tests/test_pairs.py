@@ -159,3 +159,11 @@ def test_pairs_are_every_run_with_every_run():
     found = pairs.find(table, "B")
     assert found == {"A": [pairs.Pair("01", "a1", "b1"), pairs.Pair("01", "a2", "b1")],
                      "C": [pairs.Pair("03", "c3", "b3")]}
+
+
+def test_labels_of_a_t1w_image_are_the_likelier():
+    mask = np.ones((1, 1, 4), bool)
+    p = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.3, 0.1, 0.6], [0.6, 0.3, 0.1]], np.float32)
+    dwi = Dwi(np.ones((4, 34), np.float32), mask, AFFINE, Acquisition(BVALS, AXES), tissue=p)
+    found = tissue.labels(dwi, np.ones(4), np.ones(4), np.array([True, True, True, False]))
+    assert found.tolist() == [tissue.GREY, tissue.WHITE, 0, 0]
