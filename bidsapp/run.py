@@ -89,9 +89,9 @@ def group(options: Options) -> int:
     study = methods.Study(
         statistics, features, tuple(covariates), options.reference_batch,
         {name: btable.acquisition_of(run) for name, run in runs.items()},
-        {name: voxel_size(run) for name, run in runs.items()},
         lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0], options.max_steps,
-        options.random_seed, choose_device(options.device), states, options.init)
+        options.random_seed, choose_device(options.device), states, options.init,
+        {name: voxel_size(run) for name, run in runs.items()})
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:

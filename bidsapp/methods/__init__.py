@@ -81,13 +81,13 @@ class Study:
     covariates: tuple[str, ...] = ()
     reference_batch: str | None = None
     acquisitions: Mapping[str, Acquisition] = field(default_factory=dict)
-    voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     load: Callable[[str], Dwi] | None = None
     max_steps: int | None = None
     seed: int = 0
     device: str = "cpu"
     states: Path | None = None
     init: Path | None = None
+    voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
