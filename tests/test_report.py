@@ -368,7 +368,7 @@ def test_glyph_figure(rng, shape):
 @pytest.mark.parametrize("name", methods.names("estimate_"))
 def test_every_figure_has_its_own_title(rng, name):
     maps = methods.get(name).outputs["maps"]
-    titles = [figures._short(e["Description"]) for e in maps.values() if e["report"]]
+    titles = [figures.short(e["Description"]) for e in maps.values() if e["report"]]
     assert len(set(titles)) == len(titles) and all(len(t) > 3 for t in titles)
 
 
