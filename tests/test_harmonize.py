@@ -323,8 +323,9 @@ def test_scan_without_signal(rng):
         methods.get("harmonize_mica").fit(dead)
 
 
-def test_mean_of_quantiles_is_that_of_the_people(rng):
-    """Two people with the quantiles a and b of uniform signals: the reference is (a + b) / 2."""
+def test_mean_of_quantiles_is_that_of_the_people(rng, caplog):
+    """Two people with the quantiles a and b of uniform signals: the reference is (a + b) / 2. The
+    other site lies between them, so that there is nothing to harmonize, and this is told."""
     study = sites(rng)
     level = {"sub-0": 0.2, "sub-1": 0.6, "sub-2": 0.5, "sub-3": 0.5}
 
@@ -339,6 +340,12 @@ def test_mean_of_quantiles_is_that_of_the_people(rng):
     assert made.card.metrics["distance_b1000_B"] == pytest.approx(0.1)
     assert made.card.metrics["distance_b2000_A"] == pytest.approx(0.4)
     assert made.card.trained_for["SNR"] == [20, 30]
+    assert "scans of B lie no further from A than its own people" in caplog.text
+    caplog.clear()
+    methods.get("harmonize_mica").fit(replace(study, load=lambda name: replace(
+        load(name), signal=load(name).signal * np.r_[1, 1, np.full(28, 1 + 2 * (name > "sub-1"))]
+        .astype(np.float32))))
+    assert caplog.text == ""
 
 
 def card_of(batches, reference="A"):

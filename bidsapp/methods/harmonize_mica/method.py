@@ -11,6 +11,7 @@ stays.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,8 @@ from bidsapp.methods import harmonizer as shared
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger("qsphere")
 
 GRID = 1000
 """Probabilities (k + ½) / GRID at which quantiles are taken."""
@@ -51,6 +54,13 @@ class Mica(shared.Harmonizer):
         metrics = {f"distance_{shared.short(shell)}_{batch}": float(
             np.abs(people[:, k] - _others(people, batch == reference, mean)[:, k]).mean())
             for batch, people in found.items() for k, shell in enumerate(known["shells"])}
+        for batch in targets:
+            if all(metrics[f"distance_{s}_{batch}"] <= metrics[f"distance_{s}_{reference}"]
+                   for s in map(shared.short, known["shells"])):
+                log.warning("%s: scans of %s lie no further from %s than its own people from each "
+                            "other (distance_… in the card), so warping removes people's "
+                            "differences, and no site's. Add participants, or take another method.",
+                            self.name, batch, reference)
         card = Card(
             method=self.name, network={}, trained_for=known, seed=study.seed,
             training={"participants": shared.hashed(batches), "data": "S/S0 within the mask"},
