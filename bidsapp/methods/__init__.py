@@ -51,15 +51,29 @@ class Derived:
 
 
 @dataclass(frozen=True)
+class Harmonized:
+    """A Dwi as the reference batch would have measured it.
+
+    signal: (voxel, measurement) float32, in the Dwi's own b-table and units. counts, parameters,
+    notices: as of `Derived`.
+    """
+
+    signal: np.ndarray
+    counts: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    notices: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Study:
     """What the group level gives to `fit`.
 
     statistics: one row per run: participant, session, run, batch, the covariates, then features.
     features: its columns of map statistics. covariates: its columns of age, sex, ….
-    reference_batch: the batch that others are mapped to, or None. acquisitions: of every run, by
-    its name; load: reads that run. max_steps, seed, device: of trainings. states: folder in which
-    an interrupted training is kept. init: folder of the checkpoint that a training starts from,
-    instead of its own choice.
+    reference_batch: the batch that others are mapped to, or None. acquisitions, voxel_sizes (mm):
+    of every run, by its name; load: reads that run. max_steps, seed, device: of trainings. states:
+    folder in which an interrupted training is kept. init: folder of the checkpoint that a training
+    starts from, instead of its own choice.
     """
 
     statistics: pd.DataFrame
@@ -73,6 +87,7 @@ class Study:
     device: str = "cpu"
     states: Path | None = None
     init: Path | None = None
+    voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,7 @@ class Method(ABC):
     @property
     def outputs(self) -> dict[str, Any]:
         """outputs.json: {"model": {...}, "maps": {key: {"entities", "Description", "Units",
-        "range", …}}}."""
+        "range", …}}}; of a harmonizer also "signal": {"Description", "Units"}."""
         return json.loads((self.folder / "outputs.json").read_text())
 
     def settings(self, table: str, *variants: str) -> dict[str, Any]:
@@ -166,6 +181,15 @@ class Method(ABC):
         """Process one Dwi, in blocks of voxels, on `device`. Never modifies it.
 
         seed: of whatever is random, as the training of a network for this Dwi alone.
+        """
+        raise self.group_only()
+
+    def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
+        """The Dwi, of a batch that the model knows, mapped to the model's reference batch. Never
+        modifies it. Whether the model may be used at all is asked in `methods.harmonizer`.
+
+        Raises:
+            Refusal: this Dwi cannot be harmonized whatever is allowed; says what is needed.
         """
         raise self.group_only()
 
