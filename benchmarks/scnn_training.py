@@ -18,7 +18,8 @@ scalars (the ODF's by Parseval's theorem, up to degree 16), Adam at 1e-3, ÷ 10 
 of the steps. Its points are a half grid exact to degree --grid in place of 3072; weights start as
 He et al. 2015 propose (doi:10.1109/ICCV.2015.123), which the paper does not say. `mlp` and
 `spherical` are trained as `group --train` trains estimate_mlp2 and estimate_scnn2; --init starts
-from the weights in a folder, or those that ship. --out keeps weights and card.
+from the weights in a folder, or those that ship, and --steps 0 tests these as they are. --out keeps
+weights and card.
 """
 
 import argparse
@@ -77,8 +78,9 @@ def published_loss(estimate: Estimate, parameters: torch.Tensor, odf: torch.Tens
 def recipe_of(options: argparse.Namespace) -> learn.Recipe:
     name = {"mlp": "estimate_mlp2"}.get(options.network, "estimate_scnn2")
     known = methods.get(name).recipe("one")
-    schedule = replace(known.schedule, steps=options.steps,
-                       validate_every=min(known.schedule.validate_every, options.steps))
+    steps = max(1, options.steps)
+    schedule = replace(known.schedule, steps=steps,
+                       validate_every=min(known.schedule.validate_every, steps))
     if options.network == "published":
         schedule = training.Schedule(options.steps, 1e-3, decay="step", validate_every=100)
     if options.learning_rate:
@@ -110,14 +112,15 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
     if options.init:
         start_from = (estimating.shipped(method) if options.init == "shipped"
                       else checkpoint.load(Path(options.init), method))
-    found = learn.train(method, recipe, seed=options.seed, device="cpu", saved=options.state,
-                        table=table, start=start_from)
+    found = start_from if start_from and not options.steps else learn.train(
+        method, recipe, seed=options.seed, device="cpu", saved=options.state, table=table,
+        start=start_from)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         for name, content in checkpoint.pack(found).items():
             (options.out / name).write_bytes(content)
     print({k: round(v, 4) for k, v in found.card.metrics.items()})
-    network = found.into(estimating.build(recipe.tissue, recipe.network, grid=estimating.GRID))
+    network = found.into(estimating.build(recipe.tissue, found.card.network, grid=estimating.GRID))
     power = torch.tensor(found.card.constants["density_power"])
     return network, recipe, power, found.card.training["samples"] / max(
         found.card.training["seconds"], 1)

@@ -6,6 +6,7 @@ The map of the house, in the order a run flows through it:
     run.py          participant(options), group(options): two linear recipes
     phantom.py      phantom(options): a multi-site dataset with known truth (cli_phantom.py)
     process.py      one participant: load, apply, write, report
+    harmonize.py    which harmonizer a run travels on, and whether it may
     bids/           find runs, read b-tables and sidecars; the one writer of derivatives
     dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
     acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)

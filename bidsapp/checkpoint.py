@@ -30,8 +30,8 @@ class Card:
     of its constructor. trained_for: acquisitions and ranges outside of which it must refuse.
     training: schedule, samples, device, duration and what the data were. constants: numbers learned
     in training that are not weights. metrics: on held-out data. intended_use: a sentence or two,
-    limits included. reference_batch, batches: of a harmonizer. sha256: of the weights' file, set
-    when they are packed.
+    limits included. sha256: of the weights' file, set when they are packed. Of a harmonizer,
+    reference_batch and batches: those that it maps there.
     """
 
     method: str
@@ -80,8 +80,8 @@ def pack(checkpoint: Checkpoint) -> dict[str, bytes]:
     return {WEIGHTS: weights, CARD: text.encode()}
 
 
-def load(folder: Path, method: str) -> Checkpoint:
-    """The checkpoint of a method in a folder.
+def load(folder: Path, method: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder, of that method or, with None, of any.
 
     Raises:
         DataError: a file is missing, broken or changed, or belongs to another method.
@@ -97,7 +97,7 @@ def load(folder: Path, method: str) -> Checkpoint:
         raise DataError(f"{folder} holds no checkpoint that can be read ({error}). Needed is a "
                         f"folder with {WEIGHTS} and {CARD}, as group --train writes it, with all "
                         f"of {', '.join(f.name for f in fields(Card))}.") from error
-    if card.method != method:
+    if method not in (None, card.method):
         raise DataError(f"{folder} holds weights of {card.method}; those of {method} are needed.")
     if (found := hashlib.sha256(weights).hexdigest()) != card.sha256:
         raise DataError(f"{folder / WEIGHTS}: its SHA-256 is {found}, but {CARD} says "

@@ -80,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
                    help="microstructure methods; default: dti smt scnn2, those that exist, where "
                         "the acquisition allows")
     g.add_argument("--harmonize", metavar="MODEL",
-                   help="path or name of a trained harmonizer, or a method that needs no training")
+                   help="a trained harmonizer: its folder, its name under OUTPUT_DIR/group/models, "
+                        "or a method, of whose models there the one for the run's site is taken")
     g.add_argument("--upsample", metavar="MODEL",
                    help="path or name of a trained network that fills in gradient directions")
     g.add_argument("--synthesize", nargs="+", choices=MODES, metavar="MODE",
@@ -94,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("what the group level trains")
     g.add_argument("--train", nargs="+", metavar="METHOD",
-                   help="methods by folder name, e.g. harmonize_combat")
+                   help="methods by folder name, e.g. harmonize_mica")
     g.add_argument("--reference-batch", metavar="NAME", help="the site that others are mapped to")
     g.add_argument("--folds", type=int, metavar="K", help="of the cross-validation; default: 5")
     g.add_argument("--epochs", type=int, metavar="N", help="instead of the method's own")

@@ -9,7 +9,7 @@ import math
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,22 +17,22 @@ import numpy as np
 import tomli_w
 import torch
 
-from bidsapp import __version__, methods
+from bidsapp import __version__, harmonize, methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, names, sidecar
 from bidsapp.bids.derivatives import Output
 from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
+from bidsapp.checkpoint import CARD
 from bidsapp.dwi import Dwi, Run, load, noise_sd, open_image, read_mean
 from bidsapp.errors import DataError, QSphereError, Refusal
-from bidsapp.evaluate import quality
+from bidsapp.evaluate import change, quality
 from bidsapp.mask import given, median_otsu
 from bidsapp.methods import Method
 from bidsapp.options import Options
 from bidsapp.preprocess import anatomy
-from bidsapp.report import figures, page
+from bidsapp.report import comparison, figures, page
 
 log = logging.getLogger("qsphere")
-MODELS = PurePosixPath("group/models")
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
 
 
@@ -68,7 +68,7 @@ def one_participant(job: Job, label: str, runs: list[Run], problems: list[str]) 
             status[run.name] = one_run(job, dataset, run, folder)
             if status[run.name]["status"] == "failed" and job.options.stop_on_first_crash:
                 break
-        ok = not problems and all(s["status"] != "failed" for s in status.values())
+        ok = not problems and all(done(s) for s in status.values())
         try:
             dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(job.options.as_dict()))
             dataset.write_text(f"{folder}/status.json", to_json({
@@ -89,9 +89,9 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
     start = time.monotonic()
     try:
         mark = fingerprint(run, job.options)
-        if dataset.is_complete(dataset.record(path), mark):
+        if dataset.is_complete(record := dataset.record(path), mark):
             log.info("%s: complete and unchanged, skipped", run.name)
-            return {"status": "skipped"}
+            return {"status": "skipped", "refusals": record.get("refusals", {})}
         log.info("%s: %d file(s), batch %s", run.name, len(run.parts), run.batch)
         with dataset.batch(path, mark) as batch:
             batch.facts = {"name": run.name, "entities": run.entities, "batch": run.batch,
@@ -117,8 +117,31 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
         return facts
 
 
+def done(status: Mapping[str, Any]) -> bool:
+    """Whether a run is what was asked for: an estimate that an acquisition cannot carry may be
+    left out, a harmonization may not."""
+    return status["status"] != "failed" and not any(
+        name.startswith("harmonize_") for name in status.get("refusals", ()))
+
+
+@dataclass
+class Findings:
+    """What is told of a run beside its images, as it is found."""
+
+    qc: dict[str, Any]
+    drawn: list[figures.Figure]
+    refusals: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    scores: dict[str, Any] = field(default_factory=dict)
+
+    def refuse(self, run: Run, name: str, refusal: Refusal) -> None:
+        self.refusals[name] = str(refusal)
+        log.warning("%s: %s is left out: %s", run.name, name, refusal)
+
+
 def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
-    """mask → load → check → apply → write → figures, for one run."""
+    """mask → load → harmonize → check → apply → write → figures, for one run."""
     dwi, mean_b0 = dwi_of(run, memory=job.memory, work_dir=job.options.work_dir)
     acquisition, mask = dwi.acquisition, dwi.mask
     mask_source = dataset.uri(run.mask) if run.mask else "median-Otsu (dipy) of the mean b0"
@@ -126,42 +149,78 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
 
     mask_path = names.output(run.entities, "mask", ".nii.gz", desc="brain")
     batch.image(mask_path, mask.astype("uint8"), like, sidecar.mask(run, dataset, mask_source))
-    qc: dict[str, Any] = dict(quality.quality(dwi))
-    refusals: dict[str, str] = {}
-    notices: list[str] = []
-    drawn = figures.of_signal(dwi, mean_b0)
+    findings = Findings(dict(quality.quality(dwi)), figures.of_signal(dwi, mean_b0))
     chosen = chosen_methods(job.options)
     if any(method.wants_tissue and not refused(method, acquisition) for method in chosen):
         dwi, told = tissue_of(run, dwi, job.options.work_dir)
         log.info("%s: %s", run.name, told)
-        notices.append(told)
+        findings.notices.append(told)
     output = Output(batch, run, dwi, like, mask_path, job.options.random_seed, job.device)
+    harmonized = travel(job, output, findings)
     for method in chosen:
-        try:
-            method.check(acquisition)
-            log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
-            derived = method.run(dwi, job.options, job.device)
-        except Refusal as refusal:
-            refusals[method.name] = str(refusal)
-            log.warning("%s: %s is left out: %s", run.name, method.name, refusal)
+        measured = apply(job, method, output, findings)
+        if measured is None or not harmonized or not method.name.startswith("estimate_"):
             continue
-        qc |= {**derived.counts, **quality.statistics(method, derived)}
-        notices += derived.notices
-        output.write(method, derived)
-        if derived.synthetic:
-            batch.facts["scores"] = {"columns": method.outputs["scores"],
-                                     "rows": derived.synthetic.scores}
-        drawn += figures.of_maps(method, derived, dwi)
+        # of the reference batch the signal is the same, and so is all that is made of it
+        after = measured if harmonized.dwi is dwi else apply(job, method, harmonized, findings)
+        findings.qc |= {f"harmonized_{key}": value for key, value in (after or {}).items()}
+    qc = findings.qc
     batch.table(names.output(run.entities, "qc", ".tsv", desc="image"), [qc], quality.columns(qc))
     batch.facts |= {
         "n_voxels": int(mask.sum()), "n_volumes": len(acquisition), "mask_source": mask_source,
         "voxel_size": [float(z) for z in like.header.get_zooms()[:3]],
         "shells": [{"b": s.b, "b_delta": s.b_delta, "n_directions": len(s)}
                    for s in acquisition.shells],
-        "n_b0": int(acquisition.b0.sum()), "qc": qc, "refusals": refusals,
-        "notices": list(dict.fromkeys(notices)),
-        "methods": [m.name for m in chosen if m.name not in refusals],
-        "figures": [draw(batch, run, figure) for figure in drawn]}
+        "n_b0": int(acquisition.b0.sum()), "qc": qc, "refusals": findings.refusals,
+        "notices": list(dict.fromkeys(findings.notices)), "methods": findings.methods,
+        "figures": [draw(batch, run, figure) for figure in findings.drawn]}
+    if findings.scores:
+        batch.facts["scores"] = findings.scores
+
+
+def travel(job: Job, output: Output, findings: Findings) -> Output | None:
+    """The harmonized signal, written and compared, and where maps made of it go; None where that
+    is not asked for, or refused."""
+    models, run, dwi = harmonize.find(job.options), output.run, output.dwi
+    if not models:
+        return None
+    try:
+        result = harmonize.apply(models, dwi, run, allow=job.options.allow_extrapolation,
+                                 device=job.device)
+    except Refusal as refusal:
+        findings.refuse(run, models[0].method.name, refusal)
+        return None
+    log.info("%s: %s", run.name, result.notices[0])
+    compared = change.change(dwi, result.dwi, job.device)
+    findings.qc |= {**result.counts, **change.statistics(compared, result.dwi)}
+    findings.notices += result.notices
+    findings.methods.append(result.model.method.name)
+    if result.changed:
+        findings.drawn += comparison.of_change(compared, dwi)
+    return output.harmonized(result)
+
+
+def apply(job: Job, method: Method, output: Output, findings: Findings) -> dict[str, Any] | None:
+    """What a method makes of one signal, written; its counts and statistics, which belong to the
+    measured signal unless `output` has a desc. None where it refuses."""
+    run, dwi = output.run, output.dwi
+    try:
+        method.check(dwi.acquisition)
+        log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
+        derived = method.run(dwi, job.options, job.device)
+    except Refusal as refusal:
+        findings.refuse(run, "_".join(filter(None, (output.desc, method.name))), refusal)
+        return None
+    output.write(method, derived)
+    told = {**derived.counts, **quality.statistics(method, derived)}
+    findings.notices += derived.notices
+    if not output.desc:
+        findings.qc |= told
+        findings.methods.append(method.name)
+        findings.drawn += figures.of_maps(method, derived, dwi)
+    if derived.synthetic:
+        findings.scores = {"columns": method.outputs["scores"], "rows": derived.synthetic.scores}
+    return told
 
 
 def dwi_of(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
@@ -221,15 +280,14 @@ def chosen_methods(options: Options) -> list[Method]:
     Raises:
         UsageError: a name that no folder under methods/ has.
     """
-    for kind in ("harmonize", "upsample"):
-        if name := getattr(options, kind):
-            raise methods.get(Path(name).name, kind).group_only()
+    if options.upsample:
+        raise methods.get(Path(options.upsample).name, "upsample").group_only()
     there = methods.names("estimate_")
     estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in there]
     chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
               *([methods.get("synthesize")] if options.synthesize else [])]
     for method in chosen:
-        method.sloppy, method.models = options.sloppy, options.output_dir / MODELS
+        method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
     return chosen
 
 
@@ -242,7 +300,9 @@ def fingerprint(run: Run, options: Options) -> str:
             "metadata": [p.metadata for p in run.parts],
             "anatomy": [sha256(f) if f.is_file() else str(f) for f in wanted],
             "methods": [m.name for m in chosen],
-            "models": [sha256(f) for f in sorted((options.output_dir / MODELS).glob("*/*.json"))],
+            "models": [sha256(f) for f in sorted(
+                (options.output_dir / harmonize.MODELS).glob("*/*.json"))],
+            "harmonize": [sha256(f / CARD) for f in harmonize.folders(options)],
             "synthesis": [options.synthesize, options.synthesize_voxels, options.synthesize_image],
             "options": [options.random_seed, options.allow_extrapolation, options.sloppy]}
     return hashlib.sha256(to_json(what).encode()).hexdigest()

@@ -15,17 +15,18 @@ import pandas as pd
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bidsapp import checkpoint, methods
+from bidsapp import checkpoint, harmonize, methods
+from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, find, names
 from bidsapp.bids.writer import Dataset, to_json
 from bidsapp.blocks import choose_device, memory_limit
-from bidsapp.dwi import FIXED_MEMORY, open_image, peak_memory
+from bidsapp.dwi import FIXED_MEMORY, Run, open_image, peak_memory
 from bidsapp.errors import QSphereError, Refusal, UsageError
 from bidsapp.evaluate import quality
 from bidsapp.methods import Method
 from bidsapp.options import Options
-from bidsapp.process import MODELS, Job, chosen_methods, dwi_of, one_participant, write_page
-from bidsapp.report import boilerplate, figures, page
+from bidsapp.process import Job, chosen_methods, dwi_of, one_participant, write_page
+from bidsapp.report import boilerplate, distributions, page
 
 log = logging.getLogger("qsphere")
 
@@ -33,17 +34,19 @@ log = logging.getLogger("qsphere")
 def participant(options: Options) -> int:
     """Find runs, process each, write derivatives and a page per participant. Returns exit code."""
     chosen = chosen_methods(options)
+    models = harmonize.find(options)
     if options.reports_only and not options.dry_run:
         return pages_again(options)
     found = find.find(options)
     if options.dry_run:
-        print("pages only" if options.reports_only else plan(found, chosen, options))
+        print("pages only" if options.reports_only else plan(found, models, chosen, options))
         return 0
     links = {"raw": options.bids_dir, **dict(options.derivatives)}
     dataset = Dataset(options.output_dir, links)
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
-    dataset.write_text("logs/CITATION.md", boilerplate.markdown(chosen))
+    dataset.write_text("logs/CITATION.md", boilerplate.markdown(
+        [*{m.method.name: m.method for m in models}.values(), *chosen]))
     if options.boilerplate_only:
         return 0
     memory = memory_limit(options.mem_mb)
@@ -87,7 +90,8 @@ def group(options: Options) -> int:
         statistics, features, tuple(covariates), options.reference_batch,
         {name: btable.acquisition_of(run) for name, run in runs.items()},
         lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0], options.max_steps,
-        options.random_seed, choose_device(options.device), states, options.init)
+        options.random_seed, choose_device(options.device), states, options.init,
+        {name: voxel_size(run) for name, run in runs.items()})
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:
@@ -101,14 +105,18 @@ def group(options: Options) -> int:
                             quality.columns(table.columns))
             if result.tables:
                 batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
-            for name, trained_weights in result.checkpoints.items():
-                for file, content in checkpoint.pack(trained_weights).items():
-                    batch.bytes(MODELS / name / file, content)
-        drawn = figures.of_group(study, fitted)
+        drawn = distributions.of_group(study, fitted)
         for figure in drawn:
             batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
         batch.text(PurePosixPath("group.html"), page.group(
             study, quality.outliers(statistics), drawn, fitted, chosen=trained))
+    for result in fitted.values():
+        for name, trained_weights in result.checkpoints.items():
+            # a record of its own, so that the next training does not take this one's model away
+            with (dataset.lock("group"),
+                  dataset.batch(PurePosixPath(f"group/log/{name}.json")) as batch):
+                for file, content in checkpoint.pack(trained_weights).items():
+                    batch.bytes(harmonize.MODELS / name / file, content)
     for name in (name for result in fitted.values() for name in result.checkpoints):
         for state in states.glob(f"{name}.*ckpt"):
             state.unlink(missing_ok=True)
@@ -199,7 +207,13 @@ def pages_again(options: Options) -> int:
     return 1 if unknown else 0
 
 
-def plan(found: find.Found, chosen: list[Method], options: Options) -> str:
+def voxel_size(run: Run) -> tuple[float, ...]:
+    """mm, from the image's header alone."""
+    return tuple(float(z) for z in open_image(run.parts[0].image).header.get_zooms()[:3])
+
+
+def plan(found: find.Found, models: list[harmonize.Model], chosen: list[Method], options: Options
+         ) -> str:
     """What would run, on what, with predicted memory: the text of --dry-run."""
     lines = []
     for label in found.participants:
@@ -217,6 +231,8 @@ def plan(found: find.Found, chosen: list[Method], options: Options) -> str:
             lines.append(f"{run.name}: {'x'.join(map(str, shape[:3]))} voxels, "
                          f"{acquisition.b0.sum()} × b0, {table}; batch {run.batch}; "
                          f"at most {most:.1f} GB")
+            if models:
+                lines.append(f"  {travels(run, models, acquisition, options)}")
             for method in chosen:
                 try:
                     method.check(acquisition)
@@ -226,3 +242,19 @@ def plan(found: find.Found, chosen: list[Method], options: Options) -> str:
                 except Refusal as refusal:
                     lines.append(f"  {method.name}: refused: {refusal}")
     return "\n".join(lines)
+
+
+def travels(run: Run, models: list[harmonize.Model], acquisition: Acquisition, options: Options
+            ) -> str:
+    """What --harmonize would do to a run, in a line."""
+    try:
+        model = harmonize.select(models, run.batch)
+        beyond = harmonize.check(model, acquisition, voxel_size(run), run.batch,
+                                 options.allow_extrapolation)
+    except Refusal as refusal:
+        return f"{models[0].method.name}: refused: {refusal}"
+    reference = model.checkpoint.card.reference_batch
+    if run.batch == reference:
+        return f"{model.id}: unchanged, of the reference batch"
+    return (f"{model.id}: {run.batch} to {reference}"
+            + (f", outside of its training: {'; '.join(beyond)}" if beyond else ""))

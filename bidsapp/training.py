@@ -8,6 +8,7 @@ weights of one that was not.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -90,7 +91,8 @@ def train(model: nn.Module, batch: Callable[[torch.Generator], Batch],
         devices, nodes: as torchrun or SLURM started them.
 
     Returns:
-        One row per validation: step, loss (mean since the last one), learning_rate, validation.
+        One row per validation: step, loss (mean since the last one), learning_rate, validation,
+        seconds (interruptions left out).
 
     Raises:
         DataError: the loss is not finite.
@@ -125,6 +127,7 @@ def train(model: nn.Module, batch: Callable[[torch.Generator], Batch],
         with tqdm(total=schedule.steps, initial=state["step"], desc=name,
                   disable=None if fabric.is_global_zero else True) as bar:
             mean = 0.0
+            began = time.monotonic() - (state["history"][-1]["seconds"] if state["history"] else 0)
             for step in range(state["step"], schedule.steps):
                 if schedule.patience and state["waited"] >= schedule.patience:
                     break
@@ -166,6 +169,7 @@ def train(model: nn.Module, batch: Callable[[torch.Generator], Batch],
                                                for k, v in model.state_dict().items()}
                 if schedule.decay == "plateau":
                     decay.step(row.get("validation", row["loss"]))
+                row["seconds"] = time.monotonic() - began
                 bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step"})
                 state["history"].append(row)
                 state["decay"] = decay.state_dict()

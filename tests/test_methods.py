@@ -16,6 +16,9 @@ from bidsapp.errors import Refusal, UsageError
 from bidsapp.microstructure import maps
 
 ESTIMATORS = methods.names("estimate_")
+UNPAIRED = ("harmonize_mica",)
+"""Harmonizers that learn from any people of two batches."""
+
 EQUIVARIANT = {"estimate_dti": ("direction",), "estimate_smt": (), "estimate_scnn2": ("odf",),
                "estimate_noddi": ("odf",), "estimate_scnn3": ("odf",)}
 """Methods that claim rotation equivariance, with the maps that turn; the others stay."""
@@ -179,6 +182,87 @@ def test_combat_is_for_tables(rng):
         combat.check(dwi.acquisition)
     with pytest.raises(UsageError, match="group --train harmonize_combat"):
         combat.apply(dwi, "cpu")
+
+
+@pytest.fixture(params=UNPAIRED)
+def harmonizer(request, rng):
+    """(method, checkpoint) that maps batch B, with more diffusion, to A."""
+    acq = acquisition()
+    runs = {f"sub-{i}": brain(acq, rng) for i in range(4)}
+    table = pd.DataFrame({"participant": list("0123"), "run": list(runs), "batch": list("AABB"),
+                          "snr_b0": 100.0})
+    study = methods.Study(table, (), reference_batch="A", acquisitions=dict.fromkeys(runs, acq),
+                          load=lambda name: bent(runs[name]) if name > "sub-1" else runs[name])
+    found = methods.get(request.param)
+    found.sloppy = True
+    (made,) = found.fit(study).checkpoints.values()
+    return found, made
+
+
+def bent(dwi):
+    signal = dwi.signal.copy()
+    s0 = np.maximum(dwi.mean_b0, 1)[:, None]
+    signal[:, 2:] = s0 * np.clip(signal[:, 2:] / s0, 0, None) ** 1.3
+    return Dwi(signal, dwi.mask, dwi.affine, dwi.acquisition, dwi.noise_sd)
+
+
+def test_harmonizer_leaves_its_input_unchanged(harmonizer, rng):
+    method, model = harmonizer
+    dwi = brain(acquisition(), rng)
+    before, tensors = dwi.signal.copy(), {k: v.clone() for k, v in model.tensors.items()}
+    made = method.harmonize(dwi, model, "B", "cpu")
+    np.testing.assert_array_equal(dwi.signal, before)
+    assert all(torch.equal(v, tensors[k]) for k, v in model.tensors.items())
+    assert made.signal.shape == before.shape and made.signal.dtype == np.float32
+    assert np.isfinite(made.signal).all() and not np.shares_memory(made.signal, dwi.signal)
+    json.dumps([dict(made.counts), dict(made.parameters)])
+    assert all(isinstance(v, int) and v >= 0 for v in made.counts.values())
+    assert {"Description", "Units"} <= set(method.outputs["signal"])
+
+
+def test_harmonizer_is_independent_of_voxel_order(harmonizer, rng):
+    """Of the order of the image's axes: a network may look at neighbours, but not at numbers."""
+    method, model = harmonizer
+    dwi = brain(acquisition(), rng)
+    order = np.arange(dwi.mask.size).reshape(dwi.mask.shape)[::-1].transpose(2, 0, 1)
+    mask = dwi.mask[::-1].transpose(2, 0, 1)
+    row = np.cumsum(dwi.mask.ravel()) - 1
+    turned = np.eye(4)
+    turned[:3, :3] = dwi.affine[:3, :3] @ np.diag([-1, 1, 1])[:, [2, 0, 1]]
+    other = Dwi(dwi.signal[row[order[mask]]], mask, turned, dwi.acquisition, dwi.noise_sd)
+    one = method.harmonize(dwi, model, "B", "cpu").signal
+    close("signal", one[row[order[mask]]], method.harmonize(other, model, "B", "cpu").signal)
+
+
+def test_harmonizer_goes_the_right_way(harmonizer, rng):
+    method, model = harmonizer
+    dwi = brain(acquisition(), rng, sd=0.5)
+    before = bent(dwi).signal - dwi.signal
+    after = method.harmonize(bent(dwi), model, "B", "cpu").signal - dwi.signal
+    assert np.square(after).mean() < 0.5 * np.square(before).mean()
+
+
+def test_harmonizer_refuses_what_it_cannot_carry(harmonizer, rng):
+    method, model = harmonizer
+    dwi = brain(acquisition(), rng)
+    without = Dwi(dwi.signal[:, 2:], dwi.mask, dwi.affine, dwi.acquisition[2:])
+    with pytest.raises(Refusal, match="Needed"):
+        method.harmonize(without, model, "B", "cpu")
+
+
+def test_card_of_a_harmonizer_makes_the_round_trip(harmonizer, rng, tmp_path):
+    method, model = harmonizer
+    for file, content in checkpoint.pack(model).items():
+        (tmp_path / file).write_bytes(content)
+    again = checkpoint.load(tmp_path, method.name)
+    card = again.card
+    assert (card.reference_batch, card.batches) == ("A", ("B",))
+    assert {"shells", "SNR"} <= set(card.trained_for)
+    assert set(card.training["participants"]) == {"A", "B"}
+    assert json.loads(json.dumps(card.metrics)) == dict(model.card.metrics)
+    dwi = brain(acquisition(), rng)
+    np.testing.assert_array_equal(method.harmonize(dwi, again, "B", "cpu").signal,
+                                  method.harmonize(dwi, model, "B", "cpu").signal)
 
 
 @pytest.mark.parametrize("name", [n for n in ESTIMATORS

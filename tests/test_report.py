@@ -18,7 +18,7 @@ from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.methods import Derived, Fitted, Method, Study
-from bidsapp.report import canvas, figures, glyphs, page
+from bidsapp.report import canvas, distributions, figures, glyphs, page
 
 SVG = "{http://www.w3.org/2000/svg}"
 OUTPUTS = {
@@ -368,7 +368,7 @@ def test_glyph_figure(rng, shape):
 @pytest.mark.parametrize("name", methods.names("estimate_"))
 def test_every_figure_has_its_own_title(rng, name):
     maps = methods.get(name).outputs["maps"]
-    titles = [figures._short(e["Description"]) for e in maps.values() if e["report"]]
+    titles = [figures.short(e["Description"]) for e in maps.values() if e["report"]]
     assert len(set(titles)) == len(titles) and all(len(t) > 3 for t in titles)
 
 
@@ -518,9 +518,9 @@ def test_group_page(rng):
     after = study.statistics[["participant", "batch", "dti_fa_mean"]].copy()
     fitted = {"harmonize_combat": Fitted({"desc-combat_dwimap": after}, {
         "Model": {"Description": "ComBat"}, "Covariates": ["age"], "ReferenceBatch": "Site A"})}
-    drawn = figures.of_group(study, fitted)
+    drawn = distributions.of_group(study, fitted)
     assert [f.entities["desc"] for f in drawn] == ["distributions", "combat"]
-    assert [f.svg for f in drawn] == [f.svg for f in figures.of_group(study, fitted)]
+    assert [f.svg for f in drawn] == [f.svg for f in distributions.of_group(study, fitted)]
     outliers = pd.DataFrame([{"run": "sub-03", "batch": "Site A", "measure": "snr_b0", "z": -4.2,
                               "value": 1.0, "median": 2.0, "why": "1 lies below"}])
     chosen = [methods.get("harmonize_combat")]
@@ -538,6 +538,6 @@ def test_group_of_any_size(rng, batches):
     table = pd.DataFrame({"batch": [f"A very long name of a scanner {i}" for i in range(batches)],
                           "f_mean": rng.normal(size=batches)})
     table.loc[0, "f_mean"] = np.nan
-    for figure in figures.of_group(Study(table, ("f_mean",)), {}):
+    for figure in distributions.of_group(Study(table, ("f_mean",)), {}):
         ElementTree.fromstring(figure.svg)
-    assert figures.of_group(Study(table, ()), {}) == []
+    assert distributions.of_group(Study(table, ()), {}) == []

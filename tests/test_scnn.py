@@ -5,6 +5,7 @@ import math
 import tomllib
 from dataclasses import replace
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -90,6 +91,23 @@ def test_networks_are_equivariant(kind, dtype):
         for a, b in ((one.mean, other.mean), (one.log_sd, other.log_sd),
                      (sh.rotate(one.odf, r), other.odf)):
             assert (a - b).square().mean().sqrt() <= limit * a.square().mean().sqrt()
+
+
+def test_networks_compile_and_autocast(monkeypatch):
+    """One graph without breaks gives the same numbers; bfloat16, those to its 8 bits."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the checks cannot be traced
+    torch.manual_seed(0)
+    network = SphericalNetwork(2).eval()
+    x, noise = coefficients(20, torch.float32), torch.full((20, 2), 0.02)
+    given = x, noise, SHELLS, hint_of(x, noise, SHELLS)
+    with torch.no_grad():
+        plain = network(*given)
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")(*given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            coarse = network(*given)
+    for a, b, c in zip(plain, compiled, coarse, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        assert (a - c).square().mean() < 2e-2**2 * a.square().mean()
 
 
 def test_published_network_has_the_published_size():
@@ -222,7 +240,7 @@ def test_priors():
 # ---- training, calibration, maps
 
 
-def small(steps=150):
+def small(steps=300):
     recipe = methods.get("estimate_scnn2").recipe()
     return learn.Recipe(
         recipe.tissue, {"widths": (8, 8), "degrees": (4, 4), "tail": 4, "hidden": 32, "grid": 11},
@@ -275,6 +293,21 @@ def voxels(acq, n=60, sigma=0.02, seed=5, strange=False):
                300 * sigma)
 
 
+def test_densities_are_no_sharper_than_a_fibre():
+    """Densities stay as they are, a fibre's own delta function included; what no density can be is
+    made smaller, degree by degree, and not turned."""
+    known = torch.cat([tissue.draw_odfs(50, torch.Generator().manual_seed(0), 8),
+                       sh.evaluate(8, torch.eye(3))])
+    torch.testing.assert_close(estimating.bounded(known), known, atol=1e-6, rtol=1e-6)
+    wild = 50 * torch.randn(20, 45, generator=torch.Generator().manual_seed(1))
+    found = estimating.bounded(wild)
+    for l in (2, 4, 6, 8):
+        part, was = (v[:, sh.size(l - 2):sh.size(l)] for v in (found, wild))
+        most = torch.full((20,), (2 * l + 1) / (4 * math.pi))
+        torch.testing.assert_close(part.square().sum(1), most)
+        torch.testing.assert_close(torch.cosine_similarity(part, was), torch.ones(20))
+
+
 def test_strange_signals_and_noise_are_flagged():
     """With the weights that ship. The signal's size wanders from 0.3 to 1.7 with the volume, which
     is plausible only where there is hardly any signal."""
@@ -284,7 +317,7 @@ def test_strange_signals_and_noise_are_flagged():
         return estimating.estimate(shipped, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]["flag"]
 
     assert (flags(voxels(acq)) == 0).mean() > 0.9
-    assert (flags(voxels(acq, strange=True)) == 1).mean() > 0.8
+    assert (flags(voxels(acq, strange=True)) == 1).mean() > 0.85
     assert (flags(voxels(acq, sigma=0.2)) == 2).mean() > 0.5
 
 

@@ -8,16 +8,15 @@ run, in its mask and in slices FROM to TO, TO left out: others then serve as a t
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from bidsapp.bids import find
+from bidsapp.cli import parse
 from bidsapp.preprocess import tissue
 from bidsapp.preprocess.deconvolution import densities
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_synthesize import real
+from bidsapp.process import dwi_of
 
 
 def main() -> None:
@@ -27,14 +26,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--slices", type=int, nargs=2, default=(0, None))
     options = parser.parse_args()
-    dwi = real(options.bids_dir.resolve())
+    folder = options.bids_dir.resolve()
+    found = find.find(parse([str(folder), str(folder.parent / "out"), "participant"]))
+    dwi, _ = dwi_of(found.runs[found.participants[0]][0])
     regions = tissue.regions(dwi, "cpu")
     z = np.argwhere(dwi.mask)[:, 2]
     low, high = options.slices
     wanted = (z >= low) & (z < (dwi.mask.shape[2] if high is None else high))
-    found = densities(dwi, regions.single_fibre, regions.gm, regions.csf, wanted)
-    np.save(options.out, found.numpy())
-    print(f"{len(found)} densities of {int(wanted.sum())} voxels")
+    rows = densities(dwi, regions.single_fibre, regions.gm, regions.csf, wanted)
+    np.save(options.out, rows.numpy())
+    print(f"{len(rows)} densities of {int(wanted.sum())} voxels")
 
 
 if __name__ == "__main__":

@@ -322,6 +322,8 @@ Diffusion MRI derivatives in BIDS, made by QSphere. Open `sub-*.html` (and `grou
 
 - `sub-*/[ses-*/]dwi/*_model-*_param-*_dwimap.nii.gz`: maps; the JSON beside each says what it is,
   its units, and what it was made from. `_stat-std` is the uncertainty of the map of that name.
+- `*_desc-harmonized_dwi.nii.gz`: the signal as the reference site would have measured it;
+  `*_desc-harmonized_dwimap.nii.gz`: maps made from it, beside those of the measured signal.
 - `*_desc-synth*_dwi.nii.gz`: synthetic signals, one voxel after another; `*_desc-synth*_truth.tsv`
   beside each holds what every voxel was made from, in the same order. `*_desc-synth_qc.tsv`: how
   well each mode stands for the participant.

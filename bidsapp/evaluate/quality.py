@@ -54,6 +54,10 @@ FIXED: dict[str, tuple[str, str]] = {
                          f"{DROPOUT_Z:g} robust standard deviations or more, below what the other "
                          "volumes of the shell predict", "slices"),
     "n_dropout_volumes": ("Volumes with such a slice", "volumes"),
+    "harmonization_angle": ("Median angle between the principal directions before and after "
+                            "harmonization, in single-fibre voxels", "degrees"),
+    "harmonization_voxels": ("Single-fibre voxels: FA > 0.7 in the corpus callosum, or deep in the "
+                             "brain", "voxels"),
 }
 IDENTIFIERS = {
     "participant": "Participant label, without sub-", "session": "Session label, without ses-",
@@ -204,6 +208,11 @@ def columns(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     return {str(key): _describe(str(key)) for key in keys}
 
 
+def harmonized(table: pd.DataFrame, features: Iterable[str]) -> dict[str, str]:
+    """Columns of a table that hold a feature after harmonization, and the feature of each."""
+    return {f"harmonized_{f}": f for f in features if f"harmonized_{f}" in table.columns}
+
+
 def map_features(keys: Iterable[str]) -> list[str]:
     """The columns that ComBat works on: means of maps, those of uncertainty maps left out."""
     known = _map_columns()
@@ -262,7 +271,10 @@ def _describe(key: str) -> dict[str, str]:
         return ({"Description": f"Median over the mask of {of}", "Units": "as the input signal"}
                 if what == "signal" else
                 {"Description": f"Median over the mask of {of} divided by noise_sd", "Units": "1"})
-    for name in methods.names("estimate_"):
+    if key.startswith("harmonized_"):
+        entry = _describe(key.removeprefix("harmonized_"))
+        return {**entry, "Description": f"{entry['Description']}; of the harmonized signal"}
+    for name in methods.names():
         if key.startswith(f"{_short(name)}_"):
             what = key.removeprefix(f"{_short(name)}_").removeprefix("n_").replace("_", " ")
             return {"Description": f"{_short(name)}: voxels handled in a special way: {what}",
@@ -291,11 +303,12 @@ def _map_statistics(method: str, key: str, entry: Mapping[str, Any]
 
 
 def _is_signal(key: str) -> bool:
-    return key in FIXED or bool(re.fullmatch(r"b\d+\w*_(signal|snr)", key))
+    own = key in FIXED and not key.startswith("harmonization_")
+    return own or bool(re.fullmatch(r"b\d+\w*_(signal|snr)", key))
 
 
 def _short(method: str) -> str:
-    return method.removeprefix("estimate_")
+    return method.removeprefix("estimate_").removeprefix("harmonize_")
 
 
 def _ratio(value: float, noise: float | None) -> float | None:

@@ -158,7 +158,7 @@ class Method(ABC):
     @property
     def outputs(self) -> dict[str, Any]:
         """outputs.json: {"model": {...}, "maps": {key: {"entities", "Description", "Units",
-        "range", …}}}."""
+        "range", …}}}; of a harmonizer also "signal": {"Description", "Units"}."""
         return json.loads((self.folder / "outputs.json").read_text())
 
     def settings(self, table: str, *variants: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +40,9 @@ LEVEL = 0.9
 
 BANDS = 24
 """Of the predicted SD, in each of which SDs are calibrated."""
+
+USUAL, NOISE_BANDS = 0.999, 8
+"""Share of simulated signals whose misfit is not strange; bands of noise in which it holds."""
 
 
 @dataclass(frozen=True)
@@ -196,12 +198,10 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
         plain = replace(recipe, beta=0.0)
         return float(np.mean([float(loss_of(plain, model(*b[:4]), *b[4:])) for b in batches]))
 
-    began = time.monotonic()
     history = training.train(
         network, lambda g: simulate(recipe.batch, recipe.groups, g),
         lambda model, b: loss_of(recipe, model(*b[:4]), *b[4:]), recipe.schedule,
         seed=seed, device=device, validate=validate, saved=saved, name=method)
-    seconds = time.monotonic() - began
     constants = calibrate(network, recipe, _held_out(
         simulate, recipe, 8 * recipe.held_out, seed + 2, device))
     constants["density_power"] = simulate.power.tolist()
@@ -216,7 +216,7 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
             if known.acquisition is None else told(known.acquisition))},
         training={"steps": int(history[-1]["step"]) if history else 0,
                   "samples": int(history[-1]["step"]) * recipe.batch if history else 0,
-                  "seconds": round(seconds), "device": device,
+                  "seconds": round(history[-1]["seconds"]) if history else 0, "device": device,
                   "threads": torch.get_num_threads() if device == "cpu" else None,
                   "start": start.card.sha256 if start else "random",
                   "data": "simulated: " + ("Watson mixtures" if table is None else
@@ -296,23 +296,24 @@ def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Bat
               ) -> dict[str, Any]:
     """By parameter, factors for the SD so that ± 1.645 SD cover 90 % of held-out truths in every
     band of predicted SD (split conformal prediction in bands: Vovk et al. 2005; Romano et al. 2019,
-    arXiv:1905.03222), and the misfit that 99.9 % of signals stay below."""
-    mean, sd, truth, *_ = predictions(network, batches)
-    mean = clamped(recipe.tissue, mean)
-    out: dict[str, Any] = {"sd": {}}
-    for i, name in enumerate(recipe.tissue.names):
-        order = sd[:, i].argsort()
-        score = ((mean - truth).abs() / sd)[order, i]
-        bands = score.tensor_split(BANDS)
-        out["sd"][name] = {
-            "predicted": [float(v.median()) for v in sd[order, i].tensor_split(BANDS)],
-            "factor": [float(torch.quantile(v, min(1.0, LEVEL * (1 + 1 / len(v)))) / QUANTILE)
-                       for v in bands]}
+    arXiv:1905.03222), and, by noise, the misfit that 99.9 % of signals stay below."""
+    mean, sd, truth, _, noise = predictions(network, batches)
+    score = (clamped(recipe.tissue, mean) - truth).abs() / sd
     with torch.no_grad():
-        misfits = [misfit(recipe.tissue, x, noise, shells, network(x, noise, shells, told))
-                   for x, noise, shells, told, *_ in batches]
-    out["misfit"] = float(torch.quantile(torch.cat(misfits), 0.999))
-    return out
+        misfits = torch.cat([misfit(recipe.tissue, x, n, shells, network(x, n, shells, told))
+                             for x, n, shells, told, *_ in batches])
+    return {"sd": {name: _in_bands(sd[:, i], score[:, i] / QUANTILE, LEVEL, BANDS)
+                   for i, name in enumerate(recipe.tissue.names)},
+            "misfit": _in_bands(noise, misfits, USUAL, NOISE_BANDS)}
+
+
+def _in_bands(x: torch.Tensor, value: torch.Tensor, level: float, bands: int
+              ) -> dict[str, list[float]]:
+    """What a share `level` of the values stays below, in bands of x of equal counts."""
+    order = x.argsort()
+    return {"at": [float(v.median()) for v in x[order].tensor_split(bands)],
+            "value": [float(torch.quantile(v, min(1.0, level * (1 + 1 / len(v)))))
+                      for v in value[order].tensor_split(bands)]}
 
 
 def measure(network: nn.Module, recipe: Recipe, constants: Mapping[str, Any],

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from bidsapp import sh
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.blocks import map_voxels
 from bidsapp.checkpoint import Checkpoint, load
@@ -32,9 +33,10 @@ TOLERANCE = 0.01
 ASSUMED_SNR = 20.0
 """Stands for S0 over noise SD where the noise could not be measured."""
 
-GRID = 47
-"""Degree of the half grids where a network is applied (385 points). Densities turn with the head
-within 2e-4; on the coarse grid that is enough to train on, within 2 %."""
+GRID = 83
+"""Degree of the half grids where a network is applied (1177 points). Densities turn with the head
+within 2e-4, those of strange signals too, which take the finest grid; on the coarse grid that is
+enough to train on, within 2 %."""
 
 BLOCK = 512
 """Voxels whose layers fit the cache."""
@@ -171,17 +173,18 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         ratio = (signal / level[:, None]).clamp(0, 2)
         x = torch.stack([fit @ ratio[:, i].T for fit, i in zip(fits, index, strict=True)], 2)
         sigma = (dwi.noise_sd / level if dwi.noise_sd else torch.full_like(level, 1 / ASSUMED_SNR))
-        bounded = sigma.clamp(least, most)[:, None]
-        noise = torch.cat([bounded, of_mean * bounded], 1)
+        within = sigma.clamp(least, most)[:, None]
+        noise = torch.cat([within, of_mean * within], 1)
         # in double precision, else rounding decides which way the search goes on a flat ridge
         likely = hint(Likelihood(tissue, power, x.double(), noise.double(), told.double())
                       ).float() if hinted else x.new_zeros(len(signal), 0)
         found = network(x, noise, told, likely)
         sd = calibrated(tissue, found.log_sd.clamp(-7, 2).exp(), card.constants)
-        strange = misfit(tissue, x, noise, told, found) > card.constants["misfit"]
+        strange = misfit(tissue, x, noise, told, found) > interpolated(
+            card.constants["misfit"], noise[:, 0])
         flag = torch.where(sigma > 1.001 * most, 2.0, torch.where(strange, 1.0, 0.0))
-        return {"mean": clamped(tissue, found.mean), "sd": sd, "odf": found.odf, "flag": flag,
-                "usable": usable}
+        return {"mean": clamped(tissue, found.mean), "sd": sd, "odf": bounded(found.odf),
+                "flag": flag, "usable": usable}
 
     with torch.inference_mode():
         found = map_voxels(of_block, dwi.signal, device, BLOCK)
@@ -207,19 +210,31 @@ def clamped(tissue: Tissue, mean: Float[torch.Tensor, "voxel n"]) -> Float[torch
     return torch.minimum(torch.maximum(mean, low), high)
 
 
+def bounded(odf: Float[torch.Tensor, "voxel coef"]) -> Float[torch.Tensor, "voxel coef"]:
+    """No degree stronger than that of a single fibre, Σ_m c_lm² ≤ (2l + 1)/4π, which holds for
+    every density: where noise lies above its range a network can say anything."""
+    parts = [odf[:, :1]]
+    for l in range(2, sh.l_max_of(odf.shape[1]) + 1, 2):
+        part, most = odf[:, sh.size(l - 2):sh.size(l)], math.sqrt((2 * l + 1) / (4 * math.pi))
+        parts.append(part * (most / part.norm(dim=1, keepdim=True).clamp(min=most)))
+    return torch.cat(parts, 1)
+
+
 def calibrated(tissue: Tissue, sd: Float[torch.Tensor, "voxel n"], constants: Mapping[str, Any]
                ) -> Float[torch.Tensor, "voxel n"]:
-    """Predicted SDs times their factor, interpolated between bands; at most half the range."""
-    columns = []
-    for i, (name, (low, high)) in enumerate(zip(tissue.names, tissue.ranges, strict=True)):
-        table = constants["sd"][name]
-        at, factor = (sd.new_tensor(table[k]) for k in ("predicted", "factor"))
-        right = torch.searchsorted(at, sd[:, i].contiguous()).clamp(1, len(at) - 1)
-        step = (at[right] - at[right - 1]).clamp(min=1e-9)
-        share = ((sd[:, i] - at[right - 1]) / step).clamp(0, 1)
-        columns.append((sd[:, i] * torch.lerp(factor[right - 1], factor[right], share)
-                        ).clamp(max=(high - low) / 2))
-    return torch.stack(columns, 1)
+    """Predicted SDs times their factor; at most half the range."""
+    return torch.stack([
+        (sd[:, i] * interpolated(constants["sd"][name], sd[:, i])).clamp(max=(high - low) / 2)
+        for i, (name, (low, high)) in enumerate(zip(tissue.names, tissue.ranges, strict=True))], 1)
+
+
+def interpolated(table: Mapping[str, Any], x: Float[torch.Tensor, " voxel"]
+                 ) -> Float[torch.Tensor, " voxel"]:
+    """"value" at x, linear between the points "at", constant beyond them."""
+    at, value = (x.new_tensor(table[k]) for k in ("at", "value"))
+    right = torch.searchsorted(at, x.contiguous()).clamp(1, len(at) - 1)
+    share = ((x - at[right - 1]) / (at[right] - at[right - 1]).clamp(min=1e-9)).clamp(0, 1)
+    return torch.lerp(value[right - 1], value[right], share)
 
 
 def misfit(tissue: Tissue, x: Float[torch.Tensor, "coef voxel shell"],

@@ -132,9 +132,10 @@ class SphericalNetwork(nn.Module):
 
     Embedded shells pass blocks of zonal convolution and SiLU on a half grid. Means and powers per
     degree, which do not change with rotation, go to a head with the noise and a hint, the most
-    likely parameters and their covariance (`simulate.likelihood`); it gives the parameters. The
-    density is a combination of channels whose gain per degree the head sets voxel by voxel (a
-    deconvolution with the kernel of that voxel), followed by one more block.
+    likely parameters and their covariance (`simulate.likelihood`). The density is a combination of
+    channels whose gain per degree the head sets voxel by voxel (a deconvolution with the kernel of
+    that voxel), followed by one more block. What that deconvolution looks like, again by means and
+    powers, tells a second head whether the kernel was right; it gives the parameters.
 
     Args:
         parameters: number of scalars.
@@ -160,6 +161,9 @@ class SphericalNetwork(nn.Module):
         self.trunk = nn.Sequential(
             nn.Linear(pooled + 3 + hints, hidden), nn.SiLU(),
             nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.again = nn.Sequential(
+            nn.Linear(hidden + tail * (1 + l_odf), hidden), nn.SiLU(),
+            nn.Linear(hidden, hidden), nn.SiLU())
         self.scalars = nn.Linear(hidden, 2 * parameters)
         self.shortcut = nn.Linear(hints, parameters, bias=False)
         channels = widths[0] + widths[-1] * (len(widths) > 1)
@@ -184,14 +188,19 @@ class SphericalNetwork(nn.Module):
             parts.append(y)
         level = torch.cat([noise.clamp(min=1e-3).log()[:, :1] + 4, 10 * noise], 1)
         hidden = self.trunk(torch.cat([*pools, level, hint], 1))
-        found, log_sd = self.scalars(hidden).chunk(2, 1)
-        return Estimate(found + self.shortcut(hint), log_sd - 2, self.density(parts, hidden))
+        odf, seen = self.density(parts, hidden)
+        found, log_sd = self.scalars(self.again(torch.cat([hidden, seen], 1))).chunk(2, 1)
+        return Estimate(found + self.shortcut(hint), log_sd - 2, odf)
 
-    def density(self, parts: list[torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    def density(self, parts: list[torch.Tensor], hidden: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(voxel, coefficient), and the invariants of the deconvolution behind it."""
         size = sh.size(self.l_odf)
         padded = [nn.functional.pad(truncate(y, self.l_odf), (0, 0, 0, 0, 0, max(0, size - len(y))))
                   for y in parts]
         gain = self.gain(hidden).unflatten(1, (self.l_odf // 2 + 1, -1))
         z = self.mix(self.narrow(torch.cat(padded, 2)) * by_degree(gain.transpose(0, 1)))
-        odf = self.out(torch.cat([z, self.sharpen(z)], 2))[1:, :, 0].T
-        return torch.cat([torch.full_like(odf[:, :1], ISOTROPIC), odf], 1)
+        sharp = self.sharpen(z)
+        odf = self.out(torch.cat([z, sharp], 2))[1:, :, 0].T
+        return (torch.cat([torch.full_like(odf[:, :1], ISOTROPIC), odf], 1),
+                torch.cat([mean(sharp), amplitudes(z)], 1))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
@@ -43,10 +42,9 @@ def power(x: Float[torch.Tensor, "coef voxel channel"]
           ) -> Float[torch.Tensor, "degree voxel channel"]:
     """Σ_m c_lm²/(2l + 1) of the degrees 2, 4, …: does not change with rotation. With linear layers
     before it, it gives every quadratic invariant of two channels."""
-    degrees = sh.degrees(sh.l_max_of(len(x)))
-    wanted = np.arange(2, degrees[-1] + 1, 2)
-    average = (degrees == wanted[:, None]) / (2 * wanted[:, None] + 1)
-    return (x.new_tensor(average) @ (x * x).flatten(1)).unflatten(1, x.shape[1:])
+    l = torch.arange(0, sh.l_max_of(len(x)) + 1, 2, dtype=x.dtype, device=x.device)
+    average = by_degree(torch.diag(1 / (2 * l + 1)))[:, 1:].T
+    return (average @ (x * x).flatten(1)).unflatten(1, x.shape[1:])
 
 
 class ZonalConvolution(nn.Module):

@@ -125,4 +125,4 @@ def _authors(before: str) -> str:
 
 
 def _short(method: Method) -> str:
-    return method.name.removeprefix("estimate_")
+    return method.name.removeprefix("estimate_").removeprefix("harmonize_")

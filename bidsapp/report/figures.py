@@ -1,30 +1,27 @@
-"""Figures of a run and of a group, as SVG. What a map's figure shows comes from outputs.json."""
+"""Figures of a run, as SVG. What a map's figure shows comes from outputs.json."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import quality
-from bidsapp.methods import Derived, Fitted, Method, Study
+from bidsapp.methods import Derived, Method
 from bidsapp.report import glyphs
 from bidsapp.report.canvas import (
     PALETTE,
     STYLE,
-    WIDTH,
     Canvas,
     coloured,
     figure,
     mosaics,
-    scaled_unit,
     show,
     svg,
 )
@@ -83,37 +80,6 @@ def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
                 drawn.append(_map(canvas, values, entry, entities, section))
             elif entry.get("report"):
                 drawn.append(_glyphs(canvas, values, derived, outputs, entry, entities, section))
-    return drawn
-
-
-def of_group(study: Study, fitted: Mapping[str, Fitted]) -> list[Figure]:
-    """Map statistics by batch, and once more for every table that a method made of them."""
-    features = list(study.features)
-    if not features:
-        return []
-    units = {f: _units(d) for f, d in quality.columns(features).items()}
-    runs = len(study.statistics)
-    with mpl.rc_context(STYLE):
-        drawn = [Figure(
-            "dwimap", {"desc": "distributions"},
-            _distributions([("as measured", study.statistics)], features, units),
-            "Map statistics by batch",
-            f"Mean of each map over the brain mask; a point per run ({runs} in all), a line from "
-            "the lower to the upper quartile and a bar at the median of each batch.",
-            "Distributions")]
-        for method, result in fitted.items():
-            for name, table in result.tables.items():
-                shared = [f for f in features if f in table.columns]
-                if not shared or "batch" not in table.columns:
-                    continue
-                label = name.removeprefix("desc-").split("_")[0]
-                drawn.append(Figure(
-                    "dwimap", {"desc": label},
-                    _distributions([("before", study.statistics), ("after", table)], shared, units),
-                    f"Before and after {label}",
-                    f"{method}: the statistics of every run before (open circles), and after "
-                    "(filled circles; runs of one participant in one batch are averaged first).",
-                    "Harmonization"))
     return drawn
 
 
@@ -307,12 +273,12 @@ def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities:
     high = high if high > low else low + 1
     cmap = entry.get("cmap", "viridis")
     volume = canvas.canonical(canvas.dwi.unmask(values))
-    units = _units(entry)
+    units = units_of(entry)
     name = entry["Description"].rstrip(".")
-    drawn = mosaics(canvas, coloured(volume, (low, high), cmap, canvas.mask), _short(name),
+    drawn = mosaics(canvas, coloured(volume, (low, high), cmap, canvas.mask), short(name),
                     bar=((low, high), cmap), unit=units)
     beyond = float(np.mean((finite < low) | (finite > high))) if len(finite) else 0.0
-    parts = [] if name == _short(name) else [f"{name}."]
+    parts = [] if name == short(name) else [f"{name}."]
     if units == "label":
         counts = [f"{k}: {np.mean(finite == k):.2%}" for k in range(1, int(high) + 1)]
         parts.append(f"{', '.join(counts)} of the voxels.")
@@ -325,7 +291,7 @@ def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities:
         parts.append(f"{beyond:.2%} of the voxels lie outside the shown range.")
     if len(finite) < len(values):
         parts.append(f"{len(values) - len(finite)} voxels have no value (grey).")
-    return Figure("dwimap", entities, svg(drawn), _short(name), " ".join(parts), section)
+    return Figure("dwimap", entities, svg(drawn), short(name), " ".join(parts), section)
 
 
 def _glyphs(canvas: Canvas, odf: np.ndarray, derived: Derived, outputs: Mapping[str, Any],
@@ -335,65 +301,18 @@ def _glyphs(canvas: Canvas, odf: np.ndarray, derived: Derived, outputs: Mapping[
     sure = sure & (True if derived.valid is None else derived.valid)
     ground = coloured(canvas.canonical(canvas.dwi.unmask(share)), tuple(behind["range"]), "gray",
                       canvas.mask)
-    title, what = _short(entry["Description"]), _short(behind["Description"])
+    title, what = short(entry["Description"]), short(behind["Description"])
     drawn, caption = glyphs.draw(canvas, odf, share, sure, ground, title, what)
     return Figure("dwimap", entities, drawn, title, caption, section)
 
 
-def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
-                   units: Mapping[str, str]) -> bytes:
-    """A panel per feature, a row per batch; with two tables, the first above with open circles."""
-    batches = sorted({str(b) for _, table in tables for b in table["batch"]})
-    columns = min(2, len(features))
-    rows = -(-len(features) // columns)
-    tall = 0.75 + max(0.45, 0.22 + 0.16 * len(tables)) * len(batches)
-    drawn = figure(tall * rows)
-    axes = drawn.subplots(rows, columns, squeeze=False).ravel()
-    labels = [b if len(b) <= 24 else f"{b[:23]}…" for b in batches]
-    for ax, feature in zip(axes, features, strict=False):
-        every = np.concatenate([t[feature].to_numpy(float) for _, t in tables])
-        finite = every[np.isfinite(every)]
-        scale, unit = scaled_unit(float(np.abs(finite).max(initial=0)), units[feature])
-        for t, (_, table) in enumerate(tables):
-            offset = (t - (len(tables) - 1) / 2) * 0.36
-            for k, batch in enumerate(batches):
-                values = table.loc[table["batch"].astype(str) == batch, feature].to_numpy(float)
-                _points(ax, scale * values[np.isfinite(values)], k + offset,
-                        PALETTE[k % len(PALETTE)], filled=t == len(tables) - 1)
-        ax.set_yticks(range(len(batches)), labels)
-        ax.set_ylim(len(batches) - 0.45, -0.55)
-        ax.set_title(feature.removesuffix("_mean"), loc="left")
-        ax.set_xlabel(unit)
-        ax.locator_params(axis="x", nbins=5)
-    for ax in axes[len(features):]:
-        ax.set_axis_off()
-    room = 0.35 + 0.075 * max(map(len, labels))  # for the names of batches, inches
-    wide = (WIDTH - 0.2 - columns * room) / columns
-    drawn.subplots_adjust(room / WIDTH, 0.45 / (tall * rows), 1 - 0.2 / WIDTH,
-                          1 - 0.3 / (tall * rows), wspace=room / wide,
-                          hspace=0.75 / (tall - 0.75))
-    return svg(drawn)
-
-
-def _points(ax: Axes, values: np.ndarray, y: float, colour: str, *, filled: bool) -> None:
-    """Values along x at height y, with their quartiles and median."""
-    if not len(values):
-        return
-    jitter = 0.09 * np.sin(7.3 * np.arange(len(values)))
-    ax.scatter(values, y + jitter, s=14, edgecolors=colour, linewidths=0.8, zorder=2, alpha=0.8,
-               facecolors=colour if filled else "none")
-    q1, median, q3 = np.percentile(values, (25, 50, 75))
-    ax.plot((q1, q3), (y, y), color="#333333", linewidth=1, zorder=3)
-    ax.plot(median, y, "|", color="black", markersize=12, markeredgewidth=2, zorder=3)
-
-
-def _units(entry: Mapping[str, Any]) -> str:
+def units_of(entry: Mapping[str, Any]) -> str:
     """Units with superscripts; nothing where there are none."""
     text = str(entry["Units"])
     return "" if text in ("unitless", "1") else text.replace("^2", "²").replace("um", "µm")
 
 
-def _short(text: str, most: int = 60) -> str:
+def short(text: str, most: int = 60) -> str:
     """The first clause of a description, for a title."""
     first = re.split(r"[;:,]| \(|\. ", text)[0].rstrip(".")
     return first if len(first) <= most else first[: most - 1].rstrip() + "…"

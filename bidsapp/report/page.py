@@ -58,12 +58,12 @@ def group(study: Study, outliers: pd.DataFrame, drawn: Sequence[Figure],
                 "runs": len(members)} for name, members in table.groupby("batch", sort=True)]
     estimates = _methods(name for name in methods.names("estimate_") if any(
         c.startswith(f"{name.removeprefix('estimate_')}_") for c in study.features))
-    units = quality.columns(study.features)
+    units = quality.columns(table.columns)
     statistics = [
         {"name": feature.removesuffix("_mean"), "units": units[feature]["Units"], "cells": [
             f"{_number(float(v.mean()))} ± {_number(float(v.std()))}"
             for _, v in table.groupby("batch", sort=True)[feature]]}
-        for feature in study.features]
+        for feature in (*study.features, *quality.harmonized(table, study.features))]
     return _templates().get_template("group.html").render(
         title="Group", batches=batches, statistics=statistics, n_runs=len(table),
         min_runs=quality.MIN_RUNS, threshold=quality.OUTLIER, covariates=study.covariates,

@@ -8,7 +8,6 @@ to keep.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 from unittest import mock
 
@@ -18,6 +17,7 @@ import pandas as pd
 from bidsapp.acquisition import Acquisition
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import Fitted, Method, Study
+from bidsapp.methods.harmonizer import known_reference
 
 MIN_PARTICIPANTS = 3
 CONFOUNDED = 0.9
@@ -137,10 +137,7 @@ class Combat(Method):
                 f"explain more than {CONFOUNDED:.0%} of it), so removing the batch would remove "
                 "their effects too. Add participants that overlap, or take covariates out of "
                 "participants.tsv.")
-        if reference is not None and reference not in counts.index:
-            near = difflib.get_close_matches(reference, counts.index, 1, 0.4)
-            raise UsageError(f"--reference-batch {reference}: no such batch; found {found}."
-                             + (f" Did you mean {near[0]}?" if near else ""))
+        known_reference(reference, {str(b): int(n) for b, n in counts.items()})
 
 
 def _explained(values: np.ndarray, by: np.ndarray) -> np.ndarray:

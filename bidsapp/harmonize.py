@@ -1,0 +1,169 @@
+"""Which harmonizer a run travels on, whether it may, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from bidsapp import methods
+from bidsapp.acquisition import Acquisition
+from bidsapp.checkpoint import CARD, Checkpoint, load
+from bidsapp.dwi import Dwi, Run, noise_sd
+from bidsapp.errors import DataError, Refusal, UsageError
+from bidsapp.methods import Method, harmonizer
+from bidsapp.options import Options
+
+MODELS = PurePosixPath("group/models")
+"""Where the group level leaves what it trains, below OUTPUT_DIR."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained harmonizer. id: its folder's name."""
+
+    id: str
+    method: Method
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Result:
+    """A harmonized run.
+
+    dwi: with the harmonized signal; the very one that came in where the run is of the reference
+    batch (`changed` is False). about: what every sidecar of it says. counts, parameters, notices:
+    as of `Derived`.
+    """
+
+    model: Model
+    dwi: Dwi
+    changed: bool
+    about: Mapping[str, Any]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    notices: Sequence[str] = ()
+
+
+def folders(options: Options) -> list[Path]:
+    """Folders of the checkpoints that --harmonize names: a path, a name under OUTPUT_DIR, or all
+    of one method there.
+
+    Raises:
+        UsageError: there is none; lists what there is, and the nearest.
+    """
+    given, models = options.harmonize, options.output_dir / MODELS
+    if not given:
+        return []
+    for folder in (Path(given), models / given):
+        if folder.is_dir():
+            return [folder]
+    there = sorted(p.parent.name for p in models.glob(f"harmonize_*/{CARD}"))
+    kinds = methods.names("harmonize_")
+    name = next((k for k in (given, f"harmonize_{given}") if k in kinds), None)
+    if name is None:
+        raise UsageError(
+            f"--harmonize {given}: no such folder, model or method. Available under {models} are: "
+            f"{', '.join(there) or 'none'}; methods to train: {', '.join(kinds)}."
+            + harmonizer.nearest(given, [*there, *kinds, *(k.removeprefix("harmonize_")
+                                                          for k in kinds)]))
+    method = methods.get(name)
+    if type(method).harmonize is Method.harmonize:
+        raise method.group_only()
+    if not (own := [models / n for n in there if n.startswith(f"{name}_")]):
+        raise UsageError(f"--harmonize {given}: {models} holds no model of it. Train one: qsphere "
+                         f"BIDS_DIR OUTPUT_DIR group --train {name} --reference-batch NAME")
+    return own
+
+
+def find(options: Options) -> list[Model]:
+    """The models that --harmonize names.
+
+    Raises:
+        UsageError: there is none, one cannot be read, or holds no harmonizer.
+    """
+    found = []
+    for folder in folders(options):
+        try:
+            checkpoint = load(folder)
+        except DataError as error:
+            raise UsageError(f"--harmonize {options.harmonize}: {error}") from error
+        name = checkpoint.card.method
+        if name not in methods.names("harmonize_"):
+            raise UsageError(f"--harmonize {options.harmonize}: {folder} holds weights of {name}, "
+                             "which harmonizes nothing. Give a model that group --train "
+                             "harmonize_… made.")
+        found.append(Model(folder.resolve().name, methods.get(name), checkpoint))
+    return found
+
+
+def select(models: Sequence[Model], batch: str) -> Model:
+    """The model for a batch: the only one, or the one that knows it.
+
+    Raises:
+        Refusal: several, and none or more than one knows the batch.
+    """
+    cards = [m.checkpoint.card for m in models]
+    knowing = [m for m, c in zip(models, cards, strict=True) if batch in c.batches]
+    of_reference = [m for m, c in zip(models, cards, strict=True) if batch == c.reference_batch]
+    if len(models) == 1 or (of_reference and not knowing):
+        return (of_reference or list(models))[0]
+    if len(knowing) == 1 and not of_reference:
+        return knowing[0]
+    if several := knowing + of_reference:
+        raise Refusal(f"{several[0].method.name}: {', '.join(m.id for m in several)} all know the "
+                      f"batch {batch}. Give one of them to --harmonize.")
+    known = sorted({b for c in cards for b in (*c.batches, str(c.reference_batch))})
+    raise Refusal(f"{models[0].method.name} has no model for the batch {batch}; there are models "
+                  f"for {', '.join(known)}.{harmonizer.nearest(batch, known)} Train one with this "
+                  "batch, or leave the run out; one given by its name can be used all the same "
+                  "with --allow-extrapolation.")
+
+
+def check(model: Model, acquisition: Acquisition, voxel_size: Sequence[float], batch: str,
+          allow: bool) -> list[str]:
+    """In what a run lies outside of the training, where that is allowed. The reference batch needs
+    no check: nothing is done to it.
+
+    Raises:
+        Refusal: the run lies outside, and that is not allowed.
+    """
+    card = model.checkpoint.card
+    if batch == card.reference_batch:
+        return []
+    model.method.check(acquisition)
+    return harmonizer.check(card, acquisition, voxel_size, batch, allow=allow)
+
+
+def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: str) -> Result:
+    """The run on its way to the reference batch.
+
+    Raises:
+        Refusal: no model fits, or the method cannot work on this run.
+    """
+    model = select(models, run.batch)
+    card = model.checkpoint.card
+    about: dict[str, Any] = {"HarmonizationModel": {
+        "Id": model.id, "Version": card.versions.get("qsphere", "unknown"), "SHA256": card.sha256,
+        "ReferenceBatch": card.reference_batch, "Batch": run.batch, "BatchSource": run.batch_source,
+        "TrainingRange": dict(card.trained_for)}}
+    size = np.linalg.norm(dwi.affine[:3, :3], axis=0)
+    beyond = check(model, dwi.acquisition, size, run.batch, allow)
+    if run.batch == card.reference_batch:
+        return Result(model, dwi, False, {**about, "Unchanged": True}, notices=(
+            f"Harmonization: {run.batch} is the reference batch of {model.id}, so the signal stays "
+            "as it is, and maps are made once.",))
+    made = model.method.harmonize(dwi, model.checkpoint, run.batch, device)
+    new = replace(dwi, signal=made.signal, noise_sd=None)
+    new = replace(new, noise_sd=noise_sd(new))
+    snr = None if dwi.noise_sd is None else float(np.median(dwi.mean_b0) / dwi.noise_sd)
+    notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}.",
+               *made.notices, *harmonizer.unusual(card, {**run.covariates, "SNR": snr})]
+    if beyond:
+        about["OutOfDistribution"] = beyond
+        notices.append("Harmonized outside of what the model was trained for, as "
+                       f"--allow-extrapolation asks: {'; '.join(beyond)}.")
+    return Result(model, new, True, about, made.counts, made.parameters, notices)
