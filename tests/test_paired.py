@@ -141,6 +141,7 @@ def test_leaves_a_card_and_one_checkpoint_per_batch(trained):
     pack(fitted.checkpoints[f"{method.name}_B-to-A"])  # the card is plain JSON
 
 
+@pytest.mark.slow
 def test_several_batches_in_one_command():
     method = brief("harmonize_golkov")
     fitted = method.fit(study(PEOPLE[:2], "ABC", max_steps=2))
@@ -172,6 +173,7 @@ def test_voxels_without_b0_stay_as_they_are(trained):
     assert np.isfinite(found.signal).all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
     """Cut off in the second stage, before it had saved anything, and once more after."""
     method = brief("harmonize_golkov")

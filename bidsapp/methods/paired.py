@@ -327,20 +327,22 @@ class PairedHarmonizer(shared.Harmonizer):
         values, usable = pairs.coefficients(dwi, l_max, smoothing)
         if not usable.any():
             raise Refusal(f"{self.name} found no b0 signal above 0. Check image and mask.")
-        signal, s0, where = dwi.signal.copy("K"), dwi.mean_b0[usable], dwi.mask.copy()
+        where = dwi.mask.copy()
         where[dwi.mask] = usable
-        clipped = 0
+        where, _, order = pairs.canonical(where, dwi.affine)
+        rows = np.flatnonzero(usable)[order]
+        signal, s0, clipped = dwi.signal.copy("K"), dwi.mean_b0[rows], 0
         for shell, own, k in zip(dwi.acquisition.shells, values, nearest, strict=True):
             network = replace(model, tensors=_part(model, f"shell{k}.")).into(
                 self.build(card.network))
-            own = own[usable]
+            own = own[rows]
             found = over_volume(network, pairs.filled(own, where, margin=1), where, device)
             c = self._projected(torch.from_numpy(found), torch.from_numpy(own)).numpy()
             basis = sh.basis(l_max, dwi.acquisition.bvecs[shell.indices]).astype(np.float32)
             for i, direction in zip(shell.indices, basis, strict=True):
                 column = c @ direction
                 clipped += int((column < 0).sum())
-                signal[usable, i] = s0 * np.maximum(column, 0)
+                signal[rows, i] = s0 * np.maximum(column, 0)
         return Harmonized(signal, {
             f"{self.network}_unchanged": int((~usable).sum()),
             f"{self.network}_clipped_values": clipped},

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from nibabel import orientations
 
 from bidsapp import sh, tensor
 from bidsapp.blocks import map_voxels, one_thread
@@ -58,7 +59,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """A pair on the target's grid.
+    """A pair on the target's grid, its axes as of `canonical`.
 
     image: (shell, x + 2, y + 2, z + 2, coefficient) float32, the source's coefficients of S/S0,
         with a margin of one voxel; outside `where` those of the nearest voxel inside.
@@ -100,6 +101,19 @@ def coefficients(dwi: Dwi, l_max: int, smoothing: float = SMOOTHING
                      for shell, fit in zip(dwi.acquisition.shells, fits, strict=True)]), usable
 
 
+def canonical(mask: np.ndarray, affine: np.ndarray
+              ) -> tuple[np.ndarray, np.ndarray, Int[np.ndarray, " voxel"]]:
+    """Mask and affine with axes as near to the world's (RAS+) as may be, and the row that each
+    voxel of the mask then comes from: a network of patches must not depend on how an image is
+    stored."""
+    axes = orientations.io_orientation(affine)
+    row = np.full(mask.shape, -1)
+    row[mask] = np.arange(mask.sum())
+    row = np.ascontiguousarray(orientations.apply_orientation(row, axes))
+    inside = row >= 0
+    return inside, affine @ orientations.inv_ornt_aff(axes, mask.shape), row[inside]
+
+
 def filled(values: Float[np.ndarray, "voxel coef"], mask: np.ndarray,
            usable: np.ndarray | None = None, margin: int = 0) -> Float[np.ndarray, "x y z coef"]:
     """Values of the mask's (usable) voxels on the grid, `margin` voxels wider on every side; those
@@ -128,6 +142,9 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
     """
     from scipy.ndimage import map_coordinates
 
+    mask, affine, rows = canonical(target.mask, target.affine)
+    target = replace(target, signal=target.signal[rows], mask=mask, affine=affine,
+                     tissue=None if target.tissue is None else target.tissue[rows])
     values, usable = coefficients(source, l_max)
     maps = {"target": _tensor(target, device), "source": _tensor(source, device)}
     ratio = source.unmask(_attenuation(source))
