@@ -14,17 +14,17 @@ from bidsapp.methods import paired
 
 MODEL = "harmonize_shresnet_siteB-to-siteA"
 TRAIN = ("group", "--train", "harmonize_shresnet", "--reference-batch", "siteA", "--sloppy",
-         "--max-steps", "20")
+         "--max-steps", "20", "--folds", "3")
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """(bids, out) of two people scanned at two sites, processed."""
+    """(bids, out) of three people scanned at two sites, processed."""
     folder = tmp_path_factory.mktemp("travelling")
     bids, out = folder / "bids", folder / "out"
-    assert cli_phantom.main([str(bids), "--participants", "2", "--sloppy", "--shells", "1000"]) == 0
+    assert cli_phantom.main([str(bids), "--participants", "3", "--sloppy", "--shells", "1000"]) == 0
     assert qsphere(bids, out, "participant", "--estimate", "dti") == 0
     return bids, out
 
@@ -37,10 +37,10 @@ def harmonized(study):
         patch.setattr(paired.PairedHarmonizer, "_measured", interrupt)
         assert qsphere(bids, out, *TRAIN) == 130
     assert not (out / "group/models").exists() and not (out / "group.html").exists()
-    (state,) = out.glob(f"group/log/{MODEL}.*.ckpt")
-    kept = state.read_bytes()
+    states = sorted(p.name.split(".")[1] for p in out.glob(f"group/log/{MODEL}.*.ckpt"))
+    assert states == ["b1000", "fold1", "fold2", "fold3"]
     assert qsphere(bids, out, *TRAIN) == 0
-    assert kept and not list(out.glob("group/log/*.ckpt"))
+    assert not list(out.glob("group/log/*.ckpt"))
     assert qsphere(bids, out, "participant", "--estimate", "dti", "--harmonize", "shresnet") == 0
     return bids, out
 
@@ -88,10 +88,33 @@ def test_pages_tell_of_it(harmonized):
     assert validate(out) == []
 
 
+def test_cross_validation_is_told(harmonized):
+    _, out = harmonized
+    table = pd.read_csv(out / "group/desc-shresnet_folds.tsv", sep="\t", dtype={"participant": str})
+    assert sorted(table["participant"].unique()) == ["01", "02", "03"]
+    assert set(table["fold"]) == {1, 2, 3} and set(table["batch"]) == {"siteB"}
+    described = json.loads((out / "group/desc-shresnet_folds.json").read_text())
+    assert set(described) == set(table.columns)
+    card = json.loads((out / f"group/models/{MODEL}/model.json").read_text())
+    own = table[(table["measure"] == "fa") & (table["tissue"] == "wm")]
+    assert card["metrics"]["nmse_after_fa_wm_b1000"] == pytest.approx(own["nmse_after"].mean())
+    page = (out / "group.html").read_text()
+    assert "<h4>Cross-validation</h4>" in page and "<th>Fold 3</th>" in page
+    assert not (out / "group/desc-harmonizer_model.json").exists()
+
+
+@pytest.mark.parametrize("argv,message", [
+    (("--train", "harmonize_mica", "--folds", "3"), "cannot be cross-validated"),
+    (("--folds", "3"), "Give a METHOD with --train"), (("--folds", "1"), "at least 2")])
+def test_folds_of_what_has_none(study, capsys, argv, message):
+    assert qsphere(*study, "group", *argv, "--reference-batch", "siteA") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_misspelt_reference_is_refused(study, tmp_path, capsys):
     bids, out = study
     before = content(out / "group")
     assert qsphere(bids, out, "group", "--train", "harmonize_shresnet", "--reference-batch",
                    "B", "--sloppy") == 2
-    assert "found siteA: 2, siteB: 2. Did you mean siteB?" in capsys.readouterr().err
+    assert "found siteA: 3, siteB: 3. Did you mean siteB?" in capsys.readouterr().err
     assert content(out / "group") == before

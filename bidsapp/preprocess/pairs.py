@@ -65,12 +65,16 @@ class Aligned:
         with a margin of one voxel; outside `where` those of the nearest voxel inside.
     where: (x, y, z) bool, voxels of both masks; labels: (x, y, z) int8 of the target's tissue
         (`tissue.labels`), 0 outside `where`.
+    index, turn: of the voxels of `where`, (3, voxel) float32 place in the source's grid, and
+        (voxel, 3, 3) float32 Rᵀ: what `carried` needs.
     target: (voxel of `where`, measurement) float32, the target's S/S0, in its own b-table.
     """
 
     image: np.ndarray
     where: np.ndarray
     labels: np.ndarray
+    index: np.ndarray
+    turn: np.ndarray
     target: np.ndarray
 
 
@@ -145,7 +149,7 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
     mask, affine, rows = canonical(target.mask, target.affine)
     target = replace(target, signal=target.signal[rows], mask=mask, affine=affine,
                      tissue=None if target.tissue is None else target.tissue[rows])
-    values, usable = coefficients(source, l_max)
+    usable = source.mean_b0 > 0
     maps = {"target": _tensor(target, device), "source": _tensor(source, device)}
     ratio = source.unmask(_attenuation(source))
     rigid = anatomy.align(target, ratio, source.affine)
@@ -167,18 +171,28 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
         raise DataError(f"the scans of this participant share {int(where.sum())} voxels, less than "
                         f"{OVERLAP:.0%} of the smaller brain mask. Check that both show the same "
                         "part of the same head, and their masks.")
-    index, turn = index[:, where], turn[where]
+    index, turn = index[:, where].astype(np.float32), turn[where].astype(np.float32)
+    labels = target.unmask(tissue.labels(target, maps["target"]["md"], maps["target"]["fa"],
+                                         (target.mean_b0 > 0) & ~maps["target"]["failed"]))
+    rows = where[target.mask]
+    return Aligned(carried(source, l_max, index, turn, where), where, labels * where, index, turn,
+                   (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32))
+
+
+def carried(source: Dwi, l_max: int, index: Float[np.ndarray, "3 voxel"],
+            turn: Float[np.ndarray, "voxel 3 3"], where: np.ndarray
+            ) -> Float[np.ndarray, "shell x y z coef"]:
+    """The source's coefficients of S/S0 on the target's grid: `image` of `Aligned`."""
+    from scipy.ndimage import map_coordinates
+
     image = []
+    values, usable = coefficients(source, l_max)
     for own in values:
         grid = filled(own[usable], source.mask, usable)
         moved = [map_coordinates(component, index, order=3, mode="nearest")
                  for component in np.moveaxis(grid, -1, 0)]
         image.append(filled(_turned(np.stack(moved, -1), turn), where, margin=1))
-    labels = target.unmask(tissue.labels(target, maps["target"]["md"], maps["target"]["fa"],
-                                         (target.mean_b0 > 0) & ~maps["target"]["failed"]))
-    rows = where[target.mask]
-    return Aligned(np.stack(image), where, labels * where,
-                   (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32))
+    return np.stack(image)
 
 
 def _tensor(dwi: Dwi, device: str) -> Mapping[str, np.ndarray]:
