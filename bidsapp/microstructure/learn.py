@@ -230,6 +230,7 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
                   "seconds": round(history[-1]["seconds"]) if history else 0, "device": device,
                   "threads": torch.get_num_threads() if device == "cpu" else None,
                   "start": start.card.sha256 if start else "random",
+                  "start_training": dict(start.card.training) if start else None,
                   "data": "simulated: " + ("Watson mixtures" if table is None else
                                            "Watson mixtures and measured densities")},
         intended_use=intended_use, versions={"qsphere": __version__, "torch": torch.__version__},
