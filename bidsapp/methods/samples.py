@@ -161,9 +161,10 @@ class Travellers:
         for samples in self.samples:
             samples.close()
 
-    def of(self, people: set[str]) -> set[int]:
+    def of(self, people: set[str], kind: int = pairs.BOTH) -> set[int]:
         """Indices of their pairs."""
-        return {i for i, pair in enumerate(self.pairs) if pair.participant in people}
+        return {i for i, pair in enumerate(self.pairs)
+                if pair.participant in people and pair.kind == kind}
 
     def quantiles(self, people: set[str]) -> np.ndarray:
         """(shell, GRID): mean over people of those of their scans in the reference."""
@@ -212,7 +213,9 @@ class Travellers:
         source, target = self.load(pair.source), self.load(pair.target)
         try:
             found = pairs.align(source, target, l_max=self.l_max, device=self.study.device,
-                                deformable=deformable, work_dir=self.folder)
+                                deformable=deformable and pair.kind == pairs.BOTH,
+                                work_dir=self.folder,
+                                rigid=None if pair.kind == pairs.BOTH else np.eye(4))
         except DataError as error:
             raise UsageError(f"--train {self.name}: {pair.source} and {pair.target}: {error} Or "
                              "leave one out with --participant-label.") from error

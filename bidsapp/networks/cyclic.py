@@ -5,8 +5,8 @@ when fibres turn: of the coefficients c_lm of every voxel, in units of their roo
 
     I_0 = c_00/s_0,   I_l = √(Σ_m c_lm²/(2l + 1))/s_l.
 
-A generator multiplies every degree of every voxel by a number, c_lm → c_lm exp(0.03 g_l(I)), so it is
-exactly equivariant: directions stay. G maps from A to B, F back; for x of A and y of B
+A generator multiplies every degree of every voxel by a number, c_lm → c_lm exp(0.03 g_l(I)), so it
+is exactly equivariant: directions stay. G maps from A to B, F back; for x of A and y of B
 
     adversarial   C_B(G x) − C_B(y) + C_A(F y) − C_A(x), which critics make small, generators great,
     cycle         |F G x − x| + |G F y − y|,
@@ -23,11 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from bidsapp import sh
 from bidsapp.networks.mlp import mlp
 from bidsapp.networks.shresnet import CENTRE, PATCH
 from bidsapp.networks.spherical import by_degree
-
 
 SLOW = 0.03
 """Of the gains' logarithms: generators must move slower than critics, else both go in circles."""
@@ -42,7 +40,8 @@ def invariants(x: Float[torch.Tensor, "voxel 27 coef"], scale: Float[torch.Tenso
 
 
 class Generator(nn.Module):
-    """c_lm exp(0.03 g_l): g by a perceptron from the invariants of the patch. It starts as the identity.
+    """c_lm exp(0.03 g_l), g by a perceptron from the invariants of the patch. It starts as the
+    identity.
 
     scale: (degree,) the root mean square of coefficients that was learned from, set by training.
     """
@@ -59,8 +58,8 @@ class Generator(nn.Module):
 
     def patch(self, x: Float[torch.Tensor, "voxel 27 coef"]
               ) -> Float[torch.Tensor, "voxel 27 coef"]:
-        gains = (SLOW * self.gain(invariants(x, self.scale))).exp().unflatten(1, (len(self.scale), PATCH))
-        return x * by_degree(gains.movedim(1, 0)).movedim(0, 2)
+        g = self.gain(invariants(x, self.scale)).unflatten(1, (len(self.scale), PATCH))
+        return x * by_degree((SLOW * g).exp().movedim(1, 0)).movedim(0, 2)
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 coef"]) -> Float[torch.Tensor, "voxel coef"]:
         """The voxel in the centre alone, as it is applied."""
@@ -68,18 +67,14 @@ class Generator(nn.Module):
 
 
 class Cycle(nn.Module):
-    """Both ways, with their critics, (voxel, invariant) → (voxel, 1).
+    """Both ways, with their critics, (voxel, invariant) → (voxel, 1). critic: their width. The way
+    back takes the scale of the way there."""
 
-    scale: (degree,) root mean square of the coefficients of both scanners.
-    """
-
-    def __init__(self, scale: Float[torch.Tensor, " degree"], *, hidden: int, critic: int) -> None:
+    def __init__(self, to_b: Generator, to_a: Generator, *, critic: int) -> None:
         super().__init__()
-        l_max = 2 * (len(scale) - 1)
-        self.to_b, self.to_a = (Generator(hidden=hidden, l_max=l_max) for _ in range(2))
-        for generator in (self.to_b, self.to_a):
-            generator.scale.copy_(scale)
-        widths = [PATCH * len(scale), critic, critic, 1]
+        self.to_b, self.to_a = to_b, to_a
+        to_a.scale.copy_(to_b.scale)
+        widths = [PATCH * len(to_b.scale), critic, critic, 1]
         self.real_b, self.real_a = (mlp(widths, lambda: nn.LeakyReLU(0.2)) for _ in range(2))
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 coef"],

@@ -48,6 +48,11 @@ OVERLAP = 0.5
 """Share of the smaller brain that both must show."""
 
 
+KINDS = BOTH, SOURCE, REFERENCE = range(3)
+"""Kinds of `Pair`: of one participant in both batches; a scan of either alone, paired with itself,
+for methods that learn from unlike people."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """Runs of one participant in the batch to be harmonized and in the reference."""
@@ -55,6 +60,7 @@ class Pair:
     participant: str
     source: str
     target: str
+    kind: int = BOTH
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +140,21 @@ def filled(values: Float[np.ndarray, "voxel coef"], mask: np.ndarray,
     return values[row[tuple(nearest)]]
 
 
+def alone(statistics: pd.DataFrame, batch: str, reference: str) -> list[Pair]:
+    """Every run of the two batches with itself. statistics: as of `find`."""
+    found = []
+    for name, kind in ((batch, SOURCE), (reference, REFERENCE)):
+        rows = statistics[statistics["batch"] == name]
+        found += [Pair(person, run, run, kind)
+                  for person, run in zip(rows["participant"], rows["run"], strict=True)]
+    return found
+
+
 def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, device: str = "cpu",
-          work_dir: Path | None = None) -> Aligned:
+          work_dir: Path | None = None, rigid: np.ndarray | None = None) -> Aligned:
     """The source's coefficients, turned, on the target's grid. Reproducible to the byte on a CPU.
+
+    rigid: (4, 4) world move from target to source, where it is known.
 
     Coefficients are interpolated by cubic splines, which smooth little: a network that learned
     from smoothed input would be applied to input that is not.
@@ -151,8 +169,8 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
                      tissue=None if target.tissue is None else target.tissue[rows])
     usable = source.mean_b0 > 0
     maps = {"target": _tensor(target, device), "source": _tensor(source, device)}
-    ratio = source.unmask(_attenuation(source))
-    rigid = anatomy.align(target, ratio, source.affine)
+    if rigid is None:
+        rigid = anatomy.align(target, source.unmask(_attenuation(source)), source.affine)
     place, at = _grid(target.mask.shape, rigid @ target.affine), np.linalg.inv(source.affine)
     turn = np.broadcast_to(rigid[:3, :3].T, (*target.mask.shape, 3, 3))
     if deformable:
