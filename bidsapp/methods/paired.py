@@ -241,9 +241,9 @@ class PairedHarmonizer(shared.Harmonizer):
         from, by kind of pair, and others to validate, if any."""
         with training.seeded(study.seed):
             network = self.build(recipe["network"])
-        if start:
-            replace(start, tensors=_part(start, prefix)).into(network)
-        learner = self.learner(network, samples, mine, recipe, study.device, not start)
+            if start:
+                replace(start, tensors=_part(start, prefix)).into(network)
+            learner = self.learner(network, samples, mine, recipe, study.device, not start)
 
         def validate(_: nn.Module) -> float:
             return float(torch.cat([learner.score(network(b[0]), b)
