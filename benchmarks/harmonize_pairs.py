@@ -153,7 +153,8 @@ def speed(voxels, threads):
         if name != "harmonize_mica":
             network = method.settings("training")["network"]
             tensors = {f"shell0.{k}": v for k, v in method.build(network).state_dict().items()}
-        tensors["quantiles"] = torch.linspace(0.1, 0.9, 1000)[None]
+        levels = torch.linspace(0.1, 0.9, 1000)
+        tensors["quantiles"] = levels.expand(*([1] if name == "harmonize_mica" else [2, 1]), 1000)
         model = Checkpoint(tensors, Card(name, network, known, {}, "", 0, {}, constants={
             "l_max": 4, "smoothing": pairs.SMOOTHING}))
         wall, cpu = time.monotonic(), time.process_time()

@@ -95,7 +95,8 @@ def group(options: Options) -> int:
         {name: btable.acquisition_of(run) for name, run in runs.items()},
         lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0], options.max_steps,
         options.random_seed, choose_device(options.device), states, options.init,
-        {name: voxel_size(run) for name, run in runs.items()}, options.folds)
+        {name: voxel_size(run) for name, run in runs.items()}, options.folds,
+        options.paired_by)
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:

@@ -54,8 +54,9 @@ class PairedHarmonizer(shared.Harmonizer):
 
     network: its name in NETWORKS. projects: whether what is harmonized keeps the shape of every
     degree of the input and takes only its size from the network (RISH projection). warps: whether
-    intensities get the reference's distribution first. adds: whether the change of the series is
-    added to the signal, which then keeps what no series holds; else the series stands for it.
+    intensities are first warped from the batch's distribution to the reference's. adds: whether
+    the change of the series is added to the signal, which then keeps what no series holds; else
+    the series stands for it.
     """
 
     cross_validates = True
@@ -87,7 +88,7 @@ class PairedHarmonizer(shared.Harmonizer):
         """
         batches = shared.members(self, study)
         reference, *targets = batches
-        found = pairs.find(study.statistics, reference)
+        found = pairs.find(study.statistics, reference, study.paired_by == "session")
         for batch in targets:
             self._enough(batch, reference, found[batch], study.folds)
         checkpoints, tables = {}, []
@@ -301,7 +302,8 @@ class PairedHarmonizer(shared.Harmonizer):
             raise Refusal(f"{self.name} found no b0 signal above 0. Check image and mask.")
         if self.warps:
             quantiles = model.tensors["quantiles"].numpy().astype(np.float64)
-            dwi = replace(dwi, signal=intensity.warped(dwi, quantiles[nearest])[0])
+            dwi = replace(dwi, signal=intensity.warped(
+                dwi, quantiles[1, nearest], quantiles[0, nearest])[0])
         values, _ = pairs.coefficients(dwi, l_max, smoothing)
         where = dwi.mask.copy()
         where[dwi.mask] = usable
