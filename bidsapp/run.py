@@ -73,7 +73,7 @@ def group(options: Options) -> int:
     """Table, distributions and outliers over what participants left; trains what is asked for."""
     trained = [methods.get(name) for name in options.train]
     for method in trained:
-        method.sloppy = options.sloppy
+        method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
     if options.folds and not any(m.cross_validates for m in trained):
         can = [name for name in methods.names() if methods.get(name).cross_validates]
         raise UsageError(f"--folds {options.folds}: {', '.join(options.train)} cannot be "

@@ -167,6 +167,31 @@ def test_several_batches_in_one_command():
     assert sorted(fitted.checkpoints) == ["harmonize_golkov_B-to-A", "harmonize_golkov_C-to-A"]
 
 
+@pytest.mark.slow
+def test_a_new_batch_leaves_the_models_of_others_alone(tmp_path):
+    """What was trained on the same scans is not trained again; other scans, seeds or steps are."""
+    method = brief("harmonize_golkov")
+    first = method.fit(study(PEOPLE[:2], max_steps=2))
+    method.models = tmp_path
+    (name, made), = first.checkpoints.items()
+    (tmp_path / name).mkdir()
+    for file, content in pack(made).items():
+        (tmp_path / name / file).write_bytes(content)
+    read = []
+
+    def load(run):
+        read.append(run[2])
+        return head(run[:2], run[2])
+
+    both = method.fit(study(PEOPLE[:2], "ABC", max_steps=2, load=load)).checkpoints
+    assert len(both) == 2 and set(read) == {"A", "C"}
+    assert all(torch.equal(both[name].tensors[k], v) for k, v in made.tensors.items())
+    for more in ({"max_steps": 3}, {"people": PEOPLE}):
+        read.clear()
+        method.fit(study(**{"people": PEOPLE[:2], "max_steps": 2, "load": load, **more}))
+        assert "B" in read, more
+
+
 def test_refuses_what_it_cannot_harmonize(trained):
     method, fitted = trained
     (checkpoint,) = fitted.checkpoints.values()

@@ -4,6 +4,7 @@ batch, of people who were scanned in both (Koppers et al. 2018, arXiv:1808.01595
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import tempfile
 import time
@@ -36,6 +37,11 @@ from bidsapp.methods.samples import (
 )
 from bidsapp.networks.shresnet import CENTRE, NETWORKS
 from bidsapp.preprocess import intensity, pairs
+
+log = logging.getLogger("qsphere")
+
+SCAN = ("run", "n_voxels", "n_volumes", "noise_sd", "snr_b0", "ndc")
+"""Columns of a study that change where a scan does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +86,8 @@ class PairedHarmonizer(shared.Harmonizer):
         return NETWORKS[self.network](**arguments)
 
     def fit(self, study: Study) -> Fitted:
-        """A checkpoint for every batch but the reference.
+        """A checkpoint for every batch but the reference; one of `models` that was trained on the
+        same scans in the same way is kept, so that a new batch costs its own training alone.
 
         Raises:
             UsageError: as of `harmonizer.members`; a batch has fewer than two participants that
@@ -100,7 +107,8 @@ class PairedHarmonizer(shared.Harmonizer):
                 for b in (reference, batch)}
             checkpoints[name], tested = self._one(study, name, found[batch], {
                 "trained_for": shared.trained_for(study, rows), "reference_batch": reference,
-                "batches": (batch,), "hashed": shared.hashed(rows)})
+                "batches": (batch,), "hashed": shared.hashed(rows),
+                "of": self._of(study, found[batch], pd.concat(rows.values()))})
             tables += [{"batch": batch, **row} for row in tested]
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
@@ -129,6 +137,9 @@ class PairedHarmonizer(shared.Harmonizer):
              ) -> tuple[Checkpoint, list[dict[str, Any]]]:
         """The model of a batch, and a row for each participant, shell, tissue and measure of the
         cross-validation."""
+        if not study.folds and (kept := self._kept(name, known["of"])):
+            log.info("%s: was trained on these scans before, and is kept", name)
+            return kept, []
         recipe, start = self.settings("training"), self._start(study)
         people = sorted({p.participant for p in found})
         began = time.monotonic()
@@ -150,7 +161,7 @@ class PairedHarmonizer(shared.Harmonizer):
         return Checkpoint(trained.tensors, Card(
             method=self.name, network=dict(recipe["network"]), trained_for=known["trained_for"],
             training={"participants": known["hashed"], "held_out": len(trained.held),
-                      "pairs": len(found),
+                      "pairs": len(found), "of": known["of"],
                       "steps": [[int(h[-1]["step"]) for h in own] for own in trained.histories],
                       "validation": [[min(row["validation"] for row in h) for h in own]
                                      for own in trained.histories],
@@ -162,6 +173,21 @@ class PairedHarmonizer(shared.Harmonizer):
             constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"]},
             metrics=metrics | _means(rows),
             reference_batch=known["reference_batch"], batches=known["batches"])), rows
+
+    def _of(self, study: Study, found: Sequence[pairs.Pair], rows: pd.DataFrame) -> str:
+        """What tells one training from another: pairs, what is known of their scans, recipe."""
+        scans = rows[[c for c in SCAN if c in rows]].sort_values("run").to_csv(index=False)
+        start = self._start(study)
+        return hashlib.sha256(repr((
+            found, scans, self.settings("training"), study.seed, study.max_steps,
+            start and start.card.sha256, __version__)).encode()).hexdigest()[:16]
+
+    def _kept(self, name: str, of: str) -> Checkpoint | None:
+        try:
+            kept = load(self.models / name, self.name) if self.models else None
+        except DataError:
+            return None
+        return kept if kept and kept.card.training.get("of") == of else None
 
     def _trained(self, study: Study, name: str, shells: Sequence[str], recipe: Mapping[str, Any],
                  travellers: Travellers, people: Sequence[str], start: Checkpoint | None
