@@ -140,7 +140,7 @@ def speed(voxels, threads):
     directions = directions[np.linspace(0, len(directions) - 1, 30).astype(int)]
     acquisition = Acquisition(np.r_[np.zeros(4), np.full(30, 1200.0)],
                               np.r_[np.zeros((4, 3)), directions])
-    edge = int(np.ceil((voxels * 6 / np.pi) ** (1 / 3)))
+    edge = int(np.ceil((voxels * 6 / np.pi) ** (1 / 3))) + 1
     grid = np.meshgrid(*[np.linspace(-1, 1, edge)] * 3, indexing="ij")
     mask = sum(g * g for g in grid) <= 1
     rng = np.random.default_rng(0)

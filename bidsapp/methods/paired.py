@@ -327,15 +327,17 @@ class PairedHarmonizer(shared.Harmonizer):
         if not usable.any():
             raise Refusal(f"{self.name} found no b0 signal above 0. Check image and mask.")
         if self.warps:
-            quantiles = model.tensors["quantiles"].numpy().astype(np.float64)
-            dwi = replace(dwi, signal=intensity.warped(
-                dwi, quantiles[1, nearest], quantiles[0, nearest])[0])
+            start, end = model.tensors["quantiles"].numpy().astype(np.float64)[:, nearest]
+            signal, _ = intensity.warped(dwi, end, start)
+            dwi = replace(dwi, signal=signal)
+        else:
+            signal = dwi.signal.copy("K")
         values, _ = pairs.coefficients(dwi, l_max, smoothing)
         where = dwi.mask.copy()
         where[dwi.mask] = usable
         where, _, order = pairs.canonical(where, dwi.affine)
         rows = np.flatnonzero(usable)[order]
-        signal, s0, clipped = dwi.signal.copy("K"), dwi.mean_b0[rows], 0
+        s0, clipped = dwi.mean_b0[rows], 0
         for shell, own, k in zip(dwi.acquisition.shells, values, nearest, strict=True):
             network = replace(model, tensors=_part(model, f"shell{k}.")).into(
                 self.build(card.network))
