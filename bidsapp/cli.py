@@ -106,7 +106,8 @@ def parser() -> argparse.ArgumentParser:
                    help="folder of weights to start from; default: those that ship, "
                    "where they fit")
     g.add_argument("--paired-by", choices=("participant", "session"),
-                   help="what pairs scans of two sites")
+                   help="pairs for harmonizers: scans of a person at two sites (default), "
+                   "or those of one session alone")
 
     g = p.add_argument_group("resources")
     g.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")

@@ -86,9 +86,6 @@ class Options:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
         if self.folds == 1:
             raise UsageError("--folds 1: at least 2 are needed, or none at all.")
-        if self.folds and not self.train:
-            raise UsageError(f"--folds {self.folds}: of a cross-validation. Give a METHOD with "
-                             "--train, or leave it out.")
         defaults = {f.name: f.default for f in fields(self)}
         for name in OTHER_LEVEL[self.analysis_level]:
             if getattr(self, name) != defaults[name]:
@@ -98,6 +95,9 @@ class Options:
             if getattr(self, name) != defaults[name] and not self.synthesize:
                 raise UsageError(f"--{name.replace('_', '-')} belongs to --synthesize. Give a "
                                  f"MODE with it ({' '.join(MODES)}), or leave it out.")
+        if self.folds and not self.train:
+            raise UsageError(f"--folds {self.folds}: of a cross-validation. Give a METHOD with "
+                             "--train, or leave it out.")
         if self.init and not self.train:
             raise UsageError(f"--init {self.init}: weights that a training starts from. Give a "
                              "METHOD with --train, or leave it out.")

@@ -73,7 +73,7 @@ def group(options: Options) -> int:
     """Table, distributions and outliers over what participants left; trains what is asked for."""
     trained = [methods.get(name) for name in options.train]
     for method in trained:
-        method.sloppy = options.sloppy
+        method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
     if options.folds and not any(m.cross_validates for m in trained):
         can = [name for name in methods.names() if methods.get(name).cross_validates]
         raise UsageError(f"--folds {options.folds}: {', '.join(options.train)} cannot be "
@@ -95,7 +95,8 @@ def group(options: Options) -> int:
         {name: btable.acquisition_of(run) for name, run in runs.items()},
         lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0], options.max_steps,
         options.random_seed, choose_device(options.device), states, options.init,
-        {name: voxel_size(run) for name, run in runs.items()}, options.folds)
+        {name: voxel_size(run) for name, run in runs.items()}, options.folds,
+        options.paired_by)
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:

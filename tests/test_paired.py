@@ -107,6 +107,23 @@ def test_harmonizes_who_it_has_not_seen(shresnet):
     assert found.counts == {"shresnet_unchanged": 0, "shresnet_clipped_values": 0}
 
 
+def test_hybrid_brings_fa_and_md_near():
+    """Of whom it has not seen, in white matter, against the reference without noise; noise is kept,
+    for it is added to."""
+    method, fitted = fit("harmonize_hybrid")
+    (checkpoint,) = fitted.checkpoints.values()
+    dwi, truth = head("07", "B"), head("07", "A", noise=0)
+    found = method.harmonize(dwi, checkpoint, "B", "cpu")
+    x = tensor.design(dwi.acquisition.btensors)
+    before, after, right = (tensor.fit(torch.from_numpy(s.copy()), x) for s in (
+        dwi.signal, found.signal, truth.signal))
+    white = synthetic_head.tissues()[::2, ::2, ::2][dwi.mask] >= 3
+    for name in ("fa", "md"):
+        error = [(m[name] - right[name])[white].abs().mean() for m in (before, after)]
+        assert error[1] < error[0] / 2, (name, error)
+    assert found.counts == {"hybrid_unchanged": 0, "hybrid_clipped_values": 0}
+
+
 def test_keeps_directions(shresnet):
     """The principal axis of degree 2 is that of the input, to float32, in every voxel with one."""
     method, fitted = shresnet
@@ -148,6 +165,31 @@ def test_several_batches_in_one_command():
     method = brief("harmonize_golkov")
     fitted = method.fit(study(PEOPLE[:2], "ABC", max_steps=2))
     assert sorted(fitted.checkpoints) == ["harmonize_golkov_B-to-A", "harmonize_golkov_C-to-A"]
+
+
+@pytest.mark.slow
+def test_a_new_batch_leaves_the_models_of_others_alone(tmp_path):
+    """What was trained on the same scans is not trained again; other scans, seeds or steps are."""
+    method = brief("harmonize_golkov")
+    first = method.fit(study(PEOPLE[:2], max_steps=2))
+    method.models = tmp_path
+    (name, made), = first.checkpoints.items()
+    (tmp_path / name).mkdir()
+    for file, content in pack(made).items():
+        (tmp_path / name / file).write_bytes(content)
+    read = []
+
+    def load(run):
+        read.append(run[2])
+        return head(run[:2], run[2])
+
+    both = method.fit(study(PEOPLE[:2], "ABC", max_steps=2, load=load)).checkpoints
+    assert len(both) == 2 and set(read) == {"A", "C"}
+    assert all(torch.equal(both[name].tensors[k], v) for k, v in made.tensors.items())
+    for more in ({"max_steps": 3}, {"people": PEOPLE}):
+        read.clear()
+        method.fit(study(**{"people": PEOPLE[:2], "max_steps": 2, "load": load, **more}))
+        assert "B" in read, more
 
 
 def test_refuses_what_it_cannot_harmonize(trained):
@@ -230,6 +272,7 @@ def test_a_fold_knows_nothing_of_those_it_is_tested_on(tmp_path):
         assert same == (f".fold{own}." in name), name
 
 
+@pytest.mark.slow
 def test_errors_of_the_cross_validation_are_those_of_their_formulae(tmp_path):
     """Against numpy, and the tensor fit that the app uses, for the signal as measured."""
     method, known = brief(), study()
@@ -261,6 +304,12 @@ def test_errors_of_the_cross_validation_are_those_of_their_formulae(tmp_path):
         error = np.square(before[measure][kept] - truth[measure][kept]).sum()
         assert own["nmse_before"].item() == pytest.approx(
             error / np.square(truth[measure][kept]).sum(), rel=1e-3), (where, measure)
+    own = travellers.samples[0]
+    voxels, hybrid = own.of({0}), brief("harmonize_hybrid")
+    recipe = {"validation": 10**6, "loss": {"signal": 0.5, "fa": 2.0, "md": 1.0}}
+    loss, batch = hybrid.loss(own, voxels, recipe, "cpu"), own(voxels, "cpu")
+    # what is not changed has the error that errors are measured in
+    assert float(loss(batch[0][:, 13], batch).mean()) == pytest.approx(3.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("people,folds,message", [

@@ -179,6 +179,16 @@ def test_pairs_are_every_run_with_every_run():
                      "C": [pairs.Pair("03", "c3", "b3")]}
 
 
+def test_pairs_of_one_session():
+    """As where two coils are compared before and after years."""
+    table = pd.DataFrame([("01", "x", "A", "a1"), ("01", "x", "B", "b1"), ("01", "y", "A", "a2"),
+                          ("01", "y", "B", "b2"), ("01", "z", "B", "b3")],
+                         columns=["participant", "session", "batch", "run"])
+    assert pairs.find(table, "A", by_session=True) == {
+        "B": [pairs.Pair("01", "b1", "a1"), pairs.Pair("01", "b2", "a2")]}
+    assert len(pairs.find(table, "A")["B"]) == 6
+
+
 def test_labels_of_a_t1w_image_are_the_likelier():
     mask = np.ones((1, 1, 4), bool)
     p = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.3, 0.1, 0.6], [0.6, 0.3, 0.1]], np.float32)

@@ -74,6 +74,7 @@ class Study:
     of every run, by its name; load: reads that run. max_steps, seed, device: of trainings. states:
     folder in which an interrupted training is kept. init: folder of the checkpoint that a training
     starts from, instead of its own choice. folds: of the cross-validation, None for none.
+    paired_by: `session` where only scans of one session are pairs.
     """
 
     statistics: pd.DataFrame
@@ -89,6 +90,7 @@ class Study:
     init: Path | None = None
     voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     folds: int | None = None
+    paired_by: str | None = None
 
 
 @dataclass(frozen=True)

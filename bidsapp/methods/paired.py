@@ -4,6 +4,7 @@ batch, of people who were scanned in both (Koppers et al. 2018, arXiv:1808.01595
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import tempfile
 import time
@@ -37,6 +38,11 @@ from bidsapp.methods.samples import (
 from bidsapp.networks.shresnet import CENTRE, NETWORKS
 from bidsapp.preprocess import intensity, pairs
 
+log = logging.getLogger("qsphere")
+
+SCAN = ("run", "n_voxels", "n_volumes", "noise_sd", "snr_b0", "ndc")
+"""Columns of a study that change where a scan does."""
+
 
 @dataclass(frozen=True, eq=False)
 class Trained:
@@ -66,9 +72,10 @@ class PairedHarmonizer(shared.Harmonizer):
 
     network: its name in NETWORKS. projects: whether what is harmonized keeps the shape of every
     degree of the input and takes only its size from the network (RISH projection). warps: whether
-    intensities get the reference's distribution first. adds: whether the change of the series is
-    added to the signal, which then keeps what no series holds; else the series stands for it.
-    fewest: people who must have been scanned in both batches. learns_from: whom, for the card.
+    intensities are first warped from the batch's distribution to the reference's. adds: whether
+    the change of the series is added to the signal, which then keeps what no series holds; else
+    the series stands for it. fewest: people who must have been scanned in both batches.
+    learns_from: whom, for the card.
     """
 
     cross_validates = True
@@ -94,7 +101,8 @@ class PairedHarmonizer(shared.Harmonizer):
         return NETWORKS[self.network](**arguments)
 
     def fit(self, study: Study) -> Fitted:
-        """A checkpoint for every batch but the reference.
+        """A checkpoint for every batch but the reference; one of `models` that was trained on the
+        same scans in the same way is kept, so that a new batch costs its own training alone.
 
         Raises:
             UsageError: as of `harmonizer.members`; a batch has fewer than two participants that
@@ -102,7 +110,7 @@ class PairedHarmonizer(shared.Harmonizer):
         """
         batches = shared.members(self, study)
         reference, *targets = batches
-        found = {b: self.scans(study.statistics, b, reference) for b in targets}
+        found = {b: self.scans(study, b, reference) for b in targets}
         for batch in targets:
             self._enough(batch, reference, found[batch], study.folds)
         checkpoints, tables = {}, []
@@ -114,7 +122,8 @@ class PairedHarmonizer(shared.Harmonizer):
                 for b in (reference, batch)}
             checkpoints[name], tested = self._one(study, name, found[batch], {
                 "trained_for": shared.trained_for(study, rows), "reference_batch": reference,
-                "batches": (batch,), "hashed": shared.hashed(rows)})
+                "batches": (batch,), "hashed": shared.hashed(rows),
+                "of": self._of(study, found[batch], pd.concat(rows.values()))})
             tables += [{"batch": batch, **row} for row in tested]
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
@@ -122,9 +131,9 @@ class PairedHarmonizer(shared.Harmonizer):
         return Fitted({f"desc-{self.network}_folds": pd.DataFrame(tables)} if tables else {},
                       model, checkpoints)
 
-    def scans(self, statistics: pd.DataFrame, batch: str, reference: str) -> list[pairs.Pair]:
-        """What is learned from. statistics: as of `pairs.find`."""
-        return pairs.find(statistics, reference)[batch]
+    def scans(self, study: Study, batch: str, reference: str) -> list[pairs.Pair]:
+        """What is learned from."""
+        return pairs.find(study.statistics, reference, study.paired_by == "session")[batch]
 
     def _enough(self, batch: str, reference: str, found: Sequence[pairs.Pair], folds: int | None
                 ) -> None:
@@ -147,6 +156,9 @@ class PairedHarmonizer(shared.Harmonizer):
              ) -> tuple[Checkpoint, list[dict[str, Any]]]:
         """The model of a batch, and a row for each participant, shell, tissue and measure of the
         cross-validation."""
+        if not study.folds and (kept := self._kept(name, known["of"])):
+            log.info("%s: was trained on these scans before, and is kept", name)
+            return kept, []
         recipe, start = self.settings("training"), self._start(study)
         people, both = sorted({p.participant for p in found}), _people(found)
         began = time.monotonic()
@@ -169,7 +181,7 @@ class PairedHarmonizer(shared.Harmonizer):
             method=self.name, network=dict(recipe["network"]), trained_for=known["trained_for"],
             training={"participants": known["hashed"], "held_out": len(trained.held),
                       "pairs": sum(p.kind == pairs.BOTH for p in found), "scans": len(
-                          {r for p in found for r in (p.source, p.target)}),
+                          {r for p in found for r in (p.source, p.target)}), "of": known["of"],
                       "steps": [[int(h[-1]["step"]) for h in own] for own in trained.histories],
                       "validation": [[min(row.get("validation", math.nan) for row in h)
                                       for h in own] for own in trained.histories
@@ -182,6 +194,21 @@ class PairedHarmonizer(shared.Harmonizer):
             constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"]},
             metrics=metrics | _means(rows),
             reference_batch=known["reference_batch"], batches=known["batches"])), rows
+
+    def _of(self, study: Study, found: Sequence[pairs.Pair], rows: pd.DataFrame) -> str:
+        """What tells one training from another: pairs, what is known of their scans, recipe."""
+        scans = rows[[c for c in SCAN if c in rows]].sort_values("run").to_csv(index=False)
+        start = self._start(study)
+        return hashlib.sha256(repr((
+            found, scans, self.settings("training"), study.seed, study.max_steps,
+            start and start.card.sha256, __version__)).encode()).hexdigest()[:16]
+
+    def _kept(self, name: str, of: str) -> Checkpoint | None:
+        try:
+            kept = load(self.models / name, self.name) if self.models else None
+        except DataError:
+            return None
+        return kept if kept and kept.card.training.get("of") == of else None
 
     def _trained(self, study: Study, name: str, shells: Sequence[str], recipe: Mapping[str, Any],
                  travellers: Travellers, people: Sequence[str], start: Checkpoint | None
@@ -330,14 +357,17 @@ class PairedHarmonizer(shared.Harmonizer):
         if not usable.any():
             raise Refusal(f"{self.name} found no b0 signal above 0. Check image and mask.")
         if self.warps:
-            quantiles = model.tensors["quantiles"].numpy().astype(np.float64)
-            dwi = replace(dwi, signal=intensity.warped(dwi, quantiles[nearest])[0])
+            start, end = model.tensors["quantiles"].numpy().astype(np.float64)[:, nearest]
+            signal, _ = intensity.warped(dwi, end, start)
+            dwi = replace(dwi, signal=signal)
+        else:
+            signal = dwi.signal.copy("K")
         values, _ = pairs.coefficients(dwi, l_max, smoothing)
         where = dwi.mask.copy()
         where[dwi.mask] = usable
         where, _, order = pairs.canonical(where, dwi.affine)
         rows = np.flatnonzero(usable)[order]
-        signal, s0, clipped = dwi.signal.copy("K"), dwi.mean_b0[rows], 0
+        s0, clipped = dwi.mean_b0[rows], 0
         for shell, own, k in zip(dwi.acquisition.shells, values, nearest, strict=True):
             network = replace(model, tensors=_part(model, f"shell{k}.")).into(
                 self.build(card.network))

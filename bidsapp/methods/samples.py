@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -167,20 +167,24 @@ class Travellers:
                 if pair.participant in people and pair.kind == kind}
 
     def quantiles(self, people: set[str]) -> np.ndarray:
-        """(shell, GRID): mean over people of those of their scans in the reference."""
-        targets = {p.target: p.participant for p in self.pairs if p.participant in people}
-        of = {run: self._checked(intensity.quantiles, run) for run in targets}
-        return np.mean([np.mean([of[r] for r, p in targets.items() if p == person], axis=0)
-                        for person in sorted(set(targets.values()))], axis=0)
+        """(2, shell, GRID): mean over people of those of their scans in the batch, and in the
+        reference."""
+        own = [p for p in self.pairs if p.participant in people]
+        runs = {run for p in own for run in (p.source, p.target)}
+        of = {run: self._quantiles(run) for run in sorted(runs)}
+        return np.mean([np.mean([(of[p.source], of[p.target]) for p in own
+                                 if p.participant == person], axis=0)
+                        for person in sorted(people)], axis=0)
 
-    def warped(self, reference: np.ndarray) -> list[Samples]:
-        """The samples with every source's intensities warped to those of the reference."""
+    def warped(self, quantiles: np.ndarray) -> list[Samples]:
+        """The samples with every source's intensities warped from the first quantiles to the
+        second."""
         files = [self.folder / str(k) / "warped" for k in range(len(self.samples))]
         for file in files:
             file.unlink(missing_ok=True)
         for i, pair in enumerate(self.pairs):
             dwi = self.load(pair.source)
-            new = replace(dwi, signal=intensity.warped(dwi, reference)[0])
+            new = replace(dwi, signal=intensity.warped(dwi, quantiles[1], quantiles[0])[0])
             move = np.load(self.folder / f"{i}.npz")
             moved = pairs.carried(new, self.l_max, move["index"], move["turn"], move["where"])
             for file, image in zip(files, moved, strict=True):
@@ -203,9 +207,9 @@ class Travellers:
                 "Convert or preprocess the scan again, or leave it out with --participant-label.")
         return dwi
 
-    def _checked(self, function: Callable[[Dwi], np.ndarray], run: str) -> np.ndarray:
+    def _quantiles(self, run: str) -> np.ndarray:
         try:
-            return function(self.load(run))
+            return intensity.quantiles(self.load(run))
         except DataError as error:
             raise UsageError(f"--train {self.name}: {run} {error}") from error
 

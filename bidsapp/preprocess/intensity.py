@@ -43,25 +43,27 @@ def quantiles(dwi: Dwi) -> np.ndarray:
     return np.stack(found)
 
 
-def warped(dwi: Dwi, reference: np.ndarray) -> tuple[np.ndarray, int]:
-    """The signal with the distribution of the reference in every shell, and how many values stayed
-    as they are for not being above 0, or in a voxel whose S0 is not. b0 volumes stay.
+def warped(dwi: Dwi, reference: np.ndarray, source: np.ndarray | None = None
+           ) -> tuple[np.ndarray, int]:
+    """The signal warped to the distribution of the reference in every shell, and how many values
+    stayed as they are for not being above 0, or in a voxel whose S0 is not. b0 volumes stay.
 
-    reference: (shell, GRID) quantiles, in the order of the scan's shells.
+    reference: (shell, GRID) quantiles, in the order of the scan's shells. source: those that the
+    warp starts from, the scan's own if there are none.
 
     Raises:
         Refusal: no value of a shell is above 0.
     """
     s0, signal, kept = dwi.mean_b0, dwi.signal.copy("K"), 0
-    for shell, wanted in zip(dwi.acquisition.shells, reference, strict=True):
+    for k, shell in enumerate(dwi.acquisition.shells):
         values = _ratios(dwi, s0, shell)
         good = np.isfinite(values)
         if not good.any():
             raise Refusal(f"no signal above 0 was found at b = {shell.b:.0f} s/mm². Check image "
                           "and mask, or leave the run out.")
-        own = _quantiles(values)
+        own = _quantiles(values) if source is None else source[k]
         for i, x, here in zip(shell.indices, values.T, good.T, strict=True):
-            signal[here, i] = s0[here] * _warp(x[here], own, wanted)
+            signal[here, i] = s0[here] * _warp(x[here], own, reference[k])
         kept += int((~good).sum())
     return signal, kept
 

@@ -84,17 +84,20 @@ class Aligned:
     target: np.ndarray
 
 
-def find(statistics: pd.DataFrame, reference: str) -> dict[str, list[Pair]]:
+def find(statistics: pd.DataFrame, reference: str, by_session: bool = False
+         ) -> dict[str, list[Pair]]:
     """Pairs by batch other than the reference: every run of a participant in the one with every
-    run of theirs in the other. Batches without any have an empty list.
+    run of theirs in the other, of the same session where that is asked for. Batches without any
+    have an empty list.
 
-    statistics: columns participant, batch, run.
+    statistics: columns participant, session, batch, run; session only where it is asked for.
     """
-    by = {key: list(rows["run"]) for key, rows in statistics.groupby(["participant", "batch"])}
-    people = sorted(statistics["participant"].unique())
-    return {batch: [Pair(person, s, t) for person in people
-                    for s, t in product(by.get((person, batch), ()),
-                                        by.get((person, reference), ()))]
+    keys = ["participant", *(["session"] if by_session else [])]
+    by = {key: list(rows["run"]) for key, rows in statistics.groupby([*keys, "batch"])}
+    units = sorted(set(statistics[keys].itertuples(index=False, name=None)))
+    return {batch: [Pair(unit[0], s, t) for unit in units
+                    for s, t in product(by.get((*unit, batch), ()),
+                                        by.get((*unit, reference), ()))]
             for batch in sorted(statistics["batch"].unique()) if batch != reference}
 
 

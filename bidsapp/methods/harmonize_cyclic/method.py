@@ -4,20 +4,18 @@ both batches help, and are not needed."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from bidsapp import sh, training
+from bidsapp.methods import Study
 from bidsapp.methods.paired import Learner, PairedHarmonizer, drawn
 from bidsapp.methods.samples import BLOCK, Samples, errors
 from bidsapp.networks.cyclic import Cycle, Generator
 from bidsapp.networks.shresnet import CENTRE
 from bidsapp.preprocess import pairs
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class CyclicHarmonizer(PairedHarmonizer):
@@ -36,9 +34,9 @@ class CyclicHarmonizer(PairedHarmonizer):
     def build(self, arguments: Mapping[str, Any]) -> nn.Module:
         return Generator(hidden=arguments["hidden"], l_max=arguments["l_max"])
 
-    def scans(self, statistics: pd.DataFrame, batch: str, reference: str) -> list[pairs.Pair]:
-        return [*pairs.alone(statistics, batch, reference),
-                *super().scans(statistics, batch, reference)]
+    def scans(self, study: Study, batch: str, reference: str) -> list[pairs.Pair]:
+        return [*pairs.alone(study.statistics, batch, reference),
+                *super().scans(study, batch, reference)]
 
     def learner(self, network: nn.Module, samples: Samples, mine: Sequence[torch.Tensor],
                 recipe: Mapping[str, Any], device: str, fresh: bool) -> Learner:

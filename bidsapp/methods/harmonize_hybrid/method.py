@@ -22,9 +22,8 @@ class HybridHarmonizer(PairedHarmonizer):
     adds = True
     intended_use = (
         "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "
-        "and people like those under trained_for: FA and MD of each shell above all. Intensities "
-        "are warped to the reference's distribution, which removes differences of anatomy, age or "
-        "disease that change it. Not for diagnosis.")
+        "and people like those under trained_for: FA and MD of each shell above all. Fibre "
+        "directions may change. Not for diagnosis.")
 
     def loss(self, samples: Samples, voxels: torch.Tensor, recipe: Mapping[str, Any], device: str
              ) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
