@@ -29,9 +29,6 @@ from bidsapp.preprocess import pairs, tissue
 BLOCK = 4096
 """Voxels that pass a network at a time."""
 
-INVALID = 0.01
-"""Share of NaN or infinite values in a scan to learn from, at most."""
-
 
 class Samples:
     """Training voxels of one shell of aligned pairs.
@@ -231,7 +228,8 @@ class PairedHarmonizer(shared.Harmonizer):
     def _aligned(self, study: Study, pair: pairs.Pair, recipe: Mapping[str, Any], folder: Path
                  ) -> pairs.Aligned:
         assert study.load is not None
-        source, target = (self._usable(study.load(run), run) for run in (pair.source, pair.target))
+        source, target = (shared.usable(self, study.load(run), run)
+                          for run in (pair.source, pair.target))
         try:
             found = pairs.align(source, target, l_max=recipe["l_max"], device=study.device,
                                 deformable=recipe["deformable"], work_dir=folder)
@@ -244,15 +242,6 @@ class PairedHarmonizer(shared.Harmonizer):
                 f"of grey and white matter, fewer than {tissue.MIN_VOXELS} of one of them. Check "
                 "the brain mask, or leave the participant out with --participant-label.")
         return found
-
-    def _usable(self, dwi: Dwi, run: str) -> Dwi:
-        bad = dwi.invalid + int((~np.isfinite(dwi.signal)).sum())
-        if bad > INVALID * dwi.signal.size or not np.isfinite(dwi.signal).all():
-            raise UsageError(
-                f"--train {self.name}: {bad} values of {run} are NaN or infinite "
-                f"({bad / dwi.signal.size:.1%}; up to {INVALID:.0%} is accepted, read as 0). "
-                "Convert or preprocess the scan again, or leave it out with --participant-label.")
-        return dwi
 
     def _train(self, study: Study, name: str, recipe: Mapping[str, Any], samples: Samples,
                learned: int, start: Checkpoint | None, prefix: str
