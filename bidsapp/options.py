@@ -45,7 +45,7 @@ class Options:
     synthesize_image: bool = False
     train: tuple[str, ...] = ()
     reference_batch: str | None = None
-    folds: int = 5
+    folds: int | None = None
     epochs: int | None = None
     max_steps: int | None = None
     init: Path | None = None
@@ -84,6 +84,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
+        if self.folds == 1:
+            raise UsageError("--folds 1: at least 2 are needed, or none at all.")
         defaults = {f.name: f.default for f in fields(self)}
         for name in OTHER_LEVEL[self.analysis_level]:
             if getattr(self, name) != defaults[name]:
@@ -93,6 +95,9 @@ class Options:
             if getattr(self, name) != defaults[name] and not self.synthesize:
                 raise UsageError(f"--{name.replace('_', '-')} belongs to --synthesize. Give a "
                                  f"MODE with it ({' '.join(MODES)}), or leave it out.")
+        if self.folds and not self.train:
+            raise UsageError(f"--folds {self.folds}: of a cross-validation. Give a METHOD with "
+                             "--train, or leave it out.")
         if self.init and not self.train:
             raise UsageError(f"--init {self.init}: weights that a training starts from. Give a "
                              "METHOD with --train, or leave it out.")

@@ -74,6 +74,10 @@ def group(options: Options) -> int:
     trained = [methods.get(name) for name in options.train]
     for method in trained:
         method.sloppy = options.sloppy
+    if options.folds and not any(m.cross_validates for m in trained):
+        can = [name for name in methods.names() if methods.get(name).cross_validates]
+        raise UsageError(f"--folds {options.folds}: {', '.join(options.train)} cannot be "
+                         f"cross-validated. Leave it out, or train {', '.join(can)}.")
     found = find.find(options)
     dataset = Dataset(options.output_dir, {"raw": options.bids_dir, **dict(options.derivatives)})
     statistics, covariates = participant_statistics(dataset, found)
@@ -91,7 +95,7 @@ def group(options: Options) -> int:
         {name: btable.acquisition_of(run) for name, run in runs.items()},
         lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0], options.max_steps,
         options.random_seed, choose_device(options.device), states, options.init,
-        {name: voxel_size(run) for name, run in runs.items()})
+        {name: voxel_size(run) for name, run in runs.items()}, options.folds)
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:
@@ -103,7 +107,7 @@ def group(options: Options) -> int:
             for name, table in result.tables.items():
                 batch.table(folder / f"{name}.tsv", table.to_dict("records"),
                             quality.columns(table.columns))
-            if result.tables:
+            if result.tables and not result.checkpoints:  # else their cards say more
                 batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
         drawn = distributions.of_group(study, fitted)
         for figure in drawn:

@@ -27,6 +27,9 @@ TERMS = 7
 MIN_LOG_SIGNAL = 1e-6
 """Eigenvalues are kept at or above this divided by the largest entry of the design (as dipy)."""
 
+LEAST_RATIO = 0.01
+"""S/S0 at least, of `of_attenuation`: below it there is noise alone."""
+
 SATURATED_FA = 0.999
 
 B_MAX = 1500.0
@@ -47,6 +50,29 @@ def volumes(acquisition: Acquisition) -> np.ndarray:
     enough = (~acquisition[low].b0).sum() >= 12 if len(low) else False
     return low if enough and np.linalg.matrix_rank(x) == TERMS else np.arange(
         len(acquisition))
+
+
+def attenuation_fit(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "6 n"]:
+    """(6, n): from log S/S0 to D11, D12, D13, D22, D23, D33 (µm²/ms), by ordinary least squares
+    with S0 known."""
+    return np.linalg.pinv(design(btensors)[:, :6])
+
+
+def of_attenuation(ratio: Float[torch.Tensor, "*batch n"], fit: Float[torch.Tensor, "*fits 6 n"]
+                   ) -> tuple[Float[torch.Tensor, "*batch"], Float[torch.Tensor, "*batch"]]:
+    """FA and MD (µm²/ms) of signals S/S0, with finite gradients everywhere, at isotropy, too:
+
+        FA² = 3/2 ‖D − MD 1‖² / ‖D‖²,  MD = tr D / 3.
+
+    A network can learn from it; `tensor.fit` is the one that weighs, and counts what it cannot use.
+    fit: `attenuation_fit`, one for all or one for each. Signals count as LEAST_RATIO at least.
+    """
+    d = (fit @ torch.log(ratio.clamp(min=LEAST_RATIO))[..., None])[..., 0]
+    diagonal, off = d[..., [0, 3, 5]], d[..., [1, 2, 4]]
+    md = diagonal.mean(-1)
+    away = (diagonal - md[..., None]).square().sum(-1) + 2 * off.square().sum(-1)
+    # the roots of both sums have infinite slopes at 0
+    return torch.sqrt(1.5 * away / (away + 3 * md.square() + 1e-6) + 1e-8), md
 
 
 def fit(signal: Float[torch.Tensor, "voxel n"], x: Float[np.ndarray, "n 7"], *,

@@ -1,10 +1,12 @@
 """One contract, every method that is applied to images."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
+import test_paired
 import torch
 from dipy.core.sphere import HemiSphere, disperse_charges
 from scipy.spatial.transform import Rotation
@@ -17,7 +19,9 @@ from bidsapp.microstructure import maps
 
 ESTIMATORS = methods.names("estimate_")
 UNPAIRED = ("harmonize_mica", "harmonize_rish")
-"""Harmonizers that learn from any people of two batches."""
+"""Harmonizers that learn from any people of two batches; the others (but ComBat, which works on
+tables) from people scanned in both."""
+PAIRED = sorted(set(methods.names("harmonize_")) - {*UNPAIRED, "harmonize_combat"})
 
 EQUIVARIANT = {"estimate_dti": ("direction",), "estimate_smt": (), "estimate_scnn2": ("odf",),
                "estimate_noddi": ("odf",), "estimate_scnn3": ("odf",)}
@@ -186,9 +190,19 @@ def test_combat_is_for_tables(rng):
         combat.apply(dwi, "cpu")
 
 
-@pytest.fixture(params=UNPAIRED)
+@cache
+def taught(name):
+    """By pairs, which must show tissue: a brief training with heads of `test_paired`."""
+    found = test_paired.brief(name)
+    study = test_paired.study(test_paired.PEOPLE[:2], max_steps=3)
+    return found, *found.fit(study).checkpoints.values()
+
+
+@pytest.fixture(params=[*UNPAIRED, *PAIRED])
 def harmonizer(request, rng):
     """(method, checkpoint) that maps batch B, with more diffusion, to A."""
+    if request.param in PAIRED:
+        return taught(request.param)
     acq = acquisition()
     runs = {f"sub-{i}": person(rng) for i in range(6)}
     table = pd.DataFrame({"participant": list("012345"), "run": list(runs),
@@ -244,6 +258,8 @@ def test_harmonizer_is_independent_of_voxel_order(harmonizer, rng):
 
 def test_harmonizer_goes_the_right_way(harmonizer, rng):
     method, model = harmonizer
+    if method.name in PAIRED:
+        pytest.skip("what pairs teach is measured in test_paired")
     dwi = person(rng, sd=0.5)
     before = bent(dwi).signal - dwi.signal
     after = method.harmonize(bent(dwi), model, "B", "cpu").signal - dwi.signal

@@ -4,6 +4,7 @@ The head of `synthetic_head` at half its resolution; in the other batch every or
 scaled by a factor of its own, so that the right answer is known in every voxel.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import bids_tree
@@ -13,12 +14,13 @@ import pytest
 import synthetic_head
 import torch
 
-from bidsapp import methods, sh
+from bidsapp import methods, sh, tensor
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import paired
+from bidsapp.methods import samples
+from bidsapp.preprocess import pairs
 
 SCALE = {0: 0.92, 2: 0.75, 4: 1.3}
 NOISE = 0.005
@@ -27,7 +29,7 @@ AFFINE = np.diag([*ZOOMS, 1.0])
 AFFINE[:3, 3] = -60, -70, -50
 BVALS, AXES = bids_tree.table(((0, 3), (1000, 30)))
 PEOPLE = ("01", "02", "03")
-METHODS = ("harmonize_shresnet", "harmonize_golkov")
+METHODS = ("harmonize_shresnet", "harmonize_golkov", "harmonize_hybrid")
 
 
 def head(person, site, noise=NOISE):
@@ -141,6 +143,7 @@ def test_leaves_a_card_and_one_checkpoint_per_batch(trained):
     pack(fitted.checkpoints[f"{method.name}_B-to-A"])  # the card is plain JSON
 
 
+@pytest.mark.slow
 def test_several_batches_in_one_command():
     method = brief("harmonize_golkov")
     fitted = method.fit(study(PEOPLE[:2], "ABC", max_steps=2))
@@ -172,6 +175,7 @@ def test_voxels_without_b0_stay_as_they_are(trained):
     assert np.isfinite(found.signal).all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
     """Cut off in the second stage, before it had saved anything, and once more after."""
     method = brief("harmonize_golkov")
@@ -181,7 +185,7 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
             {"optimizer": "sgd", "learning_rate": 1e-2, "batch": 32, "epochs": 3,
              "decay": "plateau", "factor": 0.9, "plateau": 1, "patience": 5}], "epoch": 320})
     whole = method.fit(study(PEOPLE[:2], states=tmp_path / "whole"))
-    blocks, seen = paired._blocks, []
+    blocks, seen = samples.Samples.blocks, []
 
     def cut(*told):
         seen.append(1)
@@ -189,17 +193,82 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return blocks(*told)
 
-    monkeypatch.setattr(paired, "_blocks", cut)
+    monkeypatch.setattr(samples.Samples, "blocks", cut)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             method.fit(study(PEOPLE[:2], states=tmp_path / "cut"))
     again = method.fit(study(PEOPLE[:2], states=tmp_path / "cut"))
     (one,), (other,) = (f.checkpoints.values() for f in (whole, again))
-    for name, tensor in one.tensors.items():
-        torch.testing.assert_close(other.tensors[name], tensor, rtol=0, atol=0)
+    for name, weights in one.tensors.items():
+        torch.testing.assert_close(other.tensors[name], weights, rtol=0, atol=0)
     assert other.card.metrics == one.card.metrics
-    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
+    assert sorted(p.name[:29] + p.name[-7:] for p in (tmp_path / "cut").iterdir()) == [
         f"harmonize_golkov_B-to-A.b1000.{k}.ckpt" for k in (1, 2)]
+
+
+@pytest.mark.slow
+def test_a_fold_knows_nothing_of_those_it_is_tested_on(tmp_path):
+    """Other scans of 03 change every network but that of the fold in which 03 is tested: the
+    distribution that intensities are warped to, the scale of the loss and its weights."""
+    method, states = brief("harmonize_hybrid"), []
+    for folder, scan in (("one", head), ("other", lambda p, site: head(p, site, 4 * NOISE)
+                                         if p == "03" else head(p, site))):
+        fitted = method.fit(study(folds=3, max_steps=3, states=tmp_path / folder,
+                                  load=lambda run, scan=scan: scan(run[:2], run[2])))
+        (table,) = fitted.tables.values()
+        states.append({p.name: torch.load(p, weights_only=True)["model"]
+                       for p in (tmp_path / folder).glob("*.ckpt")})
+    assert list(fitted.tables) == ["desc-hybrid_folds"]
+    assert sorted(table["participant"].unique()) == list(PEOPLE)
+    assert (table.groupby("participant")["fold"].nunique() == 1).all()
+    assert len(table) == 3 * 2 * 3, "people, tissues, measures"
+    own = int(table["fold"][table["participant"] == "03"].iloc[0])
+    one, other = states
+    assert len(one) == 4 and one.keys() == other.keys()
+    for name, weights in one.items():
+        same = all(torch.equal(v, other[name][k]) for k, v in weights.items())
+        assert same == (f".fold{own}." in name), name
+
+
+def test_errors_of_the_cross_validation_are_those_of_their_formulae(tmp_path):
+    """Against numpy, and the tensor fit that the app uses, for the signal as measured."""
+    method, known = brief(), study()
+    found = pairs.find(known.statistics, "A")["B"][:2]
+    recipe = method.settings("training")
+    travellers = samples.Travellers(method.name, known, found, [30], 4, False, tmp_path)
+    trained = method._trained(replace(known, max_steps=1), "x", ["b1000"], recipe, travellers,
+                              ["01", "02"], None)
+    rows = pd.DataFrame(method._tested(trained, travellers, "02", ["b1000"], "cpu"))
+    aligned = pairs.align(head("02", "B"), head("02", "A"), l_max=4, deformable=False)
+    shown = aligned.image[0, 1:-1, 1:-1, 1:-1][aligned.where] @ sh.basis(4, AXES[3:]).T
+    acquisition = Acquisition(BVALS[2:], AXES[2:])
+
+    def maps(signal):
+        full = np.concatenate([np.ones((len(signal), 1)), signal], 1)
+        # S0 = 1 is known: a row of it that outweighs all others
+        x = tensor.design(acquisition.btensors) * np.r_[1e6, np.ones(30)][:, None]
+        log = np.log(full) * np.r_[1e6, np.ones(30)]
+        d = np.linalg.lstsq(x, log.T, rcond=None)[0][[0, 1, 2, 1, 3, 4, 2, 4, 5]]
+        e = np.linalg.eigvalsh(d.T.reshape(-1, 3, 3))
+        md = e.mean(1)
+        fa = np.sqrt(1.5 * np.square(e - md[:, None]).sum(1) / np.square(e).sum(1))
+        return {"signal": signal, "fa": fa, "md": md}
+
+    labels = aligned.labels[aligned.where]
+    before, truth = maps(shown), maps(aligned.target[:, 3:])
+    for (where, measure), own in rows.groupby(["tissue", "measure"]):
+        kept = labels == samples.TISSUES[where]
+        error = np.square(before[measure][kept] - truth[measure][kept]).sum()
+        assert own["nmse_before"].item() == pytest.approx(
+            error / np.square(truth[measure][kept]).sum(), rel=1e-3), (where, measure)
+
+
+@pytest.mark.parametrize("people,folds,message", [
+    (PEOPLE, 4, "3 people were scanned in B and in A.* Up to 3 folds"),
+    (PEOPLE[:2], 2, "--folds 2: 2 people"), (PEOPLE, 2, "two or more beside those of a fold")])
+def test_folds_that_leave_nobody_are_refused(people, folds, message):
+    with pytest.raises(UsageError, match=message):
+        brief().fit(study(people, folds=folds))
 
 
 def broken(run):

@@ -58,7 +58,8 @@ def scans():
     return head(np.eye(4), rng, 10.0), head(MOVE, rng, 10.0)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["rigid", "deformable"])
+@pytest.fixture(scope="module", params=[
+    pytest.param(False, id="rigid"), pytest.param(True, id="deformable", marks=pytest.mark.slow)])
 def aligned(request, scans):
     return pairs.align(*scans, l_max=4, deformable=request.param)
 
@@ -135,6 +136,23 @@ def test_scans_that_share_nothing_are_refused(scans):
         pairs.align(Dwi(source.signal[lower[source.mask]], lower, AFFINE, source.acquisition),
                     Dwi(target.signal[upper[target.mask]], upper, AFFINE, target.acquisition),
                     l_max=2, deformable=False)
+
+
+def test_canonical_grid_is_the_same_however_an_image_is_stored(rng):
+    """Axes turned, in another order: mask, world points and rows of one grid."""
+    mask = rng.random((4, 5, 6)) < 0.5
+    values, affine = rng.normal(size=int(mask.sum())), np.diag([2.0, 3.0, 4.0, 1.0])
+    affine[:3, 3] = 5, -6, 7
+    image = np.zeros(mask.shape)
+    image[mask] = values
+    stored = image[::-1].transpose(2, 0, 1)
+    turn = np.eye(4)[:, [2, 0, 1, 3]] @ np.eye(4)
+    turn[0] *= -1
+    turn[0, 3] = mask.shape[0] - 1
+    inside, world, rows = pairs.canonical(stored != 0, affine @ turn)
+    np.testing.assert_array_equal(inside, mask)
+    np.testing.assert_allclose(world, affine)
+    np.testing.assert_array_equal(stored[stored != 0][rows], values)
 
 
 def test_filled_takes_the_nearest(rng):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bidsapp import sh
-from bidsapp.methods import paired
+from bidsapp.methods import samples
 from bidsapp.networks import shresnet
 from bidsapp.preprocess import pairs
 from bidsapp.training import seeded
@@ -60,6 +60,30 @@ def test_is_the_published_architecture_in_torchs_convolutions(network):
 
 
 @pytest.mark.parametrize("l_max,blocks", [(2, 1), (4, 2), (4, 3)])
+def test_folded_it_is_the_same_function(l_max, blocks):
+    """To rounding in float64, and in float32 to what that leaves."""
+    with seeded(3):
+        network = randomised(shresnet.SHResNet(blocks=blocks, l_max=l_max))
+        x = torch.randn(6, 27, sh.size(l_max))
+    with torch.no_grad():
+        exact = network.double()(x.double())
+        torch.testing.assert_close(network.folded()(x.double()), exact, rtol=1e-10, atol=1e-10)
+        rough = network.float().folded()(x)
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+def test_hybrid_starts_as_no_harmonization_and_sees_neighbours():
+    with seeded(4):
+        network, x = shresnet.HybridCNN(), torch.randn(4, 27, 15)
+        torch.testing.assert_close(network(x), x[:, 13], rtol=0, atol=0)
+        randomised(network)
+    other = x.clone()
+    other[:, 0] += 1
+    assert (network(x) - network(other)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("l_max,blocks", [(2, 1), (4, 2), (4, 3)])
 def test_a_functional_unit_for_every_order(l_max, blocks):
     network = shresnet.SHResNet(blocks=blocks, l_max=l_max)
     size = (l_max + 1) * (l_max + 2) // 2
@@ -97,7 +121,7 @@ def test_over_a_volume_as_patch_by_patch(network, rng, block):
     network = network.double()  # so that rounding hides nothing
     values = rng.normal(size=(int(mask.sum()), 15))
     image = pairs.filled(values, mask, margin=1)
-    found = paired.over_volume(network, image, mask, "cpu", block)
+    found = samples.over_volume(network, image, mask, "cpu", block)
     with torch.no_grad():
         single = [network(torch.from_numpy(image[i:i + 3, j:j + 3, k:k + 3].reshape(1, 27, 15)))[0]
                   for i, j, k in np.argwhere(mask)]

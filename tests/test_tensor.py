@@ -206,3 +206,29 @@ def test_dti_counts(rng):
     derived = get("estimate_dti").apply(dwi, "cpu")
     assert derived.counts["dti_no_fit"] == 1
     assert derived.counts["dti_nonpositive_signal"] == 2
+
+
+def test_fa_and_md_of_attenuations_are_those_of_the_tensor(rng):
+    acq = acquisition(rng, n_b0=0)
+    d, values, _ = tensors(200, rng)
+    matrix = torch.from_numpy(tensor.attenuation_fit(acq.btensors))
+    fa, md = tensor.of_attenuation(torch.from_numpy(signals(acq, d)), matrix)
+    np.testing.assert_allclose(fa, fa_of(values), atol=1e-5)
+    np.testing.assert_allclose(md, 1e3 * values.mean(1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("ratio", [np.full(30, np.exp(-0.8)), np.ones(30), np.zeros(30),
+                                   np.full(30, -0.2)], ids=["isotropic", "no decay", "0", "< 0"])
+def test_fa_and_md_of_attenuations_can_be_learned_from(rng, ratio):
+    """Where roots or logarithms have none, gradients are finite all the same."""
+    matrix = torch.from_numpy(tensor.attenuation_fit(acquisition(rng, n_b0=0).btensors))
+    signal = torch.tensor(ratio, requires_grad=True)
+    sum(tensor.of_attenuation(signal, matrix)).backward()
+    assert torch.isfinite(signal.grad).all()
+
+
+def test_gradients_of_fa_and_md_of_attenuations(rng):
+    acq = acquisition(rng, n_b0=0)
+    matrix = torch.from_numpy(tensor.attenuation_fit(acq.btensors))
+    signal = torch.from_numpy(signals(acq, tensors(5, rng)[0])).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: tensor.of_attenuation(s, matrix), signal)

@@ -59,9 +59,17 @@ FIXED: dict[str, tuple[str, str]] = {
     "harmonization_voxels": ("Single-fibre voxels: FA > 0.7 in the corpus callosum, or deep in the "
                              "brain", "voxels"),
 }
+_NMSE = ("Square error against the scan in the reference batch, brought together, over that scan's "
+         "squares: Σ (y − ŷ)² / Σ y² over voxels of the tissue; ")
+FIXED |= {"nmse_before": (_NMSE + "as measured, as spherical harmonics", "1"),
+          "nmse_after": (_NMSE + "harmonized", "1")}
 IDENTIFIERS = {
     "participant": "Participant label, without sub-", "session": "Session label, without ses-",
     "run": "Name of the run", "batch": "Site or scanner that the run is counted to",
+    "shell": "Shell of the signal, by its b in s/mm²",
+    "tissue": "wm: white matter, gm: grey matter",
+    "measure": "What the error is of: signal, S/S0; fa and md, of the shell's tensor",
+    "fold": "Number of the training, of which this participant was no part",
 }
 
 

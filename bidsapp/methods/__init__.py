@@ -73,7 +73,7 @@ class Study:
     reference_batch: the batch that others are mapped to, or None. acquisitions, voxel_sizes (mm):
     of every run, by its name; load: reads that run. max_steps, seed, device: of trainings. states:
     folder in which an interrupted training is kept. init: folder of the checkpoint that a training
-    starts from, instead of its own choice.
+    starts from, instead of its own choice. folds: of the cross-validation, None for none.
     """
 
     statistics: pd.DataFrame
@@ -88,6 +88,7 @@ class Study:
     states: Path | None = None
     init: Path | None = None
     voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    folds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,13 @@ class Method(ABC):
     """A method of the literature. Folder name and class travel together: `get(name)`.
 
     wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
+    cross_validates: whether `fit` honours `Study.folds`.
     sloppy: what is trained is trained too briefly, to try everything else.
     models: folder of the checkpoints that the group level left.
     """
 
     wants_tissue: ClassVar[bool] = False
+    cross_validates: ClassVar[bool] = False
     sloppy = False
     models: Path | None = None
 

@@ -62,7 +62,9 @@ class Harmonizer(Method):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean …?`, or nothing where no known name is like it."""
-    near = difflib.get_close_matches(name, list(known), 1, 0.4)
+    known = list(known)
+    near = (difflib.get_close_matches(name, known, 1, 0.4)
+            or [k for k in known if name and name.lower() in k.lower()])
     return f" Did you mean {near[0]}?" if near else ""
 
 

@@ -46,13 +46,16 @@ class PatchConvolution(nn.Module):
             self.weight.mul_(factor)
         return self
 
-    def forward(self, x: Float[torch.Tensor, "voxel 27 channel"]
-                ) -> Float[torch.Tensor, "voxel 27 out"]:
+    def matrix(self) -> Float[torch.Tensor, "inside outside"]:
+        """(27 in, 27 out): what it is to a flat patch."""
         out, inside = self.weight.shape[:2]
         kernel = nn.functional.pad(self.weight.flatten(2), (0, 1))[..., self.taps]
-        matrix = kernel.unflatten(2, (PATCH, PATCH)).permute(2, 1, 3, 0).reshape(
+        return kernel.unflatten(2, (PATCH, PATCH)).permute(2, 1, 3, 0).reshape(
             PATCH * inside, PATCH * out)
-        return (x.flatten(1) @ matrix).unflatten(1, (PATCH, out)) + self.bias
+
+    def forward(self, x: Float[torch.Tensor, "voxel 27 channel"]
+                ) -> Float[torch.Tensor, "voxel 27 out"]:
+        return (x.flatten(1) @ self.matrix()).unflatten(1, (PATCH, -1)) + self.bias
 
 
 class FunctionalUnit(nn.Sequential):
@@ -103,6 +106,102 @@ class SHResNet(nn.Module):
         x = self.pre(x)
         return self.final((self.post(self.blocks(x)) - x).flatten(1))
 
+    def folded(self) -> Folded:
+        """The same function, quicker: for application."""
+        return Folded(self)
+
+
+class Affine:
+    """x ↦ x A + a, in float64."""
+
+    def __init__(self, matrix: torch.Tensor, shift: torch.Tensor) -> None:
+        self.matrix, self.shift = matrix.detach().double(), shift.detach().double()
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Affine:
+        """A convolution, or a fully connected layer, on flat patches."""
+        if isinstance(layer, PatchConvolution):
+            return cls(layer.matrix(), layer.bias.repeat(PATCH))
+        assert isinstance(layer, nn.Linear)
+        return cls(layer.weight.T, layer.bias)
+
+    def then(self, other: Affine) -> Affine:
+        return Affine(self.matrix @ other.matrix, self.shift @ other.matrix + other.shift)
+
+
+class Folded:
+    """An SHResNet whose linear maps that follow each other are one. With P the first convolutions,
+    E the last, F the final one of them, and U_i the units of block i,
+
+        z_1 = P x,  z_{i+1} = z_i − U_i(z_i),  out = E z_n − E U_n(z_n) − F z_1:
+
+    the first maps of U_1 take P in and the last of U_n take E in, so that of the 27 × 15 numbers
+    after the last block, only the 15 that they are for are made. Numbers of z stand by degree.
+    """
+
+    def __init__(self, network: SHResNet) -> None:
+        kind, size = network.final.weight.dtype, network.final.weight.shape[0]
+        blocks = [[[Affine.of(layer) for layer in unit.children()
+                    if isinstance(layer, PatchConvolution)]
+                   for unit in block.get_submodule("units").children()]
+                  for block in network.blocks.children()]
+        place = torch.arange(PATCH * size).view(PATCH, size)
+        widths = [len(three.shift) // PATCH for *_, three in blocks[0]]
+        order = torch.cat([part.flatten() for part in place.split(widths, 1)])
+        self.parts = [PATCH * w for w in widths]
+        pre = Affine.of(network.pre[0]).then(Affine.of(network.pre[1]))
+        final = Affine.of(network.final)
+        end = Affine.of(network.post[0]).then(Affine.of(network.post[1])).then(final)
+        end = Affine(end.matrix[order], end.shift)
+        bare = Affine(final.matrix, 0 * final.shift)
+        self.skip = _plain(pre.then(bare), kind)
+        self.pre = _plain(Affine(pre.matrix[:, order], pre.shift[order]), kind)
+        self.units: list[list[list[tuple[torch.Tensor, torch.Tensor]]]] = []
+        missing = torch.zeros_like(end.matrix[:, 0])  # what z as computed has too much
+        for i, block in enumerate(blocks):
+            units = []
+            for (one, two, three), rows in zip(block, end.matrix.split(self.parts), strict=True):
+                first = pre.then(one) if i == 0 else Affine(
+                    one.matrix[order], one.shift - missing @ one.matrix[order])
+                last = three if i < len(blocks) - 1 else Affine(three.matrix @ rows, three.shift)
+                units.append([_plain(part, kind) for part in (first, two, last)])
+            self.units.append(units)
+            if i == len(blocks) - 1:
+                self.end = _plain(Affine(end.matrix, end.shift - missing @ end.matrix), kind)
+                self.end[1].sub_((torch.cat([three.shift for *_, three in block])
+                                  @ end.matrix).to(kind))
+            missing = missing + torch.cat([three.shift for *_, three in block])
+
+    def __call__(self, x: Float[torch.Tensor, "voxel 27 coef"]
+                 ) -> Float[torch.Tensor, "voxel coef"]:
+        source = x = x.flatten(1)
+        z = _through(x, self.pre)
+        for units in self.units[:-1]:
+            source = z = torch.cat([
+                torch.addmm(own, hidden, matrix, alpha=-1)
+                for own, (hidden, matrix) in zip(z.split(self.parts, 1), _hidden(source, units),
+                                                 strict=True)], 1)
+        out = _through(z, self.end) - _through(x, self.skip)
+        for hidden, matrix in _hidden(source, self.units[-1]):
+            out.addmm_(hidden, matrix, alpha=-1)
+        return out
+
+
+def _hidden(source: torch.Tensor, units: list[list[tuple[torch.Tensor, torch.Tensor]]]
+            ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each unit the second hidden layer, and the matrix that it meets next."""
+    return [(_through(_through(source, one).relu_(), two).relu_(), matrix)
+            for one, two, (matrix, _) in units]
+
+
+def _plain(affine: Affine, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return affine.matrix.to(kind).contiguous(), affine.shift.to(kind)
+
+
+def _through(x: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    matrix, shift = affine
+    return torch.addmm(shift, x, matrix)
+
 
 class QSpacePerceptron(nn.Module):
     """The q-space network of Golkov et al. 2016 (doi:10.1109/TMI.2016.2551324), from coefficients
@@ -119,7 +218,25 @@ class QSpacePerceptron(nn.Module):
         return self.layers(x[:, CENTRE])
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"shresnet": SHResNet, "golkov": QSpacePerceptron}
+class HybridCNN(nn.Module):
+    """A 3×3×3 convolution without padding, then 1×1×1 ones, ReLU between them; what comes out is
+    added to the coefficients of the central voxel. Starts as the identity: the last layer is 0."""
+
+    def __init__(self, *, hidden: int = 128, layers: int = 2, l_max: int = 4) -> None:
+        super().__init__()
+        size = sh.size(l_max)
+        self.layers = mlp([PATCH * size, *[hidden] * layers, size], nn.ReLU)
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, x: Float[torch.Tensor, "voxel 27 coef"]) -> Float[torch.Tensor, "voxel coef"]:
+        return x[:, CENTRE] + self.layers(x.flatten(1))
+
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    "shresnet": SHResNet, "golkov": QSpacePerceptron, "hybrid": HybridCNN}
 
 
 def neighbours(shape: tuple[int, ...]) -> Int[np.ndarray, " 27"]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from nibabel import orientations
 
 from bidsapp import sh, tensor
 from bidsapp.blocks import map_voxels, one_thread
@@ -62,18 +63,22 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """A pair on the target's grid.
+    """A pair on the target's grid, its axes as of `canonical`.
 
     image: (shell, x + 2, y + 2, z + 2, coefficient) float32, the source's coefficients of S/S0,
         with a margin of one voxel; outside `where` those of the nearest voxel inside.
     where: (x, y, z) bool, voxels of both masks; labels: (x, y, z) int8 of the target's tissue
         (`tissue.labels`), 0 outside `where`.
+    index, turn: of the voxels of `where`, (3, voxel) float32 place in the source's grid, and
+        (voxel, 3, 3) float32 Rᵀ: what `carried` needs.
     target: (voxel of `where`, measurement) float32, the target's S/S0, in its own b-table.
     """
 
     image: np.ndarray
     where: np.ndarray
     labels: np.ndarray
+    index: np.ndarray
+    turn: np.ndarray
     target: np.ndarray
 
 
@@ -104,6 +109,19 @@ def coefficients(dwi: Dwi, l_max: int, smoothing: float = SMOOTHING
                      for shell, fit in zip(dwi.acquisition.shells, fits, strict=True)]), usable
 
 
+def canonical(mask: np.ndarray, affine: np.ndarray
+              ) -> tuple[np.ndarray, np.ndarray, Int[np.ndarray, " voxel"]]:
+    """Mask and affine with axes as near to the world's (RAS+) as may be, and the row that each
+    voxel of the mask then comes from: a network of patches must not depend on how an image is
+    stored."""
+    axes = orientations.io_orientation(affine)
+    row = np.full(mask.shape, -1)
+    row[mask] = np.arange(mask.sum())
+    row = np.ascontiguousarray(orientations.apply_orientation(row, axes))
+    inside = row >= 0
+    return inside, affine @ orientations.inv_ornt_aff(axes, mask.shape), row[inside]
+
+
 def filled(values: Float[np.ndarray, "voxel coef"], mask: np.ndarray,
            usable: np.ndarray | None = None, margin: int = 0) -> Float[np.ndarray, "x y z coef"]:
     """Values of the mask's (usable) voxels on the grid, `margin` voxels wider on every side; those
@@ -132,7 +150,10 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
     """
     from scipy.ndimage import map_coordinates
 
-    values, usable = coefficients(source, l_max)
+    mask, affine, rows = canonical(target.mask, target.affine)
+    target = replace(target, signal=target.signal[rows], mask=mask, affine=affine,
+                     tissue=None if target.tissue is None else target.tissue[rows])
+    usable = source.mean_b0 > 0
     maps = {"target": tensor_maps(target, device), "source": tensor_maps(source, device)}
     ratio = source.unmask(_attenuation(source))
     rigid = anatomy.align(target, ratio, source.affine)
@@ -154,18 +175,28 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
         raise DataError(f"the scans of this participant share {int(where.sum())} voxels, less than "
                         f"{OVERLAP:.0%} of the smaller brain mask. Check that both show the same "
                         "part of the same head, and their masks.")
-    index, turn = index[:, where], turn[where]
+    index, turn = index[:, where].astype(np.float32), turn[where].astype(np.float32)
+    labels = target.unmask(tissue.labels(target, maps["target"]["md"], maps["target"]["fa"],
+                                         (target.mean_b0 > 0) & ~maps["target"]["failed"]))
+    rows = where[target.mask]
+    return Aligned(carried(source, l_max, index, turn, where), where, labels * where, index, turn,
+                   (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32))
+
+
+def carried(source: Dwi, l_max: int, index: Float[np.ndarray, "3 voxel"],
+            turn: Float[np.ndarray, "voxel 3 3"], where: np.ndarray
+            ) -> Float[np.ndarray, "shell x y z coef"]:
+    """The source's coefficients of S/S0 on the target's grid: `image` of `Aligned`."""
+    from scipy.ndimage import map_coordinates
+
     image = []
+    values, usable = coefficients(source, l_max)
     for own in values:
         grid = filled(own[usable], source.mask, usable)
         moved = [map_coordinates(component, index, order=3, mode="nearest")
                  for component in np.moveaxis(grid, -1, 0)]
         image.append(filled(_turned(np.stack(moved, -1), turn), where, margin=1))
-    labels = target.unmask(tissue.labels(target, maps["target"]["md"], maps["target"]["fa"],
-                                         (target.mean_b0 > 0) & ~maps["target"]["failed"]))
-    rows = where[target.mask]
-    return Aligned(np.stack(image), where, labels * where,
-                   (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32))
+    return np.stack(image)
 
 
 def tensor_maps(dwi: Dwi, device: str) -> Mapping[str, np.ndarray]:

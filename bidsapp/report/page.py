@@ -72,9 +72,27 @@ def group(study: Study, outliers: pd.DataFrame, drawn: Sequence[Figure],
         sections=_sections([{"title": f.title, "caption": f.caption, "section": f.section,
                              "uri": _uri(f.svg)} for f in drawn]),
         trained=[{"name": name, "model": result.model, "tables": list(result.tables),
-                  "weights": list(result.checkpoints)}
+                  "weights": list(result.checkpoints), "folds": _folds(result)}
                  for name, result in fitted.items()],
         **_common([*estimates, *chosen]))
+
+
+def _folds(result: Fitted) -> dict[str, Any] | None:
+    """A cross-validation: for each batch, shell, tissue and measure the mean NMSE before and after
+    in every fold and over participants."""
+    for name, table in result.tables.items():
+        if "fold" not in table:
+            continue
+        rows, pair = [], ["nmse_before", "nmse_after"]
+        for key, own in table.groupby(["batch", "shell", "tissue", "measure"], sort=False):
+            cells = [" → ".join(map(_number, row)) for row in own.groupby("fold")[pair].mean()
+                     .itertuples(index=False)]
+            before, after = own[pair].mean()
+            rows.append({"key": key, "cells": cells, "mean": f"{_number(before)} → "
+                         f"{_number(after)}", "change": f"{100 * (after / before - 1):+.0f} %",
+                         "better": f"{int((own[pair[1]] < own[pair[0]]).sum())} of {len(own)}"})
+        return {"table": name, "rows": rows, "folds": sorted(table["fold"].unique().tolist())}
+    return None
 
 
 def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:

@@ -5,8 +5,7 @@ With F_i the distribution of S/S0 in a shell of scan i, and Q = F⁻¹ its quant
     Q_ref(p) = mean over participants i of the reference batch of Q_i(p),
     h_i(x) = Q_ref(F_i(x)),    S' = S0 h_i(S / S0)
 
-(Wrobel et al. 2020, doi:10.1016/j.neuroimage.2020.117242). h_i is monotone: order within a shell
-stays.
+(Wrobel et al. 2020, doi:10.1016/j.neuroimage.2020.117242; `preprocess.intensity`).
 """
 
 from __future__ import annotations
@@ -18,24 +17,17 @@ import numpy as np
 import torch
 
 from bidsapp import __version__
-from bidsapp.acquisition import Shell
 from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.dwi import Dwi
-from bidsapp.errors import Refusal, UsageError
+from bidsapp.errors import DataError, UsageError
 from bidsapp.methods import Fitted, Harmonized, Study
 from bidsapp.methods import harmonizer as shared
+from bidsapp.preprocess import intensity
 
 if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger("qsphere")
-
-GRID = 1000
-"""Probabilities (k + ½) / GRID at which quantiles are taken."""
-
-LEAST_VALID = 0.5
-"""Share of the values of a shell that must be above 0, S0 too, in a scan to learn from."""
-
 
 class Mica(shared.Harmonizer):
     """Quantiles of S/S0 in the mask, by shell, and the warp from a scan's to the reference's."""
@@ -84,19 +76,10 @@ class Mica(shared.Harmonizer):
     def _quantiles(self, study: Study, run: str) -> np.ndarray:
         """(shell, GRID) of one run."""
         assert study.load is not None
-        dwi = study.load(run)
-        s0, found = dwi.mean_b0, []
-        for shell in dwi.acquisition.shells:
-            values = _ratios(dwi, s0, shell)
-            share = float(np.isfinite(values).mean())
-            if share < LEAST_VALID:
-                raise UsageError(
-                    f"--train {self.name}: {run} has a signal above 0 in only {share:.0%} of the "
-                    f"values at b = {shell.b:.0f} s/mm² ({dwi.invalid} values of the run are NaN "
-                    f"or infinite); needed are {LEAST_VALID:.0%}. Check image and mask, or leave "
-                    "it out with --participant-label.")
-            found.append(_quantiles(values))
-        return np.stack(found)
+        try:
+            return intensity.quantiles(study.load(run))
+        except DataError as error:
+            raise UsageError(f"--train {self.name}: {run} {error}") from error
 
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
         """Warped weighted volumes; b0 volumes, and values that are not above 0, stay.
@@ -107,34 +90,10 @@ class Mica(shared.Harmonizer):
         self.check(dwi.acquisition)
         reference = model.tensors["quantiles"].numpy().astype(np.float64)
         nearest = shared.matched(self, dwi.acquisition, model.card.trained_for["shells"])
-        s0, signal, kept = dwi.mean_b0, dwi.signal.copy("K"), 0
-        for shell, k in zip(dwi.acquisition.shells, nearest, strict=True):
-            values = _ratios(dwi, s0, shell)
-            good = np.isfinite(values)
-            if not good.any():
-                raise Refusal(f"{self.name} found no signal above 0 at b = {shell.b:.0f} s/mm². "
-                              "Check image and mask, or leave the run out.")
-            own = _quantiles(values)
-            for i, x, here in zip(shell.indices, values.T, good.T, strict=True):
-                signal[here, i] = s0[here] * _warp(x[here], own, reference[k])
-            kept += int((~good).sum())
+        signal, kept = intensity.warped(dwi, reference[nearest])
         return Harmonized(signal, {"mica_unchanged_values": kept},
-                          {"GridPoints": GRID, "Distribution": "S/S0 within the mask, by shell"})
-
-
-def _ratios(dwi: Dwi, s0: np.ndarray, shell: Shell) -> np.ndarray:
-    """(voxel, direction) float32 S/S0 of a shell, NaN where S or S0 is not above 0."""
-    signal = dwi.signal[:, shell.indices]
-    good = (signal > 0) & (s0[:, None] > 0)
-    signal /= np.where(s0 > 0, s0, 1)[:, None]
-    signal[~good] = np.nan
-    return signal
-
-
-def _quantiles(values: np.ndarray) -> np.ndarray:
-    """(GRID,) of those that are not NaN."""
-    there = values[np.isfinite(values)].astype(np.float64)
-    return np.quantile(there, (np.arange(GRID) + 0.5) / GRID)
+                          {"GridPoints": intensity.GRID,
+                           "Distribution": "S/S0 within the mask, by shell"})
 
 
 def _others(people: np.ndarray, among: bool, mean: np.ndarray) -> np.ndarray:
@@ -143,12 +102,3 @@ def _others(people: np.ndarray, among: bool, mean: np.ndarray) -> np.ndarray:
     if not among:
         return np.broadcast_to(mean, people.shape)
     return (len(people) * mean - people) / (len(people) - 1)
-
-
-def _warp(x: np.ndarray, own: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Q_ref(F(x)) by linear interpolation between the quantiles; in proportion beyond them."""
-    at, where = np.unique(own, return_inverse=True)
-    to = np.bincount(where, reference) / np.bincount(where)
-    out = np.interp(x, at, to)
-    out = np.where(x < at[0], x * (to[0] / at[0]), out)
-    return np.where(x > at[-1], x * (to[-1] / at[-1]), out)

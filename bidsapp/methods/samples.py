@@ -1,0 +1,240 @@
+"""Voxels that a network of patches learns from, is measured on and is applied to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from bidsapp import sh, tensor, training
+from bidsapp.acquisition import Acquisition
+from bidsapp.blocks import map_voxels
+from bidsapp.dwi import Dwi
+from bidsapp.errors import DataError, UsageError
+from bidsapp.methods import Study
+from bidsapp.networks.shresnet import SHResNet, neighbours, patches
+from bidsapp.preprocess import intensity, pairs, tissue
+
+BLOCK = 1024
+"""Voxels that pass a network at a time: what they become stays in the cache."""
+
+INVALID = 0.01
+"""Share of NaN or infinite values in a scan to learn from, at most."""
+
+TISSUES = {"wm": tissue.WHITE, "gm": tissue.GREY}
+MEASURES = ("signal", "fa", "md")
+
+
+class Samples:
+    """Voxels of one shell of aligned pairs.
+
+    Images and targets go to files in `folder`, of which the system keeps in memory what fits.
+    directions: most of any target. tissue: (voxel,) label; pair: (voxel,) which it is of.
+    """
+
+    def __init__(self, folder: Path, directions: int, l_max: int) -> None:
+        self.directions, self.l_max = directions, l_max
+        self.folder = folder
+        self.rows = 0
+        self.centres: list[np.ndarray] = []
+        self.pairs: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.bases: list[np.ndarray] = []
+        self.fits: list[np.ndarray] = []
+        self.steps: list[np.ndarray] = []
+
+    def add(self, aligned: pairs.Aligned, shell: int, acquisition: Acquisition) -> None:
+        """A pair, and the b-table of its target."""
+        image, indices = aligned.image[shell], acquisition.shells[shell].indices
+        kept = (aligned.labels > 0)[aligned.where]
+        inside = np.pad(aligned.labels > 0, 1)
+        self.centres.append(self.rows + np.flatnonzero(inside))
+        self.pairs.append(np.full(int(inside.sum()), len(self.bases)))
+        self.labels.append(aligned.labels[aligned.labels > 0])
+        self.steps.append(neighbours(inside.shape))
+        basis = np.zeros((self.directions, image.shape[-1]))
+        basis[:len(indices)] = sh.basis(self.l_max, acquisition.bvecs[indices])
+        self.bases.append(basis)
+        fit = np.zeros((6, self.directions))
+        fit[:, :len(indices)] = tensor.attenuation_fit(acquisition.btensors[indices])
+        self.fits.append(fit)
+        target = np.zeros((int(kept.sum()), self.directions), np.float32)
+        target[:, :len(indices)] = aligned.target[kept][:, indices]
+        _append(self.folder / "image", image)
+        _append(self.folder / "target", target)
+        self.rows += inside.size
+
+    def close(self) -> None:
+        """No more pairs: from now on voxels can be drawn."""
+        self.image = _read(self.folder / "image", self.bases[0].shape[1])
+        self.target = _read(self.folder / "target", self.directions)
+        self.centre, self.pair, self.tissue = (torch.from_numpy(np.concatenate(v)) for v in (
+            self.centres, self.pairs, self.labels))
+        self.step = torch.from_numpy(np.stack(self.steps))
+        self.basis = torch.from_numpy(np.stack(self.bases)).float()
+        self.fit = torch.from_numpy(np.stack(self.fits)).float()
+        self.count = (self.basis != 0).any(2).sum(1)
+
+    def seen_as(self, image: Path) -> Samples:
+        """The same voxels, their source in another file."""
+        other = copy(self)
+        other.image = _read(image, self.basis.shape[2])
+        return other
+
+    def of(self, chosen: set[int], most: int | None = None) -> torch.Tensor:
+        """Indices of the voxels of some pairs, every n-th where there are more than `most`."""
+        found = torch.nonzero(torch.isin(self.pair, torch.tensor(sorted(chosen))))[:, 0]
+        return found[::max(1, -(-len(found) // (most or len(found) or 1)))]
+
+    def __call__(self, voxels: torch.Tensor, device: str | torch.device) -> training.Batch:
+        """Patches, the basis along each target's directions, its S/S0, 1 over their number, and
+        the tensor fit along them."""
+        pair = self.pair[voxels]
+        return tuple(v.to(device) for v in (
+            patches(self.image, self.centre[voxels], self.step[pair]), self.basis[pair],
+            self.target[voxels], 1 / self.count[pair], self.fit[pair]))
+
+    def blocks(self, voxels: torch.Tensor, device: str) -> Iterator[training.Batch]:
+        return (self(part, device) for part in voxels.split(BLOCK))
+
+
+def _append(path: Path, values: np.ndarray) -> None:
+    with path.open("ab") as file:
+        file.write(np.ascontiguousarray(values).data)
+
+
+def _read(path: Path, columns: int) -> torch.Tensor:
+    return torch.from_file(str(path), size=path.stat().st_size // 4).view(-1, columns)
+
+
+def errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
+    """(voxel,) mean square error of the signal S/S0 that coefficients stand for."""
+    _, basis, target, weight, _ = batch
+    return ((basis @ found[..., None])[..., 0] - target).square().sum(1) * weight
+
+
+def tensor_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
+    """(2, voxel) square errors of FA and of MD ((µm²/ms)²) of the shell's tensor."""
+    _, basis, target, _, fit = batch
+    signal = (basis @ found[..., None])[..., 0]
+    return torch.stack([(a - b).square() for a, b in zip(
+        tensor.of_attenuation(signal, fit), tensor.of_attenuation(target, fit), strict=True)])
+
+
+def all_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
+    """(measure, voxel) of MEASURES."""
+    return torch.cat([errors(found, batch)[None], tensor_errors(found, batch)])
+
+
+def squares(batch: training.Batch) -> torch.Tensor:
+    """(measure, voxel) squares of the target, by which errors are normalised."""
+    _, _, target, weight, fit = batch
+    maps = tensor.of_attenuation(target, fit)
+    return torch.stack([target.square().sum(1) * weight, *(m.square() for m in maps)])
+
+
+class Travellers:
+    """Scans of people who were in both batches, each pair brought together once.
+
+    pairs: their order is that of `Samples.pair`. samples: one for each shell.
+    """
+
+    def __init__(self, name: str, study: Study, found: list[pairs.Pair], directions: list[int],
+                 l_max: int, deformable: bool, folder: Path) -> None:
+        self.name, self.study, self.pairs, self.folder = name, study, found, folder
+        self.l_max = l_max
+        self.samples: list[Samples] = []
+        for k, most in enumerate(directions):
+            (own := folder / str(k)).mkdir()
+            self.samples.append(Samples(own, most, l_max))
+        for i, pair in enumerate(found):
+            aligned = self._aligned(pair, deformable)
+            for k, samples in enumerate(self.samples):
+                samples.add(aligned, k, study.acquisitions[pair.target])
+            np.savez(folder / f"{i}.npz", index=aligned.index, turn=aligned.turn,
+                     where=aligned.where)
+        for samples in self.samples:
+            samples.close()
+
+    def of(self, people: set[str]) -> set[int]:
+        """Indices of their pairs."""
+        return {i for i, pair in enumerate(self.pairs) if pair.participant in people}
+
+    def quantiles(self, people: set[str]) -> np.ndarray:
+        """(shell, GRID): mean over people of those of their scans in the reference."""
+        targets = {p.target: p.participant for p in self.pairs if p.participant in people}
+        of = {run: self._checked(intensity.quantiles, run) for run in targets}
+        return np.mean([np.mean([of[r] for r, p in targets.items() if p == person], axis=0)
+                        for person in sorted(set(targets.values()))], axis=0)
+
+    def warped(self, reference: np.ndarray) -> list[Samples]:
+        """The samples with every source's intensities warped to those of the reference."""
+        files = [self.folder / str(k) / "warped" for k in range(len(self.samples))]
+        for file in files:
+            file.unlink(missing_ok=True)
+        for i, pair in enumerate(self.pairs):
+            dwi = self.load(pair.source)
+            new = replace(dwi, signal=intensity.warped(dwi, reference)[0])
+            move = np.load(self.folder / f"{i}.npz")
+            moved = pairs.carried(new, self.l_max, move["index"], move["turn"], move["where"])
+            for file, image in zip(files, moved, strict=True):
+                _append(file, image)
+        return [s.seen_as(file) for s, file in zip(self.samples, files, strict=True)]
+
+    def load(self, run: str) -> Dwi:
+        """A scan that can be learned from.
+
+        Raises:
+            UsageError: too much of it is NaN or infinite.
+        """
+        assert self.study.load is not None
+        dwi = self.study.load(run)
+        bad = dwi.invalid + int((~np.isfinite(dwi.signal)).sum())
+        if bad > INVALID * dwi.signal.size or not np.isfinite(dwi.signal).all():
+            raise UsageError(
+                f"--train {self.name}: {bad} values of {run} are NaN or infinite "
+                f"({bad / dwi.signal.size:.1%}; up to {INVALID:.0%} is accepted, read as 0). "
+                "Convert or preprocess the scan again, or leave it out with --participant-label.")
+        return dwi
+
+    def _checked(self, function: Callable[[Dwi], np.ndarray], run: str) -> np.ndarray:
+        try:
+            return function(self.load(run))
+        except DataError as error:
+            raise UsageError(f"--train {self.name}: {run} {error}") from error
+
+    def _aligned(self, pair: pairs.Pair, deformable: bool) -> pairs.Aligned:
+        source, target = self.load(pair.source), self.load(pair.target)
+        try:
+            found = pairs.align(source, target, l_max=self.l_max, device=self.study.device,
+                                deformable=deformable, work_dir=self.folder)
+        except DataError as error:
+            raise UsageError(f"--train {self.name}: {pair.source} and {pair.target}: {error} Or "
+                             "leave one out with --participant-label.") from error
+        if min((found.labels == k).sum() for k in TISSUES.values()) < tissue.MIN_VOXELS:
+            raise UsageError(
+                f"--train {self.name}: {pair.target} shows {int((found.labels > 0).sum())} voxels "
+                f"of grey and white matter, fewer than {tissue.MIN_VOXELS} of one of them. Check "
+                "the brain mask, or leave the participant out with --participant-label.")
+        return found
+
+
+def over_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, device: str,
+                block: int = BLOCK) -> np.ndarray:
+    """(voxel, coefficient): the network at each voxel of the mask, in blocks.
+
+    image: (x + 2, y + 2, z + 2, coefficient), the mask's grid with a margin of one voxel. Every
+    voxel sees its 3×3×3 patch and nothing else, so that blocks give what single patches give.
+    """
+    flat = torch.from_numpy(image.reshape(-1, image.shape[-1])).to(device)
+    steps = torch.from_numpy(neighbours(image.shape))[None].to(device)
+    with torch.inference_mode():
+        network = network.to(device)
+        function = network.folded() if isinstance(network, SHResNet) else network
+        return map_voxels(lambda centres: {"c": function(patches(flat, centres[:, 0], steps))},
+                          np.flatnonzero(np.pad(mask, 1))[:, None], device, block)["c"]
