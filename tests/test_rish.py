@@ -5,6 +5,7 @@ at site B the degrees of S/S0 are scaled, by factors that differ from back to fr
 """
 
 from functools import cache
+from pathlib import Path
 
 import bids_tree
 import numpy as np
@@ -20,6 +21,8 @@ from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import harmonizer
+from bidsapp.options import PhantomOptions
+from bidsapp.phantom import recruit
 from bidsapp.preprocess import pairs, template
 
 SCALE = {0: 0.92, 2: 0.8, 4: 1.2}
@@ -305,3 +308,18 @@ def test_template_is_the_mean_of_the_people(blob):
              for i, p in zip((image, other, image), places, strict=True)]
     assert min(alike) > 0.95
     assert abs(mean.values.max() / image.values.max() - 1) < 0.15
+
+
+@pytest.mark.parametrize("design", ["matched", "confounded"])
+def test_designs_of_the_phantom(design):
+    """People of like ages at both sites pass in silence; those of one site older are refused."""
+    people = recruit(PhantomOptions(Path(), participants=12, design=design))
+    rows = [(int(p.label), "AB"[p.sites[0]], p.age, p.sex) for p in people]
+    table = study(rows, covariates=("age", "sex"))
+    method = methods.get("harmonize_rish")
+    batches = harmonizer.members(method, table)
+    if design == "matched":
+        assert harmonizer.unlike(method, table, batches) == []
+    else:
+        with pytest.raises(UsageError, match=r"age differs .* explains [678]\d% of it"):
+            harmonizer.unlike(method, table, batches)
