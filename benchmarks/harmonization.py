@@ -47,6 +47,7 @@ BLUR = 1.5
 AROUND = 3
 """Voxels about a lesion that it is compared with."""
 
+TICKS = -100, -50, 0, 50, 100, 1000, 10_000
 FIBRES = 0.4
 CLEAR = 0.01
 
@@ -302,8 +303,8 @@ def figure(rows, path):
     change = 100 * table.div(table["none"], axis=0) - 100
     shells = sorted(set(rows["shell"]), key=lambda s: int(s[1:]))
     names = [m for m in change.columns if m not in ("none", "noise")]
-    axes = plt.subplots(len(shells), 2, figsize=(11, 3.5 * len(shells)), squeeze=False,
-                        sharey="row")[1]
+    page, axes = plt.subplots(len(shells), 2, figsize=(11, 3.5 * len(shells) + 0.5), squeeze=False,
+                              sharey="row", layout="constrained")
     for row, shell in zip(axes, shells, strict=True):
         for panel, against in zip(row, ("scan", "truth"), strict=True):
             own = change.loc[shell, against]
@@ -318,10 +319,10 @@ def figure(rows, path):
             panel.set_xticks(range(len(groups)), [f"{m.split()[1]} {t}" for m, t in groups])
             panel.set_title(f"{shell}, against the {against}")
             panel.set_yscale("symlog", linthresh=100)
+            panel.set_yticks(TICKS, [f"{t:g}" for t in TICKS])
             panel.set_ylim(bottom=-100)
-    axes[0, 0].set_ylabel("change of NMSE, %")
-    axes[0, 1].legend(fontsize=7, ncol=2)
-    plt.tight_layout()
+    page.supylabel("change of NMSE, %")
+    page.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
     plt.savefig(path)
 
 
