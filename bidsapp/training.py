@@ -33,12 +33,12 @@ DECAYS = ("constant", "step", "cosine", "plateau")
 class Schedule:
     """How long and how fast: a table of a method's training.toml.
 
-    steps: optimiser steps. learning_rate: at the start. optimizer: adam, adamw or sgd (momentum
-    0.9). decay: constant; step (÷ 10 after 50 % and 75 % of the steps); cosine (to 0 at the end);
-    plateau (× factor after `plateau` validations without progress). validate_every: steps between
-    validations, which are when the state is saved, too. patience: validations without progress
-    after which to stop, None for never. clip: greatest norm of the gradient, None for any.
-    precision: Fabric's.
+    steps: optimiser steps. learning_rate: at the start. optimizer: adam, adamw or sgd. decay:
+    constant; step (÷ 10 after 50 % and 75 % of the steps); cosine (to 0 at the end); plateau (×
+    factor after `plateau` validations without progress). validate_every: steps between validations,
+    which are when the state is saved, too. patience: validations without progress after which to
+    stop, None for never. clip: greatest norm of the gradient, None for any. precision: Fabric's.
+    betas: Adam's; the first is also the momentum of sgd.
 
     Raises:
         UsageError: a value outside these.
@@ -55,6 +55,7 @@ class Schedule:
     precision: str = "32-true"
     factor: float = 0.1
     plateau: int = 4
+    betas: Sequence[float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS or self.decay not in DECAYS:
@@ -120,7 +121,9 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
         parameters: dict[str, Any] = {"lr": schedule.learning_rate,
                                       "weight_decay": schedule.weight_decay}
         if schedule.optimizer == "sgd":
-            parameters["momentum"] = 0.9
+            parameters["momentum"] = schedule.betas[0]
+        else:
+            parameters["betas"] = tuple(schedule.betas)
         optimizer = OPTIMIZERS[schedule.optimizer](model.parameters(), **parameters)
         decay = _decay(schedule, optimizer)
         wrapped, stepper = fabric.setup(model, optimizer)

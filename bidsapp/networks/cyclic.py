@@ -5,7 +5,7 @@ when fibres turn: of the coefficients c_lm of every voxel, in units of their roo
 
     I_0 = c_00/s_0,   I_l = √(Σ_m c_lm²/(2l + 1))/s_l.
 
-A generator multiplies every degree of every voxel by a number, c_lm → c_lm exp(0.03 g_l(I)), so it
+A generator multiplies every degree of every voxel by a number, c_lm → c_lm exp(0.01 g_l(I)), so it
 is exactly equivariant: directions stay. G maps from A to B, F back; for x of A and y of B
 
     adversarial   C_B(G x) − C_B(y) + C_A(F y) − C_A(x), which critics make small, generators great,
@@ -27,7 +27,10 @@ from bidsapp.networks.mlp import mlp
 from bidsapp.networks.shresnet import CENTRE, PATCH
 from bidsapp.networks.spherical import by_degree
 
-SLOW = 0.03
+BLUR = 0.1
+"""SD of the noise on what critics see: of scans with little noise they would else see too much."""
+
+SLOW = 0.01
 """Of the gains' logarithms: generators must move slower than critics, else both go in circles."""
 
 
@@ -40,7 +43,7 @@ def invariants(x: Float[torch.Tensor, "voxel 27 coef"], scale: Float[torch.Tenso
 
 
 class Generator(nn.Module):
-    """c_lm exp(0.03 g_l), g by a perceptron from the invariants of the patch. It starts as the
+    """c_lm exp(0.01 g_l), g by a perceptron from the invariants of the patch. It starts as the
     identity.
 
     scale: (degree,) the root mean square of coefficients that was learned from, set by training.
@@ -84,7 +87,7 @@ class Cycle(nn.Module):
         fake_y, fake_x = self.to_b.patch(x), self.to_a.patch(y)
         adversarial, slope = x.new_zeros(()), x.new_zeros(())
         for critic, real, fake in ((self.real_b, y, fake_y), (self.real_a, x, fake_x)):
-            told, made = invariants(real, scale), invariants(fake, scale)
+            told, made = (_blurred(invariants(v, scale)) for v in (real, fake))
             adversarial = adversarial + (critic(Against.apply(made)) - critic(told)).mean()
             slope = slope + _slope(critic, told, made.detach())
         return {"adversarial": adversarial, "slope": slope,
@@ -104,6 +107,10 @@ class Against(torch.autograd.Function):
     @staticmethod
     def backward(_, *gradients: torch.Tensor) -> torch.Tensor:
         return -gradients[0]
+
+
+def _blurred(seen: torch.Tensor) -> torch.Tensor:
+    return seen + BLUR * torch.randn_like(seen)
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
