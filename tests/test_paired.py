@@ -124,6 +124,21 @@ def test_hybrid_brings_fa_and_md_near():
     assert found.counts == {"hybrid_unchanged": 0, "hybrid_clipped_values": 0}
 
 
+@pytest.mark.slow
+def test_hybrid_learns_nothing_where_there_is_nothing():
+    """Between sites that differ by noise alone FA stays; the smoothing of the series, which lowers
+    it, is no difference of scanners."""
+    method = brief("harmonize_hybrid")
+    (checkpoint,) = method.fit(study(sites="AC")).checkpoints.values()
+    dwi = head("07", "C")
+    found = method.harmonize(dwi, checkpoint, "C", "cpu")
+    x = tensor.design(dwi.acquisition.btensors)
+    white = synthetic_head.tissues()[::2, ::2, ::2][dwi.mask] >= 3
+    before, after = (tensor.fit(torch.from_numpy(s.copy()), x)["fa"][white].mean()
+                     for s in (dwi.signal, found.signal))
+    assert float(after / before) == pytest.approx(1, abs=0.01)
+
+
 def test_keeps_directions(shresnet):
     """The principal axis of degree 2 is that of the input, to float32, in every voxel with one."""
     method, fitted = shresnet

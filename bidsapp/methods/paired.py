@@ -127,7 +127,8 @@ class PairedHarmonizer(shared.Harmonizer):
             tables += [{"batch": batch, **row} for row in tested]
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
-                 "Metrics": {n: dict(c.card.metrics) for n, c in checkpoints.items()}}
+                 "Metrics": {n: {k: v for k, v in c.card.metrics.items() if k.startswith("mse")}
+                             for n, c in checkpoints.items()}}
         return Fitted({f"desc-{self.network}_folds": pd.DataFrame(tables)} if tables else {},
                       model, checkpoints)
 
@@ -169,7 +170,7 @@ class PairedHarmonizer(shared.Harmonizer):
         with tempfile.TemporaryDirectory(dir=study.states) as folder:
             travellers = Travellers(self.name, study, list(found), [s["directions"][1]
                                     for s in shells], recipe["l_max"], recipe["deformable"],
-                                    Path(folder))
+                                    Path(folder), self.adds)
             for fold, tested in enumerate(_parts(both, study), 1):
                 trained = self._trained(study, f"{name}.fold{fold}", names, recipe, travellers,
                                         [p for p in people if p not in tested], start)

@@ -34,11 +34,12 @@ class Samples:
     """Voxels of one shell of aligned pairs.
 
     Images and targets go to files in `folder`, of which the system keeps in memory what fits.
-    directions: most of any target. tissue: (voxel,) label; pair: (voxel,) which it is of.
+    directions: most of any target. series: whether a target's signal is that of its SH series,
+    smoothed as the source's. tissue: (voxel,) label; pair: (voxel,) which it is of.
     """
 
-    def __init__(self, folder: Path, directions: int, l_max: int) -> None:
-        self.directions, self.l_max = directions, l_max
+    def __init__(self, folder: Path, directions: int, l_max: int, series: bool = False) -> None:
+        self.directions, self.l_max, self.series = directions, l_max, series
         self.folder = folder
         self.rows = 0
         self.centres: list[np.ndarray] = []
@@ -64,7 +65,11 @@ class Samples:
         fit[:, :len(indices)] = tensor.attenuation_fit(acquisition.btensors[indices])
         self.fits.append(fit)
         target = np.zeros((int(kept.sum()), self.directions), np.float32)
-        target[:, :len(indices)] = aligned.target[kept][:, indices]
+        values = aligned.target[kept][:, indices]
+        if self.series:
+            smooth = sh.smooth_fit(self.l_max, acquisition.bvecs[indices], pairs.SMOOTHING)
+            values = values @ (basis[:len(indices)] @ smooth).T
+        target[:, :len(indices)] = values
         _append(self.folder / "image", image)
         _append(self.folder / "target", target)
         self.rows += inside.size
@@ -145,13 +150,13 @@ class Travellers:
     """
 
     def __init__(self, name: str, study: Study, found: list[pairs.Pair], directions: list[int],
-                 l_max: int, deformable: bool, folder: Path) -> None:
+                 l_max: int, deformable: bool, folder: Path, series: bool = False) -> None:
         self.name, self.study, self.pairs, self.folder = name, study, found, folder
         self.l_max = l_max
         self.samples: list[Samples] = []
         for k, most in enumerate(directions):
             (own := folder / str(k)).mkdir()
-            self.samples.append(Samples(own, most, l_max))
+            self.samples.append(Samples(own, most, l_max, series))
         for i, pair in enumerate(found):
             aligned = self._aligned(pair, deformable)
             for k, samples in enumerate(self.samples):
