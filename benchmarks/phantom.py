@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from bidsapp import tensor
+from bidsapp.evaluate.agreement import site_auc
 from bidsapp.options import PhantomOptions
 from bidsapp.phantom import load_atlas, phantom, recruit, scans
 from bidsapp.simulate import phantom as phantom_model
@@ -118,22 +119,6 @@ def features(options):
     return tuple(map(np.array, zip(*rows, strict=True)))
 
 
-def site_auc(people, names, values):
-    """Area under the ROC curve of each site against the rest, leaving one participant out in
-    turn."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=5000))
-    score = cross_val_predict(model, values, names, groups=people, cv=LeaveOneGroupOut(),
-                              method="predict_proba")
-    return np.array([roc_auc_score(names == name, score[:, i])
-                     for i, name in enumerate(np.unique(names))])
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sloppy", action="store_true")
@@ -172,7 +157,8 @@ def report(options):
         print(f"{region} {name} fitted without noise against the limit b to 0: {mean:+.1%} "
               f"(mean of |difference| {size:.1%})", flush=True)
     for text, scale in (("", 1), (" without effects", 0)):
-        auc = site_auc(*features(replace(options, effects=scale)))
+        people, names, values = features(replace(options, effects=scale))
+        auc = np.array([*site_auc(values, names, people).values()])
         print(f"site AUC{text}: {auc.mean():.3f} (each against the rest: "
               f"{', '.join(f'{a:.3f}' for a in auc)})", flush=True)
 

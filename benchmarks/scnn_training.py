@@ -101,7 +101,7 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
         simulate = learn.Simulator(recipe, table)
         start = time.perf_counter()
         history = training.train(
-            network, lambda g: simulate(recipe.batch, 1, g),
+            network, simulate.batches,
             lambda model, b: published_loss(model(*b[:4]), *b[4:]), recipe.schedule,
             seed=options.seed, device="cpu", saved=options.state, name="published")
         seconds = time.perf_counter() - start

@@ -1,15 +1,16 @@
 """The only optimisation loop: seeded, resumable, on one device or many (Lightning Fabric).
 
-Step k on rank r draws its batch, and what the network itself leaves to chance (dropout), from
-generators seeded by (seed, k, r) alone, so a training that was interrupted and resumed gives the
-weights of one that was not.
+Batches from step k on, drawn some at a time on rank r, and what the network itself leaves to chance
+in step k (dropout), come from generators seeded by (seed, k, r) alone, so a training that was
+interrupted and resumed gives the weights of one that was not.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,12 +33,12 @@ DECAYS = ("constant", "step", "cosine", "plateau")
 class Schedule:
     """How long and how fast: a table of a method's training.toml.
 
-    steps: optimiser steps. learning_rate: at the start. optimizer: adam, adamw or sgd (momentum
-    0.9). decay: constant; step (÷ 10 after 50 % and 75 % of the steps); cosine (to 0 at the end);
-    plateau (× factor after `plateau` validations without progress). validate_every: steps between
-    validations, which are when the state is saved, too. patience: validations without progress
-    after which to stop, None for never. clip: greatest norm of the gradient, None for any.
-    precision: Fabric's.
+    steps: optimiser steps. learning_rate: at the start. optimizer: adam, adamw or sgd. decay:
+    constant; step (÷ 10 after 50 % and 75 % of the steps); cosine (to 0 at the end); plateau (×
+    factor after `plateau` validations without progress). validate_every: steps between validations,
+    which are when the state is saved, too. patience: validations without progress after which to
+    stop, None for never. clip: greatest norm of the gradient, None for any. precision: Fabric's.
+    betas: Adam's; the first is also the momentum of sgd.
 
     Raises:
         UsageError: a value outside these.
@@ -54,6 +55,7 @@ class Schedule:
     precision: str = "32-true"
     factor: float = 0.1
     plateau: int = 4
+    betas: Sequence[float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS or self.decay not in DECAYS:
@@ -76,7 +78,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def train(model: nn.Module, batch: Callable[[torch.Generator], Batch],
+def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
           loss: Callable[[nn.Module, Batch], torch.Tensor], schedule: Schedule, *, seed: int,
           device: str, validate: Callable[[nn.Module], float] | None = None,
           saved: Path | None = None, devices: int = 1, nodes: int = 1, name: str = "training"
@@ -84,7 +86,7 @@ def train(model: nn.Module, batch: Callable[[torch.Generator], Batch],
     """Optimise `model` in place; it is left in eval mode, at its best validation if there is one.
 
     Args:
-        batch: draws one batch from a generator, on the generator's device.
+        draw: the batches of the next steps, one or more, from a generator, on its device.
         loss: (model, batch) → scalar to be made small.
         validate: model in eval mode → number to be made small, the same on every rank.
         saved: file in which the state is kept, and from which a training is taken up again.
@@ -109,17 +111,25 @@ def train(model: nn.Module, batch: Callable[[torch.Generator], Batch],
                     plugins=None if several else LightningEnvironment())
     if several:
         fabric.launch()
+
+    def chance(step: int) -> torch.Generator:
+        state = np.random.SeedSequence([seed, step, fabric.global_rank]).generate_state(
+            1, np.uint64)
+        return torch.Generator(fabric.device).manual_seed(int(state[0] >> 1))
+
     with seeded(seed):
         parameters: dict[str, Any] = {"lr": schedule.learning_rate,
                                       "weight_decay": schedule.weight_decay}
         if schedule.optimizer == "sgd":
-            parameters["momentum"] = 0.9
+            parameters["momentum"] = schedule.betas[0]
+        else:
+            parameters["betas"] = tuple(schedule.betas)
         optimizer = OPTIMIZERS[schedule.optimizer](model.parameters(), **parameters)
         decay = _decay(schedule, optimizer)
         wrapped, stepper = fabric.setup(model, optimizer)
         state: dict[str, Any] = {
             "model": wrapped, "optimizer": stepper, "decay": decay.state_dict(), "step": 0,
-            "best": math.inf, "best_model": {}, "waited": 0, "history": [],
+            "drawn": 0, "best": math.inf, "best_model": {}, "waited": 0, "history": [],
             "of": {"schedule": asdict(schedule), "seed": seed}}
         if saved and saved.exists():
             _resume(fabric, saved, state)
@@ -127,17 +137,20 @@ def train(model: nn.Module, batch: Callable[[torch.Generator], Batch],
         with tqdm(total=schedule.steps, initial=state["step"], desc=name,
                   disable=None if fabric.is_global_zero else True) as bar:
             mean = 0.0
+            queue: deque[Batch] = deque()
+            if state["step"] > state["drawn"]:
+                queue.extend(draw(chance(state["drawn"]))[state["step"] - state["drawn"]:])
             began = time.monotonic() - (state["history"][-1]["seconds"] if state["history"] else 0)
             for step in range(state["step"], schedule.steps):
                 if schedule.patience and state["waited"] >= schedule.patience:
                     break
                 model.train()
-                chance = int(np.random.SeedSequence([seed, step, fabric.global_rank])
-                             .generate_state(1, np.uint64)[0] >> 1)
-                torch.manual_seed(chance)
-                generator = torch.Generator(fabric.device).manual_seed(chance)
+                if not queue:
+                    state["drawn"] = step
+                    queue.extend(draw(chance(step)))
+                torch.manual_seed(chance(step).initial_seed())
                 stepper.zero_grad()
-                value = loss(wrapped, batch(generator))
+                value = loss(wrapped, queue.popleft())
                 fabric.backward(value)
                 if schedule.clip:
                     fabric.clip_gradients(wrapped, stepper, max_norm=schedule.clip)

@@ -18,7 +18,7 @@ from bidsapp.errors import Refusal, UsageError
 from bidsapp.microstructure import maps
 
 ESTIMATORS = methods.names("estimate_")
-UNPAIRED = ("harmonize_mica",)
+UNPAIRED = ("harmonize_mica", "harmonize_rish")
 """Harmonizers that learn from any people of two batches; the others (but ComBat, which works on
 tables) from people scanned in both."""
 PAIRED = sorted(set(methods.names("harmonize_")) - {*UNPAIRED, "harmonize_combat"})
@@ -36,13 +36,15 @@ def acquisition(b=(1000, 2200), n=24, seed=5):
                        np.r_[np.zeros((2, 3)), np.tile(g, (len(b), 1))])
 
 
-def brain(acq, rng, rotation=None, sd=4.0):
-    """(7, 8, 9) voxels: random tensors, Rician noise, and some voxels of every awkward kind."""
+def brain(acq, rng, rotation=None, sd=4.0, anatomy=None):
+    """(7, 8, 9) voxels: random tensors, Rician noise, and some voxels of every awkward kind.
+    anatomy: a generator of the tensors alone, for people who are alike."""
     mask = np.zeros((7, 8, 9), bool)
     mask[1:6, 2:7, 1:8] = True
     n = int(mask.sum())
-    axes = np.linalg.qr(rng.normal(size=(n, 3, 3)))[0]
-    values = rng.uniform(0.2e-3, 2.2e-3, (n, 1, 3))
+    drawn = rng if anatomy is None else anatomy
+    axes = np.linalg.qr(drawn.normal(size=(n, 3, 3)))[0]
+    values = drawn.uniform(0.2e-3, 2.2e-3, (n, 1, 3))
     d = axes * values @ axes.transpose(0, 2, 1)
     turn = np.eye(3) if rotation is None else rotation
     signal = 400 * np.exp(-np.einsum("nij,vij->vn", acq.btensors, turn @ d @ turn.T))
@@ -202,27 +204,32 @@ def harmonizer(request, rng):
     if request.param in PAIRED:
         return taught(request.param)
     acq = acquisition()
-    runs = {f"sub-{i}": brain(acq, rng) for i in range(4)}
-    table = pd.DataFrame({"participant": list("0123"), "run": list(runs), "batch": list("AABB"),
-                          "snr_b0": 100.0})
+    runs = {f"sub-{i}": person(rng) for i in range(6)}
+    table = pd.DataFrame({"participant": list("012345"), "run": list(runs),
+                          "batch": list("AAABBB"), "snr_b0": 100.0})
     study = methods.Study(table, (), reference_batch="A", acquisitions=dict.fromkeys(runs, acq),
-                          load=lambda name: bent(runs[name]) if name > "sub-1" else runs[name])
+                          load=lambda name: bent(runs[name]) if name > "sub-2" else runs[name])
     found = methods.get(request.param)
     found.sloppy = True
     (made,) = found.fit(study).checkpoints.values()
     return found, made
 
 
+def person(rng, sd=4.0):
+    return brain(acquisition(), rng, sd=sd, anatomy=np.random.default_rng(9))
+
+
 def bent(dwi):
     signal = dwi.signal.copy()
-    s0 = np.maximum(dwi.mean_b0, 1)[:, None]
-    signal[:, 2:] = s0 * np.clip(signal[:, 2:] / s0, 0, None) ** 1.3
+    s0 = dwi.mean_b0[:, None]
+    there = s0[:, 0] > 0
+    signal[there, 2:] = (s0 * np.clip(dwi.signal[:, 2:] / np.maximum(s0, 1), 0, None) ** 1.3)[there]
     return Dwi(signal, dwi.mask, dwi.affine, dwi.acquisition, dwi.noise_sd)
 
 
 def test_harmonizer_leaves_its_input_unchanged(harmonizer, rng):
     method, model = harmonizer
-    dwi = brain(acquisition(), rng)
+    dwi = person(rng)
     before, tensors = dwi.signal.copy(), {k: v.clone() for k, v in model.tensors.items()}
     made = method.harmonize(dwi, model, "B", "cpu")
     np.testing.assert_array_equal(dwi.signal, before)
@@ -237,12 +244,13 @@ def test_harmonizer_leaves_its_input_unchanged(harmonizer, rng):
 def test_harmonizer_is_independent_of_voxel_order(harmonizer, rng):
     """Of the order of the image's axes: a network may look at neighbours, but not at numbers."""
     method, model = harmonizer
-    dwi = brain(acquisition(), rng)
+    dwi = person(rng)
     order = np.arange(dwi.mask.size).reshape(dwi.mask.shape)[::-1].transpose(2, 0, 1)
     mask = dwi.mask[::-1].transpose(2, 0, 1)
     row = np.cumsum(dwi.mask.ravel()) - 1
     turned = np.eye(4)
     turned[:3, :3] = dwi.affine[:3, :3] @ np.diag([-1, 1, 1])[:, [2, 0, 1]]
+    turned[:3, 3] = dwi.affine[:3, :3] @ [dwi.mask.shape[0] - 1, 0, 0]
     other = Dwi(dwi.signal[row[order[mask]]], mask, turned, dwi.acquisition, dwi.noise_sd)
     one = method.harmonize(dwi, model, "B", "cpu").signal
     close("signal", one[row[order[mask]]], method.harmonize(other, model, "B", "cpu").signal)
@@ -252,7 +260,7 @@ def test_harmonizer_goes_the_right_way(harmonizer, rng):
     method, model = harmonizer
     if method.name in PAIRED:
         pytest.skip("what pairs teach is measured in test_paired")
-    dwi = brain(acquisition(), rng, sd=0.5)
+    dwi = person(rng, sd=0.5)
     before = bent(dwi).signal - dwi.signal
     after = method.harmonize(bent(dwi), model, "B", "cpu").signal - dwi.signal
     assert np.square(after).mean() < 0.5 * np.square(before).mean()
@@ -260,7 +268,7 @@ def test_harmonizer_goes_the_right_way(harmonizer, rng):
 
 def test_harmonizer_refuses_what_it_cannot_carry(harmonizer, rng):
     method, model = harmonizer
-    dwi = brain(acquisition(), rng)
+    dwi = person(rng)
     without = Dwi(dwi.signal[:, 2:], dwi.mask, dwi.affine, dwi.acquisition[2:])
     with pytest.raises(Refusal, match="Needed"):
         method.harmonize(without, model, "B", "cpu")
@@ -276,7 +284,7 @@ def test_card_of_a_harmonizer_makes_the_round_trip(harmonizer, rng, tmp_path):
     assert {"shells", "SNR"} <= set(card.trained_for)
     assert set(card.training["participants"]) == {"A", "B"}
     assert json.loads(json.dumps(card.metrics)) == dict(model.card.metrics)
-    dwi = brain(acquisition(), rng)
+    dwi = person(rng)
     np.testing.assert_array_equal(method.harmonize(dwi, again, "B", "cpu").signal,
                                   method.harmonize(dwi, model, "B", "cpu").signal)
 

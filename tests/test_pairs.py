@@ -123,7 +123,7 @@ def test_local_rotations_are_the_polar_part_of_the_jacobian(rng):
     turn = Rotation.from_euler("zyx", [30, 20, -15], degrees=True).as_matrix()
     stretch = np.eye(3) + 0.1 * (a := rng.normal(size=(3, 3))) + 0.1 * a.T
     affine = np.diag([-2.0, 2.5, 3.0, 1.0])
-    place = pairs._grid((5, 6, 7), affine) @ (turn @ stretch).T
+    place = pairs.world((5, 6, 7), affine) @ (turn @ stretch).T
     np.testing.assert_allclose(pairs._rotations(place, affine),
                                np.broadcast_to(turn.T, (5, 6, 7, 3, 3)), atol=1e-10)
 

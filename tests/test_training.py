@@ -21,9 +21,9 @@ def linear(seed=0):
         return nn.Sequential(nn.Dropout(0.1), nn.Linear(3, 1))
 
 
-def batch(generator):
-    x = torch.randn(32, 3, generator=generator, device=generator.device)
-    return x, x @ TRUTH
+def four(generator):
+    x = torch.randn(4, 32, 3, generator=generator, device=generator.device)
+    return list(zip(x, x @ TRUTH, strict=True))
 
 
 def squared(model, batch):
@@ -37,14 +37,14 @@ def error(model):
 
 def learn(schedule, model=None, **more):
     model = model or linear()
-    return model, train(model, batch, squared, schedule, seed=3, device="cpu", **more)
+    return model, train(model, four, squared, schedule, seed=3, device="cpu", **more)
 
 
 def test_finds_the_solution_of_a_linear_problem():
     """Without dropout the loss has one minimum, where it is 0."""
     with seeded(0):
         model = nn.Linear(3, 1)
-    rows = train(model, batch, squared, Schedule(400, 0.05, decay="cosine", validate_every=100),
+    rows = train(model, four, squared, Schedule(400, 0.05, decay="cosine", validate_every=100),
                  seed=0, device="cpu")
     torch.testing.assert_close(model.weight.T.detach(), TRUTH, atol=1e-3, rtol=0)
     assert [row["step"] for row in rows] == [100, 200, 300, 400]
@@ -93,7 +93,7 @@ def test_another_training_is_not_resumed(tmp_path):
     with pytest.raises(UsageError, match=r"another training.*'learning_rate': \(0.02, 0.03\)"):
         learn(Schedule(4, 0.03), saved=saved)
     with pytest.raises(UsageError, match=r"another training.*'seed': \(3, 4\)"):
-        train(linear(), batch, squared, Schedule(4, 0.02), seed=4, device="cpu", saved=saved)
+        train(linear(), four, squared, Schedule(4, 0.02), seed=4, device="cpu", saved=saved)
     assert saved.read_bytes() == before
     saved.write_bytes(before[:50])
     with pytest.raises(UsageError, match="cannot be read as the state of a training"):
@@ -160,7 +160,7 @@ def test_gradient_is_clipped():
 
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"the loss is nan at step 2\. Lower the learning rate"):
-        train(linear(), batch, lambda m, b: squared(m, b) * torch.nan,
+        train(linear(), four, lambda m, b: squared(m, b) * torch.nan,
               Schedule(10, 0.1, validate_every=2), seed=0, device="cpu",
               saved=tmp_path / "state.ckpt")
     assert not list(tmp_path.iterdir())
@@ -182,7 +182,7 @@ from torch import nn
 from bidsapp.training import Schedule, seeded, train
 def batch(generator):
     x = torch.randn(8, 3, generator=generator)
-    return x, x.sum(1, keepdim=True)
+    return [(x, x.sum(1, keepdim=True))]
 with seeded(0):
     model = nn.Linear(3, 1)
 rows = train(model, batch, lambda m, b: ((m(b[0]) - b[1]) ** 2).mean(),

@@ -1,11 +1,12 @@
 """Train the weights that ship: one network for all protocols.
 
     python tools/train_weights.py METHOD OUT [--densities FILE.npy] [--steps N]
-        [--state FILE] [--threads N] [--seed N]
+        [--init FOLDER] [--learning-rate RATE] [--state FILE] [--threads N] [--seed N]
 
 METHOD is a folder of bidsapp/methods with a training.toml. --densities: what tools/densities.py
-writes; half of the simulated voxels take theirs from it. An interrupted training goes on from
---state (default OUT/state.ckpt). OUT receives model.safetensors and model.json.
+writes; half of the simulated voxels take theirs from it. --init: folder of weights to start from.
+An interrupted training goes on from --state (default OUT/state.ckpt). OUT receives
+model.safetensors and model.json.
 """
 
 import argparse
@@ -26,6 +27,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--densities", type=Path)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--init", type=Path)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--state", type=Path)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=1)
@@ -35,11 +38,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     method = methods.get(options.method, "estimate")
     recipe = method.recipe()
-    if options.steps:
-        recipe = replace(recipe, schedule=replace(recipe.schedule, steps=options.steps))
+    schedule = recipe.schedule
+    recipe = replace(recipe, schedule=replace(
+        schedule, steps=options.steps or schedule.steps,
+        learning_rate=options.learning_rate or schedule.learning_rate))
     table = torch.from_numpy(np.load(options.densities)) if options.densities else None
     trained = learn.train(
         method.name, recipe, seed=options.seed, device=options.device, table=table,
+        start=learn.start_of(method.name, recipe, options.init) if options.init else None,
         saved=options.state or options.out / "state.ckpt", intended_use=method.intended_use)
     for name, content in checkpoint.pack(trained).items():
         (options.out / name).write_bytes(content)

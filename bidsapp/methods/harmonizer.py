@@ -7,17 +7,17 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.checkpoint import Card
+from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import Method, Study
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MIN_PARTICIPANTS = 2
 """Of every batch: with one, a site is a person."""
@@ -32,8 +32,19 @@ where a volume was dropped."""
 VOXEL = 0.05
 """Share by which an edge of the voxel may be shorter or longer than any seen in training."""
 
+INVALID = 0.01
+"""Share of NaN or infinite values in a scan to learn from, at most."""
+
 COVARIATES = ("age", "sex")
 """Whose ranges a card tells."""
+
+CONFOUNDED = 0.9
+"""Share of a covariate's variance that batches may explain before ComBat, which keeps it, would
+remove it with the batch."""
+
+UNLIKE, UNMATCHED = 0.1, 0.5
+"""The same share where nothing keeps the covariate: above the first, which for two groups of one
+size is a difference of 2/3 SD, the groups are said to differ; above the second they are refused."""
 
 OVERRIDE = "--allow-extrapolation goes on all the same, and notes it in every sidecar."
 
@@ -65,13 +76,14 @@ def known_reference(reference: str | None, counts: Mapping[str, int]) -> None:
                          + nearest(reference, counts))
 
 
-def members(method: Method, study: Study) -> dict[str, pd.DataFrame]:
+def members(method: Method, study: Study, least: int = MIN_PARTICIPANTS
+            ) -> dict[str, pd.DataFrame]:
     """The runs of each batch (rows of the statistics), the reference first, in order of names.
 
     Raises:
         UsageError: no reference batch is given, or no batch has its name; fewer than two batches;
-            fewer than MIN_PARTICIPANTS in one; runs differ in their shells, or the method refuses
-            one.
+            fewer than `least` participants in one; runs differ in their shells, or the method
+            refuses one.
     """
     batches = {str(b): rows for b, rows in study.statistics.groupby("batch", sort=True)}
     counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
@@ -85,8 +97,8 @@ def members(method: Method, study: Study) -> dict[str, pd.DataFrame]:
         raise UsageError(f"--train {method.name} needs at least two batches; found one ({found}). "
                          "Process participants of another site into the same OUTPUT_DIR, or tell "
                          "the sites apart with --batch-file or --batch-column.")
-    if small := [b for b, n in counts.items() if n < MIN_PARTICIPANTS]:
-        raise UsageError(f"--train {method.name} needs at least {MIN_PARTICIPANTS} participants in "
+    if small := [b for b, n in counts.items() if n < least]:
+        raise UsageError(f"--train {method.name} needs at least {least} participants in "
                          f"every batch; found {found}. Add participants to {', '.join(small)}, or "
                          "leave it out with --participant-label.")
     ordered = {b: batches[b] for b in (reference, *(b for b in batches if b != reference))}
@@ -107,6 +119,72 @@ def members(method: Method, study: Study) -> dict[str, pd.DataFrame]:
                 raise UsageError(f"--train {method.name}: {run} cannot be used. {refusal}") \
                     from refusal
     return ordered
+
+
+def usable(method: Method, dwi: Dwi, run: str) -> Dwi:
+    """The scan to learn from.
+
+    Raises:
+        UsageError: more than INVALID of its values were not finite, or any still is.
+    """
+    bad = dwi.invalid + int((~np.isfinite(dwi.signal)).sum())
+    if bad > INVALID * dwi.signal.size or not np.isfinite(dwi.signal).all():
+        raise UsageError(
+            f"--train {method.name}: {bad} values of {run} are NaN or infinite "
+            f"({bad / dwi.signal.size:.1%}; up to {INVALID:.0%} is accepted, read as 0). "
+            "Convert or preprocess the scan again, or leave it out with --participant-label.")
+    return dwi
+
+
+def unlike(method: Method, study: Study, batches: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Sentences on each batch whose people differ from the reference's, the first, in age or sex:
+    where groups stand for sites, that difference would be removed as the site's.
+
+    Raises:
+        UsageError: they differ too much.
+    """
+    told: list[str] = []
+    reference, *targets = batches
+    for batch, name in product(targets, (c for c in COVARIATES if c in study.covariates)):
+        groups = {b: batches[b].dropna(subset=name).groupby("participant")[name].first()
+                  for b in (reference, batch)}
+        both = pd.concat(list(groups.values()))
+        if min(map(len, groups.values())) < MIN_PARTICIPANTS or both.nunique() < 2:
+            continue
+        group = np.repeat(np.eye(2), [len(g) for g in groups.values()], axis=0)
+        share = explained(coded(both), by=group)
+        text = (f"{name} differs between {' and '.join(map(_group, groups, groups.values()))}, so "
+                f"that the batch explains {share:.0%} of it")
+        if share > UNMATCHED:
+            raise UsageError(
+                f"--train {method.name}: {text}; up to {UNMATCHED:.0%} is accepted, for the effect "
+                f"of {name} would be removed with the site's. Add participants, or leave out with "
+                "--participant-label those who have nobody like them in the other batch.")
+        if share > UNLIKE:
+            told.append(f"{text}. Part of the effect of {name} is removed with the site's; groups "
+                        f"that are alike ({UNLIKE:.0%} or less) are needed to keep it.")
+    return told
+
+
+def _group(batch: str, values: pd.Series) -> str:
+    if pd.api.types.is_numeric_dtype(values):
+        return f"{batch} ({values.mean():.3g} ± {values.std():.2g}, {len(values)} people)"
+    return f"{batch} ({', '.join(f'{n} {v}' for v, n in values.value_counts().items())})"
+
+
+def coded(values: pd.Series) -> np.ndarray:
+    """Standardised columns of a covariate: numbers as they are, others as categories, of which the
+    first has no column."""
+    columns = (values.to_numpy(float)[:, None] if pd.api.types.is_numeric_dtype(values)
+               else pd.get_dummies(values, dtype=float).to_numpy()[:, 1:])
+    return (columns - columns.mean(axis=0)) / np.maximum(columns.std(axis=0), 1e-12)
+
+
+def explained(values: np.ndarray, by: np.ndarray) -> float:
+    """The largest share, among columns, of a variance that a linear model of `by` explains."""
+    residual = values - by @ np.linalg.lstsq(by, values, rcond=None)[0]
+    centred = values - values.mean(axis=0)
+    return float((1 - (residual**2).sum(0) / np.maximum((centred**2).sum(0), 1e-300)).max())
 
 
 def trained_for(study: Study, batches: Mapping[str, pd.DataFrame]) -> dict[str, Any]:

@@ -29,9 +29,12 @@ from bidsapp.methods.samples import (
     MEASURES,
     TISSUES,
     Samples,
+    Trained,
     Travellers,
     all_errors,
     errors,
+    folds,
+    means,
     over_volume,
     squares,
 )
@@ -44,15 +47,16 @@ SCAN = ("run", "n_voxels", "n_volumes", "noise_sd", "snr_b0", "ndc")
 """Columns of a study that change where a scan does."""
 
 
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """A network per shell, what it saw, who validated, and each stage's history."""
+@dataclass(frozen=True)
+class Learner:
+    """How a network learns: the model around it that is optimised, draw(size, generator) → batch,
+    loss(model, batch), and score(coefficients found, batch) → (voxel,), by which it is validated on
+    pairs."""
 
-    tensors: Mapping[str, torch.Tensor]
-    networks: Sequence[nn.Module]
-    samples: Sequence[Samples]
-    held: Sequence[str]
-    histories: Sequence[list[list[dict[str, float]]]]
+    model: nn.Module
+    draw: Callable[[int, torch.Generator], training.Batch]
+    loss: Callable[[nn.Module, training.Batch], torch.Tensor]
+    score: Callable[[torch.Tensor, training.Batch], torch.Tensor]
 
 
 class PairedHarmonizer(shared.Harmonizer):
@@ -62,10 +66,13 @@ class PairedHarmonizer(shared.Harmonizer):
     degree of the input and takes only its size from the network (RISH projection). warps: whether
     intensities are first warped from the batch's distribution to the reference's. adds: whether
     the change of the series is added to the signal, which then keeps what no series holds; else
-    the series stands for it.
+    the series stands for it. fewest: people who must have been scanned in both batches.
+    learns_from: whom, for the card.
     """
 
     cross_validates = True
+    fewest: ClassVar[int] = 2
+    learns_from: ClassVar[str] = "people in both batches"
     network: ClassVar[str]
     projects: ClassVar[bool] = False
     warps: ClassVar[bool] = False
@@ -95,7 +102,7 @@ class PairedHarmonizer(shared.Harmonizer):
         """
         batches = shared.members(self, study)
         reference, *targets = batches
-        found = pairs.find(study.statistics, reference, study.paired_by == "session")
+        found = {b: self.scans(study, b, reference) for b in targets}
         for batch in targets:
             self._enough(batch, reference, found[batch], study.folds)
         checkpoints, tables = {}, []
@@ -117,10 +124,14 @@ class PairedHarmonizer(shared.Harmonizer):
         return Fitted({f"desc-{self.network}_folds": pd.DataFrame(tables)} if tables else {},
                       model, checkpoints)
 
+    def scans(self, study: Study, batch: str, reference: str) -> list[pairs.Pair]:
+        """What is learned from."""
+        return pairs.find(study.statistics, reference, study.paired_by == "session")[batch]
+
     def _enough(self, batch: str, reference: str, found: Sequence[pairs.Pair], folds: int | None
                 ) -> None:
-        people = sorted({p.participant for p in found})
-        if len(people) < 2:
+        people = _people(found)
+        if len(people) < self.fewest:
             who = f"sub-{people[0]} alone was" if people else "nobody was"
             raise UsageError(
                 f"--train {self.name} learns from people scanned in both batches, and {who} "
@@ -142,7 +153,7 @@ class PairedHarmonizer(shared.Harmonizer):
             log.info("%s: was trained on these scans before, and is kept", name)
             return kept, []
         recipe, start = self.settings("training"), self._start(study)
-        people = sorted({p.participant for p in found})
+        people, both = sorted({p.participant for p in found}), _people(found)
         began = time.monotonic()
         if study.states:
             study.states.mkdir(parents=True, exist_ok=True)
@@ -152,7 +163,7 @@ class PairedHarmonizer(shared.Harmonizer):
             travellers = Travellers(self.name, study, list(found), [s["directions"][1]
                                     for s in shells], recipe["l_max"], recipe["deformable"],
                                     Path(folder), self.adds)
-            for fold, tested in enumerate(_parts(people, study), 1):
+            for fold, tested in enumerate(folds(both, study), 1):
                 trained = self._trained(study, f"{name}.fold{fold}", names, recipe, travellers,
                                         [p for p in people if p not in tested], start)
                 rows += [{"fold": fold, **row} for person in tested
@@ -162,17 +173,19 @@ class PairedHarmonizer(shared.Harmonizer):
         return Checkpoint(trained.tensors, Card(
             method=self.name, network=dict(recipe["network"]), trained_for=known["trained_for"],
             training={"participants": known["hashed"], "held_out": len(trained.held),
-                      "pairs": len(found), "of": known["of"],
+                      "pairs": sum(p.kind == pairs.BOTH for p in found), "scans": len(
+                          {r for p in found for r in (p.source, p.target)}), "of": known["of"],
                       "steps": [[int(h[-1]["step"]) for h in own] for own in trained.histories],
-                      "validation": [[min(row["validation"] for row in h) for h in own]
-                                     for own in trained.histories],
+                      "validation": [[min(row.get("validation", math.nan) for row in h)
+                                      for h in own] for own in trained.histories
+                                     ] if trained.held else [],
                       "seconds": round(time.monotonic() - began), "device": study.device,
-                      "data": "pairs of scans, grey and white matter",
+                      "data": "grey and white matter of " + self.learns_from,
                       "start": start.card.sha256 if start else "identity or chance"},
             intended_use=self.intended_use, seed=study.seed,
             versions={"qsphere": __version__, "torch": torch.__version__},
             constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"]},
-            metrics=metrics | _means(rows),
+            metrics=metrics | means(rows),
             reference_batch=known["reference_batch"], batches=known["batches"])), rows
 
     def _of(self, study: Study, found: Sequence[pairs.Pair], rows: pd.DataFrame) -> str:
@@ -194,8 +207,9 @@ class PairedHarmonizer(shared.Harmonizer):
                  travellers: Travellers, people: Sequence[str], start: Checkpoint | None
                  ) -> Trained:
         """Networks of some people, a share of whom validate."""
-        count = max(1, round(recipe["held_out"] * len(people)))
-        held = set(np.random.default_rng(study.seed).permutation(people)[:count].tolist())
+        both = [p for p in people if travellers.of({p})]
+        count = min(max(1, round(recipe["held_out"] * len(both))), len(both) // 2)
+        held = set(np.random.default_rng(study.seed).permutation(both)[:count].tolist())
         learned = set(people) - held
         tensors, samples = {}, travellers.samples
         if self.warps:
@@ -209,7 +223,8 @@ class PairedHarmonizer(shared.Harmonizer):
             state = hashlib.sha256(repr((sorted(learned), sorted(held), travellers.pairs, recipe,
                                          study.init)).encode()).hexdigest()[:8]
             network, history = self._train(
-                study, f"{name}.{shell}.{state}", recipe, own, own.of(travellers.of(learned)),
+                study, f"{name}.{shell}.{state}", recipe, own,
+                [own.of(travellers.of(learned, kind)) for kind in pairs.KINDS],
                 own.of(travellers.of(held), recipe["validation"]), start, f"shell{k}.")
             tensors |= {f"shell{k}.{n}": v for n, v in network.state_dict().items()}
             networks.append(network)
@@ -231,19 +246,27 @@ class PairedHarmonizer(shared.Harmonizer):
         """(coefficients found, batch) → (voxel,) to be made small. voxels: to learn from."""
         return errors
 
+    def learner(self, network: nn.Module, samples: Samples, mine: Sequence[torch.Tensor],
+                recipe: Mapping[str, Any], device: str, fresh: bool) -> Learner:
+        """How the network learns. mine: voxels by kind of pair. fresh: not from given weights."""
+        both = mine[pairs.BOTH]
+        loss = self.loss(samples, both, recipe, device)
+        return Learner(network, lambda size, g: samples(drawn(both, size, g), g.device),
+                       lambda model, b: loss(model(b[0]), b).mean(), loss)
+
     def _train(self, study: Study, name: str, recipe: Mapping[str, Any], samples: Samples,
-               mine: torch.Tensor, others: torch.Tensor, start: Checkpoint | None, prefix: str
-               ) -> tuple[nn.Module, list[list[dict[str, float]]]]:
+               mine: Sequence[torch.Tensor], others: torch.Tensor, start: Checkpoint | None,
+               prefix: str) -> tuple[nn.Module, list[list[dict[str, float]]]]:
         """The stages one after another, each from the best of the one before, with voxels to learn
-        from and others to validate."""
+        from, by kind of pair, and others to validate, if any."""
         with training.seeded(study.seed):
             network = self.build(recipe["network"])
-        if start:
-            replace(start, tensors=_part(start, prefix)).into(network)
-        loss = self.loss(samples, mine, recipe, study.device)
+            if start:
+                replace(start, tensors=_part(start, prefix)).into(network)
+            learner = self.learner(network, samples, mine, recipe, study.device, not start)
 
-        def validate(model: nn.Module) -> float:
-            return float(torch.cat([loss(model(b[0]), b)
+        def validate(_: nn.Module) -> float:
+            return float(torch.cat([learner.score(network(b[0]), b)
                                     for b in samples.blocks(others, study.device)]).mean())
 
         histories: list[list[dict[str, float]]] = []
@@ -251,20 +274,19 @@ class PairedHarmonizer(shared.Harmonizer):
         for number, stage in enumerate(recipe["stages"], 1):
             options = dict(stage)
             size, epochs = options.pop("batch"), options.pop("epochs")
-            every = math.ceil(min(len(mine), recipe["epoch"]) / size)
+            every = math.ceil(min(max(map(len, mine)), recipe["epoch"]) / size)
             steps = min(epochs * every, study.max_steps or epochs * every)
             schedule = training.Schedule(steps, validate_every=min(every, steps), **options)
 
-            def batch(generator: torch.Generator, size: int = size) -> training.Batch:
-                drawn = torch.randint(len(mine), (size,), generator=generator,
-                                      device=generator.device).cpu()
-                return samples(mine[drawn], generator.device)
+            def draw(generator: torch.Generator, size: int = size) -> list[training.Batch]:
+                return [learner.draw(size, generator)]
 
             histories.append(training.train(
-                network, batch, lambda model, b: loss(model(b[0]), b).mean(), schedule,
-                seed=study.seed, device=study.device, validate=validate,
+                learner.model, draw, learner.loss, schedule, seed=study.seed, device=study.device,
+                validate=validate if len(others) else None,
                 saved=study.states / f"{name}.{number}.ckpt" if study.states else None, name=name))
-            if (found := min(row["validation"] for row in histories[-1])) < best:
+            found = min(row.get("validation", -math.inf) for row in histories[-1])
+            if found < best or not len(others):
                 best = found
                 kept = {k: v.detach().clone() for k, v in network.state_dict().items()}
         network.load_state_dict(kept)
@@ -287,8 +309,8 @@ class PairedHarmonizer(shared.Harmonizer):
     def _measured(self, trained: Trained, travellers: Travellers, shells: Sequence[str], device: str
                   ) -> dict[str, float]:
         """Mean square error of S/S0 of those who validated, by tissue, before and after."""
-        found = {}
-        for k, shell in enumerate(shells):
+        found: dict[str, float] = {}
+        for k, shell in enumerate(shells if trained.held else ()):
             *parts, _, label = self._errors(trained, travellers,
                                             travellers.of(set(trained.held)), k, device)
             for when, values in zip(("before", "after"), parts, strict=True):
@@ -358,21 +380,15 @@ class PairedHarmonizer(shared.Harmonizer):
              "RISHProjection": self.projects, "IntensityWarping": self.warps})
 
 
-def _parts(people: Sequence[str], study: Study) -> list[list[str]]:
-    """The people of each fold; none without --folds."""
-    mixed = np.random.default_rng([study.seed, 1]).permutation(people)
-    return [sorted(part.tolist()) for part in np.array_split(mixed, study.folds)
-            ] if study.folds else []
+def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """`size` of the voxels, at random."""
+    return voxels[torch.randint(len(voxels), (size,), generator=generator,
+                                device=generator.device).cpu()]
 
 
-def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of the cross-validation, for a card: mean over participants."""
-    if not rows:
-        return {}
-    means = pd.DataFrame(rows).groupby(["measure", "tissue", "shell"], as_index=False)[
-        ["nmse_before", "nmse_after"]].mean()
-    return {f"{when}_{row['measure']}_{row['tissue']}_{row['shell']}": row[when]
-            for row in means.to_dict("records") for when in ("nmse_before", "nmse_after")}
+def _people(found: Sequence[pairs.Pair]) -> list[str]:
+    """Who was in both batches."""
+    return sorted({p.participant for p in found if p.kind == pairs.BOTH})
 
 
 def _part(model: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:

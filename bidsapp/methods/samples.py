@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -166,9 +168,10 @@ class Travellers:
         for samples in self.samples:
             samples.close()
 
-    def of(self, people: set[str]) -> set[int]:
+    def of(self, people: set[str], kind: int = pairs.BOTH) -> set[int]:
         """Indices of their pairs."""
-        return {i for i, pair in enumerate(self.pairs) if pair.participant in people}
+        return {i for i, pair in enumerate(self.pairs)
+                if pair.participant in people and pair.kind == kind}
 
     def quantiles(self, people: set[str]) -> np.ndarray:
         """(2, shell, GRID): mean over people of those of their scans in the batch, and in the
@@ -221,7 +224,9 @@ class Travellers:
         source, target = self.load(pair.source), self.load(pair.target)
         try:
             found = pairs.align(source, target, l_max=self.l_max, device=self.study.device,
-                                deformable=deformable, work_dir=self.folder)
+                                deformable=deformable and pair.kind == pairs.BOTH,
+                                work_dir=self.folder,
+                                rigid=None if pair.kind == pairs.BOTH else np.eye(4))
         except DataError as error:
             raise UsageError(f"--train {self.name}: {pair.source} and {pair.target}: {error} Or "
                              "leave one out with --participant-label.") from error
@@ -231,6 +236,17 @@ class Travellers:
                 f"of grey and white matter, fewer than {tissue.MIN_VOXELS} of one of them. Check "
                 "the brain mask, or leave the participant out with --participant-label.")
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network per shell, what it saw, who validated, and each stage's history."""
+
+    tensors: Mapping[str, torch.Tensor]
+    networks: Sequence[nn.Module]
+    samples: Sequence[Samples]
+    held: Sequence[str]
+    histories: Sequence[list[list[dict[str, float]]]]
 
 
 def over_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, device: str,
@@ -247,3 +263,20 @@ def over_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, device:
         function = network.folded() if isinstance(network, SHResNet) else network
         return map_voxels(lambda centres: {"c": function(patches(flat, centres[:, 0], steps))},
                           np.flatnonzero(np.pad(mask, 1))[:, None], device, block)["c"]
+
+
+def folds(people: Sequence[str], study: Study) -> list[list[str]]:
+    """The people of each fold; none without --folds."""
+    mixed = np.random.default_rng([study.seed, 1]).permutation(people)
+    return [sorted(part.tolist()) for part in np.array_split(mixed, study.folds)
+            ] if study.folds else []
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of the cross-validation, for a card: mean over participants."""
+    if not rows:
+        return {}
+    found = pd.DataFrame(rows).groupby(["measure", "tissue", "shell"], as_index=False)[
+        ["nmse_before", "nmse_after"]].mean()
+    return {f"{when}_{row['measure']}_{row['tissue']}_{row['shell']}": row[when]
+            for row in found.to_dict("records") for when in ("nmse_before", "nmse_after")}

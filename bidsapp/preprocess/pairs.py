@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,8 +45,16 @@ RADIUS = 3
 BLOCK = 2**14
 """Voxels whose coefficients are turned at a time."""
 
+FLIP = np.array([-1.0, -1.0, 1.0])
+"""World RAS+ to ITK's, LPS+."""
+
 OVERLAP = 0.5
 """Share of the smaller brain that both must show."""
+
+
+KINDS = BOTH, SOURCE, REFERENCE = range(3)
+"""Kinds of `Pair`: of one participant in both batches; a scan of either alone, paired with itself,
+for methods that learn from unlike people."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Pair:
     participant: str
     source: str
     target: str
+    kind: int = BOTH
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +147,21 @@ def filled(values: Float[np.ndarray, "voxel coef"], mask: np.ndarray,
     return values[row[tuple(nearest)]]
 
 
+def alone(statistics: pd.DataFrame, batch: str, reference: str) -> list[Pair]:
+    """Every run of the two batches with itself. statistics: as of `find`."""
+    found = []
+    for name, kind in ((batch, SOURCE), (reference, REFERENCE)):
+        rows = statistics[statistics["batch"] == name]
+        found += [Pair(person, run, run, kind)
+                  for person, run in zip(rows["participant"], rows["run"], strict=True)]
+    return found
+
+
 def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, device: str = "cpu",
-          work_dir: Path | None = None) -> Aligned:
+          work_dir: Path | None = None, rigid: np.ndarray | None = None) -> Aligned:
     """The source's coefficients, turned, on the target's grid. Reproducible to the byte on a CPU.
+
+    rigid: (4, 4) world move from target to source, where it is known.
 
     Coefficients are interpolated by cubic splines, which smooth little: a network that learned
     from smoothed input would be applied to input that is not.
@@ -153,18 +175,18 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
     target = replace(target, signal=target.signal[rows], mask=mask, affine=affine,
                      tissue=None if target.tissue is None else target.tissue[rows])
     usable = source.mean_b0 > 0
-    maps = {"target": _tensor(target, device), "source": _tensor(source, device)}
-    ratio = source.unmask(_attenuation(source))
-    rigid = anatomy.align(target, ratio, source.affine)
-    place, at = _grid(target.mask.shape, rigid @ target.affine), np.linalg.inv(source.affine)
+    maps = {"target": tensor_maps(target, device), "source": tensor_maps(source, device)}
+    if rigid is None:
+        rigid = anatomy.align(target, source.unmask(_attenuation(source)), source.affine)
+    place, at = world(target.mask.shape, rigid @ target.affine), np.linalg.inv(source.affine)
     turn = np.broadcast_to(rigid[:3, :3].T, (*target.mask.shape, 3, 3))
     if deformable:
-        moved = map_coordinates(source.unmask(maps["source"]["fa"]), _at(at, place), order=1)
-        u = _displacement(target.unmask(maps["target"]["fa"]), moved * target.mask, target.affine,
-                          work_dir)
-        place = _moved(rigid, _grid(target.mask.shape, target.affine) + u)
+        moved = map_coordinates(source.unmask(maps["source"]["fa"]), indices(at, place), order=1)
+        u = displacement(target.unmask(maps["target"]["fa"]), moved * target.mask, target.affine,
+                         work_dir)
+        place = transformed(rigid, world(target.mask.shape, target.affine) + u)
         turn = _rotations(place, target.affine)
-    index = _at(at, place)
+    index = indices(at, place)
     inside = source.unmask(usable).astype(np.float32)
     where = target.mask & (map_coordinates(inside, index, order=1) > 0.5)
     where[target.mask] &= target.mean_b0 > 0
@@ -198,7 +220,7 @@ def carried(source: Dwi, l_max: int, index: Float[np.ndarray, "3 voxel"],
     return np.stack(image)
 
 
-def _tensor(dwi: Dwi, device: str) -> Mapping[str, np.ndarray]:
+def tensor_maps(dwi: Dwi, device: str) -> Mapping[str, np.ndarray]:
     chosen = tensor.volumes(dwi.acquisition)
     x = tensor.design(dwi.acquisition[chosen].btensors)
     return map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, device)
@@ -210,39 +232,47 @@ def _attenuation(dwi: Dwi) -> Float[np.ndarray, " voxel"]:
     return (weighted / np.where(s0 > 0, s0, np.inf)).clip(0, 1)
 
 
-def _grid(shape: Sequence[int], affine: np.ndarray) -> Float[np.ndarray, "x y z 3"]:
+def world(shape: Sequence[int], affine: np.ndarray) -> Float[np.ndarray, "x y z 3"]:
     """World points of all voxels."""
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
-    return _moved(affine, index)
+    return transformed(affine, index)
 
 
-def _moved(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
+def transformed(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
     return points @ affine[:3, :3].T + affine[:3, 3]
 
 
-def _at(inverse: np.ndarray, place: np.ndarray) -> Float[np.ndarray, "3 x y z"]:
-    return np.moveaxis(_moved(inverse, place), -1, 0)
+def indices(inverse: np.ndarray, place: Float[np.ndarray, "*grid 3"]) -> np.ndarray:
+    """(3, …) of world points."""
+    return np.moveaxis(transformed(inverse, place), -1, 0)
 
 
-def _displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work_dir: Path | None
-                  ) -> Float[np.ndarray, "x y z 3"]:
+def displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work_dir: Path | None,
+                 iterations: Sequence[int] = ITERATIONS) -> Float[np.ndarray, "x y z 3"]:
     """u of SyN, world mm, between two images on one grid."""
+    images = [to_ants(v, affine) for v in (fixed, moving)]
+    import ants
+
+    with anatomy.temporary(work_dir) as folder:
+        found = ants.registration(
+            *images,
+            type_of_transform="SyNOnly", initial_transform="Identity", syn_metric="CC",
+            syn_sampling=RADIUS, reg_iterations=iterations, outprefix=f"{folder}/syn")
+        warp = next(f for f in found["fwdtransforms"] if f.endswith(".nii.gz"))
+        u = np.asarray(open_image(Path(warp)).dataobj, np.float64)[..., 0, :]
+    return u * FLIP
+
+
+def to_ants(values: np.ndarray, affine: np.ndarray) -> Any:
+    """antspyx' image; it will repeat itself: on one thread, from one seed."""
     os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
+    os.environ.setdefault("ANTS_RANDOM_SEED", "1")
     import ants
 
     size = np.linalg.norm(affine[:3, :3], axis=0)
-    flip = np.array([-1.0, -1.0, 1.0])  # ITK's world is LPS+
-    where = {"origin": (flip * affine[:3, 3]).tolist(), "spacing": size.tolist(),
-             "direction": flip[:, None] * affine[:3, :3] / size}
-    with anatomy.temporary(work_dir) as folder:
-        found = ants.registration(
-            *(ants.from_numpy(np.ascontiguousarray(v, np.float32), **where)
-              for v in (fixed, moving)),
-            type_of_transform="SyNOnly", initial_transform="Identity", syn_metric="CC",
-            syn_sampling=RADIUS, reg_iterations=ITERATIONS, outprefix=f"{folder}/syn")
-        warp = next(f for f in found["fwdtransforms"] if f.endswith(".nii.gz"))
-        u = np.asarray(open_image(Path(warp)).dataobj, np.float64)[..., 0, :]
-    return u * flip
+    return ants.from_numpy(
+        np.ascontiguousarray(values, np.float32), origin=(FLIP * affine[:3, 3]).tolist(),
+        spacing=size.tolist(), direction=FLIP[:, None] * affine[:3, :3] / size)
 
 
 def _rotations(place: np.ndarray, affine: np.ndarray) -> Float[np.ndarray, "x y z 3 3"]:

@@ -110,9 +110,9 @@ def learn(measured: Diffusivities, acquisition: Acquisition, noise: np.ndarray, 
     with seeded(seed):
         network = Network(first.mean(0), first.std(0).clamp(min=1e-3)).to(device)
 
-    def batch(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(generator: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
         pick = torch.randint(len(clean), (options["batch"],), generator=generator, device=device)
-        return seen(clean[pick], generator), water[pick]
+        return [(seen(clean[pick], generator), water[pick])]
 
     def loss(model: nn.Module, drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
         signal, truth = drawn
@@ -122,7 +122,7 @@ def learn(measured: Diffusivities, acquisition: Acquisition, noise: np.ndarray, 
         return (square / 2 + spread).mean()
 
     with one_thread():
-        train(network, batch, loss, Schedule(**options["schedule"]), seed=seed, device=device,
+        train(network, draw, loss, Schedule(**options["schedule"]), seed=seed, device=device,
               name="free water")
     other, truth = mixtures(measured, acquisition, CHUNK, 2 * seed + 1, device)
     with torch.no_grad():

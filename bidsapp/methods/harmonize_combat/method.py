@@ -17,11 +17,9 @@ import pandas as pd
 from bidsapp.acquisition import Acquisition
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import Fitted, Method, Study
-from bidsapp.methods.harmonizer import known_reference
+from bidsapp.methods.harmonizer import CONFOUNDED, coded, explained, known_reference
 
 MIN_PARTICIPANTS = 3
-CONFOUNDED = 0.9
-"""Share of a covariate's variance that batches may explain before ComBat would remove it too."""
 
 
 class Combat(Method):
@@ -107,18 +105,15 @@ class Combat(Method):
         batch = pd.get_dummies(rows["batch"], dtype=float).to_numpy()
         design = batch
         for name in covariates:
-            coded = (rows[[name]].to_numpy(float) if pd.api.types.is_numeric_dtype(rows[name])
-                     else pd.get_dummies(rows[name], dtype=float).to_numpy()[:, 1:])
-            coded = (coded - coded.mean(axis=0)) / np.maximum(coded.std(axis=0), 1e-12)
-            explained = _explained(coded, by=batch)
-            if explained.max() > CONFOUNDED:
+            columns = coded(rows[name])
+            if (share := explained(columns, by=batch)) > CONFOUNDED:
                 raise UsageError(
                     f"ComBat: {name} is confounded with the batch (batches explain "
-                    f"{explained.max():.0%} of it; up to {CONFOUNDED:.0%} is accepted), so "
+                    f"{share:.0%} of it; up to {CONFOUNDED:.0%} is accepted), so "
                     "removing the batch would remove its effect too. Add participants that "
                     "overlap, or "
                     f"take {name} out of participants.tsv if it must not be kept.")
-            design = np.column_stack([design, coded])
+            design = np.column_stack([design, columns])
             if np.linalg.matrix_rank(design, tol=1e-6 * np.sqrt(len(rows))) < design.shape[1]:
                 raise UsageError(
                     f"ComBat: {name} follows from the batch and the covariates before it "
@@ -130,21 +125,14 @@ class Combat(Method):
                 f"({', '.join(covariates)}) and {batch.shape[1]} batches are too much for "
                 f"{len(rows)} rows; at least {MIN_PARTICIPANTS} more rows than these are needed. "
                 "Take covariates out of participants.tsv, or add participants.")
-        if covariates and _explained(batch, by=np.column_stack(
-                [np.ones(len(rows)), design[:, batch.shape[1]:]])).max() > CONFOUNDED:
+        if covariates and explained(batch, by=np.column_stack(
+                [np.ones(len(rows)), design[:, batch.shape[1]:]])) > CONFOUNDED:
             raise UsageError(
                 f"ComBat: {', '.join(covariates)} together are confounded with the batch (they "
                 f"explain more than {CONFOUNDED:.0%} of it), so removing the batch would remove "
                 "their effects too. Add participants that overlap, or take covariates out of "
                 "participants.tsv.")
         known_reference(reference, {str(b): int(n) for b, n in counts.items()})
-
-
-def _explained(values: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Share of the variance of each column that a linear model of `by` explains."""
-    residual = values - by @ np.linalg.lstsq(by, values, rcond=None)[0]
-    centred = values - values.mean(axis=0)
-    return 1 - (residual**2).sum(0) / np.maximum((centred**2).sum(0), 1e-300)
 
 
 def _mean(values: pd.Series) -> float:

@@ -78,16 +78,16 @@ def learn(attenuation: np.ndarray, sd: float, seed: int, device: str,
     with seeded(seed):
         model = Autoencoder(mean, scale, options["slope"]).to(device)
 
-    def batch(generator: torch.Generator) -> tuple[torch.Tensor]:
+    def draw(generator: torch.Generator) -> list[tuple[torch.Tensor]]:
         pick = torch.randint(len(clean), (options["batch"],), generator=generator, device=device)
-        return (rician(clean[pick], sd, generator).clamp(0, 1),)
+        return [(rician(clean[pick], sd, generator).clamp(0, 1),)]
 
     def loss(network: nn.Module, drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
         (signal,) = drawn
         return ((network(signal) - signal) / scale).square().mean()
 
     with one_thread():
-        train(model, batch, loss, Schedule(**options["schedule"]), seed=seed, device=device,
+        train(model, draw, loss, Schedule(**options["schedule"]), seed=seed, device=device,
               name="quality score")
     return model
 

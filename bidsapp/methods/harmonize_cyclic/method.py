@@ -1,0 +1,83 @@
+"""Cyclic network (Sadegheih et al. 2023, doi:10.1007/s13218-023-00811-y, WP1): people scanned in
+both batches help, and are not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bidsapp import sh, training
+from bidsapp.methods import Study
+from bidsapp.methods.paired import Learner, PairedHarmonizer, drawn
+from bidsapp.methods.samples import BLOCK, Samples, errors
+from bidsapp.networks.cyclic import Cycle, Generator
+from bidsapp.networks.shresnet import CENTRE
+from bidsapp.preprocess import pairs
+
+
+class CyclicHarmonizer(PairedHarmonizer):
+    """Generators both ways with critics, from any share of people scanned in both batches."""
+
+    network = "cyclic"
+    adds = True
+    fewest = 0
+    learns_from = "both batches, and of people in both where there are any"
+    intended_use = (
+        "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "
+        "and people like those under trained_for. Without people in both batches it takes every "
+        "difference between the batches for one of scanners: they must be alike in age, sex and "
+        "disease. Not for diagnosis.")
+
+    def build(self, arguments: Mapping[str, Any]) -> nn.Module:
+        return Generator(hidden=arguments["hidden"], l_max=arguments["l_max"])
+
+    def scans(self, study: Study, batch: str, reference: str) -> list[pairs.Pair]:
+        return [*pairs.alone(study.statistics, batch, reference),
+                *super().scans(study, batch, reference)]
+
+    def learner(self, network: nn.Module, samples: Samples, mine: Sequence[torch.Tensor],
+                recipe: Mapping[str, Any], device: str, fresh: bool) -> Learner:
+        """The loss is Σ_k w_k L_k of `networks.cyclic`, and of pairs the square error of S/S0 in
+        units of what it is before the network."""
+        both, source, reference = mine
+        assert isinstance(network, Generator)
+        if fresh:
+            network.scale.copy_(_scale(samples, [source, reference], device))
+        arguments, weight = recipe["network"], recipe["loss"]
+        back = self.build(arguments)
+        assert isinstance(back, Generator)
+        cycle = Cycle(network, back, critic=arguments["critic"])
+        few = both[::max(1, len(both) // recipe["validation"])]
+        before = float(torch.cat([errors(b[0][:, CENTRE], b) for b in samples.blocks(few, device)]
+                                 ).mean()) if len(few) else 1.0
+
+        def draw(size: int, generator: torch.Generator) -> training.Batch:
+            x, y = (samples(drawn(v, size, generator), generator.device)[0]
+                    for v in (source, reference))
+            return (x, y, *(samples(drawn(both, size, generator), generator.device)
+                            if len(both) else ()))
+
+        def loss(model: nn.Module, batch: training.Batch) -> torch.Tensor:
+            x, y, *pair = batch
+            total = sum(weight[k] * v for k, v in model(x, y).items())
+            if pair:
+                total = total + weight["pairs"] / before * errors(
+                    network(pair[0]), tuple(pair)).mean()
+            return total
+
+        return Learner(cycle, draw, loss, errors)
+
+
+def _scale(samples: Samples, voxels: Sequence[torch.Tensor], device: str) -> torch.Tensor:
+    """(degree,) root mean square of the coefficients of both batches, each with the same weight."""
+    total = torch.zeros(sh.size(samples.l_max), dtype=torch.float64)
+    for own in voxels:
+        few = own[::max(1, len(own) // (20 * BLOCK))]
+        total += torch.cat([b[0][:, CENTRE].double().square().cpu()
+                            for b in samples.blocks(few, device)]).mean(0) / len(voxels)
+    degrees = [total[sh.size(l - 2) if l else 0:sh.size(l)].mean().sqrt()
+               for l in range(0, samples.l_max + 1, 2)]
+    return torch.stack(degrees).float()

@@ -1,0 +1,281 @@
+"""Linear RISH: spherical harmonics of every degree scaled by maps that two groups of people give.
+
+With c_lm the coefficients of S/S0 in a shell, RISH_l = Σ_m c_lm² and E the mean over the people of
+a group at a point of their common template,
+
+    π_l = √(E_reference[RISH_l] / E_source[RISH_l]),    S' = S0 Σ_lm π_l c_lm Y_lm
+
+(Mirzaalian et al. 2016, doi:10.1016/j.neuroimage.2016.04.041; Cetin Karayumak et al. 2019,
+doi:10.1016/j.neuroimage.2018.08.073).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from bidsapp import __version__, sh
+from bidsapp.acquisition import Acquisition
+from bidsapp.checkpoint import Card, Checkpoint
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal, UsageError
+from bidsapp.methods import Fitted, Harmonized, Study
+from bidsapp.methods import harmonizer as shared
+from bidsapp.preprocess import pairs, template
+
+log = logging.getLogger("qsphere")
+
+MIN_PARTICIPANTS, WANTED = 3, 16
+"""Of every batch, at least; and how many the means needed to be stable (Cetin Karayumak et al.
+2019)."""
+
+L_MAX = 6
+DETERMINED = 0.75
+"""Coefficients per direction of a shell, at most: with more, RISH is mostly noise."""
+
+LEAST_DIRECTIONS = 8
+"""For degree 2, by the same measure."""
+
+REGULARIZATION = 1e-5
+"""λ of the Laplace–Beltrami penalty. At 0.006, which serves networks, 30 directions would keep half
+of degree 4, and the fit is what remains of the signal."""
+
+SMOOTHING = 4.0
+"""mm, full width at half maximum, of the mean RISH maps in the template."""
+
+BOUNDS = 0.5, 2.0
+"""Of π_l."""
+
+COVERED = 0.5
+"""Share of either group's people who must be seen at a point of the template."""
+
+ALIKE = 0.5
+"""Correlation with the template, below which a registration is doubtful."""
+
+
+class Rish(shared.Harmonizer):
+    """Scale maps per shell and degree in a template, carried to each scan."""
+
+    def check(self, acquisition: Acquisition) -> None:
+        """Raises Refusal where there is no b0, or a shell has fewer than 8 directions."""
+        super().check(acquisition)
+        few = [s for s in acquisition.shells
+               if len(s) < LEAST_DIRECTIONS and abs(s.b_delta) > shared.SAME_SHAPE]
+        if few:
+            raise Refusal(f"{self.name} found {shared.shown(few)}. Needed are {LEAST_DIRECTIONS} "
+                          "or more directions on every shell. Leave the shell out with "
+                          "--bids-filter-file, or harmonize with harmonize_mica.")
+
+    def fit(self, study: Study) -> Fitted:
+        """A checkpoint for every batch but the reference; all share one template.
+
+        Raises:
+            UsageError: as of `harmonizer.members` and `harmonizer.unlike`; fewer than 3
+                participants in a batch; a scan cannot be used.
+        """
+        batches = shared.members(self, study, MIN_PARTICIPANTS)
+        for sentence in self._doubts(study, batches):
+            log.warning("%s: %s", self.name, sentence)
+        reference, *targets = batches
+        known = shared.trained_for(study, batches)
+        degrees = [_degree(shell) for shell in known["shells"]]
+        runs = [run for rows in batches.values() for run in rows["run"]]
+        images = [self._fa(study, run) for run in runs]
+        if study.states:
+            study.states.mkdir(parents=True, exist_ok=True)
+        mean, places = template.build(images, study.states)
+        metrics = {"template_correlation": round(self._alike(runs, images, mean, places), 3)}
+        at = dict(zip(runs, places, strict=True))
+        groups = {b: self._group(study, rows, at, degrees) for b, rows in batches.items()}
+        checkpoints = {}
+        for batch in targets:
+            where = (mean.values > 0) & np.all(
+                [groups[b][0] >= COVERED for b in (reference, batch)], axis=0)
+            if not where.any():
+                raise UsageError(f"--train {self.name}: the scans of {reference} and {batch} share "
+                                 "no part of the brain. Check the brain masks.")
+            tensors, own = self._scales(groups[reference][1], groups[batch][1], where, mean.affine,
+                                        known["shells"])
+            rows = {b: batches[b] for b in (reference, batch)}
+            name = (f"{shared.model_name(self, batch)}-to-"
+                    + shared.model_name(self, reference).removeprefix(f"{self.name}_"))
+            checkpoints[name] = Checkpoint(
+                {"template": torch.from_numpy(mean.values), **tensors}, Card(
+                    method=self.name, network={}, trained_for=shared.trained_for(study, rows),
+                    training={"participants": shared.hashed(rows), "data": "S/S0, FA template"},
+                    intended_use=(
+                        f"Scales the diffusion signal of {batch} to that of {reference} by degree "
+                        "and place, for people like those under trained_for. Differences between "
+                        "the groups other than the site's are removed, too. Not for diagnosis."),
+                    seed=study.seed, versions={"qsphere": __version__},
+                    constants={"affine": mean.affine.tolist(), "l_max": degrees,
+                               "regularization": REGULARIZATION},
+                    metrics={**metrics, **own}, reference_batch=reference, batches=(batch,)))
+        model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
+                 "Batches": targets,
+                 "Metrics": {n: dict(c.card.metrics) for n, c in checkpoints.items()}}
+        return Fitted({}, model, checkpoints)
+
+    def _doubts(self, study: Study, batches: Mapping[str, pd.DataFrame]) -> list[str]:
+        counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
+        few = [f"{b} has {n} participants" for b, n in counts.items() if n < WANTED]
+        told = [f"{', '.join(few)}; mean RISH was stable from {WANTED} in each batch on. With "
+                "fewer the scales hold people's differences, too."] if few else []
+        return [*told, *shared.unlike(self, study, batches)]
+
+    def _load(self, study: Study, run: str) -> Dwi:
+        assert study.load is not None
+        return shared.usable(self, study.load(run), run)
+
+    def _fa(self, study: Study, run: str) -> template.Image:
+        dwi = self._load(study, run)
+        image = _fa(dwi, study.device)
+        if not image.volume:
+            raise UsageError(f"--train {self.name}: no voxel of {run} has an FA above 0. Check "
+                             "image and mask, or leave it out with --participant-label.")
+        return image
+
+    def _alike(self, runs: Sequence[str], images: Sequence[template.Image], mean: template.Image,
+               places: Sequence[np.ndarray]) -> float:
+        """The least correlation of anyone with the template; tells whose is doubtful."""
+        found = [_correlation(i.at(p), mean.values) for i, p in zip(images, places, strict=True)]
+        for run, value in zip(runs, found, strict=True):
+            if value < ALIKE:
+                log.warning("%s: FA of %s correlates with the template by %.2f only; %.1f or more "
+                            "are usual. Check its mask and its b-table, or leave it out with "
+                            "--participant-label.", self.name, run, value, ALIKE)
+        return min(found)
+
+    def _group(self, study: Study, rows: pd.DataFrame, at: Mapping[str, np.ndarray],
+               degrees: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Share of people seen (x, y, z), and per shell mean RISH (degree, x, y, z) of those seen,
+        0 where nobody is. Everyone counts alike, however many runs they have."""
+        seen: Any = 0
+        total: list[Any] = [0] * len(degrees)
+        for _, own in rows.groupby("participant", sort=True):
+            for run in own["run"]:
+                dwi = self._load(study, run)
+                signal = dwi.signal.copy("K")
+                s0, weighted = dwi.mean_b0, np.flatnonzero(~dwi.acquisition.b0)
+                signal[:, weighted] = np.clip(signal[:, weighted], 0, np.maximum(s0, 0)[:, None])
+                inside = template.sample(dwi.mask.astype(np.float32), dwi.affine, at[run])
+                inside = (inside > 0.5) / len(own)
+                seen = seen + inside
+                clipped = replace(dwi, signal=signal)
+                for k, (c, usable) in enumerate(_coefficients(clipped, degrees)):
+                    rish = sh.rish(torch.from_numpy(c[usable])).numpy()
+                    grid = pairs.filled(rish, dwi.mask, usable)
+                    total[k] = total[k] + inside * np.stack([
+                        template.sample(grid[..., i], dwi.affine, at[run])
+                        for i in range(grid.shape[-1])])
+        people = rows["participant"].nunique()
+        return seen / people, [np.where(seen > 0, t / np.maximum(seen, 1e-9), 0) for t in total]
+
+    def _scales(self, reference: Sequence[np.ndarray], source: Sequence[np.ndarray],
+                where: np.ndarray, affine: np.ndarray, shells: Sequence[Mapping[str, Any]]
+                ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """π_l per shell (degree, x, y, z), beyond `where` that of the nearest voxel in it, and
+        metrics."""
+        from scipy.ndimage import gaussian_filter
+
+        sd = SMOOTHING / 2.3548 / np.linalg.norm(affine[:3, :3], axis=0)
+        tensors, metrics = {}, {}
+        for k, (of_reference, of_source, shell) in enumerate(
+                zip(reference, source, shells, strict=True)):
+            maps = []
+            for i, pair in enumerate(zip(of_reference, of_source, strict=True)):
+                above, below = (gaussian_filter(e * where, sd)[where] for e in pair)
+                some = (above > 0) & (below > 0)
+                free = np.sqrt(np.where(some, above, 1) / np.where(some, below, 1))
+                maps.append(np.clip(free, *BOUNDS))
+                name = f"{shared.short(shell)}_l{2 * i}"
+                metrics[f"scale_{name}"] = float(np.median(maps[-1]))
+                metrics[f"bounded_{name}"] = float((free != maps[-1]).mean())
+            grid = pairs.filled(np.stack(maps, -1).astype(np.float32), where)
+            tensors[f"shell{k}"] = torch.from_numpy(np.moveaxis(grid, -1, 0).copy())
+        return tensors, metrics
+
+    def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
+        """S0 times the scaled SH series of every shell, at the run's directions and not below 0.
+        b0 volumes stay, and voxels without S0 or with a value that is not finite.
+
+        Raises:
+            Refusal: as of `check`, a shell of another b-tensor shape, or nothing to register.
+        """
+        self.check(dwi.acquisition)
+        constants, card = model.card.constants, model.card
+        nearest = shared.matched(self, dwi.acquisition, card.trained_for["shells"])
+        finite = np.isfinite(dwi.signal).all(axis=1)
+        clean = dwi if finite.all() else replace(
+            dwi, signal=np.where(finite[:, None], dwi.signal, 0))
+        own, affine = _fa(clean, device), np.array(constants["affine"])
+        if not own.volume:
+            raise Refusal(f"{self.name} found no voxel with b0 signal and an FA above 0. Check "
+                          "image and mask.")
+        mean = template.Image(model.tensors["template"].numpy(), affine)
+        place = template.locate(own, mean)
+        alike = _correlation(mean.at(place), own.values)
+        points, signal, s0 = place[dwi.mask], dwi.signal.copy("K"), clean.mean_b0
+        clipped = 0
+        degrees = [constants["l_max"][k] for k in nearest]
+        for shell, k, l_max, (c, usable) in zip(
+                dwi.acquisition.shells, nearest, degrees, _coefficients(clean, degrees),
+                strict=True):
+            usable = usable & finite
+            scale = np.stack([template.sample(m, affine, points[usable], beyond="nearest")
+                              for m in model.tensors[f"shell{k}"].numpy()], -1)
+            scaled = (torch.from_numpy(c[usable]) * sh.per_coefficient(
+                torch.from_numpy(scale))).numpy()
+            basis = sh.basis(l_max, dwi.acquisition.bvecs[shell.indices]).astype(np.float32)
+            for i, direction in zip(shell.indices, basis, strict=True):
+                column = scaled @ direction
+                clipped += int((column < 0).sum())
+                signal[usable, i] = s0[usable] * np.maximum(column, 0)
+        notices = () if alike >= ALIKE else (
+            f"Harmonization: FA correlates with the template of {card.method} by {alike:.2f} only "
+            f"({card.metrics['template_correlation']:.2f} or more in the training), so the scales "
+            "may lie in the wrong places. Look at the brain mask and the figures.",)
+        return Harmonized(signal, {
+            "rish_unchanged": int((~(usable & finite)).sum()), "rish_clipped_values": clipped},
+            {"SphericalHarmonicDegree": degrees, "Regularization": constants["regularization"],
+             "TemplateCorrelation": round(alike, 3)}, notices)
+
+
+def _degree(shell: Mapping[str, Any]) -> int:
+    """Of a shell as a card holds it; 0 where the encoding has no direction."""
+    if abs(shell["b_delta"]) <= shared.SAME_SHAPE:
+        return 0
+    return sh.degree_for(DETERMINED * shell["directions"][0], L_MAX)
+
+
+def _coefficients(dwi: Dwi, degrees: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per shell, up to its degree: `pairs.coefficients`."""
+    found = []
+    for shell, l_max in zip(dwi.acquisition.shells, degrees, strict=True):
+        part = np.sort(np.r_[np.flatnonzero(dwi.acquisition.b0), shell.indices])
+        (c,), usable = pairs.coefficients(
+            Dwi(dwi.signal[:, part], dwi.mask, dwi.affine, dwi.acquisition[part]), l_max,
+            REGULARIZATION)
+        found.append((c, usable))
+    return found
+
+
+def _fa(dwi: Dwi, device: str) -> template.Image:
+    """FA within the mask, 0 without b0 signal or fit."""
+    maps = pairs.tensor_maps(dwi, device)
+    return template.Image(dwi.unmask((maps["fa"] * (dwi.mean_b0 > 0) * ~maps["failed"]).astype(
+        np.float32)), dwi.affine)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Over the voxels where both are above 0; 0 where they are fewer than three, or constant."""
+    both = (a > 0) & (b > 0)
+    if both.sum() < 3 or not min(np.ptp(a[both]), np.ptp(b[both])) > 0:
+        return 0.0
+    return float(np.corrcoef(a[both], b[both])[0, 1])

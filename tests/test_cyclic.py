@@ -1,0 +1,186 @@
+"""The cyclic harmonizer, on the heads of test_paired: the right answer is known in every voxel."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_paired import ZOOMS, head
+
+from bidsapp import methods, sh
+from bidsapp.checkpoint import pack
+from bidsapp.errors import UsageError
+from bidsapp.networks import cyclic
+from bidsapp.networks.cyclic import Against, Cycle, Generator, invariants
+from bidsapp.preprocess import pairs
+from bidsapp.simulate import odf
+
+B0 = 3
+
+
+def patches(rng, count=40):
+    return torch.from_numpy(rng.standard_normal((count, 27, 15)).astype(np.float32))
+
+
+def lively(seed=0):
+    """A generator that does something."""
+    torch.manual_seed(seed)
+    generator = Generator(hidden=16)
+    for p in generator.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    generator.scale.copy_(torch.tensor([2.0, 0.5, 0.2]))
+    return generator
+
+
+def test_a_generator_turns_with_its_input(rng):
+    x = patches(rng)
+    turn = odf.random_rotations(1, torch.Generator().manual_seed(3))[0].float()
+    generator = lively()
+    torch.testing.assert_close(generator.patch(sh.rotate(x, turn)),
+                               sh.rotate(generator.patch(x), turn), atol=2e-5, rtol=1e-5)
+    assert (generator.patch(x) - x).abs().mean() > 0.01
+
+
+def test_a_generator_starts_as_the_identity(rng):
+    x = patches(rng)
+    torch.testing.assert_close(Generator()(x), x[:, 13])
+
+
+def test_invariants_are_those_of_the_formula(rng):
+    x, scale = patches(rng, 1), torch.tensor([2.0, 0.5, 0.2])
+    found = invariants(x, scale)[0]
+    for voxel in (0, 13):
+        c = x[0, voxel]
+        expected = [c[0] / 2, (c[1:6].square().sum() / 5).sqrt() / 0.5,
+                    (c[6:].square().sum() / 9).sqrt() / 0.2]
+        torch.testing.assert_close(found[voxel::27], torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_critics_and_generators_pull_apart(rng, monkeypatch):
+    """The critic's own gradient is that of the loss, the generator's its negative."""
+    x, y = patches(rng), 2 * patches(rng)
+    monkeypatch.setattr(cyclic, "BLUR", 0.0)
+    cycle = Cycle(lively(1), lively(2), critic=8)
+    cycle(x, y)["adversarial"].backward()
+    turned = cycle.to_b.gain[0].weight.grad.clone(), cycle.real_b[0].weight.grad.clone()
+    cycle.zero_grad()
+    scale = cycle.to_b.scale
+    made = cycle.real_b(invariants(cycle.to_b.patch(x), scale))
+    (made - cycle.real_b(invariants(y, scale))).mean().backward()
+    torch.testing.assert_close(turned[0], -cycle.to_b.gain[0].weight.grad)
+    torch.testing.assert_close(turned[1], cycle.real_b[0].weight.grad)
+    assert Against.apply(x) is not x and torch.equal(Against.apply(x), x)
+
+
+def test_losses_vanish_for_the_identity(rng):
+    """Two new generators: nothing is lost on the way there and back, and |∂C| is that of C."""
+    x, y = patches(rng), patches(rng)
+    cycle = Cycle(Generator(), Generator(), critic=8)
+    found = cycle(x, y)
+    assert found["cycle"] == found["identity"] == 0
+    linear = torch.nn.Linear(81, 1)
+    torch.nn.init.constant_(linear.weight, 3 / 9)  # |∂C| = 3/9 · √81
+    cycle.real_a = cycle.real_b = linear
+    assert float(cycle(x, y)["slope"].detach()) == pytest.approx(2 * (3 - 1) ** 2, rel=1e-5)
+
+
+def study(scans, **more):
+    """scans: PERSON + SITE."""
+    acquisition = head("01", "A").acquisition
+    table = pd.DataFrame([(r[:2], r[2], r, 30.0) for r in scans],
+                         columns=["participant", "batch", "run", "snr_b0"])
+    return methods.Study(table, (), reference_batch="A", seed=1,
+                         acquisitions=dict.fromkeys(scans, acquisition),
+                         load=lambda run: head(run[:2], run[2]),
+                         voxel_sizes=dict.fromkeys(scans, tuple(ZOOMS)), **more)
+
+
+def brief(epochs):
+    method = methods.get("harmonize_cyclic")
+    recipe = method.settings("training")
+    recipe |= {"deformable": False, "epoch": 5000,
+               "stages": [{**recipe["stages"][0], "epochs": epochs}]}
+    method.settings = lambda table: recipe
+    return method
+
+
+def error(method, model):
+    """Mean square error of S/S0 of a new person, before and after, against the noise-free scan at
+    the reference; and the change of the principal directions."""
+    scan, truth = head("07", "B"), head("07", "A", noise=0)
+    made = method.harmonize(scan, model, "B", "cpu")
+    return [float(np.square((s - truth.signal)[:, B0:] / 800).mean())
+            for s in (scan.signal, made.signal)]
+
+
+@pytest.mark.slow
+def test_unlike_people_teach_and_pairs_teach_more():
+    """Nobody was in both sites; then one of three was. The site's factors are those of
+    test_paired."""
+    alone = brief(32)
+    (model,) = alone.fit(study(["01A", "02A", "03A", "04B", "05B", "06B"])).checkpoints.values()
+    before, after = error(alone, model)
+    assert after < 0.5 * before
+    assert model.card.training["pairs"] == 0 and model.card.training["scans"] == 6
+    assert model.card.training["held_out"] == 0 and not model.card.metrics
+    helped = brief(10)
+    (model,) = helped.fit(study(["01A", "02A", "03A", "01B", "05B", "06B"])).checkpoints.values()
+    assert error(helped, model)[1] < after
+    assert model.card.training["pairs"] == 1
+
+
+def test_people_in_both_batches_validate(tmp_path):
+    """Half of them at most, and the card tells their errors; a second training is the same."""
+    method = brief(1)
+    known = study(["01A", "02A", "01B", "02B"], max_steps=4)
+    (model,) = method.fit(known).checkpoints.values()
+    assert model.card.training["held_out"] == 1 and model.card.training["pairs"] == 2
+    assert {f"mse_{w}_{t}_b1000" for w in ("before", "after") for t in ("wm", "gm")} <= set(
+        model.card.metrics)
+    (again,) = method.fit(replace(known, states=tmp_path / "states")).checkpoints.values()
+    assert pack(again)["model.safetensors"] == pack(model)["model.safetensors"]
+
+
+def test_folds_need_people_in_both_batches():
+    with pytest.raises(UsageError, match="--folds 2: 0 people were scanned in B and in A"):
+        brief(1).fit(study(["01A", "02A", "03B", "04B"], folds=2))
+
+
+def test_a_scan_alone_is_on_its_own_grid_and_axes():
+    """Stored with axes flipped, it is brought to the world's, its coefficients as they are."""
+    scan = head("01", "B")
+    table = pd.DataFrame([("01", "B", "x")], columns=["participant", "batch", "run"])
+    (pair,) = pairs.alone(table, "B", "A")
+    assert pair == pairs.Pair("01", "x", "x", pairs.SOURCE)
+    found = pairs.align(scan, scan, l_max=4, deformable=False, rigid=np.eye(4))
+    values, _ = pairs.coefficients(scan, 4)
+    np.testing.assert_allclose(found.image[0][1:-1, 1:-1, 1:-1][found.where], values[0], atol=2e-5)
+    flip = np.diag([-1.0, 1, 1, 1])
+    flip[0, 3] = scan.mask.shape[0] - 1
+    mirrored = replace(scan, mask=scan.mask[::-1].copy(), affine=scan.affine @ flip,
+                       signal=scan.unmask(scan.signal)[::-1][scan.mask[::-1]])
+    again = pairs.align(mirrored, mirrored, l_max=4, deformable=False, rigid=np.eye(4))
+    np.testing.assert_allclose(again.image, found.image, atol=2e-5)
+
+
+def test_bad_scans_are_named():
+    known = study(["01A", "02A", "03B", "04B"])
+
+    def load(run):
+        scan = head(run[:2], run[2])
+        if run != "03B":
+            return scan
+        signal = scan.signal.copy()
+        signal[::5] = np.nan
+        return replace(scan, signal=signal)
+
+    with pytest.raises(UsageError, match="of 03B are NaN or infinite"):
+        brief(1).fit(replace(known, load=load))
+
+
+def test_one_person_is_no_batch():
+    with pytest.raises(UsageError, match="B"):
+        brief(1).fit(study(["01A", "02A", "03B"]))
+
+
