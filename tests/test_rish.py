@@ -89,6 +89,7 @@ def coefficients(signal):
     return (signal[:, 3:] / signal[:, :3].mean(1, keepdims=True)) @ np.linalg.pinv(BASIS).T
 
 
+@pytest.mark.slow
 def test_scales_are_those_of_the_site():
     """The same people at both sites: what remains is noise and registration. In white matter, where
     every degree has a signal; elsewhere degrees above 0 are noise, whose ratio is 1. The core is a
@@ -110,6 +111,7 @@ def test_scales_are_those_of_the_site():
 
 
 @pytest.mark.parametrize("move", [None, MOVE], ids=["in place", "moved"])
+@pytest.mark.slow
 def test_new_person_becomes_the_reference(move):
     """Somebody not in the training, where the others lay and elsewhere, turned, in the scanner."""
     method, checkpoint = trained()
@@ -126,6 +128,7 @@ def test_new_person_becomes_the_reference(move):
     assert made.counts == {"rish_unchanged": 0, "rish_clipped_values": 0}
 
 
+@pytest.mark.slow
 def test_shape_of_every_degree_stays():
     """Degrees are scaled by one number: coefficients within each are parallel to the input's."""
     method, checkpoint = trained()
@@ -227,6 +230,7 @@ def test_studies_that_cannot_carry_it_are_refused(options, message):
         methods.get("harmonize_rish").fit(study(**options))
 
 
+@pytest.mark.slow
 def test_refuses_what_it_cannot_harmonize():
     method, checkpoint = trained()
     dwi = head(1, "B")
@@ -242,6 +246,7 @@ def test_refuses_what_it_cannot_harmonize():
             BVALS, AXES, np.where(BVALS > 0, -0.5, 1.0))), checkpoint, "B", "cpu")
 
 
+@pytest.mark.slow
 def test_voxels_that_cannot_be_scaled_stay():
     method, checkpoint = trained()
     dwi = head(20, "B")
@@ -253,6 +258,7 @@ def test_voxels_that_cannot_be_scaled_stay():
     assert np.isfinite(np.delete(made.signal, 6, 0)).all()
 
 
+@pytest.mark.slow
 def test_scan_unlike_the_template_is_told():
     method, checkpoint = trained()
     dwi = head(20, "B")
@@ -300,6 +306,7 @@ def test_place_repeats_itself_whatever_the_order_of_the_axes(blob):
     np.testing.assert_allclose(other_way, place[:, ::-1].transpose(2, 0, 1, 3), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_template_is_the_mean_of_the_people(blob):
     """Of copies of one image that lie differently: as sharp as each, and each found in it."""
     image, other, _ = blob

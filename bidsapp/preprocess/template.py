@@ -28,7 +28,10 @@ ITERATIONS = (40, 20, 0)
 
 
 SHRINK, ENOUGH = (6, 4, 2, 1), 8
-"""Of the affine registration: factors by which images shrink, and voxels that must remain."""
+"""Of the affine registration: factors by which images shrink, less where fewer than so many voxels
+would remain along an axis."""
+
+AFFINE_ITERATIONS = (500, 250, 100, 50)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +105,14 @@ def _grid(images: Sequence[Image], start: Image) -> tuple[np.ndarray, tuple[int,
 def _affine(fixed: Image, moving: Image, work_dir: Path | None) -> np.ndarray:
     """(4, 4) world of `fixed` → world of `moving`."""
     images = [pairs.to_ants(i.values, i.affine) for i in (fixed, moving)]
-    least = min(*fixed.values.shape, *moving.values.shape) // ENOUGH
+    most = min(*fixed.values.shape, *moving.values.shape) // ENOUGH
     import ants
 
     with anatomy.temporary(work_dir) as folder:
         found = ants.registration(
             *images, type_of_transform="Affine", outprefix=f"{folder}/affine",
-            aff_random_sampling_rate=1.0,
-            aff_shrink_factors=tuple(max(1, min(f, least)) for f in SHRINK))
+            aff_random_sampling_rate=1.0, aff_iterations=AFFINE_ITERATIONS,
+            aff_shrink_factors=tuple(max(1, min(f, most)) for f in SHRINK))
         read = ants.read_transform(found["fwdtransforms"][0])
         matrix, shift = np.split(np.asarray(read.parameters, np.float64), [9])
         centre = np.asarray(read.fixed_parameters, np.float64)
