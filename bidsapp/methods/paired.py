@@ -29,9 +29,12 @@ from bidsapp.methods.samples import (
     MEASURES,
     TISSUES,
     Samples,
+    Trained,
     Travellers,
     all_errors,
     errors,
+    folds,
+    means,
     over_volume,
     squares,
 )
@@ -42,17 +45,6 @@ log = logging.getLogger("qsphere")
 
 SCAN = ("run", "n_voxels", "n_volumes", "noise_sd", "snr_b0", "ndc")
 """Columns of a study that change where a scan does."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """A network per shell, what it saw, who validated, and each stage's history."""
-
-    tensors: Mapping[str, torch.Tensor]
-    networks: Sequence[nn.Module]
-    samples: Sequence[Samples]
-    held: Sequence[str]
-    histories: Sequence[list[list[dict[str, float]]]]
 
 
 @dataclass(frozen=True)
@@ -171,7 +163,7 @@ class PairedHarmonizer(shared.Harmonizer):
             travellers = Travellers(self.name, study, list(found), [s["directions"][1]
                                     for s in shells], recipe["l_max"], recipe["deformable"],
                                     Path(folder), self.adds)
-            for fold, tested in enumerate(_parts(both, study), 1):
+            for fold, tested in enumerate(folds(both, study), 1):
                 trained = self._trained(study, f"{name}.fold{fold}", names, recipe, travellers,
                                         [p for p in people if p not in tested], start)
                 rows += [{"fold": fold, **row} for person in tested
@@ -193,7 +185,7 @@ class PairedHarmonizer(shared.Harmonizer):
             intended_use=self.intended_use, seed=study.seed,
             versions={"qsphere": __version__, "torch": torch.__version__},
             constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"]},
-            metrics=metrics | _means(rows),
+            metrics=metrics | means(rows),
             reference_batch=known["reference_batch"], batches=known["batches"])), rows
 
     def _of(self, study: Study, found: Sequence[pairs.Pair], rows: pd.DataFrame) -> str:
@@ -397,23 +389,6 @@ def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.
 def _people(found: Sequence[pairs.Pair]) -> list[str]:
     """Who was in both batches."""
     return sorted({p.participant for p in found if p.kind == pairs.BOTH})
-
-
-def _parts(people: Sequence[str], study: Study) -> list[list[str]]:
-    """The people of each fold; none without --folds."""
-    mixed = np.random.default_rng([study.seed, 1]).permutation(people)
-    return [sorted(part.tolist()) for part in np.array_split(mixed, study.folds)
-            ] if study.folds else []
-
-
-def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of the cross-validation, for a card: mean over participants."""
-    if not rows:
-        return {}
-    means = pd.DataFrame(rows).groupby(["measure", "tissue", "shell"], as_index=False)[
-        ["nmse_before", "nmse_after"]].mean()
-    return {f"{when}_{row['measure']}_{row['tissue']}_{row['shell']}": row[when]
-            for row in means.to_dict("records") for when in ("nmse_before", "nmse_after")}
 
 
 def _part(model: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -236,6 +238,17 @@ class Travellers:
         return found
 
 
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network per shell, what it saw, who validated, and each stage's history."""
+
+    tensors: Mapping[str, torch.Tensor]
+    networks: Sequence[nn.Module]
+    samples: Sequence[Samples]
+    held: Sequence[str]
+    histories: Sequence[list[list[dict[str, float]]]]
+
+
 def over_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, device: str,
                 block: int = BLOCK) -> np.ndarray:
     """(voxel, coefficient): the network at each voxel of the mask, in blocks.
@@ -250,3 +263,20 @@ def over_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, device:
         function = network.folded() if isinstance(network, SHResNet) else network
         return map_voxels(lambda centres: {"c": function(patches(flat, centres[:, 0], steps))},
                           np.flatnonzero(np.pad(mask, 1))[:, None], device, block)["c"]
+
+
+def folds(people: Sequence[str], study: Study) -> list[list[str]]:
+    """The people of each fold; none without --folds."""
+    mixed = np.random.default_rng([study.seed, 1]).permutation(people)
+    return [sorted(part.tolist()) for part in np.array_split(mixed, study.folds)
+            ] if study.folds else []
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of the cross-validation, for a card: mean over participants."""
+    if not rows:
+        return {}
+    found = pd.DataFrame(rows).groupby(["measure", "tissue", "shell"], as_index=False)[
+        ["nmse_before", "nmse_after"]].mean()
+    return {f"{when}_{row['measure']}_{row['tissue']}_{row['shell']}": row[when]
+            for row in found.to_dict("records") for when in ("nmse_before", "nmse_after")}
