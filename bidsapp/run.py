@@ -74,10 +74,12 @@ def group(options: Options) -> int:
     trained = [methods.get(name) for name in options.train]
     for method in trained:
         method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
-    if options.folds and not any(m.cross_validates for m in trained):
-        can = [name for name in methods.names() if methods.get(name).cross_validates]
-        raise UsageError(f"--folds {options.folds}: {', '.join(options.train)} cannot be "
-                         f"cross-validated. Leave it out, or train {', '.join(can)}.")
+    for option, value, can in (("folds", options.folds, "cross_validates"),
+                               ("epochs", options.epochs, "counts_epochs")):
+        if value and not any(getattr(m, can) for m in trained):
+            names = [name for name in methods.names() if getattr(methods.get(name), can)]
+            raise UsageError(f"--{option} {value}: {', '.join(options.train) or 'nothing'} has no "
+                             f"use for it. Leave it out, or train {', '.join(names)}.")
     found = find.find(options)
     dataset = Dataset(options.output_dir, {"raw": options.bids_dir, **dict(options.derivatives)})
     statistics, covariates = participant_statistics(dataset, found)
@@ -91,12 +93,14 @@ def group(options: Options) -> int:
     runs = {run.name: run for label in found.participants for run in found.runs[label]
             if run.name in set(statistics["run"])}
     study = methods.Study(
-        statistics, features, tuple(covariates), options.reference_batch,
-        {name: btable.acquisition_of(run) for name, run in runs.items()},
-        lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0], options.max_steps,
-        options.random_seed, choose_device(options.device), states, options.init,
-        {name: voxel_size(run) for name, run in runs.items()}, options.folds,
-        options.paired_by)
+        statistics, features, covariates=tuple(covariates),
+        reference_batch=options.reference_batch,
+        acquisitions={name: btable.acquisition_of(run) for name, run in runs.items()},
+        voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
+        load=lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0],
+        max_steps=options.max_steps, epochs=options.epochs, folds=options.folds,
+        paired_by=options.paired_by, init=options.init, states=states,
+        seed=options.random_seed, device=choose_device(options.device))
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:

@@ -179,6 +179,13 @@ def test_bad_scans_are_named():
         brief(1).fit(replace(known, load=load))
 
 
+def test_unlike_groups_are_refused():
+    known = study(["01A", "02A", "03A", "04B", "05B", "06B"])
+    table = known.statistics.assign(age=[21.0, 24.0, 22.0, 61.0, 66.0, 64.0])
+    with pytest.raises(UsageError, match=r"age differs between A.* the batch explains 99%"):
+        brief(1).fit(replace(known, statistics=table, covariates=("age",)))
+
+
 def test_one_person_is_no_batch():
     with pytest.raises(UsageError, match="B"):
         brief(1).fit(study(["01A", "02A", "03B"]))

@@ -327,6 +327,14 @@ def test_errors_of_the_cross_validation_are_those_of_their_formulae(tmp_path):
     assert float(loss(batch[0][:, 13], batch).mean()) == pytest.approx(3.5, rel=1e-4)
 
 
+def test_epochs_of_the_command_line_win():
+    """10 steps of 256 of the 2560 voxels of a brief epoch, ten times by its own settings."""
+    method = brief("harmonize_golkov")
+    (model,) = method.fit(study(epochs=1)).checkpoints.values()
+    assert model.card.training["steps"] == [[10]]
+    assert fit("harmonize_golkov")[1].checkpoints.popitem()[1].card.training["steps"] == [[100]]
+
+
 @pytest.mark.parametrize("people,folds,message", [
     (PEOPLE, 4, "3 people were scanned in B and in A.* Up to 3 folds"),
     (PEOPLE[:2], 2, "--folds 2: 2 people"), (PEOPLE, 2, "two or more beside those of a fold")])

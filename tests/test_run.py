@@ -328,3 +328,13 @@ def test_killed_and_run_again(bids_tree, tmp_path, processed, rng):
     maps = {n for n in expected if n.endswith(".nii.gz")}
     assert {n for n in content(out) if n.endswith(".nii.gz")} == maps
     assert validate(out) == []
+
+
+def test_options_without_use_are_refused(tmp_path, bids_tree, capsys):
+    bids = bids_tree()
+    for option in ("--folds", "--epochs"):
+        assert qsphere(bids, tmp_path / "out", "group", "--train", "harmonize_combat", option,
+                       "3") == 2
+        assert re.search(f"{option} 3: harmonize_combat has no use for it.* harmonize_hybrid",
+                         capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()

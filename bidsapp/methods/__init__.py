@@ -73,8 +73,9 @@ class Study:
     reference_batch: the batch that others are mapped to, or None. acquisitions, voxel_sizes (mm):
     of every run, by its name; load: reads that run. max_steps, seed, device: of trainings. states:
     folder in which an interrupted training is kept. init: folder of the checkpoint that a training
-    starts from, instead of its own choice. folds: of the cross-validation, None for none.
-    paired_by: `session` where only scans of one session are pairs.
+    starts from, instead of its own choice. folds: of the cross-validation, None for none. epochs:
+    of every stage of a training, instead of the method's own. paired_by: `session` where only scans
+    of one session are pairs.
     """
 
     statistics: pd.DataFrame
@@ -90,6 +91,7 @@ class Study:
     init: Path | None = None
     voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     folds: int | None = None
+    epochs: int | None = None
     paired_by: str | None = None
 
 
@@ -143,13 +145,14 @@ class Method(ABC):
     """A method of the literature. Folder name and class travel together: `get(name)`.
 
     wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
-    cross_validates: whether `fit` honours `Study.folds`.
+    cross_validates, counts_epochs: whether `fit` honours `Study.folds`, `Study.epochs`.
     sloppy: what is trained is trained too briefly, to try everything else.
     models: folder of the checkpoints that the group level left.
     """
 
     wants_tissue: ClassVar[bool] = False
     cross_validates: ClassVar[bool] = False
+    counts_epochs: ClassVar[bool] = False
     sloppy = False
     models: Path | None = None
 

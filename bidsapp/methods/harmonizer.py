@@ -121,7 +121,7 @@ def members(method: Method, study: Study, least: int = MIN_PARTICIPANTS
     return ordered
 
 
-def usable(method: Method, dwi: Dwi, run: str) -> Dwi:
+def usable(name: str, dwi: Dwi, run: str) -> Dwi:
     """The scan to learn from.
 
     Raises:
@@ -130,7 +130,7 @@ def usable(method: Method, dwi: Dwi, run: str) -> Dwi:
     bad = dwi.invalid + int((~np.isfinite(dwi.signal)).sum())
     if bad > INVALID * dwi.signal.size or not np.isfinite(dwi.signal).all():
         raise UsageError(
-            f"--train {method.name}: {bad} values of {run} are NaN or infinite "
+            f"--train {name}: {bad} values of {run} are NaN or infinite "
             f"({bad / dwi.signal.size:.1%}; up to {INVALID:.0%} is accepted, read as 0). "
             "Convert or preprocess the scan again, or leave it out with --participant-label.")
     return dwi

@@ -70,7 +70,7 @@ class PairedHarmonizer(shared.Harmonizer):
     learns_from: whom, for the card.
     """
 
-    cross_validates = True
+    cross_validates = counts_epochs = True
     fewest: ClassVar[int] = 2
     learns_from: ClassVar[str] = "people in both batches"
     network: ClassVar[str]
@@ -194,7 +194,7 @@ class PairedHarmonizer(shared.Harmonizer):
         start = self._start(study)
         return hashlib.sha256(repr((
             found, scans, self.settings("training"), study.seed, study.max_steps,
-            start and start.card.sha256, __version__)).encode()).hexdigest()[:16]
+            study.epochs, start and start.card.sha256, __version__)).encode()).hexdigest()[:16]
 
     def _kept(self, name: str, of: str) -> Checkpoint | None:
         try:
@@ -274,6 +274,7 @@ class PairedHarmonizer(shared.Harmonizer):
         for number, stage in enumerate(recipe["stages"], 1):
             options = dict(stage)
             size, epochs = options.pop("batch"), options.pop("epochs")
+            epochs = study.epochs or epochs
             every = math.ceil(min(max(map(len, mine)), recipe["epoch"]) / size)
             steps = min(epochs * every, study.max_steps or epochs * every)
             schedule = training.Schedule(steps, validate_every=min(every, steps), **options)

@@ -18,15 +18,12 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
-from bidsapp.methods import Study
+from bidsapp.methods import Study, harmonizer
 from bidsapp.networks.shresnet import SHResNet, neighbours, patches
 from bidsapp.preprocess import intensity, pairs, tissue
 
 BLOCK = 1024
 """Voxels that pass a network at a time: what they become stays in the cache."""
-
-INVALID = 0.01
-"""Share of NaN or infinite values in a scan to learn from, at most."""
 
 TISSUES = {"wm": tissue.WHITE, "gm": tissue.GREY}
 MEASURES = ("signal", "fa", "md")
@@ -205,14 +202,7 @@ class Travellers:
             UsageError: too much of it is NaN or infinite.
         """
         assert self.study.load is not None
-        dwi = self.study.load(run)
-        bad = dwi.invalid + int((~np.isfinite(dwi.signal)).sum())
-        if bad > INVALID * dwi.signal.size or not np.isfinite(dwi.signal).all():
-            raise UsageError(
-                f"--train {self.name}: {bad} values of {run} are NaN or infinite "
-                f"({bad / dwi.signal.size:.1%}; up to {INVALID:.0%} is accepted, read as 0). "
-                "Convert or preprocess the scan again, or leave it out with --participant-label.")
-        return dwi
+        return harmonizer.usable(self.name, self.study.load(run), run)
 
     def _quantiles(self, run: str) -> np.ndarray:
         try:

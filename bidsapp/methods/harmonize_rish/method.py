@@ -131,7 +131,7 @@ class Rish(shared.Harmonizer):
 
     def _load(self, study: Study, run: str) -> Dwi:
         assert study.load is not None
-        return shared.usable(self, study.load(run), run)
+        return shared.usable(self.name, study.load(run), run)
 
     def _fa(self, study: Study, run: str) -> template.Image:
         dwi = self._load(study, run)
