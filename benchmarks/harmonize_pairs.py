@@ -10,10 +10,10 @@ Two sites; everyone is scanned at both. Of those whom a fold has not seen, site 
 and after are compared with the noise-free signal of site A on the same grid ("truth"), and with
 site A's own noisy scan, brought together as pairs are in training ("scan"). NMSE = Σ (y − ŷ)² /
 Σ y² over voxels, per shell, mean over people; tissue is the largest share of the phantom's. FA and
-MD are of the shell's tensor. Beside NMSE, against the truth: SSIM of S/S0 (windows of 7 voxels,
-range 1), sharpness (root mean square gradient of the mean S/S0, 1 is the truth's) and contrast of
-lesions (MD over that of other white matter, less 1; 1 is the truth's): what smooths wins by NMSE
-and loses here. p: Wilcoxon's signed ranks over people, against no harmonization.
+MD are of the shell's tensor. Beside NMSE, against the truth, `evaluate.agreement`: SSIM of S/S0,
+sharpness of its mean and contrast of lesions (MD over that of other white matter, less 1; 1 is the
+truth's): what smooths wins by NMSE and loses here. p: Wilcoxon's signed ranks over people, against
+no harmonization.
 
 "noise" is the truth against itself with site A's noise: the floor of the column "scan". "series"
 is the measured signal as a smooth SH series; "mppca" (with --mppca) is dipy's denoising of it.
@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.ndimage import uniform_filter
 from scipy.stats import wilcoxon
 
-from bidsapp import methods, sh, tensor
+from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.dwi import Dwi
+from bidsapp.evaluate import agreement
 from bidsapp.options import PhantomOptions
 from bidsapp.phantom import load_atlas, recruit, scans
 from bidsapp.preprocess import pairs
@@ -70,12 +70,9 @@ def mppca(dwi):
 
 
 def maps(ratio, acquisition, shell):
-    """S/S0 of a shell, and FA and MD (µm²/ms) of its tensor."""
-    table = np.vstack([tensor.design(acquisition.btensors[shell.indices]),
-                       tensor.design(np.zeros((1, 3, 3)))])
-    full = np.concatenate([np.maximum(ratio, 1e-3), np.ones((len(ratio), 1))], 1)
-    fitted = tensor.fit(torch.from_numpy(full.astype(np.float64)), table)
-    return {"signal": ratio, "FA": fitted["fa"].numpy(), "MD": 1e3 * fitted["md"].numpy()}
+    """S/S0 of a shell, and FA and MD (mm²/s) of its tensor."""
+    found = agreement.shell_maps(ratio, acquisition[shell.indices])
+    return {"signal": ratio, "FA": found["fa"], "MD": found["md"]}
 
 
 def nmse(found, truth, acquisition, shares):
@@ -85,21 +82,8 @@ def nmse(found, truth, acquisition, shares):
         for tissue, k in TISSUES.items():
             where = shares.argmax(0) == k
             for key in ours:
-                error = np.square(ours[key][where] - theirs[key][where]).sum()
                 yield (f"b{shell.b:.0f}", key, tissue,
-                       float(error / np.square(theirs[key][where]).sum()))
-
-
-def ssim(a, b, mask):
-    """Mean over a mask; a, b: (x, y, z), range 1."""
-    def mean(image):
-        return uniform_filter(image, 7)
-
-    ma, mb = mean(a), mean(b)
-    va, vb, vab = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    c1, c2 = 0.01**2, 0.03**2
-    value = (2 * ma * mb + c1) * (2 * vab + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
-    return float(value[mask].mean())
+                       agreement.nmse(ours[key][where], theirs[key][where]))
 
 
 def looks(found, truth, scan, acquisition):
@@ -114,13 +98,13 @@ def looks(found, truth, scan, acquisition):
     for one, other, shell in zip(found, truth, acquisition.shells, strict=True):
         name = f"b{shell.b:.0f}"
         yield name, "SSIM", "mask", np.mean([
-            ssim(image(a), image(b), scan.mask) for a, b in zip(one.T, other.T, strict=True)])
-        edges = [np.sqrt(sum(np.square(g) for g in np.gradient(image(v.mean(1))))[scan.mask].mean())
-                 for v in (one, other)]
-        yield name, "sharpness", "mask", edges[0] / edges[1]
+            agreement.ssim(image(a), image(b), scan.mask)
+            for a, b in zip(one.T, other.T, strict=True)])
+        yield name, "sharpness", "mask", agreement.sharpness(
+            image(one.mean(1)), image(other.mean(1)), scan.mask)
         if lesion.sum() >= 10:
-            md = [maps(v, acquisition, shell)["MD"] for v in (one, other)]
-            contrast = [m[lesion].mean() / m[white].mean() - 1 for m in md]
+            contrast = [agreement.contrast(maps(v, acquisition, shell)["MD"], lesion, white)
+                        for v in (one, other)]
             yield name, "lesion", "WM", contrast[0] / contrast[1]
 
 
