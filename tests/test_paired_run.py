@@ -105,7 +105,7 @@ def test_cross_validation_is_told(harmonized):
 
 
 @pytest.mark.parametrize("argv,message", [
-    (("--train", "harmonize_mica", "--folds", "3"), "cannot be cross-validated"),
+    (("--train", "harmonize_mica", "--folds", "3"), "harmonize_mica has no use for it"),
     (("--folds", "3"), "Give a METHOD with --train"), (("--folds", "1"), "at least 2")])
 def test_folds_of_what_has_none(study, capsys, argv, message):
     assert qsphere(*study, "group", *argv, "--reference-batch", "siteA") == 2
