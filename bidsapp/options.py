@@ -95,9 +95,10 @@ class Options:
             if getattr(self, name) != defaults[name] and not self.synthesize:
                 raise UsageError(f"--{name.replace('_', '-')} belongs to --synthesize. Give a "
                                  f"MODE with it ({' '.join(MODES)}), or leave it out.")
-        if self.folds and not self.train:
-            raise UsageError(f"--folds {self.folds}: of a cross-validation. Give a METHOD with "
-                             "--train, or leave it out.")
+        for name in ("folds", "epochs"):
+            if getattr(self, name) and not self.train:
+                raise UsageError(f"--{name} {getattr(self, name)}: of a training. Give a METHOD "
+                                 "with --train, or leave it out.")
         if self.init and not self.train:
             raise UsageError(f"--init {self.init}: weights that a training starts from. Give a "
                              "METHOD with --train, or leave it out.")

@@ -78,8 +78,8 @@ def group(options: Options) -> int:
                                ("epochs", options.epochs, "counts_epochs")):
         if value and not any(getattr(m, can) for m in trained):
             names = [name for name in methods.names() if getattr(methods.get(name), can)]
-            raise UsageError(f"--{option} {value}: {', '.join(options.train) or 'nothing'} has no "
-                             f"use for it. Leave it out, or train {', '.join(names)}.")
+            raise UsageError(f"--{option} {value}: {', '.join(options.train)} has no use for "
+                             f"it. Leave it out, or train {', '.join(names)}.")
     found = find.find(options)
     dataset = Dataset(options.output_dir, {"raw": options.bids_dir, **dict(options.derivatives)})
     statistics, covariates = participant_statistics(dataset, found)
