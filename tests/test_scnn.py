@@ -427,3 +427,19 @@ def test_a_training_for_several_acquisitions_is_refused(study):
     with pytest.raises(UsageError, match=r"found are 2 \(b1000n30_b2200n60: a; b1000n12_b"):
         learn.for_one("estimate_scnn2", recipe, two, [20.0], steps=1, seed=0, device="cpu",
                       states=None, intended_use="")
+
+
+def test_batches_drawn_together_keep_voxels_with_their_protocols():
+    """A shell that a protocol has not holds no signal, and the hint is that of its own shells."""
+    recipe = replace(methods.get("estimate_scnn2").recipe(), batch=32, groups=4, pool=3)
+    simulate = learn.Simulator(recipe)
+    batches = simulate.batches(torch.Generator().manual_seed(5))
+    assert len(batches) == 3
+    for x, noise, shells, found, parameters, density in batches:
+        assert x.shape[1] == len(noise) == len(found) == len(parameters) == len(density) == 32
+        there = shells[:, None, :, 2].expand(4, 8, -1) > 0
+        assert torch.equal(x[0].unflatten(0, (4, 8)) != 0, there)
+        likelihood = Likelihood(recipe.tissue, simulate.power.to(x), x, noise, shells)
+        torch.testing.assert_close(found, hint(likelihood), atol=1e-2, rtol=1e-2)
+    counts = [tuple((b[2][..., 2] > 0).sum(1).tolist()) for b in batches]
+    assert len(set(counts)) > 1, "else nothing could be mixed up"

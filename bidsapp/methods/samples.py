@@ -143,7 +143,7 @@ def squares(batch: training.Batch) -> torch.Tensor:
 
 
 class Travellers:
-    """Scans of people who were in both batches, each pair brought together once.
+    """Pairs of scans (`pairs.Pair`), each brought together once.
 
     pairs: their order is that of `Samples.pair`. samples: one for each shell.
     """
@@ -211,7 +211,8 @@ class Travellers:
             raise UsageError(f"--train {self.name}: {run} {error}") from error
 
     def _aligned(self, pair: pairs.Pair, deformable: bool) -> pairs.Aligned:
-        source, target = self.load(pair.source), self.load(pair.target)
+        source = self.load(pair.source)
+        target = source if pair.target == pair.source else self.load(pair.target)
         try:
             found = pairs.align(source, target, l_max=self.l_max, device=self.study.device,
                                 deformable=deformable and pair.kind == pairs.BOTH,

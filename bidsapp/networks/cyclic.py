@@ -6,7 +6,8 @@ when fibres turn: of the coefficients c_lm of every voxel, in units of their roo
     I_0 = c_00/s_0,   I_l = √(Σ_m c_lm²/(2l + 1))/s_l.
 
 A generator multiplies every degree of every voxel by a number, c_lm → c_lm exp(0.01 g_l(I)), so it
-is exactly equivariant: directions stay. G maps from A to B, F back; for x of A and y of B
+is exactly equivariant, and single fibres keep their directions. G maps from A to B, F back; for x
+of A and y of B
 
     adversarial   C_B(G x) − C_B(y) + C_A(F y) − C_A(x), which critics make small, generators great,
     cycle         |F G x − x| + |G F y − y|,

@@ -175,14 +175,15 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
     target = replace(target, signal=target.signal[rows], mask=mask, affine=affine,
                      tissue=None if target.tissue is None else target.tissue[rows])
     usable = source.mean_b0 > 0
-    maps = {"target": tensor_maps(target, device), "source": tensor_maps(source, device)}
+    maps = tensor_maps(target, device)
     if rigid is None:
         rigid = anatomy.align(target, source.unmask(_attenuation(source)), source.affine)
     place, at = world(target.mask.shape, rigid @ target.affine), np.linalg.inv(source.affine)
     turn = np.broadcast_to(rigid[:3, :3].T, (*target.mask.shape, 3, 3))
     if deformable:
-        moved = map_coordinates(source.unmask(maps["source"]["fa"]), indices(at, place), order=1)
-        u = displacement(target.unmask(maps["target"]["fa"]), moved * target.mask, target.affine,
+        fa = source.unmask(tensor_maps(source, device)["fa"])
+        moved = map_coordinates(fa, indices(at, place), order=1)
+        u = displacement(target.unmask(maps["fa"]), moved * target.mask, target.affine,
                          work_dir)
         place = transformed(rigid, world(target.mask.shape, target.affine) + u)
         turn = _rotations(place, target.affine)
@@ -197,8 +198,8 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
                         f"{OVERLAP:.0%} of the smaller brain mask. Check that both show the same "
                         "part of the same head, and their masks.")
     index, turn = index[:, where].astype(np.float32), turn[where].astype(np.float32)
-    labels = target.unmask(tissue.labels(target, maps["target"]["md"], maps["target"]["fa"],
-                                         (target.mean_b0 > 0) & ~maps["target"]["failed"]))
+    labels = target.unmask(tissue.labels(target, maps["md"], maps["fa"],
+                                         (target.mean_b0 > 0) & ~maps["failed"]))
     rows = where[target.mask]
     return Aligned(carried(source, l_max, index, turn, where), where, labels * where, index, turn,
                    (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32))
