@@ -103,32 +103,32 @@ def group(options: Options) -> int:
         seed=options.random_seed, device=choose_device(options.device))
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
-    with dataset.lock("group"), dataset.batch(PurePosixPath("group/log/group.json")) as batch:
-        folder = PurePosixPath("group")
-        batch.table(folder / "desc-image_qc.tsv", statistics.to_dict("records"),
-                    quality.columns(statistics.columns))
-        fitted = {m.name: m.fit(study) for m in trained}
-        for result in fitted.values():
-            for name, table in result.tables.items():
-                batch.table(folder / f"{name}.tsv", table.to_dict("records"),
-                            quality.columns(table.columns))
-            if result.tables and not result.checkpoints:  # else their cards say more
-                batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
-        drawn = distributions.of_group(study, fitted)
-        for figure in drawn:
-            batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
-        batch.text(PurePosixPath("group.html"), page.group(
-            study, quality.outliers(statistics), drawn, fitted, chosen=trained))
-    for result in fitted.values():
-        for name, trained_weights in result.checkpoints.items():
-            # a record of its own, so that the next training does not take this one's model away
-            with (dataset.lock("group"),
-                  dataset.batch(PurePosixPath(f"group/log/{name}.json")) as batch):
-                for file, content in checkpoint.pack(trained_weights).items():
-                    batch.bytes(harmonize.MODELS / name / file, content)
-    for name in (name for result in fitted.values() for name in result.checkpoints):
-        for state in states.glob(f"{name}.*ckpt"):
-            state.unlink(missing_ok=True)
+    with dataset.lock("group"):
+        fitted: dict[str, methods.Fitted] = {}
+        for method in trained:
+            fitted[method.name] = method.fit(study)
+            for name, weights in fitted[method.name].checkpoints.items():
+                # a record of its own, so that the next training does not take this one's model away
+                with dataset.batch(PurePosixPath(f"group/log/{name}.json")) as batch:
+                    for file, content in checkpoint.pack(weights).items():
+                        batch.bytes(harmonize.MODELS / name / file, content)
+                for state in states.glob(f"{name}.*ckpt"):
+                    state.unlink(missing_ok=True)
+        with dataset.batch(PurePosixPath("group/log/group.json")) as batch:
+            folder = PurePosixPath("group")
+            batch.table(folder / "desc-image_qc.tsv", statistics.to_dict("records"),
+                        quality.columns(statistics.columns))
+            for result in fitted.values():
+                for name, table in result.tables.items():
+                    batch.table(folder / f"{name}.tsv", table.to_dict("records"),
+                                quality.columns(table.columns))
+                if result.tables and not result.checkpoints:  # else their cards say more
+                    batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
+            drawn = distributions.of_group(study, fitted)
+            for figure in drawn:
+                batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
+            batch.text(PurePosixPath("group.html"), page.group(
+                study, quality.outliers(statistics), drawn, fitted, chosen=trained))
     told_unknown(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
     return 1 if found.unknown else 0

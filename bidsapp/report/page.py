@@ -72,9 +72,19 @@ def group(study: Study, outliers: pd.DataFrame, drawn: Sequence[Figure],
         sections=_sections([{"title": f.title, "caption": f.caption, "section": f.section,
                              "uri": _uri(f.svg)} for f in drawn]),
         trained=[{"name": name, "model": result.model, "tables": list(result.tables),
-                  "weights": list(result.checkpoints), "folds": _folds(result)}
+                  "weights": list(result.checkpoints), "folds": _folds(result),
+                  "metrics": _metrics(result.model.get("Metrics", {}))}
                  for name, result in fitted.items()],
         **_common([*estimates, *chosen]))
+
+
+def _metrics(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A row for each metric, with a cell for each model; of a method with one model, one."""
+    models = {k: v for k, v in found.items() if isinstance(v, Mapping)} or {"Value": found}
+    names = list(dict.fromkeys(name for own in models.values() for name in own))
+    rows = [{"name": name, "cells": [_number(own.get(name)) for own in models.values()]}
+            for name in names]
+    return {"models": list(models), "rows": rows} if rows else None
 
 
 def _folds(result: Fitted) -> dict[str, Any] | None:

@@ -1,0 +1,56 @@
+"""Seconds to harmonize a brain of some 200 000 voxels, 34 volumes, by every harmonizer.
+
+    python benchmarks/harmonize_speed.py [--voxel-size 2.4] [--threads 2] [--methods M ...]
+
+Models are of three people at 6 mm and two steps of training: how long a model takes does not depend
+on how well it was trained. Read and write, and the maps before and after, are not counted.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from travelling import simulate
+
+from bidsapp import methods
+from bidsapp.methods import harmonizer
+
+
+def design(**more):
+    return argparse.Namespace(**{"participants": 3, "shells": [1200.0], "directions": 30,
+                                 "voxel_size": 6.0, "random_seed": 0} | more)
+
+
+def main():
+    names = [n for n in methods.names("harmonize_")
+             if isinstance(methods.get(n), harmonizer.Harmonizer)]
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--voxel-size", type=float, default=2.4, help="mm")
+    parser.add_argument("--methods", nargs="+", choices=names, default=names)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    (reference, other), people, made = simulate(design())
+    table = pd.DataFrame([{"participant": p.label, "batch": s, "run": f"{p.label}{s}",
+                           "snr_b0": np.nan} for p in people for s in (reference, other)])
+    dwis = {f"{p}{s}": one.dwi for (p, s), one in made.items()}
+    study = methods.Study(
+        table, (), (), reference, {r: d.acquisition for r, d in dwis.items()},
+        dwis.__getitem__, 2)
+    _, (person,), made = simulate(design(participants=1, voxel_size=arguments.voxel_size))
+    brain = made[person.label, other].dwi
+    for name in arguments.methods:
+        method = methods.get(name)
+        method.sloppy = True
+        (model,) = method.fit(study).checkpoints.values()
+        wall, cpu = time.monotonic(), time.process_time()
+        method.harmonize(brain, model, other, "cpu")
+        print(f"{name}: {len(brain.signal)} voxels in {time.monotonic() - wall:.1f} s, "
+              f"{time.process_time() - cpu:.1f} s of CPU time", flush=True)
+
+
+if __name__ == "__main__":
+    main()
