@@ -114,6 +114,8 @@ def evaluate(arguments):
     pairs.align = once(pairs.align)
     ages = {p.label: p.age for p in people}
     for (fold, label), path in wanted.items():
+        if path.exists():  # by another process, in the meantime
+            continue
         tested = labels[fold::arguments.folds]
         own, started, trained = made, time.monotonic(), 0.0
         where = reference if label == "home" else other

@@ -15,7 +15,7 @@ import pandas as pd
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bidsapp import checkpoint, harmonize, methods
+from bidsapp import checkpoint, harmonize, methods, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, find, names
 from bidsapp.bids.writer import Dataset, to_json
@@ -92,6 +92,7 @@ def group(options: Options) -> int:
     states = options.work_dir or options.output_dir / "group/log"
     runs = {run.name: run for label in found.participants for run in found.runs[label]
             if run.name in set(statistics["run"])}
+    rank, devices = training.processes()
     study = methods.Study(
         statistics, features, covariates=tuple(covariates),
         reference_batch=options.reference_batch,
@@ -100,7 +101,11 @@ def group(options: Options) -> int:
         load=lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0],
         max_steps=options.max_steps, epochs=options.epochs, folds=options.folds,
         paired_by=options.paired_by, init=options.init, states=states,
-        seed=options.random_seed, device=choose_device(options.device))
+        seed=options.random_seed, device=choose_device(options.device), devices=devices)
+    if rank:  # of several processes that train together the first alone writes
+        for method in trained:
+            method.fit(study)
+        return 0
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"):

@@ -8,6 +8,7 @@ interrupted and resumed gives the weights of one that was not.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +71,18 @@ class Schedule:
                              f"{self.plateau}: all must be positive, the factor below 1.")
 
 
+def processes() -> tuple[int, tuple[int, int]]:
+    """Rank of this process, and devices per node and nodes, as torchrun or srun started them for
+    one training; 0 and (1, 1) of a process alone."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        rank, world, devices = (int(env[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        return rank, (devices, world // devices)
+    # a batch script has a rank, too, but no step
+    world, nodes = (int(env.get(f"SLURM_STEP_NUM_{k}", 1)) for k in ("TASKS", "NODES"))
+    return (int(env["SLURM_PROCID"]), (world // nodes, nodes)) if world > 1 else (0, (1, 1))
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's global generator seeded inside, and as it was afterwards: for initial weights."""
@@ -81,7 +94,7 @@ def seeded(seed: int) -> Iterator[None]:
 def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
           loss: Callable[[nn.Module, Batch], torch.Tensor], schedule: Schedule, *, seed: int,
           device: str, validate: Callable[[nn.Module], float] | None = None,
-          saved: Path | None = None, devices: int = 1, nodes: int = 1, name: str = "training"
+          saved: Path | None = None, devices: tuple[int, int] = (1, 1), name: str = "training"
           ) -> list[dict[str, float]]:
     """Optimise `model` in place; it is left in eval mode, at its best validation if there is one.
 
@@ -90,7 +103,8 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
         loss: (model, batch) → scalar to be made small.
         validate: model in eval mode → number to be made small, the same on every rank.
         saved: file in which the state is kept, and from which a training is taken up again.
-        devices, nodes: as torchrun or SLURM started them.
+        devices: per node, and nodes, as of `processes`; each draws its own batches, and gradients
+            are averaged.
 
     Returns:
         One row per validation: step, loss (mean since the last one), learning_rate, validation,
@@ -104,8 +118,9 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
     from lightning_fabric.plugins.environments import LightningEnvironment
 
     kind, _, number = device.partition(":")
-    several = devices * nodes > 1
-    fabric = Fabric(accelerator=kind, num_nodes=nodes, devices=[int(number)] if number else devices,
+    several = devices != (1, 1)
+    fabric = Fabric(accelerator=kind, num_nodes=devices[1],
+                    devices=[int(number)] if number and not several else devices[0],
                     precision=schedule.precision,  # type: ignore[arg-type]
                     # one process alone must not take a SLURM job around it for its own
                     plugins=None if several else LightningEnvironment())

@@ -1,7 +1,11 @@
 """A travelling phantom on its whole way: processed, a network of pairs trained, applied."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +114,22 @@ def test_cross_validation_is_told(harmonized):
 def test_folds_of_what_has_none(study, capsys, argv, message):
     assert qsphere(*study, "group", *argv, "--reference-batch", "siteA") == 2
     assert message in capsys.readouterr().err
+
+
+def test_two_processes_train_and_one_writes(study, tmp_path):
+    """As torchrun starts them; srun tells the same by other names."""
+    bids, out = study[0], tmp_path / "out"
+    shutil.copytree(study[1], out)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "bidsapp", bids, out, "group", "--train", "harmonize_golkov", "--reference-batch",
+         "siteA", "--sloppy", "--max-steps", "5", "--device", "cpu"],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("INFO results: ") == 1
+    model = out / "group/models/harmonize_golkov_siteB-to-siteA"
+    assert json.loads((model / "model.json").read_text())["training"]["steps"] == [[5]]
+    assert not list(out.glob("group/log/*.ckpt")) and (out / "group.html").is_file()
 
 
 def test_misspelt_reference_is_refused(study, tmp_path, capsys):

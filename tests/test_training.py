@@ -186,7 +186,7 @@ def batch(generator):
 with seeded(0):
     model = nn.Linear(3, 1)
 rows = train(model, batch, lambda m, b: ((m(b[0]) - b[1]) ** 2).mean(),
-             Schedule(200, 0.05, decay="cosine"), seed=0, device="cpu", devices=2)
+             Schedule(200, 0.05, decay="cosine"), seed=0, device="cpu", devices=(2, 1))
 (Path(sys.argv[1]) / os.environ["RANK"]).write_text(repr(model.weight.flatten().tolist()))
 """
 

@@ -75,7 +75,8 @@ class Study:
     folder in which an interrupted training is kept. init: folder of the checkpoint that a training
     starts from, instead of its own choice. folds: of the cross-validation, None for none. epochs:
     of every stage of a training, instead of the method's own. paired_by: `session` where only scans
-    of one session are pairs.
+    of one session are pairs. devices: per node, and nodes,
+    of the processes that train together.
     """
 
     statistics: pd.DataFrame
@@ -93,6 +94,7 @@ class Study:
     folds: int | None = None
     epochs: int | None = None
     paired_by: str | None = None
+    devices: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,8 @@ class PairedHarmonizer(shared.Harmonizer):
             histories.append(training.train(
                 learner.model, draw, learner.loss, schedule, seed=study.seed, device=study.device,
                 validate=validate if len(others) else None,
-                saved=study.states / f"{name}.{number}.ckpt" if study.states else None, name=name))
+                saved=study.states / f"{name}.{number}.ckpt" if study.states else None, name=name,
+                devices=study.devices))
             found = min(row.get("validation", -math.inf) for row in histories[-1])
             if found < best or not len(others):
                 best = found

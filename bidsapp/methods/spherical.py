@@ -46,6 +46,6 @@ class SphericalMethod(Method):
             self.name, self.recipe("one"), study.acquisitions,
             study.statistics["snr_b0"].tolist(), table=table,
             steps=study.max_steps, seed=study.seed, device=study.device, states=study.states,
-            intended_use=self.intended_use, init=study.init)
+            intended_use=self.intended_use, init=study.init, devices=study.devices)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
                            "Metrics": checkpoint.card.metrics}, {name: checkpoint})

@@ -190,11 +190,12 @@ def start_of(method: str, recipe: Recipe, init: Path | None) -> Checkpoint | Non
 
 def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | None = None,
           table: torch.Tensor | None = None, intended_use: str = "",
-          start: Checkpoint | None = None) -> Checkpoint:
+          start: Checkpoint | None = None, devices: tuple[int, int] = (1, 1)) -> Checkpoint:
     """Train, calibrate and measure a network; its weights and card.
 
     saved: state file, from which an interrupted training goes on. table: (row, 45) densities.
     start: weights at the start, and the power of densities that they know from their hints.
+    devices: as of `training.train`.
     """
     with training.seeded(seed):
         network = build(recipe.tissue, recipe.network)
@@ -212,7 +213,8 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
     history = training.train(
         network, simulate.batches,
         lambda model, b: loss_of(recipe, model(*b[:4]), *b[4:]), recipe.schedule,
-        seed=seed, device=device, validate=validate, saved=saved, name=method)
+        seed=seed, device=device, validate=validate, saved=saved, name=method,
+        devices=devices)
     constants = calibrate(network, recipe, _held_out(
         simulate, recipe, 8 * recipe.held_out, seed + 2, device))
     constants["density_power"] = simulate.power.tolist()
@@ -226,7 +228,8 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
              "shells": list(known.shells), "b_delta": list(known.b_delta)}
             if known.acquisition is None else told(known.acquisition))},
         training={"steps": int(history[-1]["step"]) if history else 0,
-                  "samples": int(history[-1]["step"]) * recipe.batch if history else 0,
+                  "samples": (int(history[-1]["step"]) * recipe.batch * math.prod(devices)
+                              if history else 0),
                   "seconds": round(history[-1]["seconds"]) if history else 0, "device": device,
                   "threads": torch.get_num_threads() if device == "cpu" else None,
                   "start": start.card.sha256 if start else "random",
@@ -240,12 +243,13 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
 def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition],
             snr: Sequence[float], *, steps: int | None, seed: int, device: str,
             states: Path | None, intended_use: str, init: Path | None = None,
-            table: torch.Tensor | None = None) -> tuple[str, Checkpoint]:
+            table: torch.Tensor | None = None, devices: tuple[int, int] = (1, 1)
+            ) -> tuple[str, Checkpoint]:
     """A network for the acquisition that all runs share, and a name that says which.
 
     snr: S0 over the noise SD of the runs; trained for half the least to twice the greatest.
     steps: at most, else the recipe's. states: folder of the state from which a training goes on.
-    init: as of `start_of`. table: as of `train`.
+    init: as of `start_of`. table, devices: as of `train`.
 
     Raises:
         UsageError: acquisitions differ in their shells, or have none; or as of `start_of`.
@@ -276,7 +280,7 @@ def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition]
         states.mkdir(parents=True, exist_ok=True)
     return name, train(method, recipe, seed=seed, device=device, intended_use=intended_use,
                        table=table, saved=states / f"{name}.ckpt" if states else None,
-                       start=start_of(method, recipe, init))
+                       start=start_of(method, recipe, init), devices=devices)
 
 
 def told(acquisition: Acquisition) -> dict[str, Any]:
