@@ -22,7 +22,7 @@ from bidsapp.bids.writer import Dataset, to_json
 from bidsapp.blocks import choose_device, memory_limit
 from bidsapp.dwi import FIXED_MEMORY, Run, open_image, peak_memory
 from bidsapp.errors import QSphereError, Refusal, UsageError
-from bidsapp.evaluate import quality
+from bidsapp.evaluate import agreement, quality
 from bidsapp.methods import Method
 from bidsapp.options import Options
 from bidsapp.process import Job, chosen_methods, dwi_of, one_participant, write_page
@@ -129,11 +129,17 @@ def group(options: Options) -> int:
                                 quality.columns(table.columns))
                 if result.tables and not result.checkpoints:  # else their cards say more
                     batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
+            between = agreement.of_group(statistics, features, {
+                name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
+                for name, table in result.tables.items() if "fold" not in table})
+            if len(between):
+                batch.table(folder / "desc-sites_agreement.tsv", between.to_dict("records"),
+                            quality.columns(between.columns))
             drawn = distributions.of_group(study, fitted)
             for figure in drawn:
                 batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
             batch.text(PurePosixPath("group.html"), page.group(
-                study, quality.outliers(statistics), drawn, fitted, chosen=trained))
+                study, quality.outliers(statistics), between, drawn, fitted, chosen=trained))
     told_unknown(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
     return 1 if found.unknown else 0

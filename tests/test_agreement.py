@@ -4,6 +4,7 @@ from itertools import product
 
 import bids_tree
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.ndimage import gaussian_filter
 
@@ -153,3 +154,25 @@ def test_slope_and_contrast():
     lesion = np.array([True, True, False, False, False])
     around = np.array([False, False, True, True, False])
     assert agreement.contrast(np.array([6, 8, 10, 10, 99.0]), lesion, around) == pytest.approx(-0.3)
+
+
+def test_sites_before_and_after(rng):
+    """Four people at two sites, of which B adds 2; harmonized, it does not. A fifth was at A alone,
+    and a sixth has no harmonized maps."""
+    people = rng.normal(10, 1, 6)
+    rows = [{"participant": str(i), "batch": b, "fa": people[i] + 2 * (b == "B"),
+             "harmonized_fa": people[i] if i < 5 else np.nan}
+            for i in range(6) for b in "AB" if (i, b) != (4, "B")]
+    rows.append(rows[0])  # a second run, which is averaged
+    found = agreement.of_group(pd.DataFrame(rows), ["fa"], {})
+    of = found.set_index(["data", "statistic", "of"])
+    assert list(of.loc[:, "people"]) == [4, 4, 5, 5] * 2
+    assert of.loc[("measured", "cov", "fa"), "value"] == pytest.approx(
+        np.mean(np.sqrt(2) / (people[:4] + 1)))
+    assert of.loc[("harmonized", "cov", "fa"), "value"] == 0
+    for kind in ("measured", "harmonized"):
+        assert of.loc[(kind, "icc", "fa"), "value"] == pytest.approx(1), "a shift does not count"
+    assert of.loc[("measured", "auc", "B"), "value"] > of.loc[("harmonized", "auc", "B"), "value"]
+    few = pd.DataFrame(rows[:4])
+    assert agreement.of_group(few, ["fa"], {}).empty
+    assert agreement.of_group(pd.DataFrame(rows).assign(batch="A"), ["fa"], {}).empty

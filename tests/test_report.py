@@ -17,6 +17,7 @@ from PIL import Image
 from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
+from bidsapp.evaluate import agreement
 from bidsapp.methods import Derived, Fitted, Method, Study
 from bidsapp.report import canvas, distributions, figures, glyphs, page
 
@@ -524,12 +525,14 @@ def test_group_page(rng):
     outliers = pd.DataFrame([{"run": "sub-03", "batch": "Site A", "measure": "snr_b0", "z": -4.2,
                               "value": 1.0, "median": 2.0, "why": "1 lies below"}])
     chosen = [methods.get("harmonize_combat")]
-    seen = check(page.group(study, outliers, drawn, fitted, chosen=chosen))
+    between = agreement.of_group(study.statistics, list(study.features), {"combat": after})
+    seen = check(page.group(study, outliers, between, drawn, fitted, chosen=chosen))
+    assert "AUC of Site <B> 12" in seen.text
     assert "sub-03.html" in seen.links
     for words in ("Site <B> 6 6", "12 run(s)", "covariates: age", "-4.2", "1 lies below",
                   "group/desc-combat_dwimap.tsv", "Johnson et al. 2007"):
         assert words in seen.text
-    none = check(page.group(study, outliers[:0], [], {}, chosen=[]))
+    none = check(page.group(study, outliers[:0], between[:0], [], {}, chosen=[]))
     assert "None." in none.text
 
 

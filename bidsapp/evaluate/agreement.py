@@ -6,21 +6,27 @@ reference site, with its noise or without.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
 from bidsapp import tensor
 from bidsapp.acquisition import Acquisition
 from bidsapp.blocks import map_voxels
+from bidsapp.evaluate import quality
 
 WINDOW = 1.5
 """Voxels, SD of the Gaussian window of SSIM (Wang et al. 2004)."""
 
 K1, K2 = 0.01, 0.03
 """Of SSIM: constants as shares of the range."""
+
+LEAST = 3
+"""People, below which nothing is said of sites."""
 
 LEAST_ATTENUATION = 1e-3
 """S/S0 below this is raised to it before its logarithm is taken."""
@@ -153,3 +159,45 @@ def contrast(values: Float[np.ndarray, " voxel"], lesion: Bool[np.ndarray, " vox
              around: Bool[np.ndarray, " voxel"]) -> float:
     """Mean in the lesion relative to that of the tissue around it, minus 1."""
     return float(values[lesion].mean() / values[around].mean() - 1)
+
+
+def of_sites(table: pd.DataFrame, features: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of statistic, of, people, value: `icc` and `variation` of each feature over the people
+    who were scanned in every batch, and `site_auc` of each batch from all features.
+
+    table: a row for each run; those of one participant in one batch are averaged, and rows that
+    lack a feature left out. Nothing is said of fewer than three people.
+    """
+    means = table.dropna(subset=[*features]).groupby(["participant", "batch"])[[*features]].mean()
+    batches = sorted(means.index.unique("batch"))
+    if len(batches) < 2:
+        return
+    for feature in features:
+        wide = means[feature].unstack("batch").dropna()
+        if len(wide) >= LEAST and np.ptp(wide.to_numpy()) > 0:
+            yield {"statistic": "icc", "of": feature, "people": len(wide),
+                   "value": icc(wide.to_numpy())}
+            yield {"statistic": "cov", "of": feature, "people": len(wide),
+                   "value": variation(wide.to_numpy())}
+    people = means.index.get_level_values("participant").to_numpy()
+    sites = means.index.get_level_values("batch").to_numpy()
+    # without any one person, every batch must still be there to be learned
+    if features and all(len(set(people[sites == b])) >= LEAST for b in batches):
+        yield from ({"statistic": "auc", "of": name, "people": len(set(people)), "value": value}
+                    for name, value in site_auc(means.to_numpy(), sites, people).items())
+
+
+def of_group(statistics: pd.DataFrame, features: Sequence[str],
+             tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """`of_sites` with a column `data`: measured; harmonized, of the runs that have maps of both,
+    beside which `measured` is of the same runs; and every other table by its name."""
+    after = quality.harmonized(statistics, features)
+    both = statistics.dropna(subset=[*after]) if after else statistics
+    known = list(after.values()) or list(features)
+    kinds = {"measured": (both, known), **{k: (t, [f for f in features if f in t])
+                                           for k, t in tables.items()}}
+    if after:
+        kinds["harmonized"] = both[["participant", "batch", *after]].rename(columns=after), known
+    return pd.DataFrame([{"data": kind, **row} for kind, (table, names) in kinds.items()
+                         for row in of_sites(table, names)],
+                        columns=["data", "statistic", "of", "people", "value"])

@@ -62,7 +62,8 @@ FIXED: dict[str, tuple[str, str]] = {
 _NMSE = ("Square error against the scan in the reference batch, brought together, over that scan's "
          "squares: Σ (y − ŷ)² / Σ y² over voxels of the tissue; ")
 FIXED |= {"nmse_before": (_NMSE + "as measured, as spherical harmonics", "1"),
-          "nmse_after": (_NMSE + "harmonized", "1")}
+          "nmse_after": (_NMSE + "harmonized", "1"),
+          "value": ("The statistic", "1")}
 IDENTIFIERS = {
     "participant": "Participant label, without sub-", "session": "Session label, without ses-",
     "run": "Name of the run", "batch": "Site or scanner that the run is counted to",
@@ -70,6 +71,12 @@ IDENTIFIERS = {
     "tissue": "wm: white matter, gm: grey matter",
     "measure": "What the error is of: signal, S/S0; fa and md, of the shell's tensor",
     "fold": "Number of the training, of which this participant was no part",
+    "data": "What of: measured, harmonized, or the table of that name",
+    "statistic": "icc: ICC(3,1) of people scanned in every batch; cov: SD between batches over the "
+                 "mean, mean over those people; auc: area under the ROC curve with which the means "
+                 "of all maps tell the batch, leaving one person out in turn",
+    "of": "Column of desc-image_qc.tsv; the batch, where statistic is auc",
+    "people": "Number of people it rests on",
 }
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bidsapp.report.figures import Figure
 
 HERE = Path(__file__).parent
+STATISTICS = {"icc": "ICC", "cov": "CoV", "auc": "AUC"}
 PACKAGES = ("torch", "numpy", "scipy", "dipy", "nibabel", "pybids", "matplotlib")
 
 
@@ -50,9 +51,10 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
         log=log.relative_to(root) if log else "", **_common(used))
 
 
-def group(study: Study, outliers: pd.DataFrame, drawn: Sequence[Figure],
+def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, drawn: Sequence[Figure],
           fitted: Mapping[str, Fitted], *, chosen: Sequence[Method]) -> str:
-    """The page of a group: batches, distributions, outliers, what was trained."""
+    """The page of a group: batches, distributions, outliers, agreement between sites, what was
+    trained."""
     table = study.statistics
     batches = [{"name": name, "participants": members["participant"].nunique(),
                 "runs": len(members)} for name, members in table.groupby("batch", sort=True)]
@@ -68,7 +70,7 @@ def group(study: Study, outliers: pd.DataFrame, drawn: Sequence[Figure],
         title="Group", batches=batches, statistics=statistics, n_runs=len(table),
         min_runs=quality.MIN_RUNS, threshold=quality.OUTLIER, covariates=study.covariates,
         reference=study.reference_batch, outliers=outliers.to_dict("records"),
-        features=study.features,
+        features=study.features, between=_between(between),
         sections=_sections([{"title": f.title, "caption": f.caption, "section": f.section,
                              "uri": _uri(f.svg)} for f in drawn]),
         trained=[{"name": name, "model": result.model, "tables": list(result.tables),
@@ -76,6 +78,16 @@ def group(study: Study, outliers: pd.DataFrame, drawn: Sequence[Figure],
                   "metrics": _metrics(result.model.get("Metrics", {}))}
                  for name, result in fitted.items()],
         **_common([*estimates, *chosen]))
+
+
+def _between(found: pd.DataFrame) -> dict[str, Any] | None:
+    """A row for each statistic, with a cell for each kind of data."""
+    kinds = list(dict.fromkeys(found["data"]))
+    rows = [{"name": f"{STATISTICS[str(statistic)]} of {of}",
+             "people": own["people"].max(),
+             "cells": [_number(own.loc[own["data"] == kind, "value"].max()) for kind in kinds]}
+            for (statistic, of), own in found.groupby(["statistic", "of"], sort=False)]
+    return {"kinds": kinds, "rows": rows} if rows else None
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, Any] | None:
