@@ -77,18 +77,17 @@ def variant(label, table, seed):
     return method, table
 
 
-def once(align):
-    """Each pair is brought together once for all methods and folds."""
+def once(register):
+    """Each pair is registered once for all methods and folds."""
     known = {}
 
-    def aligned(source, target, *, l_max, deformable=True, rigid=None, **more):
-        key = id(source), id(target), l_max, deformable, rigid is None
+    def registered(source, target, *, deformable=True, rigid=None, **more):
+        key = id(source), id(target), deformable, rigid is None
         if key not in known:
-            known[key] = align(source, target, l_max=l_max, deformable=deformable, rigid=rigid,
-                               **more)
+            known[key] = register(source, target, deformable=deformable, rigid=rigid, **more)
         return known[key]
 
-    return aligned
+    return registered
 
 
 def evaluate(arguments):
@@ -111,7 +110,7 @@ def evaluate(arguments):
     study = methods.Study(
         table, (), ("age", "sex"), reference, {r: d.acquisition for r, d in dwis.items()},
         dwis.__getitem__, arguments.max_steps, arguments.random_seed)
-    pairs.align = once(pairs.align)
+    pairs.register = once(pairs.register)
     ages = {p.label: p.age for p in people}
     for (fold, label), path in wanted.items():
         if path.exists():  # by another process, in the meantime

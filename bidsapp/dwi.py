@@ -11,7 +11,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 
 from bidsapp import sh
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.errors import DataError
 
 FIXED_MEMORY = 1.5e9
@@ -162,6 +162,11 @@ class Dwi:
         volume = np.zeros(self.mask.shape + values.shape[1:], values.dtype)
         volume[self.mask] = values
         return volume
+
+    def of(self, shell: Shell) -> Dwi:
+        """The volumes of a shell, and those without weighting."""
+        part = np.sort(np.r_[np.flatnonzero(self.acquisition.b0), shell.indices])
+        return replace(self, signal=self.signal[:, part], acquisition=self.acquisition[part])
 
     @property
     def mean_b0(self) -> np.ndarray:

@@ -25,6 +25,7 @@ from bidsapp.errors import QSphereError, Refusal, UsageError
 from bidsapp.evaluate import agreement, quality
 from bidsapp.methods import Method
 from bidsapp.options import Options
+from bidsapp.preprocess import pairs
 from bidsapp.process import Job, chosen_methods, dwi_of, one_participant, write_page
 from bidsapp.report import boilerplate, distributions, page
 
@@ -140,6 +141,8 @@ def group(options: Options) -> int:
                 batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
             batch.text(PurePosixPath("group.html"), page.group(
                 study, quality.outliers(statistics), between, drawn, fitted, chosen=trained))
+        for kept in states.glob(f"{pairs.KEPT}*"):
+            kept.unlink(missing_ok=True)
     told_unknown(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
     return 1 if found.unknown else 0

@@ -4,7 +4,6 @@ The head of `synthetic_head` at half its resolution; in the other batch every or
 scaled by a factor of its own, so that the right answer is known in every voxel.
 """
 
-from dataclasses import replace
 from functools import cache
 
 import bids_tree
@@ -20,7 +19,7 @@ from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import samples
-from bidsapp.preprocess import pairs
+from bidsapp.preprocess import pairs, tissue
 
 SCALE = {0: 0.92, 2: 0.75, 4: 1.3}
 NOISE = 0.005
@@ -86,8 +85,8 @@ def test_learns_the_factors_of_the_orders(shresnet):
     _, fitted = shresnet
     (checkpoint,) = fitted.checkpoints.values()
     m = checkpoint.card.metrics
-    for tissue in ("gm", "wm"):
-        before, after = m[f"mse_before_{tissue}_b1000"], m[f"mse_after_{tissue}_b1000"]
+    for name in ("gm", "wm"):
+        before, after = m[f"mse_before_{name}_b1000"], m[f"mse_after_{name}_b1000"]
         assert after - NOISE**2 < (before - NOISE**2) / 3, m
 
 
@@ -259,72 +258,37 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
     for name, weights in one.tensors.items():
         torch.testing.assert_close(other.tensors[name], weights, rtol=0, atol=0)
     assert other.card.metrics == one.card.metrics
-    assert sorted(p.name[:29] + p.name[-7:] for p in (tmp_path / "cut").iterdir()) == [
+    assert sorted(p.name[:29] + p.name[-7:] for p in (tmp_path / "cut").glob("*.ckpt")) == [
         f"harmonize_golkov_B-to-A.b1000.{k}.ckpt" for k in (1, 2)]
 
 
-@pytest.mark.slow
-def test_a_fold_knows_nothing_of_those_it_is_tested_on(tmp_path):
-    """Other scans of 03 change every network but that of the fold in which 03 is tested: the
-    distribution that intensities are warped to, the scale of the loss and its weights."""
-    method, states = brief("harmonize_hybrid"), []
-    for folder, scan in (("one", head), ("other", lambda p, site: head(p, site, 4 * NOISE)
-                                         if p == "03" else head(p, site))):
-        fitted = method.fit(study(folds=3, max_steps=3, states=tmp_path / folder,
-                                  load=lambda run, scan=scan: scan(run[:2], run[2])))
-        (table,) = fitted.tables.values()
-        states.append({p.name: torch.load(p, weights_only=True)["model"]
-                       for p in (tmp_path / folder).glob("*.ckpt")})
-    assert list(fitted.tables) == ["desc-hybrid_folds"]
-    assert sorted(table["participant"].unique()) == list(PEOPLE)
-    assert (table.groupby("participant")["fold"].nunique() == 1).all()
-    assert len(table) == 3 * 2 * 3, "people, tissues, measures"
-    own = int(table["fold"][table["participant"] == "03"].iloc[0])
-    one, other = states
-    assert len(one) == 4 and one.keys() == other.keys()
-    for name, weights in one.items():
-        same = all(torch.equal(v, other[name][k]) for k, v in weights.items())
-        assert same == (f".fold{own}." in name), name
-
-
-@pytest.mark.slow
-def test_errors_of_the_cross_validation_are_those_of_their_formulae(tmp_path):
-    """Against numpy, and the tensor fit that the app uses, for the signal as measured."""
-    method, known = brief(), study()
-    found = pairs.find(known.statistics, "A")["B"][:2]
-    recipe = method.settings("training")
-    travellers = samples.Travellers(method.name, known, found, [30], 4, False, tmp_path)
-    trained = method._trained(replace(known, max_steps=1), "x", ["b1000"], recipe, travellers,
-                              ["01", "02"], None)
-    rows = pd.DataFrame(method._tested(trained, travellers, "02", ["b1000"], "cpu"))
-    aligned = pairs.align(head("02", "B"), head("02", "A"), l_max=4, deformable=False)
-    shown = aligned.image[0, 1:-1, 1:-1, 1:-1][aligned.where] @ sh.basis(4, AXES[3:]).T
-    acquisition = Acquisition(BVALS[2:], AXES[2:])
-
-    def maps(signal):
-        full = np.concatenate([np.ones((len(signal), 1)), signal], 1)
-        # S0 = 1 is known: a row of it that outweighs all others
-        x = tensor.design(acquisition.btensors) * np.r_[1e6, np.ones(30)][:, None]
-        log = np.log(full) * np.r_[1e6, np.ones(30)]
-        d = np.linalg.lstsq(x, log.T, rcond=None)[0][[0, 1, 2, 1, 3, 4, 2, 4, 5]]
-        e = np.linalg.eigvalsh(d.T.reshape(-1, 3, 3))
-        md = e.mean(1)
-        fa = np.sqrt(1.5 * np.square(e - md[:, None]).sum(1) / np.square(e).sum(1))
-        return {"signal": signal, "fa": fa, "md": md}
-
-    labels = aligned.labels[aligned.where]
-    before, truth = maps(shown), maps(aligned.target[:, 3:])
-    for (where, measure), own in rows.groupby(["tissue", "measure"]):
-        kept = labels == samples.TISSUES[where]
-        error = np.square(before[measure][kept] - truth[measure][kept]).sum()
-        assert own["nmse_before"].item() == pytest.approx(
-            error / np.square(truth[measure][kept]).sum(), rel=1e-3), (where, measure)
-    own = travellers.samples[0]
-    voxels, hybrid = own.of({0}), brief("harmonize_hybrid")
+def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
+    """What is not changed has the error that errors are measured in."""
+    method, known = brief("harmonize_hybrid"), study()
+    found = pairs.find(known.statistics, "A")["B"][:1]
+    own = samples.Travellers(method, known, found, [30], 4, False, tmp_path).samples[0]
+    voxels = own.of({0})
     recipe = {"validation": 10**6, "loss": {"signal": 0.5, "fa": 2.0, "md": 1.0}}
-    loss, batch = hybrid.loss(own, voxels, recipe, "cpu"), own(voxels, "cpu")
-    # what is not changed has the error that errors are measured in
+    loss, batch = method.loss(own, voxels, recipe, "cpu"), own(voxels, "cpu")
     assert float(loss(batch[0][:, 13], batch).mean()) == pytest.approx(3.5, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
+    """Of whom it did not learn from, before the network, against numpy."""
+    method, known = brief(), study(max_steps=1)
+    found = pairs.find(known.statistics, "A")["B"][:2]
+    travellers = samples.Travellers(method, known, found, [30], 4, False, tmp_path)
+    trained = method._trained(known, "x", ["b1000"], method.settings("training"), travellers,
+                              ["01", "02"], None)
+    (who,) = trained.held
+    metrics = method._measured(trained, travellers, ["b1000"], "cpu")
+    aligned = pairs.align(head(who, "B"), head(who, "A"), l_max=4, deformable=False)
+    shown = aligned.image[0, 1:-1, 1:-1, 1:-1][aligned.where] @ sh.basis(4, AXES[3:]).T
+    labels = aligned.labels[aligned.where]
+    for name, value in tissue.NAMES.items():
+        error = np.square(shown - aligned.target[:, 3:])[labels == value].mean()
+        assert metrics[f"mse_before_{name}_b1000"] == pytest.approx(error, rel=1e-4)
 
 
 def test_epochs_of_the_command_line_win():
@@ -333,14 +297,6 @@ def test_epochs_of_the_command_line_win():
     (model,) = method.fit(study(epochs=1)).checkpoints.values()
     assert model.card.training["steps"] == [[10]]
     assert fit("harmonize_golkov")[1].checkpoints.popitem()[1].card.training["steps"] == [[100]]
-
-
-@pytest.mark.parametrize("people,folds,message", [
-    (PEOPLE, 4, "3 people were scanned in B and in A.* Up to 3 folds"),
-    (PEOPLE[:2], 2, "--folds 2: 2 people"), (PEOPLE, 2, "two or more beside those of a fold")])
-def test_folds_that_leave_nobody_are_refused(people, folds, message):
-    with pytest.raises(UsageError, match=message):
-        brief().fit(study(people, folds=folds))
 
 
 def broken(run):

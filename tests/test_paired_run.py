@@ -14,7 +14,8 @@ import pytest
 from test_run import content, image, qsphere, validate
 
 from bidsapp import cli_phantom
-from bidsapp.methods import paired
+from bidsapp.methods import crossvalidation
+from bidsapp.preprocess import pairs
 
 MODEL = "harmonize_shresnet_siteB-to-siteA"
 TRAIN = ("group", "--train", "harmonize_shresnet", "--reference-batch", "siteA", "--sloppy",
@@ -38,13 +39,15 @@ def harmonized(study):
     """The same after a training, and --harmonize; a first training is interrupted."""
     bids, out = study
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paired.PairedHarmonizer, "_measured", interrupt)
+        patch.setattr(crossvalidation, "_means", interrupt)
         assert qsphere(bids, out, *TRAIN) == 130
     assert not (out / "group/models").exists() and not (out / "group.html").exists()
-    states = sorted(p.name.split(".")[1] for p in out.glob(f"group/log/{MODEL}.*.ckpt"))
-    assert states == ["b1000", "fold1", "fold2", "fold3"]
-    assert qsphere(bids, out, *TRAIN) == 0
-    assert not list(out.glob("group/log/*.ckpt"))
+    assert len(list(out.glob(f"group/log/{MODEL}.b1000.*.ckpt"))) == 4, "of all, and three folds"
+    assert len(list(out.glob(f"group/log/{pairs.KEPT}*.npz"))) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "_register", interrupt)  # is not done again
+        assert qsphere(bids, out, *TRAIN) == 0
+    assert not list(out.glob("group/log/*.ckpt")) + list(out.glob(f"group/log/{pairs.KEPT}*"))
     assert qsphere(bids, out, "participant", "--estimate", "dti", "--harmonize", "shresnet") == 0
     return bids, out
 
@@ -108,8 +111,26 @@ def test_cross_validation_is_told(harmonized):
     assert not (out / "group/desc-harmonizer_model.json").exists()
 
 
+def test_cross_validation_of_a_method_without_training(harmonized, tmp_path):
+    """Intensity warping, measured on the same people before, to what is left of digits."""
+    bids, out = harmonized
+    shutil.copytree(out, own := tmp_path / "out")
+    assert qsphere(bids, own, "group", "--train", "harmonize_mica", "--reference-batch", "siteA",
+                   "--sloppy", "--folds", "3") == 0
+    keys = ["participant", "shell", "tissue", "measure"]
+    mica, network = (pd.read_csv(own / f"group/desc-{name}_folds.tsv", sep="\t").set_index(keys)
+                     for name in ("mica", "shresnet"))
+    pd.testing.assert_frame_equal(mica[["fold", "nmse_before"]], network[["fold", "nmse_before"]])
+    assert (mica["nmse_after"] != mica["nmse_before"]).all()
+    assert "nmse_after_md_gm_b1000" in json.loads(
+        (own / "group/models/harmonize_mica_tositeA/model.json").read_text())["metrics"]
+    assert "<h4>Cross-validation</h4>" in (own / "group.html").read_text()
+    assert validate(own) == []
+
+
 @pytest.mark.parametrize("argv,message", [
-    (("--train", "harmonize_mica", "--folds", "3"), "harmonize_mica has no use for it"),
+    (("--train", "harmonize_combat", "--folds", "3"), "harmonize_combat has no use for it"),
+    (("--train", "harmonize_rish", "--folds", "3"), "without sub-0"),
     (("--folds", "3"), "Give a METHOD with --train"), (("--folds", "1"), "at least 2")])
 def test_folds_of_what_has_none(study, capsys, argv, message):
     assert qsphere(*study, "group", *argv, "--reference-batch", "siteA") == 2

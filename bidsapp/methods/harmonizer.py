@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,8 +19,11 @@ import pandas as pd
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.checkpoint import Card
 from bidsapp.dwi import Dwi
-from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Method, Study
+from bidsapp.errors import DataError, Refusal, UsageError
+from bidsapp.methods import Fitted, Method, Study, crossvalidation
+from bidsapp.preprocess import pairs, tissue
+
+log = logging.getLogger("qsphere")
 
 MIN_PARTICIPANTS = 2
 """Of every batch: with one, a site is a person."""
@@ -50,7 +56,13 @@ OVERRIDE = "--allow-extrapolation goes on all the same, and notes it in every si
 
 
 class Harmonizer(Method):
-    """A method that `group --train … --reference-batch` trains and `--harmonize` applies."""
+    """A method that `group --train … --reference-batch` trains and `--harmonize` applies.
+
+    least: participants whom every batch must have.
+    """
+
+    cross_validates = True
+    least: ClassVar[int] = MIN_PARTICIPANTS
 
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal where there is no b0 to divide by, or nothing weighted."""
@@ -58,6 +70,74 @@ class Harmonizer(Method):
             raise Refusal(f"{self.name} found {int(acquisition.b0.sum())} volumes without "
                           f"weighting and {shown(acquisition.shells)}. Needed are a b0 and a "
                           "shell. Leave the run out, or acquire them.")
+
+    def ready(self, study: Study) -> list[str]:
+        """Sentences on what makes a training doubtful.
+
+        Raises:
+            UsageError: the study cannot carry one (`members`), as far as its tables tell.
+        """
+        members(self, study)
+        return []
+
+    @abstractmethod
+    def learn(self, study: Study) -> Fitted:
+        """Models of a study that is ready.
+
+        Raises:
+            UsageError: a scan cannot be used.
+        """
+
+    def fit(self, study: Study) -> Fitted:
+        """`learn`, and the cross-validation where the study asks for one.
+
+        Raises:
+            UsageError: as of `ready` and `learn`; or too few people for the folds.
+        """
+        for sentence in self.ready(study):
+            log.warning("%s: %s", self.name, sentence)
+        if study.states:
+            study.states.mkdir(parents=True, exist_ok=True)
+        return crossvalidation.fit(self, study, short) if study.folds else self.learn(study)
+
+    def load(self, study: Study, run: str) -> Dwi:
+        """A scan to learn from.
+
+        Raises:
+            UsageError: more than INVALID of its values were not finite, or any still is.
+        """
+        assert study.load is not None
+        dwi = study.load(run)
+        bad = dwi.invalid + int((~np.isfinite(dwi.signal)).sum())
+        if bad > INVALID * dwi.signal.size or not np.isfinite(dwi.signal).all():
+            raise UsageError(
+                f"--train {self.name}: {bad} values of {run} are NaN or infinite "
+                f"({bad / dwi.signal.size:.1%}; up to {INVALID:.0%} is accepted, read as 0). "
+                "Convert or preprocess the scan again, or leave it out with --participant-label.")
+        return dwi
+
+    def register(self, study: Study, pair: pairs.Pair, deformable: bool, folder: Path | None
+                 ) -> tuple[Dwi, Dwi, pairs.Move]:
+        """Source, target, and where this lies in that; kept in the folder, if any.
+
+        Raises:
+            UsageError: a scan cannot be used, they show not the same, or hardly any tissue.
+        """
+        source, both = self.load(study, pair.source), pair.kind == pairs.BOTH
+        target = source if pair.target == pair.source else self.load(study, pair.target)
+        try:
+            move = pairs.register(source, target, deformable=deformable and both,
+                                  device=study.device, work_dir=folder,
+                                  rigid=None if both else np.eye(4))
+        except DataError as error:
+            raise UsageError(f"--train {self.name}: {pair.source} and {pair.target}: {error} Or "
+                             "leave one out with --participant-label.") from error
+        if min((move.labels == k).sum() for k in tissue.NAMES.values()) < tissue.MIN_VOXELS:
+            raise UsageError(
+                f"--train {self.name}: {pair.target} shows {int((move.labels > 0).sum())} voxels "
+                f"of grey and white matter, fewer than {tissue.MIN_VOXELS} of one of them. Check "
+                "the brain mask, or leave the participant out with --participant-label.")
+        return source, target, move
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -76,14 +156,12 @@ def known_reference(reference: str | None, counts: Mapping[str, int]) -> None:
                          + nearest(reference, counts))
 
 
-def members(method: Method, study: Study, least: int = MIN_PARTICIPANTS
-            ) -> dict[str, pd.DataFrame]:
+def members(method: Harmonizer, study: Study) -> dict[str, pd.DataFrame]:
     """The runs of each batch (rows of the statistics), the reference first, in order of names.
 
     Raises:
-        UsageError: no reference batch is given, or no batch has its name; fewer than two batches;
-            fewer than `least` participants in one; runs differ in their shells, or the method
-            refuses one.
+        UsageError: no reference batch is given, or no batch has its name; fewer than two batches,
+            or people in one; runs differ in their shells, or the method refuses one.
     """
     batches = {str(b): rows for b, rows in study.statistics.groupby("batch", sort=True)}
     counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
@@ -97,8 +175,8 @@ def members(method: Method, study: Study, least: int = MIN_PARTICIPANTS
         raise UsageError(f"--train {method.name} needs at least two batches; found one ({found}). "
                          "Process participants of another site into the same OUTPUT_DIR, or tell "
                          "the sites apart with --batch-file or --batch-column.")
-    if small := [b for b, n in counts.items() if n < least]:
-        raise UsageError(f"--train {method.name} needs at least {least} participants in "
+    if small := [b for b, n in counts.items() if n < method.least]:
+        raise UsageError(f"--train {method.name} needs at least {method.least} participants in "
                          f"every batch; found {found}. Add participants to {', '.join(small)}, or "
                          "leave it out with --participant-label.")
     ordered = {b: batches[b] for b in (reference, *(b for b in batches if b != reference))}
@@ -119,21 +197,6 @@ def members(method: Method, study: Study, least: int = MIN_PARTICIPANTS
                 raise UsageError(f"--train {method.name}: {run} cannot be used. {refusal}") \
                     from refusal
     return ordered
-
-
-def usable(name: str, dwi: Dwi, run: str) -> Dwi:
-    """The scan to learn from.
-
-    Raises:
-        UsageError: more than INVALID of its values were not finite, or any still is.
-    """
-    bad = dwi.invalid + int((~np.isfinite(dwi.signal)).sum())
-    if bad > INVALID * dwi.signal.size or not np.isfinite(dwi.signal).all():
-        raise UsageError(
-            f"--train {name}: {bad} values of {run} are NaN or infinite "
-            f"({bad / dwi.signal.size:.1%}; up to {INVALID:.0%} is accepted, read as 0). "
-            "Convert or preprocess the scan again, or leave it out with --participant-label.")
-    return dwi
 
 
 def unlike(method: Method, study: Study, batches: Mapping[str, pd.DataFrame]) -> list[str]:

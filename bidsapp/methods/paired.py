@@ -8,7 +8,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,20 +26,14 @@ from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.methods import Fitted, Harmonized, Study
 from bidsapp.methods import harmonizer as shared
 from bidsapp.methods.samples import (
-    MEASURES,
-    TISSUES,
     Samples,
     Trained,
     Travellers,
-    all_errors,
     errors,
-    folds,
-    means,
     over_volume,
-    squares,
 )
 from bidsapp.networks.shresnet import CENTRE, NETWORKS
-from bidsapp.preprocess import intensity, pairs
+from bidsapp.preprocess import intensity, pairs, tissue
 
 log = logging.getLogger("qsphere")
 
@@ -70,7 +64,7 @@ class PairedHarmonizer(shared.Harmonizer):
     learns_from: whom, for the card.
     """
 
-    cross_validates = counts_epochs = True
+    counts_epochs = True
     fewest: ClassVar[int] = 2
     learns_from: ClassVar[str] = "people in both batches"
     network: ClassVar[str]
@@ -92,82 +86,66 @@ class PairedHarmonizer(shared.Harmonizer):
     def build(self, arguments: Mapping[str, Any]) -> nn.Module:
         return NETWORKS[self.network](**arguments)
 
-    def fit(self, study: Study) -> Fitted:
+    def ready(self, study: Study) -> list[str]:
+        """As of `Harmonizer.ready`; or a batch has too few participants that the reference has,
+        too."""
+        reference, *targets = shared.members(self, study)
+        for batch in targets:
+            people = sorted({p.participant for p in self.scans(study, batch, reference)
+                             if p.kind == pairs.BOTH})
+            if len(people) < self.fewest:
+                who = f"sub-{people[0]} alone was" if people else "nobody was"
+                raise UsageError(
+                    f"--train {self.name} learns from people scanned in both batches, and {who} "
+                    f"scanned in {batch} and in {reference}. Needed are two or more: one to learn "
+                    "from, one to validate. Give scans of one person the same participant label, "
+                    "or train a method that needs no pairs (harmonize_mica).")
+        return []
+
+    def learn(self, study: Study) -> Fitted:
         """A checkpoint for every batch but the reference; one of `models` that was trained on the
         same scans in the same way is kept, so that a new batch costs its own training alone.
 
         Raises:
-            UsageError: as of `harmonizer.members`; a batch has fewer than two participants that
-                the reference has, too; a scan cannot be used, or a pair not be aligned.
+            UsageError: a scan cannot be used, or a pair not be aligned.
         """
         batches = shared.members(self, study)
         reference, *targets = batches
-        found = {b: self.scans(study, b, reference) for b in targets}
+        checkpoints = {}
         for batch in targets:
-            self._enough(batch, reference, found[batch], study.folds)
-        checkpoints, tables = {}, []
-        for batch in targets:
+            found = self.scans(study, batch, reference)
             name = (f"{shared.model_name(self, batch)}-to-"
                     + shared.model_name(self, reference).removeprefix(f"{self.name}_"))
             rows = {b: batches[b][batches[b]["run"].isin(
-                [r for p in found[batch] for r in (p.source, p.target)])]
-                for b in (reference, batch)}
-            checkpoints[name], tested = self._one(study, name, found[batch], {
+                [r for p in found for r in (p.source, p.target)])] for b in (reference, batch)}
+            checkpoints[name] = self._one(study, name, found, {
                 "trained_for": shared.trained_for(study, rows), "reference_batch": reference,
                 "batches": (batch,), "hashed": shared.hashed(rows),
-                "of": self._of(study, found[batch], pd.concat(rows.values()))})
-            tables += [{"batch": batch, **row} for row in tested]
+                "of": self._of(study, found, pd.concat(rows.values()))})
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
                  "Metrics": {n: {k: v for k, v in c.card.metrics.items() if k.startswith("mse")}
                              for n, c in checkpoints.items()}}
-        return Fitted({f"desc-{self.network}_folds": pd.DataFrame(tables)} if tables else {},
-                      model, checkpoints)
+        return Fitted({}, model, checkpoints)
 
     def scans(self, study: Study, batch: str, reference: str) -> list[pairs.Pair]:
         """What is learned from."""
         return pairs.find(study.statistics, reference, study.paired_by == "session")[batch]
 
-    def _enough(self, batch: str, reference: str, found: Sequence[pairs.Pair], folds: int | None
-                ) -> None:
-        people = _people(found)
-        if len(people) < self.fewest:
-            who = f"sub-{people[0]} alone was" if people else "nobody was"
-            raise UsageError(
-                f"--train {self.name} learns from people scanned in both batches, and {who} "
-                f"scanned in {batch} and in {reference}. Needed are two or more: one to learn "
-                "from, one to validate. Give scans of one person the same participant label, or "
-                "train a method that needs no pairs (harmonize_mica).")
-        if folds and (folds > len(people) or len(people) - math.ceil(len(people) / folds) < 2):
-            raise UsageError(
-                f"--folds {folds}: {len(people)} people were scanned in {batch} and in {reference}."
-                " Needed are as many as folds, and two or more beside those of a fold: one to "
-                "learn from, one to validate."
-                + (f" Up to {len(people)} folds will do." if len(people) > 2 else ""))
-
     def _one(self, study: Study, name: str, found: Sequence[pairs.Pair], known: Mapping[str, Any]
-             ) -> tuple[Checkpoint, list[dict[str, Any]]]:
-        """The model of a batch, and a row for each participant, shell, tissue and measure of the
-        cross-validation."""
-        if not study.folds and (kept := self._kept(name, known["of"])):
+             ) -> Checkpoint:
+        """The model of a batch."""
+        if kept := self._kept(name, known["of"]):
             log.info("%s: was trained on these scans before, and is kept", name)
-            return kept, []
+            return kept
         recipe, start = self.settings("training"), self._start(study)
-        people, both = sorted({p.participant for p in found}), _people(found)
+        people = sorted({p.participant for p in found})
         began = time.monotonic()
-        if study.states:
-            study.states.mkdir(parents=True, exist_ok=True)
-        shells, rows = known["trained_for"]["shells"], []
+        shells = known["trained_for"]["shells"]
         names = [shared.short(shell) for shell in shells]
         with tempfile.TemporaryDirectory(dir=study.states) as folder:
-            travellers = Travellers(self.name, study, list(found), [s["directions"][1]
-                                    for s in shells], recipe["l_max"], recipe["deformable"],
-                                    Path(folder), self.adds)
-            for fold, tested in enumerate(folds(both, study), 1):
-                trained = self._trained(study, f"{name}.fold{fold}", names, recipe, travellers,
-                                        [p for p in people if p not in tested], start)
-                rows += [{"fold": fold, **row} for person in tested
-                         for row in self._tested(trained, travellers, person, names, study.device)]
+            travellers = Travellers(self, study, list(found), [s["directions"][1] for s in shells],
+                                    recipe["l_max"], recipe["deformable"], Path(folder), self.adds)
             trained = self._trained(study, name, names, recipe, travellers, people, start)
             metrics = self._measured(trained, travellers, names, study.device)
         return Checkpoint(trained.tensors, Card(
@@ -184,9 +162,8 @@ class PairedHarmonizer(shared.Harmonizer):
                       "start": start.card.sha256 if start else "identity or chance"},
             intended_use=self.intended_use, seed=study.seed,
             versions={"qsphere": __version__, "torch": torch.__version__},
-            constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"]},
-            metrics=metrics | means(rows),
-            reference_batch=known["reference_batch"], batches=known["batches"])), rows
+            constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"]}, metrics=metrics,
+            reference_batch=known["reference_batch"], batches=known["batches"]))
 
     def _of(self, study: Study, found: Sequence[pairs.Pair], rows: pd.DataFrame) -> str:
         """What tells one training from another: pairs, what is known of their scans, recipe."""
@@ -294,45 +271,23 @@ class PairedHarmonizer(shared.Harmonizer):
         network.load_state_dict(kept)
         return network, histories
 
-    def _tested(self, trained: Trained, travellers: Travellers, person: str, shells: Sequence[str],
-                device: str) -> Iterator[dict[str, Any]]:
-        """NMSE = Σ (y − ŷ)² / Σ y² over a person's voxels, before and after."""
-        for k, shell in enumerate(shells):
-            before, after, truth, label = self._errors(
-                trained, travellers, travellers.of({person}), k, device)
-            for name, value in TISSUES.items():
-                where = label == value
-                for measure, old, new, size in zip(MEASURES, before, after, truth, strict=True):
-                    scale = float(size[where].sum())
-                    yield {"participant": person, "shell": shell, "tissue": name,
-                           "measure": measure, "nmse_before": float(old[where].sum()) / scale,
-                           "nmse_after": float(new[where].sum()) / scale}
-
     def _measured(self, trained: Trained, travellers: Travellers, shells: Sequence[str], device: str
                   ) -> dict[str, float]:
         """Mean square error of S/S0 of those who validated, by tissue, before and after."""
         found: dict[str, float] = {}
         for k, shell in enumerate(shells if trained.held else ()):
-            *parts, _, label = self._errors(trained, travellers,
-                                            travellers.of(set(trained.held)), k, device)
-            for when, values in zip(("before", "after"), parts, strict=True):
-                for name, value in TISSUES.items():
-                    found[f"mse_{when}_{name}_{shell}"] = float(values[0][label == value].mean())
+            raw, own = travellers.samples[k], trained.samples[k]
+            voxels, parts = raw.of(travellers.of(set(trained.held))), []
+            with torch.no_grad():
+                for b, c in zip(raw.blocks(voxels, device), own.blocks(voxels, device),
+                                strict=True):
+                    made = self._projected(trained.networks[k](c[0]), c[0][:, CENTRE])
+                    parts.append(torch.stack([errors(b[0][:, CENTRE], b), errors(made, b)]).cpu())
+            for when, values in zip(("before", "after"), torch.cat(parts, 1), strict=True):
+                for name, value in tissue.NAMES.items():
+                    found[f"mse_{when}_{name}_{shell}"] = float(
+                        values[raw.tissue[voxels] == value].mean())
         return found
-
-    def _errors(self, trained: Trained, travellers: Travellers, chosen: set[int], k: int,
-                device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(measure, voxel) square errors before, and after as applied; squares of the target;
-        (voxel,) labels. Of some pairs, in shell k."""
-        raw, own = travellers.samples[k], trained.samples[k]
-        voxels, parts = raw.of(chosen), []
-        with torch.no_grad():
-            for b, c in zip(raw.blocks(voxels, device), own.blocks(voxels, device), strict=True):
-                found = self._projected(trained.networks[k](c[0]), c[0][:, CENTRE])
-                parts.append([v.cpu() for v in (
-                    all_errors(b[0][:, CENTRE], b), all_errors(found, b), squares(b))])
-        before, after, truth = (torch.cat(own, 1) for own in zip(*parts, strict=True))
-        return before, after, truth, raw.tissue[voxels]
 
     def _projected(self, found: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         return sh.with_rish(own, sh.rish(found)) if self.projects else found
@@ -386,11 +341,6 @@ def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.
     """`size` of the voxels, at random."""
     return voxels[torch.randint(len(voxels), (size,), generator=generator,
                                 device=generator.device).cpu()]
-
-
-def _people(found: Sequence[pairs.Pair]) -> list[str]:
-    """Who was in both batches."""
-    return sorted({p.participant for p in found if p.kind == pairs.BOTH})
 
 
 def _part(model: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Voxels that a network of patches learns from, is measured on and is applied to."""
+"""Voxels that a network of patches learns from and is applied to."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
 from bidsapp import sh, tensor, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.blocks import map_voxels
-from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
-from bidsapp.methods import Study, harmonizer
+from bidsapp.methods import Study
+from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.networks.shresnet import SHResNet, neighbours, patches
-from bidsapp.preprocess import intensity, pairs, tissue
+from bidsapp.preprocess import intensity, pairs
 
 BLOCK = 1024
 """Voxels that pass a network at a time: what they become stays in the cache."""
 
-TISSUES = {"wm": tissue.WHITE, "gm": tissue.GREY}
 MEASURES = ("signal", "fa", "md")
 
 
@@ -135,33 +132,29 @@ def all_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
     return torch.cat([errors(found, batch)[None], tensor_errors(found, batch)])
 
 
-def squares(batch: training.Batch) -> torch.Tensor:
-    """(measure, voxel) squares of the target, by which errors are normalised."""
-    _, _, target, weight, fit = batch
-    maps = tensor.of_attenuation(target, fit)
-    return torch.stack([target.square().sum(1) * weight, *(m.square() for m in maps)])
-
-
 class Travellers:
     """Pairs of scans (`pairs.Pair`), each brought together once.
 
     pairs: their order is that of `Samples.pair`. samples: one for each shell.
     """
 
-    def __init__(self, name: str, study: Study, found: list[pairs.Pair], directions: list[int],
-                 l_max: int, deformable: bool, folder: Path, series: bool = False) -> None:
-        self.name, self.study, self.pairs, self.folder = name, study, found, folder
+    def __init__(self, method: Harmonizer, study: Study, found: list[pairs.Pair],
+                 directions: list[int], l_max: int, deformable: bool, folder: Path,
+                 series: bool = False) -> None:
+        self.method, self.study, self.pairs, self.folder = method, study, found, folder
         self.l_max = l_max
         self.samples: list[Samples] = []
         for k, most in enumerate(directions):
             (own := folder / str(k)).mkdir()
             self.samples.append(Samples(own, most, l_max, series))
         for i, pair in enumerate(found):
-            aligned = self._aligned(pair, deformable)
+            source, target, move = method.register(study, pair, deformable,
+                                                   study.states or folder)
+            move.save(folder / f"{i}.npz")
+            aligned = pairs.Aligned(**vars(move), image=pairs.carried(source, l_max, move),
+                                    target=pairs.ratios(target, move))
             for k, samples in enumerate(self.samples):
-                samples.add(aligned, k, study.acquisitions[pair.target])
-            np.savez(folder / f"{i}.npz", index=aligned.index, turn=aligned.turn,
-                     where=aligned.where)
+                samples.add(aligned, k, target.acquisition)
         for samples in self.samples:
             samples.close()
 
@@ -187,46 +180,20 @@ class Travellers:
         for file in files:
             file.unlink(missing_ok=True)
         for i, pair in enumerate(self.pairs):
-            dwi = self.load(pair.source)
+            dwi = self.method.load(self.study, pair.source)
             new = replace(dwi, signal=intensity.warped(dwi, quantiles[1], quantiles[0])[0])
-            move = np.load(self.folder / f"{i}.npz")
-            moved = pairs.carried(new, self.l_max, move["index"], move["turn"], move["where"])
+            move = pairs.Move.load(self.folder / f"{i}.npz")
+            assert move
+            moved = pairs.carried(new, self.l_max, move)
             for file, image in zip(files, moved, strict=True):
                 _append(file, image)
         return [s.seen_as(file) for s, file in zip(self.samples, files, strict=True)]
 
-    def load(self, run: str) -> Dwi:
-        """A scan that can be learned from.
-
-        Raises:
-            UsageError: too much of it is NaN or infinite.
-        """
-        assert self.study.load is not None
-        return harmonizer.usable(self.name, self.study.load(run), run)
-
     def _quantiles(self, run: str) -> np.ndarray:
         try:
-            return intensity.quantiles(self.load(run))
+            return intensity.quantiles(self.method.load(self.study, run))
         except DataError as error:
-            raise UsageError(f"--train {self.name}: {run} {error}") from error
-
-    def _aligned(self, pair: pairs.Pair, deformable: bool) -> pairs.Aligned:
-        source = self.load(pair.source)
-        target = source if pair.target == pair.source else self.load(pair.target)
-        try:
-            found = pairs.align(source, target, l_max=self.l_max, device=self.study.device,
-                                deformable=deformable and pair.kind == pairs.BOTH,
-                                work_dir=self.folder,
-                                rigid=None if pair.kind == pairs.BOTH else np.eye(4))
-        except DataError as error:
-            raise UsageError(f"--train {self.name}: {pair.source} and {pair.target}: {error} Or "
-                             "leave one out with --participant-label.") from error
-        if min((found.labels == k).sum() for k in TISSUES.values()) < tissue.MIN_VOXELS:
-            raise UsageError(
-                f"--train {self.name}: {pair.target} shows {int((found.labels > 0).sum())} voxels "
-                f"of grey and white matter, fewer than {tissue.MIN_VOXELS} of one of them. Check "
-                "the brain mask, or leave the participant out with --participant-label.")
-        return found
+            raise UsageError(f"--train {self.method.name}: {run} {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,20 +221,3 @@ def over_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, device:
         function = network.folded() if isinstance(network, SHResNet) else network
         return map_voxels(lambda centres: {"c": function(patches(flat, centres[:, 0], steps))},
                           np.flatnonzero(np.pad(mask, 1))[:, None], device, block)["c"]
-
-
-def folds(people: Sequence[str], study: Study) -> list[list[str]]:
-    """The people of each fold; none without --folds."""
-    mixed = np.random.default_rng([study.seed, 1]).permutation(people)
-    return [sorted(part.tolist()) for part in np.array_split(mixed, study.folds)
-            ] if study.folds else []
-
-
-def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of the cross-validation, for a card: mean over participants."""
-    if not rows:
-        return {}
-    found = pd.DataFrame(rows).groupby(["measure", "tissue", "shell"], as_index=False)[
-        ["nmse_before", "nmse_after"]].mean()
-    return {f"{when}_{row['measure']}_{row['tissue']}_{row['shell']}": row[when]
-            for row in found.to_dict("records") for when in ("nmse_before", "nmse_after")}

@@ -14,7 +14,9 @@ doi:10.1109/42.963816); what the source has along n stands in the target along R
 
 from __future__ import annotations
 
+import hashlib
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -27,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from nibabel import orientations
 
-from bidsapp import sh, tensor
+from bidsapp import __version__, sh, tensor
 from bidsapp.blocks import map_voxels, one_thread
 from bidsapp.dwi import Dwi, open_image
 from bidsapp.errors import DataError
@@ -51,6 +53,8 @@ FLIP = np.array([-1.0, -1.0, 1.0])
 OVERLAP = 0.5
 """Share of the smaller brain that both must show."""
 
+KEPT = "registration-"
+"""How files begin in which registrations are kept."""
 
 KINDS = BOTH, SOURCE, REFERENCE = range(3)
 """Kinds of `Pair`: of one participant in both batches; a scan of either alone, paired with itself,
@@ -68,23 +72,47 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
-class Aligned:
-    """A pair on the target's grid, its axes as of `canonical`.
+class Move:
+    """Where the voxels of a target, its axes as of `canonical`, lie in a source.
 
-    image: (shell, x + 2, y + 2, z + 2, coefficient) float32, the source's coefficients of S/S0,
-        with a margin of one voxel; outside `where` those of the nearest voxel inside.
     where: (x, y, z) bool, voxels of both masks; labels: (x, y, z) int8 of the target's tissue
         (`tissue.labels`), 0 outside `where`.
     index, turn: of the voxels of `where`, (3, voxel) float32 place in the source's grid, and
-        (voxel, 3, 3) float32 Rᵀ: what `carried` needs.
-    target: (voxel of `where`, measurement) float32, the target's S/S0, in its own b-table.
+        (voxel, 3, 3) float32 Rᵀ.
     """
 
-    image: np.ndarray
     where: np.ndarray
     labels: np.ndarray
     index: np.ndarray
     turn: np.ndarray
+
+    @classmethod
+    def load(cls, path: Path) -> Move | None:
+        """As `save` left it; None where there is none that can be read."""
+        try:
+            with np.load(path) as found:
+                return cls(**found)
+        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
+            return None
+
+    def save(self, path: Path) -> None:
+        """The whole file, or none."""
+        part = path.with_suffix(f".{os.getpid()}.part")
+        with part.open("wb") as file:
+            np.savez(file, **vars(self))
+        part.replace(path)
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned(Move):
+    """A pair on the target's grid.
+
+    image: (shell, x + 2, y + 2, z + 2, coefficient) float32, the source's coefficients of S/S0,
+        with a margin of one voxel; outside `where` those of the nearest voxel inside.
+    target: (voxel of `where`, measurement) float32, the target's S/S0, in its own b-table.
+    """
+
+    image: np.ndarray
     target: np.ndarray
 
 
@@ -157,18 +185,47 @@ def alone(statistics: pd.DataFrame, batch: str, reference: str) -> list[Pair]:
     return found
 
 
-def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, device: str = "cpu",
-          work_dir: Path | None = None, rigid: np.ndarray | None = None) -> Aligned:
-    """The source's coefficients, turned, on the target's grid. Reproducible to the byte on a CPU.
+def align(source: Dwi, target: Dwi, *, l_max: int, **how: Any) -> Aligned:
+    """The source's coefficients, turned, on the target's grid. how, errors: of `register`."""
+    move = register(source, target, **how)
+    return Aligned(**vars(move), image=carried(source, l_max, move), target=ratios(target, move))
 
+
+def register(source: Dwi, target: Dwi, *, deformable: bool = True, device: str = "cpu",
+             work_dir: Path | None = None, rigid: np.ndarray | None = None) -> Move:
+    """Where the target lies in the source. Reproducible to the byte on a CPU.
+
+    work_dir: folder in which it is kept, and found when the same scans are registered again.
     rigid: (4, 4) world move from target to source, where it is known.
-
-    Coefficients are interpolated by cubic splines, which smooth little: a network that learned
-    from smoothed input would be applied to input that is not.
 
     Raises:
         DataError: hardly any voxel is in both masks.
     """
+    if work_dir is None:
+        return _register(source, target, deformable, device, None, rigid)
+    known = None if rigid is None else rigid.tolist()
+    kept = work_dir / f"{KEPT}{_digest(source, target, deformable, device, known)}.npz"
+    move = Move.load(kept)
+    if move is None:
+        move = _register(source, target, deformable, device, work_dir, rigid)
+        move.save(kept)
+    return move
+
+
+def _digest(source: Dwi, target: Dwi, *how: Any) -> str:
+    """Of all that determines a registration."""
+    digest = hashlib.blake2b(repr((how, __version__)).encode(), digest_size=16)
+    for dwi in (source, target):
+        for own in (dwi.signal, dwi.mask, dwi.affine, dwi.acquisition.bvals,
+                    dwi.acquisition.btensors, dwi.tissue):
+            digest.update(repr(None if own is None else (own.shape, own.dtype)).encode())
+            if own is not None:  # signals stand by voxel or by volume, and may be large
+                digest.update(np.ascontiguousarray(own if own.flags.c_contiguous else own.T).data)
+    return digest.hexdigest()
+
+
+def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir: Path | None,
+              rigid: np.ndarray | None) -> Move:
     from scipy.ndimage import map_coordinates
 
     mask, affine, rows = canonical(target.mask, target.affine)
@@ -197,27 +254,34 @@ def align(source: Dwi, target: Dwi, *, l_max: int, deformable: bool = True, devi
         raise DataError(f"the scans of this participant share {int(where.sum())} voxels, less than "
                         f"{OVERLAP:.0%} of the smaller brain mask. Check that both show the same "
                         "part of the same head, and their masks.")
-    index, turn = index[:, where].astype(np.float32), turn[where].astype(np.float32)
     labels = target.unmask(tissue.labels(target, maps["md"], maps["fa"],
                                          (target.mean_b0 > 0) & ~maps["failed"]))
-    rows = where[target.mask]
-    return Aligned(carried(source, l_max, index, turn, where), where, labels * where, index, turn,
-                   (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32))
+    return Move(where, labels * where, index[:, where].astype(np.float32),
+                turn[where].astype(np.float32))
 
 
-def carried(source: Dwi, l_max: int, index: Float[np.ndarray, "3 voxel"],
-            turn: Float[np.ndarray, "voxel 3 3"], where: np.ndarray
-            ) -> Float[np.ndarray, "shell x y z coef"]:
-    """The source's coefficients of S/S0 on the target's grid: `image` of `Aligned`."""
+def ratios(target: Dwi, move: Move) -> Float[np.ndarray, "voxel measurement"]:
+    """The target's own S/S0 at the voxels of `where`."""
+    mask, _, rows = canonical(target.mask, target.affine)
+    rows = rows[move.where[mask]]
+    return (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32)
+
+
+def carried(source: Dwi, l_max: int, move: Move) -> Float[np.ndarray, "shell x y z coef"]:
+    """The source's coefficients of S/S0 on the target's grid: `image` of `Aligned`.
+
+    By cubic splines, which smooth little: a network that learned from smoothed input would be
+    applied to input that is not.
+    """
     from scipy.ndimage import map_coordinates
 
     image = []
     values, usable = coefficients(source, l_max)
     for own in values:
         grid = filled(own[usable], source.mask, usable)
-        moved = [map_coordinates(component, index, order=3, mode="nearest")
+        moved = [map_coordinates(component, move.index, order=3, mode="nearest")
                  for component in np.moveaxis(grid, -1, 0)]
-        image.append(filled(_turned(np.stack(moved, -1), turn), where, margin=1))
+        image.append(filled(_turned(np.stack(moved, -1), move.turn), move.where, margin=1))
     return np.stack(image)
 
 

@@ -45,6 +45,9 @@ SURE, PURE = 0.8, 0.95
 GREY, WHITE = 1, 2
 """Labels."""
 
+NAMES = {"wm": WHITE, "gm": GREY}
+"""Of labels, in tables and metrics."""
+
 MIN_VOXELS = 10
 """Fewer voxels of a kind do not describe a tissue."""
 

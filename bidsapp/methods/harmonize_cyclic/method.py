@@ -3,7 +3,6 @@ both batches help, and are not needed."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,15 +10,13 @@ import torch
 from torch import nn
 
 from bidsapp import sh, training
-from bidsapp.methods import Fitted, Study
+from bidsapp.methods import Study
 from bidsapp.methods import harmonizer as shared
 from bidsapp.methods.paired import Learner, PairedHarmonizer, drawn
 from bidsapp.methods.samples import BLOCK, Samples, errors
 from bidsapp.networks.cyclic import Cycle, Generator
 from bidsapp.networks.shresnet import CENTRE
 from bidsapp.preprocess import pairs
-
-log = logging.getLogger("qsphere")
 
 
 class CyclicHarmonizer(PairedHarmonizer):
@@ -35,15 +32,10 @@ class CyclicHarmonizer(PairedHarmonizer):
         "difference between the batches for one of scanners: they must be alike in age, sex and "
         "disease. Not for diagnosis.")
 
-    def fit(self, study: Study) -> Fitted:
-        """As of `PairedHarmonizer`, without need of pairs.
-
-        Raises:
-            UsageError: as there; or as of `harmonizer.unlike`.
-        """
-        for sentence in shared.unlike(self, study, shared.members(self, study)):
-            log.warning("%s: %s", self.name, sentence)
-        return super().fit(study)
+    def ready(self, study: Study) -> list[str]:
+        """As of `PairedHarmonizer`, without need of pairs; and of `harmonizer.unlike`."""
+        return [*super().ready(study),
+                *shared.unlike(self, study, shared.members(self, study))]
 
     def build(self, arguments: Mapping[str, Any]) -> nn.Module:
         return Generator(hidden=arguments["hidden"], l_max=arguments["l_max"])

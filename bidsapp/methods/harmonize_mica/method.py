@@ -32,11 +32,11 @@ log = logging.getLogger("qsphere")
 class Mica(shared.Harmonizer):
     """Quantiles of S/S0 in the mask, by shell, and the warp from a scan's to the reference's."""
 
-    def fit(self, study: Study) -> Fitted:
+    def learn(self, study: Study) -> Fitted:
         """The mean quantiles of the reference batch; one checkpoint serves all other batches.
 
         Raises:
-            UsageError: as of `harmonizer.members`; or a scan has hardly any signal above 0.
+            UsageError: a scan has hardly any signal above 0.
         """
         batches = shared.members(self, study)
         known = shared.trained_for(study, batches)

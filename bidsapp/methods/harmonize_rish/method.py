@@ -31,9 +31,8 @@ from bidsapp.preprocess import pairs, template
 
 log = logging.getLogger("qsphere")
 
-MIN_PARTICIPANTS, WANTED = 3, 16
-"""Of every batch, at least; and how many the means needed to be stable (Cetin Karayumak et al.
-2019)."""
+WANTED = 16
+"""Participants of every batch that the means needed to be stable (Cetin Karayumak et al. 2019)."""
 
 L_MAX = 6
 DETERMINED = 0.75
@@ -62,6 +61,8 @@ ALIKE = 0.5
 class Rish(shared.Harmonizer):
     """Scale maps per shell and degree in a template, carried to each scan."""
 
+    least = 3
+
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal where there is no b0, or a shell has fewer than 8 directions."""
         super().check(acquisition)
@@ -72,23 +73,27 @@ class Rish(shared.Harmonizer):
                           "or more directions on every shell. Leave the shell out with "
                           "--bids-filter-file, or harmonize with harmonize_mica.")
 
-    def fit(self, study: Study) -> Fitted:
+    def ready(self, study: Study) -> list[str]:
+        """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
+        batches = shared.members(self, study)
+        counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
+        few = [f"{b} has {n} participants" for b, n in counts.items() if n < WANTED]
+        told = [f"{', '.join(few)}; mean RISH was stable from {WANTED} in each batch on. With "
+                "fewer the scales hold people's differences, too."] if few else []
+        return [*told, *shared.unlike(self, study, batches)]
+
+    def learn(self, study: Study) -> Fitted:
         """A checkpoint for every batch but the reference; all share one template.
 
         Raises:
-            UsageError: as of `harmonizer.members` and `harmonizer.unlike`; fewer than 3
-                participants in a batch; a scan cannot be used.
+            UsageError: a scan cannot be used, or batches show no common part of the brain.
         """
-        batches = shared.members(self, study, MIN_PARTICIPANTS)
-        for sentence in self._doubts(study, batches):
-            log.warning("%s: %s", self.name, sentence)
+        batches = shared.members(self, study)
         reference, *targets = batches
         known = shared.trained_for(study, batches)
         degrees = [_degree(shell) for shell in known["shells"]]
         runs = [run for rows in batches.values() for run in rows["run"]]
         images = [self._fa(study, run) for run in runs]
-        if study.states:
-            study.states.mkdir(parents=True, exist_ok=True)
         mean, places = template.build(images, study.states)
         metrics = {"template_correlation": round(self._alike(runs, images, mean, places), 3)}
         at = dict(zip(runs, places, strict=True))
@@ -122,19 +127,8 @@ class Rish(shared.Harmonizer):
                  "Metrics": {n: dict(c.card.metrics) for n, c in checkpoints.items()}}
         return Fitted({}, model, checkpoints)
 
-    def _doubts(self, study: Study, batches: Mapping[str, pd.DataFrame]) -> list[str]:
-        counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
-        few = [f"{b} has {n} participants" for b, n in counts.items() if n < WANTED]
-        told = [f"{', '.join(few)}; mean RISH was stable from {WANTED} in each batch on. With "
-                "fewer the scales hold people's differences, too."] if few else []
-        return [*told, *shared.unlike(self, study, batches)]
-
-    def _load(self, study: Study, run: str) -> Dwi:
-        assert study.load is not None
-        return shared.usable(self.name, study.load(run), run)
-
     def _fa(self, study: Study, run: str) -> template.Image:
-        dwi = self._load(study, run)
+        dwi = self.load(study, run)
         image = _fa(dwi, study.device)
         if not image.volume:
             raise UsageError(f"--train {self.name}: no voxel of {run} has an FA above 0. Check "
@@ -160,7 +154,7 @@ class Rish(shared.Harmonizer):
         total: list[Any] = [0] * len(degrees)
         for _, own in rows.groupby("participant", sort=True):
             for run in own["run"]:
-                dwi = self._load(study, run)
+                dwi = self.load(study, run)
                 signal = dwi.signal.copy("K")
                 s0, weighted = dwi.mean_b0, np.flatnonzero(~dwi.acquisition.b0)
                 signal[:, weighted] = np.clip(signal[:, weighted], 0, np.maximum(s0, 0)[:, None])
@@ -258,10 +252,7 @@ def _coefficients(dwi: Dwi, degrees: Sequence[int]) -> list[tuple[np.ndarray, np
     """Per shell, up to its degree: `pairs.coefficients`."""
     found = []
     for shell, l_max in zip(dwi.acquisition.shells, degrees, strict=True):
-        part = np.sort(np.r_[np.flatnonzero(dwi.acquisition.b0), shell.indices])
-        (c,), usable = pairs.coefficients(
-            Dwi(dwi.signal[:, part], dwi.mask, dwi.affine, dwi.acquisition[part]), l_max,
-            REGULARIZATION)
+        (c,), usable = pairs.coefficients(dwi.of(shell), l_max, REGULARIZATION)
         found.append((c, usable))
     return found
 

@@ -1,0 +1,267 @@
+"""Cross-validation of harmonizers, on the heads of test_paired: the site's factors are known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_paired import AXES, BVALS, NOISE, PEOPLE, brief, head, study
+
+from bidsapp import methods, sh, tensor
+from bidsapp.acquisition import Acquisition
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal, UsageError
+from bidsapp.methods import crossvalidation
+from bidsapp.preprocess import anatomy, pairs, tissue
+
+MANY = ("01", "02", "03", "04", "05", "06")
+
+
+def counting(monkeypatch, module, name):
+    """Calls of a function from now on."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: calls.append(1) or function(*a, **k))
+    return calls
+
+
+def maps(signal, bvals, axes):
+    """S/S0, FA and MD, by least squares of log S/S0."""
+    acquisition = Acquisition(np.r_[0, bvals], np.r_[axes[:1], axes])
+    # S0 = 1 is known: a row of it that outweighs all others
+    weight = np.r_[1e6, np.ones(len(bvals))]
+    x = tensor.design(acquisition.btensors) * weight[:, None]
+    log = np.log(np.concatenate([np.ones((len(signal), 1)), signal], 1)) * weight
+    d = np.linalg.lstsq(x, log.T, rcond=None)[0][[0, 1, 2, 1, 3, 4, 2, 4, 5]]
+    e = np.linalg.eigvalsh(d.T.reshape(-1, 3, 3))
+    md = e.mean(1)
+    fa = np.sqrt(1.5 * np.square(e - md[:, None]).sum(1) / np.square(e).sum(1))
+    return {"signal": signal, "fa": fa, "md": md}
+
+
+def series(dwi, move, l_max, shell=slice(3, None)):
+    """S/S0 of a scan's series along its directions, on the target's grid."""
+    c = pairs.carried(dwi, l_max, move)[-1, 1:-1, 1:-1, 1:-1][move.where]
+    return c @ sh.basis(l_max, AXES[shell]).T
+
+
+@pytest.mark.slow
+def test_errors_are_those_of_their_formulae():
+    """Of intensity warping, learned from the others, applied to 02: against numpy, and the tensor
+    fit that the app uses."""
+    method, known = brief("harmonize_mica"), study(sites="ABC", folds=3)
+    fitted = method.fit(known)
+    (table,), (model,) = fitted.tables.values(), fitted.checkpoints.values()
+    assert list(fitted.tables) == ["desc-mica_folds"]
+    assert list(table) == ["batch", "fold", "participant", "shell", "tissue", "measure",
+                           "nmse_before", "nmse_after"]
+    assert len(table) == 2 * 3 * 2 * 3, "batches, people, tissues, measures"
+    assert model.card.training["participants"].keys() == set("ABC")
+    for batch in "BC":
+        own = table[(table["batch"] == batch) & (table["measure"] == "fa")
+                    & (table["tissue"] == "wm")]
+        for when in ("nmse_before", "nmse_after"):
+            assert model.card.metrics[f"{when}_fa_wm_b1000_{batch}"] == pytest.approx(
+                own[when].mean(), rel=1e-12)
+    rest = known.statistics[known.statistics["participant"] != "02"]
+    (model,) = method.learn(replace(known, statistics=rest)).checkpoints.values()
+    source, target = head("02", "B"), head("02", "A")
+    made = replace(source, signal=method.harmonize(source, model, "B", "cpu").signal)
+    move = pairs.register(source, target, deformable=False)
+    fit = sh.smooth_fit(4, AXES[3:], 0.006)
+    truth = (target.signal[:, 3:] / target.signal[:, :3].mean(1, keepdims=True))[
+        move.where[target.mask]] @ fit.T @ sh.basis(4, AXES[3:]).T
+    before, after, truth = (maps(s, BVALS[3:], AXES[3:]) for s in (
+        series(source, move, 4), series(made, move, 4), truth))
+    labels = move.labels[move.where]
+    rows = table[(table["participant"] == "02") & (table["batch"] == "B")]
+    assert len(rows) == 6
+    for row in rows.to_dict("records"):
+        kept, measure = labels == tissue.NAMES[row["tissue"]], row["measure"]
+        for when, found in (("nmse_before", before), ("nmse_after", after)):
+            error = np.square(found[measure][kept] - truth[measure][kept]).sum()
+            assert row[when] == pytest.approx(
+                error / np.square(truth[measure][kept]).sum(), rel=1e-3), (row, when)
+
+
+def test_degree_of_the_series_follows_the_directions():
+    """12 directions carry degree 2; five, or a sphere's, a mean and no tensor."""
+    for count, b_delta, l_max in ((15, 1, 4), (12, 1, 2), (5, 1, 0), (12, 0, 0)):
+        kept = slice(0, 3 + count)
+        table = Acquisition(BVALS[kept], AXES[kept], np.where(BVALS[kept] > 0, b_delta, 1.0))
+        source, target = (Dwi(d.signal[:, kept], d.mask, d.affine, table)
+                          for d in (head("01", "B"), head("01", "A")))
+        where = target.mask
+        move = pairs.Move(where, np.where(where, tissue.WHITE, 0).astype(np.int8),
+                          np.argwhere(where).T.astype(np.float32),
+                          np.broadcast_to(np.eye(3, dtype=np.float32), (int(where.sum()), 3, 3)))
+        rows = pd.DataFrame(crossvalidation.squares(source, target, target, move))
+        white = rows[rows["tissue"] == "wm"].set_index("measure")
+        assert set(white.index) == ({"signal", "fa", "md"} if l_max else {"signal"})
+        basis = sh.basis(l_max, AXES[3:3 + count])
+        own, truth = (d.signal[:, 3:] / d.mean_b0[:, None]
+                      @ (basis @ sh.smooth_fit(l_max, AXES[3:3 + count], 0.006)).T
+                      for d in (source, target))
+        assert white["scale"]["signal"] == pytest.approx(np.square(truth).sum(), rel=1e-5)
+        assert white["nmse_before"]["signal"] == pytest.approx(
+            np.square(own - truth).sum(), rel=1e-3)
+        assert white["nmse_after"]["signal"] < 1e-6 * white["scale"]["signal"]
+
+
+@pytest.mark.slow
+def test_linear_rish_brings_those_near_whom_it_has_not_seen():
+    """The site scales every degree, as the method assumes. With three people left in each batch."""
+    method = methods.get("harmonize_rish")
+    method.sloppy = True
+    fitted = method.fit(study(MANY, folds=2))
+    (table,), (model,) = fitted.tables.values(), fitted.checkpoints.values()
+    assert list(fitted.tables) == ["desc-rish_folds"]
+    assert table.groupby("participant")["fold"].nunique().to_dict() == dict.fromkeys(MANY, 1)
+    assert table.groupby("fold")["participant"].nunique().to_dict() == {1: 3, 2: 3}
+    signal = table[table["measure"] == "signal"]
+    assert (signal["nmse_after"] < signal["nmse_before"] / 2).all()
+    white = signal[signal["tissue"] == "wm"]["nmse_after"].mean()
+    assert model.card.metrics["nmse_after_signal_wm_b1000"] == pytest.approx(white, rel=1e-12)
+    assert all(len(p) == 6 for p in model.card.training["participants"].values())
+
+
+@pytest.mark.slow
+def test_a_fold_knows_nothing_of_those_it_is_tested_on():
+    """Other scans of 03 change every model but that of the fold in which 03 is tested: the
+    distribution that intensities are warped to, the scale of the loss and the network's weights."""
+    method, models, tables = brief("harmonize_hybrid"), [], []
+    learn = method.learn
+
+    def recorded(known):
+        fitted = learn(known)
+        models[-1].append((set(known.statistics["participant"]), fitted.checkpoints))
+        return fitted
+
+    method.learn = recorded
+    for noise in (NOISE, 4 * NOISE):
+        models.append([])
+        fitted = method.fit(study(folds=3, max_steps=3, load=lambda run, noise=noise: head(
+            run[:2], run[2], noise if run[:2] == "03" else NOISE)))
+        tables.append(fitted.tables["desc-hybrid_folds"])
+    table = tables[0]
+    assert sorted(table["participant"].unique()) == list(PEOPLE)
+    assert (table.groupby("participant")["fold"].nunique() == 1).all()
+    assert len(table) == 3 * 2 * 3, "people, tissues, measures"
+    assert [len(people) for people, _ in models[0]] == [3, 2, 2, 2], "all, then the folds"
+    (own,) = set(table["fold"][table["participant"] == "03"])
+    for number, ((people, one), (_, other)) in enumerate(zip(*models, strict=True)):
+        (one,), (other,) = one.values(), other.values()
+        tested = table["participant"][table["fold"] == number]
+        assert not people & set(tested)
+        assert "quantiles" in one.tensors and len(one.tensors) > 2
+        for name, weights in one.tensors.items():
+            assert bool((weights == other.tensors[name]).all()) == (number == own), (number, name)
+
+
+def test_people_of_every_batch_are_dealt_evenly():
+    """01 to 04 were in B, 05 to 08 in C: half of each in a fold."""
+    whole = study((*MANY, "07", "08"), "ABC")
+    table = whole.statistics
+    left = (table["batch"] == "A") | ((table["batch"] == "B") == (table["participant"] < "05"))
+    known = replace(whole, statistics=table[left], folds=2)
+    found = pairs.find(known.statistics, "A")
+    parts = crossvalidation.folds(brief("harmonize_golkov"), known, found)
+    assert sorted(p for part in parts for p in part) == [*MANY, "07", "08"]
+    assert [sum(p < "05" for p in part) for part in parts] == [2, 2]
+    again = crossvalidation.folds(brief("harmonize_mica"), known, found)
+    assert again == parts, "the same for every method"
+
+
+@pytest.mark.slow
+def test_pairs_are_registered_once(tmp_path, monkeypatch):
+    """By folds, by a second fit from the same states, and by another method; and with no other
+    result. A file that breaks off is no registration."""
+    calls = [counting(monkeypatch, *where) for where in ((pairs, "displacement"),
+                                                         (anatomy, "align"))]
+    warping = methods.get("harmonize_mica")
+    known = study(folds=3, states=tmp_path / "states", max_steps=2)
+    first = warping.fit(known).tables["desc-mica_folds"]
+    assert [len(c) for c in calls] == [3, 3]
+    kept = sorted((tmp_path / "states").iterdir())
+    assert len(kept) == 3 and all(p.name.startswith(pairs.KEPT) for p in kept)
+    second = methods.get("harmonize_mica").fit(known).tables["desc-mica_folds"]
+    network = brief("harmonize_golkov")
+    recipe = {**network.settings("training"), "deformable": True}
+    network.settings, network.sloppy = lambda table: recipe, False
+    made = network.fit(known)
+    assert [len(c) for c in calls] == [3, 3]
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
+    kept[1].write_bytes(kept[1].read_bytes()[:1000])
+    third = warping.fit(known).tables["desc-mica_folds"]
+    assert [len(c) for c in calls] == [4, 4]
+    pd.testing.assert_frame_equal(first, third, check_exact=True)
+    # not kept, and learned from the same
+    (one,), (other,) = (f.checkpoints.values() for f in (made, network.learn(
+        study(max_steps=2))))
+    assert [len(c) for c in calls] == [7, 7]
+    for name, weights in one.tensors.items():
+        assert (other.tensors[name] == weights).all(), name
+
+
+def test_another_scan_is_another_registration(tmp_path, monkeypatch):
+    """Noise, masks, b-tables and how it is done all count."""
+    calls = counting(monkeypatch, pairs, "_register")
+    source, target = head("01", "B"), head("01", "A")
+
+    def register(source=source, target=target, **how):
+        return pairs.register(source, target, work_dir=tmp_path, **{
+            "deformable": False, "rigid": np.eye(4), **how})
+
+    first = register()
+    again = register(replace(source, signal=np.asfortranarray(source.signal).copy("K")))
+    for name, value in vars(first).items():
+        np.testing.assert_array_equal(getattr(again, name), value)
+        assert getattr(again, name).dtype == value.dtype, name
+    fewer = np.ones(len(BVALS), bool)
+    fewer[5] = False
+    table = Acquisition(np.where(BVALS > 0, 990.0, 0.0), AXES)
+    shift = np.eye(4)
+    shift[0, 3] = 1e-9
+    count = len(calls)
+    for number, more in enumerate((
+            {"source": head("01", "B", 2 * NOISE)}, {"target": head("02", "A")},
+            {"source": replace(source, acquisition=table)}, {"rigid": shift},
+            {"target": Dwi(target.signal[:, fewer], target.mask, target.affine,
+                           target.acquisition[fewer])}), 1):
+        register(**more)
+        assert len(calls) == count + number, more.keys()
+
+
+@pytest.mark.parametrize("name,people,folds,message", [
+    ("shresnet", PEOPLE, 4, "--folds 4: 3 people were scanned in B and in A.* Up to 3 folds"),
+    ("shresnet", PEOPLE[:2], 2, "--folds 2: without sub-0[12], .* needs at least 2 participants"),
+    ("shresnet", PEOPLE, 2, "without sub-0., sub-0., of one fold, .* needs at least 2 .*"
+                            " Up to 3 folds leave more"),
+    ("mica", PEOPLE, 2, "needs at least 2 participants in every batch; found A: 1, B: 1"),
+    ("rish", PEOPLE, 3, "needs at least 3 participants in every batch; found A: 2, B: 2")])
+def test_folds_that_leave_nobody_are_refused(name, people, folds, message):
+    """Before anything is read."""
+    def load(run):
+        raise AssertionError(run)
+
+    with pytest.raises(UsageError, match=message):
+        brief(f"harmonize_{name}").fit(study(people, folds=folds, load=load))
+
+
+@pytest.mark.parametrize("name", ["mica", "rish"])
+def test_groups_of_unlike_people_have_no_folds(name):
+    whole = study(MANY)
+    table = whole.statistics
+    alone = table[(table["batch"] == "A") == (table["participant"] < "04")]
+    with pytest.raises(UsageError, match="--folds 2: 0 people were scanned in B and in A"):
+        brief(f"harmonize_{name}").fit(replace(whole, statistics=alone, folds=2))
+
+
+def test_scans_that_are_not_harmonized_are_named(monkeypatch):
+    method = brief("harmonize_mica")
+
+    def refuse(*_):
+        raise Refusal("no signal above 0 was found.")
+
+    monkeypatch.setattr(method, "harmonize", refuse)
+    with pytest.raises(UsageError, match=r"--folds 3: 0.B is not harmonized\. no signal"):
+        method.fit(study(folds=3))
