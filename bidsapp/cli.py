@@ -98,8 +98,8 @@ def parser() -> argparse.ArgumentParser:
                    help="methods by folder name, e.g. harmonize_mica")
     g.add_argument("--reference-batch", metavar="NAME", help="the site that others are mapped to")
     g.add_argument("--folds", type=int, metavar="K",
-                   help="first train K times, each time without a Kth of the people, to measure "
-                        "harmonizers of pairs on those; default: no cross-validation")
+                   help="train K times more, each time without a Kth of the people scanned at both "
+                        "sites, to measure harmonizers on those; default: no cross-validation")
     g.add_argument("--epochs", type=int, metavar="N", help="instead of the method's own")
     g.add_argument("--max-steps", type=int, metavar="N", help="stop the training early")
     g.add_argument("--init", type=Path, metavar="CHECKPOINT",

@@ -62,7 +62,7 @@ FIXED: dict[str, tuple[str, str]] = {
 _NMSE = ("Square error against the scan in the reference batch, brought together, over that scan's "
          "squares: Σ (y − ŷ)² / Σ y² over voxels of the tissue; ")
 FIXED |= {"nmse_before": (_NMSE + "as measured, as spherical harmonics", "1"),
-          "nmse_after": (_NMSE + "harmonized", "1"),
+          "nmse_after": (_NMSE + "harmonized, as spherical harmonics", "1"),
           "value": ("The statistic", "1")}
 IDENTIFIERS = {
     "participant": "Participant label, without sub-", "session": "Session label, without ses-",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,14 +91,15 @@ class Move:
     def load(cls, path: Path) -> Move | None:
         """As `save` left it; None where there is none that can be read."""
         try:
-            with np.load(path) as found:
+            # numpy leaves a broken file open that it opened itself
+            with path.open("rb") as file, np.load(file) as found:
                 return cls(**found)
         except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
             return None
 
     def save(self, path: Path) -> None:
         """The whole file, or none."""
-        part = path.with_suffix(f".{os.getpid()}.part")
+        part = path.with_suffix(f".{uuid.uuid4()}.part")
         with part.open("wb") as file:
             np.savez(file, **vars(self))
         part.replace(path)
