@@ -118,8 +118,8 @@ def test_cross_validation_of_a_method_without_training(harmonized, tmp_path):
     assert qsphere(bids, own, "group", "--train", "harmonize_mica", "--reference-batch", "siteA",
                    "--sloppy", "--folds", "3") == 0
     keys = ["participant", "shell", "tissue", "measure"]
-    mica, network = (pd.read_csv(own / f"group/desc-{name}_folds.tsv", sep="\t").set_index(keys)
-                     for name in ("mica", "shresnet"))
+    mica, network = (pd.read_csv(p / f"group/desc-{name}_folds.tsv", sep="\t").set_index(keys)
+                     for p, name in ((own, "mica"), (out, "shresnet")))
     pd.testing.assert_frame_equal(mica[["fold", "nmse_before"]], network[["fold", "nmse_before"]])
     assert (mica["nmse_after"] != mica["nmse_before"]).all()
     assert "nmse_after_md_gm_b1000" in json.loads(
