@@ -265,3 +265,18 @@ def test_scans_that_are_not_harmonized_are_named(monkeypatch):
     monkeypatch.setattr(method, "harmonize", refuse)
     with pytest.raises(UsageError, match=r"--folds 3: 0.B is not harmonized\. no signal"):
         method.fit(study(folds=3))
+
+
+def test_two_scans_of_a_person_are_one_row(monkeypatch):
+    """The same scan twice has the errors of one; it is harmonized once for each."""
+    known = study(folds=3)
+    (one,) = brief("harmonize_mica").fit(known).tables.values()
+    table = known.statistics
+    twice = table[table["batch"] == "B"].assign(run=lambda t: t["run"] + "2")
+    method = brief("harmonize_mica")
+    calls = counting(monkeypatch, method, "harmonize")
+    (both,) = method.fit(replace(
+        known, statistics=pd.concat([table, twice], ignore_index=True), acquisitions={
+            r: known.acquisitions["01A"] for r in [*table["run"], *twice["run"]]})).tables.values()
+    assert len(calls) == 6
+    pd.testing.assert_frame_equal(both, one, rtol=1e-6)

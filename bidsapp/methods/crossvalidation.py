@@ -14,8 +14,10 @@ harmonization.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ import pandas as pd
 import torch
 
 from bidsapp import sh, tensor
+from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import Fitted, Study
@@ -51,16 +54,16 @@ def fit(method: Harmonizer, study: Study, short: Callable[[Mapping[str, Any]], s
     """
     found = pairs.find(study.statistics, study.reference_batch or "",
                        study.paired_by == "session")
-    parts = folds(method, study, found)
-    whole = method.learn(study)
-    cards = {batch: c.card for c in whole.checkpoints.values() for batch in c.card.batches}
-    rows: list[dict[str, Any]] = []
-    for fold, people in enumerate(parts, 1):
-        log.info("%s: fold %d of %d, without sub-%s", method.name, fold, len(parts),
-                 ", sub-".join(people))
-        models = method.learn(_without(study, people)).checkpoints.values()
-        for model in models:
-            for batch in model.card.batches:
+    parts, rows = folds(method, study, found), []
+    with tempfile.TemporaryDirectory() as folder:
+        study = replace(study, states=study.states or Path(folder))
+        whole = method.learn(study)
+        cards = {batch: c.card for c in whole.checkpoints.values() for batch in c.card.batches}
+        for fold, people in enumerate(parts, 1):
+            log.info("%s: fold %d of %d, without sub-%s", method.name, fold, len(parts),
+                     ", sub-".join(people))
+            rest = method.learn(_without(study, people))
+            for batch, model in ((b, c) for c in rest.checkpoints.values() for b in c.card.batches):
                 own = [p for p in found[batch] if p.participant in people]
                 rows += [{"batch": batch, "fold": fold, **row,
                           "shell": short(cards[batch].trained_for["shells"][row["shell"]])}
@@ -116,8 +119,8 @@ def _without(study: Study, people: Sequence[str]) -> Study:
     return replace(study, statistics=table[~table["participant"].isin(people)], folds=None)
 
 
-def _tested(method: Harmonizer, study: Study, model: Any, batch: str, own: Sequence[pairs.Pair]
-            ) -> Iterator[dict[str, Any]]:
+def _tested(method: Harmonizer, study: Study, model: Checkpoint, batch: str,
+            own: Sequence[pairs.Pair]) -> Iterator[dict[str, Any]]:
     """Rows of `squares` of some pairs, and whose they are."""
     run = None
     for pair in own:
