@@ -275,8 +275,8 @@ def test_two_scans_of_a_person_are_one_row(monkeypatch):
     twice = table[table["batch"] == "B"].assign(run=lambda t: t["run"] + "2")
     method = brief("harmonize_mica")
     calls = counting(monkeypatch, method, "harmonize")
-    (both,) = method.fit(replace(
-        known, statistics=pd.concat([table, twice], ignore_index=True), acquisitions={
-            r: known.acquisitions["01A"] for r in [*table["run"], *twice["run"]]})).tables.values()
+    rows = pd.concat([table, twice], ignore_index=True)
+    (both,) = method.fit(replace(known, statistics=rows, acquisitions=dict.fromkeys(
+        rows["run"], known.acquisitions["01A"]))).tables.values()
     assert len(calls) == 6
     pd.testing.assert_frame_equal(both, one, rtol=1e-6)
