@@ -5,8 +5,8 @@
 12 directions at b 1500, 3 mm, the slices in several angulations; raw runs, of one direction of
 phase encoding. Versions are the batches, as the program tells them apart. Angulations take the
 place of participants: each in turn is left out, harmonizers learn from the others and map the new
-version's run of it, which is compared with the old version's, brought together as pairs are in
-training, by one registration (of what was measured) for all methods. Rows:
+version's run of it, which is compared with the old version's, brought together by one rigid
+registration (of what was measured) for all methods; --deformable: as pairs are in training. Rows:
 
     none                  as measured
     harmonize_…           trained without the angulation
@@ -22,7 +22,6 @@ voxels, relative to the target's.
 
 import argparse
 import os
-import sys
 import tempfile
 from dataclasses import replace
 from itertools import product
@@ -79,9 +78,9 @@ def unpenalised(dwi):
     return replace(dwi, signal=signal)
 
 
-def compared(harmonized, source, target):
+def compared(harmonized, source, target, deformable):
     """Table of measures. harmonized: {method: Dwi}, on the grid of the source, which is aligned."""
-    aligned = pairs.align(source, target, l_max=DEGREE)
+    aligned = pairs.align(source, target, l_max=DEGREE, deformable=deformable)
     (shell,) = target.acquisition.shells
     acquisition = target.acquisition[shell.indices]
     basis = sh.basis(DEGREE, acquisition.bvecs)
@@ -122,7 +121,6 @@ def learned(scans, angulations, names):
 
     def trained(method):
         (checkpoint,) = method.fit(study).checkpoints.values()
-        print(method.name, angulations, checkpoint.card.metrics, file=sys.stderr)
         return lambda dwi: replace(
             dwi, signal=method.harmonize(dwi, checkpoint, batch, "cpu").signal)
 
@@ -149,7 +147,7 @@ def evaluate(arguments, folder):
             other = angulations[angulations.index(at) - 1]
             source = scans[OLD if kind == "within" else NEW, other][1]
             found = {f"{kind}, other slices": source}
-        return compared(found, source, scans[OLD, at][1])
+        return compared(found, source, scans[OLD, at][1], arguments.deformable)
 
     for kind, at in product(arguments.kinds, arguments.angulations or angulations):
         file = folder / f"{kind}_{at}.csv"
@@ -188,6 +186,7 @@ def main():
     parser.add_argument("--methods", nargs="*", choices=trained, default=trained)
     parser.add_argument("--angulations", nargs="*", help="to leave out in turn; default: all")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
+    parser.add_argument("--deformable", action="store_true", help="SyN, too: some minutes a pair")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.out or Path(temporary)
