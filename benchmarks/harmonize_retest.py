@@ -163,7 +163,8 @@ def text(rows):
     columns = [(k, t) for k in MAPS for t in TISSUES]
     lines = [[f"%, mean ({', '.join(angulations)})", *(f"{MAPS[k]} {t}" for k, t in columns)],
              ["---"] * (len(columns) + 1)]
-    values = rows.set_index(["measure", "method", "map", "tissue", "angulation"])["value"]
+    values = rows.set_index(["measure", "method", "map", "tissue", "angulation"])
+    values = values["value"].sort_index()
     for measure, sign in zip(MEASURES, ("", "+"), strict=True):
         for method in rows["method"].unique():
             cells = (values[measure, method, k, t].reindex(angulations) for k, t in columns)
