@@ -75,6 +75,10 @@ def text(found, against):
             before = own["none"].loc[values.index].mean()
             lines.append(row([method, *(f"{100 * v:.3g} ({100 * v / b - 100:+.0f})" for v, b in zip(
                 values.mean(), before, strict=True))]))
+        whole = {m: v for m, v in own.items() if m != "noise" and len(v) == len(own["none"])}
+        ranks = [agreement.better_than_second({m: v[c].to_numpy() for m, v in whole.items()})
+                 for c in columns]
+        lines.append(row(["best, second, p", *(f"{a}, {b}, {p:.2g}" for a, b, p in ranks)]))
         for method, other in ((m, o) for o in against for m in own if m not in {*PLAIN, o}):
             if other in own:
                 both = own[method].index.intersection(own[other].index)
