@@ -28,8 +28,9 @@ turn: the same against the scan as measured. Lesion: contrast of MD relative to 
 CoV, AUC and age are of mean FA and MD in WM and GM: harmonized scans of B beside scans of A; ICC
 and CoV are means over the four; age: slope of MD in WM, relative to that of the truth there.
 
-What a fold gave is kept in OUT and not computed again, so that processes may share the work: give
-each its --methods or --only-folds, and make the tables from all of it by `--methods` alone.
+What a fold gave is kept in OUT and not computed again, nor are registrations, so that processes may
+share the work: give each its --methods or --only-folds, and make the tables from all of it by
+`--methods` alone.
 """
 
 import argparse
@@ -48,7 +49,6 @@ from travelling import PLAIN, compared, simulate
 from bidsapp import methods
 from bidsapp.errors import QSphereError
 from bidsapp.methods import harmonizer
-from bidsapp.preprocess import pairs
 
 DESIGN = "participants", "folds", "shells", "directions", "voxel_size", "random_seed"
 
@@ -77,19 +77,6 @@ def variant(label, table, seed):
     return method, table
 
 
-def once(register):
-    """Each pair is registered once for all methods and folds."""
-    known = {}
-
-    def registered(source, target, *, deformable=True, rigid=None, **more):
-        key = id(source), id(target), deformable, rigid is None
-        if key not in known:
-            known[key] = register(source, target, deformable=deformable, rigid=rigid, **more)
-        return known[key]
-
-    return registered
-
-
 def evaluate(arguments):
     """Leaves a table for each fold and method in OUT."""
     wanted = {(fold, label): arguments.out / f"fold{fold}_{label}.csv"
@@ -109,8 +96,8 @@ def evaluate(arguments):
     dwis = {f"{p}{s}": made[p, s].dwi for p, s in made}
     study = methods.Study(
         table, (), ("age", "sex"), reference, {r: d.acquisition for r, d in dwis.items()},
-        dwis.__getitem__, arguments.max_steps, arguments.random_seed)
-    pairs.register = once(pairs.register)
+        dwis.__getitem__, arguments.max_steps, arguments.random_seed,
+        states=arguments.out / "states")
     ages = {p.label: p.age for p in people}
     for (fold, label), path in wanted.items():
         if path.exists():  # by another process, in the meantime

@@ -4,7 +4,8 @@ The source is moved into the target: a rigid move by normalised mutual informati
 attenuations (`preprocess.anatomy`: dense, deterministic), then antspyx' SyN (Avants et al. 2008,
 doi:10.1016/j.media.2007.06.004) between FA images, with local cross-correlation over all voxels,
 on one thread. FA, unlike the b0, has neither the coil's profile nor an echo time in it, and its
-edges are those of white matter. Of a target voxel at the world point p the source lies at
+edges are those of white matter. SyN follows noise, too: it is kept where it makes the attenuations,
+which it has not seen, more alike than the rigid move does. Of a target voxel at the world point p the source lies at
 
     φ(p) = M(p + u(p)),   J = ∂φ/∂p = R S,
 
@@ -44,6 +45,9 @@ ITERATIONS = (40, 20, 10)
 
 RADIUS = 3
 """Voxels, of the local cross-correlation."""
+
+FLOW = 20.0
+"""Of SyN between scans of one head (`displacement`): scanners distort smoothly."""
 
 BLOCK = 2**14
 """Voxels whose coefficients are turned at a time."""
@@ -243,9 +247,10 @@ def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir:
         fa = source.unmask(tensor_maps(source, device)["fa"])
         moved = map_coordinates(fa, indices(at, place), order=1)
         u = displacement(target.unmask(maps["fa"]), moved * target.mask, target.affine,
-                         work_dir)
-        place = transformed(rigid, world(target.mask.shape, target.affine) + u)
-        turn = _rotations(place, target.affine)
+                         work_dir, flow=FLOW)
+        bent = transformed(rigid, world(target.mask.shape, target.affine) + u)
+        if _alike(source, target, indices(at, bent)) > _alike(source, target, indices(at, place)):
+            place, turn = bent, _rotations(bent, target.affine)
     index = indices(at, place)
     inside = source.unmask(usable).astype(np.float32)
     where = target.mask & (map_coordinates(inside, index, order=1) > 0.5)
@@ -260,6 +265,15 @@ def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir:
                                          (target.mean_b0 > 0) & ~maps["failed"]))
     return Move(where, labels * where, index[:, where].astype(np.float32),
                 turn[where].astype(np.float32))
+
+
+def _alike(source: Dwi, target: Dwi, index: Float[np.ndarray, "3 x y z"]) -> float:
+    """Correlation of the attenuations within both masks."""
+    from scipy.ndimage import map_coordinates
+
+    inside = map_coordinates(source.mask.astype(np.float32), index, order=1)[target.mask] > 0.99
+    moved = map_coordinates(source.unmask(_attenuation(source)), index, order=1)[target.mask]
+    return float(np.corrcoef(moved[inside], _attenuation(target)[inside])[0, 1])
 
 
 def ratios(target: Dwi, move: Move) -> Float[np.ndarray, "voxel measurement"]:
@@ -315,8 +329,10 @@ def indices(inverse: np.ndarray, place: Float[np.ndarray, "*grid 3"]) -> np.ndar
 
 
 def displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work_dir: Path | None,
-                 iterations: Sequence[int] = ITERATIONS) -> Float[np.ndarray, "x y z 3"]:
-    """u of SyN, world mm, between two images on one grid."""
+                 iterations: Sequence[int] = ITERATIONS, flow: float = 3.0
+                 ) -> Float[np.ndarray, "x y z 3"]:
+    """u of SyN, world mm, between two images on one grid. flow: variance, in voxels, of the
+    Gaussian that every update is smoothed by; antspyx' own, which serves unlike heads."""
     images = [to_ants(v, affine) for v in (fixed, moving)]
     import ants
 
@@ -324,7 +340,8 @@ def displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work
         found = ants.registration(
             *images,
             type_of_transform="SyNOnly", initial_transform="Identity", syn_metric="CC",
-            syn_sampling=RADIUS, reg_iterations=iterations, outprefix=f"{folder}/syn")
+            syn_sampling=RADIUS, reg_iterations=iterations, flow_sigma=flow,
+            outprefix=f"{folder}/syn")
         warp = next(f for f in found["fwdtransforms"] if f.endswith(".nii.gz"))
         u = np.asarray(open_image(Path(warp)).dataobj, np.float64)[..., 0, :]
     return u * FLIP
