@@ -5,7 +5,8 @@ attenuations (`preprocess.anatomy`: dense, deterministic), then antspyx' SyN (Av
 doi:10.1016/j.media.2007.06.004) between FA images, with local cross-correlation over all voxels,
 on one thread. FA, unlike the b0, has neither the coil's profile nor an echo time in it, and its
 edges are those of white matter. SyN follows noise, too: it is kept where it makes the attenuations,
-which it has not seen, more alike than the rigid move does. Of a target voxel at the world point p the source lies at
+which it has not seen, more alike than the rigid move does. Of a target voxel at the world point p
+the source lies at
 
     φ(p) = M(p + u(p)),   J = ∂φ/∂p = R S,
 
