@@ -158,7 +158,7 @@ class PairedHarmonizer(shared.Harmonizer):
                                       for h in own] for own in trained.histories
                                      ] if trained.held else [],
                       "seconds": round(time.monotonic() - began), "device": study.device,
-                      "data": "grey and white matter of " + self.learns_from,
+                      "data": "the brain mask of " + self.learns_from,
                       "start": start.card.sha256 if start else "identity or chance"},
             intended_use=self.intended_use, seed=study.seed,
             versions={"qsphere": __version__, "torch": torch.__version__},

@@ -31,7 +31,8 @@ class Samples:
 
     Images and targets go to files in `folder`, of which the system keeps in memory what fits.
     directions: most of any target. series: whether a target's signal is that of its SH series,
-    smoothed as the source's. tissue: (voxel,) label; pair: (voxel,) which it is of.
+    smoothed as the source's. tissue: (voxel,) label, 0 of neither grey nor white matter: those
+    serve, too, since a network is applied in the whole mask. pair: (voxel,) which it is of.
     """
 
     def __init__(self, folder: Path, directions: int, l_max: int, series: bool = False) -> None:
@@ -48,11 +49,10 @@ class Samples:
     def add(self, aligned: pairs.Aligned, shell: int, acquisition: Acquisition) -> None:
         """A pair, and the b-table of its target."""
         image, indices = aligned.image[shell], acquisition.shells[shell].indices
-        kept = (aligned.labels > 0)[aligned.where]
-        inside = np.pad(aligned.labels > 0, 1)
+        inside = np.pad(aligned.where, 1)
         self.centres.append(self.rows + np.flatnonzero(inside))
         self.pairs.append(np.full(int(inside.sum()), len(self.bases)))
-        self.labels.append(aligned.labels[aligned.labels > 0])
+        self.labels.append(aligned.labels[aligned.where])
         self.steps.append(neighbours(inside.shape))
         basis = np.zeros((self.directions, image.shape[-1]))
         basis[:len(indices)] = sh.basis(self.l_max, acquisition.bvecs[indices])
@@ -60,8 +60,8 @@ class Samples:
         fit = np.zeros((6, self.directions))
         fit[:, :len(indices)] = tensor.attenuation_fit(acquisition.btensors[indices])
         self.fits.append(fit)
-        target = np.zeros((int(kept.sum()), self.directions), np.float32)
-        values = aligned.target[kept][:, indices]
+        target = np.zeros((len(aligned.target), self.directions), np.float32)
+        values = aligned.target[:, indices]
         if self.series:
             smooth = sh.smooth_fit(self.l_max, acquisition.bvecs[indices], pairs.SMOOTHING)
             values = values @ (basis[:len(indices)] @ smooth).T
