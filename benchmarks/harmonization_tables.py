@@ -58,11 +58,12 @@ def combat(there, here):
 
 
 def text(found, against):
-    """Markdown: for each shell and target the errors and their change; p; then what else is."""
+    """Markdown: for each shell and target the errors, their change, and p of Wilcoxon's signed
+    ranks; then what else is."""
     found = found.assign(value=found["value"].astype(float))
     order = [m for m in dict.fromkeys(found["method"]) if not m.startswith("home")]
     errors = found[found["measure"].str.startswith("NMSE") & found["method"].isin(order)]
-    lines, worth = [], []
+    lines = []
     for (shell, target), part in errors.groupby(["shell", "against"], sort=False):
         columns = list(dict.fromkeys(zip(part["measure"], part["tissue"], strict=True)))
         names = [f"{m[5:]} {t}" for m, t in columns]
@@ -83,9 +84,8 @@ def text(found, against):
             if other in own:
                 both = own[method].index.intersection(own[other].index)
                 difference = (own[method].loc[both] - own[other].loc[both]).to_numpy()
-                worth.append(row([f"{shell}, {target}: {method} and {other}", *(
+                lines.append(row([f"p, {method} and {other}", *(
                     f"{wilcoxon(d).pvalue:.2g}" if d.any() else "" for d in difference.T)]))
-    lines += ["\nWilcoxon's signed ranks, p\n", *table(["", *names]), *worth]
     across = between_sites(found).set_index(["method", "measure"])["value"]
     mean = found.groupby(["shell", "method", "measure", "against"])["value"].mean()
     seconds = found.groupby("method")[["train", "apply"]].mean()

@@ -1,6 +1,6 @@
 """Seconds to harmonize a brain of some 200 000 voxels, 34 volumes, by every harmonizer.
 
-    python benchmarks/harmonize_speed.py [--voxel-size 2.4] [--threads 2] [--methods M ...]
+    python benchmarks/harmonize_speed.py [--voxel-size 2.2] [--threads 2] [--methods M ...]
 
 Models are of three people at 6 mm and two steps of training: how long a model takes does not depend
 on how well it was trained. Read and write, and the maps before and after, are not counted.
@@ -28,7 +28,7 @@ def main():
              if isinstance(methods.get(n), harmonizer.Harmonizer)]
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--voxel-size", type=float, default=2.4, help="mm")
+    parser.add_argument("--voxel-size", type=float, default=2.2, help="mm")
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
