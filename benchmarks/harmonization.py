@@ -162,9 +162,10 @@ def main():
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     design = json.dumps({k: getattr(arguments, k) for k in DESIGN})
-    if (kept := arguments.out / "design.json").exists() and kept.read_text() != design:
+    if not (kept := arguments.out / "design.json").exists():
+        kept.write_text(design)
+    elif kept.read_text() != design:
         parser.error(f"{kept} is of another design; choose another --out")
-    kept.write_text(design)
     evaluate(arguments)
     found = pd.concat([pd.read_csv(p) for p in sorted(arguments.out.glob("fold*.csv"))])
     (arguments.out / "table.md").write_text(text(found, arguments.against))
