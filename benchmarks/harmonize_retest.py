@@ -90,8 +90,7 @@ def compared(harmonized, source, target, deformable):
         return {"signal": signal, **agreement.shell_maps(signal, acquisition)}
 
     def carried(dwi):
-        at = aligned.index, aligned.turn, aligned.where
-        (image,) = pairs.carried(unpenalised(dwi), DEGREE, *at)
+        (image,) = pairs.carried(unpenalised(dwi), DEGREE, aligned)
         return image[1:-1, 1:-1, 1:-1][aligned.where]
 
     wanted = maps(aligned.target[:, shell.indices] @ sh.smooth_fit(DEGREE, acquisition.bvecs).T)

@@ -221,7 +221,8 @@ def register(source: Dwi, target: Dwi, *, deformable: bool = True, device: str =
 
 def _digest(source: Dwi, target: Dwi, *how: Any) -> str:
     """Of all that determines a registration."""
-    digest = hashlib.blake2b(repr((how, __version__)).encode(), digest_size=16)
+    by = how, __version__, ITERATIONS, RADIUS, FLOW
+    digest = hashlib.blake2b(repr(by).encode(), digest_size=16)
     for dwi in (source, target):
         for own in (dwi.signal, dwi.mask, dwi.affine, dwi.acquisition.bvals,
                     dwi.acquisition.btensors, dwi.tissue):
@@ -250,7 +251,8 @@ def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir:
         u = displacement(target.unmask(maps["fa"]), moved * target.mask, target.affine,
                          work_dir, flow=FLOW)
         bent = transformed(rigid, world(target.mask.shape, target.affine) + u)
-        if _alike(source, target, indices(at, bent)) > _alike(source, target, indices(at, place)):
+        before, after = _alike(source, target, indices(at, place), indices(at, bent))
+        if after > before:
             place, turn = bent, _rotations(bent, target.affine)
     index = indices(at, place)
     inside = source.unmask(usable).astype(np.float32)
@@ -268,13 +270,18 @@ def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir:
                 turn[where].astype(np.float32))
 
 
-def _alike(source: Dwi, target: Dwi, index: Float[np.ndarray, "3 x y z"]) -> float:
-    """Correlation of the attenuations within both masks."""
+def _alike(source: Dwi, target: Dwi, *moves: Float[np.ndarray, "3 x y z"]) -> list[float]:
+    """Correlation of the attenuations by either move, where both lie in both masks; 0 where those
+    are fewer than three voxels."""
     from scipy.ndimage import map_coordinates
 
-    inside = map_coordinates(source.mask.astype(np.float32), index, order=1)[target.mask] > 0.99
-    moved = map_coordinates(source.unmask(_attenuation(source)), index, order=1)[target.mask]
-    return float(np.corrcoef(moved[inside], _attenuation(target)[inside])[0, 1])
+    images = source.mask.astype(np.float32), source.unmask(_attenuation(source))
+    inside, moved = (np.stack([map_coordinates(i, m[:, target.mask], order=1) for m in moves])
+                     for i in images)
+    common = (inside > 0.99).all(axis=0)
+    wanted = _attenuation(target)[common]
+    return [float(np.corrcoef(own[common], wanted)[0, 1]) if common.sum() > 2 else 0.0
+            for own in moved]
 
 
 def ratios(target: Dwi, move: Move) -> Float[np.ndarray, "voxel measurement"]:

@@ -31,7 +31,7 @@ SHRINK, ENOUGH = (6, 4, 2, 1), 8
 """Of the affine registration: factors by which images shrink, less where fewer than so many voxels
 would remain along an axis."""
 
-AFFINE_ITERATIONS = (500, 250, 100, 50)
+AFFINE_ITERATIONS = (500, 250, 100, 10)
 
 
 @dataclass(frozen=True, eq=False)
