@@ -291,6 +291,26 @@ def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
         assert metrics[f"mse_before_{name}_b1000"] == pytest.approx(error, rel=1e-4)
 
 
+def test_processes_that_train_together_share_registrations(tmp_path, monkeypatch):
+    """As torchrun tells the second of two: it does every other pair before it asks for all."""
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "1"), ("WORLD_SIZE", "2"),
+                        ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    method, asked = brief("harmonize_golkov"), []
+    original = method.register
+
+    def register(study, pair, *how):
+        asked.append(pair.participant)
+        return original(study, pair, *how)
+
+    monkeypatch.setattr(method, "register", register)
+    (tmp_path / "own").mkdir()
+    known = study(states=tmp_path, devices=(2, 1))
+    samples.Travellers(method, known, pairs.find(known.statistics, "A")["B"], [30], 4, False,
+                       tmp_path / "own")
+    assert asked == [*PEOPLE[1::2], *PEOPLE]
+
+
 def test_epochs_of_the_command_line_win():
     """10 steps of 256 of the 2560 voxels of a brief epoch, ten times by its own settings."""
     method = brief("harmonize_golkov")

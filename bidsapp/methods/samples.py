@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -147,9 +148,13 @@ class Travellers:
         for k, most in enumerate(directions):
             (own := folder / str(k)).mkdir()
             self.samples.append(Samples(own, most, l_max, series))
+        kept = study.states or folder
+        rank, together = training.processes()[0], math.prod(study.devices)
+        if together > 1:  # each process registers its share, and finds those of the others
+            for pair in found[rank::together]:
+                method.register(study, pair, deformable, kept)
         for i, pair in enumerate(found):
-            source, target, move = method.register(study, pair, deformable,
-                                                   study.states or folder)
+            source, target, move = method.register(study, pair, deformable, kept)
             move.save(folder / f"{i}.npz")
             aligned = pairs.Aligned(**vars(move), image=pairs.carried(source, l_max, move),
                                     target=pairs.ratios(target, move))
