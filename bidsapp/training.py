@@ -73,14 +73,23 @@ class Schedule:
 
 def processes() -> tuple[int, tuple[int, int]]:
     """Rank of this process, and devices per node and nodes, as torchrun or srun started them for
-    one training; 0 and (1, 1) of a process alone."""
+    one training; 0 and (1, 1) of a process alone.
+
+    Raises:
+        UsageError: srun was not told how many processes each node runs.
+    """
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         rank, world, devices = (int(env[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         return rank, (devices, world // devices)
     # a batch script has a rank, too, but no step
     world, nodes = (int(env.get(f"SLURM_STEP_NUM_{k}", 1)) for k in ("TASKS", "NODES"))
-    return (int(env["SLURM_PROCID"]), (world // nodes, nodes)) if world > 1 else (0, (1, 1))
+    if world == 1:
+        return 0, (1, 1)
+    if "SLURM_NTASKS_PER_NODE" not in env:  # Fabric would refuse it, later
+        raise UsageError(f"srun started {world} processes on {nodes} nodes by --ntasks. Needed is "
+                         f"srun --nodes {nodes} --ntasks-per-node {world // nodes}.")
+    return int(env["SLURM_PROCID"]), (world // nodes, nodes)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bidsapp.errors import DataError, UsageError
-from bidsapp.training import Schedule, seeded, train
+from bidsapp.training import Schedule, processes, seeded, train
 
 TRUTH = torch.tensor([[1.0], [-2.0], [0.5]])
 
@@ -179,7 +179,7 @@ import os, sys
 from pathlib import Path
 import torch
 from torch import nn
-from bidsapp.training import Schedule, seeded, train
+from bidsapp.training import Schedule, processes, seeded, train
 def batch(generator):
     x = torch.randn(8, 3, generator=generator)
     return [(x, x.sum(1, keepdim=True))]
@@ -202,3 +202,21 @@ def test_two_processes_train_one_network(tmp_path):
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
     assert found[0] == found[1] == pytest.approx([1, 1, 1], abs=1e-3)
+
+
+def test_processes_are_those_of_srun_or_torchrun(monkeypatch):
+    def under(**env):
+        for name in [k for k in os.environ if k.startswith("SLURM_")]:
+            monkeypatch.delenv(name)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        return processes()
+
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "3"}
+    assert under() == (0, (1, 1))
+    assert under(SLURM_PROCID="0", SLURM_NTASKS="4") == (0, (1, 1))  # a batch script
+    assert under(**step, SLURM_NTASKS_PER_NODE="2") == (3, (2, 2))
+    with pytest.raises(UsageError, match="srun --nodes 2 --ntasks-per-node 2"):
+        under(**step)
+    assert under(TORCHELASTIC_RUN_ID="x", RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2") == (
+        1, (2, 2))
