@@ -54,16 +54,15 @@ DESIGN = "participants", "folds", "shells", "directions", "voxel_size", "random_
 
 
 def variant(label, table, seed):
-    """The method of a label, and the rows of the table that it learns from."""
+    """The method of a label, and in what the study that it learns from differs."""
     name, _, option = label.partition("@")
     key, _, value = option.partition("=")
     method = methods.get(name)
     people = list(dict.fromkeys(table["participant"]))
     sites = list(dict.fromkeys(table["batch"]))
     if key == "blocks":
-        own = method.settings
-        method.settings = lambda part, *v: {**own(part, *v), "network": {"blocks": int(value)}}
-    elif key == "share":
+        return method, {"statistics": table, "blocks": int(value)}
+    if key == "share":
         mixed = np.random.default_rng(seed).permutation(people)
         known = mixed[:max(1, round(float(value) * len(mixed))) if float(value) else 0]
         hidden = ~table["participant"].isin(known) & (table["batch"] == sites[0])
@@ -74,7 +73,7 @@ def variant(label, table, seed):
         table = table[table["batch"] == table["participant"].map(place)]
     elif key:
         raise SystemExit(f"{label}: unknown is @{key}; known are @blocks=, @share=, @groups")
-    return method, table
+    return method, {"statistics": table}
 
 
 def evaluate(arguments):
@@ -113,10 +112,10 @@ def evaluate(arguments):
             way = PLAIN["none"]
         else:
             try:
-                method, rows = variant(label, table[~table["participant"].isin(tested)],
+                method, options = variant(label, table[~table["participant"].isin(tested)],
                                        arguments.random_seed)
                 method.sloppy = arguments.sloppy
-                (model,) = method.fit(replace(study, statistics=rows)).checkpoints.values()
+                (model,) = method.fit(replace(study, **options)).checkpoints.values()
             except QSphereError as error:
                 print(f"{label}: {error}", file=sys.stderr)
                 continue

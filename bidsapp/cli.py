@@ -101,6 +101,8 @@ def parser() -> argparse.ArgumentParser:
                    help="train K times more, each time without a Kth of the people scanned at both "
                         "sites, to measure harmonizers on those; default: no cross-validation")
     g.add_argument("--epochs", type=int, metavar="N", help="instead of the method's own")
+    g.add_argument("--blocks", type=int, metavar="N",
+                   help="residual blocks of harmonize_shresnet; default: 2")
     g.add_argument("--max-steps", type=int, metavar="N", help="stop the training early")
     g.add_argument("--init", type=Path, metavar="CHECKPOINT",
                    help="folder of weights to start from; default: those that ship, "

@@ -15,8 +15,8 @@ MODES = ("syn", "sample-mean", "sample", "random-wm")
 """Of --synthesize."""
 
 OTHER_LEVEL = {
-    "participant": ("train", "reference_batch", "folds", "epochs", "max_steps", "init",
-                    "paired_by"),
+    "participant": ("train", "reference_batch", "folds", "epochs", "blocks", "max_steps",
+                    "init", "paired_by"),
     "group": ("harmonize", "upsample", "estimate", "synthesize", "synthesize_voxels",
               "synthesize_image", "allow_extrapolation",
               "reports_only", "boilerplate_only"),
@@ -47,6 +47,7 @@ class Options:
     reference_batch: str | None = None
     folds: int | None = None
     epochs: int | None = None
+    blocks: int | None = None
     max_steps: int | None = None
     init: Path | None = None
     paired_by: str | None = None
@@ -79,8 +80,8 @@ class Options:
         if bids.is_relative_to(out):
             raise UsageError(f"BIDS_DIR {bids} lies inside OUTPUT_DIR {out}. Give an OUTPUT_DIR "
                              "that does not hold the input.")
-        for name in ("nprocs", "omp_nthreads", "mem_mb", "folds", "epochs", "max_steps",
-                     "synthesize_voxels"):
+        for name in ("nprocs", "omp_nthreads", "mem_mb", "folds", "epochs", "blocks",
+                     "max_steps", "synthesize_voxels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
@@ -95,7 +96,7 @@ class Options:
             if getattr(self, name) != defaults[name] and not self.synthesize:
                 raise UsageError(f"--{name.replace('_', '-')} belongs to --synthesize. Give a "
                                  f"MODE with it ({' '.join(MODES)}), or leave it out.")
-        for name in ("folds", "epochs"):
+        for name in ("folds", "epochs", "blocks"):
             if getattr(self, name) and not self.train:
                 raise UsageError(f"--{name} {getattr(self, name)}: of a training. Give a METHOD "
                                  "with --train, or leave it out.")

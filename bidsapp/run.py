@@ -76,7 +76,8 @@ def group(options: Options) -> int:
     for method in trained:
         method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
     for option, value, can in (("folds", options.folds, "cross_validates"),
-                               ("epochs", options.epochs, "counts_epochs")):
+                               ("epochs", options.epochs, "counts_epochs"),
+                               ("blocks", options.blocks, "stacks_blocks")):
         if value and not any(getattr(m, can) for m in trained):
             names = [name for name in methods.names() if getattr(methods.get(name), can)]
             raise UsageError(f"--{option} {value}: {', '.join(options.train)} has no use for "
@@ -100,7 +101,8 @@ def group(options: Options) -> int:
         acquisitions={name: btable.acquisition_of(run) for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
         load=lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0],
-        max_steps=options.max_steps, epochs=options.epochs, folds=options.folds,
+        max_steps=options.max_steps, epochs=options.epochs, blocks=options.blocks,
+        folds=options.folds,
         paired_by=options.paired_by, init=options.init, states=states,
         seed=options.random_seed, device=choose_device(options.device), devices=devices)
     if rank:  # of several processes that train together the first alone writes

@@ -319,6 +319,18 @@ def test_epochs_of_the_command_line_win():
     assert fit("harmonize_golkov")[1].checkpoints.popitem()[1].card.training["steps"] == [[100]]
 
 
+@pytest.mark.parametrize("name,expected", [("harmonize_shresnet", 3), ("harmonize_golkov", None)])
+def test_blocks_of_the_command_line_win(name, expected):
+    """Where the network has any; and another number is another training."""
+    method = brief(name)
+    own, other = (study(max_steps=2, blocks=n) for n in (3, 1))
+    (model,) = method.fit(own).checkpoints.values()
+    assert model.card.network.get("blocks") == expected
+    assert (method._of(own, [], own.statistics) == method._of(other, [], own.statistics)) == (
+        expected is None)
+    assert np.isfinite(method.harmonize(head("01", "B"), model, "B", "cpu").signal).all()
+
+
 def broken(run):
     dwi = head(run[:2], run[2])
     if run != "02B":

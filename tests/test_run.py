@@ -332,9 +332,9 @@ def test_killed_and_run_again(bids_tree, tmp_path, processed, rng):
 
 def test_options_without_use_are_refused(tmp_path, bids_tree, capsys):
     bids = bids_tree()
-    for option in ("--folds", "--epochs"):
+    for option in ("--folds", "--epochs", "--blocks"):
         assert qsphere(bids, tmp_path / "out", "group", "--train", "harmonize_combat", option,
                        "3") == 2
-        assert re.search(f"{option} 3: harmonize_combat has no use for it.* harmonize_hybrid",
+        assert re.search(f"{option} 3: harmonize_combat has no use for it.* harmonize_shresnet",
                          capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

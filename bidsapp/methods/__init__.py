@@ -74,9 +74,9 @@ class Study:
     of every run, by its name; load: reads that run. max_steps, seed, device: of trainings. states:
     folder in which an interrupted training is kept. init: folder of the checkpoint that a training
     starts from, instead of its own choice. folds: of the cross-validation, None for none. epochs:
-    of every stage of a training, instead of the method's own. paired_by: `session` where only scans
-    of one session are pairs. devices: per node, and nodes,
-    of the processes that train together.
+    of every stage of a training, and blocks: residual ones of a network, instead of the method's
+    own. paired_by: `session` where only scans of one session are pairs. devices: per node, and
+    nodes, of the processes that train together.
     """
 
     statistics: pd.DataFrame
@@ -93,6 +93,7 @@ class Study:
     voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     folds: int | None = None
     epochs: int | None = None
+    blocks: int | None = None
     paired_by: str | None = None
     devices: tuple[int, int] = (1, 1)
 
@@ -147,7 +148,8 @@ class Method(ABC):
     """A method of the literature. Folder name and class travel together: `get(name)`.
 
     wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
-    cross_validates, counts_epochs: whether `fit` honours `Study.folds`, `Study.epochs`.
+    cross_validates, counts_epochs, stacks_blocks: whether `fit` honours `Study.folds`,
+    `Study.epochs`, `Study.blocks`.
     sloppy: what is trained is trained too briefly, to try everything else.
     models: folder of the checkpoints that the group level left.
     """
@@ -155,6 +157,7 @@ class Method(ABC):
     wants_tissue: ClassVar[bool] = False
     cross_validates: ClassVar[bool] = False
     counts_epochs: ClassVar[bool] = False
+    stacks_blocks: ClassVar[bool] = False
     sloppy = False
     models: Path | None = None
 

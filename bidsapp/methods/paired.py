@@ -138,7 +138,7 @@ class PairedHarmonizer(shared.Harmonizer):
         if kept := self._kept(name, known["of"]):
             log.info("%s: was trained on these scans before, and is kept", name)
             return kept
-        recipe, start = self.settings("training"), self._start(study)
+        recipe, start = self._recipe(study), self._start(study)
         people = sorted({p.participant for p in found})
         began = time.monotonic()
         shells = known["trained_for"]["shells"]
@@ -165,12 +165,18 @@ class PairedHarmonizer(shared.Harmonizer):
             constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"]}, metrics=metrics,
             reference_batch=known["reference_batch"], batches=known["batches"]))
 
+    def _recipe(self, study: Study) -> dict[str, Any]:
+        recipe = self.settings("training")
+        if study.blocks and self.stacks_blocks:
+            recipe["network"] = {**recipe["network"], "blocks": study.blocks}
+        return recipe
+
     def _of(self, study: Study, found: Sequence[pairs.Pair], rows: pd.DataFrame) -> str:
         """What tells one training from another: pairs, what is known of their scans, recipe."""
         scans = rows[[c for c in SCAN if c in rows]].sort_values("run").to_csv(index=False)
         start = self._start(study)
         return hashlib.sha256(repr((
-            found, scans, self.settings("training"), study.seed, study.max_steps,
+            found, scans, self._recipe(study), study.seed, study.max_steps,
             study.epochs, start and start.card.sha256, __version__)).encode()).hexdigest()[:16]
 
     def _kept(self, name: str, of: str) -> Checkpoint | None:
@@ -213,7 +219,7 @@ class PairedHarmonizer(shared.Harmonizer):
             start = load(study.init, self.name) if study.init else None
             if start:
                 replace(start, tensors=_part(start, "shell0.")).into(
-                    self.build(self.settings("training")["network"]))
+                    self.build(self._recipe(study)["network"]))
         except DataError as error:
             raise UsageError(f"--init: {error}") from error
         return start
