@@ -6,23 +6,22 @@ The map of the house, in the order a run flows through it:
     run.py          participant(options), group(options): two linear recipes
     phantom.py      phantom(options): a multi-site dataset with known truth (cli_phantom.py)
     process.py      one participant: load, apply, write, report
-    harmonize.py    which harmonizer a run travels on, and whether it may
+    report/         figures and HTML pages
     bids/           find runs, read b-tables and sidecars; the one writer of derivatives
-    dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
-    acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)
+    evaluate/       quality, agreement between sites, cross-validation of harmonizers
+    harmonize.py    which harmonizer a run travels on, and whether it may
     methods/        one folder per published method: check, apply, outputs.json, README.md
     microstructure/ spherical networks: trained, calibrated, applied
     training.py     the only optimisation loop
-    preprocess/     where tissues are, how fibres lie
     simulate/       forward models, noise, people, sites: signals with known truth
-    networks/       torch modules only: tensors in, tensors out
-    tensor.py       batched, differentiable diffusion tensor fit
-    checkpoint.py   trained weights and their card
+    preprocess/     where tissues are, how fibres lie, one head on another
     networks/       torch modules: tensors in, tensors out
     blocks.py       device choice and blocks of voxels
+    checkpoint.py   trained weights and their card
+    dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
+    tensor.py       batched, differentiable diffusion tensor fit
     sh.py           spherical harmonics
-    evaluate/       quality and statistics
-    report/         figures and HTML pages
+    acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)
     errors.py       the few exceptions a user meets
 
 Imports go one way, from the top of this list to the bottom; import-linter enforces it.

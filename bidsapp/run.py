@@ -22,8 +22,9 @@ from bidsapp.bids.writer import Dataset, to_json
 from bidsapp.blocks import choose_device, memory_limit
 from bidsapp.dwi import FIXED_MEMORY, Run, open_image, peak_memory
 from bidsapp.errors import QSphereError, Refusal, UsageError
-from bidsapp.evaluate import agreement, quality
+from bidsapp.evaluate import agreement, crossvalidation, quality
 from bidsapp.methods import Method
+from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.options import Options
 from bidsapp.preprocess import pairs
 from bidsapp.process import Job, chosen_methods, dwi_of, one_participant, write_page
@@ -107,14 +108,14 @@ def group(options: Options) -> int:
         seed=options.random_seed, device=choose_device(options.device), devices=devices)
     if rank:  # of several processes that train together the first alone writes
         for method in trained:
-            method.fit(study)
+            fit(method, study)
         return 0
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"):
         fitted: dict[str, methods.Fitted] = {}
         for method in trained:
-            fitted[method.name] = method.fit(study)
+            fitted[method.name] = fit(method, study)
             for name, weights in fitted[method.name].checkpoints.items():
                 # a record of its own, so that the next training does not take this one's model away
                 with dataset.batch(PurePosixPath(f"group/log/{name}.json")) as batch:
@@ -148,6 +149,13 @@ def group(options: Options) -> int:
     told_unknown(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
     return 1 if found.unknown else 0
+
+
+def fit(method: Method, study: methods.Study) -> methods.Fitted:
+    """And its cross-validation, where the study asks for one and the method has one."""
+    if study.folds and isinstance(method, Harmonizer):
+        return crossvalidation.fit(method, study)
+    return method.fit(study)
 
 
 def told_unknown(labels: Sequence[str], options: Options) -> None:

@@ -11,7 +11,7 @@ from bidsapp import methods, sh, tensor
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import crossvalidation
+from bidsapp.evaluate import crossvalidation
 from bidsapp.preprocess import anatomy, pairs, tissue
 
 MANY = ("01", "02", "03", "04", "05", "06")
@@ -49,7 +49,7 @@ def test_errors_are_those_of_their_formulae():
     """Of intensity warping, learned from the others, applied to 02: against numpy, and the tensor
     fit that the app uses."""
     method, known = brief("harmonize_mica"), study(sites="ABC", folds=3)
-    fitted = method.fit(known)
+    fitted = crossvalidation.fit(method, known)
     (table,), (model,) = fitted.tables.values(), fitted.checkpoints.values()
     assert list(fitted.tables) == ["desc-mica_folds"]
     assert list(table) == ["batch", "fold", "participant", "shell", "tissue", "measure",
@@ -112,7 +112,7 @@ def test_linear_rish_brings_those_near_whom_it_has_not_seen():
     """The site scales every degree, as the method assumes. With three people left in each batch."""
     method = methods.get("harmonize_rish")
     method.sloppy = True
-    fitted = method.fit(study(MANY, folds=2))
+    fitted = crossvalidation.fit(method, study(MANY, folds=2))
     (table,), (model,) = fitted.tables.values(), fitted.checkpoints.values()
     assert list(fitted.tables) == ["desc-rish_folds"]
     assert table.groupby("participant")["fold"].nunique().to_dict() == dict.fromkeys(MANY, 1)
@@ -139,8 +139,9 @@ def test_a_fold_knows_nothing_of_those_it_is_tested_on():
     method.learn = recorded
     for noise in (NOISE, 4 * NOISE):
         models.append([])
-        fitted = method.fit(study(folds=3, max_steps=3, load=lambda run, noise=noise: head(
-            run[:2], run[2], noise if run[:2] == "03" else NOISE)))
+        fitted = crossvalidation.fit(method, study(
+            folds=3, max_steps=3, load=lambda run, noise=noise: head(
+                run[:2], run[2], noise if run[:2] == "03" else NOISE)))
         tables.append(fitted.tables["desc-hybrid_folds"])
     table = tables[0]
     assert sorted(table["participant"].unique()) == list(PEOPLE)
@@ -179,19 +180,19 @@ def test_pairs_are_registered_once(tmp_path, monkeypatch):
                                                          (anatomy, "align"))]
     warping = methods.get("harmonize_mica")
     known = study(folds=3, states=tmp_path / "states", max_steps=2)
-    first = warping.fit(known).tables["desc-mica_folds"]
+    first = crossvalidation.fit(warping, known).tables["desc-mica_folds"]
     assert [len(c) for c in calls] == [3, 3]
     kept = sorted((tmp_path / "states").iterdir())
     assert len(kept) == 3 and all(p.name.startswith(pairs.KEPT) for p in kept)
-    second = methods.get("harmonize_mica").fit(known).tables["desc-mica_folds"]
+    second = crossvalidation.fit(methods.get("harmonize_mica"), known).tables["desc-mica_folds"]
     network = brief("harmonize_golkov")
     recipe = {**network.settings("training"), "deformable": True}
     network.settings, network.sloppy = lambda table: recipe, False
-    made = network.fit(known)
+    made = crossvalidation.fit(network, known)
     assert [len(c) for c in calls] == [3, 3]
     pd.testing.assert_frame_equal(first, second, check_exact=True)
     kept[1].write_bytes(kept[1].read_bytes()[:1000])
-    third = warping.fit(known).tables["desc-mica_folds"]
+    third = crossvalidation.fit(warping, known).tables["desc-mica_folds"]
     assert [len(c) for c in calls] == [4, 4]
     pd.testing.assert_frame_equal(first, third, check_exact=True)
     # not kept, and learned from the same
@@ -244,7 +245,7 @@ def test_folds_that_leave_nobody_are_refused(name, people, folds, message):
         raise AssertionError(run)
 
     with pytest.raises(UsageError, match=message):
-        brief(f"harmonize_{name}").fit(study(people, folds=folds, load=load))
+        crossvalidation.fit(brief(f"harmonize_{name}"), study(people, folds=folds, load=load))
 
 
 @pytest.mark.parametrize("name", ["mica", "rish"])
@@ -253,7 +254,8 @@ def test_groups_of_unlike_people_have_no_folds(name):
     table = whole.statistics
     alone = table[(table["batch"] == "A") == (table["participant"] < "04")]
     with pytest.raises(UsageError, match="--folds 2: 0 people were scanned in B and in A"):
-        brief(f"harmonize_{name}").fit(replace(whole, statistics=alone, folds=2))
+        crossvalidation.fit(brief(f"harmonize_{name}"), replace(
+            whole, statistics=alone, folds=2))
 
 
 def test_scans_that_are_not_harmonized_are_named(monkeypatch):
@@ -264,19 +266,20 @@ def test_scans_that_are_not_harmonized_are_named(monkeypatch):
 
     monkeypatch.setattr(method, "harmonize", refuse)
     with pytest.raises(UsageError, match=r"--folds 3: 0.B is not harmonized\. no signal"):
-        method.fit(study(folds=3))
+        crossvalidation.fit(method, study(folds=3))
 
 
 def test_two_scans_of_a_person_are_one_row(monkeypatch):
     """The same scan twice has the errors of one; it is harmonized once for each."""
     known = study(folds=3)
-    (one,) = brief("harmonize_mica").fit(known).tables.values()
+    (one,) = crossvalidation.fit(brief("harmonize_mica"), known).tables.values()
     table = known.statistics
     twice = table[table["batch"] == "B"].assign(run=lambda t: t["run"] + "2")
     method = brief("harmonize_mica")
     calls = counting(monkeypatch, method, "harmonize")
     rows = pd.concat([table, twice], ignore_index=True)
-    (both,) = method.fit(replace(known, statistics=rows, acquisitions=dict.fromkeys(
-        rows["run"], known.acquisitions["01A"]))).tables.values()
+    (both,) = crossvalidation.fit(method, replace(
+        known, statistics=rows, acquisitions=dict.fromkeys(
+            rows["run"], known.acquisitions["01A"]))).tables.values()
     assert len(calls) == 6
     pd.testing.assert_frame_equal(both, one, rtol=1e-6)

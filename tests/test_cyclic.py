@@ -11,7 +11,7 @@ from test_paired import ZOOMS, head
 from bidsapp import methods, sh
 from bidsapp.checkpoint import pack
 from bidsapp.errors import UsageError
-from bidsapp.evaluate import agreement
+from bidsapp.evaluate import agreement, crossvalidation
 from bidsapp.networks import cyclic
 from bidsapp.networks.cyclic import Against, Cycle, Generator, invariants
 from bidsapp.preprocess import pairs
@@ -151,7 +151,7 @@ def test_people_in_both_batches_validate(tmp_path):
 
 def test_folds_need_people_in_both_batches():
     with pytest.raises(UsageError, match="--folds 2: 0 people were scanned in B and in A"):
-        brief(1).fit(study(["01A", "02A", "03B", "04B"], folds=2))
+        crossvalidation.fit(brief(1), study(["01A", "02A", "03B", "04B"], folds=2))
 
 
 def test_a_scan_alone_is_on_its_own_grid_and_axes():

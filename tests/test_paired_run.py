@@ -14,7 +14,7 @@ import pytest
 from test_run import content, image, qsphere, validate
 
 from bidsapp import cli_phantom
-from bidsapp.methods import crossvalidation
+from bidsapp.evaluate import crossvalidation
 from bidsapp.preprocess import pairs
 
 MODEL = "harmonize_shresnet_siteB-to-siteA"

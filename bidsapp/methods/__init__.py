@@ -148,8 +148,8 @@ class Method(ABC):
     """A method of the literature. Folder name and class travel together: `get(name)`.
 
     wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
-    cross_validates, counts_epochs, stacks_blocks: whether `fit` honours `Study.folds`,
-    `Study.epochs`, `Study.blocks`.
+    cross_validates: whether `evaluate.crossvalidation` can leave people out of its `fit`.
+    counts_epochs, stacks_blocks: whether `fit` honours `Study.epochs`, `Study.blocks`.
     sloppy: what is trained is trained too briefly, to try everything else.
     models: folder of the checkpoints that the group level left.
     """

@@ -20,7 +20,7 @@ from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.checkpoint import Card
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import Fitted, Method, Study, crossvalidation
+from bidsapp.methods import Fitted, Method, Study
 from bidsapp.preprocess import pairs, tissue
 
 log = logging.getLogger("qsphere")
@@ -89,16 +89,16 @@ class Harmonizer(Method):
         """
 
     def fit(self, study: Study) -> Fitted:
-        """`learn`, and the cross-validation where the study asks for one.
+        """`learn`, where the study is ready.
 
         Raises:
-            UsageError: as of `ready` and `learn`; or too few people for the folds.
+            UsageError: as of `ready` and `learn`.
         """
         for sentence in self.ready(study):
             log.warning("%s: %s", self.name, sentence)
         if study.states:
             study.states.mkdir(parents=True, exist_ok=True)
-        return crossvalidation.fit(self, study, short) if study.folds else self.learn(study)
+        return self.learn(study)
 
     def load(self, study: Study, run: str) -> Dwi:
         """A scan to learn from.

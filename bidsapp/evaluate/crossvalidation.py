@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,10 +29,8 @@ from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import Fitted, Study
+from bidsapp.methods.harmonizer import Harmonizer, short
 from bidsapp.preprocess import pairs, tissue
-
-if TYPE_CHECKING:
-    from bidsapp.methods.harmonizer import Harmonizer
 
 log = logging.getLogger("qsphere")
 
@@ -43,21 +41,20 @@ L_MAX = 4
 ROW = ["batch", "fold", "participant", "shell", "tissue", "measure"]
 
 
-def fit(method: Harmonizer, study: Study, short: Callable[[Mapping[str, Any]], str]) -> Fitted:
+def fit(method: Harmonizer, study: Study) -> Fitted:
     """What the method learns from all, with the table of its cross-validation, and the means over
     participants on the cards.
 
-    short: name of a shell as a card holds it.
-
     Raises:
-        UsageError: too few people for the folds; as of `method.learn`; a scan is not harmonized.
+        UsageError: too few people for the folds; as of `method.fit`; a scan is not harmonized.
     """
+    method.ready(study)  # what is wrong without folds, too, is said first
     found = pairs.find(study.statistics, study.reference_batch or "",
                        study.paired_by == "session")
     parts, rows = folds(method, study, found), []
     with tempfile.TemporaryDirectory() as folder:
         study = replace(study, states=study.states or Path(folder))
-        whole = method.learn(study)
+        whole = method.fit(study)
         cards = {batch: c.card for c in whole.checkpoints.values() for batch in c.card.batches}
         for fold, people in enumerate(parts, 1):
             log.info("%s: fold %d of %d, without sub-%s", method.name, fold, len(parts),
