@@ -3,8 +3,8 @@
     python benchmarks/harmonize_memory.py [--voxel-size 2.2] [--people 2 4 8] [--method M]
 
 Scans of one simulated head, each with noise of its own, lie on disk; a process of its own for each
-number registers them (rigidly) and trains for a few steps. Told is the most memory that was its own
-(USS: what the system could not take back, as it can the pages of files), and what lay on disk.
+number registers them (rigidly) and trains for a few steps. Told is the most memory that no file
+stands behind (resident less shared: what the system cannot take back), and what lay on disk.
 """
 
 import argparse
@@ -62,7 +62,8 @@ def train(folder, people, name):
     with tempfile.TemporaryDirectory(dir=folder) as states:
         def watch():
             while not done.wait(0.2):
-                most[0] = max(most[0], own.memory_full_info().uss)
+                memory = own.memory_info()
+                most[0] = max(most[0], memory.rss - memory.shared)
                 with suppress(FileNotFoundError):  # gone in the meantime
                     files = [p for p in Path(tempfile.gettempdir()).rglob("*") if p.is_file()]
                     most[1] = max(most[1], sum(p.stat().st_size for p in files))
