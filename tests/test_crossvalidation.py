@@ -9,6 +9,7 @@ from test_paired import AXES, BVALS, NOISE, PEOPLE, brief, head, study
 
 from bidsapp import methods, sh, tensor
 from bidsapp.acquisition import Acquisition
+from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.evaluate import crossvalidation
@@ -256,6 +257,19 @@ def test_groups_of_unlike_people_have_no_folds(name):
     with pytest.raises(UsageError, match="--folds 2: 0 people were scanned in B and in A"):
         crossvalidation.fit(brief(f"harmonize_{name}"), replace(
             whole, statistics=alone, folds=2))
+
+
+def test_weights_that_know_the_people_are_refused(tmp_path):
+    method = brief("harmonize_golkov")
+    (model,) = method.fit(study(PEOPLE[:2], max_steps=2)).checkpoints.values()
+    for file, content in pack(model).items():
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(UsageError, match=r"have learned from sub-01, sub-02, who would be tested"):
+        crossvalidation.fit(method, study(folds=3, init=tmp_path))
+    with pytest.raises(UsageError, match="harmonize_shresnet are needed"):
+        crossvalidation.fit(brief("harmonize_shresnet"), study(folds=3, init=tmp_path))
+    others = study(("04", "05", "06"), folds=3, max_steps=2, init=tmp_path)
+    assert crossvalidation.fit(method, others).tables
 
 
 def test_scans_that_are_not_harmonized_are_named(monkeypatch):

@@ -17,6 +17,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ import pandas as pd
 import torch
 
 from bidsapp import sh, tensor
-from bidsapp.checkpoint import Checkpoint
+from bidsapp.checkpoint import Checkpoint, load
 from bidsapp.dwi import Dwi
-from bidsapp.errors import Refusal, UsageError
+from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.methods import Fitted, Study
-from bidsapp.methods.harmonizer import Harmonizer, short
+from bidsapp.methods.harmonizer import Harmonizer, hashed, short
 from bidsapp.preprocess import pairs, tissue
 
 log = logging.getLogger("qsphere")
@@ -46,8 +47,10 @@ def fit(method: Harmonizer, study: Study) -> Fitted:
     participants on the cards.
 
     Raises:
-        UsageError: too few people for the folds; as of `method.fit`; a scan is not harmonized.
+        UsageError: too few people for the folds; as of `method.fit`; weights to start from know
+            people; a scan is not harmonized.
     """
+    _unseen(method, study)
     method.ready(study)  # what is wrong without folds, too, is said first
     found = pairs.find(study.statistics, study.reference_batch or "",
                        study.paired_by == "session")
@@ -74,6 +77,22 @@ def fit(method: Harmonizer, study: Study) -> Fitted:
         for name, c in whole.checkpoints.items()}
     return replace(whole, checkpoints=checkpoints, tables={
         **whole.tables, f"desc-{method.name.removeprefix('harmonize_')}_folds": table})
+
+
+def _unseen(method: Harmonizer, study: Study) -> None:
+    """Raises UsageError where the training starts from weights that learned from these people."""
+    if study.init is None:
+        return
+    try:
+        learned_from = load(study.init, method.name).card.training["participants"]
+    except DataError as error:
+        raise UsageError(f"--init: {error}") from error
+    seen = set(chain.from_iterable(learned_from.values()))
+    rows = study.statistics.groupby("participant")
+    if known := [str(person) for person, own in rows if seen & set(hashed({"": own})[""])]:
+        raise UsageError(f"--folds {study.folds}: the weights of --init {study.init} have learned "
+                         f"from sub-{', sub-'.join(known)}, who would be tested. Leave --init out, "
+                         "or these people with --participant-label.")
 
 
 def folds(method: Harmonizer, study: Study, found: Mapping[str, Sequence[pairs.Pair]]
