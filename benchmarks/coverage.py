@@ -1,11 +1,12 @@
 """Do the intervals of a spherical network cover what they say? On held-out simulation.
 
     python benchmarks/coverage.py METHOD [--samples 200000] [--weights FOLDER]
-        [--densities FILE.npy] [--threads 2]
+        [--densities FILE.npy [--measured 0.5]] [--threads 2]
 
 METHOD: estimate_scnn2, estimate_noddi or estimate_scnn3. Voxels are drawn as in training (random
 protocols of the range that the card states, SNR log-uniform), with another seed; --densities (of
-tools/densities.py, slices that were held out) serve for all of them. Shares of truths within
+tools/densities.py, slices that were held out) serve for all of them, or for the share --measured,
+as in training. Shares of truths within
 ± 1.645 SD, overall and in bands of SNR and of every true parameter, beside the mean SD and the root
 mean square error of the band. Conditional on a truth, no interval covers at its level
 everywhere: at the edges of the prior estimates are drawn inwards.
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--densities", type=Path)
+    parser.add_argument("--measured", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -45,7 +47,7 @@ def main() -> None:
     table = None
     if options.densities:
         table = torch.from_numpy(np.load(options.densities))
-        recipe = replace(recipe, odfs={"measured": 1.0})
+        recipe = replace(recipe, odfs={**recipe.odfs, "measured": options.measured})
     simulate = learn.Simulator(recipe, table)
     simulate.power = torch.tensor(trained.card.constants["density_power"])
     network = trained.into(SphericalNetwork(
