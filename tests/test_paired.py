@@ -311,6 +311,22 @@ def test_processes_that_train_together_share_registrations(tmp_path, monkeypatch
     assert asked == [*PEOPLE[1::2], *PEOPLE]
 
 
+def test_a_model_that_made_things_worse_says_so(monkeypatch, caplog):
+    """When it is trained, and on the page of everyone to whom it is applied."""
+    method, fitted = fit("harmonize_golkov")
+    (good,) = fitted.checkpoints.values()
+    dwi = head("01", "B")
+    assert method.harmonize(dwi, good, "B", "cpu").notices == ()
+    found = {"mse_before_wm_b1000": 1.0, "mse_after_wm_b1000": 1.1,
+             "mse_before_gm_b1000": 1.0, "mse_after_gm_b1000": 0.9}
+    method = brief("harmonize_golkov")
+    monkeypatch.setattr(method, "_measured", lambda *_: found)
+    (bad,) = method.fit(study(max_steps=2)).checkpoints.values()
+    assert "people not learned from rose (wm_b1000)" in caplog.text
+    (notice,) = method.harmonize(dwi, bad, "B", "cpu").notices
+    assert "rose (wm_b1000) when harmonize_golkov was trained" in notice
+
+
 def test_epochs_of_the_command_line_win():
     """10 steps of 256 of the 2560 voxels of a brief epoch, ten times by its own settings."""
     method = brief("harmonize_golkov")

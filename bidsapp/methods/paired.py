@@ -148,6 +148,9 @@ class PairedHarmonizer(shared.Harmonizer):
                                     recipe["l_max"], recipe["deformable"], Path(folder), self.adds)
             trained = self._trained(study, name, names, recipe, travellers, people, start)
             metrics = self._measured(trained, travellers, names, study.device)
+        if rose := _rose(metrics):
+            log.warning("%s: %s (mse_… in the card), and pages will say so where it is applied. "
+                        "Train longer, or with more people.", name, rose)
         return Checkpoint(trained.tensors, Card(
             method=self.name, network=dict(recipe["network"]), trained_for=known["trained_for"],
             training={"participants": known["hashed"], "held_out": len(trained.held),
@@ -340,13 +343,23 @@ class PairedHarmonizer(shared.Harmonizer):
             f"{self.network}_unchanged": int((~usable).sum()),
             f"{self.network}_clipped_values": clipped},
             {"SphericalHarmonicDegree": l_max, "Smoothing": smoothing,
-             "RISHProjection": self.projects, "IntensityWarping": self.warps})
+             "RISHProjection": self.projects, "IntensityWarping": self.warps},
+            (f"Harmonization: {rose} when {card.method} was trained. Do not use it; train longer, "
+             "or with more people.",) if (rose := _rose(card.metrics)) else ())
 
 
 def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
     """`size` of the voxels, at random."""
     return voxels[torch.randint(len(voxels), (size,), generator=generator,
                                 device=generator.device).cpu()]
+
+
+def _rose(metrics: Mapping[str, float]) -> str:
+    """Where the signal of those who validated lay further from the reference's than before, as the
+    start of a sentence; empty where nowhere."""
+    names = [k.removeprefix("mse_after_") for k in metrics if k.startswith("mse_after_")]
+    worse = [n for n in names if metrics[f"mse_after_{n}"] > metrics[f"mse_before_{n}"]]
+    return f"the error of people not learned from rose ({', '.join(worse)})" if worse else ""
 
 
 def _part(model: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:
