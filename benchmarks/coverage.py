@@ -6,10 +6,9 @@
 METHOD: estimate_scnn2, estimate_noddi or estimate_scnn3. Voxels are drawn as in training (random
 protocols of the range that the card states, SNR log-uniform), with another seed; --densities (of
 tools/densities.py, slices that were held out) serve for all of them, or for the share --measured,
-as in training. Shares of truths within
-± 1.645 SD, overall and in bands of SNR and of every true parameter, beside the mean SD and the root
-mean square error of the band. Conditional on a truth, no interval covers at its level
-everywhere: at the edges of the prior estimates are drawn inwards.
+as in training. Shares of truths within ± 1.645 SD, overall and in bands of SNR and of every true
+parameter, beside the mean SD and the root mean square error of the band. Conditional on a truth, no
+interval covers at its level everywhere: at the edges of the prior estimates are drawn inwards.
 """
 
 import argparse

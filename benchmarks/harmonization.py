@@ -113,7 +113,7 @@ def evaluate(arguments):
         else:
             try:
                 method, options = variant(label, table[~table["participant"].isin(tested)],
-                                       arguments.random_seed)
+                                          arguments.random_seed)
                 method.sloppy = arguments.sloppy
                 (model,) = method.fit(replace(study, **options)).checkpoints.values()
             except QSphereError as error:

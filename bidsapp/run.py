@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,11 +76,13 @@ def group(options: Options) -> int:
     trained = [methods.get(name) for name in options.train]
     for method in trained:
         method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
-    for option, value, can in (("folds", options.folds, "cross_validates"),
-                               ("epochs", options.epochs, "counts_epochs"),
-                               ("blocks", options.blocks, "stacks_blocks")):
-        if value and not any(getattr(m, can) for m in trained):
-            names = [name for name in methods.names() if getattr(methods.get(name), can)]
+    uses: tuple[tuple[str, int | None, Callable[[Method], bool]], ...] = (
+        ("folds", options.folds, lambda m: isinstance(m, Harmonizer)),
+        ("epochs", options.epochs, lambda m: m.counts_epochs),
+        ("blocks", options.blocks, lambda m: m.stacks_blocks))
+    for option, value, used in uses:
+        if value and not any(map(used, trained)):
+            names = [name for name in methods.names() if used(methods.get(name))]
             raise UsageError(f"--{option} {value}: {', '.join(options.train)} has no use for "
                              f"it. Leave it out, or train {', '.join(names)}.")
     found = find.find(options)
@@ -103,8 +105,7 @@ def group(options: Options) -> int:
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
         load=lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0],
         max_steps=options.max_steps, epochs=options.epochs, blocks=options.blocks,
-        folds=options.folds,
-        paired_by=options.paired_by, init=options.init, states=states,
+        folds=options.folds, paired_by=options.paired_by, init=options.init, states=states,
         seed=options.random_seed, device=choose_device(options.device), devices=devices)
     if rank:  # of several processes that train together the first alone writes
         for method in trained:

@@ -156,15 +156,15 @@ def test_local_rotations_are_the_polar_part_of_the_jacobian(rng):
                                np.broadcast_to(turn.T, (5, 6, 7, 3, 3)), atol=1e-10)
 
 
-@pytest.mark.parametrize("deformable", [False, True])
-def test_scans_that_share_nothing_are_refused(scans, deformable):
+@pytest.mark.parametrize("how", [{"deformable": False}, {"rigid": np.eye(4)}])
+def test_scans_that_share_nothing_are_refused(scans, how):
     source, target = scans
     lower, upper = (np.zeros_like(m) for m in (source.mask, target.mask))
     lower[:, :, :8], upper[:, :, 24:] = source.mask[:, :, :8], target.mask[:, :, 24:]
     with pytest.raises(DataError, match=r"share .* voxels, less than 50 %".replace(" %", "%")):
         pairs.align(Dwi(source.signal[lower[source.mask]], lower, AFFINE, source.acquisition),
                     Dwi(target.signal[upper[target.mask]], upper, AFFINE, target.acquisition),
-                    l_max=2, deformable=deformable, rigid=np.eye(4))
+                    l_max=2, **how)
 
 
 def test_canonical_grid_is_the_same_however_an_image_is_stored(rng):

@@ -179,7 +179,7 @@ import os, sys
 from pathlib import Path
 import torch
 from torch import nn
-from bidsapp.training import Schedule, processes, seeded, train
+from bidsapp.training import Schedule, seeded, train
 def batch(generator):
     x = torch.randn(8, 3, generator=generator)
     return [(x, x.sum(1, keepdim=True))]

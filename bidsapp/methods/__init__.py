@@ -148,14 +148,12 @@ class Method(ABC):
     """A method of the literature. Folder name and class travel together: `get(name)`.
 
     wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
-    cross_validates: whether `evaluate.crossvalidation` can leave people out of its `fit`.
     counts_epochs, stacks_blocks: whether `fit` honours `Study.epochs`, `Study.blocks`.
     sloppy: what is trained is trained too briefly, to try everything else.
     models: folder of the checkpoints that the group level left.
     """
 
     wants_tissue: ClassVar[bool] = False
-    cross_validates: ClassVar[bool] = False
     counts_epochs: ClassVar[bool] = False
     stacks_blocks: ClassVar[bool] = False
     sloppy = False

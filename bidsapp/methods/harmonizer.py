@@ -61,7 +61,6 @@ class Harmonizer(Method):
     least: participants whom every batch must have.
     """
 
-    cross_validates = True
     least: ClassVar[int] = MIN_PARTICIPANTS
 
     def check(self, acquisition: Acquisition) -> None:

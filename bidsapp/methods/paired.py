@@ -339,13 +339,14 @@ class PairedHarmonizer(shared.Harmonizer):
                 column = s0 * (c @ direction) + (signal[rows, i] if self.adds else 0)
                 clipped += int((column < 0).sum())
                 signal[rows, i] = np.maximum(column, 0)
+        rose = _rose(card.metrics)
         return Harmonized(signal, {
             f"{self.network}_unchanged": int((~usable).sum()),
             f"{self.network}_clipped_values": clipped},
             {"SphericalHarmonicDegree": l_max, "Smoothing": smoothing,
              "RISHProjection": self.projects, "IntensityWarping": self.warps},
             (f"Harmonization: {rose} when {card.method} was trained. Do not use it; train longer, "
-             "or with more people.",) if (rose := _rose(card.metrics)) else ())
+             "or with more people.",) if rose else ())
 
 
 def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:

@@ -149,9 +149,9 @@ class Travellers:
             (own := folder / str(k)).mkdir()
             self.samples.append(Samples(own, most, l_max, series))
         kept = study.states or folder
-        rank, together = training.processes()[0], math.prod(study.devices)
-        if together > 1:  # each process registers its share, and finds those of the others
-            for pair in found[rank::together]:
+        if (together := math.prod(study.devices)) > 1:
+            # each process registers its share, and finds those of the others
+            for pair in found[training.processes()[0]::together]:
                 method.register(study, pair, deformable, kept)
         for i, pair in enumerate(found):
             source, target, move = method.register(study, pair, deformable, kept)

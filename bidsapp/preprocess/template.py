@@ -32,7 +32,8 @@ SHRINK, ENOUGH = (6, 4, 2, 1), 8
 would remain along an axis."""
 
 AFFINE_ITERATIONS = (500, 250, 100, 10)
-"""At each: at the whole resolution, which takes longest, more than ten changed nothing."""
+"""At each: at the whole resolution, which takes longest, more than ten changed nothing (one
+pair of heads)."""
 
 
 @dataclass(frozen=True, eq=False)
