@@ -1,13 +1,15 @@
 """Spherical network for neurites and soma: what planar or spherical encoding adds to linear.
 
     python benchmarks/scnn3.py [--voxels 20000] [--repeats 3] [--threads 2] [--weights FOLDER]
-                               [--snr 29] [--reference-voxels 2000]
+                               [--snr 29] [--reference-voxels 2000] [--steps 0] [--states FOLDER]
 
 The protocol of Kerkelä et al. 2024, section 2.8.2: 13 b0, linear encoding of b 0.5, 1, 2, 3.5, 5
 ms/µm² with 12, 12, 20, 20, 30 directions and planar of b 0.5, 1, 2 with 12, 12, 20, at the paper's
 SNR of 29 (Rician). Beside it the same with the planar volumes made spherical, and made linear: as
 many volumes, of the same b-values, on the same tissue. d ~ U(0, 3), f ~ U(0, 1),
 f_sph ~ U(0, 1 − f), d_sph ~ U(0, min(d, 0.5)); mixtures of three Watson bundles as in scnn.py.
+With --steps a network is trained further for each protocol alone, at this SNR, as in the paper
+(--states keeps what an interrupted training goes on from); without, one network serves all.
 `prior` is the variance of the truth, the error of one who measures nothing. `means` is the
 posterior mean from the shells' means alone, by weighing draws from the prior with their Gaussian
 likelihood: what the encoding tells without any network and without directions.
@@ -20,13 +22,15 @@ import math
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bidsapp import checkpoint, sh
+from bidsapp import checkpoint, methods, sh
 from bidsapp.acquisition import Acquisition
+from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.simulate import forward, odf, protocols
 from bidsapp.simulate.tissue import THREE_COMPARTMENTS, draw_odfs
@@ -50,10 +54,12 @@ def main() -> None:
     parser.add_argument("--snr", type=float, default=29)
     parser.add_argument("--reference-voxels", type=int, default=2000)
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--states", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    trained = (checkpoint.load(options.weights, "estimate_scnn3") if options.weights
-               else estimating.shipped("estimate_scnn3"))
+    start = (checkpoint.load(options.weights, "estimate_scnn3") if options.weights
+             else estimating.shipped("estimate_scnn3"))
     generator, tissue, sigma = torch.Generator().manual_seed(7), THREE_COMPARTMENTS, 1 / options.snr
     densities = draw_odfs(options.voxels, generator, 16)
     truth = tissue.draw(options.voxels, generator)
@@ -63,6 +69,7 @@ def main() -> None:
     rates, covers, turns = [], [], []
     for name, b_delta in PROTOCOLS.items():
         acq = acquisition(b_delta)
+        trained = for_one(start, name, acq, options) if options.steps else start
         clean = forward.Protocol(acq, 16, densities).signal(densities, tissue.compartments(truth))
         noise = sigma * torch.randn(2, *clean.shape, generator=generator)
         signal = torch.hypot(clean + noise[0], noise[1])
@@ -71,9 +78,9 @@ def main() -> None:
         print(f"{name + ', means':<18}" + "".join(f"{v:>17.2e}" for v in error))
         dwi, times = as_dwi(signal.numpy(), acq, sigma), []
         for _ in range(options.repeats):
-            start = time.perf_counter()
+            begun = time.perf_counter()
             maps = estimating.estimate(trained, tissue, dwi, "cpu")[0]
-            times.append((time.perf_counter() - start) / options.voxels)
+            times.append((time.perf_counter() - begun) / options.voxels)
         found = np.stack([maps[key] for key in tissue.names], 1) - truth.numpy()
         sd = np.stack([maps[f"{key}_std"] for key in tissue.names], 1)
         difference = torch.from_numpy(maps["odf"]) - densities[:, :45]
@@ -89,6 +96,19 @@ def main() -> None:
             print(f"{title + ', ' + name:<26}" + "".join(f"{v:>12{form}}" for v in row))
     print(f"voxels/s with {options.threads} threads: " + ", ".join(
         f"{name} {rate:.0f}" for name, rate in zip(PROTOCOLS, rates, strict=True)))
+
+
+def for_one(start: checkpoint.Checkpoint, name: str, acq: Acquisition,
+            options: argparse.Namespace) -> checkpoint.Checkpoint:
+    """The network trained further for one protocol, as `group --train` does."""
+    known = methods.get("estimate_scnn3").recipe("one")
+    schedule = replace(known.schedule, steps=options.steps)
+    recipe = replace(known, schedule=schedule, trained_for=learn.Range(
+        snr=(options.snr, options.snr), acquisition=acq))
+    saved = options.states / f"scnn3_{name}.ckpt" if options.states else None
+    found = learn.train("estimate_scnn3", recipe, seed=0, device="cpu", saved=saved, start=start)
+    print(f"{name}: {found.card.training['samples']} samples in {found.card.training['seconds']} s")
+    return found
 
 
 def acquisition(b_delta: float) -> Acquisition:

@@ -108,14 +108,14 @@ def quadrature(degree: int) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray,
     return points, weights
 
 
-LEBEDEV = (3, 5, 7, 9, 11, 15, 17, 19, 21, 23, 29, 31, 35, 41, 47, 53, 59, 65, 71, 77, 83, 89)
+LEBEDEV = (3, 5, 7, 9, 11, 15, 17, 19, 21, 23, 29, 31, 35, 41, 47, 53, 59, 65, 71, 77, 83, 89, 95)
 """Degrees of Lebedev's rules whose weights are positive."""
 
 
 @lru_cache
 def half_grid(degree: int) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]:
     """As `quadrature` with about (degree + 2)²/6 points, two thirds of its number, and no poles:
-    the half of the smallest Lebedev rule (octahedral symmetry) that is exact up to `degree` ≤ 89
+    the half of the smallest Lebedev rule (octahedral symmetry) that is exact up to `degree` ≤ 95
     (Lebedev & Laikov 1999; scipy.integrate.lebedev_rule).
 
     Raises:

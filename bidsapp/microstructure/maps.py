@@ -33,8 +33,8 @@ TOLERANCE = 0.01
 ASSUMED_SNR = 20.0
 """Stands for S0 over noise SD where the noise could not be measured."""
 
-GRID = 83
-"""Degree of the half grids where a network is applied (1177 points). Densities turn with the head
+GRID = 95
+"""Degree of the half grids where a network is applied (1537 points). Densities turn with the head
 within 2e-4, those of strange signals too, which take the finest grid; on the coarse grid that is
 enough to train on, within 2 %."""
 
