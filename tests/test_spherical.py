@@ -58,8 +58,8 @@ def test_half_grid_integrates_products(degree):
 
 
 def test_half_grid_ends_somewhere():
-    with pytest.raises(ValueError, match="89 is the most"):
-        sh.half_grid(90)
+    with pytest.raises(ValueError, match="95 is the most"):
+        sh.half_grid(96)
 
 
 @pytest.mark.parametrize("r", rotations(3), ids=str)
