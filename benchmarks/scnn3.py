@@ -8,8 +8,9 @@ ms/µm² with 12, 12, 20, 20, 30 directions and planar of b 0.5, 1, 2 with 12, 1
 SNR of 29 (Rician). Beside it the same with the planar volumes made spherical, and made linear: as
 many volumes, of the same b-values, on the same tissue. d ~ U(0, 3), f ~ U(0, 1),
 f_sph ~ U(0, 1 − f), d_sph ~ U(0, min(d, 0.5)); mixtures of three Watson bundles as in scnn.py.
-With --steps a network is trained further for each protocol alone, at this SNR and with such mixtures
-alone (--states keeps what an interrupted training goes on from); without, one network serves all.
+With --steps a network is trained further for each protocol alone, at this SNR and with such
+mixtures alone (--states keeps what an interrupted training goes on from); without, one network
+serves all.
 `prior` is the variance of the truth, the error of one who measures nothing. `means` is the
 posterior mean from the shells' means alone, by weighing draws from the prior with their Gaussian
 likelihood: what the encoding tells without any network and without directions.
