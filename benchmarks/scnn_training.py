@@ -145,9 +145,8 @@ def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.T
     def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
         x = side.fitted(signal.view(1, len(signal), *noisy.shape[2:]))
         noise = torch.tensor([1 / SNR, 0.0]).expand(len(signal), 2)
-        likely = hint(Likelihood(tissue, power.double(), x.double(), noise.double(),
-                                 side.shells.double()))
-        found = network(x, noise, side.shells, likely.float())
+        likely = hint(Likelihood(tissue, power, x, noise, side.shells))
+        found = network(x, noise, side.shells, likely)
         return {"mean": estimating.clamped(tissue, found.mean), "odf": found.odf[:, :45]}
 
     flat = noisy[0].flatten(1)

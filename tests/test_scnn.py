@@ -52,7 +52,7 @@ def coefficients(voxels, dtype, rotation=None, seed=0):
 
 
 def hint_of(x, noise, shells):
-    power = torch.tensor([0.018, 0.009, 0.004, 0.002])
+    power = torch.tensor([[0.018, 0.009, 0.004, 0.002]])
     return hint(Likelihood(tissue.TWO_COMPARTMENTS, power.to(x), x, noise, shells))
 
 

@@ -28,12 +28,15 @@ from bidsapp.microstructure.maps import (
 )
 from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import protocols
-from bidsapp.simulate.likelihood import Likelihood, hint
+from bidsapp.simulate.likelihood import Likelihood, hint, searches
 from bidsapp.simulate.protocols import Protocols
 from bidsapp.simulate.tissue import Tissue
 
 L_SIMULATED = 12
 """Degree of the densities and signals that are simulated; fits and maps go to 8."""
+
+CASES = 4
+"""Powers of the densities that a hint has to reckon with."""
 
 LEVEL = 0.9
 """Share of truths that ± QUANTILE SDs shall cover."""
@@ -140,12 +143,17 @@ class Simulator:
                         *(v.split(recipe.batch) for v in rest), strict=True))
 
 
-def density_power(recipe: Recipe, table: torch.Tensor | None) -> Float[torch.Tensor, " degree"]:
-    """Mean square of a coefficient of the densities that are drawn, by degree 2, 4, 6, 8."""
+def density_power(recipe: Recipe, table: torch.Tensor | None
+                  ) -> Float[torch.Tensor, "case degree"]:
+    """Mean square of a coefficient of the densities that are drawn, by degree 2, 4, 6, 8: where
+    hints are posterior means, quantiles over densities; else its mean."""
     generator = torch.Generator().manual_seed(0)
     drawn = recipe.tissue.densities(4096, generator, protocols.L_FIT, table=table, **recipe.odfs)
-    return torch.stack([drawn[:, sh.size(l - 2):sh.size(l)].square().mean()
-                        for l in range(2, protocols.L_FIT + 1, 2)])
+    power = torch.stack([drawn[:, sh.size(l - 2):sh.size(l)].square().mean(1)
+                         for l in range(2, protocols.L_FIT + 1, 2)], 1)
+    if searches(recipe.tissue):
+        return power.mean(0, keepdim=True)
+    return torch.quantile(power, (torch.arange(CASES) + 0.5) / CASES, dim=0)
 
 
 def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: torch.Tensor

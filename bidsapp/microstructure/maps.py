@@ -21,7 +21,7 @@ from bidsapp.errors import DataError, Refusal
 from bidsapp.networks.mlp import Perceptron
 from bidsapp.networks.scnn import Estimate, SphericalNetwork
 from bidsapp.simulate import forward, protocols
-from bidsapp.simulate.likelihood import Likelihood, hint
+from bidsapp.simulate.likelihood import Likelihood, hint, searches
 from bidsapp.simulate.tissue import Tissue
 
 QUANTILE = 1.6448536269514722
@@ -161,7 +161,9 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     if "directions" in card.trained_for:
         told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
     least, most = (1 / snr for snr in reversed(card.trained_for["SNR"]))
-    power = torch.tensor(card.constants["density_power"], device=device, dtype=torch.float64)
+    # in single precision rounding decides which way a search goes on a flat ridge
+    power = torch.tensor(card.constants["density_power"], device=device,
+                         dtype=torch.float64 if searches(tissue) else torch.float32)
     hinted = takes_hint(card.network)
     of_mean = 0.0 if s0_known else len(b0) ** -0.5
 
@@ -175,9 +177,9 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         sigma = (dwi.noise_sd / level if dwi.noise_sd else torch.full_like(level, 1 / ASSUMED_SNR))
         within = sigma.clamp(least, most)[:, None]
         noise = torch.cat([within, of_mean * within], 1)
-        # in double precision, else rounding decides which way the search goes on a flat ridge
-        likely = hint(Likelihood(tissue, power, x.double(), noise.double(), told.double())
-                      ).float() if hinted else x.new_zeros(len(signal), 0)
+        exact = (v.to(power) for v in (x, noise, told))
+        likely = (hint(Likelihood(tissue, power, *exact)).float() if hinted
+                  else x.new_zeros(len(signal), 0))
         found = network(x, noise, told, likely)
         sd = calibrated(tissue, found.log_sd.clamp(-7, 2).exp(), card.constants)
         strange = misfit(tissue, x, noise, told, found) > interpolated(

@@ -131,11 +131,12 @@ class SphericalNetwork(nn.Module):
     """Tissue parameters with their posterior SD, and the density of fibres, from any protocol.
 
     Embedded shells pass blocks of zonal convolution and SiLU on a half grid. Means and powers per
-    degree, which do not change with rotation, go to a head with the noise and a hint, the most
-    likely parameters and their covariance (`simulate.likelihood`). The density is a combination of
-    channels whose gain per degree the head sets voxel by voxel (a deconvolution with the kernel of
-    that voxel), followed by one more block. What that deconvolution looks like, again by means and
-    powers, tells a second head whether the kernel was right; it gives the parameters.
+    degree, which do not change with rotation, go to a head with the noise and a hint, what
+    parameters and their covariance are under normal densities (`simulate.likelihood`). The density
+    is a combination of channels whose gain per degree the head sets voxel by voxel (a deconvolution
+    with the kernel of that voxel), followed by one more block. What that deconvolution looks like,
+    again by means and powers, tells a second head whether the kernel was right; it gives the
+    parameters.
 
     Args:
         parameters: number of scalars.

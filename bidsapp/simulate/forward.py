@@ -93,12 +93,12 @@ def three_compartments(diffusivity: torch.Tensor, fraction: torch.Tensor,
 Encodings = Float[np.ndarray, " encoding"] | Float[torch.Tensor, "voxel encoding"]
 
 
-def kernel(compartments: Sequence[Compartment], b: Encodings, b_delta: Encodings, l_max: int
-           ) -> Float[torch.Tensor, "voxel encoding _"]:
+def kernel(compartments: Sequence[Compartment], b: Encodings, b_delta: Encodings, l_max: int,
+           nodes: int = NODES) -> Float[torch.Tensor, "voxel encoding _"]:
     """k_l, l = 0, 2, … l_max, for every encoding (b in s/mm²), the same for all voxels or not.
     Diffusivities of shape (voxel,) or (voxel, encoding)."""
     like = compartments[0].axial
-    t, moments = half_rule(l_max, NODES, like)
+    t, moments = half_rule(l_max, nodes, like)
     trace, s = torch.as_tensor(b).to(like) / 1000, torch.as_tensor(b_delta).to(like)
     values = like.new_zeros(())
     for fraction, *diffusivities in compartments:

@@ -1,13 +1,17 @@
-"""Most likely tissue parameters of a voxel where its fibres may be arranged anyhow.
+"""Tissue parameters of a voxel where its fibres may be arranged anyhow: what a network starts from.
 
 With S_lm,s = k_l(θ, s) w_lm + noise and w_lm ~ N(0, C_l), the unknown density integrates out. Per
 degree, with y_s = S_lm,s/ν_s, κ_s = k_l,s/ν_s and ν_s = σ √(4π/n_s) the noise of a coefficient,
 
-    y ~ N(0, I + C κ κᵀ):   −2 log L = Σ_m [|y|² − (κ·y)²/a] + (2l + 1) log(C a),  a = 1/C + |κ|²,
+    y ~ N(0, I + C κ κᵀ):   2 log L = Σ_m [C (κ·y)²/a − |y|²] − (2l + 1) log a,  a = 1 + C |κ|²,
 
-so the powers Σ_m y_s y_t are all that counts. The means over the sphere, degree 0, do not depend on
-the density; noise of the mean b0 moves them together. The maximum over θ is found by damped
-Fisher scoring for all voxels at once. A network starts from it.
+so the powers Σ_m y_s y_t are all that counts. Densities differ in power: C_l is one of some values,
+each as likely, and L the mean over them. The means over the sphere, degree 0, do not depend on the
+density; noise of the mean b0 moves them together.
+
+Two parameters: mean and covariance of θ, uniform on its range, are sums over a lattice, first of
+the whole range, then four times of points within 2.5 SD of what the last one found. More
+parameters: the maximum of L, of one C_l, by damped Fisher scoring. Either for all voxels at once.
 """
 
 from __future__ import annotations
@@ -18,83 +22,105 @@ import torch
 from jaxtyping import Float
 
 from bidsapp import sh
+from bidsapp.errors import DataError
 from bidsapp.simulate import forward
 from bidsapp.simulate.tissue import Tissue
 
 L_MAX = 8
+NODES = 10
+"""Of the kernel's quadrature: within 3e-8 for b · d from −7.5 to 15."""
+
+LATTICE, OWN, WITHIN = 12, 8, 2.5
+"""Points along each parameter of the first lattice, of a later one, and its half width in SDs."""
+
+ROUNDS = 4
+FEW = 4.0
+"""A lattice too coarse for L gives one point all of the weight. L is flattened until as many
+count, but on the last lattice."""
+
 STEPS = 6
 DIFFERENCE = 1e-3
 """Of a parameter's range: step of the numerical derivative of the kernel."""
 
 
+def searches(tissue: Tissue) -> bool:
+    """Whether there are too many parameters for a lattice."""
+    return len(tissue.names) > 2
+
+
 class Likelihood:
     """log L and its derivatives for voxels with coefficients x, noise and shells (as the networks
-    take them), under densities of the given power (C_2, C_4, …)."""
+    take them), under densities whose power (C_2, C_4, …) is any of the rows of `power`.
 
-    def __init__(self, tissue: Tissue, power: Float[torch.Tensor, " degree"],
+    Raises:
+        DataError: power has no rows, as in weights of an earlier version.
+    """
+
+    def __init__(self, tissue: Tissue, power: Float[torch.Tensor, "case degree"],
                  x: Float[torch.Tensor, "coef voxel shell"], noise: Float[torch.Tensor, "voxel 2"],
                  shells: Float[torch.Tensor, "group shell 3"]) -> None:
+        if power.ndim != 2:
+            raise DataError(f"powers of densities of shape {tuple(power.shape)}; needed is (case, "
+                            "degree). The weights belong to another version: train again.")
         self.tissue, self.power, self.shells = tissue, power, shells
-        each = shells.repeat_interleave(x.shape[1] // len(shells), 0)
-        self.b, self.b_delta, scale = each.unbind(-1)
-        there = scale > 0
-        self.weight = there / (noise[:, :1] * scale.clamp(min=1e-3))  # 1/SD of a mean
+        scale = shells[..., 2].repeat_interleave(x.shape[1] // len(shells), 0)
+        self.weight = (scale > 0) / (noise[:, :1] * scale.clamp(min=1e-3))  # 1/SD of a mean
         self.mean = x[0] * self.weight / math.sqrt(4 * math.pi)
         self.b0_noise = noise[:, 1:]
-        self.gram, self.use = [], []
+        self.gram, self.scale = [], []
         for l in range(2, L_MAX + 1, 2):
-            y = x[sh.size(l - 2):sh.size(l)].movedim(0, 1) * (
-                self.weight / math.sqrt(4 * math.pi))[:, None]
+            own = x[sh.size(l - 2):sh.size(l)].movedim(0, 1)
+            self.scale.append(self.weight / math.sqrt(4 * math.pi) * (own != 0).any(1))  # 1/ν
+            y = own * self.scale[-1][:, None]
             self.gram.append(y.mT @ y)
-            self.use.append((y != 0).any(1).to(y.dtype))
         self.low, self.high = x.new_tensor(tissue.ranges).T
 
-    def kernel(self, theta: Float[torch.Tensor, "voxel n"]
-               ) -> Float[torch.Tensor, "voxel shell 5"]:
-        return self._kernel(theta, self.b, self.b_delta)
-
-    def of_protocols(self, points: Float[torch.Tensor, "point n"]
-                     ) -> Float[torch.Tensor, "voxel point shell 5"]:
-        """The kernel at points that all voxels share, computed once per protocol."""
-        groups, count = len(self.shells), len(points)
-        each = self.shells[..., :2].repeat_interleave(count, 0)
-        k = self._kernel(points.repeat(groups, 1), *each.unbind(-1)).unflatten(0, (groups, count))
-        return k.repeat_interleave(len(self.mean) // groups, 0)
-
-    def _kernel(self, theta, b, b_delta):
+    def kernel(self, points: Float[torch.Tensor, "part point n"]
+               ) -> Float[torch.Tensor, "part point shell 5"]:
+        """At points of every voxel's own, or of every protocol's (one part for each)."""
+        each = self.shells.repeat_interleave(
+            len(points) // len(self.shells), 0).repeat_interleave(points.shape[1], 0)
+        theta = points.flatten(0, 1)
         parts = self.tissue.compartments(theta)
         if self.tissue.aligned is not None:  # the axis is unknown: as if dispersed, too
             parts = parts + self.tissue.aligned(theta)
-        return forward.kernel(parts, 1000 * b, b_delta, L_MAX)
+        return forward.kernel(parts, 1000 * each[..., 0], each[..., 1], L_MAX, NODES).unflatten(
+            0, points.shape[:2])
 
-    def value(self, k: Float[torch.Tensor, "voxel ... shell 5"]
-              ) -> Float[torch.Tensor, "voxel ..."]:
-        """log L less a constant, of one or more points per voxel."""
-        if k.ndim == 3:
-            return self.value(k[:, None])[:, 0]
-        weight = self.weight[:, None]
-        p = k[..., 0] / (4 * math.pi) * weight
-        r, q = self.mean[:, None] - p, self.b0_noise[:, None] * p
+    def value(self, k: Float[torch.Tensor, "part point shell 5"]
+              ) -> Float[torch.Tensor, "voxel point"]:
+        """log L less a constant, of kernels as `kernel` gives them."""
+        def split(v: torch.Tensor) -> torch.Tensor:
+            return v.unflatten(0, (len(k), -1))
+
+        p = k[:, None, ..., 0] / (4 * math.pi) * split(self.weight)[:, :, None]
+        r, q = split(self.mean)[:, :, None] - p, split(self.b0_noise)[:, :, None] * p
         one = 1 + (q * q).sum(-1)
-        total = (r * r).sum(-1) - (r * q).sum(-1) ** 2 / one + one.log()
-        for i, (gram, use) in enumerate(zip(self.gram, self.use, strict=True)):
-            c = self.power[i]
-            kappa = k[..., i + 1] * (weight * use[:, None] / math.sqrt(4 * math.pi))
-            a = 1 / c + (kappa * kappa).sum(-1)
-            total = total - (kappa * (kappa @ gram)).sum(-1) / a + (4 * i + 5) * (c * a).log()
-        return -total / 2
+        total = ((r * q).sum(-1) ** 2 / one - (r * r).sum(-1) - one.log()) / 2
+        for i, (gram, scale) in enumerate(zip(self.gram, self.scale, strict=True)):
+            own = k[..., i + 1]
+            folded = (gram * scale[:, :, None] * scale[:, None]).flatten(1)
+            along = split(folded) @ (own[..., None] * own[..., None, :]).flatten(2).mT  # Σ_m (κ·y)²
+            length = split(scale * scale) @ (own * own).mT  # |κ|²
+            cases = []
+            for c in self.power[:, i]:
+                a = 1 + c * length
+                cases.append((along * (c / a) - (4 * i + 5) * a.log()) / 2)
+            total = total + torch.stack(cases).logsumexp(0)
+        return total.flatten(0, 1)
 
     def scoring(self, theta: Float[torch.Tensor, "voxel n"], k: Float[torch.Tensor, "voxel shell 5"]
                 ) -> tuple[Float[torch.Tensor, "voxel n"], Float[torch.Tensor, "voxel n n"]]:
-        """Gradient of log L and Fisher's information; that the share of b0 noise depends on θ is
-        left out."""
+        """Gradient of log L and Fisher's information, of the first case; that the share of b0 noise
+        depends on θ is left out."""
         span = self.high - self.low
         slopes = []
         for j in range(theta.shape[1]):
             step = torch.zeros_like(theta)
             up = theta[:, j] < (self.low + self.high)[j] / 2
             step[:, j] = torch.where(up, 1, -1) * DIFFERENCE * span[j]
-            slopes.append((self.kernel(theta + step) - k) / step[:, j, None, None])
+            slopes.append((self.kernel((theta + step)[:, None])[:, 0] - k)
+                          / step[:, j, None, None])
         slope = torch.stack(slopes, -1)  # voxel shell degree n
         p = k[..., 0] / (4 * math.pi) * self.weight
         jacobian = slope[:, :, 0] / (4 * math.pi) * self.weight[..., None]
@@ -104,9 +130,8 @@ class Likelihood:
         across = jacobian.mT @ q[..., None]
         gradient = (jacobian.mT @ r[..., None])[..., 0]
         fisher = jacobian.mT @ jacobian - across @ across.mT / one[..., None]
-        for i, (gram, use) in enumerate(zip(self.gram, self.use, strict=True)):
-            c, n = self.power[i], 4 * i + 5
-            scale = self.weight * use / math.sqrt(4 * math.pi)
+        for i, (gram, scale) in enumerate(zip(self.gram, self.scale, strict=True)):
+            c, n = self.power[0, i], 4 * i + 5
             kappa = k[..., i + 1] * scale
             jacobian = slope[:, :, i + 1] * scale[..., None]
             square = (kappa * kappa).sum(1, keepdim=True)
@@ -122,15 +147,56 @@ class Likelihood:
         return gradient, fisher
 
 
+@torch.no_grad()
+def posterior(likelihood: Likelihood) -> tuple[Float[torch.Tensor, "voxel n"],
+                                               Float[torch.Tensor, "voxel n n"]]:
+    """Mean and covariance of θ in units of its range."""
+    low, span = likelihood.low, likelihood.high - likelihood.low
+    eye = torch.eye(len(span), dtype=span.dtype, device=span.device)
+
+    def lattice(along: torch.Tensor) -> Float[torch.Tensor, "point n"]:
+        return torch.cartesian_prod(*[along.to(span)] * len(span))
+
+    unit = lattice((torch.arange(LATTICE) + 0.5) / LATTICE).expand(len(likelihood.shells), -1, -1)
+    value = likelihood.value(likelihood.kernel(low + span * unit))
+    mean, covariance = _moments(unit[:1], _flattened(value))
+    cell, z = eye / LATTICE**2, lattice(torch.linspace(-WITHIN, WITHIN, OWN))
+    for last in range(ROUNDS)[::-1]:
+        root = torch.linalg.cholesky(covariance + cell / 12)  # a cell's own spread is 1/12
+        unit = mean[:, None] + z @ root.mT
+        value = likelihood.value(likelihood.kernel(low + span * unit.clamp(0, 1)))
+        value = torch.where(((unit < 0) | (unit > 1)).any(-1), -1e9, value)
+        mean, covariance = _moments(unit, _flattened(value) if last else value.softmax(1))
+        cell = root @ root.mT * (2 * WITHIN / (OWN - 1)) ** 2
+    return mean, covariance + cell / 12
+
+
+def _flattened(value: Float[torch.Tensor, "voxel point"]) -> Float[torch.Tensor, "voxel point"]:
+    """Weights ∝ L^t, the greatest t ≤ 1 of 0.6^k of which FEW points count (Kish)."""
+    value = value - value.amax(1, keepdim=True)
+    for _ in range(12):
+        few = value.softmax(1).square().sum(1, keepdim=True) > 1 / FEW
+        value = torch.where(few, 0.6 * value, value)
+    return value.softmax(1)
+
+
+def _moments(unit: Float[torch.Tensor, "#voxel point n"], weight: Float[torch.Tensor, "voxel point"]
+             ) -> tuple[Float[torch.Tensor, "voxel n"], Float[torch.Tensor, "voxel n n"]]:
+    mean = (weight[:, None] @ unit)[:, 0]
+    away = unit - mean[:, None]
+    return mean, (away * weight[..., None]).mT @ away
+
+
 def most_likely(likelihood: Likelihood, starts: Float[torch.Tensor, "start n"]
                 ) -> tuple[Float[torch.Tensor, "voxel n"], Float[torch.Tensor, "voxel n n"],
                            Float[torch.Tensor, " voxel"]]:
-    """θ within its range that maximises L, from the best of `starts`; Fisher's information in
-    units of the ranges, and log L there."""
+    """θ within its range that maximises L of the first case, from the best of `starts`; Fisher's
+    information in units of the ranges, and log L there."""
     low, span = likelihood.low, likelihood.high - likelihood.low
-    every = likelihood.of_protocols(starts)
+    every = likelihood.kernel(starts.expand(len(likelihood.shells), -1, -1))
     best, first = likelihood.value(every).max(1)
-    theta, k = starts[first], every[torch.arange(len(every), device=first.device), first]
+    theta = starts[first]
+    k = likelihood.kernel(theta[:, None])[:, 0]
     damping = torch.full_like(best, 1e-2)
     eye = torch.eye(len(span), dtype=k.dtype, device=k.device)
     for _ in range(STEPS):
@@ -144,8 +210,8 @@ def most_likely(likelihood: Likelihood, starts: Float[torch.Tensor, "start n"]
                                  + 1.0)[:, None]
         step = torch.linalg.solve(normal, gradient * free).clamp(-0.3, 0.3)
         moved = low + span * (unit + step).clamp(0, 1)
-        here = likelihood.kernel(moved)
-        value = likelihood.value(here)
+        here = likelihood.kernel(moved[:, None])
+        value, here = likelihood.value(here)[:, 0], here[:, 0]
         better = value > best
         best = torch.where(better, value, best)
         theta = torch.where(better[:, None], moved, theta)
@@ -157,23 +223,19 @@ def most_likely(likelihood: Likelihood, starts: Float[torch.Tensor, "start n"]
 
 @torch.no_grad()
 def hint(likelihood: Likelihood) -> Float[torch.Tensor, "voxel _"]:
-    """What a network starts from, (voxel, n (n + 3)/2): the most likely θ in units of its range,
-    and log SDs and correlations of (F + 12 I)⁻¹, 1/12 being the variance of the prior."""
+    """What a network starts from, (voxel, n (n + 3)/2): of two parameters the posterior means, in
+    units of the range, log SDs and correlation; of more the most likely θ, and those of
+    (F + 12 I)⁻¹, 1/12 being the variance of the prior."""
     n = len(likelihood.low)
-    span = likelihood.high - likelihood.low
-    starts = likelihood.low + span * _starts(n).to(span)
-    theta, fisher, _ = most_likely(likelihood, starts)
-    unit = (theta - likelihood.low) / span
-    covariance = torch.linalg.inv(fisher + 12 * torch.eye(n, dtype=span.dtype, device=span.device))
+    if not searches(likelihood.tissue):
+        unit, covariance = posterior(likelihood)
+    else:
+        span = likelihood.high - likelihood.low
+        theta, fisher, _ = most_likely(likelihood, likelihood.low + span * torch.quasirandom.
+                                       SobolEngine(n).draw(33)[1:].to(span))
+        unit = (theta - likelihood.low) / span
+        covariance = torch.linalg.inv(fisher + 12 * torch.eye(n).to(span))
     sd = torch.diagonal(covariance, dim1=1, dim2=2).clamp(min=1e-10).sqrt()
     rows, columns = torch.triu_indices(n, n, 1)
     correlation = (covariance / (sd[:, :, None] * sd[:, None]))[:, rows, columns]
     return torch.cat([2 * unit - 1, sd.log() + 2, correlation], 1)
-
-
-def _starts(n: int) -> torch.Tensor:
-    """Points within the unit cube: 4 × 4 where there are two parameters, else a Sobol sequence."""
-    if n == 2:
-        grid = torch.tensor([0.12, 0.35, 0.6, 0.88])
-        return torch.cartesian_prod(grid, grid)
-    return torch.quasirandom.SobolEngine(n).draw(33)[1:]
