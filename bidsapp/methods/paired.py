@@ -132,11 +132,6 @@ class PairedHarmonizer(shared.Harmonizer):
         """What is learned from."""
         return pairs.find(study.statistics, reference, study.paired_by == "session")[batch]
 
-    def places(self, study: Study, found: Sequence[pairs.Pair]) -> Mapping[str, np.ndarray]:
-        """By run, (place, 3) world points that are alike in all of them; empty where none are
-        needed."""
-        return {}
-
     def _one(self, study: Study, name: str, found: Sequence[pairs.Pair], known: Mapping[str, Any]
              ) -> Checkpoint:
         """The model of a batch."""
@@ -150,8 +145,7 @@ class PairedHarmonizer(shared.Harmonizer):
         names = [shared.short(shell) for shell in shells]
         with tempfile.TemporaryDirectory(dir=study.states) as folder:
             travellers = Travellers(self, study, list(found), [s["directions"][1] for s in shells],
-                                    recipe["l_max"], recipe["deformable"], Path(folder), self.adds,
-                                    self.places(study, found))
+                                    recipe["l_max"], recipe["deformable"], Path(folder), self.adds)
             trained = self._trained(study, name, names, recipe, travellers, people, start)
             metrics = self._measured(trained, travellers, names, study.device)
         if rose := _rose(metrics):

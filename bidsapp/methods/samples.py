@@ -46,16 +46,11 @@ class Samples:
         self.bases: list[np.ndarray] = []
         self.fits: list[np.ndarray] = []
         self.steps: list[np.ndarray] = []
-        self.places: list[np.ndarray] = []
 
-    def add(self, aligned: pairs.Aligned, shell: int, acquisition: Acquisition,
-            places: np.ndarray) -> None:
-        """A pair, the b-table of its target, and the voxel of `aligned.where`, or −1, at places
-        that all scans share."""
+    def add(self, aligned: pairs.Aligned, shell: int, acquisition: Acquisition) -> None:
+        """A pair, and the b-table of its target."""
         image, indices = aligned.image[shell], acquisition.shells[shell].indices
         inside = np.pad(aligned.where, 1)
-        before = sum(map(len, self.centres))
-        self.places.append(np.where(places < 0, -1, before + places))
         self.centres.append(self.rows + np.flatnonzero(inside))
         self.pairs.append(np.full(int(inside.sum()), len(self.bases)))
         self.labels.append(aligned.labels[aligned.where])
@@ -83,7 +78,6 @@ class Samples:
         self.centre, self.pair, self.tissue = (torch.from_numpy(np.concatenate(v)) for v in (
             self.centres, self.pairs, self.labels))
         self.step = torch.from_numpy(np.stack(self.steps))
-        self.place = torch.from_numpy(np.stack(self.places))
         self.basis = torch.from_numpy(np.stack(self.bases)).float()
         self.fit = torch.from_numpy(np.stack(self.fits)).float()
         self.count = (self.basis != 0).any(2).sum(1)
@@ -147,7 +141,7 @@ class Travellers:
 
     def __init__(self, method: Harmonizer, study: Study, found: list[pairs.Pair],
                  directions: list[int], l_max: int, deformable: bool, folder: Path,
-                 series: bool = False, places: Mapping[str, np.ndarray] | None = None) -> None:
+                 series: bool = False) -> None:
         self.method, self.study, self.pairs, self.folder = method, study, found, folder
         self.l_max = l_max
         self.samples: list[Samples] = []
@@ -164,9 +158,8 @@ class Travellers:
             move.save(folder / f"{i}.npz")
             aligned = pairs.Aligned(**vars(move), image=pairs.carried(source, l_max, move),
                                     target=pairs.ratios(target, move))
-            at = pairs.nearest(target, move, (places or {}).get(pair.target, np.empty((0, 3))))
             for k, samples in enumerate(self.samples):
-                samples.add(aligned, k, target.acquisition, at)
+                samples.add(aligned, k, target.acquisition)
         for samples in self.samples:
             samples.close()
 

@@ -1,28 +1,24 @@
 """Two generators and two critics, that learn the way between two scanners from unlike people.
 
-What both go by in a patch of 3×3×3 voxels is what does not change when fibres turn: of the
-coefficients c_lm of every voxel, in units of their root mean square s_l,
+What a critic sees of a patch of 3×3×3 voxels, and what a generator goes by, is what does not change
+when fibres turn: of the coefficients c_lm of every voxel, in units of their root mean square s_l,
 
-    I_0 = c_00/s_0,   I_l = √(Σ_m c_lm²/(2l + 1))/s_l,   Ī their mean over the patch.
+    I_0 = c_00/s_0,   I_l = √(Σ_m c_lm²/(2l + 1))/s_l.
 
-A generator multiplies every degree by a number, c_lm → c_lm exp(0.01 g_l(Ī, I of the centre)), so
-it is exactly equivariant, and single fibres keep their directions. G maps from A to B, F back; for
-x of A and y of B, of one place in the heads of unlike people,
+A generator multiplies every degree of every voxel by a number, c_lm → c_lm exp(0.01 g_l(I)), so it
+is exactly equivariant, and single fibres keep their directions. G maps from A to B, F back; for x
+of A and y of B
 
     adversarial   C_B(G x) − C_B(y) + C_A(F y) − C_A(x), which critics make small, generators great,
     cycle         |F G x − x| + |G F y − y|,
     identity      |G y − y| + |F x − x|,
 
 critics held to a slope of one (Gulrajani et al. 2017, arXiv:1704.00028), the rest of Zhu et al.
-2017 (arXiv:1703.10593). A critic sees √27 Ī, and what is usual at that place, the mean of I over
-everybody: it compares like with like, and neither the noise of single voxels nor how sharp an image
-is. One loss serves both sides: on the way to the generators the gradient of a critic changes its
-sign.
+2017 (arXiv:1703.10593). One loss serves both sides: on the way to the generators the gradient of a
+critic changes its sign.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from jaxtyping import Float
@@ -47,15 +43,9 @@ def invariants(x: Float[torch.Tensor, "voxel 27 coef"], scale: Float[torch.Tenso
     return torch.cat([x[..., 0] / scale[0], *((p + 1e-6).sqrt() for p in powers)], 1)
 
 
-def seen(x: Float[torch.Tensor, "voxel 27 coef"], scale: Float[torch.Tensor, " degree"]
-         ) -> Float[torch.Tensor, "voxel degree"]:
-    """√27 Ī: what changes by δ in all voxels of a patch moves it as far as the patch."""
-    return invariants(x, scale).unflatten(1, (len(scale), PATCH)).sum(2) / math.sqrt(PATCH)
-
-
 class Generator(nn.Module):
-    """c_lm exp(0.01 g_l), one g for all voxels of a patch, by a perceptron from the mean of its
-    invariants and those of its centre. It starts as the identity.
+    """c_lm exp(0.01 g_l), g by a perceptron from the invariants of the patch. It starts as the
+    identity.
 
     scale: (degree,) the root mean square of coefficients that was learned from, set by training.
     """
@@ -65,16 +55,15 @@ class Generator(nn.Module):
     def __init__(self, *, hidden: int = 96, l_max: int = 4) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(l_max // 2 + 1))
-        degrees = len(self.scale)
-        self.gain = mlp([2 * degrees, hidden, hidden, degrees], nn.SiLU)
+        seen = PATCH * len(self.scale)
+        self.gain = mlp([seen, hidden, hidden, seen], nn.SiLU)
         nn.init.zeros_(self.gain[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.gain[-1].bias)  # type: ignore[arg-type]
 
     def patch(self, x: Float[torch.Tensor, "voxel 27 coef"]
               ) -> Float[torch.Tensor, "voxel 27 coef"]:
-        centre = invariants(x[:, CENTRE:CENTRE + 1], self.scale)
-        g = self.gain(torch.cat([seen(x, self.scale) / math.sqrt(PATCH), centre], 1))
-        return x * by_degree((SLOW * g).exp().T).T[:, None]
+        g = self.gain(invariants(x, self.scale)).unflatten(1, (len(self.scale), PATCH))
+        return x * by_degree((SLOW * g).exp().movedim(1, 0)).movedim(0, 2)
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 coef"]) -> Float[torch.Tensor, "voxel coef"]:
         """The voxel in the centre alone, as it is applied."""
@@ -82,25 +71,24 @@ class Generator(nn.Module):
 
 
 class Cycle(nn.Module):
-    """Both ways, with their critics, (voxel, what is seen and what is usual) → (voxel, 1). critic:
-    their width. The way back takes the scale of the way there."""
+    """Both ways, with their critics, (voxel, invariant) → (voxel, 1). critic: their width. The way
+    back takes the scale of the way there."""
 
     def __init__(self, to_b: Generator, to_a: Generator, *, critic: int) -> None:
         super().__init__()
         self.to_b, self.to_a = to_b, to_a
         to_a.scale.copy_(to_b.scale)
-        widths = [2 * len(to_b.scale), critic, critic, 1]
+        widths = [PATCH * len(to_b.scale), critic, critic, 1]
         self.real_b, self.real_a = (mlp(widths, lambda: nn.LeakyReLU(0.2)) for _ in range(2))
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 coef"],
-                y: Float[torch.Tensor, "voxel 27 coef"],
-                usual: Float[torch.Tensor, "voxel degree"]) -> dict[str, torch.Tensor]:
+                y: Float[torch.Tensor, "voxel 27 coef"]) -> dict[str, torch.Tensor]:
         """The three losses and (|∂C| − 1)² of the critics, means over patches in units of s_l."""
         scale, each = self.to_b.scale, by_degree(self.to_b.scale)
         fake_y, fake_x = self.to_b.patch(x), self.to_a.patch(y)
         adversarial, slope = x.new_zeros(()), x.new_zeros(())
         for critic, real, fake in ((self.real_b, y, fake_y), (self.real_a, x, fake_x)):
-            told, made = (torch.cat([_blurred(seen(v, scale)), usual], 1) for v in (real, fake))
+            told, made = (_blurred(invariants(v, scale)) for v in (real, fake))
             adversarial = adversarial + (critic(Against.apply(made)) - critic(told)).mean()
             slope = slope + _slope(critic, told, made.detach())
         return {"adversarial": adversarial, "slope": slope,
@@ -122,8 +110,8 @@ class Against(torch.autograd.Function):
         return -gradients[0]
 
 
-def _blurred(values: torch.Tensor) -> torch.Tensor:
-    return values + BLUR * torch.randn_like(values)
+def _blurred(seen: torch.Tensor) -> torch.Tensor:
+    return seen + BLUR * torch.randn_like(seen)
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -291,16 +291,6 @@ def ratios(target: Dwi, move: Move) -> Float[np.ndarray, "voxel measurement"]:
     return (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32)
 
 
-def nearest(target: Dwi, move: Move, points: Float[np.ndarray, "point 3"]
-            ) -> Int[np.ndarray, " point"]:
-    """The voxel of `where` that world points lie in; −1 of those that lie in none."""
-    mask, affine, _ = canonical(target.mask, target.affine)
-    row = np.pad(np.full(mask.shape, -1), 1, constant_values=-1)
-    row[1:-1, 1:-1, 1:-1][move.where] = np.arange(move.where.sum())
-    at = np.rint(indices(np.linalg.inv(affine), points)).astype(int) + 1
-    return row[tuple(np.clip(a, 0, n - 1) for a, n in zip(at, row.shape, strict=True))]
-
-
 def carried(source: Dwi, l_max: int, move: Move) -> Float[np.ndarray, "shell x y z coef"]:
     """The source's coefficients of S/S0 on the target's grid: `image` of `Aligned`.
 

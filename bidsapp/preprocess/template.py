@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from bidsapp.dwi import Dwi
 from bidsapp.preprocess import anatomy, pairs
 
 ROUNDS = 2
@@ -52,13 +51,6 @@ class Image:
     def volume(self) -> float:
         """mm³ of what is not 0."""
         return float((self.values > 0).sum() * abs(np.linalg.det(self.affine[:3, :3])))
-
-
-def fa(dwi: Dwi, device: str) -> Image:
-    """FA within the mask, 0 without b0 signal or fit."""
-    maps = pairs.tensor_maps(dwi, device)
-    return Image(dwi.unmask((maps["fa"] * (dwi.mean_b0 > 0) * ~maps["failed"]).astype(
-        np.float32)), dwi.affine)
 
 
 def sample(values: Float[np.ndarray, "x y z"], affine: np.ndarray,

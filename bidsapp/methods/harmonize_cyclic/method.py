@@ -6,22 +6,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from bidsapp import sh, training
-from bidsapp.errors import UsageError
 from bidsapp.methods import Study
 from bidsapp.methods import harmonizer as shared
 from bidsapp.methods.paired import Learner, PairedHarmonizer, drawn
 from bidsapp.methods.samples import BLOCK, Samples, errors
-from bidsapp.networks.cyclic import Cycle, Generator, invariants
+from bidsapp.networks.cyclic import Cycle, Generator
 from bidsapp.networks.shresnet import CENTRE
-from bidsapp.preprocess import pairs, template
-
-COVERED = 0.5
-"""Share of either batch's scans that must show a place."""
+from bidsapp.preprocess import pairs
 
 
 class CyclicHarmonizer(PairedHarmonizer):
@@ -49,21 +44,10 @@ class CyclicHarmonizer(PairedHarmonizer):
         return [*pairs.alone(study.statistics, batch, reference),
                 *super().scans(study, batch, reference)]
 
-    def places(self, study: Study, found: Sequence[pairs.Pair]) -> Mapping[str, np.ndarray]:
-        """The voxels of a template of everybody's FA (`template.build`)."""
-        runs = sorted({run for p in found for run in (p.source, p.target)})
-        mean, where = template.build([template.fa(self.load(study, run), study.device)
-                                      for run in runs], study.states)
-        return {run: w[mean.values > 0] for run, w in zip(runs, where, strict=True)}
-
     def learner(self, network: nn.Module, samples: Samples, mine: Sequence[torch.Tensor],
                 recipe: Mapping[str, Any], device: str, fresh: bool) -> Learner:
         """The loss is Σ_k w_k L_k of `networks.cyclic`, and of pairs the square error of S/S0 in
-        units of what it is before the network.
-
-        Raises:
-            UsageError: no place is seen in enough scans of both batches.
-        """
+        units of what it is before the network."""
         both, source, reference = mine
         assert isinstance(network, Generator)
         if fresh:
@@ -72,52 +56,25 @@ class CyclicHarmonizer(PairedHarmonizer):
         back = self.build(arguments)
         assert isinstance(back, Generator)
         cycle = Cycle(network, back, critic=arguments["critic"])
-        sides = [samples.place[samples.pair[own].unique()] for own in (source, reference)]
-        met = torch.stack([(s >= 0).double().mean(0) >= COVERED for s in sides]).all(0)
-        if not met.any():
-            raise UsageError(f"--train {self.name}: the scans of the two batches share no part of "
-                             "the brain. Check the brain masks.")
-        sides = [s[:, met].sort(0, descending=True).values for s in sides]
-        usual = _usual(samples, sides, network.scale, device)
         few = both[::max(1, len(both) // recipe["validation"])]
         before = float(torch.cat([errors(b[0][:, CENTRE], b) for b in samples.blocks(few, device)]
                                  ).mean()) if len(few) else 1.0
 
         def draw(size: int, generator: torch.Generator) -> training.Batch:
-            place = torch.randint(len(usual), (size,), generator=generator,
-                                  device=generator.device).cpu()
-            x, y = (samples(_of_anyone(s[:, place], generator), generator.device)[0]
-                    for s in sides)
-            pair = samples(drawn(both, size, generator), generator.device) if len(both) else ()
-            return (x, y, usual[place].to(x), *pair)
+            x, y = (samples(drawn(v, size, generator), generator.device)[0]
+                    for v in (source, reference))
+            return (x, y, *(samples(drawn(both, size, generator), generator.device)
+                            if len(both) else ()))
 
         def loss(model: nn.Module, batch: training.Batch) -> torch.Tensor:
-            x, y, usual, *pair = batch
-            total = sum(weight[k] * v for k, v in model(x, y, usual).items())
+            x, y, *pair = batch
+            total = sum(weight[k] * v for k, v in model(x, y).items())
             if pair:
                 total = total + weight["pairs"] / before * errors(
                     network(pair[0]), tuple(pair)).mean()
             return total
 
         return Learner(cycle, draw, loss, errors)
-
-
-def _of_anyone(voxels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One of each column of (scan, place), not of those at the end that are −1."""
-    share = torch.rand(voxels.shape[1], generator=generator, device=generator.device).cpu()
-    row = (share * (voxels >= 0).sum(0)).long()
-    return voxels.gather(0, row[None])[0]
-
-
-def _usual(samples: Samples, sides: Sequence[torch.Tensor], scale: torch.Tensor, device: str
-           ) -> torch.Tensor:
-    """(place, degree) invariants of the voxel there, mean over the scans of either batch."""
-    total = torch.zeros(sides[0].shape[1], len(scale))
-    for scan in torch.cat(list(sides)):
-        there = scan >= 0
-        total[there] += torch.cat([invariants(b[0][:, CENTRE:CENTRE + 1], scale.to(device)).cpu()
-                                   for b in samples.blocks(scan[there], device)])
-    return total / torch.cat(list(sides)).ge(0).sum(0)[:, None]
 
 
 def _scale(samples: Samples, voxels: Sequence[torch.Tensor], device: str) -> torch.Tensor:

@@ -129,7 +129,7 @@ class Rish(shared.Harmonizer):
 
     def _fa(self, study: Study, run: str) -> template.Image:
         dwi = self.load(study, run)
-        image = template.fa(dwi, study.device)
+        image = _fa(dwi, study.device)
         if not image.volume:
             raise UsageError(f"--train {self.name}: no voxel of {run} has an FA above 0. Check "
                              "image and mask, or leave it out with --participant-label.")
@@ -208,7 +208,7 @@ class Rish(shared.Harmonizer):
         finite = np.isfinite(dwi.signal).all(axis=1)
         clean = dwi if finite.all() else replace(
             dwi, signal=np.where(finite[:, None], dwi.signal, 0))
-        own, affine = template.fa(clean, device), np.array(constants["affine"])
+        own, affine = _fa(clean, device), np.array(constants["affine"])
         if not own.volume:
             raise Refusal(f"{self.name} found no voxel with b0 signal and an FA above 0. Check "
                           "image and mask.")
@@ -255,6 +255,13 @@ def _coefficients(dwi: Dwi, degrees: Sequence[int]) -> list[tuple[np.ndarray, np
         (c,), usable = pairs.coefficients(dwi.of(shell), l_max, REGULARIZATION)
         found.append((c, usable))
     return found
+
+
+def _fa(dwi: Dwi, device: str) -> template.Image:
+    """FA within the mask, 0 without b0 signal or fit."""
+    maps = pairs.tensor_maps(dwi, device)
+    return template.Image(dwi.unmask((maps["fa"] * (dwi.mean_b0 > 0) * ~maps["failed"]).astype(
+        np.float32)), dwi.affine)
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
