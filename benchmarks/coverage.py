@@ -48,7 +48,7 @@ def main() -> None:
         table = torch.from_numpy(np.load(options.densities))
         recipe = replace(recipe, odfs={**recipe.odfs, "measured": options.measured})
     simulate = learn.Simulator(recipe, table)
-    simulate.power = torch.tensor(trained.card.constants["density_power"])
+    simulate.power = maps.known_power(trained.card)
     network = trained.into(SphericalNetwork(
         len(tissue.names), **{**trained.card.network, "grid": maps.GRID})).eval()
     generator = torch.Generator().manual_seed(20_000)

@@ -121,7 +121,7 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
             (options.out / name).write_bytes(content)
     print({k: round(v, 4) for k, v in found.card.metrics.items()})
     network = found.into(estimating.build(recipe.tissue, found.card.network, grid=estimating.GRID))
-    power = torch.tensor(found.card.constants["density_power"])
+    power = estimating.known_power(found.card)
     return network, recipe, power, found.card.training["samples"] / max(
         found.card.training["seconds"], 1)
 

@@ -59,7 +59,7 @@ def test_value_is_the_normal_density(power):
     for v in range(6):
         expected = [log_normal(t[v], x[:, v].numpy(), noise[v].numpy(), counts, power)
                     for t in (theta, others)]
-        difference = pytest.approx(expected[0] - expected[1], rel=1e-6, abs=1e-5)
+        difference = pytest.approx(expected[0] - expected[1], rel=1e-6, abs=1e-6)
         assert float(found[v, 0] - found[v, 1]) == difference
         assert float(shared[v, v] - shared[v, v + 6]) == difference
 

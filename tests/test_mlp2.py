@@ -144,6 +144,17 @@ def test_a_training_starts_from_given_weights(first):
     assert again.card.training["start"] == "first"
 
 
+def test_weights_from_before_there_were_cases_are_refused(first, tmp_path):
+    """Their card holds one power by degree."""
+    old = replace(first, card=replace(first.card, constants={
+        **first.card.constants, "density_power": [0.03, 0.02, 0.01, 0.005]}))
+    told = r"shape \(4,\); needed is \(case, degree\).*train again"
+    with pytest.raises(UsageError, match="--init: weights of estimate_scnn2.*" + told):
+        learn.start_of("estimate_scnn2", small(), keep(old, tmp_path / "old"))
+    with pytest.raises(DataError, match=told):
+        estimating.known_power(old.card)
+
+
 def test_a_resumed_training_does_not_start_again(first, tmp_path):
     """Where a state is kept, it is gone on from, whatever the training would start from."""
     state = tmp_path / "state.ckpt"

@@ -22,6 +22,7 @@ from bidsapp.microstructure.maps import (
     build,
     calibrated,
     clamped,
+    known_power,
     misfit,
     shipped,
     takes_hint,
@@ -178,13 +179,14 @@ def start_of(method: str, recipe: Recipe, init: Path | None) -> Checkpoint | Non
     that ship, where there are any for this network; else None, chance.
 
     Raises:
-        UsageError: `init` cannot be read, or belongs to another method or network.
+        UsageError: `init` cannot be read, or belongs to another method, network or version.
     """
     network = build(recipe.tissue, recipe.network)
     if init:
         try:
             found = load(init, method)
             found.into(network)
+            known_power(found.card)
         except DataError as error:
             raise UsageError(f"--init: {error}") from error
         return found
@@ -209,8 +211,7 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
         network = build(recipe.tissue, recipe.network)
     if start:
         start.into(network)
-    simulate = Simulator(recipe, table, torch.tensor(start.card.constants["density_power"])
-                         if start else None)
+    simulate = Simulator(recipe, table, known_power(start.card) if start else None)
     batches = _held_out(simulate, recipe, recipe.held_out, seed + 1, device)
 
     def validate(model: nn.Module) -> float:

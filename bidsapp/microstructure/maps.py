@@ -15,7 +15,7 @@ from torch import nn
 from bidsapp import sh
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.blocks import map_voxels
-from bidsapp.checkpoint import Checkpoint, load
+from bidsapp.checkpoint import Card, Checkpoint, load
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal
 from bidsapp.networks.mlp import Perceptron
@@ -109,6 +109,20 @@ def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list
     return usable
 
 
+def known_power(card: Card) -> Float[torch.Tensor, "case degree"]:
+    """Of the densities, that the hints of a network's training were made with.
+
+    Raises:
+        DataError: the card holds one power, as before there were several.
+    """
+    power = torch.tensor(card.constants["density_power"])
+    if power.ndim != 2:
+        raise DataError(f"weights of {card.method} whose card holds densities' powers of shape "
+                        f"{tuple(power.shape)}; needed is (case, degree). They belong to another "
+                        "version: train again, or take them away to use those that ship.")
+    return power
+
+
 def fitting(name: str, acquisition: Acquisition, models: Path | None = None) -> Checkpoint:
     """The weights of a method for an acquisition: those in `models` that were trained for it alone,
     else those that come with the program.
@@ -161,9 +175,8 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     if "directions" in card.trained_for:
         told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
     least, most = (1 / snr for snr in reversed(card.trained_for["SNR"]))
-    # in single precision rounding decides which way a search goes on a flat ridge
-    power = torch.tensor(card.constants["density_power"], device=device,
-                         dtype=torch.float64 if searches(tissue) else torch.float32)
+    # a search needs double precision: else rounding decides which way it goes on a flat ridge
+    power = known_power(card).to(device, torch.float64 if searches(tissue) else torch.float32)
     hinted = takes_hint(card.network)
     of_mean = 0.0 if s0_known else len(b0) ** -0.5
 
@@ -177,8 +190,8 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         sigma = (dwi.noise_sd / level if dwi.noise_sd else torch.full_like(level, 1 / ASSUMED_SNR))
         within = sigma.clamp(least, most)[:, None]
         noise = torch.cat([within, of_mean * within], 1)
-        exact = (v.to(power) for v in (x, noise, told))
-        likely = (hint(Likelihood(tissue, power, *exact)).float() if hinted
+        seen = (v.to(power) for v in (x, noise, told))
+        likely = (hint(Likelihood(tissue, power, *seen)).float() if hinted
                   else x.new_zeros(len(signal), 0))
         found = network(x, noise, told, likely)
         sd = calibrated(tissue, found.log_sd.clamp(-7, 2).exp(), card.constants)

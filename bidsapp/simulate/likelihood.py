@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float
 
 from bidsapp import sh
-from bidsapp.errors import DataError
 from bidsapp.simulate import forward
 from bidsapp.simulate.tissue import Tissue
 
@@ -36,7 +35,8 @@ LATTICE, OWN, WITHIN = 12, 8, 2.5
 ROUNDS = 4
 FEW = 4.0
 """A lattice too coarse for L gives one point all of the weight. L is flattened until as many
-count, but on the last lattice."""
+count, but on the last lattice. Networks have learned what these numbers give: with others, they
+must be trained again."""
 
 STEPS = 6
 DIFFERENCE = 1e-3
@@ -50,18 +50,11 @@ def searches(tissue: Tissue) -> bool:
 
 class Likelihood:
     """log L and its derivatives for voxels with coefficients x, noise and shells (as the networks
-    take them), under densities whose power (C_2, C_4, …) is any of the rows of `power`.
-
-    Raises:
-        DataError: power has no rows, as in weights of an earlier version.
-    """
+    take them), under densities whose power (C_2, C_4, …) is any of the rows of `power`."""
 
     def __init__(self, tissue: Tissue, power: Float[torch.Tensor, "case degree"],
                  x: Float[torch.Tensor, "coef voxel shell"], noise: Float[torch.Tensor, "voxel 2"],
                  shells: Float[torch.Tensor, "group shell 3"]) -> None:
-        if power.ndim != 2:
-            raise DataError(f"powers of densities of shape {tuple(power.shape)}; needed is (case, "
-                            "degree). The weights belong to another version: train again.")
         self.tissue, self.power, self.shells = tissue, power, shells
         scale = shells[..., 2].repeat_interleave(x.shape[1] // len(shells), 0)
         self.weight = (scale > 0) / (noise[:, :1] * scale.clamp(min=1e-3))  # 1/SD of a mean
