@@ -18,7 +18,8 @@ same head in the same pose, with the noise of one scan ("scan") and without ("tr
 
 METHOD@blocks=N: with so many residual blocks. @share=X: of all but a share X of the people (one at
 least, unless 0) it is hidden who is who, so that no pairs are made. @groups: each learns from one
-half of the people at site A and the other half at site B, taken by turns in order of age.
+half of the people at site A and the other half at site B, in order of age taken A, B, B, A: taken
+by turns, those of A would be the younger.
 
 NMSE = Σ (y − ŷ)² / Σ y² of S/S0, FA and MD over the voxels whose largest share is WM, or GM, mean
 over people; with two shells or more also of NDI and ODI, by the network that ships, in every fourth
@@ -69,7 +70,7 @@ def variant(label, table, seed):
         table = table.assign(participant=table["participant"] + hidden.map({True: "x", False: ""}))
     elif key == "groups":
         by_age = table.drop_duplicates("participant").sort_values("age")["participant"].tolist()
-        place = {p: sites[i % 2] for i, p in enumerate(by_age)}
+        place = {p: sites[(i + 1) // 2 % 2] for i, p in enumerate(by_age)}
         table = table[table["batch"] == table["participant"].map(place)]
     elif key:
         raise SystemExit(f"{label}: unknown is @{key}; known are @blocks=, @share=, @groups")

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,31 +44,41 @@ def map_voxels(
     """Apply `function` to blocks of rows and stack what it returns, as numpy arrays.
 
     function: (block, measurement) float32 on `device` → {name: (block, …)}; each voxel must be
-    treated independently of the others. block: voxels at a time; by default as many as hold a
-    million numbers (16 million on a GPU), so that each step is long enough to be shared by threads
-    and short enough for the cache. On a GPU that runs out of memory the block is halved.
+    treated independently of the others, without gradients. On a CPU every thread has blocks of its
+    own: threads that share the steps of one wait for each other at each. block: voxels at a time;
+    by default as many as hold a million numbers (16 million on a GPU), so that steps are long and
+    still fit the cache. On a GPU that runs out of memory the block is halved.
     """
-    if block is None:
-        block = max(64, (2**20 if device == "cpu" else 2**24) // signal.shape[1])
+    size = block or max(64, (2**20 if device == "cpu" else 2**24) // signal.shape[1])
     out: dict[str, np.ndarray] = {}
-    start = 0
-    while start < len(signal):
-        rows = slice(start, min(start + block, len(signal)))
-        try:
-            values = function(torch.from_numpy(signal[rows].copy("K")).to(device))
-        except torch.OutOfMemoryError:
-            if block <= 64:
-                raise
-            block //= 2
-            torch.cuda.empty_cache()
-            log.warning("the GPU is out of memory; the block is halved to %d voxels.", block)
-            continue
-        for name, value in values.items():
-            if name not in out:
-                out[name] = np.empty((len(signal), *value.shape[1:]),
-                                     value.detach().cpu().numpy().dtype)
-            out[name][rows] = value.detach().cpu().numpy()
-        start = rows.stop
+
+    @torch.inference_mode()
+    def compute(rows: range) -> None:
+        nonlocal size
+        while rows:
+            part = rows[:size]
+            chosen = slice(part.start, part.stop)
+            try:
+                values = function(torch.from_numpy(signal[chosen].copy("K")).to(device))
+            except torch.OutOfMemoryError:
+                if size <= 64:
+                    raise
+                size //= 2
+                torch.cuda.empty_cache()
+                log.warning("the GPU is out of memory; the block is halved to %d voxels.", size)
+                continue
+            for name, value in values.items():
+                found = value.cpu().numpy()
+                if name not in out:
+                    out.setdefault(name, np.empty((len(signal), *found.shape[1:]), found.dtype))
+                out[name][chosen] = found
+            rows = rows[len(part):]
+
+    blocks = [range(len(signal))[i:i + size] for i in range(0, len(signal), size)]
+    workers = torch.get_num_threads() if device == "cpu" else 1
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(compute, blocks):
+            pass
     return out
 
 

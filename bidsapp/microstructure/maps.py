@@ -201,8 +201,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         return {"mean": clamped(tissue, found.mean), "sd": sd, "odf": bounded(found.odf),
                 "flag": flag, "usable": usable}
 
-    with torch.inference_mode():
-        found = map_voxels(of_block, dwi.signal, device, BLOCK)
+    found = map_voxels(of_block, dwi.signal, device, BLOCK)
     usable = found["usable"]
     maps = {key: np.where(usable, found[part][:, i], 0).astype(np.float32)
             for i, name in enumerate(tissue.names)

@@ -17,6 +17,9 @@ from torch import nn
 
 from bidsapp import sh
 
+CACHE = 2**19
+"""Numbers on a grid at once, on a CPU: they stay in its cache from one product to the next."""
+
 
 def by_degree(values: Float[torch.Tensor, "degree ..."]) -> Float[torch.Tensor, "coef ..."]:
     """One value per even degree → one per coefficient, along the first axis."""
@@ -114,5 +117,7 @@ class Pointwise(nn.Module):
 
     def forward(self, x: Float[torch.Tensor, "coef voxel channel"]
                 ) -> Float[torch.Tensor, "_ voxel channel"]:
-        values = self.function(self.to_grid @ x.flatten(1))
-        return (self.back @ values).unflatten(1, x.shape[1:])
+        flat = x.flatten(1)
+        columns = CACHE // len(self.to_grid) if flat.device.type == "cpu" else flat.shape[1]
+        parts = [self.back @ self.function(self.to_grid @ part) for part in flat.split(columns, 1)]
+        return torch.cat(parts, 1).unflatten(1, x.shape[1:])

@@ -70,8 +70,7 @@ class FreeWater(Method):
 
         def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
             shares, level = network.relative(signal, b0)
-            with torch.no_grad():
-                fraction, sd = model(shares)
+            fraction, sd = model(shares)
             removed = torch.where(fraction > MOST_WATER, 0, fraction) * level
             fit = tensor.fit(signal - removed[:, None] * decay, x)
             fa, md, failed = fit["fa"], fit["md"], fit["failed"]

@@ -113,8 +113,7 @@ def compare(dwi: Dwi, model: Callable[..., torch.Tensor], device: str) -> dict[s
         measured = torch.ones_like(signal)
         measured[:, ~b0] = (signal[:, ~b0] / level[:, None]).clamp(0, 1)
         found = measured.clone()
-        with torch.no_grad():
-            found[:, ~b0] = model(measured[:, ~b0], level)
+        found[:, ~b0] = model(measured[:, ~b0], level)
         one, other = tensor.fit(measured, x), tensor.fit(found, x)
         usable = usable & ~one["failed"]
         cosine = (one["direction"] * other["direction"]).sum(1).abs().clamp(max=1)
