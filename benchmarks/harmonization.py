@@ -77,6 +77,18 @@ def variant(label, table, seed):
     return method, {"statistics": table}
 
 
+def apart(table, made, sites):
+    """Percent by which means over the people of the first site lie above those of the other's,
+    noise-free and at the same scanner: what no method can tell from the site that compares groups.
+    """
+    rows = pd.DataFrame([{"site": row.batch, **found} for row in table.itertuples()
+                         for person in [made[row.participant, row.batch]]
+                         for found in compared(person.truth, person)])
+    rows = rows[rows["measure"].isin(["mean fa", "mean md"]) & (rows["against"] == "truth")]
+    means = rows.groupby(["measure", "tissue", "site"])["value"].mean().unstack()
+    return (100 * (means[sites[0]] / means[sites[1]] - 1)).round(1)
+
+
 def evaluate(arguments):
     """Leaves a table for each fold and method in OUT."""
     wanted = {(fold, label): arguments.out / f"fold{fold}_{label}.csv"
@@ -116,6 +128,9 @@ def evaluate(arguments):
                 method, options = variant(label, table[~table["participant"].isin(tested)],
                                           arguments.random_seed)
                 method.sloppy = arguments.sloppy
+                if label.endswith("@groups"):
+                    print(f"fold {fold}, people of {reference} above those of {other}, %:\n"
+                          f"{apart(options['statistics'], made, sites)}", file=sys.stderr)
                 (model,) = method.fit(replace(study, **options)).checkpoints.values()
             except QSphereError as error:
                 print(f"{label}: {error}", file=sys.stderr)

@@ -76,6 +76,13 @@ def test_layers_are_equivariant(dtype, r):
         np.testing.assert_allclose(invariant(turn(x, r)), invariant(x), atol=10 * limit)
 
 
+def test_grid_in_parts_gives_what_the_whole_does(monkeypatch):
+    layer, x = spherical.Pointwise(8, 8, grid=23).double(), functions(8).double()
+    whole = layer(x)
+    monkeypatch.setattr(spherical, "CACHE", 5 * len(layer.to_grid))  # 21 columns by five
+    torch.testing.assert_close(layer(x), whole)
+
+
 def test_only_the_mean_may_carry_a_bias():
     """The same bias on every coefficient is caught by the test above."""
     x, r = functions(4), rotations(1)[0]
