@@ -138,7 +138,8 @@ class PairedHarmonizer(shared.Harmonizer):
         if kept := self._kept(name, known["of"]):
             log.info("%s: was trained on these scans before, and is kept", name)
             return kept
-        recipe, start = self._recipe(study), self._start(study)
+        recipe = self._recipe(study, found)
+        start = self._start(study, recipe)
         people = sorted({p.participant for p in found})
         began = time.monotonic()
         shells = known["trained_for"]["shells"]
@@ -168,7 +169,7 @@ class PairedHarmonizer(shared.Harmonizer):
             constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"]}, metrics=metrics,
             reference_batch=known["reference_batch"], batches=known["batches"]))
 
-    def _recipe(self, study: Study) -> dict[str, Any]:
+    def _recipe(self, study: Study, found: Sequence[pairs.Pair]) -> dict[str, Any]:
         recipe = self.settings("training")
         if study.blocks and self.stacks_blocks:
             recipe["network"] = {**recipe["network"], "blocks": study.blocks}
@@ -177,9 +178,10 @@ class PairedHarmonizer(shared.Harmonizer):
     def _of(self, study: Study, found: Sequence[pairs.Pair], rows: pd.DataFrame) -> str:
         """What tells one training from another: pairs, what is known of their scans, recipe."""
         scans = rows[[c for c in SCAN if c in rows]].sort_values("run").to_csv(index=False)
-        start = self._start(study)
+        recipe = self._recipe(study, found)
+        start = self._start(study, recipe)
         return hashlib.sha256(repr((
-            found, scans, self._recipe(study), study.seed, study.max_steps,
+            found, scans, recipe, study.seed, study.max_steps,
             study.epochs, start and start.card.sha256, __version__)).encode()).hexdigest()[:16]
 
     def _kept(self, name: str, of: str) -> Checkpoint | None:
@@ -217,12 +219,12 @@ class PairedHarmonizer(shared.Harmonizer):
             histories.append(history)
         return Trained(tensors, networks, samples, sorted(held), histories)
 
-    def _start(self, study: Study) -> Checkpoint | None:
+    def _start(self, study: Study, recipe: Mapping[str, Any]) -> Checkpoint | None:
         try:
             start = load(study.init, self.name) if study.init else None
             if start:
                 replace(start, tensors=_part(start, "shell0.")).into(
-                    self.build(self._recipe(study)["network"]))
+                    self.build(recipe["network"]))
         except DataError as error:
             raise UsageError(f"--init: {error}") from error
         return start

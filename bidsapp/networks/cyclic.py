@@ -6,8 +6,9 @@ when fibres turn: of the coefficients c_lm of every voxel, in units of their roo
     I_0 = c_00/s_0,   I_l = √(Σ_m c_lm²/(2l + 1))/s_l.
 
 A generator multiplies every degree of every voxel by a number, c_lm → c_lm exp(0.01 g_l(I)), so it
-is exactly equivariant, and single fibres keep their directions. G maps from A to B, F back; for x
-of A and y of B
+is exactly equivariant, and single fibres keep their directions. A coarse one goes by the means of
+I_l over the patch and multiplies all its voxels by the same number; a fine one goes by every voxel
+and gives each its own. G maps from A to B, F back; for x of A and y of B
 
     adversarial   C_B(G x) − C_B(y) + C_A(F y) − C_A(x), which critics make small, generators great,
     cycle         |F G x − x| + |G F y − y|,
@@ -47,22 +48,26 @@ class Generator(nn.Module):
     """c_lm exp(0.01 g_l), g by a perceptron from the invariants of the patch. It starts as the
     identity.
 
+    fine: whether by those of every voxel, for every voxel.
     scale: (degree,) the root mean square of coefficients that was learned from, set by training.
     """
 
     scale: torch.Tensor
 
-    def __init__(self, *, hidden: int = 96, l_max: int = 4) -> None:
+    def __init__(self, *, hidden: int = 96, l_max: int = 4, fine: bool = True) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(l_max // 2 + 1))
-        seen = PATCH * len(self.scale)
+        self.fine = fine
+        seen = (PATCH if fine else 1) * len(self.scale)
         self.gain = mlp([seen, hidden, hidden, seen], nn.SiLU)
         nn.init.zeros_(self.gain[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.gain[-1].bias)  # type: ignore[arg-type]
 
     def patch(self, x: Float[torch.Tensor, "voxel 27 coef"]
               ) -> Float[torch.Tensor, "voxel 27 coef"]:
-        g = self.gain(invariants(x, self.scale)).unflatten(1, (len(self.scale), PATCH))
+        seen = invariants(x, self.scale).unflatten(1, (len(self.scale), PATCH))
+        g = self.gain((seen if self.fine else seen.mean(2)).flatten(1)).unflatten(
+            1, (len(self.scale), -1))
         return x * by_degree((SLOW * g).exp().movedim(1, 0)).movedim(0, 2)
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 coef"]) -> Float[torch.Tensor, "voxel coef"]:

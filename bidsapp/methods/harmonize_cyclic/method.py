@@ -38,7 +38,14 @@ class CyclicHarmonizer(PairedHarmonizer):
                 *shared.unlike(self, study, shared.members(self, study))]
 
     def build(self, arguments: Mapping[str, Any]) -> nn.Module:
-        return Generator(hidden=arguments["hidden"], l_max=arguments["l_max"])
+        return Generator(**{k: v for k, v in arguments.items() if k != "critic"})
+
+    def _recipe(self, study: Study, found: Sequence[pairs.Pair]) -> dict[str, Any]:
+        """Generators are fine where pairs show what is noise: critics alone took a voxel's noise
+        for tissue, and let it grow with the contrast."""
+        recipe = super()._recipe(study, found)
+        fine = any(p.kind == pairs.BOTH for p in found)
+        return {**recipe, "network": {**recipe["network"], "fine": fine}}
 
     def scans(self, study: Study, batch: str, reference: str) -> list[pairs.Pair]:
         return [*pairs.alone(study.statistics, batch, reference),
