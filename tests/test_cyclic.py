@@ -137,6 +137,8 @@ def test_unlike_people_teach_and_pairs_teach_more():
     assert model.card.training["pairs"] == 0 and model.card.training["scans"] == 6
     assert model.card.training["held_out"] == 0 and not model.card.metrics
     assert model.card.network["fine"] is False
+    (told,) = alone.ready(study(["01A", "02A", "03A", "04B", "05B", "06B"]))
+    assert told.startswith("A has 3 participants, B has 3 participants, and nobody was scanned in")
     helped = brief(10)
     (model,) = helped.fit(study(["01A", "02A", "03A", "01B", "05B", "06B"])).checkpoints.values()
     assert error(helped, model)[1] < after
@@ -146,6 +148,7 @@ def test_unlike_people_teach_and_pairs_teach_more():
     single = old["fa"] > 0.5
     assert single.sum() > 100
     assert np.median(agreement.angle(old["direction"], new["direction"])[single]) < 1
+    assert not helped.ready(study(["01A", "02A", "03A", "01B", "05B", "06B"]))
     assert model.card.training["pairs"] == 1 and model.card.network["fine"] is True
 
 

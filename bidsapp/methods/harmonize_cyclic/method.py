@@ -18,6 +18,9 @@ from bidsapp.networks.cyclic import Cycle, Generator
 from bidsapp.networks.shresnet import CENTRE
 from bidsapp.preprocess import pairs
 
+WANTED = 32
+"""Participants of every batch, where nobody is in both."""
+
 
 class CyclicHarmonizer(PairedHarmonizer):
     """Generators both ways with critics, from any share of people scanned in both batches."""
@@ -33,9 +36,20 @@ class CyclicHarmonizer(PairedHarmonizer):
         "disease. Not for diagnosis.")
 
     def ready(self, study: Study) -> list[str]:
-        """As of `PairedHarmonizer`, without need of pairs; and of `harmonizer.unlike`."""
-        return [*super().ready(study),
-                *shared.unlike(self, study, shared.members(self, study))]
+        """As of `PairedHarmonizer`, without need of pairs; of `harmonizer.unlike`; and where there
+        are few people and no pair."""
+        batches = shared.members(self, study)
+        reference, *targets = batches
+        told = [*super().ready(study), *shared.unlike(self, study, batches)]
+        for batch in targets:
+            few = shared.scarce({b: batches[b] for b in (reference, batch)}, WANTED)
+            if few and not _paired(self.scans(study, batch, reference)):
+                told.append(
+                    f"{few}, and nobody was scanned in {batch} and in {reference}. What so few "
+                    "people differ in by chance is taken for the scanners'. Harmonize with "
+                    f"harmonize_rish, add people (on simulated ones {WANTED} in each batch were "
+                    "enough), or scan one or more in both.")
+        return told
 
     def build(self, arguments: Mapping[str, Any]) -> nn.Module:
         return Generator(**{k: v for k, v in arguments.items() if k != "critic"})
@@ -44,8 +58,7 @@ class CyclicHarmonizer(PairedHarmonizer):
         """Generators are fine where pairs show what is noise: critics alone took a voxel's noise
         for tissue, and let it grow with the contrast."""
         recipe = super()._recipe(study, found)
-        fine = any(p.kind == pairs.BOTH for p in found)
-        return {**recipe, "network": {**recipe["network"], "fine": fine}}
+        return {**recipe, "network": {**recipe["network"], "fine": _paired(found)}}
 
     def scans(self, study: Study, batch: str, reference: str) -> list[pairs.Pair]:
         return [*pairs.alone(study.statistics, batch, reference),
@@ -82,6 +95,10 @@ class CyclicHarmonizer(PairedHarmonizer):
             return total
 
         return Learner(cycle, draw, loss, errors)
+
+
+def _paired(scans: Sequence[pairs.Pair]) -> bool:
+    return any(p.kind == pairs.BOTH for p in scans)
 
 
 def _scale(samples: Samples, voxels: Sequence[torch.Tensor], device: str) -> torch.Tensor:

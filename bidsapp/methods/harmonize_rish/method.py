@@ -76,10 +76,9 @@ class Rish(shared.Harmonizer):
     def ready(self, study: Study) -> list[str]:
         """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
         batches = shared.members(self, study)
-        counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
-        few = [f"{b} has {n} participants" for b, n in counts.items() if n < WANTED]
-        told = [f"{', '.join(few)}; mean RISH was stable from {WANTED} in each batch on. With "
-                "fewer the scales hold people's differences, too."] if few else []
+        few = shared.scarce(batches, WANTED)
+        told = [f"{few}; mean RISH was stable from {WANTED} in each batch on. With fewer the "
+                "scales hold people's differences, too."] if few else []
         return [*told, *shared.unlike(self, study, batches)]
 
     def learn(self, study: Study) -> Fitted:
