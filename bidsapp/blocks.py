@@ -16,6 +16,9 @@ from bidsapp.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+WORKERS = 16
+"""Blocks at a time, at most: each takes some 30 to 50 MB."""
+
 
 def choose_device(wanted: str) -> str:
     """`auto`, `cpu`, `cuda` or `cuda:N` → the device to use; falls back to the CPU with a notice.
@@ -75,7 +78,7 @@ def map_voxels(
             rows = rows[len(part):]
 
     blocks = [range(len(signal))[i:i + size] for i in range(0, len(signal), size)]
-    workers = torch.get_num_threads() if device == "cpu" else 1
+    workers = min(torch.get_num_threads(), WORKERS) if device == "cpu" else 1
     with one_thread(), ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(compute, blocks):
             pass
