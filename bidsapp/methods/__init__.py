@@ -255,3 +255,9 @@ def get(name: str, kind: str = "") -> Method:
     (cls,) = [c for c in vars(module).values()
               if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__]
     return cls()
+
+
+def scarce(batches: Mapping[str, pd.DataFrame], wanted: int) -> str:
+    """Which batches have fewer participants, as the start of a sentence; empty where none has."""
+    counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
+    return ", ".join(f"{b} has {n} participants" for b, n in counts.items() if n < wanted)

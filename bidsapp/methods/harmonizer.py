@@ -198,12 +198,6 @@ def members(method: Harmonizer, study: Study) -> dict[str, pd.DataFrame]:
     return ordered
 
 
-def scarce(batches: Mapping[str, pd.DataFrame], wanted: int) -> str:
-    """Which batches have fewer participants, as the start of a sentence; empty where none has."""
-    counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
-    return ", ".join(f"{b} has {n} participants" for b, n in counts.items() if n < wanted)
-
-
 def unlike(method: Method, study: Study, batches: Mapping[str, pd.DataFrame]) -> list[str]:
     """Sentences on each batch whose people differ from the reference's, the first, in age or sex:
     where groups stand for sites, that difference would be removed as the site's.

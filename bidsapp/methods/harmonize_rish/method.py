@@ -25,7 +25,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Fitted, Harmonized, Study
+from bidsapp.methods import Fitted, Harmonized, Study, scarce
 from bidsapp.methods import harmonizer as shared
 from bidsapp.preprocess import pairs, template
 
@@ -76,7 +76,7 @@ class Rish(shared.Harmonizer):
     def ready(self, study: Study) -> list[str]:
         """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
         batches = shared.members(self, study)
-        few = shared.scarce(batches, WANTED)
+        few = scarce(batches, WANTED)
         told = [f"{few}; mean RISH was stable from {WANTED} in each batch on. With fewer the "
                 "scales hold people's differences, too."] if few else []
         return [*told, *shared.unlike(self, study, batches)]
