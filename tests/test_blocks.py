@@ -50,6 +50,7 @@ def test_failure_in_one_block_ends_all():
 
     def function(x):
         begun.append(int(x[0, 0]))
+        threading.Event().wait(0.01)  # or all blocks could have begun before the first is heard of
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):

@@ -47,16 +47,16 @@ class CyclicHarmonizer(PairedHarmonizer):
                 told.append(
                     f"{few}, and nobody was scanned in {batch} and in {reference}. What so few "
                     "people differ in by chance is taken for the scanners'. Harmonize with "
-                    f"harmonize_rish, add people (on simulated ones {WANTED} in each batch were "
-                    "enough), or scan one or more in both.")
+                    f"harmonize_rish, add people ({WANTED} in each batch lowered the errors of "
+                    "signal and MD of simulated ones), or scan one or more in both.")
         return told
 
     def build(self, arguments: Mapping[str, Any]) -> nn.Module:
         return Generator(**{k: v for k, v in arguments.items() if k != "critic"})
 
     def _recipe(self, study: Study, found: Sequence[pairs.Pair]) -> dict[str, Any]:
-        """Generators are fine where pairs show what is noise: critics alone took a voxel's noise
-        for tissue, and let it grow with the contrast."""
+        """Generators are fine where pairs show what is noise: with critics alone coarse ones
+        erred less, perhaps because a fine one lets a voxel's noise grow with the contrast."""
         recipe = super()._recipe(study, found)
         return {**recipe, "network": {**recipe["network"], "fine": _paired(found)}}
 
