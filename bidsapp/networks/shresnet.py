@@ -49,8 +49,9 @@ class PatchConvolution(nn.Module):
     def matrix(self) -> Float[torch.Tensor, "inside outside"]:
         """(27 in, 27 out): what it is to a flat patch."""
         out, inside = self.weight.shape[:2]
-        kernel = nn.functional.pad(self.weight.flatten(2), (0, 1))[..., self.taps]
-        return kernel.unflatten(2, (PATCH, PATCH)).permute(2, 1, 3, 0).reshape(
+        kernel = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 2).flatten(1)  # a row for each tap
+        rows = nn.functional.pad(kernel, (0, 0, 0, 1)).index_select(0, self.taps)
+        return rows.view(PATCH, PATCH, inside, out).transpose(1, 2).reshape(
             PATCH * inside, PATCH * out)
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 channel"]
