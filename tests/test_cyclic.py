@@ -39,9 +39,11 @@ def test_a_generator_turns_with_its_input(rng, fine):
     x = patches(rng)
     turn = odf.random_rotations(1, torch.Generator().manual_seed(3))[0].float()
     generator = lively(fine=fine)
-    torch.testing.assert_close(generator.patch(sh.rotate(x, turn)),
-                               sh.rotate(generator.patch(x), turn), atol=2e-5, rtol=1e-5)
+    for way in (generator.patch, generator):
+        torch.testing.assert_close(way(sh.rotate(x, turn)), sh.rotate(way(x), turn),
+                                   atol=2e-5, rtol=1e-5)
     assert (generator.patch(x) - x).abs().mean() > 1e-3
+    assert ((generator(x) - generator.patch(x)[:, 13]).abs().mean() > 1e-3) == fine
 
 
 def test_a_generator_starts_as_the_identity(rng):
@@ -49,14 +51,20 @@ def test_a_generator_starts_as_the_identity(rng):
     torch.testing.assert_close(Generator()(x), x[:, 13])
 
 
-def test_a_coarse_generator_goes_by_means_and_gives_all_voxels_the_same(rng):
-    x, generator = patches(rng), lively(fine=False)
+def test_coarse_gains_go_by_means_and_are_the_same_for_all_voxels(rng):
+    x, generator = patches(rng), lively()
     gain = generator.patch(x) / x
     torch.testing.assert_close(gain, gain[:, :1].expand_as(gain), atol=1e-5, rtol=1e-4)
     others = x[:, torch.randperm(27)]
     torch.testing.assert_close(generator.patch(others) / others, gain, atol=1e-5, rtol=1e-4)
-    own = lively().patch(x) / x
-    assert (own - own[:, :1]).abs().max() > 0.01
+
+
+def test_fine_gains_are_taught_by_pairs_alone(rng):
+    cycle = Cycle(lively(1), lively(2), critic=8)
+    sum(cycle(patches(rng), patches(rng)).values()).backward()
+    assert all(p.grad is None for p in cycle.to_b.fine.parameters())
+    cycle.to_b(patches(rng)).square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in cycle.to_b.parameters())
 
 
 def test_invariants_are_those_of_the_formula(rng):
@@ -75,12 +83,12 @@ def test_critics_and_generators_pull_apart(rng, monkeypatch):
     monkeypatch.setattr(cyclic, "BLUR", 0.0)
     cycle = Cycle(lively(1), lively(2), critic=8)
     cycle(x, y)["adversarial"].backward()
-    turned = cycle.to_b.gain[0].weight.grad.clone(), cycle.real_b[0].weight.grad.clone()
+    turned = cycle.to_b.coarse[0].weight.grad.clone(), cycle.real_b[0].weight.grad.clone()
     cycle.zero_grad()
     scale = cycle.to_b.scale
     made = cycle.real_b(invariants(cycle.to_b.patch(x), scale))
     (made - cycle.real_b(invariants(y, scale))).mean().backward()
-    torch.testing.assert_close(turned[0], -cycle.to_b.gain[0].weight.grad)
+    torch.testing.assert_close(turned[0], -cycle.to_b.coarse[0].weight.grad)
     torch.testing.assert_close(turned[1], cycle.real_b[0].weight.grad)
     assert Against.apply(x) is not x and torch.equal(Against.apply(x), x)
 

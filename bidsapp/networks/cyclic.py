@@ -5,10 +5,13 @@ when fibres turn: of the coefficients c_lm of every voxel, in units of their roo
 
     I_0 = c_00/s_0,   I_l = √(Σ_m c_lm²/(2l + 1))/s_l.
 
-A generator multiplies every degree of every voxel by a number, c_lm → c_lm exp(0.01 g_l(I)), so it
-is exactly equivariant, and single fibres keep their directions. A coarse one goes by the means of
-I_l over the patch and multiplies all its voxels by the same number; a fine one goes by every voxel
-and gives each its own. G maps from A to B, F back; for x of A and y of B
+A generator multiplies every degree by a number, so it is exactly equivariant and single fibres keep
+their directions. Its coarse gains go by the means Ī_l over the patch and are the same for all its
+voxels; the fine ones, if any, go by every voxel of the patch and are for the one in its centre:
+
+    patch   c_lm exp(0.01 g_l(Ī)),      centre   c_lm exp(0.01 [g_l(Ī) + f_l(I)]).
+
+G maps from A to B, F back. Unlike people teach the coarse gains; for x of A and y of B
 
     adversarial   C_B(G x) − C_B(y) + C_A(F y) − C_A(x), which critics make small, generators great,
     cycle         |F G x − x| + |G F y − y|,
@@ -45,10 +48,9 @@ def invariants(x: Float[torch.Tensor, "voxel 27 coef"], scale: Float[torch.Tenso
 
 
 class Generator(nn.Module):
-    """c_lm exp(0.01 g_l), g by a perceptron from the invariants of the patch. It starts as the
-    identity.
+    """Gains by perceptrons. It starts as the identity.
 
-    fine: whether by those of every voxel, for every voxel.
+    fine: whether it has fine gains, which pairs alone teach.
     scale: (degree,) the root mean square of coefficients that was learned from, set by training.
     """
 
@@ -56,23 +58,36 @@ class Generator(nn.Module):
 
     def __init__(self, *, hidden: int = 96, l_max: int = 4, fine: bool = True) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.ones(l_max // 2 + 1))
-        self.fine = fine
-        seen = (PATCH if fine else 1) * len(self.scale)
-        self.gain = mlp([seen, hidden, hidden, seen], nn.SiLU)
-        nn.init.zeros_(self.gain[-1].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.gain[-1].bias)  # type: ignore[arg-type]
+        degrees = l_max // 2 + 1
+        self.register_buffer("scale", torch.ones(degrees))
+        self.coarse = _gain(degrees, hidden, degrees)
+        self.fine = _gain(PATCH * degrees, hidden, degrees) if fine else None
 
     def patch(self, x: Float[torch.Tensor, "voxel 27 coef"]
               ) -> Float[torch.Tensor, "voxel 27 coef"]:
-        seen = invariants(x, self.scale).unflatten(1, (len(self.scale), PATCH))
-        g = self.gain((seen if self.fine else seen.mean(2)).flatten(1)).unflatten(
-            1, (len(self.scale), -1))
-        return x * by_degree((SLOW * g).exp().movedim(1, 0)).movedim(0, 2)
+        """All voxels, by the coarse gains."""
+        return x * _factors(self.coarse(self._means(invariants(x, self.scale))))[:, None]
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 coef"]) -> Float[torch.Tensor, "voxel coef"]:
-        """The voxel in the centre alone, as it is applied."""
-        return self.patch(x)[:, CENTRE]
+        """The voxel in the centre, by all gains, as it is applied."""
+        seen = invariants(x, self.scale)
+        g = self.coarse(self._means(seen))
+        return x[:, CENTRE] * _factors(g if self.fine is None else g + self.fine(seen))
+
+    def _means(self, seen: Float[torch.Tensor, "voxel seen"]
+               ) -> Float[torch.Tensor, "voxel degree"]:
+        return seen.unflatten(1, (len(self.scale), PATCH)).mean(2)
+
+
+def _gain(seen: int, hidden: int, degrees: int) -> nn.Sequential:
+    layers = mlp([seen, hidden, hidden, degrees], nn.SiLU)
+    nn.init.zeros_(layers[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(layers[-1].bias)  # type: ignore[arg-type]
+    return layers
+
+
+def _factors(g: Float[torch.Tensor, "voxel degree"]) -> Float[torch.Tensor, "voxel coef"]:
+    return by_degree((SLOW * g).exp().T).T
 
 
 class Cycle(nn.Module):

@@ -55,8 +55,7 @@ class CyclicHarmonizer(PairedHarmonizer):
         return Generator(**{k: v for k, v in arguments.items() if k != "critic"})
 
     def _recipe(self, study: Study, found: Sequence[pairs.Pair]) -> dict[str, Any]:
-        """Generators are fine where pairs show what is noise: with critics alone coarse ones
-        erred less, perhaps because a fine one lets a voxel's noise grow with the contrast."""
+        """Generators have fine gains where pairs teach them."""
         recipe = super()._recipe(study, found)
         return {**recipe, "network": {**recipe["network"], "fine": _paired(found)}}
 
@@ -73,7 +72,7 @@ class CyclicHarmonizer(PairedHarmonizer):
         if fresh:
             network.scale.copy_(_scale(samples, [source, reference], device))
         arguments, weight = recipe["network"], recipe["loss"]
-        back = self.build(arguments)
+        back = self.build({**arguments, "fine": False})
         assert isinstance(back, Generator)
         cycle = Cycle(network, back, critic=arguments["critic"])
         few = both[::max(1, len(both) // recipe["validation"])]
