@@ -14,7 +14,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import CARD, Checkpoint, load
 from bidsapp.dwi import Dwi, Run, noise_sd
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import Method, harmonizer
+from bidsapp.methods import Method, scope
 from bidsapp.options import Options
 
 MODELS = PurePosixPath("group/models")
@@ -68,7 +68,7 @@ def folders(options: Options) -> list[Path]:
         raise UsageError(
             f"--harmonize {given}: no such folder, model or method. Available under {models} are: "
             f"{', '.join(there) or 'none'}; methods to train: {', '.join(kinds)}."
-            + harmonizer.nearest(given, [*there, *kinds, *(k.removeprefix("harmonize_")
+            + scope.nearest(given, [*there, *kinds, *(k.removeprefix("harmonize_")
                                                           for k in kinds)]))
     method = methods.get(name)
     if type(method).harmonize is Method.harmonize:
@@ -118,7 +118,7 @@ def select(models: Sequence[Model], batch: str) -> Model:
                       f"batch {batch}. Give one of them to --harmonize.")
     known = sorted({b for c in cards for b in (*c.batches, str(c.reference_batch))})
     raise Refusal(f"{models[0].method.name} has no model for the batch {batch}; there are models "
-                  f"for {', '.join(known)}.{harmonizer.nearest(batch, known)} Train one with this "
+                  f"for {', '.join(known)}.{scope.nearest(batch, known)} Train one with this "
                   "batch, or leave the run out; one given by its name can be used all the same "
                   "with --allow-extrapolation.")
 
@@ -135,7 +135,7 @@ def check(model: Model, acquisition: Acquisition, voxel_size: Sequence[float], b
     if batch == card.reference_batch:
         return []
     model.method.check(acquisition)
-    return harmonizer.check(card, acquisition, voxel_size, batch, allow=allow)
+    return scope.check(card, acquisition, voxel_size, batch, allow=allow)
 
 
 def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: str) -> Result:
@@ -161,7 +161,7 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
     new = replace(new, noise_sd=noise_sd(new))
     snr = None if dwi.noise_sd is None else float(np.median(dwi.mean_b0) / dwi.noise_sd)
     notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}.",
-               *made.notices, *harmonizer.unusual(card, {**run.covariates, "SNR": snr})]
+               *made.notices, *scope.unusual(card, {**run.covariates, "SNR": snr})]
     if beyond:
         about["OutOfDistribution"] = beyond
         notices.append("Harmonized outside of what the model was trained for, as "

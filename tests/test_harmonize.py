@@ -18,7 +18,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.evaluate.change import change
-from bidsapp.methods import Study, harmonizer
+from bidsapp.methods import Study, harmonizer, scope
 
 LABELS = [f"{i:02}" for i in range(1, 7)]
 ROWS = {p: {"age": 20 + 7 * i, "sex": "FM"[i // 2 % 2], "site": "AB"[i % 2]}
@@ -374,7 +374,7 @@ def test_one_of_several_models_is_selected():
 @pytest.mark.parametrize("n,fits", [(10, False), (11, True), (15, True), (16, False)])
 def test_directions_within_a_tenth(n, fits):
     acquisition = Acquisition(*truth.table(((0, 1), (1000, n), (2000, 16))))
-    assert (not harmonizer.outside(card_of(("B",)), acquisition, (2, 2, 2), "B")) == fits
+    assert (not scope.outside(card_of(("B",)), acquisition, (2, 2, 2), "B")) == fits
 
 
 def test_names_of_models_hold_any_batch():
@@ -405,8 +405,8 @@ def test_change_of_directions_is_measured(rng):
 
 def test_unusual_people_are_told():
     card = replace(card_of(("B",)), trained_for={"age": [20, 60], "sex": ["F"], "SNR": [10, 20]})
-    assert harmonizer.unusual(card, {"age": 40, "sex": "F", "SNR": 15.0}) == []
-    told = harmonizer.unusual(card, {"age": 61, "sex": "M", "SNR": float("nan")})
+    assert scope.unusual(card, {"age": 40, "sex": "F", "SNR": 15.0}) == []
+    told = scope.unusual(card, {"age": 61, "sex": "M", "SNR": float("nan")})
     assert len(told) == 2 and "age is 61, and 20–60" in told[0]
 
 

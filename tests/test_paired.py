@@ -321,8 +321,9 @@ def test_a_model_that_made_things_worse_says_so(monkeypatch, caplog):
              "mse_before_gm_b1000": 1.0, "mse_after_gm_b1000": 0.9}
     method = brief("harmonize_golkov")
     monkeypatch.setattr(method, "_measured", lambda *_: found)
-    (bad,) = method.fit(study(max_steps=2)).checkpoints.values()
-    assert "people not learned from rose (wm_b1000)" in caplog.text
+    fitted = method.fit(study(max_steps=2))
+    (bad,), (told,) = fitted.checkpoints.values(), fitted.notices
+    assert "people not learned from rose (wm_b1000)" in told and told in caplog.text
     (notice,) = method.harmonize(dwi, bad, "B", "cpu").notices
     assert "rose (wm_b1000) when harmonize_golkov was trained" in notice
 

@@ -536,6 +536,16 @@ def test_group_page(rng):
     assert "None." in none.text
 
 
+def test_group_page_tells_what_is_doubtful(rng):
+    model = {"Model": {"Description": "Warp"}, "Batches": ["B"], "ReferenceBatch": "A"}
+    fitted = Fitted({}, model, {"harmonize_mica_toA": None}, ["A has <3> participants."])
+    study = make_study(rng)
+    between = agreement.of_group(study.statistics, list(study.features), {})
+    seen = check(page.group(study, pd.DataFrame(), between, [], {"harmonize_mica": fitted},
+                            chosen=[]))
+    assert "A has <3> participants." in seen.text
+
+
 @pytest.mark.parametrize("batches", [1, 3, 30])
 def test_group_of_any_size(rng, batches):
     table = pd.DataFrame({"batch": [f"A very long name of a scanner {i}" for i in range(batches)],

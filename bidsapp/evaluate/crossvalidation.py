@@ -30,7 +30,8 @@ from bidsapp.checkpoint import Checkpoint, load
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.methods import Fitted, Study
-from bidsapp.methods.harmonizer import Harmonizer, hashed, short
+from bidsapp.methods.harmonizer import Harmonizer
+from bidsapp.methods.scope import hashed, short
 from bidsapp.preprocess import pairs, tissue
 
 log = logging.getLogger("qsphere")

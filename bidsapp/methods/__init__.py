@@ -101,11 +101,12 @@ class Study:
 @dataclass(frozen=True)
 class Fitted:
     """What `fit` leaves: tables by output name (`desc-combat_dwimap`), what it learned, and weights
-    by the folder of group/models they belong in."""
+    by the folder of group/models they belong in. notices: as of `Derived`."""
 
     tables: Mapping[str, pd.DataFrame]
     model: Mapping[str, Any]
     checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)
+    notices: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Method(ABC):
 
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
         """The Dwi, of a batch that the model knows, mapped to the model's reference batch. Never
-        modifies it. Whether the model may be used at all is asked in `methods.harmonizer`.
+        modifies it. Whether the model may be used at all is asked in `methods.scope`.
 
         Raises:
             Refusal: this Dwi cannot be harmonized whatever is allowed; says what is needed.
@@ -255,9 +256,3 @@ def get(name: str, kind: str = "") -> Method:
     (cls,) = [c for c in vars(module).values()
               if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__]
     return cls()
-
-
-def scarce(batches: Mapping[str, pd.DataFrame], wanted: int) -> str:
-    """Which batches have fewer participants, as the start of a sentence; empty where none has."""
-    counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
-    return ", ".join(f"{b} has {n} participants" for b, n in counts.items() if n < wanted)

@@ -23,7 +23,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import Card, Checkpoint, load
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import Fitted, Harmonized, Study
+from bidsapp.methods import Fitted, Harmonized, Study, scope
 from bidsapp.methods import harmonizer as shared
 from bidsapp.methods.samples import (
     Samples,
@@ -79,7 +79,7 @@ class PairedHarmonizer(shared.Harmonizer):
         super().check(acquisition)
         least = sh.size(self.settings("training")["l_max"])
         if bad := [s for s in acquisition.shells if len(s) < least or s.b_delta < 0.95]:
-            raise Refusal(f"{self.name} found {shared.shown(bad)}. Needed are {least} or more "
+            raise Refusal(f"{self.name} found {scope.shown(bad)}. Needed are {least} or more "
                           "directions on every shell, linear encoding. Leave the shell out with "
                           "--bids-filter-file, or harmonize with harmonize_mica.")
 
@@ -119,14 +119,17 @@ class PairedHarmonizer(shared.Harmonizer):
             rows = {b: batches[b][batches[b]["run"].isin(
                 [r for p in found for r in (p.source, p.target)])] for b in (reference, batch)}
             checkpoints[name] = self._one(study, name, found, {
-                "trained_for": shared.trained_for(study, rows), "reference_batch": reference,
-                "batches": (batch,), "hashed": shared.hashed(rows),
+                "trained_for": scope.trained_for(study, rows), "reference_batch": reference,
+                "batches": (batch,), "hashed": scope.hashed(rows),
                 "of": self._of(study, found, pd.concat(rows.values()))})
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
                  "Metrics": {n: {k: v for k, v in c.card.metrics.items() if k.startswith("mse")}
                              for n, c in checkpoints.items()}}
-        return Fitted({}, model, checkpoints)
+        return Fitted({}, model, checkpoints, [
+            f"{name}: {rose} (mse_… in the card), and pages will say so where it is applied. Train "
+            "longer, or with more people."
+            for name, c in checkpoints.items() if (rose := _rose(c.card.metrics))])
 
     def scans(self, study: Study, batch: str, reference: str) -> list[pairs.Pair]:
         """What is learned from."""
@@ -143,15 +146,12 @@ class PairedHarmonizer(shared.Harmonizer):
         people = sorted({p.participant for p in found})
         began = time.monotonic()
         shells = known["trained_for"]["shells"]
-        names = [shared.short(shell) for shell in shells]
+        names = [scope.short(shell) for shell in shells]
         with tempfile.TemporaryDirectory(dir=study.states) as folder:
             travellers = Travellers(self, study, list(found), [s["directions"][1] for s in shells],
                                     recipe["l_max"], recipe["deformable"], Path(folder), self.adds)
             trained = self._trained(study, name, names, recipe, travellers, people, start)
             metrics = self._measured(trained, travellers, names, study.device)
-        if rose := _rose(metrics):
-            log.warning("%s: %s (mse_… in the card), and pages will say so where it is applied. "
-                        "Train longer, or with more people.", name, rose)
         return Checkpoint(trained.tensors, Card(
             method=self.name, network=dict(recipe["network"]), trained_for=known["trained_for"],
             training={"participants": known["hashed"], "held_out": len(trained.held),
@@ -312,7 +312,7 @@ class PairedHarmonizer(shared.Harmonizer):
         """
         self.check(dwi.acquisition)
         card = model.card
-        nearest = shared.matched(self, dwi.acquisition, card.trained_for["shells"])
+        nearest = scope.matched(self, dwi.acquisition, card.trained_for["shells"])
         l_max, smoothing = card.constants["l_max"], card.constants["smoothing"]
         usable = dwi.mean_b0 > 0
         if not usable.any():

@@ -75,6 +75,7 @@ def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, drawn: Se
                              "uri": _uri(f.svg)} for f in drawn]),
         trained=[{"name": name, "model": result.model, "tables": list(result.tables),
                   "weights": list(result.checkpoints), "folds": _folds(result),
+                  "notices": result.notices,
                   "metrics": _metrics(result.model.get("Metrics", {}))}
                  for name, result in fitted.items()],
         **_common([*estimates, *chosen]))

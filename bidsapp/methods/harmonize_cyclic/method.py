@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bidsapp import sh, training
-from bidsapp.methods import Study, scarce
+from bidsapp.methods import Study
 from bidsapp.methods import harmonizer as shared
 from bidsapp.methods.paired import Learner, PairedHarmonizer, drawn
 from bidsapp.methods.samples import BLOCK, Samples, errors
@@ -42,7 +42,7 @@ class CyclicHarmonizer(PairedHarmonizer):
         reference, *targets = batches
         told = [*super().ready(study), *shared.unlike(self, study, batches)]
         for batch in targets:
-            few = scarce({b: batches[b] for b in (reference, batch)}, WANTED)
+            few = shared.scarce({b: batches[b] for b in (reference, batch)}, WANTED)
             if few and not _paired(self.scans(study, batch, reference)):
                 told.append(
                     f"{few}, and nobody was scanned in {batch} and in {reference}. What so few "

@@ -10,7 +10,6 @@ With F_i the distribution of S/S0 in a shell of scan i, and Q = F⁻¹ its quant
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,14 +19,13 @@ from bidsapp import __version__
 from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
-from bidsapp.methods import Fitted, Harmonized, Study
+from bidsapp.methods import Fitted, Harmonized, Study, scope
 from bidsapp.methods import harmonizer as shared
 from bidsapp.preprocess import intensity
 
 if TYPE_CHECKING:
     import pandas as pd
 
-log = logging.getLogger("qsphere")
 
 class Mica(shared.Harmonizer):
     """Quantiles of S/S0 in the mask, by shell, and the warp from a scan's to the reference's."""
@@ -39,23 +37,23 @@ class Mica(shared.Harmonizer):
             UsageError: a scan has hardly any signal above 0.
         """
         batches = shared.members(self, study)
-        known = shared.trained_for(study, batches)
+        known = scope.trained_for(study, batches)
         found = {batch: self._people(study, rows) for batch, rows in batches.items()}
         reference, *targets = batches
         mean = found[reference].mean(axis=0)
-        metrics = {f"distance_{shared.short(shell)}_{batch}": float(
+        metrics = {f"distance_{scope.short(shell)}_{batch}": float(
             np.abs(people[:, k] - _others(people, batch == reference, mean)[:, k]).mean())
             for batch, people in found.items() for k, shell in enumerate(known["shells"])}
-        for batch in targets:
+        doubts = [
+            f"scans of {batch} lie no further from {reference} than its own people from each other "
+            "(distance_… in the card), so warping removes people's differences, and no site's. Add "
+            "participants, or take another method."
+            for batch in targets
             if all(metrics[f"distance_{s}_{batch}"] <= metrics[f"distance_{s}_{reference}"]
-                   for s in map(shared.short, known["shells"])):
-                log.warning("%s: scans of %s lie no further from %s than its own people from each "
-                            "other (distance_… in the card), so warping removes people's "
-                            "differences, and no site's. Add participants, or take another method.",
-                            self.name, batch, reference)
+                   for s in map(scope.short, known["shells"]))]
         card = Card(
             method=self.name, network={}, trained_for=known, seed=study.seed,
-            training={"participants": shared.hashed(batches), "data": "S/S0 within the mask"},
+            training={"participants": scope.hashed(batches), "data": "S/S0 within the mask"},
             intended_use=(
                 f"Maps the distribution of S/S0 of one scan of {', '.join(targets)} to that of "
                 f"{reference}, by shell. It knows no place and no tissue: where anatomies, ages or "
@@ -66,7 +64,7 @@ class Mica(shared.Harmonizer):
                  "ReferenceBatch": reference, "Batches": targets}
         quantiles = torch.from_numpy(mean.astype(np.float32))
         return Fitted({}, model, {shared.model_name(self, f"to{reference}"): Checkpoint(
-            {"quantiles": quantiles}, card)})
+            {"quantiles": quantiles}, card)}, doubts)
 
     def _people(self, study: Study, rows: pd.DataFrame) -> np.ndarray:
         """(participant, shell, GRID) quantiles; runs of one participant are averaged."""
@@ -89,7 +87,7 @@ class Mica(shared.Harmonizer):
         """
         self.check(dwi.acquisition)
         reference = model.tensors["quantiles"].numpy().astype(np.float64)
-        nearest = shared.matched(self, dwi.acquisition, model.card.trained_for["shells"])
+        nearest = scope.matched(self, dwi.acquisition, model.card.trained_for["shells"])
         signal, kept = intensity.warped(dwi, reference[nearest])
         return Harmonized(signal, {"mica_unchanged_values": kept},
                           {"GridPoints": intensity.GRID,

@@ -11,7 +11,6 @@ doi:10.1016/j.neuroimage.2018.08.073).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,11 +24,9 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Fitted, Harmonized, Study, scarce
+from bidsapp.methods import Fitted, Harmonized, Study, scope
 from bidsapp.methods import harmonizer as shared
 from bidsapp.preprocess import pairs, template
-
-log = logging.getLogger("qsphere")
 
 WANTED = 16
 """Participants of every batch that the means needed to be stable (Cetin Karayumak et al. 2019)."""
@@ -67,16 +64,16 @@ class Rish(shared.Harmonizer):
         """Raises Refusal where there is no b0, or a shell has fewer than 8 directions."""
         super().check(acquisition)
         few = [s for s in acquisition.shells
-               if len(s) < LEAST_DIRECTIONS and abs(s.b_delta) > shared.SAME_SHAPE]
+               if len(s) < LEAST_DIRECTIONS and abs(s.b_delta) > scope.SAME_SHAPE]
         if few:
-            raise Refusal(f"{self.name} found {shared.shown(few)}. Needed are {LEAST_DIRECTIONS} "
+            raise Refusal(f"{self.name} found {scope.shown(few)}. Needed are {LEAST_DIRECTIONS} "
                           "or more directions on every shell. Leave the shell out with "
                           "--bids-filter-file, or harmonize with harmonize_mica.")
 
     def ready(self, study: Study) -> list[str]:
         """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
         batches = shared.members(self, study)
-        few = scarce(batches, WANTED)
+        few = shared.scarce(batches, WANTED)
         told = [f"{few}; mean RISH was stable from {WANTED} in each batch on. With fewer the "
                 "scales hold people's differences, too."] if few else []
         return [*told, *shared.unlike(self, study, batches)]
@@ -89,12 +86,13 @@ class Rish(shared.Harmonizer):
         """
         batches = shared.members(self, study)
         reference, *targets = batches
-        known = shared.trained_for(study, batches)
+        known = scope.trained_for(study, batches)
         degrees = [_degree(shell) for shell in known["shells"]]
         runs = [run for rows in batches.values() for run in rows["run"]]
         images = [self._fa(study, run) for run in runs]
         mean, places = template.build(images, study.states)
-        metrics = {"template_correlation": round(self._alike(runs, images, mean, places), 3)}
+        least, doubts = self._alike(runs, images, mean, places)
+        metrics = {"template_correlation": round(least, 3)}
         at = dict(zip(runs, places, strict=True))
         groups = {b: self._group(study, rows, at, degrees) for b, rows in batches.items()}
         checkpoints = {}
@@ -111,8 +109,8 @@ class Rish(shared.Harmonizer):
                     + shared.model_name(self, reference).removeprefix(f"{self.name}_"))
             checkpoints[name] = Checkpoint(
                 {"template": torch.from_numpy(mean.values), **tensors}, Card(
-                    method=self.name, network={}, trained_for=shared.trained_for(study, rows),
-                    training={"participants": shared.hashed(rows), "data": "S/S0, FA template"},
+                    method=self.name, network={}, trained_for=scope.trained_for(study, rows),
+                    training={"participants": scope.hashed(rows), "data": "S/S0, FA template"},
                     intended_use=(
                         f"Scales the diffusion signal of {batch} to that of {reference} by degree "
                         "and place, for people like those under trained_for. Differences between "
@@ -124,7 +122,7 @@ class Rish(shared.Harmonizer):
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
                  "Metrics": {n: dict(c.card.metrics) for n, c in checkpoints.items()}}
-        return Fitted({}, model, checkpoints)
+        return Fitted({}, model, checkpoints, doubts)
 
     def _fa(self, study: Study, run: str) -> template.Image:
         dwi = self.load(study, run)
@@ -135,15 +133,13 @@ class Rish(shared.Harmonizer):
         return image
 
     def _alike(self, runs: Sequence[str], images: Sequence[template.Image], mean: template.Image,
-               places: Sequence[np.ndarray]) -> float:
-        """The least correlation of anyone with the template; tells whose is doubtful."""
+               places: Sequence[np.ndarray]) -> tuple[float, list[str]]:
+        """The least correlation of anyone with the template, and sentences on those in doubt."""
         found = [_correlation(i.at(p), mean.values) for i, p in zip(images, places, strict=True)]
-        for run, value in zip(runs, found, strict=True):
-            if value < ALIKE:
-                log.warning("%s: FA of %s correlates with the template by %.2f only; %.1f or more "
-                            "are usual. Check its mask and its b-table, or leave it out with "
-                            "--participant-label.", self.name, run, value, ALIKE)
-        return min(found)
+        return min(found), [
+            f"FA of {run} correlates with the template by {value:.2f} only; {ALIKE} or more are "
+            "usual. Check its mask and its b-table, or leave it out with --participant-label."
+            for run, value in zip(runs, found, strict=True) if value < ALIKE]
 
     def _group(self, study: Study, rows: pd.DataFrame, at: Mapping[str, np.ndarray],
                degrees: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -187,7 +183,7 @@ class Rish(shared.Harmonizer):
                 some = (above > 0) & (below > 0)
                 free = np.sqrt(np.where(some, above, 1) / np.where(some, below, 1))
                 maps.append(np.clip(free, *BOUNDS))
-                name = f"{shared.short(shell)}_l{2 * i}"
+                name = f"{scope.short(shell)}_l{2 * i}"
                 metrics[f"scale_{name}"] = float(np.median(maps[-1]))
                 metrics[f"bounded_{name}"] = float((free != maps[-1]).mean())
             grid = pairs.filled(np.stack(maps, -1).astype(np.float32), where)
@@ -203,7 +199,7 @@ class Rish(shared.Harmonizer):
         """
         self.check(dwi.acquisition)
         constants, card = model.card.constants, model.card
-        nearest = shared.matched(self, dwi.acquisition, card.trained_for["shells"])
+        nearest = scope.matched(self, dwi.acquisition, card.trained_for["shells"])
         finite = np.isfinite(dwi.signal).all(axis=1)
         clean = dwi if finite.all() else replace(
             dwi, signal=np.where(finite[:, None], dwi.signal, 0))
@@ -242,7 +238,7 @@ class Rish(shared.Harmonizer):
 
 def _degree(shell: Mapping[str, Any]) -> int:
     """Of a shell as a card holds it; 0 where the encoding has no direction."""
-    if abs(shell["b_delta"]) <= shared.SAME_SHAPE:
+    if abs(shell["b_delta"]) <= scope.SAME_SHAPE:
         return 0
     return sh.degree_for(DETERMINED * shell["directions"][0], L_MAX)
 
