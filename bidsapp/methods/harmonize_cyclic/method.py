@@ -47,8 +47,8 @@ class CyclicHarmonizer(PairedHarmonizer):
                 told.append(
                     f"{few}, and nobody was scanned in {batch} and in {reference}. What so few "
                     "people differ in by chance is taken for the scanners'. Harmonize with "
-                    f"harmonize_rish, add people ({WANTED} in each batch lowered the errors of "
-                    "signal and MD of simulated ones), or scan one or more in both.")
+                    f"harmonize_rish, add people ({WANTED} in each batch lowered every error of "
+                    "simulated ones), or scan one or more in both.")
         return told
 
     def build(self, arguments: Mapping[str, Any]) -> nn.Module:
