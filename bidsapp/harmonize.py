@@ -69,7 +69,7 @@ def folders(options: Options) -> list[Path]:
             f"--harmonize {given}: no such folder, model or method. Available under {models} are: "
             f"{', '.join(there) or 'none'}; methods to train: {', '.join(kinds)}."
             + scope.nearest(given, [*there, *kinds, *(k.removeprefix("harmonize_")
-                                                          for k in kinds)]))
+                                                     for k in kinds)]))
     method = methods.get(name)
     if type(method).harmonize is Method.harmonize:
         raise method.group_only()

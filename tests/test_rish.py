@@ -157,7 +157,7 @@ def test_card(caplog):
     assert card.metrics["template_correlation"] > 0.8
     assert abs(card.metrics["scale_b1000_l0"] * SCALE[0] - 1) < 0.03
     assert card.metrics["bounded_b1000_l0"] == 0
-    few, = fitted.notices
+    (few,) = fitted.notices
     assert few.startswith("A has 3 participants, B has 3 participants") and few in caplog.text
     assert pack(fitted.checkpoints[name]) == pack(trained()[1]), "the same training, the same bytes"
 
