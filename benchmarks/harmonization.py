@@ -17,9 +17,9 @@ same head in the same pose, with the noise of one scan ("scan") and without ("tr
     noise             the truth itself: beside "scan", what its noise leaves
 
 METHOD@blocks=N: with so many residual blocks. @share=X: of all but a share X of the people (one at
-least, unless 0) it is hidden who is who, so that no pairs are made. @groups: each learns from one
-half of the people at site A and the other half at site B, in order of age taken A, B, B, A: taken
-by turns, those of A would be the younger.
+least, unless 0) it is hidden who is who, so that no pairs are made; @share=X:SEED draws others.
+@groups: each learns from one half of the people at site A and the other half at site B, in order of
+age taken A, B, B, A: taken by turns, those of A would be the younger.
 
 NMSE = Σ (y − ŷ)² / Σ y² of S/S0, FA and MD over the voxels whose largest share is WM, or GM, mean
 over people; with two shells or more also of NDI and ODI, by the network that ships, in every fourth
@@ -64,8 +64,9 @@ def variant(label, table, seed):
     if key == "blocks":
         return method, {"statistics": table, "blocks": int(value)}
     if key == "share":
-        mixed = np.random.default_rng(seed).permutation(people)
-        known = mixed[:max(1, round(float(value) * len(mixed))) if float(value) else 0]
+        part, _, draw = value.partition(":")
+        mixed = np.random.default_rng(int(draw or seed)).permutation(people)
+        known = mixed[:max(1, round(float(part) * len(mixed))) if float(part) else 0]
         hidden = ~table["participant"].isin(known) & (table["batch"] == sites[0])
         table = table.assign(participant=table["participant"] + hidden.map({True: "x", False: ""}))
     elif key == "groups":

@@ -152,7 +152,10 @@ def test_unlike_people_teach_and_pairs_teach_more():
     assert error(helped, model)[1] < after
     scan, made = head("07", "B"), helped.harmonize(head("07", "B"), model, "B", "cpu")
     shell = scan.acquisition[np.arange(B0, len(scan.acquisition))]
-    old, new = (agreement.shell_maps(s[:, B0:] / 800, shell) for s in (scan.signal, made.signal))
+    old, new, wanted = (agreement.shell_maps(s[:, B0:] / 800, shell) for s in (
+        scan.signal, made.signal, head("07", "A", noise=0).signal))
+    for key in ("fa", "md"):
+        assert agreement.mse(new[key], wanted[key]) < 0.1 * agreement.mse(old[key], wanted[key])
     single = old["fa"] > 0.5
     assert single.sum() > 100
     assert np.median(agreement.angle(old["direction"], new["direction"])[single]) < 1

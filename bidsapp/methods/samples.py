@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from bidsapp.blocks import map_voxels
 from bidsapp.errors import DataError, UsageError
 from bidsapp.methods import Study
 from bidsapp.methods.harmonizer import Harmonizer
-from bidsapp.networks.shresnet import SHResNet, neighbours, patches
+from bidsapp.networks.shresnet import CENTRE, SHResNet, neighbours, patches
 from bidsapp.preprocess import intensity, pairs
 
 BLOCK = 1024
@@ -131,6 +131,17 @@ def tensor_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
 def all_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
     """(measure, voxel) of MEASURES."""
     return torch.cat([errors(found, batch)[None], tensor_errors(found, batch)])
+
+
+def weighed(weights: Mapping[str, float], samples: Samples, voxels: torch.Tensor, most: int,
+            device: str) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
+    """(coefficients found, batch) → (voxel,) Σ_m w_m e_m / ē_m over MEASURES: square errors in
+    units of their mean ē before the network, of `most` of the voxels."""
+    few = voxels[::max(1, len(voxels) // most)]
+    before = torch.cat([all_errors(b[0][:, CENTRE], b) for b in samples.blocks(few, device)], 1)
+    weight = torch.tensor([weights[m] for m in MEASURES], device=device)
+    weight = weight / before.mean(1).clamp(min=1e-12)
+    return lambda found, batch: weight @ all_errors(found, batch)
 
 
 class Travellers:

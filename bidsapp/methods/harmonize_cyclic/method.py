@@ -13,7 +13,7 @@ from bidsapp import sh, training
 from bidsapp.methods import Study
 from bidsapp.methods import harmonizer as shared
 from bidsapp.methods.paired import Learner, PairedHarmonizer, drawn
-from bidsapp.methods.samples import BLOCK, Samples, errors
+from bidsapp.methods.samples import BLOCK, MEASURES, Samples, errors, weighed
 from bidsapp.networks.cyclic import Cycle, Generator
 from bidsapp.networks.shresnet import CENTRE
 from bidsapp.preprocess import pairs
@@ -65,8 +65,8 @@ class CyclicHarmonizer(PairedHarmonizer):
 
     def learner(self, network: nn.Module, samples: Samples, mine: Sequence[torch.Tensor],
                 recipe: Mapping[str, Any], device: str, fresh: bool) -> Learner:
-        """The loss is Σ_k w_k L_k of `networks.cyclic`, and of pairs the square error of S/S0 in
-        units of what it is before the network."""
+        """The loss is Σ_k w_k L_k of `networks.cyclic`, and of pairs the square errors of signal,
+        FA and MD (`samples.weighed`)."""
         both, source, reference = mine
         assert isinstance(network, Generator)
         if fresh:
@@ -75,9 +75,8 @@ class CyclicHarmonizer(PairedHarmonizer):
         back = self.build({**arguments, "fine": False})
         assert isinstance(back, Generator)
         cycle = Cycle(network, back, critic=arguments["critic"])
-        few = both[::max(1, len(both) // recipe["validation"])]
-        before = float(torch.cat([errors(b[0][:, CENTRE], b) for b in samples.blocks(few, device)]
-                                 ).mean()) if len(few) else 1.0
+        apart = weighed(dict.fromkeys(MEASURES, weight["pairs"]), samples, both,
+                        recipe["validation"], device) if len(both) else errors
 
         def draw(size: int, generator: torch.Generator) -> training.Batch:
             x, y = (samples(drawn(v, size, generator), generator.device)[0]
@@ -89,11 +88,10 @@ class CyclicHarmonizer(PairedHarmonizer):
             x, y, *pair = batch
             total = sum(weight[k] * v for k, v in model(x, y).items())
             if pair:
-                total = total + weight["pairs"] / before * errors(
-                    network(pair[0]), tuple(pair)).mean()
+                total = total + apart(network(pair[0]), tuple(pair)).mean()
             return total
 
-        return Learner(cycle, draw, loss, errors)
+        return Learner(cycle, draw, loss, apart)
 
 
 def _paired(scans: Sequence[pairs.Pair]) -> bool:

@@ -10,8 +10,7 @@ import torch
 
 from bidsapp import training
 from bidsapp.methods.paired import PairedHarmonizer
-from bidsapp.methods.samples import MEASURES, Samples, all_errors
-from bidsapp.networks.shresnet import CENTRE
+from bidsapp.methods.samples import Samples, weighed
 
 
 class HybridHarmonizer(PairedHarmonizer):
@@ -27,10 +26,4 @@ class HybridHarmonizer(PairedHarmonizer):
 
     def loss(self, samples: Samples, voxels: torch.Tensor, recipe: Mapping[str, Any], device: str
              ) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
-        """Σ_m w_m e_m / ē_m over signal, FA and MD: square errors in units of their mean ē before
-        the network."""
-        few = voxels[::max(1, len(voxels) // recipe["validation"])]
-        before = torch.cat([all_errors(b[0][:, CENTRE], b) for b in samples.blocks(few, device)], 1)
-        weight = torch.tensor([recipe["loss"][m] for m in MEASURES], device=device)
-        weight = weight / before.mean(1).clamp(min=1e-12)
-        return lambda found, batch: weight @ all_errors(found, batch)
+        return weighed(recipe["loss"], samples, voxels, recipe["validation"], device)
