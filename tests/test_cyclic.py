@@ -12,6 +12,7 @@ from bidsapp import methods, sh
 from bidsapp.checkpoint import pack
 from bidsapp.errors import UsageError
 from bidsapp.evaluate import agreement, crossvalidation
+from bidsapp.methods import samples
 from bidsapp.networks import cyclic
 from bidsapp.networks.cyclic import Against, Cycle, Generator, invariants
 from bidsapp.preprocess import pairs
@@ -173,6 +174,27 @@ def test_people_in_both_batches_validate(tmp_path):
         model.card.metrics)
     (again,) = method.fit(replace(known, states=tmp_path / "states")).checkpoints.values()
     assert pack(again)["model.safetensors"] == pack(model)["model.safetensors"]
+
+
+def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
+    """What is not changed has the error that errors are measured in, three times the weight."""
+    method, known = brief(1), study(["01A", "01B"])
+    recipe = method.settings("training")
+    found = method.scans(known, "B", "A")
+    travellers = samples.Travellers(method, known, found, [30], 4, False, tmp_path, series=True)
+    own = travellers.samples[0]
+    mine = [own.of(travellers.of({"01"}, kind)) for kind in pairs.KINDS]
+    learner = method.learner(method.build({**recipe["network"], "fine": True}), own, mine,
+                             {**recipe, "validation": 10**6}, "cpu", True)
+    batch = own(mine[pairs.BOTH], "cpu")
+    x, y = (own(v[:8], "cpu")[0] for v in mine[1:])
+    losses = []
+    for pair in ((), batch):
+        torch.manual_seed(0)  # of the noise on what critics see
+        losses.append(float(learner.loss(learner.model, (x, y, *pair)).detach()))
+    assert losses[1] - losses[0] == pytest.approx(3 * recipe["loss"]["pairs"], rel=1e-4)
+    assert float(learner.score(batch[0][:, 13], batch).mean()) == pytest.approx(
+        3 * recipe["loss"]["pairs"], rel=1e-4)
 
 
 def test_folds_need_people_in_both_batches():

@@ -206,10 +206,10 @@ class PairedHarmonizer(shared.Harmonizer):
             samples = travellers.warped(quantiles)
         networks, histories = [], []
         for k, (shell, own) in enumerate(zip(shells, samples, strict=True)):
-            # the state of another training, of other people or with another recipe, is not this
-            # one's
+            # the state of another training, of other people, with another recipe or by another
+            # version's loss, is not this one's
             state = hashlib.sha256(repr((sorted(learned), sorted(held), travellers.pairs, recipe,
-                                         study.init)).encode()).hexdigest()[:8]
+                                         study.init, __version__)).encode()).hexdigest()[:8]
             network, history = self._train(
                 study, f"{name}.{shell}.{state}", recipe, own,
                 [own.of(travellers.of(learned, kind)) for kind in pairs.KINDS],

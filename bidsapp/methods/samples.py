@@ -133,11 +133,12 @@ def all_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
     return torch.cat([errors(found, batch)[None], tensor_errors(found, batch)])
 
 
-def weighed(weights: Mapping[str, float], samples: Samples, voxels: torch.Tensor, most: int,
+def weighed(weights: Mapping[str, float], samples: Samples, voxels: torch.Tensor, least: int,
             device: str) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
     """(coefficients found, batch) → (voxel,) Σ_m w_m e_m / ē_m over MEASURES: square errors in
-    units of their mean ē before the network, of `most` of the voxels."""
-    few = voxels[::max(1, len(voxels) // most)]
+    units of their mean ē before the network, over every n-th of the voxels, one at least: n as
+    large as leaves `least` of them."""
+    few = voxels[::max(1, len(voxels) // least)]
     before = torch.cat([all_errors(b[0][:, CENTRE], b) for b in samples.blocks(few, device)], 1)
     weight = torch.tensor([weights[m] for m in MEASURES], device=device)
     weight = weight / before.mean(1).clamp(min=1e-12)
