@@ -2,6 +2,7 @@
 
     python benchmarks/coverage.py METHOD [--samples 200000] [--weights FOLDER]
         [--densities FILE.npy [--measured 0.5]] [--threads 2]
+    python benchmarks/coverage.py METHOD --bands [--voxels 2000] [--grid 95] [--out FILE.csv] …
 
 METHOD: estimate_scnn2, estimate_noddi or estimate_scnn3. Voxels are drawn as in training (random
 protocols of the range that the card states, SNR log-uniform), with another seed; --densities (of
@@ -9,11 +10,18 @@ tools/densities.py, slices that were held out) serve for all of them, or for the
 as in training. Shares of truths within ± 1.645 SD, overall and in bands of SNR and of every true
 parameter, beside the mean SD and the root mean square error of the band. Conditional on a truth, no
 interval covers at its level everywhere: at the edges of the prior estimates are drawn inwards.
+
+--bands: in every band of `bidsapp.simulate.bands` (number of Watson bundles, κ, SNR, acquisition;
+parameters from the prior), as the participant level estimates: coverage, mean error in units of the
+mean SD, mean square error, and, of scnn2, that over the one of smt's posterior mean on the same
+voxels. Wanted are coverage in 0.85–0.95, a mean error below 0.25 SD and a ratio up to 1.05; one row
+for bundles, κ and SNR says the least and most over acquisitions; --out keeps every band.
 """
 
 import argparse
+import csv
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,42 +30,73 @@ import torch
 from bidsapp import checkpoint, methods
 from bidsapp.microstructure import learn, maps
 from bidsapp.networks.scnn import SphericalNetwork
+from bidsapp.simulate.bands import bands
 
 SNR = (10, 15, 22, 33, 50, 70, 100)
 BANDS = 8
 """Of a parameter."""
 
+COVERED, BIAS, RATIO = (0.85, 0.95), 0.25, 1.05
+"""What is wanted of a band."""
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method")
-    parser.add_argument("--samples", type=int, default=200_000)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--densities", type=Path)
-    parser.add_argument("--measured", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    method = methods.get(options.method, "estimate")
-    trained = (checkpoint.load(options.weights, method.name) if options.weights
-               else maps.shipped(method.name))
-    recipe, tissue = method.recipe(), method.tissue
-    table = None
+
+def in_bands(options: argparse.Namespace, method, trained: checkpoint.Checkpoint) -> None:
+    """Print and keep the table of every band."""
+    maps.GRID = options.grid
+    smt = methods.get("estimate_smt") if method.name == "estimate_scnn2" else None
+    rows = []
+    for band in bands():
+        dwi, truth = band.simulate(method.tissue, options.voxels, seed=99)
+        found = maps.estimate(trained, method.tissue, dwi, "cpu")[0]
+        peer = smt.apply(dwi, "cpu").maps if smt else {}
+        for i, name in enumerate(method.tissue.names):
+            error, sd = found[name] - truth[:, i], found[f"{name}_std"]
+            row = {"acquisition": band.acquisition, "bundles": band.bundles,
+                   "kappa": f"{band.kappa[0]:.0f}–{band.kappa[1]:.0f}", "snr": band.snr,
+                   "parameter": name, "covered": np.mean(abs(error) <= maps.QUANTILE * sd),
+                   "bias": error.mean(), "bias_in_sd": error.mean() / sd.mean(),
+                   "mse": np.mean(error**2)}
+            if peer:
+                row["mse_over_smt"] = row["mse"] / np.mean((peer[name] - truth[:, i]) ** 2)
+            rows.append(row)
+    if options.out:
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    for name in method.tissue.names:
+        own = [r for r in rows if r["parameter"] == name]
+        print(f"\n{name}\n| bundles, κ, SNR | covered | mean error, SD | MSE | MSE / smt |\n"
+              "|---|---|---|---|---|")
+        for key, same in groupby(own, lambda r: (r["bundles"], r["kappa"], r["snr"])):
+            cells = list(same)
+            print(f"| {key[0]}, {key[1]}, {key[2]:.0f} | " + " | ".join(
+                f"{min(c[k] for c in cells):{f}} to {max(c[k] for c in cells):{f}}"
+                if k in cells[0] else "" for k, f in (
+                    ("covered", ".3f"), ("bias_in_sd", "+.2f"), ("mse", ".2e"),
+                    ("mse_over_smt", ".2f"))) + " |")
+        missed = [not COVERED[0] <= r["covered"] <= COVERED[1] for r in own]
+        biased = [abs(r["bias_in_sd"]) > BIAS for r in own]
+        worse = [r.get("mse_over_smt", 0) > RATIO for r in own]
+        print(f"{name}: of {len(own)} bands {sum(missed)} outside of {COVERED}, {sum(biased)} with "
+              f"a mean error above {BIAS} SD, {sum(worse)} above {RATIO} times smt's error")
+
+
+def in_training(options: argparse.Namespace, method, trained: checkpoint.Checkpoint) -> None:
+    """Print the table of voxels drawn as in training."""
+    recipe, tissue, table = method.recipe(), method.tissue, None
     if options.densities:
         table = torch.from_numpy(np.load(options.densities))
         recipe = replace(recipe, odfs={**recipe.odfs, "measured": options.measured})
-    simulate = learn.Simulator(recipe, table)
-    simulate.power = maps.known_power(trained.card)
+    simulate = learn.Simulator(recipe, table, maps.known_power(trained.card))
     network = trained.into(SphericalNetwork(
-        len(tissue.names), **{**trained.card.network, "grid": maps.GRID})).eval()
+        len(tissue.names), **{**trained.card.network, "grid": options.grid})).eval()
     generator = torch.Generator().manual_seed(20_000)
-    parts = [learn.predictions(network, [simulate(1024, 64, generator)])
-             for _ in range(options.samples // 1024)]
-    mean, sd, truth, density, noise = (torch.cat(p) for p in zip(*parts, strict=True))
-    error = maps.clamped(tissue, mean) - truth
-    sd = maps.calibrated(tissue, sd, trained.card.constants)
-    inside = (error.abs() <= maps.QUANTILE * sd).float()
+    batches = [simulate(1024, 64, generator) for _ in range(options.samples // 1024)]
+    found, truth, density, noise = learn.predictions(network, batches)
+    error = maps.clamped(tissue, found.mean) - truth
+    sd = maps.calibrated(tissue, found, noise, trained.card.constants)
+    inside, snr = (error.abs() <= maps.QUANTILE * sd).float(), 1 / noise[:, 0]
     print(f"{len(truth)} voxels; error of the density over the sphere {density.mean():.2e}")
 
     def tell(label: str, rows: torch.Tensor) -> None:
@@ -69,11 +108,32 @@ def main() -> None:
     print(f"{'':<42}" + f"{'covered':>9}{'SD':>8}{'error':>8}" * len(tissue.names))
     tell("all", torch.ones(len(truth), dtype=torch.bool))
     for low, high in pairwise(SNR):
-        tell(f"SNR {low}–{high}", (1 / noise >= low) & (1 / noise < high))
+        tell(f"SNR {low}–{high}", (snr >= low) & (snr < high))
     for i, (name, (low, high)) in enumerate(zip(tissue.names, tissue.ranges, strict=True)):
         edges = np.linspace(low, high, BANDS + 1)
         for a, b in pairwise(edges):
             tell(f"{name} {a:.3g}–{b:.3g}", (truth[:, i] >= a) & (truth[:, i] < b))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method")
+    parser.add_argument("--samples", type=int, default=200_000)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--densities", type=Path)
+    parser.add_argument("--measured", type=float, default=1.0)
+    parser.add_argument("--bands", action="store_true")
+    parser.add_argument("--voxels", type=int, default=2000)
+    parser.add_argument("--grid", type=int, default=maps.GRID)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    method = methods.get(options.method, "estimate")
+    trained = (checkpoint.load(options.weights, method.name) if options.weights
+               else maps.shipped(method.name))
+    (in_bands if options.bands else in_training)(options, method, trained)
 
 
 if __name__ == "__main__":

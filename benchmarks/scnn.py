@@ -25,7 +25,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Published
 from bidsapp.simulate import forward, odf, protocols
-from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_odfs
+from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_bundles
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from test_smt import as_dwi
@@ -50,7 +50,7 @@ def main() -> None:
                else estimating.shipped("estimate_scnn2"))
     generator = torch.Generator().manual_seed(7)
     acq, tissue = acquisition(), TWO_COMPARTMENTS
-    densities = draw_odfs(options.voxels, generator, 16)
+    densities = draw_bundles(options.voxels, generator, 16)
     truth = tissue.draw(options.voxels, generator)
     signal = forward.Protocol(acq, 16, densities).signal(densities, tissue.compartments(truth))
     def normal():
@@ -82,7 +82,7 @@ def main() -> None:
 
     n, turns = 100, 60
     rotations = odf.random_rotations(turns, generator).float()
-    one, p = draw_odfs(n, generator, 8), tissue.draw(n, generator)
+    one, p = draw_bundles(n, generator, 8), tissue.draw(n, generator)
     every = torch.cat([sh.rotate(one, r) for r in rotations])
     clean = forward.Protocol(acq, 8, every).signal(every, tissue.compartments(p.repeat(turns, 1)))
     dwi = as_dwi(clean.numpy().astype(np.float32), acq, 0.02)

@@ -34,7 +34,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.simulate import forward, odf, protocols
-from bidsapp.simulate.tissue import THREE_COMPARTMENTS, draw_odfs
+from bidsapp.simulate.tissue import THREE_COMPARTMENTS, draw_bundles
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from test_smt import as_dwi
@@ -62,7 +62,7 @@ def main() -> None:
     start = (checkpoint.load(options.weights, "estimate_scnn3") if options.weights
              else estimating.shipped("estimate_scnn3"))
     generator, tissue, sigma = torch.Generator().manual_seed(7), THREE_COMPARTMENTS, 1 / options.snr
-    densities = draw_odfs(options.voxels, generator, 16)
+    densities = draw_bundles(options.voxels, generator, 16)
     truth = tissue.draw(options.voxels, generator)
     print(f"{'MSE':<18}" + "".join(f"{name:>17}" for name in tissue.names)
           + f"{'ODF sphere':>12}{'vertex':>10}")
@@ -153,7 +153,7 @@ def rotational_sd(trained: checkpoint.Checkpoint, acq: Acquisition, sigma: float
                   generator: torch.Generator, count: int = 100, turns: int = 60) -> np.ndarray:
     """Mean over voxels of the SD over rotations, by parameter; no noise."""
     tissue = THREE_COMPARTMENTS
-    one, p = draw_odfs(count, generator, 8), tissue.draw(count, generator)
+    one, p = draw_bundles(count, generator, 8), tissue.draw(count, generator)
     rotations = odf.random_rotations(turns, generator).float()
     every = torch.cat([sh.rotate(one, r) for r in rotations])
     clean = forward.Protocol(acq, 8, every).signal(every, tissue.compartments(p.repeat(turns, 1)))

@@ -42,7 +42,7 @@ from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Estimate, Published
 from bidsapp.simulate import protocols
 from bidsapp.simulate.likelihood import Likelihood, hint
-from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_odfs
+from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_bundles, draw_odfs
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from test_smt import as_dwi
@@ -133,7 +133,9 @@ def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.T
     acq, tissue = acquisition(), TWO_COMPARTMENTS
     side = protocols.of(acq, acq.shells, learn.L_SIMULATED, s0_known=True).to(torch.zeros(()))
     truth = tissue.draw(voxels, generator)
-    odfs = draw_odfs(voxels, generator, learn.L_SIMULATED, table=table, measured=1.0)
+    l_max = learn.L_SIMULATED
+    odfs = (draw_bundles(voxels, generator, l_max) if table is None else
+            draw_odfs(voxels, generator, l_max, table=table, measured=1.0))
     clean = side.signals(side.coefficients(odfs, tissue.compartments(truth)))
 
     def normal() -> torch.Tensor:

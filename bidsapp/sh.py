@@ -108,6 +108,16 @@ def quadrature(degree: int) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray,
     return points, weights
 
 
+@lru_cache
+def projection(l_max: int, degree: int) -> Float[np.ndarray, "n _"]:
+    """(n, size(l_max)) matrix, read-only, from values at the points of `quadrature(degree)` to
+    coefficients: exact where l_max and the degree of the values add up to `degree` at most."""
+    points, weights = quadrature(degree)
+    matrix = basis(l_max, points) * weights[:, None]
+    matrix.flags.writeable = False
+    return matrix
+
+
 LEBEDEV = (3, 5, 7, 9, 11, 15, 17, 19, 21, 23, 29, 31, 35, 41, 47, 53, 59, 65, 71, 77, 83, 89, 95)
 """Degrees of Lebedev's rules whose weights are positive."""
 
@@ -143,9 +153,9 @@ def rotate(coefficients: Float[torch.Tensor, "*batch size"],
     since each degree is closed under rotation (the product is the Wigner matrix of R).
     """
     l_max = l_max_of(coefficients.shape[-1])
-    points, weights = quadrature(2 * l_max)
+    points, _ = quadrature(2 * l_max)
     turned = evaluate(l_max, coefficients.new_tensor(points) @ rotation.to(coefficients))
-    project = coefficients.new_tensor(basis(l_max, points) * weights[:, None])
+    project = coefficients.new_tensor(projection(l_max, 2 * l_max))
     if rotation.ndim == 2:
         return coefficients @ (turned.mT @ project)
     return (turned @ coefficients[..., None])[..., 0] @ project

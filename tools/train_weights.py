@@ -1,10 +1,13 @@
 """Train the weights that ship: one network for all protocols.
 
     python tools/train_weights.py METHOD OUT [--densities FILE.npy] [--steps N]
-        [--init FOLDER] [--learning-rate RATE] [--state FILE] [--threads N] [--seed N]
+        [--init FOLDER [--new-hints]] [--learning-rate RATE] [--state FILE] [--threads N]
+        [--seed N]
 
 METHOD is a folder of bidsapp/methods with a training.toml. --densities: what tools/densities.py
-writes; half of the simulated voxels take theirs from it. --init: folder of weights to start from.
+writes, several files one after another; a share of the simulated voxels take theirs from them
+(`simulate.tissue.draw_odfs`). --init: folder of weights to start from; --new-hints: with hints for
+the densities that are drawn now, not for those that these weights know.
 An interrupted training goes on from --state (default OUT/state.ckpt). OUT receives
 model.safetensors and model.json.
 """
@@ -25,9 +28,10 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--densities", type=Path)
+    parser.add_argument("--densities", type=Path, nargs="+")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--init", type=Path)
+    parser.add_argument("--new-hints", action="store_true")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--state", type=Path)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -42,11 +46,13 @@ def main() -> None:
     recipe = replace(recipe, schedule=replace(
         schedule, steps=options.steps or schedule.steps,
         learning_rate=options.learning_rate or schedule.learning_rate))
-    table = torch.from_numpy(np.load(options.densities)) if options.densities else None
+    table = torch.from_numpy(np.concatenate([np.load(path) for path in options.densities])
+                             ) if options.densities else None
     trained = learn.train(
         method.name, recipe, seed=options.seed, device=options.device, table=table,
         start=learn.start_of(method.name, recipe, options.init) if options.init else None,
-        saved=options.state or options.out / "state.ckpt", intended_use=method.intended_use)
+        saved=options.state or options.out / "state.ckpt", intended_use=method.intended_use,
+        new_hints=options.new_hints)
     for name, content in checkpoint.pack(trained).items():
         (options.out / name).write_bytes(content)
     print(trained.card.metrics)

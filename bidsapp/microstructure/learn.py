@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import nn
 
 from bidsapp import __version__, sh, training
@@ -22,28 +22,42 @@ from bidsapp.microstructure.maps import (
     build,
     calibrated,
     clamped,
+    coherence,
+    interpolated,
     known_power,
     misfit,
+    predicted_sd,
     shipped,
     takes_hint,
 )
 from bidsapp.networks.scnn import Estimate
-from bidsapp.simulate import protocols
+from bidsapp.simulate import odf, protocols
 from bidsapp.simulate.likelihood import Likelihood, hint, searches
 from bidsapp.simulate.protocols import Protocols
 from bidsapp.simulate.tissue import Tissue
 
-L_SIMULATED = 12
-"""Degree of the densities and signals that are simulated; fits and maps go to 8."""
+L_SIMULATED = 16
+"""Degree of the densities and signals that are simulated; fits and maps go to 8. What the signal of
+sharp bundles has above 8 folds into a fit, in training as in a scan."""
 
-CASES = 4
-"""Powers of the densities that a hint has to reckon with."""
+SHARPENED = (1, 2, 4)
+"""Powers to which measured densities are raised, each for a third of them: deconvolution to degree
+8 cannot show how sharp they are."""
+
+CASES = 3
+"""Powers of the densities that a hint has to reckon with, beside that of a single fibre."""
+
+HINT_BLOCK = 256
+"""Voxels whose lattices fit the cache."""
 
 LEVEL = 0.9
 """Share of truths that ± QUANTILE SDs shall cover."""
 
-BANDS = 24
-"""Of the predicted SD, in each of which SDs are calibrated."""
+BIAS_BANDS = (6, 3)
+"""Of coherence and of noise, in which a training looks at the mean error."""
+
+BANDS, CELLS = 24, (8, 5)
+"""Of predicted SD, and of estimated coherence and noise, in each of which SDs are calibrated."""
 
 USUAL, NOISE_BANDS = 0.999, 8
 """Share of simulated signals whose misfit is not strange; bands of noise in which it holds."""
@@ -72,7 +86,8 @@ class Recipe:
     that of the acquisition. groups: protocols side by side in a batch. pool: batches simulated at
     once, which costs less than one by one. beta: weight of a voxel's error, SD^(2 beta − 2): 1 for
     the least mean square error, 0 for the likelihood, between them where the noise varies. density:
-    weight of the density's mean square error over the sphere. held_out: voxels of a validation; 8
+    weight of the density's mean square error over the sphere. unbiased: weight of the squared mean
+    error in bands of dispersion and noise (`loss_of`). held_out: voxels of a validation; 8
     times as many calibrate, 4 times as many measure.
     """
 
@@ -83,8 +98,10 @@ class Recipe:
     batch: int = 512
     groups: int = 8
     pool: int = 8
+    passes: int = 1
     beta: float = 0.5
     density: float = 1.0
+    unbiased: float = 0.0
     held_out: int = 16384
     odfs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -105,11 +122,13 @@ class Simulator:
 
     def __init__(self, recipe: Recipe, table: torch.Tensor | None = None,
                  power: torch.Tensor | None = None) -> None:
-        self.recipe, self.table = recipe, table
+        self.recipe = recipe
+        self.table = None if table is None else torch.cat(
+            [odf.sharpened(table, power, L_SIMULATED) for power in SHARPENED])
         known = recipe.trained_for
         self.fixed = None if known.acquisition is None else protocols.of(
             known.acquisition, known.acquisition.shells, L_SIMULATED, s0_known=known.s0_known)
-        self.power = density_power(recipe, table) if power is None else power
+        self.power = density_power(recipe, self.table) if power is None else power
         self.hinted = takes_hint(recipe.network)
 
     def protocols(self, groups: int, generator: torch.Generator) -> Protocols:
@@ -130,9 +149,18 @@ class Simulator:
         snr = torch.exp(low + (high - low) * torch.rand(count, generator=generator,
                                                         device=generator.device))
         x, noise = protocols.measure(side, side.signals(s), 1 / snr, generator)
-        found = hint(Likelihood(tissue, self.power.to(x), x, noise, side.shells)
-                     ) if self.hinted else x.new_zeros(count, 0)
+        found = self.hints(x, noise, side.shells) if self.hinted else x.new_zeros(count, 0)
         return x, noise, side.shells, found, parameters, odfs[:, :sh.size(protocols.L_FIT)]
+
+    def hints(self, x: torch.Tensor, noise: torch.Tensor, shells: torch.Tensor) -> torch.Tensor:
+        """Hints of all voxels, in blocks of whole groups that fit the cache."""
+        power, per_group = self.power.to(x), x.shape[1] // len(shells)
+        groups = max(1, HINT_BLOCK // per_group)
+        each = shells.split(groups)
+        size = min(per_group, HINT_BLOCK) if len(shells) == 1 else groups * per_group
+        parts = zip(x.split(size, 1), noise.split(size), strict=True)
+        return torch.cat([hint(Likelihood(self.recipe.tissue, power, *part, each[i % len(each)]))
+                          for i, part in enumerate(parts)])
 
     def batches(self, generator: torch.Generator) -> list[training.Batch]:
         """Those of the next steps of a training."""
@@ -141,31 +169,55 @@ class Simulator:
         x, noise, shells, *rest = self(recipe.pool * recipe.batch, recipe.pool * groups, generator)
         each = shells.split(groups) if self.fixed is None else [shells] * recipe.pool
         return list(zip(x.split(recipe.batch, 1), noise.split(recipe.batch), each,
-                        *(v.split(recipe.batch) for v in rest), strict=True))
+                        *(v.split(recipe.batch) for v in rest), strict=True)) * recipe.passes
 
 
 def density_power(recipe: Recipe, table: torch.Tensor | None
                   ) -> Float[torch.Tensor, "case degree"]:
     """Mean square of a coefficient of the densities that are drawn, by degree 2, 4, 6, 8: where
-    hints are posterior means, quantiles over densities; else its mean."""
+    hints are posterior means, quantiles over densities and, last, the most that any density can
+    have, that of a single fibre; else its mean."""
     generator = torch.Generator().manual_seed(0)
     drawn = recipe.tissue.densities(4096, generator, protocols.L_FIT, table=table, **recipe.odfs)
     power = torch.stack([drawn[:, sh.size(l - 2):sh.size(l)].square().mean(1)
                          for l in range(2, protocols.L_FIT + 1, 2)], 1)
     if searches(recipe.tissue):
         return power.mean(0, keepdim=True)
-    return torch.quantile(power, (torch.arange(CASES) + 0.5) / CASES, dim=0)
+    return torch.cat([torch.quantile(power, (torch.arange(CASES) + 0.5) / CASES, dim=0),
+                      torch.full((1, power.shape[1]), 1 / (4 * math.pi))])
 
 
-def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: torch.Tensor
-            ) -> torch.Tensor:
+def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: torch.Tensor,
+            noise: torch.Tensor) -> torch.Tensor:
     """Gaussian likelihood of the parameters, weighed by SD^(2 beta) (Seitzer et al. 2022,
-    arXiv:2203.09168), and mean square error of the density over the sphere."""
+    arXiv:2203.09168), mean square error of the density over the sphere, and squared mean error in
+    bands of dispersion and noise, in units of the SD.
+
+    The last term keeps apart what the posterior mean mixes: over all densities it errs to one side
+    for coherent bundles and to the other for dispersed ones, since noise hides which is which.
+    """
     log_sd = estimate.log_sd.clamp(-7, 2)
     error = estimate.mean - parameters
     weight = torch.exp(2 * recipe.beta * log_sd.detach())
     likelihood = weight * (0.5 * error**2 * torch.exp(-2 * log_sd) + log_sd)
-    return likelihood.mean(0).sum() + recipe.density * density_error(estimate.odf, odf).mean()
+    loss = likelihood.mean(0).sum() + recipe.density * density_error(estimate.odf, odf).mean()
+    if recipe.unbiased:
+        band = bias_bands(odf, noise[:, 0])
+        member = nn.functional.one_hot(band, math.prod(BIAS_BANDS)).to(error)
+        bias = member.T @ (error * torch.exp(-log_sd.detach())) / len(error)
+        share = member.mean(0)[:, None].clamp(min=1 / len(error))
+        mean_weight = member.T @ weight / len(error)
+        loss = loss + recipe.unbiased * (mean_weight * (bias / share) ** 2).sum()
+    return loss
+
+
+def bias_bands(odf: Float[torch.Tensor, "voxel size"], noise: Float[torch.Tensor, " voxel"]
+               ) -> Int[torch.Tensor, " voxel"]:
+    """Band of each voxel: `coherence` of its density, and σ/S0 in its logarithm, 0.01 to 0.1."""
+    level = noise.clamp(0.01, 0.1).log10() + 2
+    first, second = ((BIAS_BANDS[i] * v).long().clamp(0, BIAS_BANDS[i] - 1)
+                     for i, v in enumerate((coherence(odf), level)))
+    return first * BIAS_BANDS[1] + second
 
 
 def density_error(found: Float[torch.Tensor, "voxel size"],
@@ -200,28 +252,31 @@ def start_of(method: str, recipe: Recipe, init: Path | None) -> Checkpoint | Non
 
 def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | None = None,
           table: torch.Tensor | None = None, intended_use: str = "",
-          start: Checkpoint | None = None, devices: tuple[int, int] = (1, 1)) -> Checkpoint:
+          start: Checkpoint | None = None, devices: tuple[int, int] = (1, 1),
+          new_hints: bool = False) -> Checkpoint:
     """Train, calibrate and measure a network; its weights and card.
 
     saved: state file, from which an interrupted training goes on. table: (row, 45) densities.
     start: weights at the start, and the power of densities that they know from their hints.
-    devices: as of `training.train`.
+    devices: as of `training.train`. new_hints: hints are made for the densities drawn now, even
+    where `start` knows others.
     """
     with training.seeded(seed):
         network = build(recipe.tissue, recipe.network)
     if start:
         start.into(network)
-    simulate = Simulator(recipe, table, known_power(start.card) if start else None)
+    simulate = Simulator(recipe, table,
+                         known_power(start.card) if start and not new_hints else None)
     batches = _held_out(simulate, recipe, recipe.held_out, seed + 1, device)
 
     def validate(model: nn.Module) -> float:
         # beta = 0, the likelihood: the loss of another beta does not fall with the error
         plain = replace(recipe, beta=0.0)
-        return float(np.mean([float(loss_of(plain, model(*b[:4]), *b[4:])) for b in batches]))
+        return float(np.mean([float(loss_of(plain, model(*b[:4]), *b[4:], b[1])) for b in batches]))
 
     history = training.train(
         network, simulate.batches,
-        lambda model, b: loss_of(recipe, model(*b[:4]), *b[4:]), recipe.schedule,
+        lambda model, b: loss_of(recipe, model(*b[:4]), *b[4:], b[1]), recipe.schedule,
         seed=seed, device=device, validate=validate, saved=saved, name=method,
         devices=devices)
     constants = calibrate(network, recipe, _held_out(
@@ -307,29 +362,35 @@ def _held_out(simulate: Simulator, recipe: Recipe, count: int, seed: int, device
 
 @torch.no_grad()
 def predictions(network: nn.Module, batches: Sequence[training.Batch]
-                ) -> tuple[torch.Tensor, ...]:
-    """Mean, SD, truth (voxel, parameter), density error and σ/S0 (voxel,) over batches."""
+                ) -> tuple[Estimate, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Estimates, true parameters, density errors (voxel,) and noise (voxel, 2) over batches."""
     parts = []
-    for x, noise, shells, told, truth, odf in batches:
+    for x, noise, shells, told, truth, density in batches:
         e = network(x, noise, shells, told)
-        parts.append((e.mean, e.log_sd.clamp(-7, 2).exp(), truth, density_error(e.odf, odf),
-                      noise[:, 0]))
-    return tuple(torch.cat(p) for p in zip(*parts, strict=True))
+        parts.append((*e, truth, density_error(e.odf, density), noise))
+    mean, log_sd, odfs, *rest = (torch.cat(p) for p in zip(*parts, strict=True))
+    return Estimate(mean, log_sd, odfs), *rest
 
 
 def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Batch]
               ) -> dict[str, Any]:
-    """By parameter, factors for the SD so that ± 1.645 SD cover 90 % of held-out truths in every
-    band of predicted SD (split conformal prediction in bands: Vovk et al. 2005; Romano et al. 2019,
-    arXiv:1905.03222), and, by noise, the misfit that 99.9 % of signals stay below."""
-    mean, sd, truth, _, noise = predictions(network, batches)
-    score = (clamped(recipe.tissue, mean) - truth).abs() / sd
+    """By parameter, factors for the SD so that ± 1.645 SD cover 90 % of held-out truths (split
+    conformal prediction in bands: Vovk et al. 2005; Romano et al. 2019, arXiv:1905.03222), first in
+    every band of predicted SD, then in every band of estimated coherence and noise; and, by noise,
+    the misfit that 99.9 % of signals stay below."""
+    found, truth, _, noise = predictions(network, batches)
+    sd = predicted_sd(found)
+    score = (clamped(recipe.tissue, found.mean) - truth).abs() / sd / QUANTILE
     with torch.no_grad():
         misfits = torch.cat([misfit(recipe.tissue, x, n, shells, network(x, n, shells, told))
                              for x, n, shells, told, *_ in batches])
-    return {"sd": {name: _in_bands(sd[:, i], score[:, i] / QUANTILE, LEVEL, BANDS)
-                   for i, name in enumerate(recipe.tissue.names)},
-            "misfit": _in_bands(noise, misfits, USUAL, NOISE_BANDS)}
+    by_sd = {name: _in_bands(sd[:, i], score[:, i], LEVEL, BANDS)
+             for i, name in enumerate(recipe.tissue.names)}
+    where = {name: _in_cells(coherence(found.odf), noise[:, 0],
+                             score[:, i] / interpolated(by_sd[name], sd[:, i]))
+             for i, name in enumerate(recipe.tissue.names)}
+    return {"sd": by_sd, "sd_where": where,
+            "misfit": _in_bands(noise[:, 0], misfits, USUAL, NOISE_BANDS)}
 
 
 def _in_bands(x: torch.Tensor, value: torch.Tensor, level: float, bands: int
@@ -337,17 +398,34 @@ def _in_bands(x: torch.Tensor, value: torch.Tensor, level: float, bands: int
     """What a share `level` of the values stays below, in bands of x of equal counts."""
     order = x.argsort()
     return {"at": [float(v.median()) for v in x[order].tensor_split(bands)],
-            "value": [float(torch.quantile(v, min(1.0, level * (1 + 1 / len(v)))))
-                      for v in value[order].tensor_split(bands)]}
+            "value": [_below(v, level) for v in value[order].tensor_split(bands)]}
+
+
+def _in_cells(x: torch.Tensor, y: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
+    """What a share LEVEL of the values stays below, in bands of x of equal counts and in each of
+    them in bands of y; "columns" are the medians of y over all."""
+    rows = x.argsort().tensor_split(CELLS[0])
+    edges = torch.quantile(y, torch.linspace(0, 1, CELLS[1] + 1)[1:-1].to(y))
+    column = torch.bucketize(y, edges)
+    return {"rows": [float(x[row].median()) for row in rows],
+            "columns": [float(v.median()) for v in y.sort().values.tensor_split(CELLS[1])],
+            "value": [[_below(value[row][column[row] == k], LEVEL) for k in range(CELLS[1])]
+                      for row in rows]}
+
+
+def _below(values: torch.Tensor, level: float) -> float:
+    """Quantile that a new value stays below with probability `level`; 1 of no value."""
+    return float(torch.quantile(values, min(1.0, level * (1 + 1 / len(values))))
+                 ) if len(values) else 1.0
 
 
 def measure(network: nn.Module, recipe: Recipe, constants: Mapping[str, Any],
             batches: Sequence[training.Batch]) -> dict[str, Any]:
     """On held-out simulation: mean square errors, and the share of truths within ± 1.645 SD."""
-    mean, sd, truth, density, _ = predictions(network, batches)
-    mean, sd = clamped(recipe.tissue, mean), calibrated(recipe.tissue, sd, constants)
-    error = mean - truth
-    return {"samples": len(mean), "mse_density": float(density.mean())} | {
+    found, truth, density, noise = predictions(network, batches)
+    sd = calibrated(recipe.tissue, found, noise, constants)
+    error = clamped(recipe.tissue, found.mean) - truth
+    return {"samples": len(truth), "mse_density": float(density.mean())} | {
         f"{key}_{name}": float(value[:, i].mean()) for i, name in enumerate(recipe.tissue.names)
         for key, value in (("mse", error**2),
                            ("coverage90", (error.abs() <= QUANTILE * sd).float()))}

@@ -194,7 +194,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         likely = (hint(Likelihood(tissue, power, *seen)).float() if hinted
                   else x.new_zeros(len(signal), 0))
         found = network(x, noise, told, likely)
-        sd = calibrated(tissue, found.log_sd.clamp(-7, 2).exp(), card.constants)
+        sd = calibrated(tissue, found, noise, card.constants)
         strange = misfit(tissue, x, noise, told, found) > interpolated(
             card.constants["misfit"], noise[:, 0])
         flag = torch.where(sigma > 1.001 * most, 2.0, torch.where(strange, 1.0, 0.0))
@@ -214,7 +214,8 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
               f"{short}_noise_out_of_range": int((maps["flag"] == 2).sum())}
     return maps, counts, {
         "Weights": card.sha256, "Shells": [round(s.b) for s in shells],
-        "Uncertainty": "± 1.645 SD cover 90 % of held-out simulated truths",
+        "Uncertainty": "± 1.645 SD cover 90 % of held-out simulated truths, by predicted SD, "
+                       "estimated coherence of fibres and noise",
         "NoiseSD": dwi.noise_sd if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
         "TrainedFor": dict(card.trained_for)}, usable
 
@@ -234,21 +235,53 @@ def bounded(odf: Float[torch.Tensor, "voxel coef"]) -> Float[torch.Tensor, "voxe
     return torch.cat(parts, 1)
 
 
-def calibrated(tissue: Tissue, sd: Float[torch.Tensor, "voxel n"], constants: Mapping[str, Any]
-               ) -> Float[torch.Tensor, "voxel n"]:
-    """Predicted SDs times their factor; at most half the range."""
+def coherence(odf: Float[torch.Tensor, "voxel size"]) -> Float[torch.Tensor, " voxel"]:
+    """Compute how much densities point one way: the norm of degree 2, 0 of an isotropic density and
+    1 of a single fibre."""
+    return odf[:, 1:6].norm(dim=1) / math.sqrt(5 / (4 * math.pi))
+
+
+def calibrated(tissue: Tissue, estimate: Estimate, noise: Float[torch.Tensor, "voxel 2"],
+               constants: Mapping[str, Any]) -> Float[torch.Tensor, "voxel n"]:
+    """Compute posterior SDs: those predicted times their factors by predicted SD and by estimated
+    coherence and noise, at most half the range of each parameter."""
+    sd, where = predicted_sd(estimate), (coherence(estimate.odf), noise[:, 0])
     return torch.stack([
-        (sd[:, i] * interpolated(constants["sd"][name], sd[:, i])).clamp(max=(high - low) / 2)
+        (sd[:, i] * interpolated(constants["sd"][name], sd[:, i])
+         * bilinear(constants["sd_where"][name], *where)).clamp(max=(high - low) / 2)
         for i, (name, (low, high)) in enumerate(zip(tissue.names, tissue.ranges, strict=True))], 1)
+
+
+def predicted_sd(estimate: Estimate) -> Float[torch.Tensor, "voxel n"]:
+    """Bound the SDs that a network says, before their calibration."""
+    return estimate.log_sd.clamp(-7, 2).exp()
 
 
 def interpolated(table: Mapping[str, Any], x: Float[torch.Tensor, " voxel"]
                  ) -> Float[torch.Tensor, " voxel"]:
     """"value" at x, linear between the points "at", constant beyond them."""
-    at, value = (x.new_tensor(table[k]) for k in ("at", "value"))
-    right = torch.searchsorted(at, x.contiguous()).clamp(1, len(at) - 1)
-    share = ((x - at[right - 1]) / (at[right] - at[right - 1]).clamp(min=1e-9)).clamp(0, 1)
+    value = x.new_tensor(table["value"])
+    right, share = _between(x.new_tensor(table["at"]), x)
     return torch.lerp(value[right - 1], value[right], share)
+
+
+def bilinear(table: Mapping[str, Any], x: Float[torch.Tensor, " voxel"],
+             y: Float[torch.Tensor, " voxel"]) -> Float[torch.Tensor, " voxel"]:
+    """"value" (row, column) at x and y, linear between the points "rows" and "columns"."""
+    value = x.new_tensor(table["value"])
+    row, down = _between(x.new_tensor(table["rows"]), x)
+    column, across = _between(x.new_tensor(table["columns"]), y)
+    upper, lower = (torch.lerp(value[r, column - 1], value[r, column], across)
+                    for r in (row - 1, row))
+    return torch.lerp(upper, lower, down)
+
+
+def _between(at: Float[torch.Tensor, " point"], x: Float[torch.Tensor, " voxel"]
+             ) -> tuple[torch.Tensor, Float[torch.Tensor, " voxel"]]:
+    """Index of the point to the right of x, 1 at least, and where x lies on the way there, 0–1."""
+    right = torch.searchsorted(at, x.contiguous()).clamp(1, len(at) - 1)
+    share = (x - at[right - 1]) / (at[right] - at[right - 1]).clamp(min=1e-9)
+    return right, share.clamp(0, 1)
 
 
 def misfit(tissue: Tissue, x: Float[torch.Tensor, "coef voxel shell"],

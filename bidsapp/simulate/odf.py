@@ -20,8 +20,8 @@ from jaxtyping import Float
 
 from bidsapp import sh
 
-NODES = 40
-"""Gauss–Legendre nodes in 0 < t < 1, half of a rule of 80: w_l to 1e-10 for |κ| ≤ 128, l ≤ 16."""
+NODES = 48
+"""Gauss–Legendre nodes in 0 < t < 1, half of a rule of 96: w_l to 1e-10 for |κ| ≤ 256, l ≤ 20."""
 
 BINGHAM_DEGREE = 120
 """Degree of the quadrature behind Bingham coefficients: to 1e-9 for 0 ≤ κ ≤ 128, l ≤ 16."""
@@ -63,8 +63,8 @@ def bingham(axes: Float[torch.Tensor, "*batch 2 3"], kappa: Float[torch.Tensor, 
             l_max: int) -> Float[torch.Tensor, "*batch _"]:
     """Bingham density ∝ exp(κ1 (μ1·n)² + κ2 (μ2·n)²), μ1 ⊥ μ2: a bundle along μ1 that fans out
     towards μ2 where κ1 ≥ κ2 ≥ 0. κ2 = 0 is Watson's."""
-    points, weights = sh.quadrature(BINGHAM_DEGREE)
-    project = kappa.new_tensor(sh.basis(l_max, points) * weights[:, None])
+    points, _ = sh.quadrature(BINGHAM_DEGREE)
+    project = kappa.new_tensor(sh.projection(l_max, BINGHAM_DEGREE))
     return normalise(_bingham_relative(kappa.new_tensor(points), axes, kappa) @ project)
 
 
@@ -90,6 +90,16 @@ def mixture(share: Float[torch.Tensor, "*batch part"],
 def normalise(odf: Float[torch.Tensor, "*batch size"]) -> Float[torch.Tensor, "*batch size"]:
     """Coefficients scaled to ∫ ODF dn = 1, as for densities from constrained deconvolution."""
     return odf / (odf[..., :1] * math.sqrt(4 * math.pi))
+
+
+def sharpened(odf: Float[torch.Tensor, "*batch size"], power: int, l_max: int
+              ) -> Float[torch.Tensor, "*batch _"]:
+    """Densities ∝ odf^power, what is negative left out: less dispersed where power > 1. Exact but
+    for the degrees above l_max, where power times the degree of `odf` reaches them."""
+    own = sh.l_max_of(odf.shape[-1])
+    points, _ = sh.quadrature(degree := power * own + l_max)
+    values = odf @ odf.new_tensor(sh.basis(own, points)).T
+    return normalise(values.clamp(min=0) ** power @ odf.new_tensor(sh.projection(l_max, degree)))
 
 
 def crossing(axis: Float[torch.Tensor, "*batch 3"], angle: Float[torch.Tensor, "*batch"],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from torch import nn
 
 from bidsapp import sh
 from bidsapp.simulate import forward, odf
@@ -117,30 +118,91 @@ Watson's law, κ = 1/tan(π ODI/2); outside them, one tensor about the axis, the
 dispersed zeppelins with tortuosity d (1 − NDI); and free water. NDI, ODI and FISO uniform."""
 
 
-def draw_odfs(count: int, generator: torch.Generator, l_max: int, *, peaks: int = 3,
-              kappa: tuple[float, float] = (1.0, 32.0),
-              table: Float[torch.Tensor, "row size"] | None = None, measured: float = 0.5
+DELTA, FANS, ISOTROPIC, MEASURED = 0.1, 0.1, 0.4, 0.3
+"""Of the densities that `draw_odfs` makes: share of bundles without dispersion, of fans, of those
+with an isotropic part, and of measured ones where there is a table."""
+
+KAPPA = (0.5, 256.0)
+"""Concentrations, least and most: beyond those of tissue at both ends, so that none of tissue lies
+at the edge of what was learned."""
+
+TURNS = 4
+"""Rotations by which the measured densities of one draw are turned."""
+
+
+def draw_odfs(count: int, generator: torch.Generator, l_max: int, *,
+              table: Float[torch.Tensor, "row size"] | None = None, measured: float = MEASURED
               ) -> Float[torch.Tensor, "voxel _"]:
-    """Densities turned at random: mixtures of `peaks` Watson bundles (shares uniform on the
-    simplex, κ uniform in its logarithm), and in a share of `measured` rows of a table of densities
-    (from deconvolution), if there is one."""
+    """Draw fibre orientation densities that cover what heads hold, evenly in dispersion.
+
+    A share FANS are Bingham fans, κ1 uniform in its logarithm over KAPPA and κ2 a uniform share of
+    it. The others hold one, two or three bundles, each as likely, at any angle and with shares
+    uniform on the simplex; a bundle is a Watson density with κ uniform in its logarithm over KAPPA
+    or, in a share DELTA, has no dispersion. A share ISOTROPIC of both has an isotropic part,
+    uniform in 0–0.8. In a share `measured` of the voxels the density is a row of `table` instead
+    (`sharpened`), turned at random.
+
+    Parameters
+    ----------
+    count : int
+        Number of voxels.
+    generator : torch.Generator
+        Source of all random numbers; its device is used.
+    l_max : int
+        Even degree of the coefficients.
+    table : (row, size) tensor, optional
+        Coefficients of measured densities of any even degree, ∫ = 1.
+    measured : float
+        Share of voxels that take a row of `table`.
+
+    Returns
+    -------
+    (voxel, size(l_max)) tensor
+        Coefficients in the basis of `bidsapp.sh`, ∫ = 1, in random order of kinds.
+    """
     device = generator.device
     known = 0 if table is None else round(measured * count)
 
-    def uniform(*shape):
+    def uniform(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator, device=device)
 
+    def log_uniform(*shape: int) -> torch.Tensor:
+        return KAPPA[0] * (KAPPA[1] / KAPPA[0]) ** uniform(*shape)
+
     drawn = count - known
-    axes = odf.random_rotations(drawn * peaks, generator)[:, :, 0].float().view(drawn, peaks, 3)
-    k = kappa[0] * torch.exp(uniform(drawn, peaks) * math.log(kappa[1] / kappa[0]))
-    shares = -torch.log(uniform(drawn, peaks).clamp(min=1e-7))
-    made = odf.mixture(shares, odf.watson(axes, k, l_max))
-    if table is None or not known:
-        return made
-    rows = torch.randint(len(table), (known,), generator=generator, device=device)
-    turned = sh.rotate(table.to(made)[rows], odf.random_rotations(known, generator).float())
-    full = made.new_zeros(count, made.shape[1])
-    place = torch.randperm(count, generator=generator, device=device)
-    full[place[:drawn]] = made
-    full[place[drawn:], :turned.shape[1]] = turned[:, :made.shape[1]]
-    return full
+    fans = round(FANS * drawn)
+    bundles = torch.arange(drawn - fans, device=device) % 3 + 1
+    axes = odf.random_rotations(3 * len(bundles), generator)[:, :, 0].float().view(-1, 3, 3)
+    density = odf.watson(axes, log_uniform(*axes.shape[:2]), l_max)
+    single = sh.evaluate(l_max, axes)  # a delta: w_l = 1
+    density = torch.where(uniform(*axes.shape[:2], 1) < DELTA, single, density)
+    share = -torch.log(uniform(*axes.shape[:2]).clamp(min=1e-7))
+    share = share * (torch.arange(3, device=device) < bundles[:, None])
+    kappa = log_uniform(fans).clamp(max=128)
+    fan = odf.bingham(odf.random_rotations(fans, generator).float().mT[:, :2],
+                      torch.stack([kappa, kappa * uniform(fans)], 1), l_max)
+    made = torch.cat([odf.mixture(share, density), fan])
+    isotropic = 0.8 * uniform(drawn, 1) * (uniform(drawn, 1) < ISOTROPIC)
+    made[:, 1:] *= 1 - isotropic
+    if table is not None and known:
+        rows = table.to(made)[torch.randint(len(table), (known,), generator=generator,
+                                            device=device)]
+        turned = torch.cat([sh.rotate(part, turn) for part, turn in zip(
+            rows.tensor_split(TURNS), odf.random_rotations(TURNS, generator).float(),
+            strict=True)])[:, :made.shape[1]]
+        made = torch.cat([made, nn.functional.pad(turned, (0, made.shape[1] - turned.shape[1]))])
+    return made[torch.randperm(count, generator=generator, device=device)]
+
+
+def draw_bundles(count: int, generator: torch.Generator, l_max: int, *, bundles: int = 3,
+                 kappa: tuple[float, float] = (1.0, 32.0)) -> Float[torch.Tensor, "voxel _"]:
+    """Draw mixtures of a fixed number of Watson bundles: shares uniform on the simplex, κ uniform
+    in its logarithm over `kappa`. For tests in bands of dispersion, not for training."""
+    axes = odf.random_rotations(count * bundles, generator)[:, :, 0].float().view(
+        count, bundles, 3)
+
+    def uniform() -> torch.Tensor:
+        return torch.rand(count, bundles, generator=generator, device=generator.device)
+
+    own = kappa[0] * (kappa[1] / kappa[0]) ** uniform()
+    return odf.mixture(-torch.log(uniform().clamp(min=1e-7)), odf.watson(axes, own, l_max))
