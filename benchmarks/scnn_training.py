@@ -3,15 +3,16 @@
     python benchmarks/scnn_training.py --network published|mlp|spherical [--steps 2000]
         [--batch 500] [--seed 0] [--threads 1] [--table FILE.npy] [--measured 0.5]
         [--test-table FILE.npy ...] [--test-voxels 20000] [--state FILE] [--init FOLDER|shipped]
-        [--learning-rate RATE] [--grid 59] [--out FOLDER]
+        [--learning-rate RATE] [--grid 59] [--hint yes|no] [--out FOLDER]
 
 The test of Kerkelä et al. 2024: b 1 and 2.2 ms/µm² with 60 directions each, SNR 50 (Rician), S0
 known, d ~ U(0, 3), f ~ U(0, 1). Step k draws its batch from (seed, k) alone, so networks with equal
---seed and --batch see the same voxels. ODFs are Watson mixtures and, in a share of --measured, rows
-of --table, (row, 45) coefficients of densities; every --test-table is tested on alone, turned at
-random, and so are Watson mixtures. Beside the network the spherical mean technique of this program
-on the same voxels. MSE of estimates clamped to their range; of the ODF up to degree 8, over the
-sphere, and, as the paper's, at one vertex.
+--seed and --batch see the same voxels. ODFs are drawn as in training and, in a share of --measured,
+are rows of --table, (row, 45) coefficients of densities; every --test-table is tested on alone,
+turned at random, and so are mixtures of three Watson bundles of κ 1–32, and single bundles of κ
+12–128. Beside the network the spherical mean technique of this program on the same voxels. MSE of
+estimates clamped to their range; of the ODF up to degree 8, over the sphere, and, as the paper's,
+at one vertex.
 
 `published` is the paper's architecture, loss and schedule: the mean over 3072 ODF values and two
 scalars (the ODF's by Parseval's theorem, up to degree 16), Adam at 1e-3, ÷ 10 after 50 % and 75 %
@@ -19,7 +20,9 @@ of the steps. Its points are a half grid exact to degree --grid in place of 3072
 He et al. 2015 propose (doi:10.1109/ICCV.2015.123), which the paper does not say. `mlp` and
 `spherical` are trained as `group --train` trains estimate_mlp2 and estimate_scnn2; --init starts
 from the weights in a folder, or those that ship, and --steps 0 tests these as they are. --out keeps
-weights and card.
+weights and card. --hint gives or takes the hint, the posterior mean of d and f from a likelihood
+(`bidsapp.simulate.likelihood`), which spherical has and the others have not; the hint alone,
+without any network, stands beside each.
 """
 
 import argparse
@@ -29,6 +32,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,15 +59,16 @@ POINTS = 3072
 class Reference(nn.Module):
     """The published network, called as ours are."""
 
-    def __init__(self, grid: int) -> None:
+    def __init__(self, grid: int, hinted: bool) -> None:
         super().__init__()
-        self.network = Published(2, 2, grid=grid, l_odf=16)
+        self.network = Published(2, 2, grid=grid, l_odf=16, hinted=hinted)
         with torch.no_grad():
             for c in self.network.convolutions:
                 c.weight *= math.sqrt(2 / c.weight.shape[1]) / c.scale
 
-    def forward(self, x: torch.Tensor, *_: torch.Tensor) -> Estimate:
-        return self.network(x)
+    def forward(self, x: torch.Tensor, noise: torch.Tensor, shells: torch.Tensor,
+                hint: torch.Tensor) -> Estimate:
+        return self.network(x, hint)
 
 
 def published_loss(estimate: Estimate, parameters: torch.Tensor, odf: torch.Tensor
@@ -85,8 +90,11 @@ def recipe_of(options: argparse.Namespace) -> learn.Recipe:
         schedule = training.Schedule(options.steps, 1e-3, decay="step", validate_every=100)
     if options.learning_rate:
         schedule = replace(schedule, learning_rate=options.learning_rate)
+    network = dict(known.network)
+    if options.hint:
+        network["hinted"] = options.hint == "yes"
     return replace(
-        known, schedule=schedule, batch=options.batch, groups=1,
+        known, schedule=schedule, batch=options.batch, groups=1, network=network, passes=1,
         odfs={"measured": options.measured} if options.table else {},
         trained_for=learn.Range(snr=(SNR, SNR), acquisition=acquisition(), s0_known=True))
 
@@ -97,8 +105,9 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
     recipe = recipe_of(options)
     if options.network == "published":
         with training.seeded(options.seed):
-            network: nn.Module = Reference(options.grid)
+            network: nn.Module = Reference(options.grid, options.hint == "yes")
         simulate = learn.Simulator(recipe, table)
+        simulate.hinted = options.hint == "yes"
         start = time.perf_counter()
         history = training.train(
             network, simulate.batches,
@@ -126,15 +135,15 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
         found.card.training["seconds"], 1)
 
 
-def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.Tensor | None,
-            seed: int = 99) -> dict[str, Mapping[str, float]]:
-    """MSE by estimator and quantity on held-out voxels: of a table alone, or Watson mixtures."""
+def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.Tensor | None = None,
+            seed: int = 99, **bundles: Any) -> dict[str, Mapping[str, float]]:
+    """MSE by estimator and quantity on held-out voxels: of a table alone, or of `draw_bundles`."""
     generator = torch.Generator().manual_seed(seed)
     acq, tissue = acquisition(), TWO_COMPARTMENTS
     side = protocols.of(acq, acq.shells, learn.L_SIMULATED, s0_known=True).to(torch.zeros(()))
     truth = tissue.draw(voxels, generator)
     l_max = learn.L_SIMULATED
-    odfs = (draw_bundles(voxels, generator, l_max) if table is None else
+    odfs = (draw_bundles(voxels, generator, l_max, **bundles) if table is None else
             draw_odfs(voxels, generator, l_max, table=table, measured=1.0))
     clean = side.signals(side.coefficients(odfs, tissue.compartments(truth)))
 
@@ -149,7 +158,8 @@ def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.T
         noise = torch.tensor([1 / SNR, 0.0]).expand(len(signal), 2)
         likely = hint(Likelihood(tissue, power, x, noise, side.shells))
         found = network(x, noise, side.shells, likely)
-        return {"mean": estimating.clamped(tissue, found.mean), "odf": found.odf[:, :45]}
+        return {"mean": estimating.clamped(tissue, found.mean), "odf": found.odf[:, :45],
+                "hint": (likely[:, :2] + 1) / 2 * likely.new_tensor(tissue.ranges)[:, 1]}
 
     flat = noisy[0].flatten(1)
     with torch.inference_mode():
@@ -161,6 +171,8 @@ def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.T
         "d": float(error[0]), "f": float(error[1]),
         "ODF": float(odf_error.square().sum(1).mean() / (4 * math.pi)),
         "ODF at a vertex": float((odf_error @ vertex).square().mean())}}
+    hinted = (found["hint"] - truth).square().mean(0)
+    rows["hint alone"] = {"d": float(hinted[0]), "f": float(hinted[1])}
     dwi = as_dwi(np.concatenate([np.ones((voxels, 1)), flat.numpy()], 1), acq, 1 / SNR)
     smt = methods.get("estimate_smt").apply(dwi, "cpu").maps
     for name, suffix in (("smt posterior mean", ""), ("smt least squares", "_mode")):
@@ -186,6 +198,7 @@ def options_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--grid", type=int, default=59)
+    parser.add_argument("--hint", choices=("yes", "no"))
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)
 
@@ -200,7 +213,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Mapping[str, floa
     network, recipe, power, rate = trained(options, read(options.table) if options.table else None)
     print(f"{options.network}: {recipe.schedule.steps} steps of {recipe.batch}, {rate:.0f} "
           f"samples/s of training on {options.threads} threads, simulation and validation included")
-    results = {"Watson mixtures": compare(network, power, options.test_voxels, None)}
+    results = {"Watson mixtures": compare(network, power, options.test_voxels),
+               "single bundles": compare(network, power, options.test_voxels, bundles=1,
+                                         kappa=(12.0, 128.0))}
     for path in options.test_table:
         results[path.stem] = compare(network, power, options.test_voxels, read(path))
     print(f"{'':<40}{'MSE d':>10}{'MSE f':>10}{'ODF':>10}{'vertex':>10}")

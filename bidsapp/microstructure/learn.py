@@ -27,6 +27,7 @@ from bidsapp.microstructure.maps import (
     known_power,
     misfit,
     predicted_sd,
+    sharpness,
     shipped,
     takes_hint,
 )
@@ -53,8 +54,8 @@ HINT_BLOCK = 256
 LEVEL = 0.9
 """Share of truths that ± QUANTILE SDs shall cover."""
 
-BIAS_BANDS = (6, 3)
-"""Of coherence and of noise, in which a training looks at the mean error."""
+BIAS_BANDS = (4, 4, 3)
+"""Of coherence, sharpness and noise, in which a training looks at the mean error."""
 
 BANDS, CELLS = 24, (8, 5)
 """Of predicted SD, and of estimated coherence and noise, in each of which SDs are calibrated."""
@@ -213,11 +214,14 @@ def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: t
 
 def bias_bands(odf: Float[torch.Tensor, "voxel size"], noise: Float[torch.Tensor, " voxel"]
                ) -> Int[torch.Tensor, " voxel"]:
-    """Band of each voxel: `coherence` of its density, and σ/S0 in its logarithm, 0.01 to 0.1."""
+    """Band of each voxel: `coherence` of its density; the square root of `sharpness`, which tells
+    bundles that cross from one that is dispersed; and σ/S0 in its logarithm, 0.01 to 0.1."""
     level = noise.clamp(0.01, 0.1).log10() + 2
-    first, second = ((BIAS_BANDS[i] * v).long().clamp(0, BIAS_BANDS[i] - 1)
-                     for i, v in enumerate((coherence(odf), level)))
-    return first * BIAS_BANDS[1] + second
+    found = torch.zeros_like(noise, dtype=torch.long)
+    values = coherence(odf), sharpness(odf).sqrt(), level
+    for count, value in zip(BIAS_BANDS, values, strict=True):
+        found = count * found + (count * value).long().clamp(0, count - 1)
+    return found
 
 
 def density_error(found: Float[torch.Tensor, "voxel size"],
@@ -272,11 +276,12 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
     def validate(model: nn.Module) -> float:
         # beta = 0, the likelihood: the loss of another beta does not fall with the error
         plain = replace(recipe, beta=0.0)
-        return float(np.mean([float(loss_of(plain, model(*b[:4]), *b[4:], b[1])) for b in batches]))
+        return float(np.mean([float(loss_of(plain, model(*b[:4]), b[4], b[5], b[1]))
+                              for b in batches]))
 
     history = training.train(
         network, simulate.batches,
-        lambda model, b: loss_of(recipe, model(*b[:4]), *b[4:], b[1]), recipe.schedule,
+        lambda model, b: loss_of(recipe, model(*b[:4]), b[4], b[5], b[1]), recipe.schedule,
         seed=seed, device=device, validate=validate, saved=saved, name=method,
         devices=devices)
     constants = calibrate(network, recipe, _held_out(
@@ -368,8 +373,8 @@ def predictions(network: nn.Module, batches: Sequence[training.Batch]
     for x, noise, shells, told, truth, density in batches:
         e = network(x, noise, shells, told)
         parts.append((*e, truth, density_error(e.odf, density), noise))
-    mean, log_sd, odfs, *rest = (torch.cat(p) for p in zip(*parts, strict=True))
-    return Estimate(mean, log_sd, odfs), *rest
+    mean, log_sd, odfs, truth, error, noise = (torch.cat(p) for p in zip(*parts, strict=True))
+    return Estimate(mean, log_sd, odfs), truth, error, noise
 
 
 def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Batch]
@@ -406,7 +411,7 @@ def _in_cells(x: torch.Tensor, y: torch.Tensor, value: torch.Tensor) -> dict[str
     them in bands of y; "columns" are the medians of y over all."""
     rows = x.argsort().tensor_split(CELLS[0])
     edges = torch.quantile(y, torch.linspace(0, 1, CELLS[1] + 1)[1:-1].to(y))
-    column = torch.bucketize(y, edges)
+    column = torch.bucketize(y.contiguous(), edges)
     return {"rows": [float(x[row].median()) for row in rows],
             "columns": [float(v.median()) for v in y.sort().values.tensor_split(CELLS[1])],
             "value": [[_below(value[row][column[row] == k], LEVEL) for k in range(CELLS[1])]

@@ -72,7 +72,7 @@ def build(tissue: Tissue, arguments: Mapping[str, Any], *, grid: int | None = No
 
 def takes_hint(arguments: Mapping[str, Any]) -> bool:
     """Whether that network looks at the hint, which costs more than the rest of a simulation."""
-    return architecture(arguments) is not Perceptron
+    return bool(arguments.get("hinted", architecture(arguments) is not Perceptron))
 
 
 def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list[Shell]:
@@ -239,6 +239,12 @@ def coherence(odf: Float[torch.Tensor, "voxel size"]) -> Float[torch.Tensor, " v
     """Compute how much densities point one way: the norm of degree 2, 0 of an isotropic density and
     1 of a single fibre."""
     return odf[:, 1:6].norm(dim=1) / math.sqrt(5 / (4 * math.pi))
+
+
+def sharpness(odf: Float[torch.Tensor, "voxel size"]) -> Float[torch.Tensor, " voxel"]:
+    """Compute how sharp the bundles of densities are, however many: the norm of degrees 6 and 8
+    relative to that of a single fibre without dispersion."""
+    return odf[:, sh.size(4):sh.size(8)].norm(dim=1) / math.sqrt((13 + 17) / (4 * math.pi))
 
 
 def calibrated(tissue: Tissue, estimate: Estimate, noise: Float[torch.Tensor, "voxel 2"],

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import nn
 
 from bidsapp import sh
-from bidsapp.networks.scnn import ISOTROPIC, Estimate, ShellEmbedding
+from bidsapp.networks.scnn import ISOTROPIC, Estimate, ShellEmbedding, hint_size
 from bidsapp.networks.spherical import by_degree
 
 
@@ -42,12 +42,13 @@ class Perceptron(nn.Module):
     scale: torch.Tensor
 
     def __init__(self, parameters: int, *, shells: int, widths: Sequence[int] = (512, 512, 512),
-                 l_odf: int = 8) -> None:
+                 l_odf: int = 8, hinted: bool = False) -> None:
         super().__init__()
         scale = by_degree(torch.tensor(ShellEmbedding.SCALE))[:, None, None]
         self.register_buffer("scale", scale, persistent=False)
         self.outputs = (parameters, parameters, sh.size(l_odf) - 1)
-        self.layers = mlp([shells * len(scale) + 2, *widths, sum(self.outputs)],
+        self.hints = hint_size(parameters) * hinted
+        self.layers = mlp([shells * len(scale) + 2 + self.hints, *widths, sum(self.outputs)],
                           norm=nn.BatchNorm1d)
 
     def forward(self, x: Float[torch.Tensor, "coef voxel shell"],
@@ -56,7 +57,8 @@ class Perceptron(nn.Module):
                 hint: Float[torch.Tensor, "voxel hint"]) -> Estimate:
         flat = (x * self.scale).transpose(0, 1).flatten(1)
         level, of_mean = noise.split(1, 1)
-        told = torch.cat([flat, level.clamp(min=1e-3).log() + 4, 10 * of_mean], 1)
+        told = torch.cat([flat, level.clamp(min=1e-3).log() + 4, 10 * of_mean,
+                          hint[:, :self.hints]], 1)
         mean, log_sd, odf = self.layers(told).split(self.outputs, 1)
         return Estimate(mean, log_sd - 2,
                         torch.cat([torch.full_like(odf[:, :1], ISOTROPIC), odf], 1))

@@ -36,6 +36,11 @@ class Estimate(NamedTuple):
     odf: torch.Tensor
 
 
+def hint_size(parameters: int) -> int:
+    """Count means, log SDs and correlations of a hint."""
+    return parameters * (parameters + 3) // 2
+
+
 def head(features: int, hidden: int, out: int) -> nn.Sequential:
     """features → hidden → hidden → out with batch normalisation and ReLU."""
     return nn.Sequential(
@@ -52,23 +57,29 @@ class Published(nn.Module):
     3072 HEALPix points give way to a half grid with exact quadrature; `grid` 59 (601 points)
     departs by 2e-3 from the limit of all points where theirs, on which leaky ReLU's kink falls
     as well, departs by as much. The last output is the density.
+
+    hinted: whether, for comparison, head and output get the hint of `SphericalNetwork`, which the
+    paper has not.
     """
 
     WIDTHS = (16, 32, 64, 32, 16, 1)
 
     def __init__(self, shells: int, parameters: int, *, l_max: int = 16, grid: int = 59,
-                 l_odf: int = 8) -> None:
+                 l_odf: int = 8, hinted: bool = False) -> None:
         super().__init__()
         self.l_max, self.l_odf = l_max, l_odf
+        hints = hint_size(parameters) * hinted
         leaky = nn.LeakyReLU(0.1)
         eq6 = 2 * math.pi * torch.sqrt(4 * math.pi / (2 * torch.arange(0, l_max + 1, 2) + 1))
         self.convolutions = nn.ModuleList(
             ZonalConvolution(i, o, l_max, bias=False, scale=eq6 / i)
             for i, o in zip((shells, *self.WIDTHS), self.WIDTHS, strict=False))
         self.pointwise = Pointwise(l_max, l_max, grid=grid, function=leaky)
-        self.head = head(sum(self.WIDTHS[:3]), 128, parameters)
+        self.head = head(sum(self.WIDTHS[:3]) + hints, 128, parameters)
+        self.shortcut = nn.Linear(hints, parameters, bias=False) if hinted else None
 
-    def forward(self, x: Float[torch.Tensor, "coef voxel shell"]) -> Estimate:
+    def forward(self, x: Float[torch.Tensor, "coef voxel shell"],
+                hint: Float[torch.Tensor, "voxel hint"] | None = None) -> Estimate:
         missing = sh.size(self.l_max) - len(x)
         if missing > 0:
             x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
@@ -76,7 +87,11 @@ class Published(nn.Module):
         for convolution in self.convolutions:
             x = self.pointwise(convolution(x))
             means.append(mean(x))
-        found = self.head(torch.cat(means[:3], 1))
+        features = torch.cat(means[:3], 1)
+        if self.shortcut is None or hint is None:
+            found = self.head(features)
+        else:
+            found = self.head(torch.cat([features, hint], 1)) + self.shortcut(hint)
         return Estimate(found, torch.zeros_like(found), truncate(x, self.l_odf)[:, :, 0].T)
 
 
@@ -143,14 +158,15 @@ class SphericalNetwork(nn.Module):
         widths, degrees: channels and degree of the embedding and of every block.
         grid: degree of the half grids (`Pointwise`).
         tail: channels of the last block.
+        hinted: whether it gets hints; where not, `forward` takes none of any size.
     """
 
     def __init__(self, parameters: int, *, widths: Sequence[int] = (32, 16),
                  degrees: Sequence[int] = (8, 8), grid: int = 21, hidden: int = 128,
-                 tail: int = 8, l_odf: int = 8) -> None:
+                 tail: int = 8, l_odf: int = 8, hinted: bool = True) -> None:
         super().__init__()
         self.l_odf = l_odf
-        hints = parameters * (parameters + 3) // 2
+        hints = hint_size(parameters) * hinted
         self.embed = ShellEmbedding(widths[0], l_max=degrees[0])
         steps = list(zip(widths, widths[1:], degrees, degrees[1:], strict=False))
         self.convolutions = nn.ModuleList(
@@ -166,7 +182,7 @@ class SphericalNetwork(nn.Module):
             nn.Linear(hidden + tail * (1 + l_odf), hidden), nn.SiLU(),
             nn.Linear(hidden, hidden), nn.SiLU())
         self.scalars = nn.Linear(hidden, 2 * parameters)
-        self.shortcut = nn.Linear(hints, parameters, bias=False)
+        self.shortcut = nn.Linear(hints, parameters, bias=False) if hinted else None
         channels = widths[0] + widths[-1] * (len(widths) > 1)
         self.narrow = ZonalConvolution(channels, 2 * tail, l_odf, bias=False)
         self.gain = nn.Linear(hidden, 2 * tail * (l_odf // 2 + 1))
@@ -188,10 +204,13 @@ class SphericalNetwork(nn.Module):
         if len(self.convolutions):
             parts.append(y)
         level = torch.cat([noise.clamp(min=1e-3).log()[:, :1] + 4, 10 * noise], 1)
+        hint = hint if self.shortcut else hint[:, :0]
         hidden = self.trunk(torch.cat([*pools, level, hint], 1))
         odf, seen = self.density(parts, hidden)
         found, log_sd = self.scalars(self.again(torch.cat([hidden, seen], 1))).chunk(2, 1)
-        return Estimate(found + self.shortcut(hint), log_sd - 2, odf)
+        if self.shortcut:
+            found = found + self.shortcut(hint)
+        return Estimate(found, log_sd - 2, odf)
 
     def density(self, parts: list[torch.Tensor], hidden: torch.Tensor
                 ) -> tuple[torch.Tensor, torch.Tensor]:

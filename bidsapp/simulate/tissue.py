@@ -86,7 +86,7 @@ THREE_COMPARTMENTS = Tissue(
 
 
 def _concentration(odi: torch.Tensor) -> torch.Tensor:
-    return 1 / torch.tan(odi.clamp(0.01, 0.999) * (math.pi / 2))
+    return 1 / torch.tan(odi.clamp(0.0025, 0.999) * (math.pi / 2))
 
 
 def _second_moment(kappa: torch.Tensor) -> torch.Tensor:
@@ -107,15 +107,23 @@ def _noddi_outside(p: torch.Tensor) -> list[forward.Compartment]:
 NODDI_PARALLEL, NODDI_FREE = 1.7, 3.0
 """µm²/ms: fixed in the model, for tissue in vivo."""
 
+def _noddi_prior(u: torch.Tensor) -> torch.Tensor:
+    spread = 0.01 + 0.98 * 2 * u[:, 1]
+    kappa = 256.0 ** (2 * u[:, 1] - 1)  # log-uniform in 1–256
+    odi = torch.where(u[:, 1] < 0.5, spread, 2 / math.pi * torch.atan(1 / kappa))
+    return torch.stack([u[:, 0], odi, u[:, 2]], 1)
+
+
 NODDI = Tissue(
-    ("ndi", "odi", "fiso"), ((0.0, 1.0),) * 3,
-    lambda u: u * u.new_tensor([1.0, 0.98, 1.0]) + u.new_tensor([0.0, 0.01, 0.0]),
+    ("ndi", "odi", "fiso"), ((0.0, 1.0),) * 3, _noddi_prior,
     lambda p: [forward.stick((1 - p[:, 2]) * p[:, 0], torch.full_like(p[:, 0], NODDI_PARALLEL)),
                forward.ball(p[:, 2], torch.full_like(p[:, 0], NODDI_FREE))],
     watson=lambda p: _concentration(p[:, 1]), aligned=_noddi_outside)
 """Zhang et al. 2012 (doi:10.1016/j.neuroimage.2012.03.072): sticks dispersed about an axis by
 Watson's law, κ = 1/tan(π ODI/2); outside them, one tensor about the axis, the average of the
-dispersed zeppelins with tortuosity d (1 − NDI); and free water. NDI, ODI and FISO uniform."""
+dispersed zeppelins with tortuosity d (1 − NDI); and free water. NDI and FISO are uniform; ODI is
+uniform in 0.01–0.99 for a half and κ uniform in its logarithm in 1–256 for the other, so that
+coherent bundles (κ of 12 and more, 5 % of a uniform ODI) are as frequent as dispersed ones."""
 
 
 DELTA, FANS, ISOTROPIC, MEASURED = 0.1, 0.1, 0.4, 0.3
