@@ -205,10 +205,13 @@ def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: t
     if recipe.unbiased:
         band = bias_bands(odf, noise[:, 0])
         member = nn.functional.one_hot(band, math.prod(BIAS_BANDS)).to(error)
-        bias = member.T @ (error * torch.exp(-log_sd.detach())) / len(error)
-        share = member.mean(0)[:, None].clamp(min=1 / len(error))
-        mean_weight = member.T @ weight / len(error)
-        loss = loss + recipe.unbiased * (mean_weight * (bias / share) ** 2).sum()
+        count = member.sum(0)[:, None].clamp(min=1)
+
+        def mean(values: torch.Tensor) -> torch.Tensor:
+            return member.T @ values / count
+
+        bias = mean(error) / mean(log_sd.detach().exp()).clamp(min=1e-6)
+        loss = loss + recipe.unbiased * (count / len(error) * mean(weight) * bias**2).sum()
     return loss
 
 
