@@ -273,7 +273,7 @@ def run(arguments):
                   for fold in folds(arguments)
                   for label in [*PLAIN, "truth", "rescan", *arguments.methods]}
         missing = {k: path for k, path in wanted.items() if not path.exists()}
-        if name not in (arguments.only_sites or [name]) or not missing:
+        if name not in (arguments.only_sites or [name]) or not (missing or arguments.prepare):
             continue
         own = Site(arguments, number)
         with keep_registrations(own.states):
@@ -296,7 +296,7 @@ def parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, default=6, help="draws, beside the reference")
-    parser.add_argument("--participants", type=int, default=10, help="scanned at each site")
+    parser.add_argument("--participants", type=int, default=8, help="scanned at each site")
     parser.add_argument("--folds", type=int, default=2)
     parser.add_argument("--only-sites", nargs="+", help="of siteB, siteC, …")
     parser.add_argument("--only-folds", type=int, nargs="+", help="of 0, 1, …")
