@@ -35,7 +35,7 @@ whose largest share is WM, or GM; with two shells or more also of NDI and ODI, b
 ships, in every fourth of those voxels. Means of FA and MD over the same voxels. SSIM, mean over
 volumes, and sharpness are of S/S0 against the truth. Direction: median error in degrees where the
 truth's FA is above 0.4; turn: the same against the scan as measured. Lesion: contrast of MD
-relative to the truth's.
+relative to the truth's. Times are of the CPU, without registrations that were kept.
 
 DIR keeps phantoms, registrations, trained models and a file of rows for each site, fold and method:
 what is there is not done again, so that a run can be interrupted, and several processes can share
@@ -117,7 +117,7 @@ class Site:
     def _scans(self, options, pair, people):
         kept = self.folder / "scans"
         if not kept.exists():
-            began = time.monotonic()
+            began = time.process_time()
             _, _, scans = simulate(options, pair, people)
             folder = part_of(kept)
             folder.mkdir(parents=True)
@@ -127,7 +127,7 @@ class Site:
             (self.folder / "site.json").write_text(json.dumps(drawn))
             if not kept.exists():  # another process may have been faster
                 folder.rename(kept)
-            log(f"{self.name}: {len(scans)} scans in {time.monotonic() - began:.0f} s")
+            log(f"{self.name}: {len(scans)} scans in {time.process_time() - began:.0f} s")
         return {tuple(path.stem.split("_")): PhantomScan.load(path)
                 for path in sorted(kept.glob("*.npz"))}
 
@@ -176,14 +176,14 @@ def variant(label, own, tested):
 
 
 def train(own, fold, label, keep=True):
-    """The trained method of a label, its model, and the seconds of its training; kept in the
-    folder of the site, from where it is read if it is there."""
+    """The trained method of a label, its model, and the seconds of CPU time of its training; kept
+    in the folder of the site, from where it is read if it is there."""
     method, study = variant(label, own, own.tested(fold))
     kept, seconds = own.folder / "models" / f"fold{fold}_{label}", "seconds.json"
     if not kept.exists() or not keep:
-        began = time.monotonic()
+        began = time.process_time()
         (model,) = method.fit(replace(own.study, **study)).checkpoints.values()
-        spent = time.monotonic() - began
+        spent = time.process_time() - began
         log(f"{own.name}, fold {fold}, {label}: steps {model.card.training.get('steps')}, "
             f"{spent:.0f} s")
         if not keep:
@@ -207,9 +207,9 @@ def measure(own, fold, label):
         method, model, seconds = train(own, fold, label)
         harmonize = lambda dwi: method.harmonize(dwi, model, own.name, "cpu").signal  # noqa: E731
     for who in own.tested(fold):
-        scan, began = own.scans[who, where], time.monotonic()
+        scan, began = own.scans[who, where], time.process_time()
         signal = scan.truth if label == "truth" else harmonize(scan.dwi)
-        spent = time.monotonic() - began
+        spent = time.process_time() - began
         rows += [{"site": own.name, "fold": fold, "method": label, "participant": who,
                   "age": own.ages[who], "train": seconds, "apply": spent, **row}
                  for row in compare(signal, scan)]
@@ -219,10 +219,10 @@ def measure(own, fold, label):
 def prepare(own):
     """Register what harmonizers will ask for: pairs, and people with RISH's templates."""
     for pair in own.pairs():
-        began = time.monotonic()
+        began = time.process_time()
         source, target = (own.scans[pair.participant, s].dwi for s in (own.name, own.reference))
         pairs.register(source, target, work_dir=own.states)
-        log(f"{own.name}: {pair.source} in {time.monotonic() - began:.0f} s")
+        log(f"{own.name}: {pair.source} registered in {time.process_time() - began:.0f} s")
     for label in own.arguments.methods:
         for fold in folds(own.arguments) if label.startswith("harmonize_rish") else ():
             method, model, _ = train(own, fold, label, keep=False)

@@ -142,8 +142,10 @@ def combat_unseen(before, reference, ages, unseen, unseen_ages):
 
     table = pd.concat([reference, before]).T.to_numpy()
     batches = np.repeat(["reference", "site"], len(ages))
-    # it prints each of its steps, and with a reference batch calls np.int, gone from numpy 2
+    # it prints each of its steps, and with a reference batch calls np.int, gone from numpy 2, and
+    # divides by the spread of the reference's variances, which is 0; these it then does not use
     with (contextlib.redirect_stdout(io.StringIO()),
+          np.errstate(divide="ignore", invalid="ignore"),
           mock.patch.object(np, "int", int, create=True)):
         estimates = neuroCombat(
             dat=table, covars=pd.DataFrame({"batch": batches, "age": np.tile(ages, 2)}),
@@ -266,7 +268,8 @@ class Results:
         alone = ["ssim", "sharpness", "direction", "turn", "lesion"]
         across, slopes = ["ICC(3,1)", "CoV", "AUC"], ["WM md", "GM md", "WM fa"]
         lines = [f"\n{shell}\n", *head(["method", *alone, *across, *(
-            f"slope of {NAMES[s[3:]]} {s[:2]} over age" for s in slopes), "train, s", "apply, s"])]
+            f"slope of {NAMES[s[3:]]} {s[:2]} over age" for s in slopes),
+            "train, s of CPU", "apply, s of CPU"])]
         part = self.rows[self.rows["shell"] == shell]
         values = part[part["measure"].isin(alone)].groupby(["method", "measure", "site"])[
             "value"].mean()

@@ -84,7 +84,9 @@ def ratio(signal, acquisition):
 def denoised(dwi):
     from dipy.denoise.localpca import mppca
 
-    return np.maximum(mppca(dwi.unmask(dwi.signal), mask=dwi.mask)[dwi.mask], 0).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # it divides 0 by 0 outside of the mask
+        image = mppca(dwi.unmask(dwi.signal), mask=dwi.mask)
+    return np.maximum(image[dwi.mask], 0).astype(np.float32)
 
 
 def smoothed(dwi):
