@@ -105,11 +105,11 @@ class Site:
         self.scans = self._scans(options, pair, people)
         self.table = pd.DataFrame([
             {"participant": p.label, "batch": pair[i].name, "run": f"{p.label}{pair[i].name}",
-             "snr_b0": np.nan, "age": p.age, "sex": p.sex} for p in people for i in p.sites])
+             "snr_b0": np.nan, "age": p.age} for p in people for i in p.sites])
         runs = {f"{p}{s}": scan.dwi for (p, s), scan in self.scans.items()}
         self.states = self.folder / "states"
         self.study = methods.Study(
-            self.table, (), ("age", "sex"), self.reference,
+            self.table, (), ("age",), self.reference,
             {run: dwi.acquisition for run, dwi in runs.items()}, runs.__getitem__,
             seed=self.seed, states=self.states)
         self.states.mkdir(parents=True, exist_ok=True)
