@@ -71,7 +71,7 @@ DESIGN = ("sites", "participants", "folds", "shells", "directions", "voxel_size"
           "sloppy", "random_seed")
 TABLE_SEED = 100
 
-MAX_STEPS = {"harmonize_shresnet": 1000, "harmonize_hybrid": 1000, "harmonize_golkov": 1000}
+MAX_STEPS = {"harmonize_shresnet": 600, "harmonize_hybrid": 1000, "harmonize_golkov": 1000}
 """Of each stage of a training, at most, unless --max-steps says otherwise; other methods train as
 their recipe says."""
 
