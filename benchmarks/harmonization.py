@@ -12,6 +12,7 @@ Sites. Site A is the reference. Sites B, C, … are drawn together (`simulate.si
 --random-seed), so that each effect has either sign at half of them. Each has people of its own, who
 were scanned there and at A: the K-th site's come from the seed --random-seed + K. A difference
 between sites is therefore never one of the same few people, and tests over sites speak of both.
+Tissue is uncorrelated with age among them, so that slopes over age are of ageing.
 Tables use the seeds from 100 on. Choices were made on the one site of --random-seed 0, which is in
 no table.
 
@@ -97,7 +98,8 @@ class Site:
         options = phantom_options(arguments, self.seed, 2, arguments.participants + learned)
         people = sorted(recruit(options), key=lambda p: p.age)
         alone = ((np.arange(learned) + 0.5) * len(people) / learned).astype(int)
-        people = [replace(p, sites=(0,)) if i in alone else p for i, p in enumerate(people)]
+        people = [*uncorrelated_with_age([p for i, p in enumerate(people) if i not in alone]),
+                  *(replace(people[i], sites=(0,)) for i in alone)]
         self.travelling = [p.label for p in people if len(p.sites) == 2]
         self.others = [p.label for p in people if len(p.sites) == 1]
         self.ages = {p.label: p.age for p in people}
@@ -137,6 +139,15 @@ class Site:
 
     def pairs(self):
         return pairs.find(self.table, self.reference)[self.name]
+
+
+def uncorrelated_with_age(people):
+    """Take the slope over age out of people's tissue (`Participant.tissue`): what MD and FA then do
+    over age is ageing alone, which few people would otherwise hide by chance."""
+    ages, tissue = np.array([p.age for p in people]), np.array([p.tissue for p in people])
+    ages -= ages.mean()
+    tissue -= np.outer(ages, ages @ tissue / (ages @ ages))
+    return [replace(p, tissue=tuple(z.tolist())) for p, z in zip(people, tissue, strict=True)]
 
 
 def phantom_options(arguments, seed, sites, participants=1):

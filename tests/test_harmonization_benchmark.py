@@ -242,7 +242,19 @@ def test_tables_of_a_run(folder, capsys):
     assert "<svg" in (folder / "sites.svg").read_text()
 
 
-def test_shared_seed_of_development_is_in_no_table():
+def test_slope_over_age_is_of_ageing():
+    """No tissue property is correlated with age, and people's mean stays as it was drawn."""
+    options = harmonization.PhantomOptions(Path(), participants=8)
+    before = harmonization.recruit(options)
+    after = harmonization.uncorrelated_with_age(before)
+    ages, drawn, tissue = (np.array([getattr(p, k) for p in people]) for people, k in (
+        (before, "age"), (before, "tissue"), (after, "tissue")))
+    assert np.abs(np.corrcoef(ages, drawn.T)[0, 1:]).max() > 0.1
+    assert np.abs(np.corrcoef(ages, tissue.T)[0, 1:]).max() < 1e-12
+    np.testing.assert_allclose(tissue.mean(0), drawn.mean(0), atol=1e-12)
+
+
+def test_site_of_development_is_in_no_table():
     arguments = harmonization.parser().parse_args(["--out", "unused"])
     seeds = {arguments.random_seed + number for number in range(arguments.sites)}
     assert arguments.sites >= 6 and 0 not in seeds
