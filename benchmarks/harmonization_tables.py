@@ -220,7 +220,7 @@ class Results:
         part = self.errors[shell][against].dropna(how="all").dropna(axis=1, how="all")
         lines = [f"\n{shell}, against the {against}: NMSE, % (change, % [95 % interval])\n",
                  *head(["method", *(f"{NAMES[m[5:]]} {t}" for m, t in part.columns)])]
-        raised = []
+        raised = {}
         for method in (m for m in self.order if m in part.index and (m, against) != (
                 "truth", "truth")):
             own, cells = part.loc[method], []
@@ -229,18 +229,19 @@ class Results:
                 change = log_change(own[column], part.loc[BEFORE][column])
                 cells.append(f"{mean:.3g}" + (f" ({shown_change(change)})"
                                               if method != BEFORE else ""))
-                if method.partition("@")[0] in RECOMMENDED and (mark := marked(change)):
-                    raised.append(f"{method} {NAMES[column[0][5:]]} {column[1]} "
-                                  f"({shown_change(change).removesuffix(mark)})")
+                if method.partition("@")[0] in RECOMMENDED and marked(change):
+                    raised.setdefault(method, []).append(
+                        f"{NAMES[column[0][5:]]} {column[1]} ({shown_change(change)})")
             lines.append(row(["".join(self.named(method, own)), *cells]))
         for (name, of), changes in PUBLISHED.items():
             if of == against:
-                lines.append(row([name, *(f"({changes[c]:+d})" if c in changes else ""
-                                          for c in part.columns)]))
+                lines.append(row([name, *(f"({changes[c]:+d})".replace("-", "−")
+                                          if c in changes else "" for c in part.columns)]))
         if any(m.partition("@")[0] in RECOMMENDED for m in part.index.unique(0)):
             lines.append("\nRecommended harmonizers " + (
-                f"that are not shown to lower an error: {'; '.join(raised)}." if raised else
-                "lower every error."))
+                "do not lower, or are not shown to lower:\n\n" + "\n".join(
+                    f"- `{name}`: {', '.join(own)}" for name, own in raised.items())
+                if raised else "lower every error."))
         return lines
 
     def mean_table(self, shell, against):

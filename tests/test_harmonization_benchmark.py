@@ -149,7 +149,7 @@ def test_tables_mark_what_is_not_lowered():
     assert cells["harmonize_rish"] == "5 (−51 [−59, −40])"
     assert cells["harmonize_hybrid"].endswith("]°)")
     assert cells["harmonize_golkov"] == "20 (+100 [+100, +100]▲)"
-    assert "harmonize_hybrid S/S0 WM (" in lines[-1]
+    assert "- `harmonize_hybrid`: S/S0 WM (" in lines[-1]
     assert "rish" not in lines[-1] and "golkov" not in lines[-1]
     assert [c for c in cells if "published" in c]
     assert not [line for line in results.error_table("b1200", "truth") if "published" in line]
