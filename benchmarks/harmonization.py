@@ -1,192 +1,345 @@
-"""Every harmonizer on a travelling phantom, on people it has not seen, in tables and a figure.
+"""Every harmonizer over several draws of a site, on simulated people it has not learned from.
 
-    python benchmarks/harmonization.py                       # Koppers et al. 2018: 30 × b 1200
-    python benchmarks/harmonization.py --shells 1000 2000 3000         # Sadegheih et al. 2023
-    python benchmarks/harmonization.py --methods harmonize_shresnet@blocks={1,2,3,6}
-    python benchmarks/harmonization.py --methods harmonize_cyclic@share={0,0.1,0.5,1}
-    python benchmarks/harmonization.py --methods harmonize_{rish,cyclic}@groups
-    python benchmarks/harmonization.py --participants 4 --folds 2 --voxel-size 6 --sloppy  # a try
+    python benchmarks/harmonization.py --out DIR                    # six sites, two folds, 4 mm
+    python benchmarks/harmonization.py --out DIR --only-sites siteB --methods harmonize_rish
+    python benchmarks/harmonization.py --out DIR --prepare          # simulate and register alone
+    python benchmarks/harmonization_tables.py DIR                   # tables of what is there
+    python benchmarks/harmonization.py --out OTHER --shells 1000 2000 3000
+    python benchmarks/harmonization.py --out OTHER --methods harmonize_shresnet@blocks={1,2,3}
+    python benchmarks/harmonization.py --out OTHER --sites 1 --random-seed 0     # development
 
-Two sites. In each fold methods learn from both scans of the other people; the scans of the people
-left out, at site B, are harmonized and compared, shell by shell, with what site A measures of the
-same head in the same pose, with the noise of one scan ("scan") and without ("truth"). Rows:
+Sites. Site A is the reference. Sites B, C, … are drawn together (`simulate.site`, from
+--random-seed), so that each effect has either sign at half of them. Each has people of its own, who
+were scanned there and at A: the K-th site's come from the seed --random-seed + K. A difference
+between sites is therefore never one of the same few people, and tests over sites speak of both.
+Tissue is uncorrelated with age among them, so that slopes over age are of ageing.
+Tables use the seeds from 100 on. Choices were made on the one site of --random-seed 0, which is in
+no table.
 
-    none              as measured                   SH fit      degrees up to 4, not harmonized
+Folds. In each, methods learn from both scans of the other people of the site; the scans at the site
+of the people left out are harmonized. They are compared, shell by shell, with what site A measures
+of the same head in the same pose, with the noise of one scan ("scan") and without ("truth"). Rows:
+
+    none              as measured                   SH fit      series of degree 4, not harmonized
     MPPCA, smoothing  noise or detail taken away, not harmonized
-    harmonize_…       trained; ComBat on the region means of everybody
-    noise             the truth itself: beside "scan", what its noise leaves
+    harmonize_…     trained
+    rescan            the scan at A, beside its own truth: what a second scan there would leave
+    truth             the truth itself: beside "scan", what the scan's noise leaves
 
-METHOD@blocks=N: with so many residual blocks. @share=X: of all but a share X of the people (one at
-least, unless 0) it is hidden who is who, so that no pairs are made; @share=X:SEED draws others.
-@groups: each learns from one half of the people at site A and the other half at site B, in order of
-age taken A, B, B, A: taken by turns, those of A would be the younger.
+METHOD@groups: unpaired. It learns from the same scans at the site, and from other people at A, as
+many, scanned nowhere else; the two groups alternate in age. @share=X: of all but a share X of the
+people (one at least, unless 0) it is hidden who is who, so that no pairs are made, while the same
+people stay at both sites; @share=X:SEED draws others. @blocks=N: so many residual blocks.
 
-NMSE = Σ (y − ŷ)² / Σ y² of S/S0, FA and MD over the voxels whose largest share is WM, or GM, mean
-over people; with two shells or more also of NDI and ODI, by the network that ships, in every fourth
-of those voxels. p: Wilcoxon's signed ranks over people. SSIM, mean over volumes, and sharpness are
-of S/S0 against the truth. Direction: median error in degrees where the truth's FA is above 0.4;
-turn: the same against the scan as measured. Lesion: contrast of MD relative to the truth's. ICC,
-CoV, AUC and age are of mean FA and MD in WM and GM: harmonized scans of B beside scans of A; ICC
-and CoV are means over the four; age: slope of MD in WM, relative to that of the truth there.
+Measures. NMSE = Σ (y − ŷ)² / Σ y² of S/S0, and of FA and MD of the shell, over the voxels
+whose largest share is WM, or GM; with two shells or more also of NDI and ODI, by the network that
+ships, in every fourth of those voxels. Means of FA and MD over the same voxels. SSIM, mean over
+volumes, and sharpness are of S/S0 against the truth. Direction: median error in degrees where the
+truth's FA is above 0.4; turn: the same against the scan as measured. Lesion: contrast of MD
+relative to the truth's. Times are of the CPU, without registrations that were kept.
 
-What a fold gave is kept in OUT and not computed again, nor are registrations, so that processes may
-share the work: give each its --methods or --only-folds, and make the tables from all of it by
-`--methods` alone.
+DIR keeps phantoms, registrations, trained models and a file of rows for each site, fold and method:
+what is there is not done again, so that a run can be interrupted, and several processes can share
+the work, each with its --only-sites, --only-folds or --methods. Nothing there is tied to the code
+that made it, except that registrations are found by what they are made from: after a change of a
+harmonizer remove its models, states (*.ckpt) and rows.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import torch
-from harmonization_tables import figure, text
-from travelling import PLAIN, compared, simulate
+from travelling import PLAIN, PhantomScan, compare, simulate
 
-from bidsapp import methods
+from bidsapp import __version__, methods
+from bidsapp.checkpoint import load, pack
 from bidsapp.errors import QSphereError
 from bidsapp.methods import harmonizer
+from bidsapp.options import PhantomOptions
+from bidsapp.phantom import recruit
+from bidsapp.preprocess import pairs, template
+from bidsapp.simulate import site
 
-DESIGN = "participants", "folds", "shells", "directions", "voxel_size", "random_seed"
+DESIGN = ("sites", "participants", "folds", "shells", "directions", "voxel_size", "max_steps",
+          "sloppy", "random_seed")
+TABLE_SEED = 100
+
+MAX_STEPS = {"harmonize_shresnet": 600, "harmonize_hybrid": 1000, "harmonize_golkov": 1000}
+"""Of each stage of a training, at most, unless --max-steps says otherwise; other methods train as
+their recipe says."""
+
+METHODS = ["harmonize_mica", "harmonize_rish", "harmonize_rish@groups", "harmonize_golkov",
+           "harmonize_hybrid", "harmonize_shresnet", "harmonize_cyclic", "harmonize_cyclic@groups"]
 
 
-def variant(label, table, seed):
-    """The method of a label, and in what the study that it learns from differs."""
+class Site:
+    """One draw of a site, its people and their scans, and where the work on them is kept.
+
+    travelling, others: labels of the people scanned at the site and at the reference, and of those
+    scanned at the reference alone. table: the rows of a `Study`, one for each scan. scans: from
+    (participant, site) to PhantomScan.
+    """
+
+    def __init__(self, arguments, number):
+        drawn = site.draw(phantom_options(arguments, arguments.random_seed, arguments.sites + 1))
+        self.reference, self.name = drawn[0].name, drawn[number + 1].name
+        self.folder = arguments.out / self.name
+        self.arguments = arguments
+        self.seed = arguments.random_seed + number
+        learned = arguments.participants * (arguments.folds - 1) // arguments.folds
+        options = phantom_options(arguments, self.seed, 2, arguments.participants + learned)
+        people = sorted(recruit(options), key=lambda p: p.age)
+        alone = ((np.arange(learned) + 0.5) * len(people) / learned).astype(int)
+        people = [*uncorrelated_with_age([p for i, p in enumerate(people) if i not in alone]),
+                  *(replace(people[i], sites=(0,)) for i in alone)]
+        self.travelling = [p.label for p in people if len(p.sites) == 2]
+        self.others = [p.label for p in people if len(p.sites) == 1]
+        self.ages = {p.label: p.age for p in people}
+        pair = [drawn[0], drawn[number + 1]]
+        self.scans = self._scans(options, pair, people)
+        self.table = pd.DataFrame([
+            {"participant": p.label, "batch": pair[i].name, "run": f"{p.label}{pair[i].name}",
+             "snr_b0": np.nan, "age": p.age} for p in people for i in p.sites])
+        runs = {f"{p}{s}": scan.dwi for (p, s), scan in self.scans.items()}
+        self.states = self.folder / "states"
+        self.study = methods.Study(
+            self.table, (), ("age",), self.reference,
+            {run: dwi.acquisition for run, dwi in runs.items()}, runs.__getitem__,
+            seed=self.seed, states=self.states)
+        self.states.mkdir(parents=True, exist_ok=True)
+
+    def _scans(self, options, pair, people):
+        kept = self.folder / "scans"
+        if not kept.exists():
+            began = time.process_time()
+            _, _, scans = simulate(options, pair, people)
+            folder = part_of(kept)
+            folder.mkdir(parents=True)
+            for (who, where), scan in scans.items():
+                scan.save(folder / f"{who}_{where}.npz")
+            drawn = {k: v for k, v in asdict(pair[1]).items() if k != "fields"}
+            (self.folder / "site.json").write_text(json.dumps(drawn))
+            if not kept.exists():  # another process may have been faster
+                folder.rename(kept)
+            log(f"{self.name}: {len(scans)} scans in {time.process_time() - began:.0f} s")
+        return {tuple(path.stem.split("_")): PhantomScan.load(path)
+                for path in sorted(kept.glob("*.npz"))}
+
+    def tested(self, fold):
+        """Labels of the people whom a fold leaves out."""
+        return self.travelling[fold::self.arguments.folds]
+
+    def pairs(self):
+        return pairs.find(self.table, self.reference)[self.name]
+
+
+def uncorrelated_with_age(people):
+    """Take the slope over age out of people's tissue (`Participant.tissue`): what MD and FA then do
+    over age is ageing alone, which few people would otherwise hide by chance."""
+    ages, tissue = np.array([p.age for p in people]), np.array([p.tissue for p in people])
+    ages -= ages.mean()
+    tissue -= np.outer(ages, ages @ tissue / (ages @ ages))
+    return [replace(p, tissue=tuple(z.tolist())) for p, z in zip(people, tissue, strict=True)]
+
+
+def phantom_options(arguments, seed, sites, participants=1):
+    return PhantomOptions(
+        Path(), participants=participants, sites=sites, shells=tuple(arguments.shells),
+        directions=arguments.directions, voxel_size=arguments.voxel_size, effect_directions=0,
+        random_seed=seed)
+
+
+def variant(label, own, tested):
+    """The method of a label, and in what its study differs from that of the site.
+
+    own : Site
+    tested : labels of people who must not be learned from
+    """
     name, _, option = label.partition("@")
     key, _, value = option.partition("=")
     method = methods.get(name)
-    people = list(dict.fromkeys(table["participant"]))
-    sites = list(dict.fromkeys(table["batch"]))
+    method.sloppy = own.arguments.sloppy
+    table = own.table[~own.table["participant"].isin([*tested, *own.others])]
+    study = {"max_steps": own.arguments.max_steps or MAX_STEPS.get(name)}
     if key == "blocks":
-        return method, {"statistics": table, "blocks": int(value)}
-    if key == "share":
+        study["blocks"] = int(value)
+    elif key == "share":
         part, _, draw = value.partition(":")
-        mixed = np.random.default_rng(int(draw or seed)).permutation(people)
+        people = list(dict.fromkeys(table["participant"]))
+        mixed = np.random.default_rng(int(draw or own.seed)).permutation(people)
         known = mixed[:max(1, round(float(part) * len(mixed))) if float(part) else 0]
-        hidden = ~table["participant"].isin(known) & (table["batch"] == sites[0])
+        hidden = ~table["participant"].isin(known) & (table["batch"] == own.reference)
         table = table.assign(participant=table["participant"] + hidden.map({True: "x", False: ""}))
     elif key == "groups":
-        by_age = table.drop_duplicates("participant").sort_values("age")["participant"].tolist()
-        place = {p: sites[(i + 1) // 2 % 2] for i, p in enumerate(by_age)}
-        table = table[table["batch"] == table["participant"].map(place)]
+        table = pd.concat([table[table["batch"] == own.name],
+                           own.table[own.table["participant"].isin(own.others)]])
     elif key:
         raise SystemExit(f"{label}: unknown is @{key}; known are @blocks=, @share=, @groups")
-    return method, {"statistics": table}
+    return method, study | {"statistics": table}
 
 
-def apart(table, made, sites):
-    """Percent by which means over the people of the first site lie above those of the other's,
-    noise-free and at the same scanner: what no method can tell from the site that compares groups.
-    """
-    rows = pd.DataFrame([{"site": row.batch, **found} for row in table.itertuples()
-                         for person in [made[row.participant, row.batch]]
-                         for found in compared(person.truth, person)])
-    rows = rows[rows["measure"].isin(["mean fa", "mean md"]) & (rows["against"] == "truth")]
-    means = rows.groupby(["measure", "tissue", "site"])["value"].mean().unstack()
-    return (100 * (means[sites[0]] / means[sites[1]] - 1)).round(1)
+def train(own, fold, label, keep=True):
+    """The trained method of a label, its model, and the seconds of CPU time of its training; kept
+    in the folder of the site, from where it is read if it is there."""
+    method, study = variant(label, own, own.tested(fold))
+    kept, seconds = own.folder / "models" / f"fold{fold}_{label}", "seconds.json"
+    if not kept.exists() or not keep:
+        began = time.process_time()
+        (model,) = method.fit(replace(own.study, **study)).checkpoints.values()
+        spent = time.process_time() - began
+        log(f"{own.name}, fold {fold}, {label}: steps {model.card.training.get('steps')}, "
+            f"{spent:.0f} s")
+        if not keep:
+            return method, model, spent
+        part = part_of(kept)
+        part.mkdir(parents=True)
+        for name, data in {**pack(model), seconds: json.dumps(spent).encode()}.items():
+            (part / name).write_bytes(data)
+        part.rename(kept)
+    return method, load(kept, method.name), json.loads((kept / seconds).read_text())
 
 
-def evaluate(arguments):
-    """Leaves a table for each fold and method in OUT."""
-    wanted = {(fold, label): arguments.out / f"fold{fold}_{label}.csv"
-              for fold in arguments.only_folds or range(arguments.folds)
-              for label in [*PLAIN, "noise", "home", *arguments.methods]}
-    wanted = {k: path for k, path in wanted.items() if not path.exists()}
-    if not wanted:
-        return
-    sites, people, made = simulate(arguments)
-    reference, other = sites
-    labels = [p.label for p in people]
-    print(f"{len(made)} scans, {len(made[labels[0], other].dwi.signal)} voxels in the first",
-          file=sys.stderr)
-    table = pd.DataFrame([{"participant": p.label, "batch": s, "run": f"{p.label}{s}",
-                           "snr_b0": np.nan, "age": p.age, "sex": p.sex}
-                          for p in people for s in sites])
-    dwis = {f"{p}{s}": made[p, s].dwi for p, s in made}
-    study = methods.Study(
-        table, (), ("age", "sex"), reference, {r: d.acquisition for r, d in dwis.items()},
-        dwis.__getitem__, arguments.max_steps, arguments.random_seed,
-        states=arguments.out / "states")
-    ages = {p.label: p.age for p in people}
-    for (fold, label), path in wanted.items():
-        if path.exists():  # by another process, in the meantime
+def measure(own, fold, label):
+    """Rows of a label for the people whom a fold leaves out."""
+    where, seconds, rows = own.name, 0.0, []
+    if label == "rescan":
+        where, harmonize = own.reference, PLAIN["none"]
+    elif label in PLAIN:
+        harmonize = PLAIN[label]
+    elif label != "truth":
+        method, model, seconds = train(own, fold, label)
+        harmonize = lambda dwi: method.harmonize(dwi, model, own.name, "cpu").signal  # noqa: E731
+    for who in own.tested(fold):
+        scan, began = own.scans[who, where], time.process_time()
+        signal = scan.truth if label == "truth" else harmonize(scan.dwi)
+        spent = time.process_time() - began
+        rows += [{"site": own.name, "fold": fold, "method": label, "participant": who,
+                  "age": own.ages[who], "train": seconds, "apply": spent, **row}
+                 for row in compare(signal, scan)]
+    return pd.DataFrame(rows)
+
+
+def prepare(own):
+    """Register what harmonizers will ask for: pairs, and people with RISH's templates."""
+    for pair in own.pairs():
+        began = time.process_time()
+        source, target = (own.scans[pair.participant, s].dwi for s in (own.name, own.reference))
+        pairs.register(source, target, work_dir=own.states)
+        log(f"{own.name}: {pair.source} registered in {time.process_time() - began:.0f} s")
+    for label in own.arguments.methods:
+        for fold in folds(own.arguments) if label.startswith("harmonize_rish") else ():
+            method, model, _ = train(own, fold, label, keep=False)
+            for who in own.tested(fold):
+                method.harmonize(own.scans[who, own.name].dwi, model, own.name, "cpu")
+
+
+def keep_registrations(folder):
+    """A patch under which registrations with a template are kept in the folder: they depend on
+    two images of FA alone, and take nearly all of the time of RISH."""
+    locate = template.locate
+
+    def kept(fixed, moving, work_dir=None):
+        digest = hashlib.blake2b(__version__.encode(), digest_size=16)
+        for image in (fixed, moving):
+            for values in (image.values, image.affine):
+                digest.update(repr((values.shape, values.dtype)).encode())
+                digest.update(np.ascontiguousarray(values).data)
+        path = folder / f"template-{digest.hexdigest()}.npy"
+        if not path.exists():
+            part = part_of(path)
+            with part.open("wb") as file:
+                np.save(file, locate(fixed, moving, work_dir))
+            part.rename(path)
+        return np.load(path)
+
+    return mock.patch.object(template, "locate", kept)
+
+
+def part_of(path):
+    """Where a file or folder is written before it is renamed, so that it is there whole or not."""
+    return path.with_name(f"{path.name}.{time.time_ns()}.part")
+
+
+def folds(arguments):
+    return arguments.only_folds or range(arguments.folds)
+
+
+def log(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(arguments):
+    """Leave a file of rows for each site, fold and method."""
+    for number in range(arguments.sites):
+        name = site.site_name(number + 1)
+        wanted = {(fold, label): arguments.out / name / f"fold{fold}_{label}.csv"
+                  for fold in folds(arguments)
+                  for label in [*PLAIN, "truth", "rescan", *arguments.methods]}
+        missing = {k: path for k, path in wanted.items() if not path.exists()}
+        if name not in (arguments.only_sites or [name]) or not (missing or arguments.prepare):
             continue
-        tested = labels[fold::arguments.folds]
-        own, started, trained = made, time.monotonic(), 0.0
-        where = reference if label == "home" else other
-        if label in PLAIN:
-            way = PLAIN[label]
-        elif label == "noise":
-            way = None
-        elif label == "home":
-            way = PLAIN["none"]
-        else:
-            try:
-                method, options = variant(label, table[~table["participant"].isin(tested)],
-                                          arguments.random_seed)
-                method.sloppy = arguments.sloppy
-                if label.endswith("@groups"):
-                    print(f"fold {fold}, people of {reference} above those of {other}, %:\n"
-                          f"{apart(options['statistics'], made, sites)}", file=sys.stderr)
-                (model,) = method.fit(replace(study, **options)).checkpoints.values()
-            except QSphereError as error:
-                print(f"{label}: {error}", file=sys.stderr)
-                continue
-            way = lambda dwi, m=method, c=model: m.harmonize(dwi, c, other, "cpu").signal  # noqa: E731
-            trained = time.monotonic() - started
-            print(f"fold {fold}, {label}: steps {model.card.training.get('steps')}, "
-                  f"{trained:.0f} s", file=sys.stderr, flush=True)
-        rows = []
-        for who in tested:
-            person, began = own[who, where], time.monotonic()
-            signal = way(person.dwi) if way else person.truth
-            spent = time.monotonic() - began
-            rows += [{"method": label, "participant": who, "age": ages[who], "train": trained,
-                      "apply": spent, **row} for row in compared(signal, person)]
-            if label == "home":  # the truth there: what is beside the truth here
-                rows += [{**rows[-1], "method": "home truth", **row}
-                         for row in compared(person.truth, person)]
-        pd.DataFrame(rows).to_csv(path, index=False)
+        own = Site(arguments, number)
+        with keep_registrations(own.states):
+            if arguments.prepare:
+                prepare(own)
+            for (fold, label), path in missing.items():
+                if path.exists() or (arguments.prepare and label in arguments.methods):
+                    continue
+                try:
+                    rows = measure(own, fold, label)
+                except QSphereError as error:
+                    log(f"{own.name}, fold {fold}, {label}: {error}")
+                    continue
+                part = part_of(path)
+                rows.to_csv(part, index=False)
+                part.rename(path)
 
 
-def main():
+def parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    trained = [n for n in methods.names("harmonize_")
-               if isinstance(methods.get(n), harmonizer.Harmonizer)]
-    parser.add_argument("--participants", type=int, default=10)
-    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--sites", type=int, default=6, help="draws, beside the reference")
+    parser.add_argument("--participants", type=int, default=8, help="scanned at each site")
+    parser.add_argument("--folds", type=int, default=2)
+    parser.add_argument("--only-sites", nargs="+", help="of siteB, siteC, …")
     parser.add_argument("--only-folds", type=int, nargs="+", help="of 0, 1, …")
-    parser.add_argument("--methods", nargs="*", default=trained)
-    parser.add_argument("--against", nargs="*", default=["none", "harmonize_golkov"],
-                        help="what p is given against")
+    parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--shells", type=float, nargs="+", default=[1200.0])
     parser.add_argument("--directions", type=int, default=30)
-    parser.add_argument("--voxel-size", type=float, default=3.0, help="mm")
-    parser.add_argument("--max-steps", type=int, help="of each stage of a training")
+    parser.add_argument("--voxel-size", type=float, default=4.0, help="mm")
+    parser.add_argument("--max-steps", type=int, help="of each stage of every training")
     parser.add_argument("--sloppy", action="store_true", help="trainings far too short, for a try")
-    parser.add_argument("--random-seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("harmonization"))
-    arguments = parser.parse_args()
+    parser.add_argument("--prepare", action="store_true", help="train nothing")
+    parser.add_argument("--random-seed", type=int, default=TABLE_SEED)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def main(argv=None):
+    arguments = parser().parse_args(argv)
     if not 2 <= arguments.folds <= arguments.participants:
-        parser.error("--folds must be between 2 and the number of participants")
+        parser().error("--folds must be between 2 and the number of participants")
+    unknown = [m for m in arguments.methods if not isinstance(
+        methods.get(m.partition("@")[0]), harmonizer.Harmonizer)]
+    if unknown:
+        parser().error(f"no harmonizers of signals: {', '.join(unknown)}")
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     design = json.dumps({k: getattr(arguments, k) for k in DESIGN})
     if not (kept := arguments.out / "design.json").exists():
         kept.write_text(design)
     elif kept.read_text() != design:
-        parser.error(f"{kept} is of another design; choose another --out")
-    evaluate(arguments)
-    found = pd.concat([pd.read_csv(p) for p in sorted(arguments.out.glob("fold*.csv"))])
-    (arguments.out / "table.md").write_text(text(found, arguments.against))
-    figure(found, arguments.out / "nmse.svg")
-    print((arguments.out / "table.md").read_text())
+        parser().error(f"{kept} is of another design; choose another --out")
+    run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,145 +1,369 @@
-"""Tables and the figure of `harmonization.py`."""
+"""Tables of what `harmonization.py` has measured so far, with intervals and tests over sites.
+
+    python benchmarks/harmonization_tables.py DIR [--figure FILE.svg]
+
+The unit of every interval and test is the site. A value is first averaged over the people of a
+site; mean and 95 % interval are Student's over these means, and p is the exact sign-flip test: the
+share, among all choices of signs of the sites' values, of those whose mean is as far from 0. With
+six sites it is at least 0.031. A change is the mean over sites of log(after / before), given in
+percent; "before" is `none` in the same people. After an interval, ° says that p is above 0.05, and
+▲ that the error rose. The slope over age is that of the people of all sites, with a mean of each
+site's own, relative to the slope of the same people's truth; its interval is the jackknife's over
+sites.
+
+ICC(3,1) (which does not see a shift that is the same for everybody), CoV, AUC and slopes are of
+mean FA and MD in WM and GM: harmonized scans beside those of the same people at the reference; ICC
+and CoV are means over these four.
+
+ComBat works on these means. It is fitted in each fold to the people who are not tested, at both
+sites, with their age, and then applied to the scans of those who are tested.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+from itertools import product
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
-from scipy.stats import wilcoxon
-from travelling import PLAIN, TISSUES
+from scipy import stats
+from travelling import TISSUES
 
-from bidsapp import methods
 from bidsapp.evaluate import agreement
 
+CONFIDENCE = 0.95
+SIGNIFICANT = 0.05
+BEFORE = "none"
+COMBAT = "harmonize_combat"
+LEAST = 3
+"""People at a site, below which ComBat is not fitted."""
+
+REFERENCES = "rescan", "rescan truth", "truth"
+RECOMMENDED = "harmonize_rish", "harmonize_cyclic", "harmonize_hybrid", "harmonize_shresnet"
+"""Harmonizers of which the tables say where they do not lower an error."""
+
+PUBLISHED = {("SHResNet, published (Koppers et al. 2018), real data", "scan"): {
+    ("NMSE signal", "WM"): -35, ("NMSE signal", "GM"): -29, ("NMSE fa", "WM"): -18,
+    ("NMSE fa", "GM"): -9, ("NMSE md", "WM"): -40, ("NMSE md", "GM"): -28}}
+"""Changes in percent, by method and what they are against. They stand below our columns of the
+same measure, tissue and reference, and nowhere else."""
+
+NAMES = {"signal": "S/S0", "fa": "FA", "md": "MD", "ndi": "NDI", "odi": "ODI"}
+ORDER = [*NAMES, *TISSUES]
 TICKS = -100, -50, 0, 50, 100, 1000, 10_000
 
 
-def between_sites(found):
-    """ICC, CoV, AUC and age by method. found: rows of everybody."""
-    means = found[found["measure"].str.startswith("mean ")].assign(
-        feature=lambda t: t["shell"] + " " + t["tissue"] + " " + t["measure"].str[5:])
-    home = {truth: means[(means["method"] == name) & (means["against"] == "found")].pivot(
-        index="participant", columns="feature", values="value")
-        for truth, name in ((False, "home"), (True, "home truth"))}
-    rows, ways = [], {}
-    for name in dict.fromkeys(means["method"]):
-        if not name.startswith("home"):
-            own = means[(means["method"] == name) & (means["against"] == "found")].pivot(
-                index="participant", columns="feature", values="value")
-            if own.index.equals(home[False].index):
-                ways[name] = home[name == "noise"], own
-    if "none" in ways and len(home[False]) >= 3:
-        ways["harmonize_combat"] = combat(*ways["none"])
-    truth = means[(means["method"] == "none") & (means["against"] == "truth")].pivot(
-        index="participant", columns="feature", values="value")
-    ages = means.groupby("participant")["age"].first()
-    for name, (there, here) in ways.items():
-        table = np.stack([there, here], 1)
-        people = np.repeat(np.arange(len(table)), 2)
-        measures = {
-            "ICC": np.mean([agreement.icc(f) for f in np.moveaxis(table, 2, 0)]),
-            "CoV": np.mean([agreement.variation(f) for f in np.moveaxis(table, 2, 0)]),
-            "AUC": agreement.site_auc(table.reshape(len(people), -1),
-                                      np.tile(["A", "B"], len(table)), people)["B"]}
-        for feature in (f for f in here if f.endswith("WM md")):
-            measures[f"age {feature.split()[0]}"] = agreement.slope(
-                ages.to_numpy(), here[feature].to_numpy()) / agreement.slope(
-                ages.to_numpy(), truth[feature].to_numpy())
-        rows += [{"method": name, "measure": k, "value": float(v)} for k, v in measures.items()]
-    return pd.DataFrame(rows, columns=["method", "measure", "value"])
+def read(folder):
+    """The rows of all sites, folds and methods that are there."""
+    files = sorted(folder.glob("site*/fold*.csv"))
+    if not files:
+        raise SystemExit(f"{folder} holds no rows of harmonization.py.")
+    rows = pd.concat([pd.read_csv(f, dtype={"participant": str}) for f in files])
+    rows["tissue"] = rows["tissue"].fillna("")
+    return rows
 
 
-def combat(there, here):
-    """Region means of everybody after ComBat."""
-    features = tuple(here)
-    table = pd.concat([part.reset_index().assign(batch=batch)
-                       for batch, part in (("A", there), ("B", here))])
-    study = methods.Study(table, features, reference_batch="A")
-    found = methods.get("harmonize_combat").fit(study).tables["desc-combat_dwimap"]
-    return tuple(found[found["batch"] == b].set_index("participant").loc[there.index, [*features]]
-                 for b in ("A", "B"))
+def interval(values):
+    """Mean of the sites' values and the ends of its 95 % interval, NaN where there is one site."""
+    values = np.asarray(values, float)
+    n = len(values)
+    if n < 2:
+        return (values.mean() if n else np.nan), np.nan, np.nan
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    return values.mean(), values.mean() - half, values.mean() + half
 
 
-def text(found, against):
-    """Markdown: for each shell and target the errors, their change, and p of Wilcoxon's signed
-    ranks; then what else is."""
-    found = found.assign(value=found["value"].astype(float))
-    order = [m for m in dict.fromkeys(found["method"]) if not m.startswith("home")]
-    errors = found[found["measure"].str.startswith("NMSE") & found["method"].isin(order)]
-    lines = []
-    for (shell, target), part in errors.groupby(["shell", "against"], sort=False):
-        columns = list(dict.fromkeys(zip(part["measure"], part["tissue"], strict=True)))
-        names = [f"{m[5:]} {t}" for m, t in columns]
-        wide = part.pivot(index=["method", "participant"], columns=["measure", "tissue"],
-                          values="value")[columns]
-        own = {m: wide.loc[m] for m in order if m in wide.index}
-        lines += [f"\n{shell}, against the {target}: NMSE, % (change, %)\n",
-                  *table(["method", *names])]
-        for method, values in own.items():
-            before = own["none"].loc[values.index].mean()
-            lines.append(row([method, *(f"{100 * v:.3g} ({100 * v / b - 100:+.0f})" for v, b in zip(
-                values.mean(), before, strict=True))]))
-        whole = {m: v for m, v in own.items() if m != "noise" and len(v) == len(own["none"])}
-        ranks = [agreement.better_than_second({m: v[c].to_numpy() for m, v in whole.items()})
-                 for c in columns]
-        lines.append(row(["best, second, p", *(f"{a}, {b}, {p:.2g}" for a, b, p in ranks)]))
-        for method, other in ((m, o) for o in against for m in own if m not in {*PLAIN, o}):
-            if other in own:
-                both = own[method].index.intersection(own[other].index)
-                difference = (own[method].loc[both] - own[other].loc[both]).to_numpy()
-                lines.append(row([f"p, {method} and {other}", *(
-                    f"{wilcoxon(d).pvalue:.2g}" if d.any() else "" for d in difference.T)]))
-    across = between_sites(found).set_index(["method", "measure"])["value"]
-    mean = found.groupby(["shell", "method", "measure", "against"])["value"].mean()
-    seconds = found.groupby("method")[["train", "apply"]].mean()
-    for shell in (s for s in dict.fromkeys(found["shell"]) if s != "all"):
-        alone, sites = ["ssim", "sharpness", "direction", "turn", "lesion"], ["ICC", "CoV", "AUC"]
-        lines += [f"\n{shell}\n", *table(["method", *alone, *sites, "age", "train, s", "apply, s"])]
-        for method in [*order, "harmonize_combat"]:
-            cells = [*(mean.get((shell, method, m, "truth")) for m in alone),
-                     *(across.get((method, m)) for m in [*sites, f"age {shell}"]),
-                     *(seconds[k].get(method) for k in ("train", "apply"))]
-            lines.append(row([method, *map(shown, cells)]))
-    return "\n".join(lines) + "\n"
+def sign_flip(values):
+    """p, two-sided and exact, of the mean of the sites' values being as far from 0, if each had
+    either sign with the same probability."""
+    values = np.asarray(values, float)
+    sums = np.abs(np.array(list(product((-1, 1), repeat=len(values)))) @ values)
+    return float((sums >= abs(values.sum()) - 1e-9 * np.abs(values).sum()).mean())
 
 
-def table(head):
-    return row(head), row(["---"] * len(head))
+def log_change(after, before):
+    """log(after / before) of the mean errors of each site, of the people who have both.
+
+    after, before : Series over (site, participant)
+    """
+    both = pd.DataFrame({"after": after, "before": before}).dropna().groupby("site").mean()
+    return np.log(both["after"] / both["before"])
+
+
+def slope_ratio(values, truth, ages):
+    """Slope of values over age relative to that of the truth, each site with its own mean, and the
+    95 % interval of the jackknife over sites. All are Series over (site, participant)."""
+    both = pd.DataFrame({"values": values, "truth": truth, "age": ages}).dropna()
+    both -= both.groupby("site").transform("mean")
+    products = both[["values", "truth"]].mul(both["age"], axis=0).groupby("site").sum()
+    total, n = products.sum(), len(products)
+    ratio = total["values"] / total["truth"]
+    if n < 2:
+        return ratio, np.nan, np.nan
+    left_out = total - products
+    pseudo = n * ratio - (n - 1) * left_out["values"] / left_out["truth"]
+    _, low, high = interval(pseudo)
+    return ratio, low + ratio - pseudo.mean(), high + ratio - pseudo.mean()
+
+
+def region_means(rows):
+    """Mean FA and MD by (method, against, site, participant), a column for each shell, tissue and
+    map: "b1200 WM fa"."""
+    means = rows[rows["measure"].str.startswith("mean ")]
+    feature = means["shell"] + " " + means["tissue"] + " " + means["measure"].str[5:]
+    return means.assign(feature=feature).pivot(
+        index=["method", "against", "site", "participant"], columns="feature",
+        values="value")
+
+
+def combat(before, reference, people):
+    """Means of FA and MD of each tested person after ComBat, which has not seen them.
+
+    before, reference : means at the site and at the reference, over (site, participant)
+    people : fold and age, over the same
+    """
+    found = []
+    for (name, fold), tested in people.groupby(["site", "fold"]):
+        others = people[(people.index.get_level_values("site") == name) & (people["fold"] != fold)]
+        if len(others) < LEAST:
+            continue
+        found.append(combat_unseen(before.loc[others.index], reference.loc[others.index],
+                                   others["age"], before.loc[tested.index], tested["age"]))
+    return pd.concat(found) if found else before.iloc[:0]
+
+
+def combat_unseen(before, reference, ages, unseen, unseen_ages):
+    """Fit neuroCombat to the rows of `before` and `reference`, of the same people, and apply
+    y = α + age β + σ (γ + δ ε) to those of `unseen`, which are of the site of `before`."""
+    from neuroCombat import neuroCombat
+
+    table = pd.concat([reference, before]).T.to_numpy()
+    batches = np.repeat(["reference", "site"], len(ages))
+    # it prints each of its steps, and with a reference batch calls np.int, gone from numpy 2, and
+    # divides by the spread of the reference's variances, which is 0; these it then does not use
+    with (contextlib.redirect_stdout(io.StringIO()),
+          np.errstate(divide="ignore", invalid="ignore"),
+          mock.patch.object(np, "int", int, create=True)):
+        estimates = neuroCombat(
+            dat=table, covars=pd.DataFrame({"batch": batches, "age": np.tile(ages, 2)}),
+            batch_col="batch", continuous_cols=["age"], ref_batch="reference")["estimates"]
+    of_age = np.linalg.lstsq(np.tile(ages, 2)[:, None], estimates["mod.mean"].T, rcond=None)[0]
+    expected = estimates["stand.mean"][:, 0] + unseen_ages.to_numpy()[:, None] * of_age
+    scale = np.sqrt(estimates["var.pooled"][:, 0])
+    gamma, delta = (np.asarray(estimates[k])[1] for k in ("gamma.star", "delta.star"))
+    return ((unseen - expected) / scale - gamma) / np.sqrt(delta) * scale + expected
+
+
+def between_sites(here, there):
+    """ICC(3,1), CoV and AUC of each site, of harmonized scans and of those at the reference.
+
+    here, there : DataFrames over (site, participant), a column for each feature
+    """
+    found = []
+    for name, own in here.groupby("site"):
+        values = np.stack([there.loc[own.index], own], 1)
+        people = np.repeat(np.arange(len(values)), 2)
+        features = np.moveaxis(values, 2, 0)
+        auc = agreement.site_auc(values.reshape(len(people), -1),
+                                 np.tile(["A", "B"], len(values)), people)["B"]
+        found.append({"site": name, "ICC(3,1)": np.mean([agreement.icc(f) for f in features]),
+                      "CoV": np.mean([agreement.variation(f) for f in features]), "AUC": auc})
+    return pd.DataFrame(found).set_index("site")
+
+
+class Results:
+    """What the rows say of each method, as tables of markdown.
+
+    order: methods, as rows of tables. errors: by (method, site, participant), a column for each
+    (shell, against, measure, tissue). means: of `region_means`, ComBat's included.
+    """
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.order = [m for m in dict.fromkeys(rows["method"]) if m not in REFERENCES]
+        self.order = sorted(self.order, key=lambda m: (m.startswith("harmonize_"), m != BEFORE))
+        self.order += [m for m in ("rescan", "truth") if m in set(rows["method"])]
+        errors = rows[rows["measure"].str.startswith("NMSE")]
+        self.errors = errors.pivot(index=["method", "site", "participant"],
+                                   columns=["shell", "against", "measure", "tissue"],
+                                   values="value")
+        self.errors = self.errors[sorted(self.errors, key=lambda c: (
+            c[0] == "all", ORDER.index(c[2][5:]), ORDER.index(c[3])))]
+        self.means = region_means(rows)
+        people = rows.groupby(["site", "participant"])[["fold", "age"]].first()
+        self.ages = people["age"]
+        self.sites = list(dict.fromkeys(rows["site"]))
+        if {BEFORE, "rescan"} <= set(self.order):
+            made = combat(self.means.loc[BEFORE, "found"], self.means.loc["rescan", "found"],
+                          people)
+            self.means = pd.concat([self.means, *(
+                pd.concat({(COMBAT, k): v}, names=["method", "against"]) for k, v in (
+                    ("found", made), *((k, self.means.loc[BEFORE, k].loc[made.index])
+                                       for k in ("truth", "scan"))))])
+        self.means = self.means.sort_index()
+
+    def features(self, shell):
+        return sorted((f for f in self.means if f.startswith(f"{shell} ")),
+                      key=lambda f: [ORDER.index(w) for w in reversed(f.split()[1:])])
+
+    def named(self, method, values):
+        """The name of a method, with the number of sites where they are not all."""
+        found = values.index.get_level_values("site").nunique()
+        return f"`{method}`" * method.startswith("harmonize_") or method, (
+            f" ({found} of {len(self.sites)} sites)" if found < len(self.sites) else "")
+
+    def error_table(self, shell, against):
+        """Errors and their changes; what recommended harmonizers do not lower, as sentences."""
+        part = self.errors[shell][against].dropna(how="all").dropna(axis=1, how="all")
+        lines = [f"\n{shell}, against the {against}: NMSE, % (change, % [95 % interval])\n",
+                 *head(["method", *(f"{NAMES[m[5:]]} {t}" for m, t in part.columns)])]
+        raised = {}
+        for method in (m for m in self.order if m in part.index and (m, against) != (
+                "truth", "truth")):
+            own, cells = part.loc[method], []
+            for column in part.columns:
+                mean = 100 * own[column].groupby("site").mean().mean()
+                change = log_change(own[column], part.loc[BEFORE][column])
+                cells.append(f"{mean:.3g}" + (f" ({shown_change(change)})"
+                                              if method != BEFORE else ""))
+                if method.partition("@")[0] in RECOMMENDED and marked(change):
+                    raised.setdefault(method, []).append(
+                        f"{NAMES[column[0][5:]]} {column[1]} ({shown_change(change)})")
+            lines.append(row(["".join(self.named(method, own)), *cells]))
+        for (name, of), changes in PUBLISHED.items():
+            if of == against:
+                lines.append(row([name, *(f"({changes[c]:+d})".replace("-", "−")
+                                          if c in changes else "" for c in part.columns)]))
+        if any(m.partition("@")[0] in RECOMMENDED for m in part.index.unique(0)):
+            lines.append("\nRecommended harmonizers " + (
+                "do not lower, or are not shown to lower:\n\n" + "\n".join(
+                    f"- `{name}`: {', '.join(own)}" for name, own in raised.items())
+                if raised else "lower every error."))
+        return lines
+
+    def mean_table(self, shell, against):
+        """Bias of mean FA and MD, and the error of a person's mean."""
+        features = self.features(shell)
+        names = [f"{NAMES[f.split()[2]]} {f.split()[1]}" for f in features]
+        lines = [f"\n{shell}, against the {against}: bias of the mean over a tissue, %, and (root "
+                 "mean square error of a person's mean, %)\n", *head(["method", *names])]
+        for method in (m for m in [*self.order, COMBAT] if m in self.means.index):
+            own = self.means.loc[method]
+            if (method == "truth" and against == "truth") or against not in own.index:
+                continue
+            off = 100 * (own.loc["found"] / own.loc[against] - 1)
+            cells = []
+            for feature in features:
+                sites = off[feature].groupby("site")
+                squares = np.sqrt(np.square(off[feature]).groupby("site").mean())
+                cells.append(f"{shown_interval(interval(sites.mean()), '+.1f')} "
+                             f"({squares.mean():.1f})")
+            lines.append(row(["".join(self.named(method, own.loc["found"])), *cells]))
+        return lines
+
+    def other_table(self, shell):
+        """Image quality, separability of sites, biology, and time."""
+        alone = ["ssim", "sharpness", "direction", "turn", "lesion"]
+        across, slopes = ["ICC(3,1)", "CoV", "AUC"], ["WM md", "GM md", "WM fa"]
+        lines = [f"\n{shell}\n", *head(["method", *alone, *across, *(
+            f"slope of {NAMES[s[3:]]} {s[:2]} over age" for s in slopes),
+            "train, s of CPU", "apply, s of CPU"])]
+        part = self.rows[self.rows["shell"] == shell]
+        values = part[part["measure"].isin(alone)].groupby(["method", "measure", "site"])[
+            "value"].mean()
+        seconds = part.groupby("method")[["train", "apply"]].mean()
+        features = self.features(shell)
+        for method in (m for m in [*self.order, COMBAT] if m in self.means.index):
+            cells = [shown_interval(interval(values[method, m]), ".3g")
+                     if (method, m) in values.index else "" for m in alone]
+            own, target = self.means.loc[method, "found"], self.means.loc[method, "truth"]
+            beside = "rescan truth" if method == "truth" else "rescan"
+            if method == "rescan" or beside not in self.means.index:
+                cells += [""] * len(across)
+            else:
+                sites = between_sites(own[features], self.means.loc[beside, "found"][features])
+                cells += [shown_interval(interval(sites[m]), ".3g") for m in across]
+            cells += [shown_interval(slope_ratio(own[f"{shell} {s}"], target[f"{shell} {s}"],
+                                                 self.ages), ".2f") for s in slopes]
+            cells += [f"{seconds[k][method]:.3g}" if method in seconds.index else ""
+                      for k in ("train", "apply")]
+            lines.append(row(["".join(self.named(method, own)), *cells]))
+        return lines
+
+    def text(self):
+        lines = []
+        for shell, against in self.errors.columns.droplevel([2, 3]).unique():
+            lines += self.error_table(shell, against)
+            if shell != "all":
+                lines += self.mean_table(shell, against)
+        for shell in self.errors.columns.unique(0):
+            lines += self.other_table(shell) if shell != "all" else []
+        return "\n".join(lines) + "\n"
+
+
+def shown_change(change):
+    """Percent, with interval and mark, of log changes of sites."""
+    ends = (100 * np.expm1(v) for v in interval(change))
+    return shown_interval(ends, "+.0f") + marked(change)
+
+
+def marked(change):
+    if sign_flip(change) > SIGNIFICANT:
+        return "°"
+    return "▲" if change.mean() > 0 else ""
+
+
+def shown_interval(ends, form):
+    mean, low, high = ends
+    if mean != mean:
+        return ""
+    text = f"{mean:{form}}" + (f" [{low:{form}}, {high:{form}}]" if low == low else "")
+    return text.replace("-", "−")
+
+
+def head(cells):
+    return row(cells), row(["---"] * len(cells))
 
 
 def row(cells):
     return "| " + " | ".join(cells) + " |"
 
 
-def shown(value):
-    return "" if value is None or value != value else f"{value:.3g}"
+def site_table(folder):
+    """What was drawn for each site."""
+    drawn = [json.loads(p.read_text()) for p in sorted(folder.glob("site*/site.json"))]
+    keys = [k for k in drawn[0] if k not in ("name", "directions", "voxel")]
+    return ["Site A is the reference.\n", *head(["site", *keys]),
+            *(row([d["name"], *(f"{d[k]:.3g}" for k in keys)]) for d in drawn)]
 
 
-def figure(found, path):
-    """NMSE relative to none: a panel for each shell and target, a group of points for each map."""
+def draw_figure(results, path):
+    """Change of NMSE: a panel for each shell and target, a dot for each site."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    part = found[found["measure"].str.startswith("NMSE")]
-    key = ["shell", "against", "measure", "tissue", "participant"]
-    table = part.pivot(index=key, columns="method", values="value")
-    change = 100 * table.div(table["none"], axis=0) - 100
-    shells = [s for s in dict.fromkeys(found["shell"]) if s != "all"]
-    names = [m for m in dict.fromkeys(found["method"])
-             if m not in ("none", "noise") and not m.startswith("home")]
+    shells = [s for s in results.errors.columns.unique(0) if s != "all"]
+    names = [m for m in results.order if m not in (BEFORE, *REFERENCES)]
+    groups = list(product(("NMSE signal", "NMSE fa", "NMSE md"), TISSUES))
     page, axes = plt.subplots(len(shells), 2, figsize=(11, 3.5 * len(shells) + 0.5), squeeze=False,
                               sharey="row", layout="constrained")
     for line, shell in zip(axes, shells, strict=True):
         for panel, against in zip(line, ("scan", "truth"), strict=True):
-            own = change.loc[shell, against]
-            groups = [(m, t) for m in ("NMSE signal", "NMSE fa", "NMSE md") for t in TISSUES]
-            for i, name in enumerate(names):
-                for j, group in enumerate(groups):
-                    y = own.loc[group, name]
-                    x = np.full(len(y), j + (i - (len(names) - 1) / 2) * 0.8 / len(names))
-                    panel.plot(x, y, ".", color=f"C{i}", label=name if j == 0 else None, ms=4)
-                    panel.plot(x[:1], y.mean(), "_", color=f"C{i}", ms=10)
+            part = results.errors[shell][against]
+            for (i, name), (j, group) in product(enumerate(names), enumerate(groups)):
+                change = log_change(part.loc[name][group], part.loc[BEFORE][group])
+                y = 100 * np.expm1(change)
+                x = j + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+                panel.plot(np.full(len(y), x), y, ".", color=f"C{i}",
+                           label=None if j else name, ms=4)
+                panel.plot([x], [100 * np.expm1(change.mean())], "_", color=f"C{i}", ms=10)
             panel.axhline(0, color="0.6", lw=0.8)
-            panel.set_xticks(range(len(groups)), [f"{m.split()[1]} {t}" for m, t in groups])
+            panel.set_xticks(range(len(groups)), [f"{NAMES[m[5:]]} {t}" for m, t in groups])
             panel.set_title(f"{shell}, against the {against}")
             panel.set_yscale("symlog", linthresh=100)
             panel.set_yticks(TICKS, [f"{t:g}" for t in TICKS])
@@ -147,3 +371,21 @@ def figure(found, path):
     page.supylabel("change of NMSE, %")
     page.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
     plt.savefig(path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", type=Path)
+    parser.add_argument("--figure", type=Path, help="write the changes of every site as SVG")
+    arguments = parser.parse_args(argv)
+    results = Results(read(arguments.folder))
+    text = "\n".join(site_table(arguments.folder)) + "\n" + results.text()
+    (arguments.folder / "table.md").write_text(text)
+    if arguments.figure:
+        draw_figure(results, arguments.figure)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ on how well it was trained. Read and write, and the maps before and after, are n
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,11 +17,12 @@ from travelling import simulate
 
 from bidsapp import methods
 from bidsapp.methods import harmonizer
+from bidsapp.options import PhantomOptions
 
 
 def design(**more):
-    return argparse.Namespace(**{"participants": 3, "shells": [1200.0], "directions": 30,
-                                 "voxel_size": 6.0, "random_seed": 0} | more)
+    return PhantomOptions(Path(), **{"participants": 3, "shells": (1200.0,), "directions": 30,
+                                     "voxel_size": 6.0, "effect_directions": 0} | more)
 
 
 def main():
