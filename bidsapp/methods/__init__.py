@@ -36,14 +36,14 @@ class Derived:
     """What a method makes of one Dwi.
 
     maps: (voxel,) or (voxel, k) float32 per key of the method's outputs.json.
-    counts: voxels that were handled in a special way, for the QC table.
+    counts: voxels that were handled in a special way, and the shells used, for the QC table.
     parameters: what the sidecar's Model.Parameters should say.
     valid: (voxel,) bool, where there is an estimate (maps are 0 elsewhere); None for everywhere.
     notices: sentences for the report. synthetic: signals that were computed, not measured.
     """
 
     maps: Mapping[str, np.ndarray]
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int | str] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     valid: np.ndarray | None = None
     notices: Sequence[str] = ()
