@@ -27,7 +27,14 @@ from bidsapp.methods import Method
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.options import Options
 from bidsapp.preprocess import pairs
-from bidsapp.process import Job, chosen_methods, dwi_of, one_participant, write_page
+from bidsapp.process import (
+    Job,
+    chosen_methods,
+    conflicting_model,
+    dwi_of,
+    one_participant,
+    write_page,
+)
 from bidsapp.report import boilerplate, distributions, page
 
 log = logging.getLogger("qsphere")
@@ -265,6 +272,9 @@ def plan(found: find.Found, models: list[harmonize.Model], chosen: list[Method],
             lines.append(f"{run.name}: {'x'.join(map(str, shape[:3]))} voxels, "
                          f"{acquisition.b0.sum()} × b0, {table}; batch {run.batch}; "
                          f"at most {most:.1f} GB")
+            if conflict := conflicting_model(Dataset(options.output_dir, {}), run, models):
+                lines.append(f"  refused: {conflict}")
+                continue
             if models:
                 lines.append(f"  {travels(run, models, acquisition, options)}")
             for method in chosen:

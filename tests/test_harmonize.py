@@ -253,6 +253,49 @@ def test_refused_outside_of_the_training(fresh, tmp_path, capsys, what, message)
     assert "outside of what the model was trained for" in (out / "sub-09.html").read_text()
 
 
+def test_another_model_does_not_replace_what_one_made(study, harmonized, tmp_path, capsys):
+    """Refused, exit code 1, and every image and the group's record of the run stay; the same model
+    trained again replaces its own; so does another once the image is gone. The reference batch is
+    the measured signal, whatever the model."""
+    bids, _ = study
+    shutil.copytree(harmonized[1], out := tmp_path / "out")
+    model, other = out / f"group/models/{MODEL}", tmp_path / "other_model"
+    retrain(model, other, 1.1)
+    argv = (bids, out, "participant", "--estimate", "dti", "--participant-label", "01", "02")
+    before = content(out, logs=True)
+    assert qsphere(*argv, "--harmonize", other, "--dry-run") == 0
+    assert f"refused: {stem(out, '02')}_desc-harmonized" in capsys.readouterr().out
+    assert content(out, logs=True) == before
+    assert qsphere(*argv, "--harmonize", other) == 1
+    told = capsys.readouterr().err
+    assert f"was made by the model {MODEL}" in told and "names other_model" in told
+    assert "another OUTPUT_DIR" in told and "sub-02_desc-harmonized_dwi.nii.gz" in told
+    after = content(out, logs=True)
+    mine = [n for n in before if n.startswith("sub-02/") and not n.endswith("log/page.json")]
+    assert mine and all(after[n] == before[n] for n in mine)
+    assert sidecar(out, "01", "desc-harmonized_dwi")["HarmonizationModel"]["Id"] == "other_model"
+    assert "was made by the model" in (out / "sub-02.html").read_text()
+    assert "was made by the model" not in (out / "sub-01.html").read_text()
+
+    retrain(model, model, 1.05)
+    assert qsphere(*argv, "--harmonize", MODEL, "--participant-label", "02") == 0
+    assert "was made by the model" not in (out / "sub-02.html").read_text()
+    image_path = Path(f"{stem(out, '02')}_desc-harmonized_dwi.nii.gz")
+    assert image_path.read_bytes() != before["sub-02/dwi/sub-02_desc-harmonized_dwi.nii.gz"]
+    image_path.unlink()
+    assert qsphere(*argv, "--harmonize", other) == 0
+    assert sidecar(out, "02", "desc-harmonized_dwi")["HarmonizationModel"]["Id"] == "other_model"
+
+
+def retrain(model, folder, factor):
+    """The model with other weights, in a folder."""
+    trained = checkpoint.load(model)
+    folder.mkdir(exist_ok=True)
+    weights = {k: v * factor for k, v in trained.tensors.items()}
+    for file, data in checkpoint.pack(checkpoint.Checkpoint(weights, trained.card)).items():
+        (folder / file).write_bytes(data)
+
+
 @pytest.mark.parametrize("given,message", [
     ("harmonize_mica_toB", "Did you mean harmonize_mica_toA?"), ("mica", "holds no model of it"),
     ("shrek", "no such folder, model or method"), (".", "holds no checkpoint")])
