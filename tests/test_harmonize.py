@@ -15,10 +15,11 @@ from test_run import content, image, qsphere, validate
 
 from bidsapp import checkpoint, harmonize, methods
 from bidsapp.acquisition import Acquisition
-from bidsapp.dwi import Dwi
+from bidsapp.dwi import FIXED_MEMORY, Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.evaluate.change import change
 from bidsapp.methods import Study, harmonizer, scope
+from bidsapp.process import dwi_of
 
 LABELS = [f"{i:02}" for i in range(1, 7)]
 ROWS = {p: {"age": 20 + 7 * i, "sex": "FM"[i // 2 % 2], "site": "AB"[i % 2]}
@@ -287,6 +288,34 @@ def test_another_model_does_not_replace_what_one_made(study, harmonized, tmp_pat
     assert sidecar(out, "02", "desc-harmonized_dwi")["HarmonizationModel"]["Id"] == "other_model"
 
 
+def test_memory_limit_of_a_training(fresh, tmp_path, monkeypatch):
+    """Scans beyond it are read from a file in the work folder; the model is the same. Two are held
+    at a time."""
+    bids, out = fresh
+    model, held = out / f"group/models/{MODEL}", []
+    before = {p.name: p.read_bytes() for p in model.iterdir()}
+
+    def spy(run, **options):
+        dwi, mean_b0 = dwi_of(run, **options)
+        array = dwi.signal
+        while array is not None and not isinstance(array, np.memmap):
+            array = array.base if isinstance(array, np.ndarray) else None
+        held.append(array is not None)
+        return dwi, mean_b0
+
+    monkeypatch.setattr("bidsapp.run.dwi_of", spy)
+    # --mem-mb counts from what a process needs, and in bytes: the scans of these tests are small
+    monkeypatch.setattr("bidsapp.run.memory_limit", lambda given: FIXED_MEMORY + given)
+    scan = 2 * 4 * 30 * int(image(f"{stem(out, '01')}_desc-brain_mask.nii.gz").sum())
+    for limit, in_file in ((2.2 * scan, False), (1.5 * scan, True)):
+        assert qsphere(bids, out, "group", "--train", "mica", "--reference-batch", "A",
+                       "--mem-mb", int(limit), "-w", tmp_path / "work") == 0
+        assert len(held) == 6 and set(held) == {in_file}
+        assert {p.name: p.read_bytes() for p in model.iterdir()} == before
+        held.clear()
+    assert not list((tmp_path / "work").iterdir())
+
+
 def retrain(model, folder, factor):
     """The model with other weights, in a folder."""
     trained = checkpoint.load(model)
@@ -294,6 +323,24 @@ def retrain(model, folder, factor):
     weights = {k: v * factor for k, v in trained.tensors.items()}
     for file, data in checkpoint.pack(checkpoint.Checkpoint(weights, trained.card)).items():
         (folder / file).write_bytes(data)
+
+
+def test_short_names_of_methods():
+    assert [methods.get(n).name for n in ("rish", "harmonize_rish", "synthesize", "scnn2")] == [
+        "harmonize_rish", "harmonize_rish", "synthesize", "estimate_scnn2"]
+    assert methods.get("rish", "harmonize").name == "harmonize_rish"
+    with pytest.raises(UsageError, match="Available to estimate are.*Did you mean estimate_smt?"):
+        methods.get("smtt", "estimate")
+    with pytest.raises(UsageError, match=r"no such method yet: rihs.*Did you mean rish\?"):
+        methods.get("rihs")
+
+
+def test_ambiguous_short_names_are_refused(monkeypatch):
+    known = ["estimate_both", "harmonize_both", "harmonize_rish"]
+    monkeypatch.setattr(methods, "names", lambda kind="": [n for n in known if n.startswith(kind)])
+    with pytest.raises(UsageError, match="short name of estimate_both and harmonize_both"):
+        methods.get("both")
+    assert methods.get("rish").name == "harmonize_rish"
 
 
 @pytest.mark.parametrize("given,message", [
