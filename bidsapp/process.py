@@ -159,7 +159,7 @@ def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Mod
     if (not models or not earlier or not image.is_file()
             or earlier["Id"] in [m.id for m in models]
             or earlier["SHA256"] in [card.sha256 for card in cards]
-            or about.get("Unchanged") and all(run.batch == c.reference_batch for c in cards)):
+            or (about.get("Unchanged") and all(run.batch == c.reference_batch for c in cards))):
         return None
     return (f"{image} was made by the model {earlier['Id']} (SHA-256 {earlier['SHA256'][:16]}…), "
             f"and --harmonize names {', '.join(m.id for m in models)}, whose images would have the "

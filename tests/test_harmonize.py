@@ -329,7 +329,7 @@ def test_short_names_of_methods():
     assert [methods.get(n).name for n in ("rish", "harmonize_rish", "synthesize", "scnn2")] == [
         "harmonize_rish", "harmonize_rish", "synthesize", "estimate_scnn2"]
     assert methods.get("rish", "harmonize").name == "harmonize_rish"
-    with pytest.raises(UsageError, match="Available to estimate are.*Did you mean estimate_smt?"):
+    with pytest.raises(UsageError, match=r"Available to estimate are.*Did you mean estimate_smt\?"):
         methods.get("smtt", "estimate")
     with pytest.raises(UsageError, match=r"no such method yet: rihs.*Did you mean rish\?"):
         methods.get("rihs")
