@@ -274,7 +274,7 @@ def test_dti_is_dipys_up_to_b_1500_on_simulated_shells(rng):
     assert found.parameters["Shells"] == [700, 1500]
     (notice,) = found.notices
     assert "fitted to 20 × b 700, 30 × b 1500" in notice
-    assert "40 × b 3000, 60 × b 6000 left out" in notice
+    assert "Left out: 40 × b 3000, 60 × b 6000 s/mm²" in notice
 
 
 @pytest.mark.parametrize("parts", [
@@ -305,7 +305,7 @@ def test_dti_says_that_it_takes_a_high_shell(rng):
     acq = multishell(rng, (2000, 30), (3000, 30))
     d, _, _ = tensors(4, rng)
     (notice,) = dti(signals(acq, d, 500.0), acq).notices
-    assert "fitted to 30 × b 2000 s/mm², 30 × b 3000 left out" in notice
+    assert "fitted to 30 × b 2000 s/mm². Left out: 30 × b 3000 s/mm²." in notice
     assert "b = 1500 s/mm² do not determine a tensor" in notice
     acq = multishell(rng, (1000, 30))
     assert not dti(signals(acq, d, 500.0), acq).notices

@@ -48,9 +48,9 @@ class Tensor(Method):
             maps.pop(k) for k in ("failed", "clamped", "saturated", "nonpositive"))
         counts: dict[str, int | str] = {
             "dti_no_fit": int(failed.sum()), "dti_negative_eigenvalue": int(clamped.sum()),
-                  "dti_saturated_fa": int(saturated.sum()),
-                  "dti_nonpositive_signal": int(nonpositive.sum()),
-                  "dti_shells": " ".join(f"{s.b:.0f}" for s in used.shells)}
+            "dti_saturated_fa": int(saturated.sum()),
+            "dti_nonpositive_signal": int(nonpositive.sum()),
+            "dti_shells": " ".join(f"{s.b:.0f}" for s in used.shells)}
         parameters = {"FitMethod": "wls", "Iterations": 1, "MaximumB": b_max,
                       "Shells": [round(s.b) for s in used.shells], "Volumes": len(chosen)}
         return Derived(maps, counts, parameters, ~failed, _notices(dwi.acquisition, chosen, b_max))
@@ -58,11 +58,12 @@ class Tensor(Method):
 
 def _notices(acquisition: Acquisition, chosen: np.ndarray, b_max: float) -> list[str]:
     """Which shells the tensor was fitted to, unless these are all that there are, up to b_max."""
-    rest = np.setdiff1d(np.flatnonzero(~acquisition.b0), chosen)
-    fitted = f"Diffusion tensor: fitted to {shown(acquisition[chosen].shells)} s/mm²"
-    left_out = f"{shown(acquisition[rest].shells)} left out" if len(rest) else "no shell left out"
-    if max(s.b for s in acquisition[chosen].shells) > (1 + tensor.B_TOLERANCE) * b_max:
-        return [f"{fitted}, {left_out}. Volumes up to b = {b_max:.0f} s/mm² do not determine a "
-                "tensor, so the next higher shell was used; kurtosis makes MD lower there."]
-    return [f"{fitted}, {left_out}: above b = {b_max:.0f} s/mm² kurtosis lowers MD."
-            ] if len(rest) else []
+    others = np.setdiff1d(np.flatnonzero(~acquisition.b0), chosen)
+    rest = acquisition[others].shells if len(others) else ()
+    fitted = acquisition[chosen].shells
+    text = f"Diffusion tensor: fitted to {shown(fitted)} s/mm²."
+    text += f" Left out: {shown(rest)} s/mm²." if rest else ""
+    if max(s.b for s in fitted) > (1 + tensor.B_TOLERANCE) * b_max:
+        return [f"{text} Shells up to b = {b_max:.0f} s/mm² do not determine a tensor, so the next "
+                "higher one was used. Expect a lower MD, by kurtosis."]
+    return [f"{text} Above b = {b_max:.0f} s/mm² kurtosis lowers MD."] if rest else []
