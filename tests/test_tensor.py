@@ -12,6 +12,7 @@ from bidsapp import tensor
 from bidsapp.acquisition import Acquisition, concatenate
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
+from bidsapp.evaluate.change import change
 from bidsapp.methods import get
 
 UPPER = np.triu_indices(3)
@@ -311,9 +312,18 @@ def test_dti_says_that_it_takes_a_high_shell(rng):
     assert not dti(signals(acq, d, 500.0), acq).notices
 
 
-def test_highest_shell_of_dti_is_that_of_all_tensors():
-    """What compares tensors of a run takes the same shells as dti by default."""
+def test_figures_of_a_page_show_one_tensor(rng):
+    """What compares a run before and after harmonization takes the shells that dti takes, although
+    a tensor through all shells differs."""
     assert get("estimate_dti").settings("fit")["b_max"] == tensor.B_MAX
+    acq = multishell(rng, (1000, 30), (3000, 30))
+    slow, fast = tensors(50, rng, high=0.6e-3)[0], tensors(50, rng, low=1e-3)[0]
+    dwi = Dwi((150 * (signals(acq, slow) + signals(acq, fast))).astype(np.float32),
+              np.ones((50, 1, 1), bool), np.eye(4), acq)
+    found, every = get("estimate_dti").apply(dwi, "cpu").maps, fit(dwi.signal.copy(), acq)
+    for name, (before, _) in change(dwi, dwi, "cpu").maps.items():
+        np.testing.assert_array_equal(found[name], before)
+        assert (np.abs(every[name] - before) > 0.05 * before).mean() > 0.5
 
 
 def test_fa_and_md_of_attenuations_are_those_of_the_tensor(rng):
