@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
 
     g = p.add_argument_group("what the group level trains")
     g.add_argument("--train", nargs="+", metavar="METHOD",
-                   help="methods by folder name, e.g. harmonize_mica")
+                   help="methods by name, e.g. harmonize_mica or mica")
     g.add_argument("--reference-batch", metavar="NAME", help="the site that others are mapped to")
     g.add_argument("--folds", type=int, metavar="K",
                    help="train K times more, each time without a Kth of the people scanned at both "
@@ -103,7 +103,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--epochs", type=int, metavar="N", help="instead of the method's own")
     g.add_argument("--blocks", type=int, metavar="N",
                    help="residual blocks of harmonize_shresnet; default: 2")
-    g.add_argument("--max-steps", type=int, metavar="N", help="stop the training early")
+    g.add_argument("--max-steps", type=int, metavar="N",
+                   help="optimiser steps of each stage, at most; an interrupted training "
+                   "goes on to this number from where it was")
     g.add_argument("--init", type=Path, metavar="CHECKPOINT",
                    help="folder of weights to start from; default: those that ship, "
                    "where they fit")
@@ -119,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
                    help="CPUs per participant; nprocs / omp-nthreads participants run at a time; "
                         "default: nprocs")
     g.add_argument("--mem-mb", "--mem", type=megabytes, metavar="MB",
-                   help="most memory used; default: all there is")
+                   help="memory limit, at both levels: signals that exceed it go through a file "
+                   "in the work folder; default: all there is")
     g.add_argument("-w", "--work-dir", type=Path, metavar="DIR",
                    help="for signals that do not fit in memory; default: a temporary folder")
     g.add_argument("--random-seed", type=int, metavar="N", help="default: 0")

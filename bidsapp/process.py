@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -68,7 +68,7 @@ def one_participant(job: Job, label: str, runs: list[Run], problems: list[str]) 
             status[run.name] = one_run(job, dataset, run, folder)
             if status[run.name]["status"] == "failed" and job.options.stop_on_first_crash:
                 break
-        ok = not problems and all(done(s) for s in status.values())
+        ok = not problems and all(done(s, job.options) for s in status.values())
         try:
             dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(job.options.as_dict()))
             dataset.write_text(f"{folder}/status.json", to_json({
@@ -76,7 +76,8 @@ def one_participant(job: Job, label: str, runs: list[Run], problems: list[str]) 
                 "version": __version__, "started": started,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "problems": problems, "runs": status}))
-            write_page(dataset, label, problems)
+            write_page(dataset, label, problems + [s["error"] for s in status.values()
+                                                   if s["status"] == "refused"])
         except (OSError, DataError) as error:
             log.error("sub-%s: its log and page could not be written: %s", label, error)
             return False
@@ -92,6 +93,9 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
         if dataset.is_complete(record := dataset.record(path), mark):
             log.info("%s: complete and unchanged, skipped", run.name)
             return {"status": "skipped", "refusals": record.get("refusals", {})}
+        if conflict := conflicting_model(dataset, run, harmonize.find(job.options)):
+            log.error("%s: %s", run.name, conflict)
+            return {"status": "refused", "error": f"{run.name}: {conflict}"}
         log.info("%s: %d file(s), batch %s", run.name, len(run.parts), run.batch)
         with dataset.batch(path, mark) as batch:
             batch.facts = {"name": run.name, "entities": run.entities, "batch": run.batch,
@@ -117,11 +121,50 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
         return facts
 
 
-def done(status: Mapping[str, Any]) -> bool:
-    """Whether a run is what was asked for: an estimate that an acquisition cannot carry may be
-    left out, a harmonization may not."""
-    return status["status"] != "failed" and not any(
-        name.startswith("harmonize_") for name in status.get("refusals", ()))
+def done(status: Mapping[str, Any], options: Options) -> bool:
+    """Tell whether a run is what the user asked for.
+
+    An estimate of the default set that the acquisition does not support may be left out; a
+    harmonization, and a method that was asked for by its name, may not.
+    """
+    named = [m.name for m in chosen_methods(options)] if options.estimate else ["synthesize"]
+    return status["status"] not in ("failed", "refused") and not any(
+        name.startswith("harmonize_") or name.removeprefix("harmonized_") in named
+        for name in status.get("refusals", ()))
+
+
+def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Model]) -> str | None:
+    """Say by which other model the harmonized images were made that a run would replace.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        OUTPUT_DIR.
+    run : Run
+        With the images of an earlier harmonization there, or without.
+    models : sequence of harmonize.Model
+        Those that --harmonize names. Images made by one of the same Id, trained again or not, or
+        of the same weights may be replaced; so may the unchanged signal of a reference batch that
+        all models share.
+
+    Returns
+    -------
+    str or None
+        What was found, what is needed and what to do; None if nothing is in the way.
+    """
+    image = dataset.root / names.output(run.entities, "dwi", ".nii.gz", desc="harmonized")
+    about = dataset.record(names.output(run.entities, "dwi", ".json", desc="harmonized"))
+    earlier = about.get("HarmonizationModel")
+    cards = [m.checkpoint.card for m in models]
+    if (not models or not earlier or not image.is_file()
+            or earlier["Id"] in [m.id for m in models]
+            or earlier["SHA256"] in [card.sha256 for card in cards]
+            or (about.get("Unchanged") and all(run.batch == c.reference_batch for c in cards))):
+        return None
+    return (f"{image} was made by the model {earlier['Id']} (SHA-256 {earlier['SHA256'][:16]}…), "
+            f"and --harmonize names {', '.join(m.id for m in models)}, whose images would have the "
+            "same names. Needed is one model per OUTPUT_DIR. Give another OUTPUT_DIR (and the "
+            "model's folder to --harmonize), or remove the earlier image. Nothing was changed.")
 
 
 @dataclass

@@ -27,10 +27,20 @@ from bidsapp.methods import Method
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.options import Options
 from bidsapp.preprocess import pairs
-from bidsapp.process import Job, chosen_methods, dwi_of, one_participant, write_page
+from bidsapp.process import (
+    Job,
+    chosen_methods,
+    conflicting_model,
+    dwi_of,
+    one_participant,
+    write_page,
+)
 from bidsapp.report import boilerplate, distributions, page
 
 log = logging.getLogger("qsphere")
+
+SCANS = 2
+"""Scans that a training holds at a time: those of a pair."""
 
 
 def participant(options: Options) -> int:
@@ -51,10 +61,7 @@ def participant(options: Options) -> int:
         [*{m.method.name: m.method for m in models}.values(), *chosen]))
     if options.boilerplate_only:
         return 0
-    memory = memory_limit(options.mem_mb)
-    if memory < FIXED_MEMORY:
-        log.warning("%.1f GB of memory is little: up to %.1f GB is needed beside the signal.",
-                    memory / 1e9, FIXED_MEMORY / 1e9)
+    memory = available_memory(options)
     workers = max(1, min(options.nprocs // options.omp_nthreads, len(found.participants),
                          int(memory // FIXED_MEMORY)))
     job = Job(options, links, f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}",
@@ -73,7 +80,7 @@ def participant(options: Options) -> int:
 
 def group(options: Options) -> int:
     """Table, distributions and outliers over what participants left; trains what is asked for."""
-    trained = [methods.get(name) for name in options.train]
+    trained = list({m.name: m for m in map(methods.get, options.train)}.values())
     for method in trained:
         method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
     uses: tuple[tuple[str, int | None, Callable[[Method], bool]], ...] = (
@@ -98,12 +105,16 @@ def group(options: Options) -> int:
     runs = {run.name: run for label in found.participants for run in found.runs[label]
             if run.name in set(statistics["run"])}
     rank, devices = training.processes()
+    memory = available_memory(options) / devices[0]
+    per_scan = FIXED_MEMORY + (memory - FIXED_MEMORY) / SCANS
+    if options.work_dir:
+        make_work_dir(options.work_dir)
     study = methods.Study(
         statistics, features, covariates=tuple(covariates),
         reference_batch=options.reference_batch,
         acquisitions={name: btable.acquisition_of(run) for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
-        load=lambda name: dwi_of(runs[name], work_dir=options.work_dir)[0],
+        load=lambda name: dwi_of(runs[name], memory=per_scan, work_dir=options.work_dir)[0],
         max_steps=options.max_steps, epochs=options.epochs, blocks=options.blocks,
         folds=options.folds, paired_by=options.paired_by, init=options.init, states=states,
         seed=options.random_seed, device=choose_device(options.device), devices=devices)
@@ -163,6 +174,15 @@ def told_unknown(labels: Sequence[str], options: Options) -> None:
     for label in labels:
         log.error("sub-%s does not exist in %s; the others were processed. Correct "
                   "--participant-label.", label, options.bids_dir)
+
+
+def available_memory(options: Options) -> float:
+    """Bytes that may be used; warns where they are fewer than a process needs beside the signal."""
+    memory = memory_limit(options.mem_mb)
+    if memory < FIXED_MEMORY:
+        log.warning("%.1f GB of memory is little: up to %.1f GB is needed beside the signal.",
+                    memory / 1e9, FIXED_MEMORY / 1e9)
+    return memory
 
 
 def make_work_dir(path: Path) -> None:
@@ -265,6 +285,9 @@ def plan(found: find.Found, models: list[harmonize.Model], chosen: list[Method],
             lines.append(f"{run.name}: {'x'.join(map(str, shape[:3]))} voxels, "
                          f"{acquisition.b0.sum()} × b0, {table}; batch {run.batch}; "
                          f"at most {most:.1f} GB")
+            if conflict := conflicting_model(Dataset(options.output_dir, {}), run, models):
+                lines.append(f"  refused: {conflict}")
+                continue
             if models:
                 lines.append(f"  {travels(run, models, acquisition, options)}")
             for method in chosen:

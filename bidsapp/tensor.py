@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import SHELL_GAP, Acquisition
 
 TERMS = 7
 
@@ -33,7 +33,14 @@ LEAST_RATIO = 0.01
 SATURATED_FA = 0.999
 
 B_MAX = 1500.0
-"""s/mm²: of the volumes that a tensor describes."""
+"""s/mm²: highest shell to which a tensor is fitted; beyond it kurtosis lowers MD."""
+
+B_TOLERANCE = 0.05
+"""Share by which the b-value of a shell may exceed the highest and count as it, for b-values that
+scanners report with their gradients' own deviations."""
+
+INDEPENDENT = 0.01
+"""The design's columns, scaled to unit length, need singular values above this."""
 
 
 def design(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 7"]:
@@ -43,13 +50,44 @@ def design(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 7"]:
                      -2 * b[:, 1, 2], -b[:, 2, 2], np.ones(len(b))], axis=1)
 
 
-def volumes(acquisition: Acquisition) -> np.ndarray:
-    """Indices of the volumes up to B_MAX where they determine a tensor, else of all."""
-    low = np.flatnonzero(acquisition.bvals <= B_MAX)
-    x = design(acquisition[low].btensors) if len(low) else np.zeros((0, TERMS))
-    enough = (~acquisition[low].b0).sum() >= 12 if len(low) else False
-    return low if enough and np.linalg.matrix_rank(x) == TERMS else np.arange(
-        len(acquisition))
+def rank(btensors: Float[np.ndarray, "n 3 3"]) -> int:
+    """Number of the TERMS unknowns (six tensor entries and S0) that b-tensors determine."""
+    x = design(btensors)
+    length = np.linalg.norm(x, axis=0)
+    values = np.linalg.svd(x / np.where(length > 0, length, 1), compute_uv=False)
+    return int((values > INDEPENDENT).sum())
+
+
+def volumes(acquisition: Acquisition, b_max: float = B_MAX) -> np.ndarray:
+    """Select the volumes that a tensor is fitted to.
+
+    These are the volumes without weighting and the shells up to `b_max`. If they do not determine
+    a tensor, the next higher shells are added, one by one, until they do. A measurement has the
+    b-value of its shell unless it differs from it by more than SHELL_GAP, as in acquisitions
+    without shells.
+
+    Parameters
+    ----------
+    acquisition : Acquisition
+        With b-tensors of any shape.
+    b_max : float
+        s/mm²; shells up to B_TOLERANCE beyond it are used, too.
+
+    Returns
+    -------
+    numpy.ndarray
+        Indices, in order; of all volumes if no selection determines a tensor.
+    """
+    b = acquisition.bvals.copy()
+    for shell in acquisition.shells:
+        near = np.abs(acquisition.bvals[shell.indices] - shell.b) <= SHELL_GAP * shell.b
+        b[shell.indices[near]] = shell.b
+    limit = (1 + B_TOLERANCE) * b_max
+    for highest in (limit, *np.unique(b[b > limit])):
+        chosen = np.flatnonzero(b <= highest)
+        if len(chosen) >= TERMS and rank(acquisition.btensors[chosen]) == TERMS:
+            return chosen
+    return np.arange(len(acquisition))
 
 
 def attenuation_fit(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "6 n"]:

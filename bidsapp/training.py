@@ -7,11 +7,12 @@ interrupted and resumed gives the weights of one that was not.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +24,14 @@ from torch import nn
 from tqdm import tqdm
 
 from bidsapp.errors import DataError, UsageError
+from bidsapp.progress import time_left
+
+log = logging.getLogger("qsphere")
 
 Batch = tuple[torch.Tensor, ...]
+
+LOG_EVERY = 60.0
+"""Seconds between lines in the log, where no terminal shows a bar."""
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 DECAYS = ("constant", "step", "cosine", "plateau")
@@ -111,7 +118,9 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
         draw: the batches of the next steps, one or more, from a generator, on its device.
         loss: (model, batch) → scalar to be made small.
         validate: model in eval mode → number to be made small, the same on every rank.
-        saved: file in which the state is kept, and from which a training is taken up again.
+        saved: file in which the state is kept, and from which a training is taken up again, with
+            the same or another number of steps: cosine and step decay then follow the new number
+            from the step of the state on, and a state of as many steps or more is what results.
         devices: per node, and nodes, as of `processes`; each draws its own batches, and gradients
             are averaged.
 
@@ -156,8 +165,12 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
             "drawn": 0, "best": math.inf, "best_model": {}, "waited": 0, "history": [],
             "of": {"schedule": asdict(schedule), "seed": seed}}
         if saved and saved.exists():
-            _resume(fabric, saved, state)
-            decay.load_state_dict(state["decay"])
+            other_length = _resume(fabric, saved, state, schedule, name)
+            new = {k: v for k, v in decay.state_dict().items() if k in ("T_max", "milestones")}
+            decay.load_state_dict({**state["decay"], **new})
+            if other_length and schedule.decay in ("step", "cosine"):
+                for group in stepper.param_groups:
+                    group["lr"] = _rate(schedule, state["step"])
         with tqdm(total=schedule.steps, initial=state["step"], desc=name,
                   disable=None if fabric.is_global_zero else True) as bar:
             mean = 0.0
@@ -165,6 +178,12 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
             if state["step"] > state["drawn"]:
                 queue.extend(draw(chance(state["drawn"]))[state["step"] - state["drawn"]:])
             began = time.monotonic() - (state["history"][-1]["seconds"] if state["history"] else 0)
+            last = start = state["step"]
+            session = silent_since = time.monotonic()
+            speaks = bar.disable and fabric.is_global_zero
+            if speaks and start == 0:
+                log.info("%s: training for %d steps%s", name, schedule.steps,
+                         " at most" if schedule.patience else "")
             for step in range(state["step"], schedule.steps):
                 if schedule.patience and state["waited"] >= schedule.patience:
                     break
@@ -184,16 +203,22 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
                 mean += float(value.detach()) / schedule.validate_every
                 bar.update()
                 state["step"] = step + 1
+                if speaks and time.monotonic() - silent_since >= LOG_EVERY:
+                    silent_since = time.monotonic()
+                    log.info("%s: step %d of %d, loss %.4g%s%s", name, step + 1, schedule.steps,
+                             mean * schedule.validate_every / (step + 1 - last),
+                             _validated(state), time_left(time.monotonic() - session,
+                                                          step + 1 - start, schedule.steps - start))
                 if (step + 1) % schedule.validate_every and step + 1 < schedule.steps:
                     continue
                 if not math.isfinite(mean):
                     raise DataError(f"{name}: the loss is {mean} at step {step + 1}. Lower the "
                                     f"learning rate (now {schedule.learning_rate:g}), or check the "
                                     "training data for values that are not finite.")
-                rest = (step + 1) % schedule.validate_every or schedule.validate_every
-                row = {"step": step + 1.0, "loss": mean * schedule.validate_every / rest,
+                row = {"step": step + 1.0,
+                       "loss": mean * schedule.validate_every / (step + 1 - last),
                        "learning_rate": stepper.param_groups[0]["lr"]}
-                mean = 0.0
+                mean, last = 0.0, step + 1
                 if validate:
                     model.eval()
                     with torch.no_grad():
@@ -229,11 +254,31 @@ def _decay(schedule: Schedule, optimizer: torch.optim.Optimizer) -> Any:
                                        patience=schedule.plateau - 1)
     if schedule.decay == "cosine":
         return rates.CosineAnnealingLR(optimizer, schedule.steps)
-    at = [schedule.steps // 2, schedule.steps * 3 // 4] if schedule.decay == "step" else []
-    return rates.MultiStepLR(optimizer, at)
+    return rates.MultiStepLR(optimizer, _drops(schedule) if schedule.decay == "step" else [])
 
 
-def _resume(fabric: Any, saved: Path, state: dict[str, Any]) -> None:
+def _rate(schedule: Schedule, step: int) -> float:
+    """Learning rate of `step` by a decay whose only argument is the number of steps."""
+    if schedule.decay == "cosine":
+        return schedule.learning_rate * (1 + math.cos(math.pi * step / schedule.steps)) / 2
+    return schedule.learning_rate * 0.1 ** sum(step >= at for at in _drops(schedule))
+
+
+def _drops(schedule: Schedule) -> list[int]:
+    """Steps at which the `step` decay divides the learning rate by 10."""
+    return [schedule.steps // 2, schedule.steps * 3 // 4]
+
+
+def _validated(state: Mapping[str, Any]) -> str:
+    """Say what the last validation gave, and the best; empty where there was none."""
+    rows = [row for row in state["history"] if "validation" in row]
+    return (f", validation {rows[-1]['validation']:.4g} at step {rows[-1]['step']:.0f} (best "
+            f"{state['best']:.4g})") if rows else ""
+
+
+def _resume(fabric: Any, saved: Path, state: dict[str, Any], schedule: Schedule, name: str
+            ) -> bool:
+    """Load the state of an interrupted training. True if it was to have another number of steps."""
     of = state["of"]
     try:
         found = fabric.load(saved, {}, weights_only=True)["of"]
@@ -242,9 +287,19 @@ def _resume(fabric: Any, saved: Path, state: dict[str, Any]) -> None:
     except Exception as error:  # whatever pickle and zip make of a broken file
         raise UsageError(f"{saved}: cannot be read as the state of a training ({error}). Remove "
                          "it to start again.") from error
-    if found != of:
+    if {**found, "schedule": {**found["schedule"], "steps": schedule.steps}} != of:
         differ = {k: (v, of["schedule"].get(k)) for k, v in found["schedule"].items()
-                  if v != of["schedule"].get(k)} or {"seed": (found["seed"], of["seed"])}
+                  if v != of["schedule"].get(k) and k != "steps"} or {
+                      "seed": (found["seed"], of["seed"])}
         raise UsageError(f"{saved}: belongs to another training: (its, asked for) {differ}. Remove "
                          "it to start again, or ask for what it holds.")
     fabric.load(saved, state, weights_only=True)
+    state["of"] = of
+    before, step = found["schedule"]["steps"], state["step"]
+    if fabric.is_global_zero and step >= schedule.steps:
+        log.info("%s: %s holds %d steps, %d were asked for; it is taken as it is, without further "
+                 "training", name, saved, step, schedule.steps)
+    elif fabric.is_global_zero:
+        log.info("%s: resumed at step %d of %d%s from %s", name, step, schedule.steps,
+                 f" (before: of {before})" if before != schedule.steps else "", saved)
+    return before != schedule.steps

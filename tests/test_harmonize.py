@@ -15,10 +15,11 @@ from test_run import content, image, qsphere, validate
 
 from bidsapp import checkpoint, harmonize, methods
 from bidsapp.acquisition import Acquisition
-from bidsapp.dwi import Dwi
+from bidsapp.dwi import FIXED_MEMORY, Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.evaluate.change import change
 from bidsapp.methods import Study, harmonizer, scope
+from bidsapp.process import dwi_of
 
 LABELS = [f"{i:02}" for i in range(1, 7)]
 ROWS = {p: {"age": 20 + 7 * i, "sex": "FM"[i // 2 % 2], "site": "AB"[i % 2]}
@@ -253,6 +254,95 @@ def test_refused_outside_of_the_training(fresh, tmp_path, capsys, what, message)
     assert "outside of what the model was trained for" in (out / "sub-09.html").read_text()
 
 
+def test_another_model_does_not_replace_what_one_made(study, harmonized, tmp_path, capsys):
+    """Refused, exit code 1, and every image and the group's record of the run stay; the same model
+    trained again replaces its own; so does another once the image is gone. The reference batch is
+    the measured signal, whatever the model."""
+    bids, _ = study
+    shutil.copytree(harmonized[1], out := tmp_path / "out")
+    model, other = out / f"group/models/{MODEL}", tmp_path / "other_model"
+    retrain(model, other, 1.1)
+    argv = (bids, out, "participant", "--estimate", "dti", "--participant-label", "01", "02")
+    before = content(out, logs=True)
+    assert qsphere(*argv, "--harmonize", other, "--dry-run") == 0
+    assert f"refused: {stem(out, '02')}_desc-harmonized" in capsys.readouterr().out
+    assert content(out, logs=True) == before
+    assert qsphere(*argv, "--harmonize", other) == 1
+    told = capsys.readouterr().err
+    assert f"was made by the model {MODEL}" in told and "names other_model" in told
+    assert "another OUTPUT_DIR" in told and "sub-02_desc-harmonized_dwi.nii.gz" in told
+    after = content(out, logs=True)
+    mine = [n for n in before if n.startswith("sub-02/") and not n.endswith("log/page.json")]
+    assert mine and all(after[n] == before[n] for n in mine)
+    assert sidecar(out, "01", "desc-harmonized_dwi")["HarmonizationModel"]["Id"] == "other_model"
+    assert "was made by the model" in (out / "sub-02.html").read_text()
+    assert "was made by the model" not in (out / "sub-01.html").read_text()
+
+    retrain(model, model, 1.05)
+    assert qsphere(*argv, "--harmonize", MODEL, "--participant-label", "02") == 0
+    assert "was made by the model" not in (out / "sub-02.html").read_text()
+    image_path = Path(f"{stem(out, '02')}_desc-harmonized_dwi.nii.gz")
+    assert image_path.read_bytes() != before["sub-02/dwi/sub-02_desc-harmonized_dwi.nii.gz"]
+    image_path.unlink()
+    assert qsphere(*argv, "--harmonize", other) == 0
+    assert sidecar(out, "02", "desc-harmonized_dwi")["HarmonizationModel"]["Id"] == "other_model"
+
+
+def test_memory_limit_of_a_training(fresh, tmp_path, monkeypatch):
+    """Scans beyond it are read from a file in the work folder; the model is the same. Two are held
+    at a time."""
+    bids, out = fresh
+    model, held = out / f"group/models/{MODEL}", []
+    before = {p.name: p.read_bytes() for p in model.iterdir()}
+
+    def spy(run, **options):
+        dwi, mean_b0 = dwi_of(run, **options)
+        array = dwi.signal
+        while array is not None and not isinstance(array, np.memmap):
+            array = array.base if isinstance(array, np.ndarray) else None
+        held.append(array is not None)
+        return dwi, mean_b0
+
+    monkeypatch.setattr("bidsapp.run.dwi_of", spy)
+    # --mem-mb counts from what a process needs, and in bytes: the scans of these tests are small
+    monkeypatch.setattr("bidsapp.run.memory_limit", lambda given: FIXED_MEMORY + given)
+    scan = 2 * 4 * 30 * int(image(f"{stem(out, '01')}_desc-brain_mask.nii.gz").sum())
+    for limit, in_file in ((2.2 * scan, False), (1.5 * scan, True)):
+        assert qsphere(bids, out, "group", "--train", "mica", "--reference-batch", "A",
+                       "--mem-mb", int(limit), "-w", tmp_path / "work") == 0
+        assert len(held) == 6 and set(held) == {in_file}
+        assert {p.name: p.read_bytes() for p in model.iterdir()} == before
+        held.clear()
+    assert not list((tmp_path / "work").iterdir())
+
+
+def retrain(model, folder, factor):
+    """The model with other weights, in a folder."""
+    trained = checkpoint.load(model)
+    folder.mkdir(exist_ok=True)
+    weights = {k: v * factor for k, v in trained.tensors.items()}
+    for file, data in checkpoint.pack(checkpoint.Checkpoint(weights, trained.card)).items():
+        (folder / file).write_bytes(data)
+
+
+def test_short_names_of_methods():
+    assert [methods.get(n).name for n in ("rish", "harmonize_rish", "synthesize", "scnn2")] == [
+        "harmonize_rish", "harmonize_rish", "synthesize", "estimate_scnn2"]
+    assert methods.get("rish", "harmonize").name == "harmonize_rish"
+    with pytest.raises(UsageError, match=r"Available to estimate are.*Did you mean estimate_smt\?"):
+        methods.get("smtt", "estimate")
+    with pytest.raises(UsageError, match=r"no such method yet: rihs.*Did you mean rish\?"):
+        methods.get("rihs")
+
+
+def test_ambiguous_short_names_are_refused(monkeypatch):
+    known = ["estimate_both", "harmonize_both", "harmonize_rish"]
+    monkeypatch.setattr(methods, "names", lambda kind="": [n for n in known if n.startswith(kind)])
+    with pytest.raises(UsageError, match="short name of estimate_both and harmonize_both"):
+        methods.get("both")
+    assert methods.get("rish").name == "harmonize_rish"
+
+
 @pytest.mark.parametrize("given,message", [
     ("harmonize_mica_toB", "Did you mean harmonize_mica_toA?"), ("mica", "holds no model of it"),
     ("shrek", "no such folder, model or method"), (".", "holds no checkpoint")])
@@ -345,7 +435,7 @@ def test_mean_of_quantiles_is_that_of_the_people(rng, caplog):
     methods.get("harmonize_mica").fit(replace(study, load=lambda name: replace(
         load(name), signal=load(name).signal * np.r_[1, 1, np.full(28, 1 + 2 * (name > "sub-1"))]
         .astype(np.float32))))
-    assert caplog.text == ""
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
 def card_of(batches, reference="A"):

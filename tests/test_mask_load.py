@@ -11,7 +11,7 @@ import pytest
 from bidsapp import mask as masks
 from bidsapp.bids import btable
 from bidsapp.bids.inherit import read_part
-from bidsapp.dwi import Run, load, open_image, read_mean
+from bidsapp.dwi import Run, load, open_image, peak_memory, read_mean
 from bidsapp.errors import DataError
 
 SHAPE = (7, 8, 9)
@@ -186,6 +186,20 @@ def test_memory_is_bounded_by_the_mask(run):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * dwi.signal.nbytes + 4 * volume, "30 volumes are never held at once"
+
+
+@pytest.mark.parametrize("share,in_file", [(0.99, True), (1.01, False)])
+def test_a_signal_beyond_the_limit_is_not_held_in_memory(run, tmp_path, share, in_file):
+    """By the measured peak of what is allocated, a file's pages not counted."""
+    every = np.ones((40, 41, 42), bool)
+    made = run({"shape": every.shape})
+    nbytes = 4 * every.size * 30
+    tracemalloc.start()
+    dwi = loaded(made, every, memory=share * peak_memory(every.size, 30), work_dir=tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert dwi.signal.nbytes == nbytes
+    assert peak < nbytes / 2 if in_file else peak > nbytes
 
 
 # the mask

@@ -4,6 +4,7 @@ The head of `synthetic_head` at half its resolution; in the other batch every or
 scaled by a factor of its own, so that the right answer is known in every voxel.
 """
 
+import re
 from functools import cache
 
 import bids_tree
@@ -13,7 +14,7 @@ import pytest
 import synthetic_head
 import torch
 
-from bidsapp import methods, sh, tensor
+from bidsapp import methods, sh, tensor, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
@@ -232,6 +233,29 @@ def test_voxels_without_b0_stay_as_they_are(trained):
 
 
 @pytest.mark.slow
+def test_an_interrupted_training_may_be_asked_for_fewer_steps(tmp_path, monkeypatch, caplog):
+    """Also for fewer than an epoch has. Registrations, resuming and steps are told."""
+    method = brief("harmonize_golkov")
+    train = training.train
+
+    def cut(*arguments, **options):
+        train(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, caplog.at_level("INFO", "qsphere"):
+        patch.setattr(training, "train", cut)
+        with pytest.raises(KeyboardInterrupt):
+            method.fit(study(PEOPLE[:2], max_steps=12, states=tmp_path))
+    assert "harmonize_golkov: registering 2 of 2" in caplog.text
+    assert re.search(r"b1000\.\w+, stage 1 of \d: training for 12 steps", caplog.text)
+    for steps, done, told in ((15, 15, "resumed at step 12 of 15"), (3, 15, "holds 15 steps, 3")):
+        caplog.clear()
+        with caplog.at_level("INFO", "qsphere"):
+            fitted = method.fit(study(PEOPLE[:2], max_steps=steps, states=tmp_path))
+        assert told in caplog.text
+        assert next(iter(fitted.checkpoints.values())).card.training["steps"][0][0] == done
+
+
 def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
     """Cut off in the second stage, before it had saved anything, and once more after."""
     method = brief("harmonize_golkov")

@@ -307,6 +307,16 @@ def test_place_repeats_itself_whatever_the_order_of_the_axes(blob):
     np.testing.assert_allclose(other_way, place[:, ::-1].transpose(2, 0, 1, 3), atol=1e-6)
 
 
+def test_registrations_to_a_template_are_told(monkeypatch, caplog):
+    monkeypatch.setattr(template, "locate", lambda fixed, moving, work_dir=None: pairs.world(
+        fixed.values.shape, fixed.affine))
+    with caplog.at_level("INFO", "qsphere"):
+        template.build([template.Image(np.ones((4, 4, 4)), np.eye(4))] * 3)
+    told = [r.getMessage().split(",")[:2] for r in caplog.records]
+    assert [",".join(line) for line in told] == [
+        f"template, round {r} of 2: registering {k} of 3" for r in (1, 2) for k in (1, 2, 3)]
+
+
 @pytest.mark.slow
 def test_template_is_the_mean_of_the_people(blob):
     """Of copies of one image that lie differently: as sharp as each, and each found in it."""

@@ -231,6 +231,18 @@ def test_refused_method_is_told_and_the_rest_goes_on(bids_tree, tmp_path):
     assert "shell" in (tmp_path / "out/sub-01.html").read_text()
 
 
+def test_a_refused_method_that_was_named_is_a_failure(bids_tree, tmp_path, capsys):
+    """The rest is done all the same; a run that is skipped the next time is still not complete."""
+    bids = bids_tree(("01",), scheme=((0, 1), (1000, 12)))
+    argv = (bids, tmp_path / "out", PARTICIPANT, "--estimate", "dti", "smt")
+    for _ in range(2):
+        assert qsphere(*argv) == 1
+    told = capsys.readouterr().err
+    assert "sub-01: estimate_smt is left out: " in told and "skipped" in told
+    assert list(tmp_path.glob("out/sub-01/dwi/*model-tensor*"))
+    assert qsphere(*argv[:3], "--estimate", "dti") == 0
+
+
 def test_sessions_and_runs_are_kept_apart(bids_tree, tmp_path):
     bids = bids_tree(("01",), ("a", "b"), ("dir-AP", "dir-PA"))
     assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--session-label", "ses-a",

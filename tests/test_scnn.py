@@ -263,6 +263,29 @@ def test_training_learns_and_calibrates(trained):
         assert m[f"coverage90_{name}"] == pytest.approx(0.9, abs=0.03)
 
 
+def test_validation_calibration_and_measurement_are_of_different_voxels(monkeypatch):
+    """Coverage measured where it was calibrated would be right whatever the network says."""
+    used = {}
+
+    def watch(name, batches_of):
+        function = getattr(learn, name)
+
+        def watched(*arguments):
+            result = function(*arguments)
+            used.setdefault(name, batches_of(arguments, result))
+            return result
+        monkeypatch.setattr(learn, name, watched)
+
+    watch("_held_out", lambda arguments, result: result)  # the first are those of the validation
+    for name in ("calibrate", "measure"):
+        watch(name, lambda arguments, result: arguments[-1])
+    learn.train("estimate_scnn2", replace(small(2), held_out=1024), seed=3, device="cpu")
+    rows = [set(map(tuple, torch.cat([b[4] for b in used[name]]).tolist()))
+            for name in ("calibrate", "measure", "_held_out")]
+    assert [len(r) for r in rows] == [8 * 1024, 4 * 1024, 1024]
+    assert sum(map(len, rows)) == len(set.union(*rows))
+
+
 def test_training_depends_on_its_seed_alone(trained):
     again = learn.train("estimate_scnn2", small(), seed=3, device="cpu")
     for name, value in trained.tensors.items():
@@ -319,6 +342,23 @@ def test_strange_signals_and_noise_are_flagged():
     assert (flags(voxels(acq)) == 0).mean() > 0.9
     assert (flags(voxels(acq, strange=True)) == 1).mean() > 0.85
     assert (flags(voxels(acq, sigma=0.2)) == 2).mean() > 0.5
+
+
+def test_says_which_shells_it_left_out_and_that_there_are_more_than_in_training():
+    """With the weights that ship, trained with up to four shells of b 500 to 5000; all five shells
+    in that range are used."""
+    method = methods.get("estimate_scnn2")
+    assert not method.apply(voxels(acquisition(), 5), "cpu").notices
+    many = acquisition((700, 1000, 2000, 3000, 4500, 7000), (12, 20, 20, 20, 20, 30))
+    derived = method.apply(voxels(many, 5), "cpu")
+    left_out, more = derived.notices
+    assert "scnn2: left out 30 × b 7000 s/mm². The network was trained for b = 500–5000" in left_out
+    assert "used 5 shells, and was trained with up to 4" in more
+    assert derived.parameters["Shells"] == [700, 1000, 2000, 3000, 4500]
+    assert derived.parameters["ShellsLeftOut"] == [7000]
+    assert derived.parameters["OutOfDistribution"] == ["5 shells, trained with up to 4"]
+    few = method.apply(voxels(acquisition((300, 1000, 2200), (12, 30, 30)), 5), "cpu")
+    assert len(few.notices) == 1 and "left out 12 × b 300" in few.notices[0]
 
 
 @pytest.mark.parametrize(("acq", "message"), [

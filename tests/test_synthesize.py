@@ -382,7 +382,7 @@ def test_planar_encoding_end_to_end(tmp_path):
 
 def test_head_of_one_tensor_is_refused_and_the_rest_goes_on(bids_tree, tmp_path):
     assert qsphere(bids_tree(("01",)), tmp_path / "out", "participant", "--estimate", "dti",
-                   "--synthesize", "syn") == 0
+                   "--synthesize", "syn") == 1
     (status,) = tmp_path.glob("out/sub-01/log/*/status.json")
     assert "voxels were found" in json.loads(
         status.read_text())["runs"]["sub-01"]["refusals"]["synthesize"]

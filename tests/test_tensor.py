@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bidsapp import tensor
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import Acquisition, concatenate
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
+from bidsapp.evaluate.change import change
 from bidsapp.methods import get
 
 UPPER = np.triu_indices(3)
@@ -206,6 +207,123 @@ def test_dti_counts(rng):
     derived = get("estimate_dti").apply(dwi, "cpu")
     assert derived.counts["dti_no_fit"] == 1
     assert derived.counts["dti_nonpositive_signal"] == 2
+
+
+def multishell(rng, *shells, n_b0=3):
+    """Acquisition of (b, directions) or (b, directions, jitter) each."""
+    bvals = [np.zeros(n_b0), *(b + rng.uniform(-1, 1, n) * (jitter[0] if jitter else 0)
+                               for b, n, *jitter in shells)]
+    g = rng.normal(size=(sum(map(len, bvals)), 3))
+    return Acquisition(np.concatenate(bvals), g / np.linalg.norm(g, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize(("shells", "b_max", "highest"), [
+    ([(700, 12), (1500, 30), (3000, 30)], 1500, 1500),
+    ([(1000, 30), (1550, 30, 40), (3000, 30)], 1500, 1600),  # nominal 1500: the whole shell
+    ([(1000, 30), (1700, 30)], 1500, 1000),
+    ([(2000, 30), (3000, 30)], 1500, 2000),
+    ([(500, 3), (2000, 30), (3000, 30)], 1500, 2000),
+    ([(1000, 30), (3000, 30)], 3000, 3000),
+    ([(1000, 5)], 1500, 1000)])
+def test_volumes_of_a_tensor(rng, shells, b_max, highest):
+    acq = multishell(rng, *shells)
+    chosen = tensor.volumes(acq, float(b_max))
+    np.testing.assert_array_equal(chosen, np.flatnonzero(acq.bvals <= highest))
+
+
+def test_volumes_without_shells(rng):
+    """b-values that pass into one another count one by one; without b0 two of them are needed."""
+    b = np.linspace(300, 4000, 80)
+    acq = Acquisition(b, multishell(rng, (1, 80), n_b0=0).bvecs)
+    assert len(acq.shells) == 1
+    np.testing.assert_array_equal(tensor.volumes(acq), np.flatnonzero(b <= 1575))
+    acq = multishell(rng, (1000, 30), (2500, 30), (4000, 30), n_b0=0)
+    np.testing.assert_array_equal(tensor.volumes(acq), np.arange(60))
+
+
+def low_shells(acq, most=1500):
+    """What dipy is to fit: the volumes of b up to this, chosen without this program's rule."""
+    return np.flatnonzero(acq.bvals < 1.05 * most)
+
+
+def dti(signal, acq):
+    dwi = Dwi(np.asarray(signal, np.float32), np.ones((len(signal), 1, 1), bool), np.eye(4), acq)
+    return get("estimate_dti").apply(dwi, "cpu")
+
+
+def test_dti_is_dipys_up_to_b_1500_on_simulated_shells(rng):
+    """White matter of two compartments, and CSF, b up to 6000, Rician noise: a tensor through all
+    shells makes both MDs much too low."""
+    acq = multishell(rng, (700, 20), (1500, 30), (3000, 40), (6000, 60))
+    turn = np.linalg.qr(rng.normal(size=(400, 3, 3)))[0]
+    fast, slow = (np.einsum("vij,j,vkj->vik", turn, np.array(e) * 1e-3, turn)
+                  for e in ([1.9, 0.5, 0.5], [0.9, 0.05, 0.05]))
+    white = 0.7 * signals(acq, fast, 300.0) + 0.3 * signals(acq, slow, 300.0)
+    clean = np.concatenate([white, np.broadcast_to(
+        signals(acq, 3e-3 * np.eye(3)[None], 900.0), (400, len(acq)))])
+    noisy = np.hypot(clean + rng.normal(0, 15, clean.shape), rng.normal(0, 15, clean.shape))
+    found = dti(noisy, acq)
+    part, signal = low_shells(acq), noisy.astype(np.float32)
+    peer = TensorModel(acq[part].to_dipy(), fit_method="WLS").fit(signal[:, part])
+    np.testing.assert_allclose(found.maps["fa"], peer.fa, atol=2e-5)
+    np.testing.assert_allclose(found.maps["md"], peer.md, rtol=2e-4)
+    every = TensorModel(acq.to_dipy(), fit_method="WLS").fit(signal)
+    wm, csf = np.median(found.maps["md"].reshape(2, 400), axis=1)
+    assert wm > 1.3 * np.median(every.md[:400]) and wm == pytest.approx(0.7e-3, rel=0.05)
+    assert csf > 2 * np.median(every.md[400:]) and csf == pytest.approx(2.95e-3, rel=0.05)
+    assert found.counts["dti_shells"] == "700 1500"
+    assert found.parameters["Shells"] == [700, 1500]
+    (notice,) = found.notices
+    assert "fitted to 20 × b 700, 30 × b 1500" in notice
+    assert "Left out: 40 × b 3000, 60 × b 6000 s/mm²" in notice
+
+
+@pytest.mark.parametrize("parts", [
+    ["mdt_multishell/sub-01/dwi/sub-01_acq-b1kb2k"],
+    [f"nyu_3shell/sub-D3/dwi/sub-D3_acq-{a}" for a in ("b1000", "b250b2000")]],
+    ids=lambda parts: parts[0].split("/")[0])
+def test_dti_is_dipys_up_to_b_1500_on_real_shells(test_data, parts):
+    """Voxels with positive signals: FA within 1e-4, MD within 1e-4 relative, in 99 % of them."""
+    stems = [test_data(p.split("/")[0]) / p.split("/", 1)[1] for p in parts]
+    acq = concatenate([Acquisition(np.loadtxt(f"{s}_dwi.bval"), np.loadtxt(f"{s}_dwi.bvec").T)
+                       for s in stems])
+    signal = np.concatenate([np.asarray(nib.load(f"{s}_dwi.nii.gz").dataobj, np.float32)
+                             for s in stems], axis=-1).reshape(-1, len(acq))
+    s0 = signal[:, acq.b0].mean(1)
+    signal = signal[(signal > 0).all(1) & (s0 > 0.3 * np.percentile(s0, 95))]
+    part = low_shells(acq)
+    assert acq.bvals[part].max() < 1100 and acq.bvals.max() > 1900
+    found = dti(signal, acq)
+    peer = TensorModel(acq[part].to_dipy(), fit_method="WLS").fit(signal[:, part])
+    close = (np.abs(found.maps["fa"] - peer.fa) < 1e-4) & (
+        np.abs(found.maps["md"] - peer.md) < 1e-4 * peer.md)
+    assert len(signal) > 5000 and close.mean() >= 0.99
+    every = TensorModel(acq.to_dipy(), fit_method="WLS").fit(signal)
+    assert np.median(found.maps["md"]) > 1.05 * np.median(every.md)
+
+
+def test_dti_says_that_it_takes_a_high_shell(rng):
+    acq = multishell(rng, (2000, 30), (3000, 30))
+    d, _, _ = tensors(4, rng)
+    (notice,) = dti(signals(acq, d, 500.0), acq).notices
+    assert "fitted to 30 × b 2000 s/mm². Left out: 30 × b 3000 s/mm²." in notice
+    assert "b = 1500 s/mm² do not determine a tensor" in notice
+    acq = multishell(rng, (1000, 30))
+    assert not dti(signals(acq, d, 500.0), acq).notices
+
+
+def test_figures_of_a_page_show_one_tensor(rng):
+    """What compares a run before and after harmonization takes the shells that dti takes, although
+    a tensor through all shells differs."""
+    assert get("estimate_dti").settings("fit")["b_max"] == tensor.B_MAX
+    acq = multishell(rng, (1000, 30), (3000, 30))
+    slow, fast = tensors(50, rng, high=0.6e-3)[0], tensors(50, rng, low=1e-3)[0]
+    dwi = Dwi((150 * (signals(acq, slow) + signals(acq, fast))).astype(np.float32),
+              np.ones((50, 1, 1), bool), np.eye(4), acq)
+    found, every = get("estimate_dti").apply(dwi, "cpu").maps, fit(dwi.signal.copy(), acq)
+    for name, (before, _) in change(dwi, dwi, "cpu").maps.items():
+        np.testing.assert_array_equal(found[name], before)
+        assert (np.abs(every[name] - before) > 0.05 * before).mean() > 0.5
 
 
 def test_fa_and_md_of_attenuations_are_those_of_the_tensor(rng):

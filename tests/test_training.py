@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from bidsapp.errors import DataError, UsageError
+from bidsapp.progress import track
 from bidsapp.training import Schedule, processes, seeded, train
 
 TRUTH = torch.tensor([[1.0], [-2.0], [0.5]])
@@ -98,6 +100,89 @@ def test_another_training_is_not_resumed(tmp_path):
     saved.write_bytes(before[:50])
     with pytest.raises(UsageError, match="cannot be read as the state of a training"):
         learn(Schedule(4, 0.02), saved=saved)
+
+
+@pytest.mark.parametrize("decay", ["constant", "step", "cosine"])
+@pytest.mark.parametrize("steps", [10, 14, 20, 40])
+def test_an_interrupted_training_goes_on_to_another_number_of_steps(tmp_path, caplog, decay, steps):
+    """From the step of the state on the learning rate is that of a training of this length; the
+    losses of the rows are means over the steps since the row before. A state beyond that many steps
+    is taken as it is."""
+    saved = tmp_path / "state.ckpt"
+    before = Schedule(20, 0.02, decay=decay, validate_every=8)
+    rows = learn(before, saved=saved)[1]  # validated at 8, 16 and 20
+    asked = Schedule(steps, 0.02, decay=decay, validate_every=8)
+    whole = learn(asked)[1]
+    calls = []
+
+    def counted(model, batch):
+        calls.append(squared(model, batch))
+        return calls[-1]
+
+    with caplog.at_level("INFO", "qsphere"):
+        model = linear(1)
+        more = train(model, four, counted, asked, seed=3, device="cpu", saved=saved)
+    if steps <= 20:
+        assert more == rows and not calls
+        assert (f"holds 20 steps, {steps} were asked for" in caplog.text) and saved.exists()
+        return
+    assert f"resumed at step 20 of {steps} (before: of 20) from {saved}" in caplog.text
+    assert [row["step"] for row in more] == [8, 16, 20, 24, 32, 40] and len(calls) == 20
+    rates = {row["step"]: row["learning_rate"] for row in whole}
+    assert [row["learning_rate"] for row in more[3:]] == pytest.approx(
+        [rates[step] for step in (24, 32, 40)], abs=1e-9)
+    losses = [float(value.detach()) for value in calls]
+    assert [row["loss"] for row in more[3:]] == pytest.approx(
+        [sum(part) / len(part) for part in (losses[:4], losses[4:12], losses[12:])])
+    assert len(learn(asked, saved=saved)[1]) == 6, "the state is that of the new length"
+
+
+def test_fewer_steps_than_asked_before_end_an_interrupted_training(tmp_path):
+    """Interrupted at step 10 of 30; 15 are asked for."""
+    class Stop(Exception):
+        pass
+
+    def stop(model, batch):
+        if len(seen) == 12:
+            raise Stop
+        seen.append(1)
+        return squared(model, batch)
+
+    seen, saved = [], tmp_path / "state.ckpt"
+    with pytest.raises(Stop):
+        train(linear(), four, stop, Schedule(30, 0.02, decay="cosine", validate_every=5),
+              seed=3, device="cpu", saved=saved)
+    rows = learn(Schedule(15, 0.02, decay="cosine", validate_every=5), saved=saved)[1]
+    assert [row["step"] for row in rows] == [5, 10, 15]
+    assert rows[-1]["learning_rate"] == pytest.approx(0, abs=1e-12)
+
+
+def test_says_how_far_it_is_where_no_terminal_shows(monkeypatch, caplog):
+    """A line a minute; each step, where a minute is no time."""
+    monkeypatch.setattr("bidsapp.training.LOG_EVERY", 0.0)
+    with caplog.at_level("INFO", "qsphere"):
+        learn(Schedule(6, 0.02, validate_every=3, patience=9), validate=error, name="a network")
+    lines = [r.getMessage() for r in caplog.records]
+    assert lines[0] == "a network: training for 6 steps at most"
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        f"a network: step {k} of 6" for k in range(1, 7)]
+    assert re.search(r"step 2 of 6, loss \d\S*, about \d+ s left", lines[2])
+    assert re.search(r"step 5 of 6, .*, validation \d\S* at step 3 \(best \d\S*\), about", lines[5])
+    caplog.clear()
+    monkeypatch.setattr("bidsapp.training.LOG_EVERY", 60.0)
+    with caplog.at_level("INFO", "qsphere"):
+        learn(Schedule(6, 0.02))
+    assert len(caplog.records) == 1
+
+
+def test_steps_of_other_work_are_told(monkeypatch, caplog):
+    clock = iter([0.0, 0.0, 120.0, 260.0])
+    monkeypatch.setattr("bidsapp.progress.time.monotonic", lambda: next(clock))
+    with caplog.at_level("INFO", "qsphere"):
+        assert list(track([7, 8, 9], "rish: registering")) == [7, 8, 9]
+    assert [r.getMessage() for r in caplog.records] == [
+        "rish: registering 1 of 3", "rish: registering 2 of 3, about 4 min left",
+        "rish: registering 3 of 3, about 2 min left"]
 
 
 def test_stops_early_and_keeps_the_best():

@@ -33,6 +33,7 @@ from bidsapp.methods import Fitted, Study
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.methods.scope import hashed, short
 from bidsapp.preprocess import pairs, tissue
+from bidsapp.progress import track
 
 log = logging.getLogger("qsphere")
 
@@ -140,7 +141,7 @@ def _tested(method: Harmonizer, study: Study, model: Checkpoint, batch: str,
             own: Sequence[pairs.Pair]) -> Iterator[dict[str, Any]]:
     """Rows of `squares` of some pairs, and whose they are."""
     run = None
-    for pair in own:
+    for pair in track(own, f"{method.name}: testing"):
         source, target, move = method.register(study, pair, not method.sloppy, study.states)
         if pair.source != run:
             run = pair.source

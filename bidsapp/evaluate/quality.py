@@ -70,6 +70,7 @@ IDENTIFIERS = {
     "shell": "Shell of the signal, by its b in s/mm²",
     "tissue": "wm: white matter, gm: grey matter",
     "measure": "What the error is of: signal, S/S0; fa and md, of the shell's tensor",
+    "dti_shells": "Shells that the diffusion tensor was fitted to, by their b in s/mm²",
     "fold": "Number of the training, of which this participant was no part",
     "data": "What of: measured, harmonized, or the table of that name",
     "statistic": "icc: ICC(3,1) of people scanned in every batch; cov: SD between batches over the "

@@ -36,14 +36,14 @@ class Derived:
     """What a method makes of one Dwi.
 
     maps: (voxel,) or (voxel, k) float32 per key of the method's outputs.json.
-    counts: voxels that were handled in a special way, for the QC table.
+    counts: voxels that were handled in a special way, and the shells used, for the QC table.
     parameters: what the sidecar's Model.Parameters should say.
     valid: (voxel,) bool, where there is an estimate (maps are 0 elsewhere); None for everywhere.
     notices: sentences for the report. synthetic: signals that were computed, not measured.
     """
 
     maps: Mapping[str, np.ndarray]
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int | str] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     valid: np.ndarray | None = None
     notices: Sequence[str] = ()
@@ -241,17 +241,37 @@ def names(kind: str = "") -> list[str]:
 
 
 def get(name: str, kind: str = "") -> Method:
-    """The method in folder `name`, or `kind + "_" + name`.
+    """Load a method by the name of its folder or by its short name.
 
-    Raises:
-        UsageError: no such method; lists those there are, and the nearest.
+    Parameters
+    ----------
+    name : str
+        Of the folder (`harmonize_rish`), or what follows its kind (`rish`).
+    kind : str
+        `estimate`, `harmonize`, …: only methods of this kind; default: of any.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    UsageError
+        No method has this name (lists those there are, and the nearest), or several have.
     """
-    folder = name if not kind or name.startswith(f"{kind}_") else f"{kind}_{name}"
-    if folder not in (found := names(f"{kind}_" if kind else "")):
-        near = difflib.get_close_matches(folder, found, 1, 0.5)
+    found = names(f"{kind}_" if kind else "")
+    fitting = [n for n in found if n == name] or [n for n in found if n.partition("_")[2] == name]
+    if len(fitting) > 1:
+        raise UsageError(f"{name} is the short name of {' and '.join(fitting)}. Needed is one of "
+                         "them: give its whole name.")
+    if not fitting:
+        folder = name if not kind or name.startswith(f"{kind}_") else f"{kind}_{name}"
+        short = [n.partition("_")[2] or n for n in found] if "_" not in folder else found
+        near = difflib.get_close_matches(folder, short, 1, 0.5)
         raise UsageError(
             f"no such method yet: {name}. Available{f' to {kind}' if kind else ''} are: "
             f"{', '.join(found) or 'none'}." + (f" Did you mean {near[0]}?" if near else ""))
+    (folder,) = fitting
     module = importlib.import_module(f"bidsapp.methods.{folder}.method")
     (cls,) = [c for c in vars(module).values()
               if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__]

@@ -265,7 +265,7 @@ class PairedHarmonizer(shared.Harmonizer):
             epochs = study.epochs or epochs
             every = math.ceil(min(max(map(len, mine)), recipe["epoch"]) / size)
             steps = min(epochs * every, study.max_steps or epochs * every)
-            schedule = training.Schedule(steps, validate_every=min(every, steps), **options)
+            schedule = training.Schedule(steps, validate_every=every, **options)
 
             def draw(generator: torch.Generator, size: int = size) -> list[training.Batch]:
                 return [learner.draw(size, generator)]
@@ -273,8 +273,8 @@ class PairedHarmonizer(shared.Harmonizer):
             histories.append(training.train(
                 learner.model, draw, learner.loss, schedule, seed=study.seed, device=study.device,
                 validate=validate if len(others) else None,
-                saved=study.states / f"{name}.{number}.ckpt" if study.states else None, name=name,
-                devices=study.devices))
+                saved=study.states / f"{name}.{number}.ckpt" if study.states else None,
+                name=f"{name}, stage {number} of {len(recipe['stages'])}", devices=study.devices))
             found = min(row.get("validation", -math.inf) for row in histories[-1])
             if found < best or not len(others):
                 best = found

@@ -20,6 +20,7 @@ from bidsapp.methods import Study
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.networks.shresnet import CENTRE, SHResNet, neighbours, patches
 from bidsapp.preprocess import intensity, pairs
+from bidsapp.progress import track
 
 BLOCK = 1024
 """Voxels that pass a network at a time: what they become stays in the cache."""
@@ -163,9 +164,10 @@ class Travellers:
         kept = study.states or folder
         if (together := math.prod(study.devices)) > 1:
             # each process registers its share, and finds those of the others
-            for pair in found[training.processes()[0]::together]:
+            share = found[training.processes()[0]::together]
+            for pair in track(share, f"{method.name}: registering, this process:"):
                 method.register(study, pair, deformable, kept)
-        for i, pair in enumerate(found):
+        for i, pair in enumerate(track(found, f"{method.name}: registering")):
             source, target, move = method.register(study, pair, deformable, kept)
             move.save(folder / f"{i}.npz")
             aligned = pairs.Aligned(**vars(move), image=pairs.carried(source, l_max, move),
@@ -185,7 +187,8 @@ class Travellers:
         reference."""
         own = [p for p in self.pairs if p.participant in people]
         runs = {run for p in own for run in (p.source, p.target)}
-        of = {run: self._quantiles(run) for run in sorted(runs)}
+        of = {run: self._quantiles(run)
+              for run in track(sorted(runs), f"{self.method.name}: intensities")}
         return np.mean([np.mean([(of[p.source], of[p.target]) for p in own
                                  if p.participant == person], axis=0)
                         for person in sorted(people)], axis=0)
@@ -196,7 +199,7 @@ class Travellers:
         files = [self.folder / str(k) / "warped" for k in range(len(self.samples))]
         for file in files:
             file.unlink(missing_ok=True)
-        for i, pair in enumerate(self.pairs):
+        for i, pair in enumerate(track(self.pairs, f"{self.method.name}: warping intensities")):
             dwi = self.method.load(self.study, pair.source)
             new = replace(dwi, signal=intensity.warped(dwi, quantiles[1], quantiles[0])[0])
             move = pairs.Move.load(self.folder / f"{i}.npz")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,51 @@ def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list
     return usable
 
 
+def shells_outside(acquisition: Acquisition, shells: Sequence[Shell], card: Card
+                   ) -> tuple[dict[str, Any], list[str]]:
+    """Describe the shells of a run that a network does not use, or was not trained with.
+
+    More shells than in training are all used: on simulated signals of five shells, weights
+    trained with one to four had smaller errors than on any four of them, at the same coverage.
+
+    Parameters
+    ----------
+    acquisition : Acquisition
+        Of the run.
+    shells : sequence of Shell
+        Those that `check` returned for it.
+    card : Card
+        Of the network.
+
+    Returns
+    -------
+    parameters : dict
+        Keys for the sidecar.
+    notices : list of str
+        The same in sentences.
+    """
+    known, short = card.trained_for, card.method.removeprefix("estimate_")
+    used = {tuple(s.indices) for s in shells}
+    dropped = [s for s in acquisition.shells if tuple(s.indices) not in used]
+    parameters: dict[str, Any] = {}
+    notices = []
+    if dropped:
+        (low, high), fewest = known["b"], known["directions"][0]
+        parameters["ShellsLeftOut"] = [round(s.b) for s in dropped]
+        notices.append(
+            f"{short}: left out {', '.join(f'{len(s)} × b {s.b:.0f}' for s in dropped)} s/mm². "
+            f"The network was trained for b = {1000 * low:.0f}–{1000 * high:.0f} s/mm², {fewest} "
+            f"or more directions and b_delta {', '.join(f'{d:g}' for d in known['b_delta'])}.")
+    if "shells" in known and len(shells) > known["shells"][1]:
+        most = known["shells"][1]
+        parameters["OutOfDistribution"] = [f"{len(shells)} shells, trained with up to {most}"]
+        notices.append(
+            f"{short}: used {len(shells)} shells, and was trained with up to {most}. The intervals "
+            f"were not calibrated for that. Compare with an estimate from {most} shells, or train "
+            f"a network for this acquisition (group --train {card.method}).")
+    return parameters, notices
+
+
 def known_power(card: Card) -> Float[torch.Tensor, "case degree"]:
     """Of the densities, that the hints of a network's training were made with.
 
@@ -157,8 +202,10 @@ def shipped(name: str) -> Checkpoint:
 
 
 def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
-             ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, Any], np.ndarray]:
-    """Maps, counts of special voxels, parameters for the sidecar, and where there is an estimate.
+             ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, Any], np.ndarray,
+                        list[str]]:
+    """Maps, counts of special voxels, parameters for the sidecar, where there is an estimate, and
+    notices.
 
     Maps are the parameters, NAME_std, odf (coefficients up to degree 8) and flag: 1 where the
     signal does not look like the simulated ones, 2 where the noise lies above their range.
@@ -212,12 +259,13 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     counts = {f"{short}_no_b0_signal": int((~usable).sum()),
               f"{short}_strange_signal": int((maps["flag"] == 1).sum()),
               f"{short}_noise_out_of_range": int((maps["flag"] == 2).sum())}
+    outside, notices = shells_outside(acquisition, shells, card)
     return maps, counts, {
-        "Weights": card.sha256, "Shells": [round(s.b) for s in shells],
+        "Weights": card.sha256, "Shells": [round(s.b) for s in shells], **outside,
         "Uncertainty": "± 1.645 SD cover 90 % of held-out simulated truths, by predicted SD, "
                        "estimated coherence of fibres and noise",
         "NoiseSD": dwi.noise_sd if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
-        "TrainedFor": dict(card.trained_for)}, usable
+        "TrainedFor": dict(card.trained_for)}, usable, notices
 
 
 def clamped(tissue: Tissue, mean: Float[torch.Tensor, "voxel n"]) -> Float[torch.Tensor, "voxel n"]:

@@ -20,6 +20,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.preprocess import tissue
+from bidsapp.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def of_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels: int, se
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(np.array(runs))[:RUNS]
     found = []
-    for run in chosen:
+    for run in track(list(chosen), "measured densities: run"):
         dwi = load(str(run))
         where = np.zeros(len(dwi.signal), bool)
         where[rng.permutation(len(where))[:max(1, voxels // len(chosen))]] = True

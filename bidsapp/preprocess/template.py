@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bidsapp.preprocess import anatomy, pairs
+from bidsapp.progress import track
 
 ROUNDS = 2
 """The first template is one person's image, each further one the mean after a registration to the
@@ -70,8 +71,9 @@ def build(images: Sequence[Image], work_dir: Path | None = None
     start = sorted(images, key=lambda i: i.volume)[(len(images) - 1) // 2]
     affine, shape = _grid(images, start)
     template = Image(start.at(pairs.world(shape, affine)).astype(np.float32), affine)
-    for _ in range(ROUNDS):
-        places = [locate(template, image, work_dir) for image in images]
+    for number in range(1, ROUNDS + 1):
+        places = [locate(template, image, work_dir) for image in track(
+            images, f"template, round {number} of {ROUNDS}: registering")]
         mean = np.mean([image.at(p) for image, p in zip(images, places, strict=True)], axis=0)
         template = Image(mean.astype(np.float32), affine)
     return template, places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from bidsapp import tensor
 from bidsapp.acquisition import Acquisition
@@ -10,34 +11,59 @@ from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.methods import Derived, Method
-
-INDEPENDENT = 0.01
-"""The design's columns, scaled to unit length, need singular values above this."""
+from bidsapp.methods.scope import shown
 
 
 class Tensor(Method):
     """FA, MD, AD, RD, principal direction, S0, residual SD; standard errors of FA and MD."""
 
+    def volumes(self, acquisition: Acquisition) -> np.ndarray:
+        """Indices of the volumes that the tensor is fitted to (`tensor.volumes`)."""
+        return tensor.volumes(acquisition, self.settings("fit")["b_max"])
+
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal where the b-tensors do not determine six tensor entries and S0."""
-        x = tensor.design(acquisition.btensors)
-        length = np.linalg.norm(x, axis=0)
-        values = np.linalg.svd(x / np.where(length > 0, length, 1), compute_uv=False)
-        if (rank := int((values > INDEPENDENT).sum())) < tensor.TERMS:
+        known = tensor.rank(acquisition[self.volumes(acquisition)].btensors)
+        if known < tensor.TERMS:
             shells = ", ".join(f"{len(s)} at b = {s.b:.0f} (b_delta {s.b_delta:.2g})"
                                for s in acquisition.shells) or "none weighted"
             raise Refusal(
-                f"the tensor has 7 unknowns, this acquisition determines {rank}: "
+                f"the tensor has 7 unknowns, this acquisition determines {known}: "
                 f"{int(acquisition.b0.sum())} volumes without weighting, {shells}. Needed are 6 or "
                 "more directions that differ and do not lie on one cone, and a b0 or a second "
                 "b-value. Acquire these, or leave dti out of --estimate.")
 
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         self.check(dwi.acquisition)
-        x = tensor.design(dwi.acquisition.btensors)
-        maps = map_voxels(lambda signal: tensor.fit(signal, x), dwi.signal, device)
-        failed, clamped, saturated = (maps.pop(k) for k in ("failed", "clamped", "saturated"))
-        counts = {"dti_no_fit": int(failed.sum()), "dti_negative_eigenvalue": int(clamped.sum()),
-                  "dti_saturated_fa": int(saturated.sum()),
-                  "dti_nonpositive_signal": int((dwi.signal <= 0).any(axis=1).sum())}
-        return Derived(maps, counts, {"FitMethod": "wls", "Iterations": 1}, ~failed)
+        chosen, b_max = self.volumes(dwi.acquisition), self.settings("fit")["b_max"]
+        used = dwi.acquisition[chosen]
+        x = tensor.design(used.btensors)
+
+        def fit(signal: torch.Tensor) -> dict[str, torch.Tensor]:
+            part = signal if len(chosen) == signal.shape[1] else signal[:, chosen]
+            return {**tensor.fit(part, x), "nonpositive": (part <= 0).any(dim=1)}
+
+        maps = map_voxels(fit, dwi.signal, device)
+        failed, clamped, saturated, nonpositive = (
+            maps.pop(k) for k in ("failed", "clamped", "saturated", "nonpositive"))
+        counts: dict[str, int | str] = {
+            "dti_no_fit": int(failed.sum()), "dti_negative_eigenvalue": int(clamped.sum()),
+            "dti_saturated_fa": int(saturated.sum()),
+            "dti_nonpositive_signal": int(nonpositive.sum()),
+            "dti_shells": " ".join(f"{s.b:.0f}" for s in used.shells)}
+        parameters = {"FitMethod": "wls", "Iterations": 1, "MaximumB": b_max,
+                      "Shells": [round(s.b) for s in used.shells], "Volumes": len(chosen)}
+        return Derived(maps, counts, parameters, ~failed, _notices(dwi.acquisition, chosen, b_max))
+
+
+def _notices(acquisition: Acquisition, chosen: np.ndarray, b_max: float) -> list[str]:
+    """Which shells the tensor was fitted to, unless these are all that there are, up to b_max."""
+    others = np.setdiff1d(np.flatnonzero(~acquisition.b0), chosen)
+    rest = acquisition[others].shells if len(others) else ()
+    fitted = acquisition[chosen].shells
+    text = f"Diffusion tensor: fitted to {shown(fitted)} s/mm²."
+    text += f" Left out: {shown(rest)} s/mm²." if rest else ""
+    if max(s.b for s in fitted) > (1 + tensor.B_TOLERANCE) * b_max:
+        return [f"{text} Shells up to b = {b_max:.0f} s/mm² do not determine a tensor, so the next "
+                "higher one was used. Expect a lower MD, by kurtosis."]
+    return [f"{text} Above b = {b_max:.0f} s/mm² kurtosis lowers MD."] if rest else []

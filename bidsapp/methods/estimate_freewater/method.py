@@ -65,18 +65,19 @@ class FreeWater(Method):
 
         water = water_attenuation(measured, acquisition)
         b0 = torch.as_tensor(acquisition.b0, device=device)
-        x = tensor.design(acquisition.btensors)
+        chosen = tensor.volumes(acquisition)
+        x = tensor.design(acquisition[chosen].btensors)
         decay = torch.as_tensor(water, dtype=torch.float32, device=device)
 
         def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
             shares, level = network.relative(signal, b0)
             fraction, sd = model(shares)
             removed = torch.where(fraction > MOST_WATER, 0, fraction) * level
-            fit = tensor.fit(signal - removed[:, None] * decay, x)
+            fit = tensor.fit((signal - removed[:, None] * decay)[:, chosen], x)
             fa, md, failed = fit["fa"], fit["md"], fit["failed"]
             asis = (removed == 0) | failed | fit["clamped"]
             if asis.any():
-                plain = tensor.fit(signal[asis], x)
+                plain = tensor.fit(signal[asis][:, chosen], x)
                 fa[asis], md[asis], failed[asis] = (plain[k] for k in ("fa", "md", "failed"))
             return {"fraction": fraction, "fraction_std": sd, "fa": fa, "md": md, "asis": asis,
                     "usable": (level > 0) & ~failed}

@@ -22,6 +22,7 @@ from bidsapp.errors import DataError, UsageError
 from bidsapp.methods import Fitted, Harmonized, Study, scope
 from bidsapp.methods import harmonizer as shared
 from bidsapp.preprocess import intensity
+from bidsapp.progress import track
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,8 +69,9 @@ class Mica(shared.Harmonizer):
 
     def _people(self, study: Study, rows: pd.DataFrame) -> np.ndarray:
         """(participant, shell, GRID) quantiles; runs of one participant are averaged."""
-        return np.stack([np.mean([self._quantiles(study, run) for run in own["run"]], axis=0)
-                         for _, own in rows.groupby("participant", sort=True)])
+        people = [own["run"] for _, own in rows.groupby("participant", sort=True)]
+        return np.stack([np.mean([self._quantiles(study, run) for run in runs], axis=0)
+                         for runs in track(people, f"{self.name}: participants")])
 
     def _quantiles(self, study: Study, run: str) -> np.ndarray:
         """(shell, GRID) of one run."""

@@ -27,6 +27,7 @@ from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import Fitted, Harmonized, Study, scope
 from bidsapp.methods import harmonizer as shared
 from bidsapp.preprocess import pairs, template
+from bidsapp.progress import track
 
 WANTED = 16
 """Participants of every batch that the means needed to be stable (Cetin Karayumak et al. 2019)."""
@@ -89,12 +90,12 @@ class Rish(shared.Harmonizer):
         known = scope.trained_for(study, batches)
         degrees = [_degree(shell) for shell in known["shells"]]
         runs = [run for rows in batches.values() for run in rows["run"]]
-        images = [self._fa(study, run) for run in runs]
+        images = [self._fa(study, run) for run in track(runs, f"{self.name}: FA")]
         mean, places = template.build(images, study.states)
         least, doubts = self._alike(runs, images, mean, places)
         metrics = {"template_correlation": round(least, 3)}
         at = dict(zip(runs, places, strict=True))
-        groups = {b: self._group(study, rows, at, degrees) for b, rows in batches.items()}
+        groups = {b: self._group(study, b, at, degrees, rows) for b, rows in batches.items()}
         checkpoints = {}
         for batch in targets:
             where = (mean.values > 0) & np.all(
@@ -141,13 +142,14 @@ class Rish(shared.Harmonizer):
             "usual. Check its mask and its b-table, or leave it out with --participant-label."
             for run, value in zip(runs, found, strict=True) if value < ALIKE]
 
-    def _group(self, study: Study, rows: pd.DataFrame, at: Mapping[str, np.ndarray],
-               degrees: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _group(self, study: Study, batch: str, at: Mapping[str, np.ndarray],
+               degrees: Sequence[int], rows: pd.DataFrame) -> tuple[np.ndarray, list[np.ndarray]]:
         """Share of people seen (x, y, z), and per shell mean RISH (degree, x, y, z) of those seen,
         0 where nobody is. Everyone counts alike, however many runs they have."""
         seen: Any = 0
         total: list[Any] = [0] * len(degrees)
-        for _, own in rows.groupby("participant", sort=True):
+        people = [own for _, own in rows.groupby("participant", sort=True)]
+        for own in track(people, f"{self.name}: participants of {batch}"):
             for run in own["run"]:
                 dwi = self.load(study, run)
                 signal = dwi.signal.copy("K")
@@ -163,8 +165,8 @@ class Rish(shared.Harmonizer):
                     total[k] = total[k] + inside * np.stack([
                         template.sample(grid[..., i], dwi.affine, at[run])
                         for i in range(grid.shape[-1])])
-        people = rows["participant"].nunique()
-        return seen / people, [np.where(seen > 0, t / np.maximum(seen, 1e-9), 0) for t in total]
+        return seen / len(people), [
+            np.where(seen > 0, t / np.maximum(seen, 1e-9), 0) for t in total]
 
     def _scales(self, reference: Sequence[np.ndarray], source: Sequence[np.ndarray],
                 where: np.ndarray, affine: np.ndarray, shells: Sequence[Mapping[str, Any]]
