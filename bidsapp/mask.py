@@ -46,6 +46,9 @@ def median_otsu(mean_b0: np.ndarray) -> np.ndarray:
     if not np.any(mean_b0 > 0):
         raise DataError("the mean b0 image has no value above 0 (NaN and infinite values count as "
                         "0), so no brain mask can be made. Check the image, or give a mask.")
+    if np.ptp(mean_b0) == 0:
+        raise DataError(f"the mean b0 image has the same value ({mean_b0.flat[0]:g}) everywhere, "
+                        "so it shows nothing. Convert the series again.")
     _, mask = dipy_median_otsu(mean_b0, median_radius=4, numpass=1)
     mask = clean_cc_mask(mask) if mask.any() else mask
     # by slice: in three dimensions, dark deep grey matter in a thin slab is open above and below
