@@ -253,8 +253,8 @@ def doubt(run: Run, dwi: Dwi, mean_b0: np.ndarray) -> tuple[list[str], dict[str,
         doubts.append(gradients.notice(found))
     for sentence in doubts:
         log.warning("%s: %s", run.name, sentence)
-    return doubts, {"fibre_coherence": found and found.given,
-                    "fibre_coherence_best": found and found.best}
+    return doubts, {"fibre_coherence": found.given if found else None,
+                    "fibre_coherence_best": found.best if found else None}
 
 
 def refused(method: Method, acquisition: Acquisition) -> bool:

@@ -66,6 +66,18 @@ def test_slabs_on_disk_give_the_same_signal(run, tmp_path):
     assert not list(tmp_path.glob("tmp*")), "nothing is left"
 
 
+def test_memory_limit_moves_the_signal_to_disk(run, tmp_path):
+    """The signal is in this process's memory where the limit allows it, and only there."""
+    made = run({"shape": (30, 31, 32)})
+    head, peaks = truth.head((30, 31, 32)), {}
+    for limit in (np.inf, 1):
+        tracemalloc.start()
+        dwi = loaded(made, head, memory=limit, work_dir=tmp_path)
+        peaks[limit] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[1] < 0.4 * dwi.signal.nbytes < dwi.signal.nbytes < peaks[np.inf]
+
+
 def test_integers_with_scaling(run):
     made = run()
     stored = np.random.default_rng(1).integers(-300, 4000, (*SHAPE, 30)).astype(np.int16)
