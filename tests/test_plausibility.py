@@ -187,6 +187,24 @@ def test_the_right_table_is_found(rng, matrix):
         f"The b-vectors are probably wrong: with {wrong.better} in the .bvec")
 
 
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1), (1, 0, 2)])
+def test_the_named_correction_corrects(dwi, order):
+    """A cyclic exchange of axes is not its own inverse."""
+    wrong = with_table(dwi, np.diag([1.0, -1, 1]) @ np.eye(3)[list(order)])
+    found = judged(wrong)
+    named, = [t for t in gradients.tables() if gradients.describe(t) == found.better]
+    mended = judged(with_table(wrong, named))
+    assert mended.better == "" and mended.given == pytest.approx(judged(dwi).given, abs=1e-6)
+
+
+def test_a_few_voxels_do_not_suffice(dwi):
+    mask = np.zeros_like(HEAD)
+    mask[8:11, 9:12, 10:13] = True
+    few = replace(dwi, mask=mask, signal=dwi.signal[mask[HEAD]])
+    found = judged(with_table(few, np.diag([-1.0, 1, 1])))
+    assert found.best > 0.1 > 0 > found.given and found.better == ""
+
+
 def test_all_tables_differ_by_more_than_a_sign():
     tables = gradients.tables()
     assert len(tables) == 24
