@@ -202,7 +202,7 @@ def test_a_few_voxels_do_not_suffice(dwi):
     mask[8:11, 9:12, 10:13] = True
     few = replace(dwi, mask=mask, signal=dwi.signal[mask[HEAD]])
     found = judged(with_table(few, np.diag([-1.0, 1, 1])))
-    assert found.best > 0.1 > 0 > found.given and found.better == ""
+    assert found.best > 0.1 and found.given < 0.3 * found.best and found.better == ""
 
 
 def test_all_tables_differ_by_more_than_a_sign():
