@@ -8,7 +8,7 @@ The map of the house, in the order a run flows through it:
     process.py      one participant: load, apply, write, report
     report/         figures and HTML pages
     bids/           find runs, read b-tables and sidecars; the one writer of derivatives
-    evaluate/       quality, agreement between sites, cross-validation of harmonizers
+    evaluate/       quality, what cannot be right, agreement of sites, cross-validation
     harmonize.py    which harmonizer a run travels on, and whether it may
     methods/        one folder per published method: check, apply, outputs.json, README.md
     microstructure/ spherical networks: trained, calibrated, applied

@@ -21,6 +21,9 @@ from bidsapp.errors import DataError
 B0_MAX = 50.0
 """Volumes with b below this (s/mm²) count as not diffusion-weighted."""
 
+B_MAX = 100_000.0
+"""No acquisition has larger b-values (s/mm²): beyond this the unit is another."""
+
 SHELL_GAP = 0.1
 """Sorted b-values start a new shell where they step by more than max(60 s/mm², this share of b)."""
 
@@ -48,7 +51,7 @@ class Acquisition:
     """A b-table with tensor-valued encoding. Refuses bad state at birth.
 
     Args:
-        bvals: (n,) s/mm², finite, ≥ 0.
+        bvals: (n,) s/mm², 0 to 100 000.
         bvecs: (n, 3) symmetry axes of the b-tensors in world RAS+; unit length (within 2 %,
             then normalised) wherever b ≥ 50 and b_delta ≠ 0, anything finite elsewhere.
         b_delta: (n,) within [−½, 1], or None for linear encoding.
@@ -85,6 +88,9 @@ class Acquisition:
             )
         _first(~np.isfinite(bvals) | (bvals < 0), "b-value {v} of volume {i} is not a number ≥ 0 "
                "s/mm². Correct it, or remove the volume from image and table.", bvals)
+        _first(bvals > B_MAX, f"b-value {{v}} of volume {{i}} is above {B_MAX:,.0f} s/mm², which "
+               "no scanner reaches. b-values are needed in s/mm²: divide values in s/m² by 1 000 "
+               "000, and others by the factor that brings them to what the protocol says.", bvals)
         _first((b_delta < -0.5 - 1e-6) | (b_delta > 1 + 1e-6) | ~np.isfinite(b_delta),
                "b_delta {v} of volume {i} lies outside [-0.5, 1] (1 linear, 0 spherical, -0.5 "
                "planar). Correct the encoding file.", b_delta)

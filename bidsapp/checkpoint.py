@@ -30,8 +30,11 @@ class Card:
     of its constructor. trained_for: acquisitions and ranges outside of which it must refuse.
     training: schedule, samples, device, duration and what the data were. constants: numbers learned
     in training that are not weights. metrics: on held-out data. intended_use: a sentence or two,
-    limits included. sha256: of the weights' file, set when they are packed. Of a harmonizer,
-    reference_batch and batches: those that it maps there.
+    limits included. sha256: of the weights' file and of the rest of the card, set when they are
+    packed. Of a harmonizer, reference_batch and batches: those that it maps there.
+
+    Raises:
+        ValueError: a field has another type, or a harmonizer does not say which sites it maps.
     """
 
     method: str
@@ -46,6 +49,20 @@ class Card:
     reference_batch: str | None = None
     batches: tuple[str, ...] = ()
     sha256: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batches", tuple(self.batches))
+        for kind, names in ((str, ("method", "intended_use", "sha256")), (int, ("seed",)),
+                            (str | None, ("reference_batch",)),
+                            (Mapping, ("network", "trained_for", "training", "versions",
+                                       "constants", "metrics"))):
+            for name in names:
+                if not isinstance(value := getattr(self, name), kind):
+                    raise ValueError(f"{name} is {value!r}, which has another type than a card's")
+        if not all(isinstance(batch, str) for batch in self.batches):
+            raise ValueError(f"batches are {self.batches!r}, not names")
+        if self.method.startswith("harmonize_") and not (self.reference_batch and self.batches):
+            raise ValueError("a harmonizer needs reference_batch and batches")
 
 
 @dataclass(frozen=True)
@@ -75,9 +92,15 @@ def pack(checkpoint: Checkpoint) -> dict[str, bytes]:
     from safetensors.torch import save
 
     weights = save({k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()})
-    card = replace(checkpoint.card, sha256=hashlib.sha256(weights).hexdigest())
+    card = replace(checkpoint.card, sha256=_digest(weights, asdict(checkpoint.card)))
     text = json.dumps(asdict(card), indent=2, allow_nan=False) + "\n"
     return {WEIGHTS: weights, CARD: text.encode()}
+
+
+def _digest(weights: bytes, card: Mapping[str, Any]) -> str:
+    """SHA-256 over the weights' file and all fields of the card but this digest."""
+    fields = json.dumps({**card, "sha256": ""}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(weights + fields.encode()).hexdigest()
 
 
 def load(folder: Path, method: str | None = None) -> Checkpoint:
@@ -92,17 +115,18 @@ def load(folder: Path, method: str | None = None) -> Checkpoint:
     try:
         told = json.loads((folder / CARD).read_text())
         weights = (folder / WEIGHTS).read_bytes()
-        card = Card(**{**told, "batches": tuple(told.get("batches", ()))})
+        card = Card(**told)
+        digest = _digest(weights, told)
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder} holds no checkpoint that can be read ({error}). Needed is a "
                         f"folder with {WEIGHTS} and {CARD}, as group --train writes it, with all "
                         f"of {', '.join(f.name for f in fields(Card))}.") from error
     if method not in (None, card.method):
         raise DataError(f"{folder} holds weights of {card.method}; those of {method} are needed.")
-    if (found := hashlib.sha256(weights).hexdigest()) != card.sha256:
-        raise DataError(f"{folder / WEIGHTS}: its SHA-256 is {found}, but {CARD} says "
-                        f"{card.sha256 or 'nothing'}. The file was changed or damaged; copy or "
-                        "train it again.")
+    if digest != card.sha256:
+        raise DataError(f"{folder}: the SHA-256 of {WEIGHTS} and {CARD} is {digest}, but {CARD} "
+                        f"says {card.sha256 or 'nothing'}. One of the two was changed or damaged; "
+                        "copy or train both again.")
     try:
         return Checkpoint(read(weights), card)
     except SafetensorError as error:

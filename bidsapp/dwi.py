@@ -7,6 +7,7 @@ stand in the C order of `np.nonzero(mask)`.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import zlib
@@ -24,6 +25,9 @@ from bidsapp.errors import DataError
 
 FIXED_MEMORY = 1.5e9
 """Bytes that a process needs beside the signal: libraries, blocks, maps, figures."""
+
+DAMAGE = (OSError, EOFError, ValueError, zlib.error)
+"""What reading a truncated or changed file raises."""
 
 NOISE_VOXELS = 20_000
 """The noise level is estimated on at most this many voxels, spread evenly over the mask."""
@@ -207,7 +211,8 @@ def load(run: Run, mask: np.ndarray, acquisition: Acquisition, *, memory: float 
     where both have b0 volumes.
 
     Raises:
-        DataError: an image is unreadable, truncated, not 4-D, or a volume holds no finite value.
+        DataError: an image is unreadable, damaged (its checksum or length is wrong), not 4-D, or a
+            volume holds no finite value.
     """
     shape = (len(acquisition), int(mask.sum()))
     if peak_memory(shape[1], shape[0]) > memory:
@@ -231,6 +236,7 @@ def load(run: Run, mask: np.ndarray, acquisition: Acquisition, *, memory: float 
             invalid += int(bad.sum())
             values[bad] = 0
             signal[:, offset + i] = values
+        check_end(image)
         part = slice(offset, offset + n)
         b0 = acquisition[part].b0
         if len(run.parts) > 1 and b0.any():
@@ -285,19 +291,63 @@ def _open(run: Run) -> Iterator[tuple[Any, int]]:
 
 
 def open_image(path: Path) -> Any:
-    """A NIfTI image, its data still on disk and its file kept open for reading in order.
+    """A NIfTI image of real numbers, its data still on disk, its file open for reading in order.
 
     Raises:
-        DataError: missing, a broken link, empty, or not an image.
+        DataError: missing, a broken link, empty, not an image, or of complex numbers or colours.
     """
     if not path.exists():
         what = "is a link to a file that is not here" if path.is_symlink() else "does not exist"
         raise DataError(f"{path}: {what}. Fetch it (e.g. `datalad get {path.name}`) or copy it.")
     try:
-        return nib.load(path, keep_file_open=True)
+        image: Any = nib.load(path, keep_file_open=True)
     except Exception as error:  # nibabel raises many kinds on damaged headers
         raise DataError(f"{path}: cannot be read as NIfTI ({error}). "
                         "Copy or convert the file again.") from error
+    if (stored := image.get_data_dtype()).kind not in "iuf":
+        kind = f"complex numbers ({stored})" if stored.kind == "c" else "colours, not numbers"
+        raise DataError(f"{path}: holds {kind}. One real number per voxel is needed: of complex "
+                        "data, write the magnitude and the phase as two files, with part-mag and "
+                        "part-phase in their names.")
+    return image
+
+
+def read_array(image: Any, dtype: Any = None) -> np.ndarray:
+    """All values of an image from `open_image`, scaled as its header says.
+
+    Raises:
+        DataError: the file is damaged: it is truncated, or its checksum or length is wrong.
+    """
+    try:
+        values = np.asarray(image.dataobj, dtype)
+    except DAMAGE as error:
+        raise DataError(f"{image.get_filename()}: ends or breaks before its end ({error}). Copy or "
+                        "make the file again.") from error
+    check_end(image)
+    return values
+
+
+def check_end(image: Any) -> None:
+    """Read on behind the last value: there gzip keeps its checksum, and there the file must end.
+
+    Call it when all values were read in order, so that nothing is read twice.
+
+    Raises:
+        DataError: the checksum or the length is wrong, or something follows the values.
+    """
+    data = image.dataobj
+    # nibabel has no public name for the stream that it keeps open
+    with data._get_fileobj() as stream:
+        try:
+            stream.seek(data.offset + math.prod(data.shape) * data.dtype.itemsize)
+            surplus = stream.read(1)
+        except DAMAGE as error:
+            raise DataError(f"{image.get_filename()}: is damaged: its values are not those that "
+                            f"were written ({error}). Copy or convert the file again.") from error
+    if surplus:
+        raise DataError(f"{image.get_filename()}: is longer than its header says: bytes follow the "
+                        f"last of its values ({' × '.join(map(str, data.shape))}). Copy or convert "
+                        "the file again.")
 
 
 def _reserve(descriptor: int, size: int, folder: Path | None) -> None:
@@ -313,6 +363,6 @@ def _reserve(descriptor: int, size: int, folder: Path | None) -> None:
 def _volume(image: Any, i: int) -> np.ndarray:
     try:
         return np.array(image.dataobj[..., i], dtype=np.float32)  # nibabel's may be read-only
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except DAMAGE as error:
         raise DataError(f"{image.get_filename()}: ends or breaks before volume {i} of "
                         f"{image.shape[3]} ({error}). Copy or convert the file again.") from error

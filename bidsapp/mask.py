@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from bidsapp.dwi import open_image
+from bidsapp.dwi import open_image, read_array
 from bidsapp.errors import DataError
 
 AFFINE_TOLERANCE = 1e-2
@@ -26,12 +25,7 @@ def given(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     if not np.allclose(image.affine, affine, rtol=0, atol=AFFINE_TOLERANCE):
         raise DataError(f"{path}: the mask's affine is not that of the DWI. Resample the mask to "
                         "the DWI, or remove it.")
-    try:
-        values = np.asarray(image.dataobj).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: ends or breaks before its end ({error}). Copy or make the mask "
-                        "again.") from error
-    mask = np.nan_to_num(values) > 0.5
+    mask = np.nan_to_num(read_array(image).reshape(shape)) > 0.5
     if not mask.any():
         raise DataError(f"{path}: the mask is empty. Replace it, or remove it to have one made "
                         "from the mean b0.")
@@ -52,6 +46,9 @@ def median_otsu(mean_b0: np.ndarray) -> np.ndarray:
     if not np.any(mean_b0 > 0):
         raise DataError("the mean b0 image has no value above 0 (NaN and infinite values count as "
                         "0), so no brain mask can be made. Check the image, or give a mask.")
+    if np.ptp(mean_b0) == 0:
+        raise DataError(f"the mean b0 image has the same value ({mean_b0.flat[0]:g}) everywhere, "
+                        "so it shows nothing. Convert the series again.")
     _, mask = dipy_median_otsu(mean_b0, median_radius=4, numpass=1)
     mask = clean_cc_mask(mask) if mask.any() else mask
     # by slice: in three dimensions, dark deep grey matter in a thin slab is open above and below

@@ -265,7 +265,10 @@ MAPS = {
 }
 ODF_KEYS = {"OrientationEncoding": {
     "Type": "sh", "Reference": "xyz", "EncodingAxis": 3, "AntipodalSymmetry": True,
-    "SphericalHarmonicBasis": "descoteaux", "SphericalHarmonicDegree": L_MAX}}
+    "SphericalHarmonicBasis": "descoteaux", "SphericalHarmonicLegacy": False,
+    "SphericalHarmonicNormalization": "orthonormal",
+    "SphericalHarmonicOrder": "l = 0, 2, 4, ..., and m = -l, ..., l for each l",
+    "SphericalHarmonicDegree": L_MAX}}
 
 README = """# A multi-site diffusion MRI phantom
 

@@ -25,7 +25,7 @@ from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
 from bidsapp.checkpoint import CARD
 from bidsapp.dwi import Dwi, Run, load, noise_sd, open_image, read_mean
 from bidsapp.errors import DataError, QSphereError, Refusal
-from bidsapp.evaluate import change, quality
+from bidsapp.evaluate import change, gradients, plausibility, quality
 from bidsapp.mask import given, median_otsu
 from bidsapp.methods import Method
 from bidsapp.options import Options
@@ -192,7 +192,9 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
 
     mask_path = names.output(run.entities, "mask", ".nii.gz", desc="brain")
     batch.image(mask_path, mask.astype("uint8"), like, sidecar.mask(run, dataset, mask_source))
-    findings = Findings(dict(quality.quality(dwi)), figures.of_signal(dwi, mean_b0))
+    doubts, coherence = doubt(run, dwi, mean_b0)
+    findings = Findings(quality.quality(dwi) | coherence, figures.of_signal(dwi, mean_b0),
+                        notices=doubts)
     chosen = chosen_methods(job.options)
     if any(method.wants_tissue and not refused(method, acquisition) for method in chosen):
         dwi, told = tissue_of(run, dwi, job.options.work_dir)
@@ -278,6 +280,24 @@ def dwi_of(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
         raise DataError(f"{run.mask or run.parts[0].image}: {error}") from error
     dwi = load(run, mask, acquisition, memory=memory, work_dir=work_dir)
     return replace(dwi, noise_sd=noise_sd(dwi)), mean_b0
+
+
+def doubt(run: Run, dwi: Dwi, mean_b0: np.ndarray) -> tuple[list[str], dict[str, float | None]]:
+    """Sentences on what is probably wrong with signal or tables, logged, and QC of the b-vectors.
+
+    Raises DataError where the signal cannot be right.
+    """
+    try:
+        doubts = plausibility.check(dwi, mean_b0)
+    except DataError as error:
+        raise DataError(f"{', '.join(str(p.image) for p in run.parts)}: {error}") from error
+    found = gradients.coherence(dwi, btable.fsl_axes(dwi.affine))
+    if found and found.better:
+        doubts.append(gradients.notice(found))
+    for sentence in doubts:
+        log.warning("%s: %s", run.name, sentence)
+    return doubts, {"fibre_coherence": found.given if found else None,
+                    "fibre_coherence_best": found.best if found else None}
 
 
 def refused(method: Method, acquisition: Acquisition) -> bool:

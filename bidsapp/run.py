@@ -195,20 +195,26 @@ def make_work_dir(path: Path) -> None:
 
 def participant_statistics(dataset: Dataset, found: find.Found) -> tuple[pd.DataFrame, list[str]]:
     """One row per processed run: who, batch and covariates (as BIDS_DIR says now), QC and maps."""
-    rows: list[dict[str, Any]] = []
-    covariates: dict[str, Any] = {}
+    done: list[tuple[Run, dict[str, Any]]] = []
     for run in (run for label in found.participants for run in found.runs[label]):
         record = dataset.record(names.output(run.entities, "dwi", ".json", "log"))
         if record.get("state") != "complete":
             log.warning("%s: not processed (or failed), so it is not in the group", run.name)
             continue
-        covariates |= run.covariates
-        rows.append({"participant": run.participant, "session": run.session or "n/a",
-                     "run": run.name, "batch": run.batch, **run.covariates, **record["qc"]})
-    if not rows:
+        done.append((run, record["qc"]))
+    if not done:
         raise UsageError(f"{dataset.root} holds no finished run of these participants. Run the "
                          "participant level first.")
-    return pd.DataFrame(rows), list(covariates)
+    known = dict.fromkeys(c for run, _ in done for c in run.covariates)
+    measured = {c for _, qc in done for c in qc}
+    if taken := [c for c in known if c in measured]:
+        log.warning("participants.tsv: %s left out: the group table has measures by these names. "
+                    "Rename the columns to have them as covariates.", ", ".join(taken))
+    rows = [{"participant": run.participant, "session": run.session or "n/a", "run": run.name,
+             "batch": run.batch,
+             **{c: v for c, v in run.covariates.items() if c not in measured}, **qc}
+            for run, qc in done]
+    return pd.DataFrame(rows), [c for c in known if c not in measured]
 
 
 def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bool]]:

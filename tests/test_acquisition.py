@@ -24,6 +24,7 @@ def unit(rng, n):
     ([0, 1000, 1000], AXES, [1, 1], "one shape per volume"),
     ([0, -5, 1000], AXES, None, "b-value -5 of volume 1"),
     ([0, 1000, np.nan], AXES, None, "b-value nan of volume 2"),
+    ([0, 1000, 100_001], AXES, None, "b-value 100001 of volume 2 is above 100,000.*divide"),
     ([0, 1000, 1000], AXES, [1, 1.2, 1], "b_delta 1.2 of volume 1"),
     ([0, 1000, 1000], AXES, [1, -0.7, 1], "b_delta -0.7 of volume 1"),
     ([0, 1000, 1000], [[0, 0, 0], [1, 0, np.inf], [0, 0, 1]], None, "volume 1 is not finite"),

@@ -116,12 +116,14 @@ def test_given_probabilities_take_the_place_of_atropos(scanned, tmp_path):
     np.testing.assert_allclose(np.median(found, axis=0), third, atol=1e-6)
 
 
-@pytest.mark.parametrize("what", ["truncated", "flat", "part", "link", "series"])
+@pytest.mark.parametrize("what", ["truncated", "damaged", "flat", "part", "link", "series"])
 def test_what_cannot_be_used_is_said(scanned, tmp_path, what):
     dwi, _, path = scanned
     bad = tmp_path / "sub-01_T1w.nii.gz"
     if what == "truncated":
         bad.write_bytes(path.read_bytes()[:20_000])
+    elif what == "damaged":
+        bad.write_bytes(path.read_bytes() + b"x")
     elif what == "flat":
         nib.save(nib.Nifti1Image(np.ones((7, 8, 9), np.float32), np.eye(4)), bad)
     elif what == "series":
@@ -130,9 +132,9 @@ def test_what_cannot_be_used_is_said(scanned, tmp_path, what):
         write_t1w(bad, np.random.default_rng(5), slices=slice(40, 60))
     else:
         bad.symlink_to(tmp_path / "annexed")
-    expected = {"truncated": "ends or breaks", "flat": "no volume with contrast",
-                "series": "no volume with contrast", "part": "covers only",
-                "link": "link to a file that is not here"}[what]
+    expected = {"truncated": "ends or breaks", "damaged": "is damaged",
+                "flat": "no volume with contrast", "series": "no volume with contrast",
+                "part": "covers only", "link": "link to a file that is not here"}[what]
     with pytest.raises(DataError, match=expected):
         anatomy.posteriors(dwi, bad)
 

@@ -117,6 +117,18 @@ def test_table_is_printed(tree, caplog):
         in caplog.text
 
 
+@pytest.mark.parametrize("name", ["participant", "session", "run", "batch"])
+def test_columns_of_the_group_table_are_no_covariates(tree, caplog, name):
+    rows = {p: {**row, "age": 30, name: f"x{p}"} for p, row in SITES.items()}
+    bids = tree(rows)
+    assert found(bids).runs["01"][0].covariates == {"age": 30}
+    assert f"called {name}, so yours are left out" in caplog.text
+    assert ("--batch-column batch" in caplog.text) == (name == "batch")
+    caplog.clear()
+    result = found(bids, "--batch-column", name)
+    assert batches(result)["sub-02"] == "x02" and "left out" not in caplog.text
+
+
 # ambiguity
 
 def test_columns_that_group_alike_are_fine(tree):

@@ -194,6 +194,8 @@ REFUSED = {
     "all zero": (".bval", lambda t: 0 * t, "Give the table"),
     "no b0": (".bval", lambda t: np.maximum(t, 50), "no b0.*smallest is 50"),
     "ms/µm²": (".bval", lambda t: t / 1000, "multiply the table by 1000"),
+    "s/m²": (".bval", lambda t: 1e6 * t, "above 100,000.*divide values in s/m²"),
+    "times 10⁴": (".bval", lambda t: 1e4 * t, "above 100,000.*are needed in s/mm²"),
 }
 
 

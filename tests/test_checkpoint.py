@@ -58,6 +58,38 @@ def test_a_changed_byte_is_noticed(saved):
         load(saved[0], "estimate_test")
 
 
+@pytest.mark.parametrize("change", [
+    {"constants": {"scale": 0.2}}, {"reference_batch": "C"}, {"trained_for": {"b": [0, 9000]}},
+    {"batches": ["A"]}, {"seed": 5}, {"sha256": "0" * 64}, {"sha256": ""},
+], ids=lambda change: next(iter(change)))
+def test_a_changed_card_is_noticed(saved, change):
+    path = saved[0] / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=r"SHA-256.*train both again"):
+        load(saved[0], "estimate_test")
+
+
+def test_a_card_may_be_written_in_another_layout(saved):
+    path = saved[0] / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    assert load(saved[0]).card.constants == CARD.constants
+
+
+@pytest.mark.parametrize("change", [
+    {"network": [3, 2]}, {"constants": None}, {"seed": "4"}, {"method": None}, {"batches": (1,)},
+    {"reference_batch": 3}, {"versions": "2"},
+    {"method": "harmonize_test", "reference_batch": None},
+    {"method": "harmonize_test", "batches": ()},
+], ids=lambda change: "-".join(change))
+def test_cards_of_the_wrong_form_are_not_born(saved, change):
+    with pytest.raises(ValueError):
+        replace(CARD, **change)
+    path = saved[0] / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match="no checkpoint that can be read"):
+        load(saved[0])
+
+
 @pytest.mark.parametrize("change", ["missing", "broken", "unknown", "lacking"])
 def test_a_card_that_is_not_whole_is_refused(saved, change):
     path = saved[0] / "model.json"

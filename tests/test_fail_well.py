@@ -11,6 +11,7 @@ import bids_tree as truth
 import nibabel as nib
 import numpy as np
 import pytest
+from test_plausibility import woven
 from test_run import content, image, qsphere, validate
 
 STEM = "sub-01/dwi/sub-01_dwi"
@@ -42,13 +43,44 @@ def volume_of_nan(data):
     return data
 
 
+def constant_volume(data):
+    data[..., 7] = 0
+    return data
+
+
 def not_fetched(bids):
     path = bids / f"{STEM}.nii.gz"
     path.unlink()
     path.symlink_to("../../.git/annex/objects/x")
 
 
+def flip_a_bit(bids):
+    path = bids / f"{STEM}.nii.gz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def wrapped(data):
+    """Brightest in the middle, as ventricles are: what exceeds 32 767 wraps round."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in truth.SHAPE), indexing="ij")
+    bright = data * (15 + 40 * np.exp(-8 * (x**2 + y**2 + z**2)))[..., None]
+    return bright.astype(np.int64).astype(np.int16)
+
+
 DAMAGE = {
+    "flipped bit": (flip_a_bit, ".nii.gz", "again"),
+    "longer than its header says": (
+        lambda b: (b / f"{STEM}.nii.gz").write_bytes(
+            (b / f"{STEM}.nii.gz").read_bytes() + gzip.compress(b"more")), ".nii.gz", "again"),
+    "complex": (lambda b: rewrite(b, lambda d: d.astype(np.complex64)), ".nii.gz", "part-mag"),
+    "b times 10⁴": (lambda b: edit_table(b, ".bval", lambda v: 1e4 * v), ".bval", "s/mm²"),
+    "b in ms/µm²": (lambda b: edit_table(b, ".bval", lambda v: v / 1e3), ".bval", "by 1000"),
+    "constant": (lambda b: rewrite(b, lambda d: np.full_like(d, 700)), ".nii.gz", "shows nothing"),
+    "constant volume": (lambda b: rewrite(b, constant_volume), ".nii.gz", "Remove them"),
+    "negative": (lambda b: rewrite(b, np.negative), ".nii.gz", "Check the image"),
+    "wrapped": (lambda b: rewrite(b, wrapped), ".nii.gz", "unsigned 16-bit"),
+    "other order": (lambda b: rewrite(b, lambda d: d[..., ::-1]), ".nii.gz", "same order"),
     "no bval": (lambda b: (b / f"{STEM}.bval").unlink(), ".bval", "beside it"),
     "no bvec": (lambda b: (b / f"{STEM}.bvec").unlink(), ".bvec", "beside it"),
     "short bval": (lambda b: edit_table(b, ".bval", lambda v: v[:-1]), ".bval", "xport"),
@@ -88,6 +120,28 @@ def test_one_bad_participant(name, bids_tree, tmp_path, capsys):
     page = (out / "sub-01.html").read_text()
     assert remedy in page and page.rstrip().endswith("</html>")
     assert validate(out) == []
+
+
+def test_flipped_vectors_are_flagged(tmp_path, rng, capsys):
+    """Maps are made, and log, page and QC say what is wrong and how to mend it."""
+    bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
+    right = woven(rng, matrix=truth.affine())
+    image = nib.Nifti1Image(right.unmask(right.signal), right.affine)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, bids / f"{STEM}.nii.gz")
+    np.savetxt(bids / f"{STEM}.bval", right.acquisition.bvals[None], fmt="%g")
+    vectors = truth.fsl(right.acquisition.bvecs, right.affine).T
+    for sign, alarm in ((1, False), (-1, True)):
+        np.savetxt(bids / f"{STEM}.bvec", vectors * [[sign], [1], [1]], fmt="%.9f")
+        assert qsphere(bids, out, "participant", "--estimate", "dti") == 0
+        told = "b-vectors are probably wrong: with the " in capsys.readouterr().err
+        record = json.loads((out / "sub-01/log/sub-01_dwi.json").read_text())
+        qc = record["qc"]
+        assert told == alarm and (qc["fibre_coherence_best"] > qc["fibre_coherence"]) == alarm
+        assert any("correct the .bvec" in n for n in record["notices"]) == alarm
+        assert ("row negated in the .bvec" in (out / "sub-01.html").read_text()) == alarm
+    described = json.loads((out / "sub-01/dwi/sub-01_desc-image_qc.json").read_text())
+    assert described["fibre_coherence"]["Units"] == "1"
 
 
 def test_failed_then_mended(bids_tree, tmp_path):

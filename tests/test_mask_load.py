@@ -2,6 +2,7 @@
 
 import gzip
 import tracemalloc
+from dataclasses import replace
 
 import bids_tree as truth
 import nibabel as nib
@@ -63,6 +64,18 @@ def test_slabs_on_disk_give_the_same_signal(run, tmp_path):
     made = run()
     assert np.array_equal(loaded(made, memory=1, work_dir=tmp_path).signal, loaded(made).signal)
     assert not list(tmp_path.glob("tmp*")), "nothing is left"
+
+
+def test_memory_limit_moves_the_signal_to_disk(run, tmp_path):
+    """The signal is in this process's memory where the limit allows it, and only there."""
+    made = run({"shape": (30, 31, 32)})
+    head, peaks = truth.head((30, 31, 32)), {}
+    for limit in (np.inf, 1):
+        tracemalloc.start()
+        dwi = loaded(made, head, memory=limit, work_dir=tmp_path)
+        peaks[limit] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[1] < 0.4 * dwi.signal.nbytes < dwi.signal.nbytes < peaks[np.inf]
 
 
 def test_integers_with_scaling(run):
@@ -138,6 +151,86 @@ def test_corrupt_gzip(run):
     path.write_bytes(data)
     with pytest.raises(DataError, match="ends or breaks before volume"):
         loaded(made)
+
+
+def loads(made):
+    """Whether a run of one file is loaded without a word."""
+    try:
+        loaded(made)
+    except DataError as error:
+        assert str(made.parts[0].image) in str(error) and "again" in str(error)
+        return False
+    return True
+
+
+def test_no_flipped_bit_passes(run):
+    """Without the checksum at the end of the stream 7 of 8 would. Bytes 3 to 9 of gzip's header
+    (time, system, flags) say nothing about the data."""
+    made = run()
+    path = made.parts[0].image
+    good = path.read_bytes()
+    assert loads(made)
+    for bit in np.random.default_rng(3).choice(np.arange(80, 8 * len(good)), 40, replace=False):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        assert not loads(made), bit
+
+
+def tamper(path, change):
+    """Decompressed bytes changed and compressed again, so that the checksum is right."""
+    path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()))))
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda p: p.write_bytes(p.read_bytes() + b"garbage"), "is damaged"),
+    (lambda p: p.write_bytes(p.read_bytes()[:-4] + b"\x01\0\0\0"), "is damaged"),
+    (lambda p: p.write_bytes(p.read_bytes()[:-8]), "is damaged"),
+    (lambda p: tamper(p, lambda d: d + bytes(4)), "longer than its header says"),
+    (lambda p: tamper(p, lambda d: d[:-4]), "ends or breaks before volume 29"),
+], ids=["garbage", "length", "no trailer", "surplus", "lacking"])
+def test_the_end_of_a_compressed_file(run, change, message):
+    made = run()
+    path = made.parts[0].image
+    change(path)
+    with pytest.raises(DataError, match=f"{path}: .*{message}.*again"):
+        loaded(made)
+
+
+def test_a_stream_of_several_members_is_one(run):
+    """As pigz and bgzip write it; zeros behind it are padding (RFC 1952)."""
+    made = run()
+    path, whole = made.parts[0].image, data_of(made)[HEAD]
+    raw = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(raw[:9000]) + gzip.compress(raw[9000:]) + bytes(512))
+    assert np.array_equal(loaded(made).signal, whole)
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda d: d + b"x", "longer than its header says"), (lambda d: d[:-1], "ends or breaks"),
+])
+def test_the_end_of_an_uncompressed_file(run, change, message):
+    made = run()
+    raw = gzip.decompress(made.parts[0].image.read_bytes())
+    plain = made.parts[0].image.with_suffix("")
+    part = replace(made.parts[0], image=plain)
+    plain.write_bytes(raw)
+    assert np.array_equal(loaded(replace(made, parts=(part,))).signal, data_of(made)[HEAD])
+    plain.write_bytes(change(raw))
+    with pytest.raises(DataError, match=f"{plain}: .*{message}.*again"):
+        loaded(replace(made, parts=(part,)))
+
+
+@pytest.mark.parametrize("dtype,what", [
+    (np.complex64, r"complex numbers \(complex64\).*part-mag"),
+    (np.complex128, r"complex numbers \(complex128\)"),
+    (np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), "colours"),
+])
+def test_what_is_not_one_number_per_voxel(run, dtype, what):
+    made = run()
+    rewrite(made, np.zeros((*SHAPE, 30), dtype))
+    with pytest.raises(DataError, match=f"{made.parts[0].image}: holds {what}"):
+        btable.acquisition_of(made)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", gzip.compress(b"x" * 400)],
@@ -239,6 +332,14 @@ def test_truncated_mask(tmp_path):
     path = mask_file(tmp_path, np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(DataError, match=f"{path}: ends or breaks.*again"):
+        masks.given(path, shape, truth.affine())
+
+
+def test_damaged_mask(tmp_path):
+    shape = (40, 41, 42)
+    path = mask_file(tmp_path, np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
+    path.write_bytes(path.read_bytes() + b"garbage")
+    with pytest.raises(DataError, match=f"{path}: is damaged.*again"):
         masks.given(path, shape, truth.affine())
 
 

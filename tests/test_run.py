@@ -16,6 +16,9 @@ import pandas as pd
 import pytest
 
 from bidsapp import cli
+from bidsapp.bids import find
+from bidsapp.bids.writer import Dataset
+from bidsapp.run import participant_statistics
 
 PARTICIPANT = "participant"
 
@@ -293,6 +296,23 @@ def test_combat_is_not_applied_to_images(processed, tmp_path, capsys):
     bids, _ = processed
     assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--harmonize", "combat") == 2
     assert "group --train harmonize_combat" in capsys.readouterr().err
+
+
+def test_group_table_keeps_its_own_columns(bids_tree, tmp_path, caplog):
+    """Columns of participants.tsv do not overwrite who a row is of, nor what was measured."""
+    bids = bids_tree(("01",), rows={"01": {"age": 30, "site": "A", "batch": "x", "run": 7,
+                                           "n_voxels": 1, "dti_fa_mean": 2}})
+    dataset = Dataset(tmp_path / "out", {})
+    (dataset.root / "sub-01/log").mkdir(parents=True)
+    (dataset.root / "sub-01/log/sub-01_dwi.json").write_text(json.dumps(
+        {"state": "complete", "qc": {"n_voxels": 500, "dti_fa_mean": 0.4}}))
+    options = cli.parse([str(bids), str(tmp_path / "out"), "group"])
+    table, covariates = participant_statistics(dataset, find.find(options))
+    assert covariates == ["age"]
+    assert table.to_dict("records") == [{
+        "participant": "01", "session": "n/a", "run": "sub-01", "batch": "A", "age": 30,
+        "n_voxels": 500, "dti_fa_mean": 0.4}]
+    assert "n_voxels, dti_fa_mean left out" in caplog.text
 
 
 def test_group_needs_participants(bids_tree, tmp_path, capsys):

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 COLUMNS = ("site", "scanner")
 SCANNER = ("Manufacturer", "ManufacturersModelName", "DeviceSerialNumber", "StationName",
            "ReceiveCoilName", "SoftwareVersions")
+RESERVED = ("participant", "session", "run", "batch")
+"""Columns of the group table that say whose row it is: no covariate may have these names."""
+
 SETTLE = "Name the column to use with --batch-column, or give a table with --batch-file."
 BATCH = {"Description": "Batch (site) of the participant's runs; several are joined by commas"}
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
@@ -99,13 +102,19 @@ class Batches:
                              "--participant-label or --session-label, or give a table with "
                              "--batch-file.")
         sites = {*COLUMNS, *(source.rpartition(":")[2] for _, source in self.named.values())}
+        left_out = {*RESERVED} - sites
+        if taken := sorted(left_out.intersection(set().union(*self.covariates.values()))):
+            log.warning("participants.tsv or sessions.tsv: the group table has columns of its own "
+                        "called %s, so yours are left out. Rename them to have them as "
+                        "covariates%s.", ", ".join(taken), "; if batch is the site, give "
+                        "--batch-column batch" if "batch" in taken else "")
         out = []
         for run in runs:
             name, source = _at(self.named, run) or _scanner(run.metadata)
             row = _at(self.covariates, run) or {}
             out.append(replace(run, batch=name, batch_source=source,
                                covariates={k: _typed(v) for k, v in row.items()
-                                           if k not in sites}))
+                                           if k not in sites | left_out}))
         _log_table(out)
         return out
 

@@ -107,13 +107,13 @@ def largest_b(part: Part) -> float:
 def to_world(bvecs: Float[np.ndarray, "n 3"], affine: Float[np.ndarray, "4 4"]
              ) -> Float[np.ndarray, "n 3"]:
     """(n, 3) b-vectors of FSL's convention → (n, 3) in world RAS+, for any invertible affine."""
-    return bvecs @ _fsl_axes(affine).T
+    return bvecs @ fsl_axes(affine).T
 
 
 def to_fsl(acquisition: Acquisition, affine: Float[np.ndarray, "4 4"]
            ) -> Float[np.ndarray, "3 n"]:
     """(3, n) b-vectors in FSL's convention for an image with this affine: what a .bvec holds."""
-    return _fsl_axes(affine).T @ acquisition.bvecs.T
+    return fsl_axes(affine).T @ acquisition.bvecs.T
 
 
 def text(table: np.ndarray) -> str:
@@ -123,13 +123,13 @@ def text(table: np.ndarray) -> str:
 
 def btens_text(acquisition: Acquisition, affine: np.ndarray) -> str:
     """The content of a .btens file: one line of 9 numbers per volume, s/mm², frame of the .bvec."""
-    axes = _fsl_axes(affine)
+    axes = fsl_axes(affine)
     rows = (axes.T @ acquisition.btensors @ axes).reshape(-1, 9)
     return "".join(" ".join(f"{v:.6g}" for v in row + 0.0) + "\n" for row in rows)
 
 
-def _fsl_axes(affine: np.ndarray) -> np.ndarray:
-    """Q F of this module's equation."""
+def fsl_axes(affine: np.ndarray) -> np.ndarray:
+    """(3, 3): axes of a .bvec as columns in world RAS+, Q F of this module's equation."""
     linear = np.asarray(affine, dtype=np.float64)[:3, :3]
     u, _, vt = np.linalg.svd(linear)
     flip = -1.0 if np.linalg.det(linear) > 0 else 1.0
@@ -243,7 +243,7 @@ def _tensors(path: Path, affine: np.ndarray, n: int) -> np.ndarray:
         raise DataError(f"{path}: states units {units} and frame {frame}; understood are s/mm2, "
                         "ms/um2, s/m2, and bvec, world.")
     if frame == "bvec":
-        turn = _fsl_axes(affine)
+        turn = fsl_axes(affine)
         tensors = turn @ tensors @ turn.T
     return tensors * scale
 

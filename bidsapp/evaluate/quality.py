@@ -54,6 +54,11 @@ FIXED: dict[str, tuple[str, str]] = {
                          f"{DROPOUT_Z:g} robust standard deviations or more, below what the other "
                          "volumes of the shell predict", "slices"),
     "n_dropout_volumes": ("Volumes with such a slice", "volumes"),
+    "fibre_coherence": ("How much more principal directions agree with the neighbour that lies "
+                        "along them than with neighbours at large: mean |cos| over voxels of FA > "
+                        "0.3 (after Schilling et al. 2019)", "1"),
+    "fibre_coherence_best": ("The same with the best of the 24 b-vector tables whose axes are "
+                             "flipped or swapped", "1"),
     "harmonization_angle": ("Median angle between the principal directions before and after "
                             "harmonization, in single-fibre voxels", "degrees"),
     "harmonization_voxels": ("Single-fibre voxels: FA > 0.7 in the corpus callosum, or deep in the "

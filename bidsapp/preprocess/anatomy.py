@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bidsapp.dwi import Dwi, open_image
+from bidsapp.dwi import Dwi, open_image, read_array
 from bidsapp.errors import DataError
 
 TISSUES = ("GM", "WM", "CSF")
@@ -204,11 +203,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     from scipy.ndimage import gaussian_filter, zoom
 
     image = open_image(path)
-    try:
-        values = np.asarray(image.dataobj, np.float32)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: ends or breaks before its end ({error}).") from error
-    values = np.nan_to_num(values, posinf=0, neginf=0)
+    values = np.nan_to_num(read_array(image, np.float32), posinf=0, neginf=0)
     if values.ndim == 4 and values.shape[3] == 1:
         values = values[..., 0]
     if values.ndim != 3 or min(values.shape) < 2 or not np.ptp(values) > 0:
