@@ -2,7 +2,7 @@
 
 Zhang et al. 2012 (doi:10.1016/j.neuroimage.2012.03.072), estimated as Kerkelä et al. 2024
 (doi:10.3389/fnimg.2024.1349415) estimate theirs: a rotation-equivariant network trained on
-simulated signals in place of a fit (`bidsapp.microstructure`).
+simulated signals (`bidsapp.microstructure`).
 """
 
 from __future__ import annotations

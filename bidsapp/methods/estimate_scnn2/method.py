@@ -2,8 +2,9 @@
 
 Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415): a rotation-equivariant network, trained on
 simulated signals of the constrained two-compartment model (Kaden et al. 2016,
-doi:10.1016/j.neuroimage.2016.06.002), in place of a fit. Here one network serves every acquisition
-in its range, and gives a posterior SD (`bidsapp.microstructure`).
+doi:10.1016/j.neuroimage.2016.06.002). Here it starts from a likelihood-based posterior mean, one
+network serves every acquisition in its range, and it gives a posterior SD
+(`bidsapp.microstructure`).
 """
 
 from __future__ import annotations
