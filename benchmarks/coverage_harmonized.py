@@ -3,9 +3,9 @@
     python benchmarks/coverage_harmonized.py [--methods harmonize_rish harmonize_mica@series ...]
         [--estimate smt scnn2] [--seeds 0 1] [--max-steps 1500] [--threads 1]
 
-Heads of 11 mm voxels hold the two-compartment tissue of smt (sticks in zeppelins, Watson densities):
-white matter of κ 8–32, grey matter of κ 0–2, CSF; d and f vary from voxel to voxel and from person
-to person. Site B scales every degree of the signal of every shell by a number of its own, which
+Heads of 11 mm voxels hold the two-compartment tissue of smt (sticks in zeppelins, Watson
+densities): white matter of κ 8–32, grey matter of κ 0–2, CSF; d and f vary from voxel to voxel and
+from person to person. Site B scales every degree of the signal of every shell by a number of its own, which
 --seeds draw, and both sites add Rician noise (SNR 30 at site A, 24 at B, of S0 in white matter).
 Methods learn from four people at both sites, and harmonize a scan of a fifth, with 7 and with 1 of
 its b = 0 volumes. METHOD@series: the published variant, which writes no intervals, shown with those
@@ -100,7 +100,8 @@ def effect(ratio, acquisition, seed):
     for shell in acquisition.shells:
         basis = sh.basis(L_MAX if len(shell) >= 60 else 4, acquisition.bvecs[shell.indices])
         l = sh.degrees(sh.l_max_of(basis.shape[1]))
-        gain = {k: 1 + rng.choice([-1, 1]) * rng.uniform(0.05, 0.15) for k in range(0, L_MAX + 1, 2)}
+        gain = {k: 1 + rng.choice([-1, 1]) * rng.uniform(0.05, 0.15)
+                for k in range(0, L_MAX + 1, 2)}
         c = ratio[:, shell.indices] @ np.linalg.pinv(basis).T
         out[:, shell.indices] += (c * (np.array([gain[k] for k in l]) - 1)) @ basis.T
     return out
@@ -159,7 +160,7 @@ def main():
     table = Acquisition(np.append(np.zeros(7), table.bvals[weighted]),
                         np.concatenate([np.zeros((7, 3)), table.bvecs[weighted]]))
     people = [person(table, i) for i in range(PEOPLE + 1)]
-    clean, d, f = people[-1]
+    _, d, f = people[-1]
     rows = []
     for seed in options.seeds:
         scans = {f"{i}{w}": scan(effect(r, table, seed) if w == "B" else r, table, w,

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from bidsapp.methods.samples import (
     Trained,
     Travellers,
     errors,
+    map_differences,
     over_volume,
 )
 from bidsapp.networks.shresnet import CENTRE, NETWORKS
@@ -153,7 +155,15 @@ class PairedHarmonizer(shared.Harmonizer):
                                     recipe["l_max"], recipe["deformable"], Path(folder),
                                     recipe["output"] == shared.CHANGE)
             trained = self._trained(study, name, names, recipe, travellers, people, start)
-            metrics = self._measured(trained, travellers, names, study.device)
+            checkpoint = self._checkpoint(study, recipe, trained, known, found, start, began)
+            metrics = {**self._measured(trained, travellers, names, study.device),
+                       **self._maps(study, checkpoint, travellers, trained.held, names)}
+        return replace(checkpoint, card=replace(checkpoint.card, metrics=metrics))
+
+    def _checkpoint(self, study: Study, recipe: Mapping[str, Any], trained: Trained,
+                    known: Mapping[str, Any], found: Sequence[pairs.Pair],
+                    start: Checkpoint | None, began: float) -> Checkpoint:
+        """Without metrics."""
         return Checkpoint(trained.tensors, Card(
             method=self.name, network=dict(recipe["network"]), trained_for=known["trained_for"],
             training={"participants": known["hashed"], "held_out": len(trained.held),
@@ -169,7 +179,7 @@ class PairedHarmonizer(shared.Harmonizer):
             intended_use=self.intended_use, seed=study.seed,
             versions={"qsphere": __version__, "torch": torch.__version__},
             constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"],
-                       "output": recipe["output"]}, metrics=metrics,
+                       "output": recipe["output"]},
             reference_batch=known["reference_batch"], batches=known["batches"]))
 
     def _recipe(self, study: Study, found: Sequence[pairs.Pair]) -> dict[str, Any]:
@@ -305,6 +315,30 @@ class PairedHarmonizer(shared.Harmonizer):
                         values[raw.tissue[voxels] == value].mean())
         return found
 
+    def _maps(self, study: Study, model: Checkpoint, travellers: Travellers, held: Sequence[str],
+              shells: Sequence[str]) -> dict[str, float]:
+        """Mean square error and bias (mean difference) of FA and MD (µm²/ms) of those who
+        validated, by tissue, before and after, as the model is applied to them."""
+        differences: dict[str, list[np.ndarray]] = {"before": [], "after": []}
+        labels = []
+        for i in sorted(travellers.of(set(held))):
+            pair = travellers.pairs[i]
+            source, target = (self.load(study, run) for run in (pair.source, pair.target))
+            move = travellers.move(i)
+            made = self.harmonize(source, model, model.card.batches[0], study.device).signal
+            for when, dwi in (("before", source), ("after", replace(source, signal=made))):
+                differences[when].append(map_differences(dwi, target, move))
+            labels.append(move.labels[move.where])
+        found: dict[str, float] = {}
+        for when, values in differences.items():
+            for (k, shell), (m, measure), (name, label) in product(
+                    enumerate(shells), enumerate(("fa", "md")),
+                    tissue.NAMES.items() if labels else ()):
+                own = np.concatenate(values, 2)[k, m, np.concatenate(labels) == label]
+                found[f"mse_{measure}_{when}_{name}_{shell}"] = float(np.square(own).mean())
+                found[f"bias_{measure}_{when}_{name}_{shell}"] = float(own.mean())
+        return found
+
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
         """The signal with S0 times the change of the SH series of every shell added, or that series
         in its place, at the run's directions and not below 0. b0 volumes stay, and voxels without
@@ -381,10 +415,11 @@ def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.
 
 
 def _rose(metrics: Mapping[str, float]) -> str:
-    """Where the signal of those who validated lay further from the reference's than before, as the
-    start of a sentence; empty where nowhere."""
-    names = [k.removeprefix("mse_after_") for k in metrics if k.startswith("mse_after_")]
-    worse = [n for n in names if metrics[f"mse_after_{n}"] > metrics[f"mse_before_{n}"]]
+    """Where signal, FA or MD of those who validated lay further from the reference's than before,
+    as the start of a sentence; empty where nowhere."""
+    after = [k for k in metrics if k.startswith("mse_") and "after_" in k]
+    worse = [k.removeprefix("mse_").replace("after_", "") for k in after
+             if metrics[k] > metrics[k.replace("after_", "before_")]]
     return f"the error of people not learned from rose ({', '.join(worse)})" if worse else ""
 
 

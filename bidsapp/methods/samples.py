@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import nn
 
 from bidsapp import sh, tensor, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.blocks import map_voxels
+from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
 from bidsapp.methods import Study
 from bidsapp.methods.harmonizer import Harmonizer
@@ -175,6 +177,12 @@ class Travellers:
         for samples in self.samples:
             samples.close()
 
+    def move(self, pair: int) -> pairs.Move:
+        """Where the target of a pair lies in its source."""
+        move = pairs.Move.load(self.folder / f"{pair}.npz")
+        assert move
+        return move
+
     def of(self, people: set[str], kind: int = pairs.BOTH) -> set[int]:
         """Indices of their pairs."""
         return {i for i, pair in enumerate(self.pairs)
@@ -199,9 +207,7 @@ class Travellers:
         for i, pair in enumerate(self.pairs):
             dwi = self.method.load(self.study, pair.source)
             new = replace(dwi, signal=intensity.warped(dwi, quantiles[1], quantiles[0])[0])
-            move = pairs.Move.load(self.folder / f"{i}.npz")
-            assert move
-            moved = pairs.carried(new, self.l_max, move)
+            moved = pairs.carried(new, self.l_max, self.move(i))
             for file, image in zip(files, moved, strict=True):
                 _append(file, image)
         return [s.seen_as(file) for s, file in zip(self.samples, files, strict=True)]
@@ -211,6 +217,21 @@ class Travellers:
             return intensity.quantiles(self.method.load(self.study, run))
         except DataError as error:
             raise UsageError(f"--train {self.method.name}: {run} {error}") from error
+
+
+def map_differences(source: Dwi, target: Dwi, move: pairs.Move
+                    ) -> Float[np.ndarray, "shell 2 voxel"]:
+    """FA and MD (µm²/ms) of every shell's tensor in a source less those in the target, at the
+    voxels of `where`: of the signals as they are, not of a series."""
+    ratios = pairs.resampled(source, move), pairs.ratios(target, move)
+    differences = []
+    for shells in zip(source.acquisition.shells, target.acquisition.shells, strict=True):
+        maps = [torch.stack(tensor.of_attenuation(
+            torch.from_numpy(values[:, shell.indices]), torch.from_numpy(tensor.attenuation_fit(
+                dwi.acquisition.btensors[shell.indices])).float()))
+            for values, shell, dwi in zip(ratios, shells, (source, target), strict=True)]
+        differences.append((maps[0] - maps[1]).numpy())
+    return np.stack(differences)
 
 
 @dataclass(frozen=True, eq=False)

@@ -297,16 +297,28 @@ def carried(source: Dwi, l_max: int, move: Move) -> Float[np.ndarray, "shell x y
     By cubic splines, which smooth little: a network that learned from smoothed input would be
     applied to input that is not.
     """
+    values, usable = coefficients(source, l_max)
+    return np.stack([filled(_turned(_moved(own[usable], source.mask, usable, move), move.turn),
+                            move.where, margin=1) for own in values])
+
+
+def resampled(source: Dwi, move: Move) -> Float[np.ndarray, "voxel measurement"]:
+    """The source's S/S0 at the voxels of `where`, along its own directions, not turned: FA and MD
+    do not turn. By cubic splines, as `carried`."""
+    s0 = source.mean_b0
+    usable = s0 > 0
+    return _moved((source.signal[usable] / s0[usable, None]).astype(np.float32), source.mask,
+                  usable, move)
+
+
+def _moved(values: Float[np.ndarray, "usable k"], mask: np.ndarray, usable: np.ndarray,
+           move: Move) -> Float[np.ndarray, "voxel k"]:
+    """Values of the usable voxels of a source at the voxels of `where`."""
     from scipy.ndimage import map_coordinates
 
-    image = []
-    values, usable = coefficients(source, l_max)
-    for own in values:
-        grid = filled(own[usable], source.mask, usable)
-        moved = [map_coordinates(component, move.index, order=3, mode="nearest")
-                 for component in np.moveaxis(grid, -1, 0)]
-        image.append(filled(_turned(np.stack(moved, -1), move.turn), move.where, margin=1))
-    return np.stack(image)
+    grid = filled(values, mask, usable)
+    return np.stack([map_coordinates(component, move.index, order=3, mode="nearest")
+                     for component in np.moveaxis(grid, -1, 0)], -1)
 
 
 def tensor_maps(dwi: Dwi, device: str) -> Mapping[str, np.ndarray]:
