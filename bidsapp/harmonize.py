@@ -15,7 +15,7 @@ from bidsapp.checkpoint import CARD, Checkpoint, load
 from bidsapp.dwi import Dwi, Run
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.methods import Method, scope
-from bidsapp.methods.harmonizer import noise_gain
+from bidsapp.methods.harmonizer import noise_gain, widening
 from bidsapp.options import Options
 
 MODELS = PurePosixPath("group/models")
@@ -37,7 +37,8 @@ class Result:
 
     dwi: with the harmonized signal; the very one that came in where the run is of the reference
     batch (`changed` is False). about: what every sidecar of it says. no_intervals: as of
-    `Harmonized`. counts, parameters, notices: as of `Derived`.
+    `Harmonized`. widening: factor of all standard deviations, for the harmonizer's own error.
+    counts, parameters, notices: as of `Derived`.
     """
 
     model: Model
@@ -48,6 +49,7 @@ class Result:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
     no_intervals: str = ""
+    widening: float = 1.0
 
 
 def folders(options: Options) -> list[Path]:
@@ -161,6 +163,12 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
     made = model.method.harmonize(dwi, model.checkpoint, run.batch, device)
     new = replace(dwi, signal=made.signal, noise_gain=noise_gain(dwi, made))
     about["Noise"] = describe_noise(new)
+    factor = 1.0 if made.no_intervals else round(widening(new, made.errors), 3)
+    if not made.no_intervals:
+        about["HarmonizationError"] = {
+            "RelativeSDByShell": list(made.errors), "UncertaintyFactor": factor,
+            "Source": "the model's card: error of the mean over directions in people not learned "
+                      "from, or of the mean over the people learned from"}
     snr = None if dwi.noise_sd is None else float(np.median(dwi.mean_b0) / dwi.noise_sd)
     notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}.",
                *made.notices, *scope.unusual(card, {**run.covariates, "SNR": snr})]
@@ -172,7 +180,7 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
         notices.append("Harmonized outside of what the model was trained for, as "
                        f"--allow-extrapolation asks: {'; '.join(beyond)}.")
     return Result(model, new, True, about, made.counts, made.parameters, notices,
-                  made.no_intervals)
+                  made.no_intervals, factor)
 
 
 def describe_noise(dwi: Dwi) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import test_paired
 from torch import nn
 
 from bidsapp import methods, sh
-from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import agreement

@@ -22,7 +22,7 @@ class Output:
 
     like: the run's image, whose grid they have. mask: the brain mask in the batch. desc: label of
     all maps made from a signal other than the measured one; sources: URIs of that signal; about:
-    keys of every sidecar made from it; no_intervals: as of `Harmonized`.
+    keys of every sidecar made from it; no_intervals, widening: as of `harmonize.Result`.
     """
 
     batch: Batch
@@ -36,6 +36,7 @@ class Output:
     sources: tuple[str, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
     no_intervals: str = ""
+    widening: float = 1.0
 
     def write(self, method: Method, derived: Derived) -> None:
         """Everything in `derived`, each image with its sidecar."""
@@ -56,7 +57,7 @@ class Output:
             entry["Description"] = ("Signal as measured, within the mask: the run is of the "
                                     "reference batch")
         out = replace(self, dwi=result.dwi, desc="harmonized", about=result.about,
-                      no_intervals=result.no_intervals)
+                      no_intervals=result.no_intervals, widening=result.widening)
         about = out._about(method, entry, result.parameters)
         out._dwi(out.dwi.unmask(result.dwi.signal), out.desc, about)
         return replace(out, sources=(self._uri(self._path("dwi", desc=out.desc)),))

@@ -32,6 +32,7 @@ from bidsapp.methods.samples import (
     Travellers,
     errors,
     map_differences,
+    mean_errors,
     over_volume,
 )
 from bidsapp.networks.shresnet import CENTRE, NETWORKS
@@ -318,18 +319,24 @@ class PairedHarmonizer(shared.Harmonizer):
     def _maps(self, study: Study, model: Checkpoint, travellers: Travellers, held: Sequence[str],
               shells: Sequence[str]) -> dict[str, float]:
         """Mean square error and bias (mean difference) of FA and MD (µm²/ms) of those who
-        validated, by tissue, before and after, as the model is applied to them."""
+        validated, by tissue, before and after, as the model is applied to them; and error_SHELL,
+        by how much the mean over directions still errs in them, relative to it."""
         differences: dict[str, list[np.ndarray]] = {"before": [], "after": []}
-        labels = []
+        labels, errors = [], []
         for i in sorted(travellers.of(set(held))):
             pair = travellers.pairs[i]
             source, target = (self.load(study, run) for run in (pair.source, pair.target))
             move = travellers.move(i)
-            made = self.harmonize(source, model, model.card.batches[0], study.device).signal
-            for when, dwi in (("before", source), ("after", replace(source, signal=made))):
+            made = self.harmonize(source, model, model.card.batches[0], study.device)
+            harmonized = replace(source, signal=made.signal,
+                                 noise_gain=shared.noise_gain(source, made))
+            for when, dwi in (("before", source), ("after", harmonized)):
                 differences[when].append(map_differences(dwi, target, move))
             labels.append(move.labels[move.where])
-        found: dict[str, float] = {}
+            errors.append(mean_errors(harmonized, target, move))
+        found: dict[str, float] = {
+            f"error_{shell}": float(np.mean(own))
+            for shell, own in zip(shells, np.transpose(errors), strict=True)} if errors else {}
         for when, values in differences.items():
             for (k, shell), (m, measure), (name, label) in product(
                     enumerate(shells), enumerate(("fa", "md")),
@@ -364,7 +371,11 @@ class PairedHarmonizer(shared.Harmonizer):
              "IntensityWarping": self.warps},
             (f"Harmonization: {rose} when {card.method} was trained. Do not use it; train longer, "
              "or with more people.",) if rose else (),
-            shared.SMOOTHED if output == shared.SERIES else "")
+            [card.metrics.get(f"error_{scope.short(card.trained_for['shells'][k])}", 0.0)
+             for k in nearest],
+            shared.SMOOTHED if output == shared.SERIES else "" if _validated(card.metrics) else
+            "nobody who was scanned in both batches validated the model, so that its own error is "
+            "not known")
 
     def _applied(self, dwi: Dwi, model: Checkpoint, nearest: Sequence[int], device: str
                  ) -> tuple[np.ndarray, int]:
@@ -412,6 +423,10 @@ def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.
     """`size` of the voxels, at random."""
     return voxels[torch.randint(len(voxels), (size,), generator=generator,
                                 device=generator.device).cpu()]
+
+
+def _validated(metrics: Mapping[str, float]) -> bool:
+    return any(k.startswith("error_") for k in metrics)
 
 
 def _rose(metrics: Mapping[str, float]) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import nn
 
 from bidsapp import sh, tensor, training
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
@@ -25,6 +25,9 @@ from bidsapp.preprocess import intensity, pairs
 
 BLOCK = 1024
 """Voxels that pass a network at a time: what they become stays in the cache."""
+
+HALF_OF_CHI_SQUARE = 0.4549
+"""Median of χ² with one degree of freedom."""
 
 MEASURES = ("signal", "fa", "md")
 
@@ -232,6 +235,34 @@ def map_differences(source: Dwi, target: Dwi, move: pairs.Move
             for values, shell, dwi in zip(ratios, shells, (source, target), strict=True)]
         differences.append((maps[0] - maps[1]).numpy())
     return np.stack(differences)
+
+
+def mean_errors(source: Dwi, target: Dwi, move: pairs.Move) -> list[float]:
+    """Per shell, the SD of a harmonized source's mean over directions of S/S0 about the target's,
+    relative to it, less what the noise of both would give: the harmonizer's own error.
+
+    Over the voxels of grey and white matter, by the median of squares, which edges of tissue that
+    do not lie on each other leave alone.
+    """
+    where = move.labels[move.where] > 0
+    ratios = pairs.resampled(source, move)[where], pairs.ratios(target, move)[where]
+    found = []
+    for shells in zip(source.acquisition.shells, target.acquisition.shells, strict=True):
+        means = [r[:, shell.indices].mean(1) for r, shell in zip(ratios, shells, strict=True)]
+        level = float(np.median(means[1]))
+        noise = sum(_noise_of_ratio(dwi, shell, level)
+                    for dwi, shell in zip((source, target), shells, strict=True))
+        square = float(np.median(np.square(means[0] - means[1]))) / HALF_OF_CHI_SQUARE
+        found.append(math.sqrt(max(square - noise, 0)) / level)
+    return found
+
+
+def _noise_of_ratio(dwi: Dwi, shell: Shell, level: float) -> float:
+    """Variance of the mean over directions of S/S0, which is about `level`."""
+    b0 = np.flatnonzero(dwi.acquisition.b0)
+    s0 = float(np.median(dwi.mean_b0))
+    return ((dwi.noise_of(shell.indices) or 0.0) ** 2 / len(shell)
+            + (level * (dwi.noise_of(b0) or 0.0)) ** 2 / len(b0)) / s0**2
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,7 +96,10 @@ class Mica(shared.Harmonizer):
         signal, kept = intensity.warped(dwi, reference[nearest], own)
         return Harmonized(signal, again, {"mica_unchanged_values": kept},
                           {"GridPoints": intensity.GRID,
-                           "Distribution": "S/S0 within the mask, by shell"})
+                           "Distribution": "S/S0 within the mask, by shell"},
+                          no_intervals=(
+                              "a warp of whole scans errs by more than noise, and differently in "
+                              "every tissue, and nothing measures by how much"))
 
 
 def _others(people: np.ndarray, among: bool, mean: np.ndarray) -> np.ndarray:
