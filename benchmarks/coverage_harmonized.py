@@ -143,6 +143,13 @@ def covered(dwi, d, f, estimator, factor):
                    "bias": error.mean(), "rmse": np.sqrt(np.square(error).mean())}
 
 
+def text(rows):
+    """A line for each method, noise and number of b0, mean over the seeds so far."""
+    wide = pd.DataFrame(rows).groupby(["estimator", "method", "noise", "b0", "of", "tissue"],
+                                      sort=False)[["covered", "bias", "rmse"]].mean()
+    return wide.unstack(["of", "tissue"]).round(3).to_string()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,6 +199,7 @@ def main():
             for where in "AB":
                 add(f"site {where}", "measured", thinned(scans[where], count))
         for label in options.methods:
+            print(text(rows), flush=True)
             name, _, output = label.partition("@")
             method = methods.get(name)
             if output:
@@ -211,10 +219,7 @@ def main():
                 print(label, count, "gain by shell", [
                     round(new.gain(s.indices), 3) for s in new.acquisition.shells], "own error", [
                     round(e, 4) for e in made.errors], "factor", round(factor, 2), flush=True)
-    found = pd.DataFrame(rows)
-    wide = found.groupby(["estimator", "method", "noise", "b0", "of", "tissue"], sort=False)[
-        ["covered", "bias", "rmse"]].mean().unstack(["of", "tissue"])
-    print(wide.round(3).to_string())
+        print(text(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -100,3 +100,23 @@ def test_identity_has_no_bias(name, directions):
         for key in ("fa", "md"):
             change = np.abs(after[key] / before[key] - 1).max()
             assert change < 0.01, (shell.b, key, change)
+
+
+class Mean(nn.Module):
+    """A network that looks at all neighbours alike."""
+
+    def forward(self, x):
+        return x.mean(1)
+
+
+def test_edges_of_the_mask_see_their_nearest_voxel():
+    """What is the same everywhere stays so where a patch leaves the mask."""
+    dwi = bundles(30)
+    same = np.tile(dwi.signal[:1], (len(dwi.signal), 1))
+    method, model = paired("harmonize_golkov")
+    dwi = Dwi(same, dwi.mask, dwi.affine, dwi.acquisition)
+    before = method.build
+    method.build = lambda _: Mean()
+    made = method.harmonize(dwi, model, "B", "cpu").signal
+    method.build = before
+    np.testing.assert_allclose(made, same, rtol=1e-4, atol=0.01)

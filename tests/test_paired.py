@@ -20,7 +20,7 @@ from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import samples
-from bidsapp.preprocess import pairs, tissue
+from bidsapp.preprocess import intensity, pairs, tissue
 
 SCALE = {0: 0.92, 2: 0.75, 4: 1.3}
 NOISE = 0.005
@@ -172,6 +172,25 @@ def test_leaves_a_card_and_one_checkpoint_per_batch(trained):
     assert card.training["held_out"] == 1
     assert all(np.isfinite(v) for v in card.metrics.values())
     pack(fitted.checkpoints[f"{method.name}_B-to-A"])  # the card is plain JSON
+
+
+def test_who_validates_teaches_nothing(monkeypatch):
+    """Neither networks nor quantiles have seen them. Pairs stand in the order of PEOPLE."""
+    method = brief("harmonize_hybrid")
+    original, seen = method._train, []
+
+    def train(study, name, recipe, own, mine, others, *more):
+        seen.append([set(own.pair[voxels].tolist()) for voxels in (mine[pairs.BOTH], others)])
+        return original(study, name, recipe, own, mine, others, *more)
+
+    monkeypatch.setattr(method, "_train", train)
+    (model,) = method.fit(study(max_steps=1)).checkpoints.values()
+    (learned, held), = seen
+    assert len(held) == 1 and not learned & held and learned | held == {0, 1, 2}
+    quantiles = [np.mean([intensity.quantiles(head(PEOPLE[i], site)) for i in sorted(learned)], 0)
+                 for site in "BA"]
+    np.testing.assert_allclose(model.tensors["quantiles"], quantiles, rtol=1e-5)
+    assert model.card.constants["output"] == "change"
 
 
 @pytest.mark.slow
