@@ -167,8 +167,8 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
     if not made.no_intervals:
         about["HarmonizationError"] = {
             "RelativeSDByShell": list(made.errors), "UncertaintyFactor": factor,
-            "Source": "the model's card: error of the mean over directions in people not learned "
-                      "from, or of the mean over the people learned from"}
+            "Source": "the model's card: error of the mean over directions of people not learned "
+                      "from, beyond what noise explains"}
     snr = None if dwi.noise_sd is None else float(np.median(dwi.mean_b0) / dwi.noise_sd)
     notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}.",
                *made.notices, *scope.unusual(card, {**run.covariates, "SNR": snr})]
