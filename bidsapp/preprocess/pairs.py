@@ -53,6 +53,9 @@ FLOW = 20.0
 BLOCK = 2**14
 """Voxels whose coefficients are turned at a time."""
 
+GRIDS = 16
+"""Volumes that are resampled at a time: whole grids take memory."""
+
 FLIP = np.array([-1.0, -1.0, 1.0])
 """World RAS+ to ITK's, LPS+."""
 
@@ -307,8 +310,10 @@ def resampled(source: Dwi, move: Move) -> Float[np.ndarray, "voxel measurement"]
     do not turn. By cubic splines, as `carried`."""
     s0 = source.mean_b0
     usable = s0 > 0
-    return _moved((source.signal[usable] / s0[usable, None]).astype(np.float32), source.mask,
-                  usable, move)
+    parts = np.array_split(np.arange(len(source.acquisition)), -(-len(source.acquisition) // GRIDS))
+    return np.concatenate([_moved(
+        (source.signal[:, part][usable] / s0[usable, None]).astype(np.float32), source.mask, usable,
+        move) for part in parts], 1)
 
 
 def _moved(values: Float[np.ndarray, "usable k"], mask: np.ndarray, usable: np.ndarray,
