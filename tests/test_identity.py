@@ -5,6 +5,7 @@ scan that it is then applied to, at either site. Noise-free signals of sticks in
 FA and MD, whatever the dispersion of the fibres.
 """
 
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -120,3 +121,22 @@ def test_edges_of_the_mask_see_their_nearest_voxel():
     made = method.harmonize(dwi, model, "B", "cpu").signal
     method.build = before
     np.testing.assert_allclose(made, same, rtol=1e-4, atol=0.01)
+
+
+def test_the_published_variant_is_there():
+    """A series in the signal's place: its own fit leaves nothing, and FA moves."""
+    dwi = bundles(30)
+    method, model = paired("harmonize_golkov")
+    constants = {**model.card.constants, "output": "series"}
+    made = method.harmonize(dwi, replace(model, card=replace(model.card, constants=constants)),
+                            "B", "cpu")
+    shell = dwi.acquisition.shells[-1]
+    basis = sh.basis(4, dwi.acquisition.bvecs[shell.indices])
+    values = made.signal[:, shell.indices]
+    values = values[values.min(axis=1) > 0]  # of which nothing was clipped
+    np.testing.assert_allclose(values @ (basis @ np.linalg.pinv(basis)).T, values, atol=0.1)
+    own = dwi.acquisition[shell.indices]
+    before, after = (agreement.shell_maps(s[:, shell.indices] / 1000, own)["fa"]
+                     for s in (dwi.signal, made.signal))
+    assert np.abs(after / before - 1).max() > 0.1
+    assert "correlated" in made.no_intervals and made.parameters["Output"] == "series"

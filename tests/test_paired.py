@@ -19,7 +19,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import samples
+from bidsapp.methods import Harmonized, samples
 from bidsapp.preprocess import intensity, pairs, tissue
 
 SCALE = {0: 0.92, 2: 0.75, 4: 1.3}
@@ -308,6 +308,43 @@ def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
     for name, value in tissue.NAMES.items():
         error = np.square(shown - aligned.target[:, 3:])[labels == value].mean()
         assert metrics[f"mse_before_{name}_b1000"] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_fa_and_md_of_the_validation_are_those_of_the_signal(monkeypatch):
+    """Before: against numpy; after, where the scan becomes the reference's: none, by pairs of
+    people who validated alone."""
+    method, tested = brief("harmonize_golkov"), []
+
+    def becomes(dwi, *_):
+        (who,) = [p for p in PEOPLE if np.array_equal(head(p, "B").signal, dwi.signal)]
+        tested.append(who)
+        return Harmonized(head(who, "A").signal, lambda other: other.signal)
+
+    monkeypatch.setattr(method, "harmonize", becomes)
+    (model,) = method.fit(study(max_steps=1)).checkpoints.values()
+    metrics, (who,) = model.card.metrics, tested
+    design = tensor.design(Acquisition(BVALS, AXES).btensors[3:])[:, :6]
+    maps = []
+    for where in "BA":
+        dwi = head(who, where)
+        ratio = dwi.signal[:, 3:] / dwi.signal[:, :3].mean(1, keepdims=True)
+        xx, xy, xz, yy, yz, zz = np.linalg.lstsq(design, np.log(ratio).T, rcond=None)[0]
+        matrix = np.moveaxis(np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]), -1, 0)
+        values = np.linalg.eigvalsh(matrix)
+        md = values.mean(1)
+        spread = np.sqrt(np.square(values - md[:, None]).sum(1))
+        maps.append({"fa": np.sqrt(1.5) * spread / np.linalg.norm(values, axis=1), "md": md})
+    move = pairs.register(head(who, "B"), head(who, "A"), deformable=False)
+    for name, label in tissue.NAMES.items():
+        for key in ("fa", "md"):
+            away = (maps[0][key] - maps[1][key])[(move.labels == label)[head(who, "A").mask]]
+            told = {k: metrics[f"{k[0]}_{key}_{k[1]}_{name}_b1000"] for k in (
+                ("mse", "before"), ("bias", "before"), ("mse", "after"))}
+            assert told["mse", "before"] == pytest.approx(np.square(away).mean(), rel=0.05)
+            assert told["bias", "before"] == pytest.approx(away.mean(), rel=0.05, abs=1e-3)
+            assert told["mse", "after"] < 0.02 * told["mse", "before"]
+    assert metrics["error_b1000"] < 0.002
 
 
 def test_processes_that_train_together_share_registrations(tmp_path, monkeypatch):
