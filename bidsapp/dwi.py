@@ -126,6 +126,10 @@ class Dwi:
         affine: (4, 4) voxel to world RAS+, mm.
         acquisition: as many measurements as signal has columns.
         noise_sd: SD of the noise in signal units, or None where it could not be estimated.
+        noise_gain: (measurement,) by how much the noise of each is larger than noise_sd, as after
+            harmonization; None for all alike. Where noise is no longer independent between
+            measurements, it is the gain of independent noise that would move the mean over the
+            directions of their shell as much.
         invalid: number of NaN or infinite values that were read and set to 0.
         tissue: (voxel, 3) float32 probabilities of grey matter, white matter and CSF from a T1w
             image, Σ ≤ 1, or None.
@@ -141,6 +145,7 @@ class Dwi:
     noise_sd: float | None = None
     invalid: int = 0
     tissue: np.ndarray | None = None
+    noise_gain: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.mask.any():
@@ -176,6 +181,16 @@ class Dwi:
     def mean_b0(self) -> np.ndarray:
         """(voxel,) mean over the measurements with b < 50 s/mm²."""
         return self.signal[:, self.acquisition.b0].mean(axis=1)
+
+    def gain(self, indices: np.ndarray) -> float:
+        """Root mean square of the noise gain of some measurements."""
+        if self.noise_gain is None:
+            return 1.0
+        return float(np.sqrt(np.mean(np.square(self.noise_gain[indices]))))
+
+    def noise_of(self, indices: np.ndarray) -> float | None:
+        """SD of the noise of some measurements, in signal units, or None where it is unknown."""
+        return None if self.noise_sd is None else self.noise_sd * self.gain(indices)
 
 
 def read_mean(run: Run, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,9 +12,10 @@ import numpy as np
 from bidsapp import methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import CARD, Checkpoint, load
-from bidsapp.dwi import Dwi, Run, noise_sd
+from bidsapp.dwi import Dwi, Run
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.methods import Method, scope
+from bidsapp.methods.harmonizer import noise_gain, widening
 from bidsapp.options import Options
 
 MODELS = PurePosixPath("group/models")
@@ -35,8 +36,9 @@ class Result:
     """A harmonized run.
 
     dwi: with the harmonized signal; the very one that came in where the run is of the reference
-    batch (`changed` is False). about: what every sidecar of it says. counts, parameters, notices:
-    as of `Derived`.
+    batch (`changed` is False). about: what every sidecar of it says. no_intervals: as of
+    `Harmonized`. widening: factor of all standard deviations, for the harmonizer's own error.
+    counts, parameters, notices: as of `Derived`.
     """
 
     model: Model
@@ -46,6 +48,8 @@ class Result:
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    no_intervals: str = ""
+    widening: float = 1.0
 
 
 def folders(options: Options) -> list[Path]:
@@ -157,13 +161,38 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
             f"Harmonization: {run.batch} is the reference batch of {model.id}, so the signal stays "
             "as it is, and maps are made once.",))
     made = model.method.harmonize(dwi, model.checkpoint, run.batch, device)
-    new = replace(dwi, signal=made.signal, noise_sd=None)
-    new = replace(new, noise_sd=noise_sd(new))
+    new = replace(dwi, signal=made.signal, noise_gain=noise_gain(dwi, made))
+    about["Noise"] = describe_noise(new)
+    factor = 1.0 if made.no_intervals else round(widening(new, made.errors), 3)
+    if not made.no_intervals:
+        about["HarmonizationError"] = {
+            "RelativeSDByShell": list(made.errors), "UncertaintyFactor": factor,
+            "Source": "the model's card: error of the mean over directions of people not learned "
+                      "from, beyond what noise explains"}
     snr = None if dwi.noise_sd is None else float(np.median(dwi.mean_b0) / dwi.noise_sd)
     notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}.",
                *made.notices, *scope.unusual(card, {**run.covariates, "SNR": snr})]
+    if made.no_intervals:
+        notices.append("Maps of the harmonized signal come without intervals (…_stat-std): "
+                       f"{made.no_intervals}.")
     if beyond:
         about["OutOfDistribution"] = beyond
         notices.append("Harmonized outside of what the model was trained for, as "
                        f"--allow-extrapolation asks: {'; '.join(beyond)}.")
-    return Result(model, new, True, about, made.counts, made.parameters, notices)
+    return Result(model, new, True, about, made.counts, made.parameters, notices,
+                  made.no_intervals, factor)
+
+
+def describe_noise(dwi: Dwi) -> dict[str, Any]:
+    """The noise level of a harmonized signal and how it was obtained, for sidecars."""
+    if dwi.noise_sd is None:
+        return {"Level": "unknown: it could not be measured before harmonization"}
+    b0 = np.flatnonzero(dwi.acquisition.b0)
+    return {
+        "SDWithoutWeighting": dwi.noise_of(b0),
+        "SDByShell": [{"b": s.b, "b_delta": s.b_delta, "SD": dwi.noise_of(s.indices)}
+                      for s in dwi.acquisition.shells],
+        "Law": "Rician, as before harmonization, with the SD that follows",
+        "Source": "residual of a spherical harmonics fit to each shell of the signal as measured, "
+                  "times the gain of the mean over directions when noise is added to that signal "
+                  "and it is harmonized again"}

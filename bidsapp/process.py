@@ -253,6 +253,10 @@ def apply(job: Job, method: Method, output: Output, findings: Findings) -> dict[
         method.check(dwi.acquisition)
         log.info("%s: %s on %d voxels", run.name, method.name, len(dwi.signal))
         derived = method.run(dwi, job.options, job.device)
+        if output.no_intervals:
+            derived = derived.without_intervals(output.no_intervals)
+        elif output.widening > 1:
+            derived = derived.widened(output.widening)
     except Refusal as refusal:
         findings.refuse(run, "_".join(filter(None, (output.desc, method.name))), refusal)
         return None

@@ -184,10 +184,16 @@ def rish(coefficients: Float[torch.Tensor, "*batch size"]) -> Float[torch.Tensor
     return torch.stack([c.square().sum(-1) for c in coefficients.split(sizes, -1)], -1)
 
 
-def with_rish(coefficients: Float[torch.Tensor, "*batch size"],
+def rish_gain(coefficients: Float[torch.Tensor, "*batch size"],
               features: Float[torch.Tensor, "*batch degree"]) -> Float[torch.Tensor, "*batch size"]:
-    """c_lm √(features_l / RISH_l): every degree keeps its shape and takes another size (Koppers et
-    al. 2018, eq. 1). A degree that is 0 stays 0."""
+    """√(features_l / RISH_l), one for each coefficient: times these, every degree keeps its shape
+    and takes another size (Koppers et al. 2018, eq. 1). A degree that is 0 stays 0."""
     own = rish(coefficients)
     scale = torch.where(own > 0, features / own.clamp(min=torch.finfo(own.dtype).tiny), 0)
-    return coefficients * per_coefficient(scale.sqrt())
+    return per_coefficient(scale.sqrt())
+
+
+def with_rish(coefficients: Float[torch.Tensor, "*batch size"],
+              features: Float[torch.Tensor, "*batch degree"]) -> Float[torch.Tensor, "*batch size"]:
+    """The coefficients times their `rish_gain`."""
+    return coefficients * rish_gain(coefficients, features)

@@ -159,6 +159,22 @@ def test_sidecars_say_what_made_them(harmonized):
     assert "SynthesizedVolumes" not in sidecar(out, "02", "desc-harmonized_dwi")
 
 
+def test_sidecars_tell_noise_and_why_there_are_no_intervals(harmonized):
+    """The level is that of the scan times what a warp makes of it, and never 0."""
+    _, out = harmonized
+    for what in ("desc-harmonized_dwi", "model-tensor_param-fa_desc-harmonized_dwimap"):
+        noise = sidecar(out, "02", what)["Noise"]
+        assert [s["b"] for s in noise["SDByShell"]] == [1000, 2000]
+        assert all(0.2 < s["SD"] / noise["SDWithoutWeighting"] < 5 for s in noise["SDByShell"])
+        assert "harmonized again" in noise["Source"]
+    names = {p.name for p in (out / "sub-02/dwi").glob("*stat-std*.nii.gz")}
+    assert names and not any("harmonized" in n for n in names)
+    parameters = sidecar(out, "02", "model-tensor_param-fa_desc-harmonized_dwimap")["Model"][
+        "Parameters"]
+    assert "a warp of whole scans errs" in parameters["Uncertainty"]
+    assert "come without intervals" in (out / "sub-02.html").read_text()
+
+
 def test_validator_has_nothing_to_say(harmonized):
     assert validate(harmonized[1]) == []
 

@@ -5,6 +5,7 @@ scaled by a factor of its own, so that the right answer is known in every voxel.
 """
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import bids_tree
@@ -19,8 +20,8 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import samples
-from bidsapp.preprocess import pairs, tissue
+from bidsapp.methods import Harmonized, samples
+from bidsapp.preprocess import intensity, pairs, tissue
 
 SCALE = {0: 0.92, 2: 0.75, 4: 1.3}
 NOISE = 0.005
@@ -145,18 +146,17 @@ def test_keeps_directions(shresnet):
     (checkpoint,) = fitted.checkpoints.values()
     dwi = head("07", "B")
     found = method.harmonize(dwi, checkpoint, "B", "cpu").signal
-    fit = sh.smooth_fit(4, AXES[3:], 0.006)
-    exact = np.linalg.pinv(sh.basis(4, AXES[3:]))
+    fit = np.linalg.pinv(sh.basis(4, AXES[3:]))
     points, weights = sh.quadrature(8)
     second = sh.basis(4, points) * (sh.degrees(4) == 2)
 
-    def axes(signal, matrix):
-        c = (signal[:, 3:] / signal[:, :3].mean(1, keepdims=True)) @ matrix.T
+    def axes(signal):
+        c = (signal[:, 3:] / signal[:, :3].mean(1, keepdims=True)) @ fit.T
         moment = np.einsum("pi,vp,pj->vij", points, (c @ second.T) * weights, points)
         values, vectors = np.linalg.eigh(moment)
         return values, vectors[:, :, 0]
 
-    (values, own), (_, new) = axes(dwi.signal, fit), axes(found, exact)
+    (values, own), (_, new) = axes(dwi.signal), axes(found)
     clear = values[:, 1] - values[:, 0] > 0.05
     assert clear.sum() > 200
     assert np.abs((own * new).sum(1))[clear].min() > np.cos(np.deg2rad(0.1))
@@ -173,6 +173,25 @@ def test_leaves_a_card_and_one_checkpoint_per_batch(trained):
     assert card.training["held_out"] == 1
     assert all(np.isfinite(v) for v in card.metrics.values())
     pack(fitted.checkpoints[f"{method.name}_B-to-A"])  # the card is plain JSON
+
+
+def test_who_validates_teaches_nothing(monkeypatch):
+    """Neither networks nor quantiles have seen them. Pairs stand in the order of PEOPLE."""
+    method = brief("harmonize_hybrid")
+    original, seen = method._train, []
+
+    def train(study, name, recipe, own, mine, others, *more):
+        seen.append([set(own.pair[voxels].tolist()) for voxels in (mine[pairs.BOTH], others)])
+        return original(study, name, recipe, own, mine, others, *more)
+
+    monkeypatch.setattr(method, "_train", train)
+    (model,) = method.fit(study(max_steps=1)).checkpoints.values()
+    (learned, held), = seen
+    assert len(held) == 1 and not learned & held and learned | held == {0, 1, 2}
+    quantiles = [np.mean([intensity.quantiles(head(PEOPLE[i], site)) for i in sorted(learned)], 0)
+                 for site in "BA"]
+    np.testing.assert_allclose(model.tensors["quantiles"], quantiles, rtol=1e-5)
+    assert model.card.constants["output"] == "change"
 
 
 @pytest.mark.slow
@@ -315,6 +334,43 @@ def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
         assert metrics[f"mse_before_{name}_b1000"] == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_fa_and_md_of_the_validation_are_those_of_the_signal(monkeypatch):
+    """Before: against numpy; after, where the scan becomes the reference's: none, by pairs of
+    people who validated alone."""
+    method, tested = brief("harmonize_golkov"), []
+
+    def becomes(dwi, *_):
+        (who,) = [p for p in PEOPLE if np.array_equal(head(p, "B").signal, dwi.signal)]
+        tested.append(who)
+        return Harmonized(head(who, "A").signal, lambda other: other.signal)
+
+    monkeypatch.setattr(method, "harmonize", becomes)
+    (model,) = method.fit(study(max_steps=1)).checkpoints.values()
+    metrics, (who,) = model.card.metrics, tested
+    design = tensor.design(Acquisition(BVALS, AXES).btensors[3:])[:, :6]
+    maps = []
+    for where in "BA":
+        dwi = head(who, where)
+        ratio = dwi.signal[:, 3:] / dwi.signal[:, :3].mean(1, keepdims=True)
+        xx, xy, xz, yy, yz, zz = np.linalg.lstsq(design, np.log(ratio).T, rcond=None)[0]
+        matrix = np.moveaxis(np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]), -1, 0)
+        values = np.linalg.eigvalsh(matrix)
+        md = values.mean(1)
+        spread = np.sqrt(np.square(values - md[:, None]).sum(1))
+        maps.append({"fa": np.sqrt(1.5) * spread / np.linalg.norm(values, axis=1), "md": md})
+    move = pairs.register(head(who, "B"), head(who, "A"), deformable=False)
+    for name, label in tissue.NAMES.items():
+        for key in ("fa", "md"):
+            away = (maps[0][key] - maps[1][key])[(move.labels == label)[head(who, "A").mask]]
+            told = {k: metrics[f"{k[0]}_{key}_{k[1]}_{name}_b1000"] for k in (
+                ("mse", "before"), ("bias", "before"), ("mse", "after"))}
+            assert told["mse", "before"] == pytest.approx(np.square(away).mean(), rel=0.05)
+            assert told["bias", "before"] == pytest.approx(away.mean(), rel=0.05, abs=1e-3)
+            assert told["mse", "after"] < 0.02 * told["mse", "before"]
+    assert metrics["error_b1000"] < 0.002
+
+
 def test_processes_that_train_together_share_registrations(tmp_path, monkeypatch):
     """As torchrun tells the second of two: it does every other pair before it asks for all."""
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "1"), ("WORLD_SIZE", "2"),
@@ -340,16 +396,21 @@ def test_a_model_that_made_things_worse_says_so(monkeypatch, caplog):
     method, fitted = fit("harmonize_golkov")
     (good,) = fitted.checkpoints.values()
     dwi = head("01", "B")
+    better = {k: 0.5 if "after" in k else 1.0 for k in good.card.metrics}
+    good = replace(good, card=replace(good.card, metrics=better))
     assert method.harmonize(dwi, good, "B", "cpu").notices == ()
-    found = {"mse_before_wm_b1000": 1.0, "mse_after_wm_b1000": 1.1,
-             "mse_before_gm_b1000": 1.0, "mse_after_gm_b1000": 0.9}
     method = brief("harmonize_golkov")
-    monkeypatch.setattr(method, "_measured", lambda *_: found)
+    monkeypatch.setattr(method, "_measured", lambda *_: {
+        "mse_before_wm_b1000": 1.0, "mse_after_wm_b1000": 1.1,
+        "mse_before_gm_b1000": 1.0, "mse_after_gm_b1000": 0.9})
+    monkeypatch.setattr(method, "_maps", lambda *_: {
+        "mse_fa_before_gm_b1000": 1.0, "mse_fa_after_gm_b1000": 1.1,
+        "mse_md_before_gm_b1000": 1.0, "mse_md_after_gm_b1000": 1.0})
     fitted = method.fit(study(max_steps=2))
     (bad,), (told,) = fitted.checkpoints.values(), fitted.notices
-    assert "people not learned from rose (wm_b1000)" in told and told in caplog.text
+    assert "people not learned from rose (wm_b1000, fa_gm_b1000)" in told and told in caplog.text
     (notice,) = method.harmonize(dwi, bad, "B", "cpu").notices
-    assert "rose (wm_b1000) when harmonize_golkov was trained" in notice
+    assert "rose (wm_b1000, fa_gm_b1000) when harmonize_golkov was trained" in notice
 
 
 def test_epochs_of_the_command_line_win():

@@ -22,7 +22,7 @@ class Output:
 
     like: the run's image, whose grid they have. mask: the brain mask in the batch. desc: label of
     all maps made from a signal other than the measured one; sources: URIs of that signal; about:
-    keys of every sidecar made from it.
+    keys of every sidecar made from it; no_intervals, widening: as of `harmonize.Result`.
     """
 
     batch: Batch
@@ -35,6 +35,8 @@ class Output:
     desc: str = ""
     sources: tuple[str, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
+    no_intervals: str = ""
+    widening: float = 1.0
 
     def write(self, method: Method, derived: Derived) -> None:
         """Everything in `derived`, each image with its sidecar."""
@@ -54,7 +56,8 @@ class Output:
         if not result.changed:
             entry["Description"] = ("Signal as measured, within the mask: the run is of the "
                                     "reference batch")
-        out = replace(self, dwi=result.dwi, desc="harmonized", about=result.about)
+        out = replace(self, dwi=result.dwi, desc="harmonized", about=result.about,
+                      no_intervals=result.no_intervals, widening=result.widening)
         about = out._about(method, entry, result.parameters)
         out._dwi(out.dwi.unmask(result.dwi.signal), out.desc, about)
         return replace(out, sources=(self._uri(self._path("dwi", desc=out.desc)),))

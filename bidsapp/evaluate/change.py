@@ -67,5 +67,6 @@ def statistics(found: Change, after: Dwi) -> dict[str, Any]:
     """For the QC table: signal by shell and noise after harmonization, and the angular change."""
     levels = {f"harmonized_{shell_name(s)}_signal": float(np.median(mean_volume(after, s.indices)))
               for s in after.acquisition.shells}
-    return {"harmonized_noise_sd": after.noise_sd, **levels,
+    weighted = np.flatnonzero(~after.acquisition.b0)
+    return {"harmonized_noise_sd": after.noise_of(weighted), **levels,
             "harmonization_angle": found.median_angle, "harmonization_voxels": len(found.angle)}

@@ -12,7 +12,7 @@ import json
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,19 +49,37 @@ class Derived:
     notices: Sequence[str] = ()
     synthetic: Synthetic | None = None
 
+    def without_intervals(self, reason: str) -> Derived:
+        """The same without maps of standard deviations, which the reason forbids."""
+        return replace(self, maps={k: v for k, v in self.maps.items() if not k.endswith("_std")},
+                       parameters={**self.parameters, "Uncertainty": f"not told: {reason}"})
+
+    def widened(self, factor: float) -> Derived:
+        """The same with standard deviations times a factor."""
+        return replace(self, maps={k: v * np.float32(factor) if k.endswith("_std") else v
+                                   for k, v in self.maps.items()},
+                       parameters={**self.parameters, "UncertaintyFactor": factor})
+
 
 @dataclass(frozen=True)
 class Harmonized:
     """A Dwi as the reference batch would have measured it.
 
-    signal: (voxel, measurement) float32, in the Dwi's own b-table and units. counts, parameters,
+    signal: (voxel, measurement) float32, in the Dwi's own b-table and units. again: the same map,
+    with everything that was found for this run (a registration, say) held fixed, of another signal
+    of the run or of a part of its voxels. errors: per shell of the run, SD of the method's own
+    error of the mean over directions, relative to that mean. no_intervals: why no estimator can
+    give an interval from this signal, as a clause; empty where it can. counts, parameters,
     notices: as of `Derived`.
     """
 
     signal: np.ndarray
+    again: Callable[[Dwi], np.ndarray]
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    errors: Sequence[float] = ()
+    no_intervals: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pandas as pd
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import Fitted, Method, Study
+from bidsapp.methods import Fitted, Harmonized, Method, Study
 from bidsapp.methods.scope import COVARIATES, SAME_B, nearest, same, shown
 from bidsapp.preprocess import pairs, tissue
 
@@ -127,6 +127,88 @@ class Harmonizer(Method):
                 f"of grey and white matter, fewer than {tissue.MIN_VOXELS} of one of them. Check "
                 "the brain mask, or leave the participant out with --participant-label.")
         return source, target, move
+
+
+OUTPUTS = CHANGE, SERIES = "change", "series"
+"""What becomes of a harmonized SH series: what it changes is added to the signal, which keeps what
+no series holds; or, as published, it takes the signal's place."""
+
+SMOOTHED = ("an SH series stands in the signal's place, so its noise is correlated over directions "
+            "and what the series does not hold of the signal is missing")
+"""Why no interval can be told from a series."""
+
+
+def write_series(signal: np.ndarray, rows: np.ndarray, indices: np.ndarray, s0: np.ndarray,
+                 coefficients: np.ndarray, basis: np.ndarray, output: str) -> int:
+    """Write S0 times a series of S/S0, or add S0 times its change, never below 0.
+
+    rows, indices: of the signal. coefficients: (row, coefficient) of the series, or of its change.
+    basis: (index, coefficient). Returns how many values were raised to 0.
+    """
+    clipped = 0
+    for i, direction in zip(indices, basis.astype(np.float32), strict=True):
+        column = s0 * (coefficients @ direction) + (signal[rows, i] if output == CHANGE else 0)
+        clipped += int((column < 0).sum())
+        signal[rows, i] = np.maximum(column, 0)
+    return clipped
+
+
+NOISE_VOXELS = 10_000
+"""The noise after harmonization is measured on a slab of about this many voxels."""
+
+HALF = 0.5
+"""SD of the noise added to measure what becomes of noise, as a share of the noise's own: enough to
+be seen beside rounding, too little to change what a nonlinear map does."""
+
+
+def noise_gain(dwi: Dwi, made: Harmonized, seed: int = 0) -> np.ndarray:
+    """(measurement,) SD of the noise of each, after harmonization, in units of dwi.noise_sd.
+
+    The map is applied again to a slab of the run with independent Gaussian noise added to the
+    weighted volumes. By how much the mean of a shell over directions then changes, root mean square
+    over voxels, against how much it changed before harmonization, is the gain of the shell. So it
+    holds for means over directions, whatever the noise has become between them: a series keeps
+    that of its own degrees and takes away the rest.
+    """
+    gain = dwi.noise_gain.copy() if dwi.noise_gain is not None else np.ones(len(dwi.acquisition))
+    if not dwi.noise_sd:
+        return gain
+    slab = _slab(dwi)
+    weighted = ~dwi.acquisition.b0
+    noise = np.random.default_rng(seed).standard_normal(slab.signal.shape) * weighted
+    noise = (HALF * dwi.noise_sd * noise).astype(np.float32)
+    change = made.again(replace(slab, signal=slab.signal + noise)) - made.again(slab)
+    for shell in dwi.acquisition.shells:
+        before, after = (np.square(v[:, shell.indices].mean(axis=1), dtype=np.float64).mean()
+                         for v in (noise, change))
+        gain[shell.indices] *= np.sqrt(after / before)
+    return gain
+
+
+def widening(dwi: Dwi, errors: Sequence[float]) -> float:
+    """By how much intervals of a harmonized Dwi are wider for the method's own errors.
+
+    √(1 + mean over shells of (error / noise)²), both relative to the median over voxels of the mean
+    over directions. errors: as of `Harmonized`. 1 where the noise is not known.
+    """
+    ratios = []
+    for shell, error in zip(dwi.acquisition.shells, errors, strict=True):
+        sigma = dwi.noise_of(shell.indices)
+        level = float(np.median(dwi.signal[:, shell.indices].mean(axis=1)))
+        ratios.append((error * level / sigma) ** 2 * len(shell) if sigma else 0.0)
+    return float(np.sqrt(1 + np.mean(ratios)))
+
+
+def _slab(dwi: Dwi) -> Dwi:
+    """Whole slices about the middle of the mask, along the last axis."""
+    count = np.cumsum(dwi.mask.sum(axis=(0, 1)))
+    middle, half = count[-1] / 2, NOISE_VOXELS / 2
+    low, high = np.searchsorted(count, [middle - half, middle + half])
+    mask = np.zeros_like(dwi.mask)
+    mask[..., low:high + 1] = dwi.mask[..., low:high + 1]
+    rows = mask[dwi.mask]
+    return replace(dwi, signal=dwi.signal[rows], mask=mask,
+                   tissue=None if dwi.tissue is None else dwi.tissue[rows])
 
 
 def known_reference(reference: str | None, counts: Mapping[str, int]) -> None:

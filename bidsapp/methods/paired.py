@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,8 @@ from bidsapp.methods.samples import (
     Trained,
     Travellers,
     errors,
+    map_differences,
+    mean_errors,
     over_volume,
 )
 from bidsapp.networks.shresnet import CENTRE, NETWORKS
@@ -58,10 +61,12 @@ class PairedHarmonizer(shared.Harmonizer):
 
     network: its name in NETWORKS. projects: whether what is harmonized keeps the shape of every
     degree of the input and takes only its size from the network (RISH projection). warps: whether
-    intensities are first warped from the batch's distribution to the reference's. adds: whether
-    the change of the series is added to the signal, which then keeps what no series holds; else
-    the series stands for it. fewest: people who must have been scanned in both batches.
-    learns_from: whom, for the card.
+    intensities are first warped from the batch's distribution to the reference's. fewest: people
+    who must have been scanned in both batches. learns_from: whom, for the card.
+
+    What becomes of the harmonized series is `output` of training.toml (`harmonizer.OUTPUTS`). Where
+    its change is added, targets stand as their series in training, too, lest its smoothing be
+    taken for a difference of scanners.
     """
 
     counts_epochs = True
@@ -70,7 +75,6 @@ class PairedHarmonizer(shared.Harmonizer):
     network: ClassVar[str]
     projects: ClassVar[bool] = False
     warps: ClassVar[bool] = False
-    adds: ClassVar[bool] = False
     intended_use: ClassVar[str]
 
     def check(self, acquisition: Acquisition) -> None:
@@ -149,9 +153,18 @@ class PairedHarmonizer(shared.Harmonizer):
         names = [scope.short(shell) for shell in shells]
         with tempfile.TemporaryDirectory(dir=study.states) as folder:
             travellers = Travellers(self, study, list(found), [s["directions"][1] for s in shells],
-                                    recipe["l_max"], recipe["deformable"], Path(folder), self.adds)
+                                    recipe["l_max"], recipe["deformable"], Path(folder),
+                                    recipe["output"] == shared.CHANGE)
             trained = self._trained(study, name, names, recipe, travellers, people, start)
-            metrics = self._measured(trained, travellers, names, study.device)
+            checkpoint = self._checkpoint(study, recipe, trained, known, found, start, began)
+            metrics = {**self._measured(trained, travellers, names, study.device),
+                       **self._maps(study, checkpoint, travellers, trained.held, names)}
+        return replace(checkpoint, card=replace(checkpoint.card, metrics=metrics))
+
+    def _checkpoint(self, study: Study, recipe: Mapping[str, Any], trained: Trained,
+                    known: Mapping[str, Any], found: Sequence[pairs.Pair],
+                    start: Checkpoint | None, began: float) -> Checkpoint:
+        """Without metrics."""
         return Checkpoint(trained.tensors, Card(
             method=self.name, network=dict(recipe["network"]), trained_for=known["trained_for"],
             training={"participants": known["hashed"], "held_out": len(trained.held),
@@ -166,7 +179,8 @@ class PairedHarmonizer(shared.Harmonizer):
                       "start": start.card.sha256 if start else "identity or chance"},
             intended_use=self.intended_use, seed=study.seed,
             versions={"qsphere": __version__, "torch": torch.__version__},
-            constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"]}, metrics=metrics,
+            constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"],
+                       "output": recipe["output"]},
             reference_batch=known["reference_batch"], batches=known["batches"]))
 
     def _recipe(self, study: Study, found: Sequence[pairs.Pair]) -> dict[str, Any]:
@@ -287,12 +301,14 @@ class PairedHarmonizer(shared.Harmonizer):
         """Mean square error of S/S0 of those who validated, by tissue, before and after."""
         found: dict[str, float] = {}
         for k, shell in enumerate(shells if trained.held else ()):
-            raw, own = travellers.samples[k], trained.samples[k]
+            raw, warped = travellers.samples[k], trained.samples[k]
             voxels, parts = raw.of(travellers.of(set(trained.held))), []
             with torch.no_grad():
-                for b, c in zip(raw.blocks(voxels, device), own.blocks(voxels, device),
+                for b, c in zip(raw.blocks(voxels, device), warped.blocks(voxels, device),
                                 strict=True):
-                    made = self._projected(trained.networks[k](c[0]), c[0][:, CENTRE])
+                    made = trained.networks[k](c[0])
+                    if self.projects:
+                        made = sh.with_rish(c[0][:, CENTRE], sh.rish(made))
                     parts.append(torch.stack([errors(b[0][:, CENTRE], b), errors(made, b)]).cpu())
             for when, values in zip(("before", "after"), torch.cat(parts, 1), strict=True):
                 for name, value in tissue.NAMES.items():
@@ -300,12 +316,40 @@ class PairedHarmonizer(shared.Harmonizer):
                         values[raw.tissue[voxels] == value].mean())
         return found
 
-    def _projected(self, found: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        return sh.with_rish(own, sh.rish(found)) if self.projects else found
+    def _maps(self, study: Study, model: Checkpoint, travellers: Travellers, held: Sequence[str],
+              shells: Sequence[str]) -> dict[str, float]:
+        """Mean square error and bias (mean difference) of FA and MD (µm²/ms) of those who
+        validated, by tissue, before and after, as the model is applied to them; and error_SHELL,
+        by how much the mean over directions still errs in them, relative to it."""
+        differences: dict[str, list[np.ndarray]] = {"before": [], "after": []}
+        labels, errors = [], []
+        for i in sorted(travellers.of(set(held))):
+            pair = travellers.pairs[i]
+            source, target = (self.load(study, run) for run in (pair.source, pair.target))
+            move = travellers.move(i)
+            made = self.harmonize(source, model, model.card.batches[0], study.device)
+            harmonized = replace(source, signal=made.signal,
+                                 noise_gain=shared.noise_gain(source, made))
+            for when, dwi in (("before", source), ("after", harmonized)):
+                differences[when].append(map_differences(dwi, target, move))
+            labels.append(move.labels[move.where])
+            errors.append(mean_errors(harmonized, target, move))
+        found: dict[str, float] = {
+            f"error_{shell}": float(np.mean(own))
+            for shell, own in zip(shells, np.transpose(errors), strict=True)} if errors else {}
+        for when, values in differences.items():
+            for (k, shell), (m, measure), (name, label) in product(
+                    enumerate(shells), enumerate(("fa", "md")),
+                    tissue.NAMES.items() if labels else ()):
+                own = np.concatenate(values, 2)[k, m, np.concatenate(labels) == label]
+                found[f"mse_{measure}_{when}_{name}_{shell}"] = float(np.square(own).mean())
+                found[f"bias_{measure}_{when}_{name}_{shell}"] = float(own.mean())
+        return found
 
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
-        """S0 times the harmonized SH series of every shell (or its change added to the signal), at
-        the run's directions and not below 0. b0 volumes stay, and voxels without S0.
+        """The signal with S0 times the change of the SH series of every shell added, or that series
+        in its place, at the run's directions and not below 0. b0 volumes stay, and voxels without
+        S0.
 
         Raises:
             Refusal: as of `check`, or a shell of another b-tensor shape.
@@ -313,17 +357,39 @@ class PairedHarmonizer(shared.Harmonizer):
         self.check(dwi.acquisition)
         card = model.card
         nearest = scope.matched(self, dwi.acquisition, card.trained_for["shells"])
-        l_max, smoothing = card.constants["l_max"], card.constants["smoothing"]
         usable = dwi.mean_b0 > 0
         if not usable.any():
             raise Refusal(f"{self.name} found no b0 signal above 0. Check image and mask.")
+        signal, clipped = self._applied(dwi, model, nearest, device)
+        rose, output = _rose(card.metrics), card.constants["output"]
+        return Harmonized(
+            signal, lambda other: self._applied(other, model, nearest, device)[0],
+            {f"{self.network}_unchanged": int((~usable).sum()),
+             f"{self.network}_clipped_values": clipped},
+            {"SphericalHarmonicDegree": card.constants["l_max"], "Output": output,
+             "Smoothing": card.constants["smoothing"], "RISHProjection": self.projects,
+             "IntensityWarping": self.warps},
+            (f"Harmonization: {rose} when {card.method} was trained. Do not use it; train longer, "
+             "or with more people.",) if rose else (),
+            [card.metrics.get(f"error_{scope.short(card.trained_for['shells'][k])}", 0.0)
+             for k in nearest],
+            shared.SMOOTHED if output == shared.SERIES else "" if _validated(card.metrics) else
+            "nobody who was scanned in both batches validated the model, so that its own error is "
+            "not known")
+
+    def _applied(self, dwi: Dwi, model: Checkpoint, nearest: Sequence[int], device: str
+                 ) -> tuple[np.ndarray, int]:
+        """The harmonized signal, and how many values were raised to 0. nearest: the trained shell
+        for each of the run's."""
+        constants = model.card.constants
+        l_max, smoothing, output = (constants[k] for k in ("l_max", "smoothing", "output"))
         if self.warps:
             start, end = model.tensors["quantiles"].numpy().astype(np.float64)[:, nearest]
             signal, _ = intensity.warped(dwi, end, start)
             dwi = replace(dwi, signal=signal)
         else:
             signal = dwi.signal.copy("K")
-        values, _ = pairs.coefficients(dwi, l_max, smoothing)
+        values, usable = pairs.coefficients(dwi, l_max, smoothing)
         where = dwi.mask.copy()
         where[dwi.mask] = usable
         where, _, order = pairs.canonical(where, dwi.affine)
@@ -331,24 +397,26 @@ class PairedHarmonizer(shared.Harmonizer):
         s0, clipped = dwi.mean_b0[rows], 0
         for shell, own, k in zip(dwi.acquisition.shells, values, nearest, strict=True):
             network = replace(model, tensors=_part(model, f"shell{k}.")).into(
-                self.build(card.network))
+                self.build(model.card.network))
             own = own[rows]
             found = over_volume(network, pairs.filled(own, where, margin=1), where, device)
-            c = self._projected(torch.from_numpy(found), torch.from_numpy(own)).numpy()
-            c -= own if self.adds else 0
-            basis = sh.basis(l_max, dwi.acquisition.bvecs[shell.indices]).astype(np.float32)
-            for i, direction in zip(shell.indices, basis, strict=True):
-                column = s0 * (c @ direction) + (signal[rows, i] if self.adds else 0)
-                clipped += int((column < 0).sum())
-                signal[rows, i] = np.maximum(column, 0)
-        rose = _rose(card.metrics)
-        return Harmonized(signal, {
-            f"{self.network}_unchanged": int((~usable).sum()),
-            f"{self.network}_clipped_values": clipped},
-            {"SphericalHarmonicDegree": l_max, "Smoothing": smoothing,
-             "RISHProjection": self.projects, "IntensityWarping": self.warps},
-            (f"Harmonization: {rose} when {card.method} was trained. Do not use it; train longer, "
-             "or with more people.",) if rose else ())
+            basis = sh.basis(l_max, dwi.acquisition.bvecs[shell.indices])
+            if output == shared.CHANGE:
+                # what the smoothing of the series would take from its change is given back
+                fit = sh.smooth_fit(l_max, dwi.acquisition.bvecs[shell.indices], smoothing)
+                sharp = np.linalg.inv(fit @ basis).astype(np.float32).T
+                before = own @ sharp
+                c = before * _gain(found, own) if self.projects else found @ sharp
+                c -= before
+            else:
+                c = own * _gain(found, own) if self.projects else found
+            clipped += shared.write_series(signal, rows, shell.indices, s0, c, basis, output)
+        return signal, clipped
+
+
+def _gain(found: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Of every coefficient, by RISH projection."""
+    return sh.rish_gain(torch.from_numpy(own), sh.rish(torch.from_numpy(found))).numpy()
 
 
 def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
@@ -357,11 +425,16 @@ def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.
                                 device=generator.device).cpu()]
 
 
+def _validated(metrics: Mapping[str, float]) -> bool:
+    return any(k.startswith("error_") for k in metrics)
+
+
 def _rose(metrics: Mapping[str, float]) -> str:
-    """Where the signal of those who validated lay further from the reference's than before, as the
-    start of a sentence; empty where nowhere."""
-    names = [k.removeprefix("mse_after_") for k in metrics if k.startswith("mse_after_")]
-    worse = [n for n in names if metrics[f"mse_after_{n}"] > metrics[f"mse_before_{n}"]]
+    """Where signal, FA or MD of those who validated lay further from the reference's than before,
+    as the start of a sentence; empty where nowhere."""
+    after = [k for k in metrics if k.startswith("mse_") and "after_" in k]
+    worse = [k.removeprefix("mse_").replace("after_", "") for k in after
+             if metrics[k] > metrics[k.replace("after_", "before_")]]
     return f"the error of people not learned from rose ({', '.join(worse)})" if worse else ""
 
 

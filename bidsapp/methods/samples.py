@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import nn
 
 from bidsapp import sh, tensor, training
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.blocks import map_voxels
+from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
 from bidsapp.methods import Study
 from bidsapp.methods.harmonizer import Harmonizer
@@ -24,6 +26,9 @@ from bidsapp.progress import track
 
 BLOCK = 1024
 """Voxels that pass a network at a time: what they become stays in the cache."""
+
+HALF_OF_CHI_SQUARE = 0.4549
+"""Median of χ² with one degree of freedom."""
 
 MEASURES = ("signal", "fa", "md")
 
@@ -177,6 +182,12 @@ class Travellers:
         for samples in self.samples:
             samples.close()
 
+    def move(self, pair: int) -> pairs.Move:
+        """Where the target of a pair lies in its source."""
+        move = pairs.Move.load(self.folder / f"{pair}.npz")
+        assert move
+        return move
+
     def of(self, people: set[str], kind: int = pairs.BOTH) -> set[int]:
         """Indices of their pairs."""
         return {i for i, pair in enumerate(self.pairs)
@@ -202,9 +213,7 @@ class Travellers:
         for i, pair in enumerate(track(self.pairs, f"{self.method.name}: warping intensities")):
             dwi = self.method.load(self.study, pair.source)
             new = replace(dwi, signal=intensity.warped(dwi, quantiles[1], quantiles[0])[0])
-            move = pairs.Move.load(self.folder / f"{i}.npz")
-            assert move
-            moved = pairs.carried(new, self.l_max, move)
+            moved = pairs.carried(new, self.l_max, self.move(i))
             for file, image in zip(files, moved, strict=True):
                 _append(file, image)
         return [s.seen_as(file) for s, file in zip(self.samples, files, strict=True)]
@@ -214,6 +223,49 @@ class Travellers:
             return intensity.quantiles(self.method.load(self.study, run))
         except DataError as error:
             raise UsageError(f"--train {self.method.name}: {run} {error}") from error
+
+
+def map_differences(source: Dwi, target: Dwi, move: pairs.Move
+                    ) -> Float[np.ndarray, "shell 2 voxel"]:
+    """FA and MD (µm²/ms) of every shell's tensor in a source less those in the target, at the
+    voxels of `where`: of the signals as they are, not of a series."""
+    ratios = pairs.resampled(source, move), pairs.ratios(target, move)
+    differences = []
+    for shells in zip(source.acquisition.shells, target.acquisition.shells, strict=True):
+        maps = [torch.stack(tensor.of_attenuation(
+            torch.from_numpy(values[:, shell.indices]), torch.from_numpy(tensor.attenuation_fit(
+                dwi.acquisition.btensors[shell.indices])).float()))
+            for values, shell, dwi in zip(ratios, shells, (source, target), strict=True)]
+        differences.append((maps[0] - maps[1]).numpy())
+    return np.stack(differences)
+
+
+def mean_errors(source: Dwi, target: Dwi, move: pairs.Move) -> list[float]:
+    """Per shell, the SD of a harmonized source's mean over directions of S/S0 about the target's,
+    relative to it, less what the noise of both would give: the harmonizer's own error.
+
+    Over the voxels of grey and white matter, by the median of squares, which edges of tissue that
+    do not lie on each other leave alone.
+    """
+    where = move.labels[move.where] > 0
+    ratios = pairs.resampled(source, move)[where], pairs.ratios(target, move)[where]
+    found = []
+    for shells in zip(source.acquisition.shells, target.acquisition.shells, strict=True):
+        means = [r[:, shell.indices].mean(1) for r, shell in zip(ratios, shells, strict=True)]
+        level = float(np.median(means[1]))
+        noise = sum(_noise_of_ratio(dwi, shell, level)
+                    for dwi, shell in zip((source, target), shells, strict=True))
+        square = float(np.median(np.square(means[0] - means[1]))) / HALF_OF_CHI_SQUARE
+        found.append(math.sqrt(max(square - noise, 0)) / level)
+    return found
+
+
+def _noise_of_ratio(dwi: Dwi, shell: Shell, level: float) -> float:
+    """Variance of the mean over directions of S/S0, which is about `level`."""
+    b0 = np.flatnonzero(dwi.acquisition.b0)
+    s0 = float(np.median(dwi.mean_b0))
+    return ((dwi.noise_of(shell.indices) or 0.0) ** 2 / len(shell)
+            + (level * (dwi.noise_of(b0) or 0.0)) ** 2 / len(b0)) / s0**2
 
 
 @dataclass(frozen=True, eq=False)

@@ -219,13 +219,16 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     index = [torch.as_tensor(s.indices, device=device) for s in shells]
     b0 = torch.as_tensor(np.flatnonzero(acquisition.b0), device=device)
     told = side.shells.to(device, torch.float32)
+    # where shells have noise of their own, one has as many directions as would give it that
+    gain = dwi.gain(np.concatenate([s.indices for s in shells]))
+    told[..., 2] *= told.new_tensor([dwi.gain(s.indices) / gain for s in shells])
     if "directions" in card.trained_for:
         told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
     least, most = (1 / snr for snr in reversed(card.trained_for["SNR"]))
     # a search needs double precision: else rounding decides which way it goes on a flat ridge
     power = known_power(card).to(device, torch.float64 if searches(tissue) else torch.float32)
     hinted = takes_hint(card.network)
-    of_mean = 0.0 if s0_known else len(b0) ** -0.5
+    of_mean = 0.0 if s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
 
     def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
         level = signal[:, b0].mean(1)
@@ -234,7 +237,8 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         # no signal is below 0 or at twice S0: such voxels are flagged, and must not run away
         ratio = (signal / level[:, None]).clamp(0, 2)
         x = torch.stack([fit @ ratio[:, i].T for fit, i in zip(fits, index, strict=True)], 2)
-        sigma = (dwi.noise_sd / level if dwi.noise_sd else torch.full_like(level, 1 / ASSUMED_SNR))
+        sigma = (dwi.noise_sd * gain / level if dwi.noise_sd
+                 else torch.full_like(level, 1 / ASSUMED_SNR))
         within = sigma.clamp(least, most)[:, None]
         noise = torch.cat([within, of_mean * within], 1)
         seen = (v.to(power) for v in (x, noise, told))
@@ -264,7 +268,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
         "Weights": card.sha256, "Shells": [round(s.b) for s in shells], **outside,
         "Uncertainty": "± 1.645 SD cover 90 % of held-out simulated truths, by predicted SD, "
                        "estimated coherence of fibres and noise",
-        "NoiseSD": dwi.noise_sd if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
+        "NoiseSD": dwi.noise_sd * gain if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
         "TrainedFor": dict(card.trained_for)}, usable, notices
 
 

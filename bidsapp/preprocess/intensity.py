@@ -43,27 +43,31 @@ def quantiles(dwi: Dwi) -> np.ndarray:
     return np.stack(found)
 
 
-def warped(dwi: Dwi, reference: np.ndarray, source: np.ndarray | None = None
-           ) -> tuple[np.ndarray, int]:
-    """The signal warped to the distribution of the reference in every shell, and how many values
+def quantiles_to_warp(dwi: Dwi) -> np.ndarray:
+    """As `quantiles`, of a scan to apply a warp to.
+
+    Raises:
+        Refusal: no value of a shell is above 0.
+    """
+    s0 = dwi.mean_b0
+    return np.stack([_quantiles(_some_ratios(dwi, s0, shell)) for shell in dwi.acquisition.shells])
+
+
+def warped(dwi: Dwi, reference: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, int]:
+    """The signal warped from one distribution to another in every shell, and how many values
     stayed as they are for not being above 0, or in a voxel whose S0 is not. b0 volumes stay.
 
-    reference: (shell, GRID) quantiles, in the order of the scan's shells. source: those that the
-    warp starts from, the scan's own if there are none.
+    reference, source: (shell, GRID) quantiles, in the order of the scan's shells.
 
     Raises:
         Refusal: no value of a shell is above 0.
     """
     s0, signal, kept = dwi.mean_b0, dwi.signal.copy("K"), 0
     for k, shell in enumerate(dwi.acquisition.shells):
-        values = _ratios(dwi, s0, shell)
+        values = _some_ratios(dwi, s0, shell)
         good = np.isfinite(values)
-        if not good.any():
-            raise Refusal(f"no signal above 0 was found at b = {shell.b:.0f} s/mm². Check image "
-                          "and mask, or leave the run out.")
-        own = _quantiles(values) if source is None else source[k]
         for i, x, here in zip(shell.indices, values.T, good.T, strict=True):
-            signal[here, i] = s0[here] * _warp(x[here], own, reference[k])
+            signal[here, i] = s0[here] * _warp(x[here], source[k], reference[k])
         kept += int((~good).sum())
     return signal, kept
 
@@ -75,6 +79,19 @@ def _ratios(dwi: Dwi, s0: np.ndarray, shell: Shell) -> np.ndarray:
     signal /= np.where(s0 > 0, s0, 1)[:, None]
     signal[~good] = np.nan
     return signal
+
+
+def _some_ratios(dwi: Dwi, s0: np.ndarray, shell: Shell) -> np.ndarray:
+    """`_ratios`, of which one at least is there.
+
+    Raises:
+        Refusal: none is.
+    """
+    values = _ratios(dwi, s0, shell)
+    if not np.isfinite(values).any():
+        raise Refusal(f"no signal above 0 was found at b = {shell.b:.0f} s/mm². Check image and "
+                      "mask, or leave the run out.")
+    return values
 
 
 def _quantiles(values: np.ndarray) -> np.ndarray:

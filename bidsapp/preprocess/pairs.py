@@ -53,6 +53,9 @@ FLOW = 20.0
 BLOCK = 2**14
 """Voxels whose coefficients are turned at a time."""
 
+GRIDS = 16
+"""Volumes that are resampled at a time: whole grids take memory."""
+
 FLIP = np.array([-1.0, -1.0, 1.0])
 """World RAS+ to ITK's, LPS+."""
 
@@ -297,16 +300,30 @@ def carried(source: Dwi, l_max: int, move: Move) -> Float[np.ndarray, "shell x y
     By cubic splines, which smooth little: a network that learned from smoothed input would be
     applied to input that is not.
     """
+    values, usable = coefficients(source, l_max)
+    return np.stack([filled(_turned(_moved(own[usable], source.mask, usable, move), move.turn),
+                            move.where, margin=1) for own in values])
+
+
+def resampled(source: Dwi, move: Move) -> Float[np.ndarray, "voxel measurement"]:
+    """The source's S/S0 at the voxels of `where`, along its own directions, not turned: FA and MD
+    do not turn. By cubic splines, as `carried`."""
+    s0 = source.mean_b0
+    usable = s0 > 0
+    parts = np.array_split(np.arange(len(source.acquisition)), -(-len(source.acquisition) // GRIDS))
+    return np.concatenate([_moved(
+        (source.signal[:, part][usable] / s0[usable, None]).astype(np.float32), source.mask, usable,
+        move) for part in parts], 1)
+
+
+def _moved(values: Float[np.ndarray, "usable k"], mask: np.ndarray, usable: np.ndarray,
+           move: Move) -> Float[np.ndarray, "voxel k"]:
+    """Values of the usable voxels of a source at the voxels of `where`."""
     from scipy.ndimage import map_coordinates
 
-    image = []
-    values, usable = coefficients(source, l_max)
-    for own in values:
-        grid = filled(own[usable], source.mask, usable)
-        moved = [map_coordinates(component, move.index, order=3, mode="nearest")
-                 for component in np.moveaxis(grid, -1, 0)]
-        image.append(filled(_turned(np.stack(moved, -1), move.turn), move.where, margin=1))
-    return np.stack(image)
+    grid = filled(values, mask, usable)
+    return np.stack([map_coordinates(component, move.index, order=3, mode="nearest")
+                     for component in np.moveaxis(grid, -1, 0)], -1)
 
 
 def tensor_maps(dwi: Dwi, device: str) -> Mapping[str, np.ndarray]:

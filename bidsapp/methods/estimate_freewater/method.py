@@ -58,8 +58,9 @@ class FreeWater(Method):
                            f"literature, for this run cannot show its own ({refusal})")
         s0 = dwi.mean_b0
         known = bool((s0 == 1).all())  # the signals were divided by S0 before
-        noise = (np.quantile(dwi.noise_sd / s0[s0 > 0], np.linspace(0, 1, LEVELS))
-                 if dwi.noise_sd and (s0 > 0).any() else np.array([1 / ASSUMED_SNR]))
+        sigma = dwi.noise_of(np.flatnonzero(~acquisition.b0))
+        noise = (np.quantile(sigma / s0[s0 > 0], np.linspace(0, 1, LEVELS))
+                 if sigma and (s0 > 0).any() else np.array([1 / ASSUMED_SNR]))
         options = self.settings("network")
         model, error = network.learn(measured, acquisition, noise, known, seed, device, options)
 
@@ -96,7 +97,7 @@ class FreeWater(Method):
             "CorrectedUpTo": MOST_WATER,
             "NotCorrected": f"where the fraction is above {MOST_WATER}, or no tensor with positive "
                             "eigenvalues is left, FA and MD are those of the signal as it is",
-            "NoiseSD": dwi.noise_sd or f"assumed: S0 / {ASSUMED_SNR:.0f}",
+            "NoiseSD": sigma or f"assumed: S0 / {ASSUMED_SNR:.0f}",
             "TrainingSamples": options["samples"], "TrainingSteps": options["schedule"]["steps"],
             "HeldOutRMSE": float(f"{error:.3g}")}, usable, notices)
 

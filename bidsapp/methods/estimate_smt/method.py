@@ -320,10 +320,11 @@ class SphericalMean(Method):
         known = bool((s0 == 1).all())  # the signals were divided by S0 before
         plans = [(b0, np.full(len(b0), 1 / len(b0)), np.full((len(b0),) * 2, 1 / len(b0))),
                  *((shell.indices, *average_weights(acquisition, shell)) for shell in shells)]
-        noise = np.array([np.linalg.norm(weights) for _, weights, _ in plans])
+        noise = np.array([np.linalg.norm(weights) * dwi.gain(index) for index, weights, _ in plans])
         protocol = Protocol(np.array([shell.b for shell in shells]) / 1000,
                             np.array([shell.b_delta for shell in shells]), noise[1:],
                             0.0 if known else noise[0])
+        levels = [dwi.noise_of(index) for index, *_ in plans]
         tensors = [(torch.as_tensor(index, device=device), *(
             torch.as_tensor(a, dtype=torch.float32, device=device) for a in (
                 weights, smooth, rician_excess(np.linalg.norm(smooth) / len(index) ** 0.5))))
@@ -332,10 +333,10 @@ class SphericalMean(Method):
 
         def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
             averages = []
-            for index, weights, smooth, table in tensors:
+            for sigma, (index, weights, smooth, table) in zip(levels, tensors, strict=True):
                 part = signal[:, index]
-                if dwi.noise_sd:
-                    part = unbiased(part, smooth, dwi.noise_sd, table)
+                if sigma:
+                    part = unbiased(part, smooth, sigma, table)
                 averages.append(part @ weights)
             usable = averages[0] > 0
             level = torch.where(usable, averages[0], 1)
@@ -355,7 +356,8 @@ class SphericalMean(Method):
                 maps[key] = np.where(usable, values[:, i], 0).astype(np.float32)
         return Derived(maps, {"smt_no_b0_signal": int((~usable).sum())}, {
             "Prior": "diffusivity uniform on 0–3 µm²/ms, neurite fraction uniform on 0–1",
-            "NoiseSD": dwi.noise_sd if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
+            "NoiseSD": (dwi.noise_of(np.concatenate([s.indices for s in shells]))
+                        if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}"),
             "RicianBias": "corrected" if dwi.noise_sd else "not corrected (noise unknown)",
             "Shells": [round(shell.b) for shell in shells]}, usable)
 

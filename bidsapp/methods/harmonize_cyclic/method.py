@@ -26,7 +26,6 @@ class CyclicHarmonizer(PairedHarmonizer):
     """Generators both ways with critics, from any share of people scanned in both batches."""
 
     network = "cyclic"
-    adds = True
     fewest = 0
     learns_from = "both batches, and of people in both where there are any"
     intended_use = (

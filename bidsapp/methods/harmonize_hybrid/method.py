@@ -18,7 +18,6 @@ class HybridHarmonizer(PairedHarmonizer):
 
     network = "hybrid"
     warps = True
-    adds = True
     intended_use = (
         "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "
         "and people like those under trained_for: FA and MD of each shell above all. Fibre "

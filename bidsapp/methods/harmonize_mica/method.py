@@ -90,10 +90,18 @@ class Mica(shared.Harmonizer):
         self.check(dwi.acquisition)
         reference = model.tensors["quantiles"].numpy().astype(np.float64)
         nearest = scope.matched(self, dwi.acquisition, model.card.trained_for["shells"])
-        signal, kept = intensity.warped(dwi, reference[nearest])
-        return Harmonized(signal, {"mica_unchanged_values": kept},
+        own = intensity.quantiles_to_warp(dwi)
+
+        def again(other: Dwi) -> np.ndarray:
+            return intensity.warped(other, reference[nearest], own)[0]
+
+        signal, kept = intensity.warped(dwi, reference[nearest], own)
+        return Harmonized(signal, again, {"mica_unchanged_values": kept},
                           {"GridPoints": intensity.GRID,
-                           "Distribution": "S/S0 within the mask, by shell"})
+                           "Distribution": "S/S0 within the mask, by shell"},
+                          no_intervals=(
+                              "a warp of whole scans errs by more than noise, and differently in "
+                              "every tissue, and nothing measures by how much"))
 
 
 def _others(people: np.ndarray, among: bool, mean: np.ndarray) -> np.ndarray:
