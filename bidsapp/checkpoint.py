@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ class Card:
     training: schedule, samples, device, duration and what the data were. constants: numbers learned
     in training that are not weights. metrics: on held-out data. intended_use: a sentence or two,
     limits included. sha256: of the weights' file, set when they are packed. Of a harmonizer,
-    reference_batch and batches: those that it maps there.
+    reference_batch and batches: those that it maps there; warnings: sentences that are told
+    wherever it is applied.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Card:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     reference_batch: str | None = None
     batches: tuple[str, ...] = ()
+    warnings: Sequence[str] = ()
     sha256: str = ""
 
 

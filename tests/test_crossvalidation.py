@@ -51,10 +51,11 @@ def test_errors_are_those_of_their_formulae():
     fit that the app uses."""
     method, known = brief("harmonize_mica"), study(sites="ABC", folds=3)
     fitted = crossvalidation.fit(method, known)
-    (table,), (model,) = fitted.tables.values(), fitted.checkpoints.values()
-    assert list(fitted.tables) == ["desc-mica_folds"]
-    assert list(table) == ["batch", "fold", "participant", "shell", "tissue", "measure",
-                           "nmse_before", "nmse_after"]
+    (table, effects), (model,) = fitted.tables.values(), fitted.checkpoints.values()
+    assert list(fitted.tables) == ["desc-mica_folds", "desc-mica_biology"]
+    assert list(table) == ["batch", "fold", "participant", "shell", "tissue", "measure", *(
+        f"{k}_{when}" for k in ("nmse", "bias", "mean", "contrast") for when in (
+            "before", "after"))]
     assert len(table) == 2 * 3 * 2 * 3, "batches, people, tissues, measures"
     assert model.card.training["participants"].keys() == set("ABC")
     for batch in "BC":
