@@ -235,8 +235,9 @@ def test_sites_before_and_after(rng):
 def test_sites_of_different_people(rng):
     """Nobody was at two of three sites: no ICC; Welch's interval of each site to the reference,
     or to the mean of all, which for B holds the true 2 less (0 + 2 + 0) / 3."""
-    table = pd.DataFrame([{"participant": f"{b}{i}", "batch": b,
-                           "fa": rng.normal(2 * (b == "B"), 0.1)} for b in "ABC" for i in range(20)])
+    table = pd.DataFrame([
+        {"participant": f"{b}{i}", "batch": b, "fa": rng.normal(2 * (b == "B"), 0.1)}
+        for b in "ABC" for i in range(20)])
     found = {k: agreement.of_group(table, ["fa"], {}, k).set_index(["statistic", "batch"])
              for k in ("A", None)}
     assert set(found["A"].index) == {("unpaired_difference", b) for b in "BC"} | {

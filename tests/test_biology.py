@@ -1,17 +1,17 @@
 """What is left of people's differences, against what is known: analytic effects, smoothing that
 must be noticed, noise removal that must not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
-import synthetic_head
 from scipy.ndimage import gaussian_filter
 from test_paired import AFFINE, AXES, BVALS, brief, head, study
 
-from bidsapp import methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
-from bidsapp.evaluate import biology, crossvalidation, quality
+from bidsapp.evaluate import biology, crossvalidation
 from bidsapp.evaluate.biology import Ratio
 from bidsapp.methods import Harmonized
 from bidsapp.preprocess import pairs
@@ -109,3 +109,106 @@ def test_smoothing_loses_contrast_and_denoising_does_not():
     blurred = wave_rows(lambda source, truth: smoothed(source, 0.64))
     wanted = np.exp(-(2 * np.pi / 8 * 0.64) ** 2 / 2)
     np.testing.assert_allclose(blurred, wanted, atol=0.03)
+
+
+def aged(age, left=1.0):
+    """Diffusivities relative to those at 50, `left` of whose slope over age is left."""
+    return 1 + 0.006 * left * (age - 50)
+
+
+def powered(dwi, exponent):
+    """S/S0 to a power: the tensor times that number, FA as it was."""
+    s0 = dwi.mean_b0[:, None]
+    ratio = np.maximum(dwi.signal / s0, 0.01)
+    return replace(dwi, signal=np.where(BVALS < 50, dwi.signal, s0 * ratio ** exponent).astype(
+        np.float32))
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Ten people between 20 and 80 whose MD rises by 0.6 % a year, at two sites that differ in
+    noise alone; and the age of whoever was measured so."""
+    labels = [f"{i:02d}" for i in range(10)]
+    ages = dict(zip(labels, np.linspace(20, 80, 10), strict=True))
+    whose = {}
+
+    def load(run):
+        dwi = powered(head(run[:2], "A" if run[2] == "A" else "C"), aged(ages[run[:2]]))
+        whose[float(dwi.signal.sum())] = ages[run[:2]]
+        return dwi
+
+    known = study(labels, load=load, folds=2, states=tmp_path_factory.mktemp("states"))
+    table = known.statistics.assign(age=known.statistics["participant"].map(ages), sex=[
+        "FM"[int(p) % 2] for p in known.statistics["participant"]])
+    return replace(known, statistics=table, covariates=("age", "sex")), whose
+
+
+def guarded(known, monkeypatch, change):
+    """Rows of the guard, and the card, where people are harmonized by a function of their scan."""
+    method = brief("harmonize_mica")
+    monkeypatch.setattr(method, "harmonize", lambda dwi, *_: Harmonized(change(dwi).signal))
+    fitted = crossvalidation.fit(method, known)
+    rows = fitted.tables["desc-mica_biology"].set_index(["effect", "measure", "tissue"])
+    (model,) = fitted.checkpoints.values()
+    return rows, model.card, fitted.notices
+
+
+@pytest.mark.slow
+def test_a_slope_that_is_lost_is_told_everywhere(people, monkeypatch):
+    """0.7 of the slope of MD over age are left. Between the sexes there is no difference of which
+    anything could be told."""
+    known, whose = people
+
+    def shrink(dwi):
+        age = whose[float(dwi.signal.sum())]
+        return powered(dwi, aged(age, 0.7) / aged(age))
+
+    rows, card, notices = guarded(known, monkeypatch, shrink)
+    for tissue in ("wm", "gm"):
+        row = rows.loc[("age", "md", tissue)]
+        assert row["ratio"] == pytest.approx(0.7, abs=0.03) and row["verdict"] == biology.LOST
+        assert row["low"] < row["ratio"] < row["high"] < 0.8
+        assert row["reference"] == pytest.approx(row["before"], rel=0.05)
+        assert rows.loc[("sex", "md", tissue), "verdict"] == biology.OPEN
+    assert card.metrics["kept_age_md_wm_b1000"][0] == pytest.approx(0.7, abs=0.03)
+    (warning,) = [w for w in card.warnings if "was lost" in w]
+    assert "slope over age of MD in white matter, b1000, B (ratio 0.7" in warning
+    assert any(warning in notice for notice in notices)
+
+
+@pytest.mark.slow
+def test_what_is_unchanged_is_kept_and_smoothing_is_noticed(people, monkeypatch):
+    known, _ = people
+    rows, card, _ = guarded(known, monkeypatch, lambda dwi: dwi)
+    np.testing.assert_allclose(rows["ratio"], 1)
+    assert set(rows["verdict"]) <= {biology.KEPT, biology.OPEN}
+    for kept in (("age", "md", "wm"), ("age", "md", "gm"), ("contrast", "fa", "wm")):
+        assert rows.loc[kept, "verdict"] == biology.KEPT
+    assert card.warnings == ()
+    rows, card, _ = guarded(known, monkeypatch, lambda dwi: smoothed(dwi, 0.64))
+    row = rows.loc[("contrast", "fa", "wm")]
+    assert row["verdict"] == biology.LOST and row["ratio"] < 0.9
+    assert any("local contrast of FA in white matter" in w for w in card.warnings)
+
+
+def test_tables_of_people_who_may_have_taught(rng):
+    """Of 40 people the harmonized column keeps half of the slope of MD; the reference batch, whose
+    values stay, has no row. Without age or sex there is none."""
+    age = rng.uniform(20, 80, 40)
+    batch = np.repeat(["A", "B"], 20)
+    md = 8e-4 + 2e-6 * age + rng.normal(0, 1e-5, 40)
+    table = pd.DataFrame({
+        "participant": [f"{i}" for i in range(40)], "batch": batch, "age": age, "dti_md_mean": md,
+        "harmonized_dti_md_mean": np.where(batch == "A", md, md - 1e-6 * age)})
+    combat = table[["participant", "batch", "dti_md_mean"]]
+    found = biology.in_sample(table, ["dti_md_mean"], {"combat": combat})
+    (row,) = found.to_dict("records")
+    assert (row["data"], row["batch"], row["effect"]) == ("harmonized", "B", "age")
+    assert row["ratio"] == pytest.approx(0.5, abs=0.05) and row["verdict"] == biology.LOST
+    (told,) = biology.losses(found)
+    assert told.startswith("slope over age of dti_md in the brain, B (ratio 0.")
+    other = combat.assign(dti_md_mean=combat["dti_md_mean"] * 1.01)
+    found = biology.in_sample(table, ["dti_md_mean"], {"combat": other})
+    assert list(found["data"] + found["batch"]) == ["harmonizedB", "combatA", "combatB"]
+    assert set(found["verdict"][1:]) == {biology.KEPT}
+    assert biology.in_sample(table.drop(columns="age"), ["dti_md_mean"], {}).empty

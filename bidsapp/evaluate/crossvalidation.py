@@ -124,8 +124,8 @@ def doubts(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
             "these; train longer, with more people, or another method."
             for what, which in rose.items() if which.any()]
     if lost := biology.losses(found):
-        told.append(f"in cross-validation more than {biology.LOSS:.0%} was lost of what people not "
-                    f"learned from were measured with: {'; '.join(lost)}. Do not study these "
+        told.append(f"in cross-validation more than {100 * biology.LOSS:.0f} % was lost, in "
+                    f"people not learned from, of: {'; '.join(lost)}. Do not study these "
                     "effects in harmonized maps; train with more people, or another method.")
     return told
 
