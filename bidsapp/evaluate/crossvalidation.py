@@ -115,14 +115,18 @@ def doubts(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     """
     means = table.groupby(["measure", "tissue", "shell", "batch"], as_index=False,
                           sort=False).mean(numeric_only=True)
-    mean = (means["mean_before"] - means["bias_before"]).abs()
-    rose = {"error": means["nmse_after"] > means["nmse_before"],
-            "bias": (means["bias_after"].abs() > means["bias_before"].abs() + WORSE_BIAS * mean)
-            & means["measure"].isin([*biology.MAPS])}
-    told = [f"in cross-validation the {what} of people not learned from rose: "
-            f"{'; '.join(map(biology.place, means[which].to_dict('records')))}. Do not use it for "
-            "these; train longer, with more people, or another method."
-            for what, which in rose.items() if which.any()]
+    told = []
+    rose = [f"{biology.place(row)} ({100 * row['nmse_after'] / row['nmse_before'] - 100:+.2g} %)"
+            for row in means.to_dict("records") if row["nmse_after"] > row["nmse_before"]]
+    biased = [f"{biology.place(row)} ({row['bias_before']:+.2g} to {row['bias_after']:+.2g})"
+              for row in means.to_dict("records") if row["measure"] in biology.MAPS
+              and abs(row["bias_after"]) > abs(row["bias_before"]) + WORSE_BIAS * abs(
+                  row["mean_before"] - row["bias_before"])]
+    for what, where in (("error", rose), ("bias", biased)):
+        if where:
+            told.append(f"in cross-validation the {what} of people not learned from rose: "
+                        f"{'; '.join(where)}. Do not use it for these; train longer, with more "
+                        "people, or another method.")
     if lost := biology.losses(found):
         told.append(f"in cross-validation more than {100 * biology.LOSS:.0f} % was lost, in "
                     f"people not learned from, of: {'; '.join(lost)}. Do not study these "

@@ -107,7 +107,7 @@ def _effects(found: pd.DataFrame) -> list[dict[str, Any]]:
     return [{"lost": row["verdict"] == biology.LOST, "data": row.get("data"),
              "name": biology.describe(row), "people": row["people"],
              "values": [_number(row[k]) for k in ("before", "after", "reference")],
-             "verdict": f"{row['verdict']} ({biology.shown(row)})"}
+             "verdict": row["verdict"], "ratio": biology.shown(row)}
             for row in found.to_dict("records")]
 
 
