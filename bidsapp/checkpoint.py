@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Card:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     reference_batch: str | None = None
     batches: tuple[str, ...] = ()
-    warnings: Sequence[str] = ()
+    warnings: tuple[str, ...] = ()
     sha256: str = ""
 
 
@@ -94,7 +94,7 @@ def load(folder: Path, method: str | None = None) -> Checkpoint:
     try:
         told = json.loads((folder / CARD).read_text())
         weights = (folder / WEIGHTS).read_bytes()
-        card = Card(**{**told, "batches": tuple(told.get("batches", ()))})
+        card = Card(**{**told, **{k: tuple(told.get(k, ())) for k in ("batches", "warnings")}})
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder} holds no checkpoint that can be read ({error}). Needed is a "
                         f"folder with {WEIGHTS} and {CARD}, as group --train writes it, with all "

@@ -206,7 +206,7 @@ def test_tables_of_people_who_may_have_taught(rng):
     assert (row["data"], row["batch"], row["effect"]) == ("harmonized", "B", "age")
     assert row["ratio"] == pytest.approx(0.5, abs=0.05) and row["verdict"] == biology.LOST
     (told,) = biology.losses(found)
-    assert told.startswith("slope over age of dti_md in the brain, B (ratio 0.")
+    assert told.startswith("slope over age of dti_md in the brain, B, harmonized (ratio 0.")
     other = combat.assign(dti_md_mean=combat["dti_md_mean"] * 1.01)
     found = biology.in_sample(table, ["dti_md_mean"], {"combat": other})
     assert list(found["data"] + found["batch"]) == ["harmonizedB", "combatA", "combatB"]

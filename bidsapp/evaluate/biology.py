@@ -198,10 +198,11 @@ def describe(row: Mapping[Any, Any]) -> str:
 
 
 def place(row: Mapping[Any, Any]) -> str:
-    """`MD in white matter, b1000, siteB`; a feature of a table is of the brain."""
+    """`MD in white matter, b1000, siteB`, or `dti_md in the brain, siteB, combat` of a table."""
     measure = MAPS.get(row["measure"], row["measure"].removesuffix("_mean"))
     inside = f"{TISSUES[row['tissue']]}, {row['shell']}" if "tissue" in row else "the brain"
-    return f"{measure} in {inside}, {row['batch']}"
+    return ", ".join([f"{measure} in {inside}", row["batch"], *([row["data"]] if "data" in row
+                                                                else [])])
 
 
 def shown(row: Mapping[Any, Any]) -> str:

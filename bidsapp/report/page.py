@@ -104,10 +104,9 @@ def _between(found: pd.DataFrame, reference: str) -> dict[str, Any] | None:
 
 def _effects(found: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of `biology`, as text."""
-    return [{"lost": row["verdict"] == biology.LOST, "data": row.get("data"),
-             "name": biology.describe(row), "people": row["people"],
-             "values": [_number(row[k]) for k in ("before", "after", "reference")],
-             "verdict": row["verdict"], "ratio": biology.shown(row)}
+    return [{"lost": row["verdict"] == biology.LOST, "name": biology.describe(row),
+             "people": row["people"], "verdict": row["verdict"], "ratio": biology.shown(row),
+             "values": [_number(row[k]) for k in ("before", "after", "reference")]}
             for row in found.to_dict("records")]
 
 
