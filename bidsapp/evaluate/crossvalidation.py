@@ -93,8 +93,9 @@ def fit(method: Harmonizer, study: Study) -> Fitted:
             checkpoint.card, warnings=tuple(warnings), metrics={
                 **checkpoint.card.metrics, **_means(table, batches), **_kept(left, batches)}))
     short_name = method.name.removeprefix("harmonize_")
+    tables = {f"desc-{short_name}_folds": table, f"desc-{short_name}_biology": effects}
     return replace(whole, checkpoints=checkpoints, notices=notices, tables={
-        **whole.tables, f"desc-{short_name}_folds": table, f"desc-{short_name}_biology": effects})
+        **whole.tables, **{k: t for k, t in tables.items() if len(t)}})
 
 
 def doubts(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
@@ -236,11 +237,10 @@ def squares(source: Dwi, made: Dwi, target: Dwi, move: pairs.Move) -> Iterator[d
             for measure in measures[0]:
                 every = [m[measure].astype(np.float64) for m in measures]
                 y, *both = (m[where] for m in every)
-                row = {"shell": k, "tissue": name, "measure": measure,
-                       "scale": np.square(y).sum(), "voxels": y.size, "edges": 0.0}
                 rise, *rises = ((m[edges[1]] - m[edges[0]] for m in every) if measure
                                 in biology.MAPS else (np.zeros(0),) * 3)
-                row["edges"] = np.square(rise).sum()
+                row = {"shell": k, "tissue": name, "measure": measure, "voxels": y.size,
+                       "scale": np.square(y).sum(), "edges": np.square(rise).sum()}
                 for when, own_values, own_rise in zip(("before", "after"), both, rises,
                                                       strict=True):
                     row |= {f"nmse_{when}": np.square(own_values - y).sum(),
