@@ -31,7 +31,8 @@ class Card:
     training: schedule, samples, device, duration and what the data were. constants: numbers learned
     in training that are not weights. metrics: on held-out data. intended_use: a sentence or two,
     limits included. sha256: of the weights' file and of the rest of the card, set when they are
-    packed. Of a harmonizer, reference_batch and batches: those that it maps there.
+    packed. Of a harmonizer, reference_batch and batches: those that it maps there; warnings:
+    sentences that are told wherever it is applied.
 
     Raises:
         ValueError: a field has another type, or a harmonizer does not say which sites it maps.
@@ -48,10 +49,14 @@ class Card:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     reference_batch: str | None = None
     batches: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "batches", tuple(self.batches))
+        for name in ("batches", "warnings"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if not all(isinstance(value, str) for value in getattr(self, name)):
+                raise ValueError(f"{name} are {getattr(self, name)!r}, not text")
         for kind, names in ((str, ("method", "intended_use", "sha256")), (int, ("seed",)),
                             (str | None, ("reference_batch",)),
                             (Mapping, ("network", "trained_for", "training", "versions",
@@ -59,8 +64,6 @@ class Card:
             for name in names:
                 if not isinstance(value := getattr(self, name), kind):
                     raise ValueError(f"{name} is {value!r}, which has another type than a card's")
-        if not all(isinstance(batch, str) for batch in self.batches):
-            raise ValueError(f"batches are {self.batches!r}, not names")
         if self.method.startswith("harmonize_") and not (self.reference_batch and self.batches):
             raise ValueError("a harmonizer needs reference_batch and batches")
 

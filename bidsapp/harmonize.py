@@ -153,7 +153,8 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
     about: dict[str, Any] = {"HarmonizationModel": {
         "Id": model.id, "Version": card.versions.get("qsphere", "unknown"), "SHA256": card.sha256,
         "ReferenceBatch": card.reference_batch, "Batch": run.batch, "BatchSource": run.batch_source,
-        "TrainingRange": dict(card.trained_for)}}
+        "TrainingRange": dict(card.trained_for),
+        **({"Warnings": list(card.warnings)} if card.warnings else {})}}
     size = np.linalg.norm(dwi.affine[:3, :3], axis=0)
     beyond = check(model, dwi.acquisition, size, run.batch, allow)
     if run.batch == card.reference_batch:
@@ -171,7 +172,8 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
                       "from, beyond what noise explains"}
     snr = None if dwi.noise_sd is None else float(np.median(dwi.mean_b0) / dwi.noise_sd)
     notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}.",
-               *made.notices, *scope.unusual(card, {**run.covariates, "SNR": snr})]
+               *made.notices, *(f"Harmonization: {warning}" for warning in card.warnings),
+               *scope.unusual(card, {**run.covariates, "SNR": snr})]
     if made.no_intervals:
         notices.append("Maps of the harmonized signal come without intervals (…_stat-std): "
                        f"{made.no_intervals}.")

@@ -22,7 +22,7 @@ from bidsapp.bids.writer import Dataset, to_json
 from bidsapp.blocks import choose_device, memory_limit
 from bidsapp.dwi import FIXED_MEMORY, Run, open_image, peak_memory
 from bidsapp.errors import QSphereError, Refusal, UsageError
-from bidsapp.evaluate import agreement, crossvalidation, quality
+from bidsapp.evaluate import agreement, biology, crossvalidation, quality
 from bidsapp.methods import Method
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.options import Options
@@ -145,17 +145,25 @@ def group(options: Options) -> int:
                                 quality.columns(table.columns))
                 if result.tables and not result.checkpoints:  # else their cards say more
                     batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
-            between = agreement.of_group(statistics, features, {
+            harmonized = {
                 name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
-                for name, table in result.tables.items() if "fold" not in table})
-            if len(between):
-                batch.table(folder / "desc-sites_agreement.tsv", between.to_dict("records"),
-                            quality.columns(between.columns))
+                for name, table in result.tables.items() if set(features) & set(table)}
+            between = agreement.of_group(statistics, features, harmonized,
+                                         options.reference_batch)
+            effects = biology.in_sample(statistics, features, harmonized)
+            for effect in biology.losses(effects):
+                log.warning("harmonization has lost more than %.0f %% of: %s",
+                            100 * biology.LOSS, effect)
+            for name, table in (("sites_agreement", between), ("insample_biology", effects)):
+                if len(table):
+                    batch.table(folder / f"desc-{name}.tsv", table.to_dict("records"),
+                                quality.columns(table.columns))
             drawn = distributions.of_group(study, fitted)
             for figure in drawn:
                 batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
             batch.text(PurePosixPath("group.html"), page.group(
-                study, quality.outliers(statistics), between, drawn, fitted, chosen=trained))
+                study, quality.outliers(statistics), between, effects, drawn, fitted,
+                chosen=trained))
         for kept in states.glob(f"{pairs.KEPT}*"):
             kept.unlink(missing_ok=True)
     told_unknown(found.unknown, options)

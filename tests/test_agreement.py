@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.ndimage import gaussian_filter
+from scipy.stats import ttest_ind, ttest_rel
 
 from bidsapp.acquisition import Acquisition
 from bidsapp.evaluate import agreement
@@ -113,12 +114,58 @@ def test_best_against_second():
     assert best(a=[1, 2, 3, 4], b=[2, 1, 4, 3.5])[2] > 0.2
 
 
+TABLE = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9],
+                  [6, 2, 4, 7]], float)
+"""Shrout & Fleiss 1979, table 2: six targets, four judges."""
+
+
 def test_icc_of_the_published_table():
-    """Shrout & Fleiss 1979, table 2: six targets, four judges, ICC(3,1) = 0.71."""
-    table = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9],
-                      [6, 2, 4, 7]], float)
-    assert agreement.icc(table) == pytest.approx(0.71, abs=0.005)
-    assert agreement.icc(table + [0, 10, 20, 30]) == pytest.approx(agreement.icc(table))
+    """ICC(3,1) = 0.71 and ICC(2,1) = 0.29 in the paper; the intervals of McGraw & Wong as the R
+    packages psych and irr print them for this table."""
+    consistency, absolute = agreement.icc_consistency(TABLE), agreement.icc_agreement(TABLE)
+    assert consistency == pytest.approx((0.71, 0.342, 0.946), abs=0.005)
+    assert absolute == pytest.approx((0.29, 0.019, 0.761), abs=0.005)
+    assert agreement.icc(TABLE) == consistency.value
+    shifted = TABLE + [0, 10, 20, 30]
+    assert agreement.icc_consistency(shifted) == pytest.approx(consistency)
+    assert agreement.icc_agreement(shifted).value < 0.1
+    same = np.repeat(TABLE[:, :1], 3, axis=1)
+    assert agreement.icc_consistency(same) == agreement.icc_agreement(same) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("estimate,truth", [
+    (agreement.icc_consistency, 0.8), (agreement.icc_agreement, 4 / 5.5)])
+def test_intervals_of_icc_cover(rng, estimate, truth):
+    """Variances of 4 between people, 1 of noise and 0.5 between sites, of which there are six:
+    95 % of the intervals hold the truth, with a standard error of 0.7 % for 1000 tables."""
+    inside = 0
+    for _ in range(1000):
+        values = (2 * rng.standard_normal((12, 1)) + np.sqrt(0.5) * rng.standard_normal((1, 6))
+                  + rng.standard_normal((12, 6)))
+        found = estimate(values)
+        assert found.low < found.value < found.high
+        inside += found.low <= truth <= found.high
+    assert abs(inside / 1000 - 0.95) < 0.025
+
+
+def test_differences_between_sites():
+    """Of the same people as scipy's paired t test, of different ones as its Welch test; to the mean
+    of three sites by hand."""
+    one, other = TABLE[:, 0], TABLE[:, 1]
+    for found, interval in (
+            (agreement.paired_difference(TABLE[:, :2], np.array([1.0, -1])),
+             ttest_rel(one, other).confidence_interval(0.95)),
+            (agreement.unpaired_difference([one, other[:4]], np.array([1.0, -1])),
+             ttest_ind(one, other[:4], equal_var=False).confidence_interval(0.95))):
+        assert found[1:] == pytest.approx(tuple(interval), rel=1e-9)
+    third = np.array([2 / 3, -1 / 3, -1 / 3])
+    assert agreement.paired_difference(TABLE[:, :3], third).value == pytest.approx(
+        one.mean() - TABLE[:, :3].mean())
+    groups = [one, other, TABLE[:4, 2]]
+    assert agreement.unpaired_difference(groups, third).value == pytest.approx(
+        one.mean() - np.mean([g.mean() for g in groups]))
+    assert agreement.unpaired_difference([np.ones(3), np.zeros(4)], np.array([1.0, -1])) == (
+        1, 1, 1)
 
 
 def test_icc_of_simulated_people(rng):
@@ -164,15 +211,39 @@ def test_sites_before_and_after(rng):
              "harmonized_fa": people[i] if i < 5 else np.nan}
             for i in range(6) for b in "AB" if (i, b) != (4, "B")]
     rows.append(rows[0])  # a second run, which is averaged
-    found = agreement.of_group(pd.DataFrame(rows), ["fa"], {})
-    of = found.set_index(["data", "statistic", "of"])
-    assert list(of.loc[:, "people"]) == [4, 4, 5, 5] * 2
-    assert of.loc[("measured", "cov", "fa"), "value"] == pytest.approx(
+    found = agreement.of_group(pd.DataFrame(rows), ["fa"], {}, "A")
+    of = found.set_index(["data", "statistic"])
+    assert list(of.loc[:, "people"]) == [4, 4, 4, 4, 5, 5] * 2
+    assert list(of["batch"].loc["measured"]) == ["n/a"] * 3 + ["B", "A", "B"]
+    assert of.loc[("measured", "cov"), "value"] == pytest.approx(
         np.mean(np.sqrt(2) / (people[:4] + 1)))
-    assert of.loc[("harmonized", "cov", "fa"), "value"] == 0
+    assert of.loc[("harmonized", "cov"), "value"] == 0
     for kind in ("measured", "harmonized"):
-        assert of.loc[(kind, "icc", "fa"), "value"] == pytest.approx(1), "a shift does not count"
-    assert of.loc[("measured", "auc", "B"), "value"] > of.loc[("harmonized", "auc", "B"), "value"]
+        assert of.loc[(kind, "icc_consistency"), "value"] == pytest.approx(1), "blind to a shift"
+    assert of.loc[("measured", "icc_agreement"), "value"] < 0.7
+    assert of.loc[("harmonized", "icc_agreement"), "value"] == pytest.approx(1)
+    assert tuple(of.loc[("measured", "paired_difference"), ["value", "low", "high"]]
+                 ) == pytest.approx((2, 2, 2))
+    assert of.loc[("harmonized", "paired_difference"), "value"] == 0
+    auc = found[(found["statistic"] == "auc") & (found["batch"] == "B")].set_index("data")["value"]
+    assert auc["measured"] > auc["harmonized"]
     few = pd.DataFrame(rows[:4])
     assert agreement.of_group(few, ["fa"], {}).empty
     assert agreement.of_group(pd.DataFrame(rows).assign(batch="A"), ["fa"], {}).empty
+
+
+def test_sites_of_different_people(rng):
+    """Nobody was at two of three sites: no ICC; Welch's interval of each site to the reference,
+    or to the mean of all, which for B holds the true 2 less (0 + 2 + 0) / 3."""
+    table = pd.DataFrame([
+        {"participant": f"{b}{i}", "batch": b, "fa": rng.normal(2 * (b == "B"), 0.1)}
+        for b in "ABC" for i in range(20)])
+    found = {k: agreement.of_group(table, ["fa"], {}, k).set_index(["statistic", "batch"])
+             for k in ("A", None)}
+    assert set(found["A"].index) == {("unpaired_difference", b) for b in "BC"} | {
+        ("auc", b) for b in "ABC"}
+    b, mean = found["A"].loc[("unpaired_difference", "B")], found[None].loc[
+        ("unpaired_difference", "B")]
+    assert b["low"] < 2 < b["high"] < b["low"] + 0.2 and b["people"] == 40
+    assert mean["low"] < 4 / 3 < mean["high"] and mean["people"] == 60
+    assert len(found[None].loc["unpaired_difference"]) == 3

@@ -48,7 +48,10 @@ def test_batch_effect_goes_and_age_stays(table):
 
 
 def test_reference_batch_is_left_as_it_is(table):
-    result = fit(table, reference_batch="A").tables["desc-combat_dwimap"]
+    fitted = fit(table, reference_batch="A")
+    result = fitted.tables["desc-combat_dwimap"]
+    assert fitted.model["Batches"] == {"A": 100, "B": 100}
+    assert not any(fitted.model["Gamma"]["A"]) and all(fitted.model["Gamma"]["B"])
     a = table["batch"] == "A"
     np.testing.assert_allclose(result.loc[a.to_numpy(), list(FEATURES)],
                                table.loc[a, list(FEATURES)], rtol=1e-6)
@@ -150,3 +153,45 @@ def test_images_are_refused():
 
     with pytest.raises(Refusal, match="group --train harmonize_combat"):
         methods.get("harmonize_combat").check(Acquisition(np.zeros(1), np.zeros((1, 3))))
+
+
+def halves(table):
+    people = table["participant"].unique()
+    return [people[::2], people[1::2]]
+
+
+@pytest.mark.parametrize("reference", [None, "A"])
+def test_cross_validation_applies_what_others_teach(table, rng, reference):
+    """The batch goes and the slope stays of those not learned from; a person's own values do not
+    change what is learned. Applied to those learned from, it is what neuroCombat makes of them."""
+    table = table.assign(sex=rng.permutation(np.repeat(["F", "M"], 100)))
+    study = Study(table, FEATURES, ("age", "sex"), reference)
+    method, features = methods.get("harmonize_combat"), list(FEATURES)
+    found = method.cross_validate(study, halves(table))
+    assert list(found["participant"]) == list(table["participant"])
+    assert batch_effect(found) < 0.3 < 1 < batch_effect(table)
+    slopes = np.polyfit(found["age"], found[features], 1)[0]
+    assert np.abs(slopes - SLOPE).max() < 5 * 0.3 * 1.6 / np.sqrt(200) / table["age"].std()
+    other = table.copy()
+    other.loc[0, features] += 5
+    again = method.cross_validate(Study(other, FEATURES, ("age", "sex"), reference), halves(table))
+    taught = again["participant"].isin(halves(table)[0]) & (again.index != 0)
+    pd.testing.assert_frame_equal(again[taught], found[taught])
+    if reference:
+        home = (table["batch"] == reference).to_numpy()
+        np.testing.assert_allclose(found.loc[home, features], table.loc[home, features])
+    twins = pd.concat([table, table.assign(participant="twin" + table["participant"])])
+    twin = method.cross_validate(Study(twins, FEATURES, ("age", "sex"), reference), [
+        table["participant"].unique(), ("twin" + table["participant"]).unique()])
+    own = method.fit(study).tables["desc-combat_dwimap"]
+    np.testing.assert_allclose(  # neuroCombat holds covariates in float32
+        twin[~twin["participant"].str.startswith("twin")][features], own[features], rtol=1e-7)
+
+
+def test_cross_validation_without_a_batch_is_refused(table):
+    table = pd.concat([table, table[:3].assign(batch="C", participant=["c0", "c1", "c2"])])
+    with pytest.raises(UsageError, match="nobody of batch C is left to learn from"):
+        methods.get("harmonize_combat").cross_validate(
+            Study(table, FEATURES, ("age",)), [["c0", "c1", "c2"]])
+    with pytest.raises(UsageError, match="found A: 100, B: 100, C: 2"):
+        methods.get("harmonize_combat").cross_validate(Study(table, FEATURES), [["c0"]])

@@ -12,7 +12,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.evaluate import crossvalidation
+from bidsapp.evaluate import biology, crossvalidation
 from bidsapp.preprocess import anatomy, pairs, tissue
 
 MANY = ("01", "02", "03", "04", "05", "06")
@@ -51,10 +51,11 @@ def test_errors_are_those_of_their_formulae():
     fit that the app uses."""
     method, known = brief("harmonize_mica"), study(sites="ABC", folds=3)
     fitted = crossvalidation.fit(method, known)
-    (table,), (model,) = fitted.tables.values(), fitted.checkpoints.values()
-    assert list(fitted.tables) == ["desc-mica_folds"]
-    assert list(table) == ["batch", "fold", "participant", "shell", "tissue", "measure",
-                           "nmse_before", "nmse_after"]
+    (table, _), (model,) = fitted.tables.values(), fitted.checkpoints.values()
+    assert list(fitted.tables) == ["desc-mica_folds", "desc-mica_biology"]
+    assert list(table) == ["batch", "fold", "participant", "shell", "tissue", "measure", *(
+        f"{k}_{when}" for k in ("nmse", "bias", "mean", "contrast") for when in (
+            "before", "after"))]
     assert len(table) == 2 * 3 * 2 * 3, "batches, people, tissues, measures"
     assert model.card.training["participants"].keys() == set("ABC")
     for batch in "BC":
@@ -82,6 +83,9 @@ def test_errors_are_those_of_their_formulae():
             error = np.square(found[measure][kept] - truth[measure][kept]).sum()
             assert row[when] == pytest.approx(
                 error / np.square(truth[measure][kept]).sum(), rel=1e-3), (row, when)
+            bias = (found[measure][kept] - truth[measure][kept]).mean()
+            bias *= 1e-3 if measure == "md" else 1  # mm²/s
+            assert row[when.replace("nmse", "bias")] == pytest.approx(bias, rel=1e-2), (row, when)
 
 
 def test_degree_of_the_series_follows_the_directions():
@@ -105,6 +109,9 @@ def test_degree_of_the_series_follows_the_directions():
         assert white["scale"]["signal"] == pytest.approx(np.square(truth).sum(), rel=1e-5)
         assert white["nmse_before"]["signal"] == pytest.approx(
             np.square(own - truth).sum(), rel=1e-3)
+        assert white["bias_before"]["signal"] == pytest.approx((own - truth).sum(), rel=1e-3)
+        assert white["mean_after"]["signal"] == pytest.approx(truth.sum(), rel=1e-3)
+        assert white["voxels"]["signal"] == truth.size
         assert white["nmse_after"]["signal"] < 1e-6 * white["scale"]["signal"]
 
 
@@ -114,8 +121,8 @@ def test_linear_rish_brings_those_near_whom_it_has_not_seen():
     method = methods.get("harmonize_rish")
     method.sloppy = True
     fitted = crossvalidation.fit(method, study(MANY, folds=2))
-    (table,), (model,) = fitted.tables.values(), fitted.checkpoints.values()
-    assert list(fitted.tables) == ["desc-rish_folds"]
+    (table, _), (model,) = fitted.tables.values(), fitted.checkpoints.values()
+    assert list(fitted.tables) == ["desc-rish_folds", "desc-rish_biology"]
     assert table.groupby("participant")["fold"].nunique().to_dict() == dict.fromkeys(MANY, 1)
     assert table.groupby("fold")["participant"].nunique().to_dict() == {1: 3, 2: 3}
     signal = table[table["measure"] == "signal"]
@@ -286,14 +293,34 @@ def test_scans_that_are_not_harmonized_are_named(monkeypatch):
 def test_two_scans_of_a_person_are_one_row(monkeypatch):
     """The same scan twice has the errors of one; it is harmonized once for each."""
     known = study(folds=3)
-    (one,) = crossvalidation.fit(brief("harmonize_mica"), known).tables.values()
+    one, _ = crossvalidation.fit(brief("harmonize_mica"), known).tables.values()
     table = known.statistics
     twice = table[table["batch"] == "B"].assign(run=lambda t: t["run"] + "2")
     method = brief("harmonize_mica")
     calls = counting(monkeypatch, method, "harmonize")
     rows = pd.concat([table, twice], ignore_index=True)
-    (both,) = crossvalidation.fit(method, replace(
+    both, _ = crossvalidation.fit(method, replace(
         known, statistics=rows, acquisitions=dict.fromkeys(
             rows["run"], known.acquisitions["01A"]))).tables.values()
     assert len(calls) == 6
     pd.testing.assert_frame_equal(both, one, rtol=1e-6)
+
+
+def test_models_that_make_it_worse_say_so():
+    """A bias of FA that grows by 2 % of its mean is told, one by 0.5 % is not; and errors that
+    rise, whatever the tissue."""
+    def doubts(bias_after, nmse_after):
+        return crossvalidation.doubts(pd.DataFrame([{
+            "batch": "B", "shell": "b1000", "tissue": "wm", "measure": measure, "fold": 1,
+            "participant": "01", "nmse_before": 0.1, "nmse_after": nmse_after,
+            "bias_before": 0.001, "bias_after": bias_after, "mean_before": 0.401,
+            "mean_after": 0.4 + bias_after} for measure in ("signal", "fa")]), biology.of_folds(
+                pd.DataFrame(columns=crossvalidation.ROW), pd.DataFrame()))
+
+    assert doubts(-0.003, 0.05) == []
+    (bias,) = doubts(-0.009, 0.05)
+    assert ("the bias of people not learned from rose: FA in white matter, b1000, B (+0.001 to "
+            "-0.009).") in bias
+    (error,) = doubts(0.0, 0.11)
+    assert ("error of people not learned from rose: signal in white matter, b1000, B (+10 %); FA"
+            in error)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bids_tree as truth
 import nibabel as nib
@@ -464,6 +465,25 @@ def card_of(batches, reference="A"):
 def model_of(*batches, reference="A"):
     return harmonize.Model(f"to{reference}from{''.join(batches)}", methods.get("harmonize_mica"),
                            checkpoint.Checkpoint({}, card_of(batches, reference)))
+
+
+def test_warnings_of_the_card_are_told_where_it_is_applied(rng, tmp_path):
+    """On the page and in every sidecar, as the card came back from its file."""
+    study = sites(rng)
+    (made,) = methods.get("harmonize_mica").fit(study).checkpoints.values()
+    card = replace(made.card, warnings=("in cross-validation more than 10 % was lost of MD.",))
+    for file, packed in checkpoint.pack(replace(made, card=card)).items():
+        (tmp_path / file).write_bytes(packed)
+    model = harmonize.Model("m", methods.get("harmonize_mica"), checkpoint.load(tmp_path))
+    name = "sub-2"
+    run = SimpleNamespace(batch="B", batch_source="x", covariates={})
+    result = harmonize.apply([model], study.load(name), run, allow=True, device="cpu")
+    assert f"Harmonization: {card.warnings[0]}" in result.notices
+    assert result.about["HarmonizationModel"]["Warnings"] == list(card.warnings)
+    quiet = harmonize.Model("m", model.method, made)
+    result = harmonize.apply([quiet], study.load(name), run, allow=True, device="cpu")
+    assert "Warnings" not in result.about["HarmonizationModel"]
+    assert not any("cross-validation" in n for n in result.notices)
 
 
 def test_one_of_several_models_is_selected():

@@ -17,7 +17,7 @@ from PIL import Image
 from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
-from bidsapp.evaluate import agreement
+from bidsapp.evaluate import agreement, biology
 from bidsapp.methods import Derived, Fitted, Method, Study
 from bidsapp.report import canvas, distributions, figures, glyphs, page
 
@@ -525,14 +525,22 @@ def test_group_page(rng):
     outliers = pd.DataFrame([{"run": "sub-03", "batch": "Site A", "measure": "snr_b0", "z": -4.2,
                               "value": 1.0, "median": 2.0, "why": "1 lies below"}])
     chosen = [methods.get("harmonize_combat")]
-    between = agreement.of_group(study.statistics, list(study.features), {"combat": after})
-    seen = check(page.group(study, outliers, between, drawn, fitted, chosen=chosen))
+    between = agreement.of_group(study.statistics, list(study.features), {"combat": after},
+                                 "Site A")
+    effects = biology.in_sample(study.statistics, list(study.features), {})
+    seen = check(page.group(study, outliers, between, effects, drawn, fitted, chosen=chosen))
     assert "AUC of Site <B> 12" in seen.text
+    difference = between[(between["data"] == "combat") & (between["of"] == "dti_fa_mean")].iloc[0]
+    assert difference["statistic"] == "unpaired_difference"
+    assert "dti_fa_mean: Site <B> less Site A, different people 12" in seen.text
+    assert (f"{difference['value']:.4g} ({difference['low']:.4g} to {difference['high']:.4g})"
+            in seen.text)
+    assert "in sample" not in seen.text, "nothing was harmonized"
     assert "sub-03.html" in seen.links
     for words in ("Site <B> 6 6", "12 run(s)", "covariates: age", "-4.2", "1 lies below",
                   "group/desc-combat_dwimap.tsv", "Johnson et al. 2007"):
         assert words in seen.text
-    none = check(page.group(study, outliers[:0], between[:0], [], {}, chosen=[]))
+    none = check(page.group(study, outliers[:0], between[:0], effects, [], {}, chosen=[]))
     assert "None." in none.text
 
 
@@ -541,9 +549,46 @@ def test_group_page_tells_what_is_doubtful(rng):
     fitted = Fitted({}, model, {"harmonize_mica_toA": None}, ["A has <3> participants."])
     study = make_study(rng)
     between = agreement.of_group(study.statistics, list(study.features), {})
-    seen = check(page.group(study, pd.DataFrame(), between, [], {"harmonize_mica": fitted},
-                            chosen=[]))
+    effects = biology.in_sample(study.statistics, list(study.features), {})
+    seen = check(page.group(study, pd.DataFrame(), between, effects, [],
+                            {"harmonize_mica": fitted}, chosen=[]))
     assert "A has <3> participants." in seen.text
+
+
+def effect(ratio, low, high, **more):
+    found = biology.Ratio(2e-6, ratio * 2e-6, ratio, low, high)
+    return {"effect": "age", "people": 8, **found._asdict(), "reference": 2e-6,
+            "verdict": biology.verdict(found, 2e-6), "batch": "B", **more}
+
+
+def test_group_page_tells_what_is_left_of_peoples_differences(rng):
+    """What is lost is red, and a note above; what cannot be told has its interval, or says that it
+    has none. Errors that rose are red, too."""
+    study = make_study(rng)
+    inside = {"shell": "b1000", "tissue": "wm"}
+    found = pd.DataFrame([effect(0.71, 0.6, 0.82, measure="md", **inside),
+                          effect(0.9, 0.3, 1.6, measure="fa", **inside),
+                          effect(0.9, np.nan, np.nan, measure="fa", **inside)])
+    folds = pd.DataFrame([{
+        "batch": "B", "fold": k, "participant": str(k), "measure": m, **inside, "nmse_before": 0.2,
+        "nmse_after": 0.1 if m == "fa" else 0.3, "bias_before": -0.02, "bias_after": 0.01}
+        for k in (1, 2) for m in ("fa", "md")])
+    model = {"Model": {"Description": "Warp"}, "Batches": ["B"], "ReferenceBatch": "A"}
+    fitted = Fitted({"desc-mica_folds": folds, "desc-mica_biology": found}, model,
+                    {"harmonize_mica_toA": None}, ["age is lost"])
+    tables = pd.DataFrame([effect(0.5, 0.4, 0.6, measure="dti_md_mean", data="combat")])
+    text = page.group(study, pd.DataFrame(), agreement.of_group(study.statistics, [], {}), tables,
+                      [], {"harmonize_mica": fitted}, chosen=[])
+    seen = check(text)
+    for words in ("slope over age of MD in white matter, b1000, B 8 2e-06 1.42e-06 2e-06 lost "
+                  "(ratio 0.71, 95 % interval 0.60 to 0.82)",
+                  "cannot be told (ratio 0.90, 95 % interval 0.30 to 1.60)",
+                  "cannot be told (ratio 0.90, 95 % interval without ends)", "-0.02 → +0.01",
+                  "More than 10 % was lost of: slope over age of dti_md in the brain, B, combat",
+                  "slope over age of dti_md in the brain, B, combat 8 2e-06 1e-06 lost"):
+        assert words in seen.text
+    assert text.count('<span class="bad">lost') == 2 and '<span class="bad">+50 %' in text
+    assert '<span class="bad">-50 %' not in text
 
 
 @pytest.mark.parametrize("batches", [1, 3, 30])

@@ -6,8 +6,9 @@ reference site, with its noise or without.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,17 @@ LEAST = 3
 
 LEAST_ATTENUATION = 1e-3
 """S/S0 below this is raised to it before its logarithm is taken."""
+
+CONFIDENCE = 0.95
+"""Of every interval."""
+
+
+class Estimate(NamedTuple):
+    """A number with the ends of its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def mse(found: np.ndarray, truth: np.ndarray) -> float:
@@ -117,14 +129,96 @@ def better_than_second(errors: Mapping[str, Float[np.ndarray, " participant"]]
 
 
 def icc(values: Float[np.ndarray, "participant site"]) -> float:
-    """ICC(3,1) of travelling participants: (MSR − MSE) / (MSR + (k − 1) MSE), with the mean squares
-    of participants and of the residual after participants and k sites (Shrout & Fleiss 1979,
-    doi:10.1037/0033-2909.86.2.420). A shift that is the same for everybody does not lower it."""
-    n, k = values.shape
+    """`icc_consistency` without its interval."""
+    return icc_consistency(values).value
+
+
+def icc_consistency(values: Float[np.ndarray, "participant site"]) -> Estimate:
+    """Estimate ICC(3,1), consistency, of travelling participants.
+
+    With MSR, MSC and MSE, the mean squares of n participants, of k sites and of the residual,
+
+        ICC(3,1) = (MSR − MSE) / (MSR + (k − 1) MSE)
+
+    (Shrout & Fleiss 1979, doi:10.1037/0033-2909.86.2.420). A shift of a site that is the same for
+    everybody does not lower it. The interval is that of McGraw & Wong 1996
+    (doi:10.1037/1082-989X.1.1.30), table 7, case C,1.
+    """
+    n, k, between, _, error = _mean_squares(values)
+    if error == 0:
+        return Estimate(1.0, 1.0, 1.0)
+    ratio, free = between / error, ((n - 1), (n - 1) * (k - 1))
+    low, high = ratio / _f_quantile(*free), ratio * _f_quantile(*free[::-1])
+    return Estimate(*((f - 1) / (f + k - 1) for f in (ratio, low, high)))
+
+
+def icc_agreement(values: Float[np.ndarray, "participant site"]) -> Estimate:
+    """Estimate ICC(2,1), absolute agreement, of travelling participants.
+
+    In the terms of `icc_consistency`,
+
+        ICC(2,1) = (MSR − MSE) / (MSR + (k − 1) MSE + k (MSC − MSE) / n)
+
+    (Shrout & Fleiss 1979). A shift between sites lowers it. The interval is that of McGraw & Wong
+    1996, table 7, case A,1, with the degrees of freedom of Satterthwaite.
+    """
+    n, k, between, sites, error = _mean_squares(values)
+    value = (between - error) / (between + (k - 1) * error + k * (sites - error) / n)
+    if value >= 1:
+        return Estimate(1.0, 1.0, 1.0)
+    a = k * value / (n * (1 - value))
+    b = 1 + k * value * (n - 1) / (n * (1 - value))
+    free = (a * sites + b * error) ** 2 / (
+        (a * sites) ** 2 / (k - 1) + (b * error) ** 2 / ((n - 1) * (k - 1)))
+    rest = k * sites + (k * n - k - n) * error
+    below, above = _f_quantile(n - 1, free), _f_quantile(free, n - 1)
+    return Estimate(value, n * (between - below * error) / (below * rest + n * between),
+                    n * (above * between - error) / (rest + n * above * between))
+
+
+def _mean_squares(values: np.ndarray) -> tuple[float, float, float, float, float]:
+    """n, k, and the mean squares of participants, of sites, and of the residual."""
+    n, k = map(float, values.shape)
     rows, columns = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
     between = k * ((rows - values.mean()) ** 2).sum() / (n - 1)
+    sites = n * ((columns - values.mean()) ** 2).sum() / (k - 1)
     error = ((values - rows - columns + values.mean()) ** 2).sum() / ((n - 1) * (k - 1))
-    return float((between - error) / (between + (k - 1) * error))
+    return n, k, float(between), float(sites), float(error)
+
+
+def _f_quantile(one: float, other: float) -> float:
+    """Upper limit of the F distribution, two-sided."""
+    from scipy.stats import f
+
+    return float(f.ppf((1 + CONFIDENCE) / 2, one, other))
+
+
+def paired_difference(values: Float[np.ndarray, "participant site"],
+                      weights: Float[np.ndarray, " site"]) -> Estimate:
+    """Estimate Σ_j w_j μ_j, where μ_j is the mean of a site, from people scanned at every site:
+    the mean of everyone's own Σ_j w_j x_j, with Student's t interval over people."""
+    from scipy.stats import t
+
+    own = values @ weights
+    half = t.ppf((1 + CONFIDENCE) / 2, len(own) - 1) * own.std(ddof=1) / math.sqrt(len(own))
+    return Estimate(float(own.mean()), float(own.mean() - half), float(own.mean() + half))
+
+
+def unpaired_difference(groups: Sequence[Float[np.ndarray, " _"]],
+                        weights: Float[np.ndarray, " site"]) -> Estimate:
+    """Estimate Σ_j w_j μ_j from different people at every site, of unequal variances: with the
+    degrees of freedom of Welch 1947 (doi:10.1093/biomet/34.1-2.28), which for two sites and
+    w = (1, −1) is Welch's interval of a difference."""
+    from scipy.stats import t
+
+    counts = np.array([len(g) for g in groups])
+    parts = weights**2 * np.array([g.var(ddof=1) for g in groups]) / counts
+    value = float(weights @ [g.mean() for g in groups])
+    if not parts.any():
+        return Estimate(value, value, value)
+    free = parts.sum() ** 2 / (parts**2 / (counts - 1)).sum()
+    half = float(t.ppf((1 + CONFIDENCE) / 2, free) * math.sqrt(parts.sum()))
+    return Estimate(value, value - half, value + half)
 
 
 def variation(values: Float[np.ndarray, "participant site"]) -> float:
@@ -161,34 +255,79 @@ def contrast(values: Float[np.ndarray, " voxel"], lesion: Bool[np.ndarray, " vox
     return float(values[lesion].mean() / values[around].mean() - 1)
 
 
-def of_sites(table: pd.DataFrame, features: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of statistic, of, people, value: `icc` and `variation` of each feature over the people
-    who were scanned in every batch, and `site_auc` of each batch from all features.
+def of_sites(table: pd.DataFrame, features: Sequence[str], reference: str | None = None
+             ) -> Iterator[dict[str, Any]]:
+    """Measure how far sites agree, and by how much each differs.
 
-    table: a row for each run; those of one participant in one batch are averaged, and rows that
-    lack a feature left out. Nothing is said of fewer than three people.
+    Parameters
+    ----------
+    table
+        A row for each run; those of one participant in one batch are averaged, and rows that lack
+        a feature left out.
+    features
+        Columns of the table.
+    reference
+        The batch from which differences are taken; None for the mean of all batches' means.
+
+    Yields
+    ------
+    dict
+        statistic, of, batch, people, value, low and high (95 % interval, NaN where there is none).
+        Of each feature, over people scanned in every batch: `icc_consistency`, `icc_agreement` and
+        `cov`. `difference` of the batch: `paired_difference` over people scanned in both (without
+        a reference: in every batch), `unpaired_difference` where those are fewer than three.
+        `auc` of each batch from all features. Nothing is said of fewer than three people.
     """
     means = table.dropna(subset=[*features]).groupby(["participant", "batch"])[[*features]].mean()
     batches = sorted(means.index.unique("batch"))
     if len(batches) < 2:
         return
     for feature in features:
-        wide = means[feature].unstack("batch").dropna()
-        if len(wide) >= LEAST and np.ptp(wide.to_numpy()) > 0:
-            yield {"statistic": "icc", "of": feature, "people": len(wide),
-                   "value": icc(wide.to_numpy())}
-            yield {"statistic": "cov", "of": feature, "people": len(wide),
-                   "value": variation(wide.to_numpy())}
+        wide = means[feature].unstack("batch")
+        whole = wide.dropna().to_numpy()
+        if len(whole) >= LEAST and np.ptp(whole) > 0:
+            for name, value in (("icc_consistency", icc_consistency(whole)),
+                                ("icc_agreement", icc_agreement(whole)),
+                                ("cov", Estimate(variation(whole), math.nan, math.nan))):
+                yield _row(name, feature, "", len(whole), value)
+        yield from _differences(wide, feature, reference)
     people = means.index.get_level_values("participant").to_numpy()
     sites = means.index.get_level_values("batch").to_numpy()
     # without any one person, every batch must still be there to be learned
     if features and all(len(set(people[sites == b])) >= LEAST for b in batches):
-        yield from ({"statistic": "auc", "of": name, "people": len(set(people)), "value": value}
-                    for name, value in site_auc(means.to_numpy(), sites, people).items())
+        for name, auc in site_auc(means.to_numpy(), sites, people).items():
+            yield _row("auc", "all features", name, len(set(people)),
+                       Estimate(auc, math.nan, math.nan))
+
+
+def _differences(wide: pd.DataFrame, feature: str, reference: str | None
+                 ) -> Iterator[dict[str, Any]]:
+    """Of each batch but the reference. wide: a row for each person, a column for each batch."""
+    for batch in wide.columns:
+        if batch == reference:
+            continue
+        concerned = wide if reference not in wide.columns else wide[[batch, reference]]
+        weights = (concerned.columns == batch).astype(float)
+        weights -= (1 / len(weights) if concerned is wide
+                    else (concerned.columns == reference).astype(float))
+        both = concerned.dropna().to_numpy()
+        groups = [column.dropna().to_numpy() for _, column in concerned.items()]
+        if len(both) >= LEAST:
+            yield _row("paired_difference", feature, batch, len(both),
+                       paired_difference(both, weights))
+        elif min(map(len, groups)) >= LEAST:
+            yield _row("unpaired_difference", feature, batch,
+                       int(concerned.notna().any(axis=1).sum()),
+                       unpaired_difference(groups, weights))
+
+
+def _row(statistic: str, of: str, batch: str, people: int, found: Estimate) -> dict[str, Any]:
+    return {"statistic": statistic, "of": of, "batch": batch or "n/a", "people": people,
+            **found._asdict()}
 
 
 def of_group(statistics: pd.DataFrame, features: Sequence[str],
-             tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+             tables: Mapping[str, pd.DataFrame], reference: str | None = None) -> pd.DataFrame:
     """`of_sites` with a column `data`: measured; harmonized, of the runs that have maps of both,
     beside which `measured` is of the same runs; and every other table by its name."""
     after = quality.harmonized(statistics, features)
@@ -199,5 +338,6 @@ def of_group(statistics: pd.DataFrame, features: Sequence[str],
     if after:
         kinds["harmonized"] = both[["participant", "batch", *after]].rename(columns=after), known
     return pd.DataFrame([{"data": kind, **row} for kind, (table, names) in kinds.items()
-                         for row in of_sites(table, names)],
-                        columns=["data", "statistic", "of", "people", "value"])
+                         for row in of_sites(table, names, reference)],
+                        columns=["data", "statistic", "of", "batch", "people", "value", "low",
+                                 "high"])

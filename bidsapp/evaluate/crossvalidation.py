@@ -6,9 +6,12 @@ reference batch. There, over the voxels of a tissue,
 
     NMSE = Σ (y − ŷ)² / Σ y²
 
+    bias = mean of ŷ − y
+
 of S/S0 along the directions of that scan, and of FA and MD of the shell alone. y and ŷ are those of
 SH series of one degree and smoothing, for every method alike: what a series smooths is no
-harmonization.
+harmonization. What remains of differences between the people, and of local contrast, is judged in
+`biology`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from bidsapp import sh, tensor
 from bidsapp.checkpoint import Checkpoint, load
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
+from bidsapp.evaluate import biology
 from bidsapp.methods import Fitted, Study
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.methods.scope import hashed, short
@@ -42,6 +46,12 @@ L_MAX = 4
 0: they have neither FA nor MD."""
 
 ROW = ["batch", "fold", "participant", "shell", "tissue", "measure"]
+
+PER = {"nmse": "scale", "bias": "voxels", "mean": "voxels", "contrast": "edges"}
+"""What a sum of `squares` is divided by."""
+
+WORSE_BIAS = 0.01
+"""Share of the mean by which a bias must grow before it is said to have risen."""
 
 
 def fit(method: Harmonizer, study: Study) -> Fitted:
@@ -70,15 +80,60 @@ def fit(method: Harmonizer, study: Study) -> Fitted:
                 rows += [{"batch": batch, "fold": fold, **row,
                           "shell": short(cards[batch].trained_for["shells"][row["shell"]])}
                          for row in _tested(method, study, model, batch, own)]
-    table = pd.DataFrame(rows).groupby(ROW, sort=False, as_index=False).sum()
-    scale = table.pop("scale")
-    for when in ("nmse_before", "nmse_after"):
-        table[when] /= scale
-    checkpoints = {name: replace(c, card=replace(c.card, metrics={
-        **c.card.metrics, **_means(table, c.card.batches)}))
-        for name, c in whole.checkpoints.items()}
-    return replace(whole, checkpoints=checkpoints, tables={
-        **whole.tables, f"desc-{method.name.removeprefix('harmonize_')}_folds": table})
+    table = _divided(pd.DataFrame(rows).groupby(ROW, sort=False, as_index=False).sum())
+    effects = biology.of_folds(table, study.statistics)
+    checkpoints, notices = {}, list(whole.notices)
+    for name, checkpoint in whole.checkpoints.items():
+        batches = checkpoint.card.batches
+        left = effects[effects["batch"].isin(batches)]
+        warnings = doubts(table[table["batch"].isin(batches)], left)
+        for warning in warnings:
+            log.warning("%s: %s", name, warning)
+        notices += [f"{name}: {warning}" for warning in warnings]
+        checkpoints[name] = replace(checkpoint, card=replace(
+            checkpoint.card, warnings=tuple(warnings), metrics={
+                **checkpoint.card.metrics, **_means(table, batches), **_kept(left, batches)}))
+    short_name = method.name.removeprefix("harmonize_")
+    tables = {f"desc-{short_name}_folds": table, f"desc-{short_name}_biology": effects}
+    return replace(whole, checkpoints=checkpoints, notices=notices, tables={
+        **whole.tables, **{k: t for k, t in tables.items() if len(t)}})
+
+
+def doubts(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
+    """Say in sentences what a model does worse than nothing to people not learned from.
+
+    Parameters
+    ----------
+    table
+        Rows of a cross-validation, of the model's batches.
+    found
+        `biology.of_folds` of them.
+
+    Returns
+    -------
+    list of str
+        Where the mean error of the signal, FA or MD rose, or the size of the mean bias of FA or MD
+        grew by more than WORSE_BIAS of the mean; and which effects are lost.
+    """
+    means = table.groupby(["measure", "tissue", "shell", "batch"], as_index=False,
+                          sort=False).mean(numeric_only=True)
+    told = []
+    rose = [f"{biology.place(row)} ({100 * row['nmse_after'] / row['nmse_before'] - 100:+.2g} %)"
+            for row in means.to_dict("records") if row["nmse_after"] > row["nmse_before"]]
+    biased = [f"{biology.place(row)} ({row['bias_before']:+.2g} to {row['bias_after']:+.2g})"
+              for row in means.to_dict("records") if row["measure"] in biology.MAPS
+              and abs(row["bias_after"]) > abs(row["bias_before"]) + WORSE_BIAS * abs(
+                  row["mean_before"] - row["bias_before"])]
+    for what, where in (("error", rose), ("bias", biased)):
+        if where:
+            told.append(f"in cross-validation the {what} of people not learned from rose: "
+                        f"{'; '.join(where)}. Do not use it for these; train longer, with more "
+                        "people, or another method.")
+    if lost := biology.losses(found):
+        told.append(f"in cross-validation more than {100 * biology.LOSS:.0f} % was lost, in "
+                    f"people not learned from, of: {'; '.join(lost)}. Do not study these "
+                    "effects in harmonized maps; train with more people, or another method.")
+    return told
 
 
 def _unseen(method: Harmonizer, study: Study) -> None:
@@ -155,9 +210,17 @@ def _tested(method: Harmonizer, study: Study, model: Checkpoint, batch: str,
 
 
 def squares(source: Dwi, made: Dwi, target: Dwi, move: pairs.Move) -> Iterator[dict[str, Any]]:
-    """For each shell (its index), tissue and measure the sum of square errors before (of `source`)
-    and after (of `made`), and of squares of the target (scale)."""
+    """Sum over voxels what is to be divided (PER), for each shell (its index), tissue and measure.
+
+    Yields
+    ------
+    dict
+        nmse, bias, mean and contrast (`biology`), each before (of `source`) and after (of `made`);
+        scale, the squares of the target; voxels; and edges, the squares of the target's steps. Of
+        the signal there is no contrast.
+    """
     labels, truth = move.labels[move.where], pairs.ratios(target, move)
+    steps = biology.neighbours(move.where, move.labels)
     for k, (shell, own) in enumerate(zip(target.acquisition.shells, source.acquisition.shells,
                                          strict=True)):
         bvecs = target.acquisition.bvecs[shell.indices]
@@ -171,12 +234,31 @@ def squares(source: Dwi, made: Dwi, target: Dwi, move: pairs.Move) -> Iterator[d
                     for dwi in (source, made))]
         measures = [_measures(c @ basis.T, x if l_max else None) for c in series]
         for name, value in tissue.NAMES.items():
-            where = labels == value
+            where, edges = labels == value, steps[:, labels[steps[0]] == value]
             for measure in measures[0]:
-                y, before, after = (m[measure][where].astype(np.float64) for m in measures)
-                yield {"shell": k, "tissue": name, "measure": measure,
-                       "nmse_before": np.square(before - y).sum(),
-                       "nmse_after": np.square(after - y).sum(), "scale": np.square(y).sum()}
+                every = [m[measure].astype(np.float64) for m in measures]
+                y, *both = (m[where] for m in every)
+                rise, *rises = ((m[edges[1]] - m[edges[0]] for m in every) if measure
+                                in biology.MAPS else (np.zeros(0),) * 3)
+                row = {"shell": k, "tissue": name, "measure": measure, "voxels": y.size,
+                       "scale": np.square(y).sum(), "edges": np.square(rise).sum()}
+                for when, own_values, own_rise in zip(("before", "after"), both, rises,
+                                                      strict=True):
+                    row |= {f"nmse_{when}": np.square(own_values - y).sum(),
+                            f"bias_{when}": (own_values - y).sum(),
+                            f"mean_{when}": own_values.sum(),
+                            f"contrast_{when}": (own_rise * rise).sum()}
+                yield row
+
+
+def _divided(sums: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `squares`, added up by ROW, as means."""
+    found = sums[ROW].copy()
+    for name, by in PER.items():
+        for when in ("before", "after"):
+            # nothing over nothing is unknown
+            found[f"{name}_{when}"] = sums[f"{name}_{when}"] / sums[by].where(sums[by] > 0)
+    return found
 
 
 def _measures(signal: np.ndarray, design: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -185,14 +267,25 @@ def _measures(signal: np.ndarray, design: np.ndarray | None) -> dict[str, np.nda
         return {"signal": signal}
     fa, md = tensor.of_attenuation(torch.from_numpy(signal),
                                    torch.from_numpy(np.linalg.pinv(design)).float())
-    return {"signal": signal, "fa": fa.numpy(), "md": md.numpy()}
+    return {"signal": signal, "fa": fa.numpy(), "md": md.numpy() / 1000}  # mm²/s
 
 
 def _means(table: pd.DataFrame, batches: Sequence[str]) -> dict[str, float]:
-    """Over participants, for a card."""
+    """Errors and biases over participants, for a card."""
     own = table[table["batch"].isin(batches)]
-    found = own.groupby(["batch", "measure", "tissue", "shell"], as_index=False)[
-        ["nmse_before", "nmse_after"]].mean()
-    return {"_".join([when, row["measure"], row["tissue"], row["shell"],
-                      *([row["batch"]] if len(batches) > 1 else [])]): row[when]
-            for row in found.to_dict("records") for when in ("nmse_before", "nmse_after")}
+    columns = [f"{what}_{when}" for what in ("nmse", "bias") for when in ("before", "after")]
+    found = own.groupby(["batch", "measure", "tissue", "shell"], as_index=False)[columns].mean()
+    return {_metric(column, row, batches): row[column] for row in found.to_dict("records")
+            for column in columns}
+
+
+def _kept(found: pd.DataFrame, batches: Sequence[str]) -> dict[str, list[float | None]]:
+    """Of each effect the ratio and the ends of its interval, None where it has none, for a card."""
+    return {_metric(f"kept_{row['effect']}", row, batches): [
+        row[k] if row[k] == row[k] else None for k in ("ratio", "low", "high")]
+        for row in found.to_dict("records")}
+
+
+def _metric(name: str, row: Mapping[Any, Any], batches: Sequence[str]) -> str:
+    return "_".join([name, row["measure"], row["tissue"], row["shell"],
+                     *([row["batch"]] if len(batches) > 1 else [])])

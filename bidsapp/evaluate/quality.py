@@ -64,11 +64,27 @@ FIXED: dict[str, tuple[str, str]] = {
     "harmonization_voxels": ("Single-fibre voxels: FA > 0.7 in the corpus callosum, or deep in the "
                              "brain", "voxels"),
 }
-_NMSE = ("Square error against the scan in the reference batch, brought together, over that scan's "
-         "squares: Σ (y − ŷ)² / Σ y² over voxels of the tissue; ")
-FIXED |= {"nmse_before": (_NMSE + "as measured, as spherical harmonics", "1"),
-          "nmse_after": (_NMSE + "harmonized, as spherical harmonics", "1"),
-          "value": ("The statistic", "1")}
+_AGAINST = "the scan in the reference batch, brought together, over voxels of the tissue"
+_MAP = "S/S0 and FA: 1; MD: mm²/s"
+GROUP: dict[str, tuple[str, str]] = {
+    f"{key}_{when}": (f"{what}; {how}, as spherical harmonics", units)
+    for key, what, units in (
+        ("nmse", f"Square error against {_AGAINST}, over that scan's squares: Σ (y − ŷ)² / Σ y²",
+         "1"),
+        ("bias", f"Mean difference from {_AGAINST}", _MAP),
+        ("mean", "Mean over voxels of the tissue", _MAP),
+        ("contrast", "Local contrast: Σ (x_i − x_j)(r_i − r_j) / Σ (r_i − r_j)² over neighbouring "
+                     "voxels of the tissue, r the map of the scan in the reference batch", "1"))
+    for when, how in (("before", "as measured"), ("after", "harmonized"))} | {
+    "value": ("The statistic", "as the column, or 1"),
+    "before": ("The effect in measured maps", "as the measure, per year where of age"),
+    "after": ("The effect in harmonized maps of the same people", "as before"),
+    "reference": ("The effect in the same people's scans in the reference batch", "as before"),
+    "ratio": ("after / before", "1"),
+    "low": ("Lower end of the 95 % confidence interval", "as the number"),
+    "high": ("Upper end of the 95 % confidence interval", "as the number")}
+"""Columns of group tables that are no measures of a run."""
+
 IDENTIFIERS = {
     "participant": "Participant label, without sub-", "session": "Session label, without ses-",
     "run": "Name of the run", "batch": "Site or scanner that the run is counted to",
@@ -78,11 +94,20 @@ IDENTIFIERS = {
     "dti_shells": "Shells that the diffusion tensor was fitted to, by their b in s/mm²",
     "fold": "Number of the training, of which this participant was no part",
     "data": "What of: measured, harmonized, or the table of that name",
-    "statistic": "icc: ICC(3,1) of people scanned in every batch; cov: SD between batches over the "
-                 "mean, mean over those people; auc: area under the ROC curve with which the means "
-                 "of all maps tell the batch, leaving one person out in turn",
-    "of": "Column of desc-image_qc.tsv; the batch, where statistic is auc",
+    "statistic": "icc_consistency: ICC(3,1) of people scanned in every batch, which a shift of a "
+                 "batch does not lower; icc_agreement: ICC(2,1) of them, which it does; cov: SD "
+                 "between batches over the mean, mean over those people; paired_difference and "
+                 "unpaired_difference: the batch's mean less the reference's (or, without a "
+                 "reference, the mean of all), of the same or of different people; auc: area under "
+                 "the ROC curve with which the means of all maps tell the batch, leaving one "
+                 "person out in turn",
+    "of": "Column of desc-image_qc.tsv, or all features",
     "people": "Number of people it rests on",
+    "effect": "age: slope of the mean over age; sex: difference of the means between the sexes, "
+              "the second in alphabetical order less the first; contrast: mean local contrast",
+    "verdict": "kept: the interval of the ratio lies above 0.9; lost: the ratio lies below 0.9 and "
+               "its interval below 1; as at the reference: the same, and 0.9 or more of the "
+               "effect in the reference batch is there; cannot be told: anything else",
 }
 
 
@@ -279,9 +304,8 @@ def outliers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _describe(key: str) -> dict[str, str]:
-    if key in FIXED:
-        description, units = FIXED[key]
-        return {"Description": description, "Units": units}
+    if fixed := FIXED.get(key, GROUP.get(key)):
+        return {"Description": fixed[0], "Units": fixed[1]}
     if key in IDENTIFIERS:
         return {"Description": IDENTIFIERS[key], "Units": "n/a"}
     if entry := _map_columns().get(key):

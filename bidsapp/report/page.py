@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from bidsapp import __version__, methods
 from bidsapp.errors import UsageError
-from bidsapp.evaluate import quality
+from bidsapp.evaluate import biology, quality
 from bidsapp.methods import Fitted, Method, Study
 from bidsapp.report import boilerplate
 
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from bidsapp.report.figures import Figure
 
 HERE = Path(__file__).parent
-STATISTICS = {"icc": "ICC", "cov": "CoV", "auc": "AUC"}
+STATISTICS = {
+    "icc_consistency": "ICC(3,1), consistency, of {of}",
+    "icc_agreement": "ICC(2,1), absolute agreement, of {of}", "cov": "CoV of {of}",
+    "auc": "AUC of {batch}", "paired_difference": "{of}: {batch} less {reference}, same people",
+    "unpaired_difference": "{of}: {batch} less {reference}, different people"}
 PACKAGES = ("torch", "numpy", "scipy", "dipy", "nibabel", "pybids", "matplotlib")
 
 
@@ -51,10 +55,11 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
         log=log.relative_to(root) if log else "", **_common(used))
 
 
-def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, drawn: Sequence[Figure],
-          fitted: Mapping[str, Fitted], *, chosen: Sequence[Method]) -> str:
-    """The page of a group: batches, distributions, outliers, agreement between sites, what was
-    trained."""
+def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, effects: pd.DataFrame,
+          drawn: Sequence[Figure], fitted: Mapping[str, Fitted], *,
+          chosen: Sequence[Method]) -> str:
+    """The page of a group: batches, distributions, outliers, agreement between sites (`between`),
+    what harmonization left of people's differences (`effects`), what was trained."""
     table = study.statistics
     batches = [{"name": name, "participants": members["participant"].nunique(),
                 "runs": len(members)} for name, members in table.groupby("batch", sort=True)]
@@ -70,25 +75,50 @@ def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, drawn: Se
         title="Group", batches=batches, statistics=statistics, n_runs=len(table),
         min_runs=quality.MIN_RUNS, threshold=quality.OUTLIER, covariates=study.covariates,
         reference=study.reference_batch, outliers=outliers.to_dict("records"),
-        features=study.features, between=_between(between),
+        features=study.features, between=_between(between, study.reference_batch or "the mean"),
+        effects=_effects(effects), losses=biology.losses(effects), loss=biology.LOSS,
         sections=_sections([{"title": f.title, "caption": f.caption, "section": f.section,
                              "uri": _uri(f.svg)} for f in drawn]),
         trained=[{"name": name, "model": result.model, "tables": list(result.tables),
                   "weights": list(result.checkpoints), "folds": _folds(result),
+                  "effects": _of_folds(result),
                   "notices": result.notices,
                   "metrics": _metrics(result.model.get("Metrics", {}))}
                  for name, result in fitted.items()],
         **_common([*estimates, *chosen]))
 
 
-def _between(found: pd.DataFrame) -> dict[str, Any] | None:
+def _between(found: pd.DataFrame, reference: str) -> dict[str, Any] | None:
     """A row for each statistic, with a cell for each kind of data."""
     kinds = list(dict.fromkeys(found["data"]))
-    rows = [{"name": f"{STATISTICS[str(statistic)]} of {of}",
-             "people": own["people"].max(),
-             "cells": [_number(own.loc[own["data"] == kind, "value"].max()) for kind in kinds]}
-            for (statistic, of), own in found.groupby(["statistic", "of"], sort=False)]
+    rows = []
+    for (statistic, of, batch), own in found.groupby(["statistic", "of", "batch"], sort=False):
+        cells = {row["data"]: _interval(row["value"], row["low"], row["high"])
+                 for row in own.to_dict("records")}
+        rows.append({"name": STATISTICS[str(statistic)].format(of=of, batch=batch,
+                                                               reference=reference),
+                     "people": own["people"].max(),
+                     "cells": [cells.get(kind, "n/a") for kind in kinds]})
     return {"kinds": kinds, "rows": rows} if rows else None
+
+
+def _effects(found: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of `biology`, as text."""
+    return [{"lost": row["verdict"] == biology.LOST, "name": biology.describe(row),
+             "people": row["people"], "verdict": row["verdict"], "ratio": biology.shown(row),
+             "values": [_number(row[k]) for k in ("before", "after", "reference")]}
+            for row in found.to_dict("records")]
+
+
+def _of_folds(result: Fitted) -> dict[str, Any] | None:
+    """What a cross-validation left of people's differences."""
+    return next(({"table": name, "rows": _effects(table)} for name, table in result.tables.items()
+                 if "verdict" in table), None)
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    ends = f" ({_number(low)} to {_number(high)})" if low == low else ""
+    return _number(value) + ends
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -102,7 +132,7 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _folds(result: Fitted) -> dict[str, Any] | None:
     """A cross-validation: for each batch, shell, tissue and measure the mean NMSE before and after
-    in every fold and over participants."""
+    in every fold and over participants, and the mean bias."""
     for name, table in result.tables.items():
         if "fold" not in table:
             continue
@@ -111,8 +141,10 @@ def _folds(result: Fitted) -> dict[str, Any] | None:
             cells = [" → ".join(map(_number, row)) for row in own.groupby("fold")[pair].mean()
                      .itertuples(index=False)]
             before, after = own[pair].mean()
+            bias = own[["bias_before", "bias_after"]].mean()
             rows.append({"key": key, "cells": cells, "mean": f"{_number(before)} → "
                          f"{_number(after)}", "change": f"{100 * (after / before - 1):+.0f} %",
+                         "bias": " → ".join(f"{b:+.2g}" for b in bias), "worse": after > before,
                          "better": f"{int((own[pair[1]] < own[pair[0]]).sum())} of {len(own)}"})
         return {"table": name, "rows": rows, "folds": sorted(table["fold"].unique().tolist())}
     return None

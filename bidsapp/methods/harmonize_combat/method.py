@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -40,28 +42,13 @@ class Combat(Method):
                 a covariate confounded with the batch; covariates that depend on each other, or
                 too many for the participants; an unknown reference batch.
         """
-        from neuroCombat import neuroCombat
-
+        rows, kept = self._rows(study)
         features = list(study.features)
-        table = study.statistics
-        kept = [c for c in study.covariates if table[c].notna().all() and table[c].nunique() > 1
-                and not self._is_label(table, c)]
-        runs = table.groupby(["participant", "batch"], sort=True)
-        means = runs[features].agg(_mean)
-        rows = pd.concat([means, runs[kept].first()], axis=1).reset_index()
-        self._refuse(rows, features, kept, study.reference_batch)
-        numeric = [c for c in kept if pd.api.types.is_numeric_dtype(rows[c])]
-        # it prints each of its steps, and with a reference batch calls np.int, gone from numpy 2
-        with (contextlib.redirect_stdout(io.StringIO()),
-              mock.patch.object(np, "int", int, create=True)):
-            result = neuroCombat(
-                dat=rows[features].to_numpy(float).T, covars=rows[["batch", *kept]],
-                batch_col="batch", categorical_cols=[c for c in kept if c not in numeric],
-                continuous_cols=numeric, ref_batch=study.reference_batch)
+        result = self._learn(rows, features, kept, study.reference_batch)
         harmonized = rows[["participant", "batch", *kept]].copy()
         harmonized[features] = result["data"].T
         estimates = result["estimates"]
-        batches = [str(b) for b in estimates["batches"]]
+        batches = _batches(rows)
         model = {
             "Method": self.name, "Model": self.outputs["model"], "Batches": {
                 b: int((rows["batch"] == b).sum()) for b in batches},
@@ -70,6 +57,77 @@ class Combat(Method):
             "Delta": dict(zip(batches, np.asarray(estimates["delta.star"]).tolist(), strict=True)),
         }
         return Fitted({"desc-combat_dwimap": harmonized}, model)
+
+    def cross_validate(self, study: Study, parts: Sequence[Sequence[str]]) -> pd.DataFrame:
+        """Harmonize everyone by what ComBat learns from the people of the other parts.
+
+        Parameters
+        ----------
+        study
+            As of `fit`.
+        parts
+            Participants of each part; together everyone, nobody twice.
+
+        Returns
+        -------
+        DataFrame
+            As the table of `fit`: participant, batch, covariates and harmonized features.
+
+        Raises
+        ------
+        UsageError
+            As of `fit`, of the people left to learn from; nobody of a batch, or of a category of a
+            covariate, is left among them.
+        """
+        rows, kept = self._rows(study)
+        features, harmonized = list(study.features), rows.copy()
+        design = np.column_stack([np.ones(len(rows)), *(
+            rows[c].to_numpy(float)[:, None] if pd.api.types.is_numeric_dtype(rows[c])
+            else pd.get_dummies(rows[c], dtype=float).to_numpy()[:, 1:] for c in kept)])
+        for part in parts:
+            tested = rows["participant"].isin(part).to_numpy()
+            rest = rows[~tested].reset_index(drop=True)
+            for column in ("batch", *(c for c in kept if not
+                                      pd.api.types.is_numeric_dtype(rows[c]))):
+                if lacking := sorted(set(rows[column]) - set(rest[column])):
+                    raise UsageError(
+                        f"ComBat: without sub-{', sub-'.join(part)} nobody of {column} "
+                        f"{', '.join(map(str, lacking))} is left to learn from. Give fewer people "
+                        "to a part.")
+            estimates = self._learn(rest, features, kept, study.reference_batch)["estimates"]
+            # neuroCombat gives Xβ of its own people alone
+            beta = np.linalg.lstsq(design[~tested], estimates["mod.mean"].T, rcond=None)[0]
+            expected = estimates["stand.mean"][:, :1].T + design[tested] @ beta
+            sd = np.sqrt(estimates["var.pooled"]).T
+            at = [_batches(rest).index(str(b)) for b in rows["batch"][tested]]
+            z = (rows.loc[tested, features].to_numpy(float) - expected) / sd
+            harmonized.loc[tested, features] = expected + sd * (
+                z - estimates["gamma.star"][at]) / np.sqrt(estimates["delta.star"][at])
+        return harmonized
+
+    def _rows(self, study: Study) -> tuple[pd.DataFrame, list[str]]:
+        """A row for each participant and batch, and the covariates that are kept."""
+        table = study.statistics
+        kept = [c for c in study.covariates if table[c].notna().all() and table[c].nunique() > 1
+                and not self._is_label(table, c)]
+        runs = table.groupby(["participant", "batch"], sort=True)
+        means = runs[list(study.features)].agg(_mean)
+        return pd.concat([means, runs[kept].first()], axis=1).reset_index(), kept
+
+    def _learn(self, rows: pd.DataFrame, features: list[str], kept: list[str],
+               reference: str | None) -> dict[str, Any]:
+        """What neuroCombat makes of rows that it can carry."""
+        from neuroCombat import neuroCombat
+
+        self._refuse(rows, features, kept, reference)
+        numeric = [c for c in kept if pd.api.types.is_numeric_dtype(rows[c])]
+        # it prints each of its steps, and with a reference batch calls np.int, gone from numpy 2
+        with (contextlib.redirect_stdout(io.StringIO()),
+              mock.patch.object(np, "int", int, create=True)):
+            return neuroCombat(
+                dat=rows[features].to_numpy(float).T, covars=rows[["batch", *kept]],
+                batch_col="batch", categorical_cols=[c for c in kept if c not in numeric],
+                continuous_cols=numeric, ref_batch=reference)
 
     def _is_label(self, table: pd.DataFrame, column: str) -> bool:
         """Whether a text differs for every participant, as dates and names do."""
@@ -133,6 +191,11 @@ class Combat(Method):
                 "their effects too. Add participants that overlap, or take covariates out of "
                 "participants.tsv.")
         known_reference(reference, {str(b): int(n) for b, n in counts.items()})
+
+
+def _batches(rows: pd.DataFrame) -> list[str]:
+    """In the order of neuroCombat's estimates, which with a reference batch names them 0, 1, …"""
+    return [str(b) for b in np.unique(rows["batch"])]
 
 
 def _mean(values: pd.Series) -> float:
