@@ -146,7 +146,10 @@ def people(tmp_path_factory):
 def guarded(known, monkeypatch, change):
     """Rows of the guard, and the card, where people are harmonized by a function of their scan."""
     method = brief("harmonize_mica")
-    monkeypatch.setattr(method, "harmonize", lambda dwi, *_: Harmonized(change(dwi).signal))
+    def again(dwi):
+        return change(dwi).signal
+
+    monkeypatch.setattr(method, "harmonize", lambda dwi, *_: Harmonized(again(dwi), again))
     fitted = crossvalidation.fit(method, known)
     rows = fitted.tables["desc-mica_biology"].set_index(["effect", "measure", "tissue"])
     (model,) = fitted.checkpoints.values()
