@@ -28,6 +28,7 @@ from bidsapp.errors import DataError, QSphereError, Refusal
 from bidsapp.evaluate import change, gradients, plausibility, quality
 from bidsapp.mask import given, median_otsu
 from bidsapp.methods import Method
+from bidsapp.microstructure.maps import WEIGHTS
 from bidsapp.options import Options
 from bidsapp.preprocess import anatomy
 from bidsapp.report import comparison, figures, page
@@ -367,6 +368,7 @@ def fingerprint(run: Run, options: Options) -> str:
             "metadata": [p.metadata for p in run.parts],
             "anatomy": [sha256(f) if f.is_file() else str(f) for f in wanted],
             "methods": [m.name for m in chosen],
+            "weights": [sha256(f) for m in chosen if (f := WEIGHTS / m.name / CARD).is_file()],
             "models": [sha256(f) for f in sorted(
                 (options.output_dir / harmonize.MODELS).glob("*/*.json"))],
             "harmonize": [sha256(f / CARD) for f in harmonize.folders(options)],

@@ -83,9 +83,11 @@ def volumes(acquisition: Acquisition, b_max: float = B_MAX) -> np.ndarray:
         near = np.abs(acquisition.bvals[shell.indices] - shell.b) <= SHELL_GAP * shell.b
         b[shell.indices[near]] = shell.b
     limit = (1 + B_TOLERANCE) * b_max
+    # imaging gradients give volumes without weighting a tiny b-tensor, which determines nothing
+    weighted = np.where(acquisition.b0[:, None, None], 0, acquisition.btensors)
     for highest in (limit, *np.unique(b[b > limit])):
         chosen = np.flatnonzero(b <= highest)
-        if len(chosen) >= TERMS and rank(acquisition.btensors[chosen]) == TERMS:
+        if len(chosen) >= TERMS and rank(weighted[chosen]) == TERMS:
             return chosen
     return np.arange(len(acquisition))
 

@@ -469,6 +469,29 @@ def test_a_training_for_several_acquisitions_is_refused(study):
                       states=None, intended_use="")
 
 
+def test_a_training_does_not_go_on_from_the_state_of_another(tmp_path, monkeypatch):
+    """Of people with another SNR, or another weight of mean errors; more steps are the same one."""
+    def state(**how):
+        known = {"recipe": methods.get("estimate_scnn2").recipe("one"), "snr": [20.0], "steps": 5}
+        known |= how
+        found = []
+
+        def train(*_, saved, **__):
+            found.append(saved.name)
+            raise InterruptedError
+
+        monkeypatch.setattr(learn, "train", train)
+        with pytest.raises(InterruptedError):
+            learn.for_one("estimate_scnn2", known["recipe"], {"a": acquisition()}, known["snr"],
+                          steps=known["steps"], seed=0, device="cpu", states=tmp_path,
+                          intended_use="")
+        return found[0]
+
+    other = replace(methods.get("estimate_scnn2").recipe("one"), unbiased=0.5)
+    assert state() == state(steps=9)
+    assert len({state(), state(snr=[25.0]), state(recipe=other)}) == 3
+
+
 def test_batches_drawn_together_keep_voxels_with_their_protocols():
     """A shell that a protocol has not holds no signal, and the hint is that of its own shells."""
     recipe = replace(methods.get("estimate_scnn2").recipe(), batch=32, groups=4, pool=3,

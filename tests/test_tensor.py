@@ -7,6 +7,7 @@ import torch
 from dipy.reconst.dti import TensorModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from bidsapp import tensor
 from bidsapp.acquisition import Acquisition, concatenate
@@ -350,3 +351,11 @@ def test_gradients_of_fa_and_md_of_attenuations(rng):
     matrix = torch.from_numpy(tensor.attenuation_fit(acq.btensors))
     signal = torch.from_numpy(signals(acq, tensors(5, rng)[0])).requires_grad_()
     assert torch.autograd.gradcheck(lambda s: tensor.of_attenuation(s, matrix), signal)
+
+
+def test_tiny_weighting_by_imaging_gradients_determines_no_tensor():
+    """Eight volumes of b 5 and 10 s/mm² along eight axes are b0: the shell at 3000 is fitted."""
+    axes = Rotation.random(8, random_state=0).as_matrix()[:, :, 0]
+    shell = Rotation.random(30, random_state=1).as_matrix()[:, :, 0]
+    acq = Acquisition(np.r_[np.tile([5.0, 10.0], 4), np.full(30, 3000.0)], np.r_[axes, shell])
+    assert list(tensor.volumes(acq)) == list(range(38))

@@ -35,8 +35,8 @@ class SphericalMethod(Method):
         return Derived(*maps.estimate(checkpoint, self.tissue, dwi, device))
 
     def fit(self, study: Study) -> Fitted:
-        """A network for the one acquisition that all runs of the study share; half of the densities
-        it learns from are of their own voxels."""
+        """A network for the one acquisition that all runs of the study share; a share of the
+        densities it learns from (`simulate.tissue.MEASURED`) are of their own voxels."""
         table = None
         if self.tissue.watson is None and study.load:
             table = deconvolution.of_study(

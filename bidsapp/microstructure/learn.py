@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -301,7 +302,7 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
             if known.acquisition is None else told(known.acquisition))},
         training={"steps": int(history[-1]["step"]) if history else 0,
                   "samples": (int(history[-1]["step"]) * recipe.batch * math.prod(devices)
-                              if history else 0),
+                              // recipe.passes if history else 0),
                   "seconds": round(history[-1]["seconds"]) if history else 0, "device": device,
                   "threads": torch.get_num_threads() if device == "cpu" else None,
                   "start": start.card.sha256 if start else "random",
@@ -347,12 +348,19 @@ def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition]
         recipe, groups=1, network={**recipe.network, **shells},
         schedule=replace(recipe.schedule, steps=steps or recipe.schedule.steps),
         trained_for=Range(snr=(low, high), acquisition=acquisition))
-    name = f"{method}_{kind}"
+    name, start = f"{method}_{kind}", start_of(method, recipe, init)
     if states:
         states.mkdir(parents=True, exist_ok=True)
+    # the state of a training of other people, weights at the start, or recipe is not this one's
+    of = hashlib.sha256(repr((
+        __version__, recipe.network, recipe.batch, recipe.pool, recipe.passes, recipe.beta,
+        recipe.density, recipe.unbiased, recipe.odfs, recipe.trained_for.snr, start and
+        start.card.sha256)).encode())
+    for array in (acquisition.bvals, acquisition.bvecs, () if table is None else table.numpy()):
+        of.update(np.ascontiguousarray(array).tobytes())
+    saved = states / f"{name}.{of.hexdigest()[:8]}.ckpt" if states else None
     return name, train(method, recipe, seed=seed, device=device, intended_use=intended_use,
-                       table=table, saved=states / f"{name}.ckpt" if states else None,
-                       start=start_of(method, recipe, init), devices=devices)
+                       table=table, saved=saved, start=start, devices=devices)
 
 
 def told(acquisition: Acquisition) -> dict[str, Any]:
