@@ -233,7 +233,7 @@ def test_benchmark_runs_on_tables(tmp_path):
     found = scnn_training.main(["--network", "published", "--steps", "2", "--batch", "16",
                                 "--grid", "29", "--table", str(table), "--test-table", str(table),
                                 "--test-voxels", "600", "--state", str(tmp_path / "s.ckpt")])
-    assert set(found) == {"Watson mixtures", "one"}
+    assert set(found) == {"Watson mixtures", "single bundles", "one"}
     for rows in found.values():
         assert all(np.isfinite(v) for row in rows.values() for v in row.values())
         assert rows["smt posterior mean"]["d"] < 0.02 < rows["network"]["d"]
