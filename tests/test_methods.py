@@ -110,7 +110,8 @@ def test_is_finite_complete_and_in_range(method, rng):
     assert set(derived.maps) == set(outputs["maps"])
     assert {"name", "Description", "URL"} <= set(outputs["model"])
     json.dumps([dict(derived.counts), dict(derived.parameters)])
-    assert all(isinstance(v, int) and v >= 0 for v in derived.counts.values())
+    assert all(isinstance(v, str) or (isinstance(v, int) and v >= 0)
+               for v in derived.counts.values())
     stems = [tuple(sorted(o["entities"].items())) for o in outputs["maps"].values()]
     assert len(set(stems)) == len(stems)
     for name, values in derived.maps.items():
@@ -168,7 +169,9 @@ def test_turns_with_the_head(method):
             cosine = np.abs(((values @ turn.T) * other[name]).sum(1))[sharp]
             assert np.quantile(cosine, 0.01) > 0.9999
         else:
-            close(name, values[sane], other[name][sane])
+            # the SD of a signal that looks like none of the training is rounded coarsely, too
+            rows = one["flag"] == 0 if "flag" in one and name.endswith("_std") else sane
+            close(name, values[rows], other[name][rows])
 
 
 def test_unknown_names_say_what_there_is():

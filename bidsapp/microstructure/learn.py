@@ -418,15 +418,15 @@ def _in_bands(x: torch.Tensor, value: torch.Tensor, level: float, bands: int
 
 
 def _in_cells(x: torch.Tensor, y: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
-    """What a share LEVEL of the values stays below, in bands of x of equal counts and in each of
-    them in bands of y; "columns" are the medians of y over all."""
-    rows = x.argsort().tensor_split(CELLS[0])
+    """What a share LEVEL of the values stays below, in bands of x of equal width within 0–1, which
+    keep the factor from changing steeply, and in bands of y of equal counts."""
+    row = (CELLS[0] * x).long().clamp(0, CELLS[0] - 1)
     edges = torch.quantile(y, torch.linspace(0, 1, CELLS[1] + 1)[1:-1].to(y))
     column = torch.bucketize(y.contiguous(), edges)
-    return {"rows": [float(x[row].median()) for row in rows],
+    return {"rows": [(k + 0.5) / CELLS[0] for k in range(CELLS[0])],
             "columns": [float(v.median()) for v in y.sort().values.tensor_split(CELLS[1])],
-            "value": [[_below(value[row][column[row] == k], LEVEL) for k in range(CELLS[1])]
-                      for row in rows]}
+            "value": [[_below(value[(row == i) & (column == k)], LEVEL) for k in range(CELLS[1])]
+                      for i in range(CELLS[0])]}
 
 
 def _below(values: torch.Tensor, level: float) -> float:
