@@ -61,7 +61,7 @@ BIAS_BANDS = (4, 4, 3)
 BANDS, CELLS = 24, (8, 5)
 """Of predicted SD, and of estimated coherence and noise, in each of which SDs are calibrated."""
 
-USUAL, NOISE_BANDS = 0.999, 8
+USUAL, NOISE_BANDS = 0.995, 8
 """Share of simulated signals whose misfit is not strange; bands of noise in which it holds."""
 
 
@@ -393,7 +393,7 @@ def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Bat
     """By parameter, factors for the SD so that ± 1.645 SD cover 90 % of held-out truths (split
     conformal prediction in bands: Vovk et al. 2005; Romano et al. 2019, arXiv:1905.03222), first in
     every band of predicted SD, then in every band of estimated coherence and noise; and, by noise,
-    the misfit that 99.9 % of signals stay below."""
+    the misfit that 99.5 % of signals stay below."""
     found, truth, _, noise = predictions(network, batches)
     sd = predicted_sd(found)
     score = (clamped(recipe.tissue, found.mean) - truth).abs() / sd / QUANTILE

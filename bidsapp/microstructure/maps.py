@@ -35,8 +35,8 @@ ASSUMED_SNR = 20.0
 
 GRID = 95
 """Degree of the half grids where a network is applied (1537 points). Densities turn with the head
-within 2e-4, those of strange signals too, which take the finest grid (their SDs within 3e-4); on the
-coarse grid that is enough to train on, within 2 %."""
+within 2e-4, those of strange signals too, which take the finest grid (their SDs within 3e-4); on
+the coarse grid that is enough to train on, within 2 %."""
 
 BLOCK = 512
 """Voxels whose layers fit the cache."""
