@@ -340,7 +340,7 @@ def test_strange_signals_and_noise_are_flagged():
         return estimating.estimate(shipped, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]["flag"]
 
     assert (flags(voxels(acq)) == 0).mean() > 0.9
-    assert (flags(voxels(acq, strange=True)) == 1).mean() > 0.85
+    assert (flags(voxels(acq, 600, strange=True)) == 1).mean() > 0.85
     assert (flags(voxels(acq, sigma=0.2)) == 2).mean() > 0.5
 
 
