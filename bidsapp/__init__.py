@@ -13,6 +13,7 @@ The map of the house, in the order a run flows through it:
     methods/        one folder per published method: check, apply, outputs.json, README.md
     microstructure/ spherical networks: trained, calibrated, applied
     training.py     the only optimisation loop
+    progress.py     how far what takes minutes is
     simulate/       forward models, noise, people, sites: signals with known truth
     preprocess/     where tissues are, how fibres lie, one head on another
     networks/       torch modules: tensors in, tensors out

@@ -214,4 +214,8 @@ def test_tables_of_people_who_may_have_taught(rng):
     found = biology.in_sample(table, ["dti_md_mean"], {"combat": other})
     assert list(found["data"] + found["batch"]) == ["harmonizedB", "combatA", "combatB"]
     assert set(found["verdict"][1:]) == {biology.KEPT}
+    # a second run of everyone that was not harmonized, at twice the diffusivity, counts nowhere
+    again = table.assign(dti_md_mean=2 * md, harmonized_dti_md_mean=np.nan)
+    twice = biology.in_sample(pd.concat([table, again]), ["dti_md_mean"], {})
+    assert twice["ratio"].iloc[0] == pytest.approx(row["ratio"])
     assert biology.in_sample(table.drop(columns="age"), ["dti_md_mean"], {}).empty

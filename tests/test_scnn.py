@@ -372,6 +372,13 @@ def test_refuses_what_it_was_not_trained_for(trained, acq, message):
         estimating.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 5), "cpu")
 
 
+def test_a_shell_may_lie_at_the_end_of_the_range_but_for_rounding():
+    """A mean of 499 s/mm² is the nominal 500."""
+    known = estimating.shipped("estimate_scnn2").card.trained_for
+    used = estimating.check(acquisition(b=(499, 2200)), known, "scnn2")
+    assert [round(s.b) for s in used] == [499, 2200]
+
+
 def test_recipe_of_the_folder():
     folder = methods.get("estimate_scnn2").folder
     table = tomllib.loads((folder / "training.toml").read_text())["training"]

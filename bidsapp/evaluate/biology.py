@@ -171,14 +171,16 @@ def in_sample(statistics: pd.DataFrame, features: Sequence[str],
         data, batch, measure (the feature) and COLUMNS, of the batches that were changed.
     """
     after = quality.harmonized(statistics, features)
-    kinds = {"harmonized": statistics[["participant", "batch", *after]].rename(columns=after),
-             **tables}
+    both = statistics.dropna(subset=[*after])  # a person's runs that were not harmonized stay out
+    kinds = {"harmonized": (both, both[["participant", "batch", *after]].rename(columns=after)),
+             **{name: (statistics, table) for name, table in tables.items()}}
     rows = []
-    for (kind, table), feature in ((k, f) for k in kinds.items() for f in features
-                                   if f in k[1] and f.endswith(("_fa_mean", "_md_mean"))):
+    for (kind, (measured, table)), feature in (
+            (k, f) for k in kinds.items() for f in features
+            if f in k[1][1] and f.endswith(("_fa_mean", "_md_mean"))):
         for batch in sorted(statistics["batch"].unique()):
             values = pd.DataFrame({when: t[t["batch"] == batch].groupby("participant")[
-                feature].mean() for when, t in (("before", statistics), ("after", table))}).dropna()
+                feature].mean() for when, t in (("before", measured), ("after", table))}).dropna()
             if np.allclose(values["before"], values["after"], rtol=1e-9, atol=0):
                 continue
             rows += [{"data": kind, "batch": batch, "measure": feature, **row}

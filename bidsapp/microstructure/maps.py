@@ -30,6 +30,9 @@ QUANTILE = 1.6448536269514722
 TOLERANCE = 0.01
 """Of S0: misfit of the network's own reconstruction that is no sign of a strange signal."""
 
+NOMINAL = 0.01
+"""Share by which the mean b of a shell may lie beyond the range, as 499.6 for 500 s/mm²."""
+
 ASSUMED_SNR = 20.0
 """Stands for S0 over noise SD where the noise could not be measured."""
 
@@ -92,7 +95,8 @@ def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list
         needed = f"just the shells it was trained for, {wanted} s/mm²"
     else:
         (low, high), least = known["b"], known["directions"][0]
-        usable = [s for s in shells if low <= s.b / 1000 <= high
+        usable = [s for s in shells
+                  if low * (1 - NOMINAL) <= s.b / 1000 <= high * (1 + NOMINAL)
                   and (len(s) >= least or abs(s.b_delta) < protocols.ISOTROPIC)
                   and any(abs(s.b_delta - d) < 0.05 for d in known["b_delta"])]
         fits = len(usable) >= 2
