@@ -18,7 +18,8 @@ at one vertex.
 scalars (the ODF's by Parseval's theorem, up to degree 16), Adam at 1e-3, ÷ 10 after 50 % and 75 %
 of the steps. Its points are a half grid exact to degree --grid in place of 3072; weights start as
 He et al. 2015 propose (doi:10.1109/ICCV.2015.123), which the paper does not say. `mlp` and
-`spherical` are trained as `group --train` trains estimate_mlp2 and estimate_scnn2; --init starts
+`spherical` are trained as `group --train` trains estimate_mlp2 and estimate_scnn2, but without the
+weight of mean errors in bands, which upsets a short training from chance; --init starts
 from the weights in a folder, or those that ship, and --steps 0 tests these as they are. --out keeps
 weights and card. --hint gives or takes the hint, the posterior mean of d and f from a likelihood
 (`bidsapp.simulate.likelihood`), which spherical has and the others have not; the hint alone,
@@ -94,7 +95,7 @@ def recipe_of(options: argparse.Namespace) -> learn.Recipe:
     if options.hint:
         network["hinted"] = options.hint == "yes"
     return replace(
-        known, schedule=schedule, batch=options.batch, groups=1, network=network, passes=1,
+        known, schedule=schedule, batch=options.batch, groups=1, network=network, passes=1, unbiased=0.0,
         odfs={"measured": options.measured} if options.table else {},
         trained_for=learn.Range(snr=(SNR, SNR), acquisition=acquisition(), s0_known=True))
 
