@@ -95,8 +95,8 @@ def recipe_of(options: argparse.Namespace) -> learn.Recipe:
     if options.hint:
         network["hinted"] = options.hint == "yes"
     return replace(
-        known, schedule=schedule, batch=options.batch, groups=1, network=network, passes=1, unbiased=0.0,
-        odfs={"measured": options.measured} if options.table else {},
+        known, schedule=schedule, batch=options.batch, groups=1, network=network, passes=1,
+        unbiased=0.0, odfs={"measured": options.measured} if options.table else {},
         trained_for=learn.Range(snr=(SNR, SNR), acquisition=acquisition(), s0_known=True))
 
 
