@@ -73,7 +73,7 @@ DESIGN = ("sites", "participants", "folds", "shells", "directions", "voxel_size"
 TABLE_SEED = 100
 
 MAX_STEPS = {"harmonize_shresnet": 600, "harmonize_hybrid": 1000, "harmonize_golkov": 1000}
-"""Of each stage of a training, at most, unless --max-steps says otherwise; other methods train as
+"""Most steps of each stage of a training, unless --max-steps says otherwise; others train as
 their recipe says."""
 
 METHODS = ["harmonize_mica", "harmonize_rish", "harmonize_rish@groups", "harmonize_golkov",
@@ -264,7 +264,7 @@ def keep_registrations(folder):
 
 
 def part_of(path):
-    """Where a file or folder is written before it is renamed, so that it is there whole or not."""
+    """Name a temporary path to write to before renaming, so that a file is complete or absent."""
     return path.with_name(f"{path.name}.{time.time_ns()}.part")
 
 

@@ -175,7 +175,7 @@ def between_sites(here, there):
 
 
 class Results:
-    """What the rows say of each method, as tables of markdown.
+    """Markdown tables of the measurements of each method.
 
     order: methods, as rows of tables. errors: by (method, site, participant), a column for each
     (shell, against, measure, tissue). means: of `region_means`, ComBat's included.
@@ -333,7 +333,7 @@ def row(cells):
 
 
 def site_table(folder):
-    """What was drawn for each site."""
+    """Print the parameters drawn for each site."""
     drawn = [json.loads(p.read_text()) for p in sorted(folder.glob("site*/site.json"))]
     keys = [k for k in drawn[0] if k not in ("name", "directions", "voxel")]
     return ["Site A is the reference.\n", *head(["site", *keys]),

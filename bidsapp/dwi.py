@@ -27,7 +27,7 @@ FIXED_MEMORY = 1.5e9
 """Bytes that a process needs beside the signal: libraries, blocks, maps, figures."""
 
 DAMAGE = (OSError, EOFError, ValueError, zlib.error)
-"""What reading a truncated or changed file raises."""
+"""Exceptions raised on reading a truncated or changed file."""
 
 NOISE_VOXELS = 20_000
 """The noise level is estimated on at most this many voxels, spread evenly over the mask."""

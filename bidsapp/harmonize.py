@@ -22,6 +22,11 @@ MODELS = PurePosixPath("group/models")
 """Where the group level leaves what it trains, below OUTPUT_DIR."""
 
 
+UNKNOWN_NOISE = ("the noise of the run could not be measured, and without it the weight of the "
+                 "harmonizer's own error is unknown. Use the intervals of the measured signal")
+"""Why no interval is given where the noise level is unknown."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A trained harmonizer. id: its folder's name."""
@@ -164,25 +169,26 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
     made = model.method.harmonize(dwi, model.checkpoint, run.batch, device)
     new = replace(dwi, signal=made.signal, noise_gain=noise_gain(dwi, made))
     about["Noise"] = describe_noise(new)
-    factor = 1.0 if made.no_intervals else round(widening(new, made.errors), 3)
-    if not made.no_intervals:
+    no_intervals = made.no_intervals or ("" if dwi.noise_sd else UNKNOWN_NOISE)
+    factor = 1.0 if no_intervals else round(widening(new, made.errors), 3)
+    if not no_intervals:
         about["HarmonizationError"] = {
             "RelativeSDByShell": list(made.errors), "UncertaintyFactor": factor,
-            "Source": "the model's card: error of the mean over directions of people not learned "
-                      "from, beyond what noise explains"}
+            "Source": "the model's card: error of the mean over directions of the people who "
+                      "validated its training, beyond what noise explains"}
     snr = None if dwi.noise_sd is None else float(np.median(dwi.mean_b0) / dwi.noise_sd)
     notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}.",
                *made.notices, *(f"Harmonization: {warning}" for warning in card.warnings),
                *scope.unusual(card, {**run.covariates, "SNR": snr})]
-    if made.no_intervals:
+    if no_intervals:
         notices.append("Maps of the harmonized signal come without intervals (…_stat-std): "
-                       f"{made.no_intervals}.")
+                       f"{no_intervals}.")
     if beyond:
         about["OutOfDistribution"] = beyond
         notices.append("Harmonized outside of what the model was trained for, as "
                        f"--allow-extrapolation asks: {'; '.join(beyond)}.")
     return Result(model, new, True, about, made.counts, made.parameters, notices,
-                  made.no_intervals, factor)
+                  no_intervals, factor)
 
 
 def describe_noise(dwi: Dwi) -> dict[str, Any]:

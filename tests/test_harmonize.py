@@ -486,6 +486,27 @@ def test_warnings_of_the_card_are_told_where_it_is_applied(rng, tmp_path):
     assert not any("cross-validation" in n for n in result.notices)
 
 
+def test_without_a_noise_level_there_are_no_intervals(rng, monkeypatch):
+    """A harmonizer that knows its own error, of a scan whose noise is known, and is not."""
+    study, method = sites(rng), methods.get("harmonize_mica")
+    (made,) = method.fit(study).checkpoints.values()
+    own = method.harmonize
+
+    def certain(dwi, *how):
+        return replace(own(dwi, *how), no_intervals="",
+                       errors=[0.01] * len(dwi.acquisition.shells))
+
+    monkeypatch.setattr(method, "harmonize", certain)
+    run = SimpleNamespace(batch="B", batch_source="x", covariates={})
+    for noise, reason in ((None, harmonize.UNKNOWN_NOISE), (3.0, "")):
+        dwi = replace(study.load("sub-2"), noise_sd=noise)
+        result = harmonize.apply([harmonize.Model("m", method, made)], dwi, run, allow=True,
+                                 device="cpu")
+        assert result.no_intervals == reason
+        assert any("without intervals" in n for n in result.notices) == bool(reason)
+        assert ("HarmonizationError" in result.about) != bool(reason)
+
+
 def test_one_of_several_models_is_selected():
     models = [model_of("B"), model_of("C")]
     assert harmonize.select(models, "C") is models[1]

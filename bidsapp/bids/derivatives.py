@@ -22,7 +22,7 @@ class Output:
 
     like: the run's image, whose grid they have. mask: the brain mask in the batch. desc: label of
     all maps made from a signal other than the measured one; sources: URIs of that signal; about:
-    keys of every sidecar made from it; no_intervals, widening: as of `harmonize.Result`.
+    metadata added to each sidecar of such maps; no_intervals, widening: see `harmonize.Result`.
     """
 
     batch: Batch
