@@ -132,7 +132,8 @@ def thinned(dwi, count):
 
 def covered(dwi, d, f, estimator, factor):
     """Rows of tissue, parameter, share covered, bias, RMSE."""
-    maps = methods.get(f"estimate_{estimator}").apply(dwi, "cpu").widened(factor).maps
+    method = methods.get(f"estimate_{estimator}")
+    maps = method.apply(dwi, "cpu").widened(factor, method.ranges).maps
     own = tissues()[tissues() > 0]
     keys = ("diffusivity", "neuritefraction")
     for name, label in (("WM", WM), ("GM", GM)):

@@ -257,7 +257,7 @@ def apply(job: Job, method: Method, output: Output, findings: Findings) -> dict[
         if output.no_intervals:
             derived = derived.without_intervals(output.no_intervals)
         elif output.widening > 1:
-            derived = derived.widened(output.widening)
+            derived = derived.widened(output.widening, method.ranges)
     except Refusal as refusal:
         findings.refuse(run, "_".join(filter(None, (output.desc, method.name))), refusal)
         return None

@@ -124,7 +124,8 @@ def test_own_errors_widen_intervals(rng):
     assert harmonizer.widening(flat, [0, 0]) == 1
     assert harmonizer.widening(replace(flat, noise_sd=None), [1, 1]) == 1
     derived = Derived({"fa": np.ones(3, np.float32), "fa_std": np.ones(3, np.float32)})
-    wide = derived.widened(1.5)
-    assert wide.maps["fa_std"].tolist() == [1.5] * 3 and wide.maps["fa"].tolist() == [1] * 3
+    for range_, sd in (((0, None), 1.5), ((0, 1.25), 1.25)):
+        wide = derived.widened(1.5, {"fa_std": range_})
+        assert wide.maps["fa_std"].tolist() == [sd] * 3 and wide.maps["fa"].tolist() == [1] * 3
     none = derived.without_intervals("nobody knows")
     assert list(none.maps) == ["fa"] and "nobody knows" in none.parameters["Uncertainty"]

@@ -54,10 +54,12 @@ class Derived:
         return replace(self, maps={k: v for k, v in self.maps.items() if not k.endswith("_std")},
                        parameters={**self.parameters, "Uncertainty": f"not told: {reason}"})
 
-    def widened(self, factor: float) -> Derived:
-        """The same with standard deviations times a factor."""
-        return replace(self, maps={k: v * np.float32(factor) if k.endswith("_std") else v
-                                   for k, v in self.maps.items()},
+    def widened(self, factor: float, ranges: Mapping[str, Sequence[float | None]]) -> Derived:
+        """Multiply standard deviations by a factor, up to the end of the range of their map."""
+        most = {k: np.inf if ranges[k][1] is None else ranges[k][1] for k in self.maps
+                if k.endswith("_std")}
+        return replace(self, maps={k: np.minimum(v * np.float32(factor), np.float32(most[k]))
+                                   if k in most else v for k, v in self.maps.items()},
                        parameters={**self.parameters, "UncertaintyFactor": factor})
 
 
@@ -190,6 +192,11 @@ class Method(ABC):
         """outputs.json: {"model": {...}, "maps": {key: {"entities", "Description", "Units",
         "range", …}}}; of a harmonizer also "signal": {"Description", "Units"}."""
         return json.loads((self.folder / "outputs.json").read_text())
+
+    @property
+    def ranges(self) -> dict[str, tuple[float | None, float | None]]:
+        """Least and greatest value of every map, None for no limit."""
+        return {key: tuple(of["range"]) for key, of in self.outputs["maps"].items()}
 
     def settings(self, table: str, *variants: str) -> dict[str, Any]:
         """A table of training.toml, with what VARIANT.TABLE says instead, sloppy last."""
