@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -83,6 +83,39 @@ def group(options: Options) -> int:
     trained = list({m.name: m for m in map(methods.get, options.train)}.values())
     for method in trained:
         method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
+    check_training_options(options, trained)
+    found = find.find(options)
+    dataset = Dataset(options.output_dir, {"raw": options.bids_dir, **dict(options.derivatives)})
+    statistics, covariates = participant_statistics(dataset, found)
+    if options.dry_run:
+        print(f"{len(statistics)} runs, {len(quality.map_features(statistics.columns))} map "
+              "statistics; batches: "
+              + ", ".join(f"{b}: {n}" for b, n in statistics["batch"].value_counts().items())
+              + f"; trains {', '.join(options.train) or 'nothing'}")
+        return 0
+    if options.work_dir:
+        make_work_dir(options.work_dir)
+    rank, devices = training.processes()
+    study = load_study(options, found, statistics, covariates, devices)
+    if rank:  # of several processes that train together the first alone writes
+        for method in trained:
+            fit(method, study)
+        return 0
+    dataset.claim()
+    dataset.describe(found.name, found.authors, boilerplate.acknowledge())
+    with dataset.lock("group"):
+        fitted = train_and_write(dataset, study, trained)
+        write_group(dataset, study, trained, fitted)
+        assert study.states
+        for kept in study.states.glob(f"{pairs.KEPT}*"):
+            kept.unlink(missing_ok=True)
+    told_unknown(found.unknown, options)
+    log.info("results: %s", dataset.root / "group.html")
+    return 1 if found.unknown else 0
+
+
+def check_training_options(options: Options, trained: Sequence[Method]) -> None:
+    """Raise UsageError for an option that no method which is trained uses."""
     uses: tuple[tuple[str, int | None, Callable[[Method], bool]], ...] = (
         ("folds", options.folds, lambda m: isinstance(m, Harmonizer)),
         ("epochs", options.epochs, lambda m: m.counts_epochs),
@@ -92,83 +125,77 @@ def group(options: Options) -> int:
             names = [name for name in methods.names() if used(methods.get(name))]
             raise UsageError(f"--{option} {value}: {', '.join(options.train)} has no use for "
                              f"it. Leave it out, or train {', '.join(names)}.")
-    found = find.find(options)
-    dataset = Dataset(options.output_dir, {"raw": options.bids_dir, **dict(options.derivatives)})
-    statistics, covariates = participant_statistics(dataset, found)
-    features = tuple(quality.map_features(statistics.columns))
-    if options.dry_run:
-        print(f"{len(statistics)} runs, {len(features)} map statistics; batches: "
-              + ", ".join(f"{b}: {n}" for b, n in statistics["batch"].value_counts().items())
-              + f"; trains {', '.join(options.train) or 'nothing'}")
-        return 0
-    states = options.work_dir or options.output_dir / "group/log"
+
+
+def load_study(options: Options, found: find.Found, statistics: pd.DataFrame,
+               covariates: Sequence[str], devices: tuple[int, int]) -> methods.Study:
+    """Gather what trainings need of the processed runs; their signals are loaded one by one."""
     runs = {run.name: run for label in found.participants for run in found.runs[label]
             if run.name in set(statistics["run"])}
-    rank, devices = training.processes()
     memory = available_memory(options) / devices[0]
     per_scan = FIXED_MEMORY + (memory - FIXED_MEMORY) / SCANS
-    if options.work_dir:
-        make_work_dir(options.work_dir)
-    study = methods.Study(
-        statistics, features, covariates=tuple(covariates),
+    return methods.Study(
+        statistics, tuple(quality.map_features(statistics.columns)), covariates=tuple(covariates),
         reference_batch=options.reference_batch,
         acquisitions={name: btable.acquisition_of(run) for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
         load=lambda name: dwi_of(runs[name], memory=per_scan, work_dir=options.work_dir)[0],
         max_steps=options.max_steps, epochs=options.epochs, blocks=options.blocks,
-        folds=options.folds, paired_by=options.paired_by, init=options.init, states=states,
+        folds=options.folds, paired_by=options.paired_by, init=options.init,
+        states=options.work_dir or options.output_dir / "group/log",
         seed=options.random_seed, device=choose_device(options.device), devices=devices)
-    if rank:  # of several processes that train together the first alone writes
-        for method in trained:
-            fit(method, study)
-        return 0
-    dataset.claim()
-    dataset.describe(found.name, found.authors, boilerplate.acknowledge())
-    with dataset.lock("group"):
-        fitted: dict[str, methods.Fitted] = {}
-        for method in trained:
-            fitted[method.name] = fit(method, study)
-            for name, weights in fitted[method.name].checkpoints.items():
-                # a record of its own, so that the next training does not take this one's model away
-                with dataset.batch(PurePosixPath(f"group/log/{name}.json")) as batch:
-                    for file, content in checkpoint.pack(weights).items():
-                        batch.bytes(harmonize.MODELS / name / file, content)
-                for state in states.glob(f"{name}.*ckpt"):
-                    state.unlink(missing_ok=True)
-        with dataset.batch(PurePosixPath("group/log/group.json")) as batch:
-            folder = PurePosixPath("group")
-            batch.table(folder / "desc-image_qc.tsv", statistics.to_dict("records"),
-                        quality.columns(statistics.columns))
-            for result in fitted.values():
-                for name, table in result.tables.items():
-                    batch.table(folder / f"{name}.tsv", table.to_dict("records"),
-                                quality.columns(table.columns))
-                if result.tables and not result.checkpoints:  # else their cards say more
-                    batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
-            harmonized = {
-                name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
-                for name, table in result.tables.items() if set(features) & set(table)}
-            between = agreement.of_group(statistics, features, harmonized,
-                                         options.reference_batch)
-            effects = biology.in_sample(statistics, features, harmonized)
-            for effect in biology.losses(effects):
-                log.warning("harmonization has lost more than %.0f %% of: %s",
-                            100 * biology.LOSS, effect)
-            for name, table in (("sites_agreement", between), ("insample_biology", effects)):
-                if len(table):
-                    batch.table(folder / f"desc-{name}.tsv", table.to_dict("records"),
-                                quality.columns(table.columns))
-            drawn = distributions.of_group(study, fitted)
-            for figure in drawn:
-                batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
-            batch.text(PurePosixPath("group.html"), page.group(
-                study, quality.outliers(statistics), between, effects, drawn, fitted,
-                chosen=trained))
-        for kept in states.glob(f"{pairs.KEPT}*"):
-            kept.unlink(missing_ok=True)
-    told_unknown(found.unknown, options)
-    log.info("results: %s", dataset.root / "group.html")
-    return 1 if found.unknown else 0
+
+
+def train_and_write(dataset: Dataset, study: methods.Study, trained: Sequence[Method]
+                    ) -> dict[str, methods.Fitted]:
+    """Train one method after another; write each model as soon as it is there."""
+    assert study.states
+    fitted: dict[str, methods.Fitted] = {}
+    for method in trained:
+        fitted[method.name] = fit(method, study)
+        for name, weights in fitted[method.name].checkpoints.items():
+            # a record of its own, so that the next training does not take this one's model away
+            with dataset.batch(PurePosixPath(f"group/log/{name}.json")) as batch:
+                for file, content in checkpoint.pack(weights).items():
+                    batch.bytes(harmonize.MODELS / name / file, content)
+            for state in study.states.glob(f"{name}.*ckpt"):
+                state.unlink(missing_ok=True)
+    return fitted
+
+
+def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Method],
+                fitted: Mapping[str, methods.Fitted]) -> None:
+    """Write the tables across participants, what was trained, figures and group.html."""
+    statistics, features = study.statistics, study.features
+    folder = PurePosixPath("group")
+    with dataset.batch(folder / "log/group.json") as batch:
+        def write_table(name: str, table: pd.DataFrame) -> None:
+            batch.table(folder / f"{name}.tsv", table.to_dict("records"),
+                        quality.columns(table.columns))
+
+        write_table("desc-image_qc", statistics)
+        for result in fitted.values():
+            for name, table in result.tables.items():
+                write_table(name, table)
+            if result.tables and not result.checkpoints:  # else their cards say more
+                batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
+        harmonized = {
+            name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
+            for name, table in result.tables.items() if set(features) & set(table)}
+        between = agreement.of_group(statistics, features, harmonized, study.reference_batch)
+        effects = biology.in_sample(statistics, features, harmonized)
+        for effect in biology.losses(effects):
+            log.warning("harmonization has lost more than %.0f %% of: %s", 100 * biology.LOSS,
+                        effect)
+        for name, table in (("sites_agreement", between), ("insample_biology", effects)):
+            if len(table):
+                write_table(f"desc-{name}", table)
+        drawn = distributions.of_group(study, fitted)
+        for figure in drawn:
+            batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
+        batch.text(PurePosixPath("group.html"), page.group(
+            study, quality.outliers(statistics), between, effects, drawn, fitted,
+            chosen=trained))
 
 
 def fit(method: Method, study: methods.Study) -> methods.Fitted:
