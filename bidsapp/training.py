@@ -132,18 +132,7 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
         DataError: the loss is not finite.
         UsageError: `saved` holds another training.
     """
-    from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import LightningEnvironment
-
-    kind, _, number = device.partition(":")
-    several = devices != (1, 1)
-    fabric = Fabric(accelerator=kind, num_nodes=devices[1],
-                    devices=[int(number)] if number and not several else devices[0],
-                    precision=schedule.precision,  # type: ignore[arg-type]
-                    # one process alone must not take a SLURM job around it for its own
-                    plugins=None if several else LightningEnvironment())
-    if several:
-        fabric.launch()
+    fabric = _fabric(device, devices, schedule.precision)
 
     def chance(step: int) -> torch.Generator:
         state = np.random.SeedSequence([seed, step, fabric.global_rank]).generate_state(
@@ -151,13 +140,7 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
         return torch.Generator(fabric.device).manual_seed(int(state[0] >> 1))
 
     with seeded(seed):
-        parameters: dict[str, Any] = {"lr": schedule.learning_rate,
-                                      "weight_decay": schedule.weight_decay}
-        if schedule.optimizer == "sgd":
-            parameters["momentum"] = schedule.betas[0]
-        else:
-            parameters["betas"] = tuple(schedule.betas)
-        optimizer = OPTIMIZERS[schedule.optimizer](model.parameters(), **parameters)
+        optimizer = _optimizer(schedule, model)
         decay = _decay(schedule, optimizer)
         wrapped, stepper = fabric.setup(model, optimizer)
         state: dict[str, Any] = {
@@ -173,7 +156,7 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
                     group["lr"] = _rate(schedule, state["step"])
         with tqdm(total=schedule.steps, initial=state["step"], desc=name,
                   disable=None if fabric.is_global_zero else True) as bar:
-            mean = 0.0
+            total = 0.0  # of the losses since the last validation
             queue: deque[Batch] = deque()
             if state["step"] > state["drawn"]:
                 queue.extend(draw(chance(state["drawn"]))[state["step"] - state["drawn"]:])
@@ -200,35 +183,26 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
                 stepper.step()
                 if schedule.decay != "plateau":
                     decay.step()
-                mean += float(value.detach()) / schedule.validate_every
+                total += float(value.detach())
                 bar.update()
                 state["step"] = step + 1
                 if speaks and time.monotonic() - silent_since >= LOG_EVERY:
                     silent_since = time.monotonic()
                     log.info("%s: step %d of %d, loss %.4g%s%s", name, step + 1, schedule.steps,
-                             mean * schedule.validate_every / (step + 1 - last),
-                             _validated(state), time_left(time.monotonic() - session,
-                                                          step + 1 - start, schedule.steps - start))
+                             total / (step + 1 - last), _validated(state),
+                             time_left(time.monotonic() - session, step + 1 - start,
+                                       schedule.steps - start))
                 if (step + 1) % schedule.validate_every and step + 1 < schedule.steps:
                     continue
-                if not math.isfinite(mean):
-                    raise DataError(f"{name}: the loss is {mean} at step {step + 1}. Lower the "
+                if not math.isfinite(total):
+                    raise DataError(f"{name}: the loss is {total} at step {step + 1}. Lower the "
                                     f"learning rate (now {schedule.learning_rate:g}), or check the "
                                     "training data for values that are not finite.")
-                row = {"step": step + 1.0,
-                       "loss": mean * schedule.validate_every / (step + 1 - last),
+                row = {"step": step + 1.0, "loss": total / (step + 1 - last),
                        "learning_rate": stepper.param_groups[0]["lr"]}
-                mean, last = 0.0, step + 1
+                total, last = 0.0, step + 1
                 if validate:
-                    model.eval()
-                    with torch.no_grad():
-                        row["validation"] = float(validate(model))
-                    better = row["validation"] < state["best"]
-                    state["waited"] = 0 if better else state["waited"] + 1
-                    if better:
-                        state["best"] = row["validation"]
-                        state["best_model"] = {k: v.detach().cpu().clone()
-                                               for k, v in model.state_dict().items()}
+                    row["validation"] = _validate(model, validate, state)
                 if schedule.decay == "plateau":
                     decay.step(row.get("validation", row["loss"]))
                 row["seconds"] = time.monotonic() - began
@@ -245,6 +219,45 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
         model.load_state_dict(state["best_model"])
     model.eval()
     return state["history"]
+
+
+def _fabric(device: str, devices: tuple[int, int], precision: str) -> Any:
+    """Set up the devices of a training, and start the processes where there are several."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment
+
+    kind, _, number = device.partition(":")
+    several = devices != (1, 1)
+    fabric = Fabric(accelerator=kind, num_nodes=devices[1],
+                    devices=[int(number)] if number and not several else devices[0],
+                    precision=precision,  # type: ignore[arg-type]
+                    # one process alone must not take a SLURM job around it for its own
+                    plugins=None if several else LightningEnvironment())
+    if several:
+        fabric.launch()
+    return fabric
+
+
+def _optimizer(schedule: Schedule, model: nn.Module) -> torch.optim.Optimizer:
+    betas = ({"momentum": schedule.betas[0]} if schedule.optimizer == "sgd"
+             else {"betas": tuple(schedule.betas)})
+    kind: Any = OPTIMIZERS[schedule.optimizer]
+    return kind(model.parameters(), lr=schedule.learning_rate,
+                weight_decay=schedule.weight_decay, **betas)
+
+
+def _validate(model: nn.Module, validate: Callable[[nn.Module], float], state: dict[str, Any]
+              ) -> float:
+    """Validate, and keep the weights in the state if they are the best so far."""
+    model.eval()
+    with torch.no_grad():
+        found = float(validate(model))
+    better = found < state["best"]
+    state["waited"] = 0 if better else state["waited"] + 1
+    if better:
+        state["best"] = found
+        state["best_model"] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    return found
 
 
 def _decay(schedule: Schedule, optimizer: torch.optim.Optimizer) -> Any:
