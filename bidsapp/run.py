@@ -184,9 +184,10 @@ def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Method
             for name, table in result.tables.items() if set(features) & set(table)}
         between = agreement.of_group(statistics, features, harmonized, study.reference_batch)
         effects = biology.in_sample(statistics, features, harmonized)
-        for effect in biology.losses(effects):
-            log.warning("harmonization has lost more than %.0f %% of: %s", 100 * biology.LOSS,
-                        effect)
+        for kind, what in biology.CHANGES.items():
+            for effect in biology.name_effects(effects, kind):
+                log.warning("more than %.0f %% was %s an effect by harmonization: %s. Do not study "
+                            "it in harmonized maps.", 100 * biology.LOSS, what, effect)
         for name, table in (("sites_agreement", between), ("insample_biology", effects)):
             if len(table):
                 write_table(f"desc-{name}", table)

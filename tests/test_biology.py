@@ -59,7 +59,12 @@ def test_ratio_of_exact_effects(rng):
     ((1, 0.7, 0.7, np.nan, np.nan), np.nan, biology.OPEN),
     ((1, 0.7, 0.7, 0.55, 0.85), 0.75, biology.REFERENCE),
     ((1, 0.7, 0.7, 0.55, 0.85), 0.95, biology.LOST),
-    ((1, 0.7, 0.7, 0.55, 0.85), -0.1, biology.LOST)])
+    ((1, 0.7, 0.7, 0.55, 0.85), -0.1, biology.LOST),
+    ((1, 1.2, 1.2, 1.05, 1.4), np.nan, biology.GROWN),
+    ((1, 1.2, 1.2, 1.05, 1.4), 1.15, biology.REFERENCE),
+    ((1, 1.2, 1.2, 1.05, 1.4), 1.0, biology.GROWN),
+    ((1, 1.2, 1.2, 0.95, 1.5), np.nan, biology.KEPT),
+    ((1, 1.05, 1.05, 1.01, 1.1), np.nan, biology.KEPT)])
 def test_verdicts(ratio, reference, expected):
     assert biology.verdict(Ratio(*ratio), reference) == expected
 
@@ -208,7 +213,7 @@ def test_tables_of_people_who_may_have_taught(rng):
     (row,) = found.to_dict("records")
     assert (row["data"], row["batch"], row["effect"]) == ("harmonized", "B", "age")
     assert row["ratio"] == pytest.approx(0.5, abs=0.05) and row["verdict"] == biology.LOST
-    (told,) = biology.losses(found)
+    (told,) = biology.name_effects(found, biology.LOST)
     assert told.startswith("slope over age of dti_md in the brain, B, harmonized (ratio 0.")
     other = combat.assign(dti_md_mean=combat["dti_md_mean"] * 1.01)
     found = biology.in_sample(table, ["dti_md_mean"], {"combat": other})

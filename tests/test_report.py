@@ -568,6 +568,7 @@ def test_group_page_tells_what_is_left_of_peoples_differences(rng):
     inside = {"shell": "b1000", "tissue": "wm"}
     found = pd.DataFrame([effect(0.71, 0.6, 0.82, measure="md", **inside),
                           effect(0.9, 0.3, 1.6, measure="fa", **inside),
+                          effect(1.3, 1.1, 1.5, measure="fa", **inside),
                           effect(0.9, np.nan, np.nan, measure="fa", **inside)])
     folds = pd.DataFrame([{
         "batch": "B", "fold": k, "participant": str(k), "measure": m, **inside, "nmse_before": 0.2,
@@ -587,7 +588,8 @@ def test_group_page_tells_what_is_left_of_peoples_differences(rng):
                   "More than 10 % was lost of: slope over age of dti_md in the brain, B, combat",
                   "slope over age of dti_md in the brain, B, combat 8 2e-06 1e-06 lost"):
         assert words in seen.text
-    assert text.count('<span class="bad">lost') == 2 and '<span class="bad">+50 %' in text
+    assert text.count('<span class="bad">lost') == 2
+    assert text.count('<span class="bad">exaggerated') == 1 and '<span class="bad">+50 %' in text
     assert '<span class="bad">-50 %' not in text
 
 

@@ -32,14 +32,21 @@ from bidsapp.evaluate import quality
 from bidsapp.evaluate.agreement import CONFIDENCE
 
 LOSS = 0.1
-"""Share of an effect that may be lost without a warning."""
+"""Share of an effect that may be lost, or added to it, without a warning."""
 
 MAPS = {"fa": "FA", "md": "MD"}
 EFFECTS = {"age": "slope over age", "sex": "difference between the sexes",
            "contrast": "local contrast"}
 TISSUES = {"wm": "white matter", "gm": "grey matter"}
-KEPT, LOST, REFERENCE, OPEN = "kept", "lost", "as at the reference", "cannot be told"
+KEPT, LOST, GROWN = "kept", "lost", "exaggerated"
+REFERENCE, OPEN = "as at the reference", "cannot be told"
 """Verdicts."""
+
+CHANGES = {LOST: "lost of", GROWN: "added to"}
+"""Verdicts that warn, as words of a sentence."""
+
+CONTRAST_OF_REFERENCE = 1.0
+"""Local contrast of the reference scan against itself."""
 
 COLUMNS = ["effect", "people", "before", "after", "reference", "ratio", "low", "high", "verdict"]
 
@@ -104,21 +111,23 @@ def neighbours(inside: Bool[np.ndarray, "x y z"], labels: Integer[np.ndarray, "x
 
 
 def verdict(found: Ratio, reference: float = math.nan) -> str:
-    """Judge the loss of an effect.
+    """Judge what became of an effect.
 
-    `kept`: the interval lies above 1 − LOSS. `lost`: the ratio lies below it, and the interval
-    below 1. Instead `as at the reference` where no more than LOSS is missing from the effect in the
-    same people's scans of the reference batch: then it was corrected. Else `cannot be told`.
+    `lost`: the ratio lies below 1 − LOSS, and its interval below 1. `exaggerated`: the ratio lies
+    above 1 + LOSS, and its interval above 1. Instead of either `as at the reference` where the
+    effect in the same people's scans of the reference batch is no more than LOSS beyond: then it
+    was corrected. `kept`: the interval lies above 1 − LOSS. Else `cannot be told`.
     """
     if not math.isfinite(found.low):
         return OPEN
-    if found.low >= 1 - LOSS:
-        return KEPT
+    same_sign = math.isfinite(reference) and reference * found.after > 0
     if found.ratio < 1 - LOSS and found.high < 1:
-        same_sign = math.isfinite(reference) and reference * found.after > 0
-        return (REFERENCE if same_sign and abs(found.after) >= (1 - LOSS) * abs(reference)
-                else LOST)
-    return OPEN
+        corrected = same_sign and abs(found.after) >= (1 - LOSS) * abs(reference)
+        return REFERENCE if corrected else LOST
+    if found.ratio > 1 + LOSS and found.low > 1:
+        corrected = same_sign and abs(found.after) <= (1 + LOSS) * abs(reference)
+        return REFERENCE if corrected else GROWN
+    return KEPT if found.low >= 1 - LOSS else OPEN
 
 
 def of_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +157,8 @@ def of_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
             values, _covariates(statistics, known["batch"]))]
         sharp = people[["contrast_before", "contrast_after"]].dropna().to_numpy()
         if len(sharp) > 1:
-            rows.append({**known, **_row("contrast", len(sharp), ratio_of_effects(*sharp.T))})
+            rows.append({**known, **_row("contrast", len(sharp), ratio_of_effects(*sharp.T),
+                                         CONTRAST_OF_REFERENCE)})
     return pd.DataFrame(rows, columns=["batch", "shell", "tissue", "measure", *COLUMNS])
 
 
@@ -188,10 +198,10 @@ def in_sample(statistics: pd.DataFrame, features: Sequence[str],
     return pd.DataFrame(rows, columns=["data", "batch", "measure", *COLUMNS])
 
 
-def losses(found: pd.DataFrame) -> list[str]:
-    """Name the effects of which more than LOSS is lost, one by one, for a sentence."""
+def name_effects(found: pd.DataFrame, kind: str) -> list[str]:
+    """Name the effects of one verdict, each with its ratio, for a sentence."""
     return [f"{describe(row)} ({shown(row)})"
-            for row in found[found["verdict"] == LOST].to_dict("records")]
+            for row in found[found["verdict"] == kind].to_dict("records")]
 
 
 def describe(row: Mapping[Any, Any]) -> str:

@@ -113,7 +113,7 @@ def doubts(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     -------
     list of str
         Where the mean error of the signal, FA or MD rose, or the size of the mean bias of FA or MD
-        grew by more than WORSE_BIAS of the mean; and which effects are lost.
+        grew by more than WORSE_BIAS of the mean; and which effects are lost or exaggerated.
     """
     means = table.groupby(["measure", "tissue", "shell", "batch"], as_index=False,
                           sort=False).mean(numeric_only=True)
@@ -129,10 +129,11 @@ def doubts(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
             told.append(f"in cross-validation the {what} of people not learned from rose: "
                         f"{'; '.join(where)}. Do not use it for these; train longer, with more "
                         "people, or another method.")
-    if lost := biology.losses(found):
-        told.append(f"in cross-validation more than {100 * biology.LOSS:.0f} % was lost, in "
-                    f"people not learned from, of: {'; '.join(lost)}. Do not study these "
-                    "effects in harmonized maps; train with more people, or another method.")
+    for kind, what in biology.CHANGES.items():
+        if effects := biology.name_effects(found, kind):
+            told.append(f"in people not learned from more than {100 * biology.LOSS:.0f} % was "
+                        f"{what}: {'; '.join(effects)} (cross-validation). Do not study these "
+                        "effects in harmonized maps; train with more people, or another method.")
     return told
 
 

@@ -76,7 +76,9 @@ def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, effects: 
         min_runs=quality.MIN_RUNS, threshold=quality.OUTLIER, covariates=study.covariates,
         reference=study.reference_batch, outliers=outliers.to_dict("records"),
         features=study.features, between=_between(between, study.reference_batch or "the mean"),
-        effects=_effects(effects), losses=biology.losses(effects), loss=biology.LOSS,
+        effects=_effects(effects), loss=biology.LOSS,
+        changes={what: biology.name_effects(effects, kind)
+                 for kind, what in biology.CHANGES.items()},
         sections=_sections([{"title": f.title, "caption": f.caption, "section": f.section,
                              "uri": _uri(f.svg)} for f in drawn]),
         trained=[{"name": name, "model": result.model, "tables": list(result.tables),
@@ -104,7 +106,7 @@ def _between(found: pd.DataFrame, reference: str) -> dict[str, Any] | None:
 
 def _effects(found: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of `biology`, as text."""
-    return [{"lost": row["verdict"] == biology.LOST, "name": biology.describe(row),
+    return [{"bad": row["verdict"] in biology.CHANGES, "name": biology.describe(row),
              "people": row["people"], "verdict": row["verdict"], "ratio": biology.shown(row),
              "values": [_number(row[k]) for k in ("before", "after", "reference")]}
             for row in found.to_dict("records")]
