@@ -22,7 +22,7 @@ from bidsapp.errors import Refusal, UsageError
 from bidsapp.options import MODES
 from bidsapp.preprocess import tissue
 from bidsapp.process import dwi_of
-from bidsapp.simulate import mixture
+from bidsapp.simulate import mixture, protocols
 
 SHELLS = (1000, 2000)
 WM = ("wm1", "wm2", "wm3")
@@ -114,6 +114,25 @@ def test_diffusivities_are_the_truth():
         assert measured.radial[:, i].mean() == pytest.approx(1e3 * head.RADIAL[b], rel=0.01)
         error = measured.axial[:, i] / (1e3 * head.AXIAL[b]) - factor[where]
         assert abs(error.mean()) < 0.003 and error.std() < 0.02
+
+
+def test_the_floor_that_is_removed_is_that_of_each_shell():
+    """Free water on two shells, the noise of one four times the other's, as harmonization may leave
+    it: 3 µm²/ms, and 2 where the level of before is taken away from both."""
+    rng, gain = np.random.default_rng(0), np.r_[1.0, np.full(60, 0.5), np.full(60, 2.0)]
+    axes = protocols.spread(60)
+    acq = Acquisition(np.r_[0, np.full(60, 800.0), np.full(60, 1000.0)],
+                      np.concatenate([np.zeros((1, 3)), axes, axes]))
+    clean = np.exp(-3e-3 * acq.bvals) * np.ones((400, 1))
+    noise = 0.05 * gain * rng.standard_normal((2, *clean.shape))
+    dwi = Dwi(np.hypot(clean + noise[0], noise[1]).astype(np.float32),
+              np.ones((400, 1, 1), bool), np.eye(4), acq, 0.05, noise_gain=gain)
+    everywhere = np.ones(400, bool)
+
+    def slowest(scan):
+        return mixture.measure(scan, everywhere, everywhere, everywhere, "cpu").csf_mean.min()
+
+    assert slowest(dwi) > 2.9 and slowest(replace(dwi, noise_gain=None)) < 2.3
 
 
 @pytest.mark.parametrize("b_delta", [1.0, -0.5])

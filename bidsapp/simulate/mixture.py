@@ -92,7 +92,7 @@ def measure(dwi: Dwi, gm: np.ndarray, csf: np.ndarray, fibre: np.ndarray, device
     """Diffusivities of the given (voxel,) bool regions in every shell."""
     acquisition, s0 = dwi.acquisition, dwi.mean_b0
     shells = acquisition.shells
-    noise = dwi.noise_sd or 0.0
+    noise = np.array([dwi.noise_of(s.indices) or 0.0 for s in shells])
     isotropic, pooled = {}, {}
     for name, where in (("gm", gm), ("csf", csf)):
         squares = np.stack([(dwi.signal[where][:, s.indices].astype(float) ** 2).mean(1)
@@ -107,7 +107,7 @@ def measure(dwi: Dwi, gm: np.ndarray, csf: np.ndarray, fibre: np.ndarray, device
         signal = torch.as_tensor(dwi.signal[fibre][:, shells[i].indices].astype(float),
                                  device=device)
         fits[i] = fit_prolate(signal / level[:, None],
-                              acquisition.btensors[shells[i].indices] / 1000, noise / level)
+                              acquisition.btensors[shells[i].indices] / 1000, noise[i] / level)
     nearest = [able[int(np.argmin([abs(shells[i].b - shell.b) for i in able]))]
                for shell in shells]
     axial, radial = (torch.stack([fits[i][k] for i in nearest], 1).cpu().numpy() for k in (0, 1))
@@ -241,7 +241,7 @@ def _determines(acquisition: Acquisition, shell: Shell) -> bool:
 
 
 def _isotropic(squares: np.ndarray, s0_squared: np.ndarray | np.floating,
-               shells: Sequence[Shell], noise: float) -> np.ndarray:
+               shells: Sequence[Shell], noise: Float[np.ndarray, " shell"]) -> np.ndarray:
     """µm²/ms in each shell (last axis), from the mean of S²: E[S²] = A² + 2σ² under Rician noise,
     so that the noise floor, at which CSF lies in high shells, does not count as signal."""
     b = np.array([shell.b for shell in shells]) / 1000
