@@ -154,7 +154,8 @@ def guarded(known, monkeypatch, change):
     def again(dwi):
         return change(dwi).signal
 
-    monkeypatch.setattr(method, "harmonize", lambda dwi, *_: Harmonized(again(dwi), again))
+    monkeypatch.setattr(method, "harmonize", lambda dwi, *_: Harmonized(
+        again(dwi), again, no_intervals="a test"))
     fitted = crossvalidation.fit(method, known)
     rows = fitted.tables["desc-mica_biology"].set_index(["effect", "measure", "tissue"])
     (model,) = fitted.checkpoints.values()

@@ -55,20 +55,20 @@ def series(dwi):
 @pytest.mark.parametrize("b0", [1, 7])
 def test_gain_of_a_map_that_is_known(rng, b0):
     dwi = noisy(scan(rng, b0)[0], rng)
-    gain = harmonizer.noise_gain(dwi, Harmonized(scaled(dwi), scaled))
+    gain = harmonizer.noise_gain(dwi, Harmonized(scaled(dwi), scaled, errors=[0.0]))
     for shell, wanted in zip(dwi.acquisition.shells, GAIN, strict=True):
         np.testing.assert_allclose(gain[shell.indices], wanted, rtol=1e-4)
     np.testing.assert_array_equal(gain[dwi.acquisition.b0], 1)
     # of one harmonization after another
     twice = replace(dwi, noise_gain=gain)
-    again = harmonizer.noise_gain(twice, Harmonized(scaled(dwi), scaled))
+    again = harmonizer.noise_gain(twice, Harmonized(scaled(dwi), scaled, errors=[0.0]))
     np.testing.assert_allclose(again, gain**2, rtol=1e-4)
 
 
 def test_a_series_keeps_the_noise_of_means_over_directions(rng):
     """And has no residual from which the level could be measured."""
     dwi = noisy(scan(rng)[0], rng)
-    made = Harmonized(series(dwi), series)
+    made = Harmonized(series(dwi), series, errors=[0.0])
     np.testing.assert_allclose(harmonizer.noise_gain(dwi, made), 1, rtol=0.01)
     assert measured.noise_sd(replace(dwi, signal=made.signal)) < 0.01 * SD
 
@@ -87,7 +87,7 @@ def test_intervals_cover_after_harmonization(rng, b0):
             signal[:, shell.indices] /= gain
         return signal
 
-    made = Harmonized(back(dwi), back)
+    made = Harmonized(back(dwi), back, errors=[0.0])
     new = replace(dwi, signal=made.signal, noise_gain=harmonizer.noise_gain(dwi, made))
     covered = {}
     for name, one in (("travels", new), ("of the scan", replace(new, noise_gain=None))):
@@ -129,3 +129,9 @@ def test_own_errors_widen_intervals(rng):
         assert wide.maps["fa_std"].tolist() == [sd] * 3 and wide.maps["fa"].tolist() == [1] * 3
     none = derived.without_intervals("nobody knows")
     assert list(none.maps) == ["fa"] and "nobody knows" in none.parameters["Uncertainty"]
+
+
+def test_a_harmonizer_says_by_what_it_errs_or_why_it_cannot(rng):
+    dwi, _, _ = scan(rng)
+    with pytest.raises(ValueError, match="own error of every shell, or a reason"):
+        Harmonized(dwi.signal, lambda other: other.signal)

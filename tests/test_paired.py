@@ -343,7 +343,8 @@ def test_fa_and_md_of_the_validation_are_those_of_the_signal(monkeypatch):
     def becomes(dwi, *_):
         (who,) = [p for p in PEOPLE if np.array_equal(head(p, "B").signal, dwi.signal)]
         tested.append(who)
-        return Harmonized(head(who, "A").signal, lambda other: other.signal)
+        return Harmonized(head(who, "A").signal, lambda other: other.signal,
+                          no_intervals="a test")
 
     monkeypatch.setattr(method, "harmonize", becomes)
     (model,) = method.fit(study(max_steps=1)).checkpoints.values()

@@ -73,6 +73,9 @@ class Harmonized:
     error of the mean over directions, relative to that mean. no_intervals: why no estimator can
     give an interval from this signal, as a clause; empty where it can. counts, parameters,
     notices: as of `Derived`.
+
+    Raises:
+        ValueError: neither errors nor a reason for no intervals.
     """
 
     signal: np.ndarray
@@ -82,6 +85,11 @@ class Harmonized:
     notices: Sequence[str] = ()
     errors: Sequence[float] = ()
     no_intervals: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.errors and not self.no_intervals:
+            raise ValueError("a harmonized signal needs the method's own error of every shell, or "
+                             "a reason why no interval can be given")
 
 
 @dataclass(frozen=True)

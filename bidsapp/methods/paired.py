@@ -44,6 +44,11 @@ SCAN = ("run", "n_voxels", "n_volumes", "noise_sd", "snr_b0", "ndc")
 """Columns of a study that change where a scan does."""
 
 
+UNVALIDATED = ("nobody who was scanned in both batches validated the model, so that its own error "
+               "is not known")
+"""Why no interval can be given."""
+
+
 @dataclass(frozen=True)
 class Learner:
     """How a network learns: the model around it that is optimised, draw(size, generator) → batch,
@@ -361,21 +366,22 @@ class PairedHarmonizer(shared.Harmonizer):
         if not usable.any():
             raise Refusal(f"{self.name} found no b0 signal above 0. Check image and mask.")
         signal, clipped = self._applied(dwi, model, nearest, device)
-        rose, output = _rose(card.metrics), card.constants["output"]
+        output, names = card.constants["output"], [
+            f"error_{scope.short(shell)}" for shell in card.trained_for["shells"]]
+        errors = [card.metrics[names[k]] for k in nearest] if names[0] in card.metrics else []
+        no_intervals = (shared.SMOOTHED if output == shared.SERIES
+                        else "" if errors else UNVALIDATED)
+        rose = _rose(card.metrics)
         return Harmonized(
-            signal, lambda other: self._applied(other, model, nearest, device)[0],
-            {f"{self.network}_unchanged": int((~usable).sum()),
-             f"{self.network}_clipped_values": clipped},
-            {"SphericalHarmonicDegree": card.constants["l_max"], "Output": output,
-             "Smoothing": card.constants["smoothing"], "RISHProjection": self.projects,
-             "IntensityWarping": self.warps},
-            (f"Harmonization: {rose} when {card.method} was trained. Do not use it; train longer, "
-             "or with more people.",) if rose else (),
-            [card.metrics.get(f"error_{scope.short(card.trained_for['shells'][k])}", 0.0)
-             for k in nearest],
-            shared.SMOOTHED if output == shared.SERIES else "" if _validated(card.metrics) else
-            "nobody who was scanned in both batches validated the model, so that its own error is "
-            "not known")
+            signal, again=lambda other: self._applied(other, model, nearest, device)[0],
+            counts={f"{self.network}_unchanged": int((~usable).sum()),
+                    f"{self.network}_clipped_values": clipped},
+            parameters={"SphericalHarmonicDegree": card.constants["l_max"], "Output": output,
+                        "Smoothing": card.constants["smoothing"],
+                        "RISHProjection": self.projects, "IntensityWarping": self.warps},
+            notices=(f"Harmonization: {rose} when {card.method} was trained. Do not use it; train "
+                     "longer, or with more people.",) if rose else (),
+            errors=errors, no_intervals=no_intervals)
 
     def _applied(self, dwi: Dwi, model: Checkpoint, nearest: Sequence[int], device: str
                  ) -> tuple[np.ndarray, int]:
@@ -423,10 +429,6 @@ def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.
     """`size` of the voxels, at random."""
     return voxels[torch.randint(len(voxels), (size,), generator=generator,
                                 device=generator.device).cpu()]
-
-
-def _validated(metrics: Mapping[str, float]) -> bool:
-    return any(k.startswith("error_") for k in metrics)
 
 
 def _rose(metrics: Mapping[str, float]) -> str:
