@@ -37,7 +37,7 @@ from bidsapp.errors import Refusal
 from bidsapp.evaluate import agreement
 from bidsapp.methods import harmonizer
 from bidsapp.preprocess import pairs, tissue
-from bidsapp.process import dwi_of
+from bidsapp.recipe.steps import load_run
 
 OLD, NEW, ENCODING = "v60d1", "v61", "PA"
 """Sessions, the reference batch's first, and the direction of phase encoding."""
@@ -64,7 +64,7 @@ def read(folder):
     runs = {(r.session, r.entities["acq"]): r for label in found.participants
             for r in found.runs[label] if r.entities["dir"] == ENCODING}
     both = sorted(a for s, a in runs if s == NEW and (OLD, a) in runs)
-    return both, {(s, a): (runs[s, a], dwi_of(runs[s, a])[0]) for s in (OLD, NEW) for a in both}
+    return both, {(s, a): (runs[s, a], load_run(runs[s, a])[0]) for s in (OLD, NEW) for a in both}
 
 
 def unpenalised(dwi):

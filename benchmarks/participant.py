@@ -21,8 +21,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from bidsapp import cli, process
+from bidsapp import cli
 from bidsapp.dwi import peak_memory
+from bidsapp.recipe import execute, steps
 from bidsapp.report import figures
 
 
@@ -31,7 +32,8 @@ def floor(bids: Path, out: Path, scratch: Path) -> float:
     records = [json.loads(p.read_text()) for p in out.glob("sub-*/log/sub-*_dwi.json")]
     inputs = [bids / uri.removeprefix("bids:raw:") for r in records for uri in r["files"]
               if uri.endswith((".nii", ".nii.gz"))]
-    outputs = [nib.load(out / name) for r in records for name in r["outputs"]
+    steps_done = [json.loads(p.read_text()) for p in out.glob("sub-*/log/sub-*_step.json")]
+    outputs = [nib.load(out / name) for r in steps_done for name in r["outputs"]
                if name.endswith(".nii.gz")]
     images = [nib.Nifti1Image(np.asarray(i.dataobj), i.affine) for i in outputs]
     start = time.perf_counter()
@@ -71,9 +73,9 @@ def main() -> None:
     args = p.parse_args()
     bids = args.bids_dir.resolve()
     only = ["--participant-label", args.participant_label] if args.participant_label else []
-    report = Timed((figures, "of_signal"), (figures, "of_maps"), (process, "draw"),
-                   (process, "write_page"))
-    mask = Timed((process, "median_otsu"))
+    report = Timed((figures, "of_signal"), (figures, "of_maps"), (execute, "draw"),
+                   (execute, "write_page"))
+    mask = Timed((steps, "median_otsu"))
     ratios, bare, runs, floors, reports, masks = [], [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(args.repeats + 1):

@@ -5,11 +5,12 @@ The map of the house, in the order a run flows through it:
     cli.py          argv → options.py: one frozen Options
     run.py          participant(options), group(options): two linear recipes
     phantom.py      phantom(options): a multi-site dataset with known truth (cli_phantom.py)
-    process.py      one participant: load, apply, write, report
+    recipe/         plan.py: the steps of a run, in order; steps.py: what each does;
+                    execute.py: those that are not complete; outputs.py: the files they leave
     report/         figures and HTML pages
     bids/           find runs, read b-tables and sidecars; the one writer of derivatives
     evaluate/       quality, what cannot be right, agreement of sites, cross-validation
-    harmonize.py    which harmonizer a run travels on, and whether it may
+    harmonize.py    select, check and apply the harmonizer of a run
     methods/        one folder per published method: check, apply, outputs.json, README.md
     microstructure/ spherical networks: trained, calibrated, applied
     training.py     the only optimisation loop
@@ -19,6 +20,7 @@ The map of the house, in the order a run flows through it:
     networks/       torch modules: tensors in, tensors out
     blocks.py       device choice and blocks of voxels
     checkpoint.py   trained weights and their card
+    stage.py        a signal on its way through the steps of a run
     dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
     tensor.py       batched, differentiable diffusion tensor fit
     sh.py           spherical harmonics

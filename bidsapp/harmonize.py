@@ -14,7 +14,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import CARD, Checkpoint, load
 from bidsapp.dwi import Dwi, Run
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import Method, scope
+from bidsapp.methods import SignalStep, scope
 from bidsapp.methods.harmonizer import noise_gain, widening
 from bidsapp.options import Options
 
@@ -32,7 +32,7 @@ class Model:
     """A trained harmonizer. id: its folder's name."""
 
     id: str
-    method: Method
+    method: SignalStep
     checkpoint: Checkpoint
 
 
@@ -79,9 +79,9 @@ def folders(options: Options) -> list[Path]:
             f"{', '.join(there) or 'none'}; methods to train: {', '.join(kinds)}."
             + scope.nearest(given, [*there, *kinds, *(k.removeprefix("harmonize_")
                                                      for k in kinds)]))
-    method = methods.get(name)
-    if type(method).harmonize is Method.harmonize:
-        raise method.group_only()
+    if not isinstance(methods.get(name), SignalStep):
+        raise UsageError(f"{name} is not applied to images, but trained at group level: "
+                         f"qsphere BIDS_DIR OUTPUT_DIR group --train {name}")
     if not (own := [models / n for n in there if n.startswith(f"{name}_")]):
         raise UsageError(f"--harmonize {given}: {models} holds no model of it. Train one: qsphere "
                          f"BIDS_DIR OUTPUT_DIR group --train {name} --reference-batch NAME")
@@ -101,11 +101,12 @@ def find(options: Options) -> list[Model]:
         except DataError as error:
             raise UsageError(f"--harmonize {options.harmonize}: {error}") from error
         name = checkpoint.card.method
-        if name not in methods.names("harmonize_"):
+        method = methods.get(name, "harmonize") if name in methods.names("harmonize_") else None
+        if not isinstance(method, SignalStep):
             raise UsageError(f"--harmonize {options.harmonize}: {folder} holds weights of {name}, "
                              "which harmonizes nothing. Give a model that group --train "
                              "harmonize_… made.")
-        found.append(Model(folder.resolve().name, methods.get(name), checkpoint))
+        found.append(Model(folder.resolve().name, method, checkpoint))
     return found
 
 

@@ -12,7 +12,7 @@ from bidsapp.errors import DataError
 AFFINE_TOLERANCE = 1e-2
 
 
-def given(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """The mask in `path`, (x, y, z) bool.
 
     Raises:

@@ -16,25 +16,25 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bidsapp import checkpoint, harmonize, methods, training
-from bidsapp.acquisition import Acquisition
-from bidsapp.bids import btable, find, names
+from bidsapp.bids import btable, find
 from bidsapp.bids.writer import Dataset, to_json
 from bidsapp.blocks import choose_device, memory_limit
-from bidsapp.dwi import FIXED_MEMORY, Run, open_image, peak_memory
-from bidsapp.errors import QSphereError, Refusal, UsageError
+from bidsapp.dwi import FIXED_MEMORY, Run
+from bidsapp.errors import UsageError
 from bidsapp.evaluate import agreement, biology, crossvalidation, quality
-from bidsapp.methods import Method
+from bidsapp.methods import FromSignal, Trainable
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.options import Options
 from bidsapp.preprocess import pairs
-from bidsapp.process import (
+from bidsapp.recipe import plan
+from bidsapp.recipe.execute import (
     Job,
-    chosen_methods,
     conflicting_model,
-    dwi_of,
-    one_participant,
+    process_participant,
+    run_record,
     write_page,
 )
+from bidsapp.recipe.steps import Context, load_run, voxel_size
 from bidsapp.report import boilerplate, distributions, page
 
 log = logging.getLogger("qsphere")
@@ -45,20 +45,19 @@ SCANS = 2
 
 def participant(options: Options) -> int:
     """Find runs, process each, write derivatives and a page per participant. Returns exit code."""
-    chosen = chosen_methods(options)
+    chosen = plan.chosen_methods(options)
     models = harmonize.find(options)
     if options.reports_only and not options.dry_run:
-        return pages_again(options)
+        return regenerate_reports(options)
     found = find.find(options)
     if options.dry_run:
-        print("pages only" if options.reports_only else plan(found, models, chosen, options))
+        print("pages only" if options.reports_only else dry_run(found, models, chosen, options))
         return 0
-    links = {"raw": options.bids_dir, **dict(options.derivatives)}
+    links = input_datasets(options)
     dataset = Dataset(options.output_dir, links)
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
-    dataset.write_text("logs/CITATION.md", boilerplate.markdown(
-        [*{m.method.name: m.method for m in models}.values(), *chosen]))
+    dataset.write_text("logs/CITATION.md", plan.methods_text(models, chosen))
     if options.boilerplate_only:
         return 0
     memory = available_memory(options)
@@ -70,7 +69,7 @@ def participant(options: Options) -> int:
         make_work_dir(options.work_dir)
     done = dict(run_all(job, found, workers))
     dataset.participants({label: found.rows[label] for label in done}, found.columns)
-    told_unknown(found.unknown, options)
+    log_unknown_participants(found.unknown, options)
     if failed := [label for label, ok in done.items() if not ok]:
         log.error("failed: %s; their pages and crash files say why.",
                   ", ".join(f"sub-{label}" for label in sorted(failed)))
@@ -80,12 +79,12 @@ def participant(options: Options) -> int:
 
 def group(options: Options) -> int:
     """Table, distributions and outliers over what participants left; trains what is asked for."""
-    trained = list({m.name: m for m in map(methods.get, options.train)}.values())
+    trained = list({m.name: m for m in map(methods.trainable, options.train)}.values())
     for method in trained:
         method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
     check_training_options(options, trained)
     found = find.find(options)
-    dataset = Dataset(options.output_dir, {"raw": options.bids_dir, **dict(options.derivatives)})
+    dataset = Dataset(options.output_dir, input_datasets(options))
     statistics, covariates = participant_statistics(dataset, found)
     if options.dry_run:
         print(f"{len(statistics)} runs, {len(quality.map_features(statistics.columns))} map "
@@ -109,20 +108,21 @@ def group(options: Options) -> int:
         assert study.states
         for kept in study.states.glob(f"{pairs.KEPT}*"):
             kept.unlink(missing_ok=True)
-    told_unknown(found.unknown, options)
+    log_unknown_participants(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
     return 1 if found.unknown else 0
 
 
-def check_training_options(options: Options, trained: Sequence[Method]) -> None:
+def check_training_options(options: Options, trained: Sequence[Trainable]) -> None:
     """Raise UsageError for an option that no method which is trained uses."""
-    uses: tuple[tuple[str, int | None, Callable[[Method], bool]], ...] = (
+    uses: tuple[tuple[str, int | None, Callable[[Trainable], bool]], ...] = (
         ("folds", options.folds, lambda m: isinstance(m, Harmonizer)),
         ("epochs", options.epochs, lambda m: m.counts_epochs),
         ("blocks", options.blocks, lambda m: m.stacks_blocks))
     for option, value, used in uses:
         if value and not any(map(used, trained)):
-            names = [name for name in methods.names() if used(methods.get(name))]
+            names = [m.name for m in map(methods.get, methods.names())
+                     if isinstance(m, Trainable) and used(m)]
             raise UsageError(f"--{option} {value}: {', '.join(options.train)} has no use for "
                              f"it. Leave it out, or train {', '.join(names)}.")
 
@@ -139,14 +139,14 @@ def load_study(options: Options, found: find.Found, statistics: pd.DataFrame,
         reference_batch=options.reference_batch,
         acquisitions={name: btable.acquisition_of(run) for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
-        load=lambda name: dwi_of(runs[name], memory=per_scan, work_dir=options.work_dir)[0],
+        load=lambda name: load_run(runs[name], memory=per_scan, work_dir=options.work_dir)[0],
         max_steps=options.max_steps, epochs=options.epochs, blocks=options.blocks,
         folds=options.folds, paired_by=options.paired_by, init=options.init,
         states=options.work_dir or options.output_dir / "group/log",
         seed=options.random_seed, device=choose_device(options.device), devices=devices)
 
 
-def train_and_write(dataset: Dataset, study: methods.Study, trained: Sequence[Method]
+def train_and_write(dataset: Dataset, study: methods.Study, trained: Sequence[Trainable]
                     ) -> dict[str, methods.Fitted]:
     """Train one method after another; write each model as soon as it is there."""
     assert study.states
@@ -155,22 +155,22 @@ def train_and_write(dataset: Dataset, study: methods.Study, trained: Sequence[Me
         fitted[method.name] = fit(method, study)
         for name, weights in fitted[method.name].checkpoints.items():
             # a record of its own, so that the next training does not take this one's model away
-            with dataset.batch(PurePosixPath(f"group/log/{name}.json")) as batch:
+            with dataset.transaction(PurePosixPath(f"group/log/{name}.json")) as transaction:
                 for file, content in checkpoint.pack(weights).items():
-                    batch.bytes(harmonize.MODELS / name / file, content)
+                    transaction.bytes(harmonize.MODELS / name / file, content)
             for state in study.states.glob(f"{name}.*ckpt"):
                 state.unlink(missing_ok=True)
     return fitted
 
 
-def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Method],
+def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Trainable],
                 fitted: Mapping[str, methods.Fitted]) -> None:
     """Write the tables across participants, what was trained, figures and group.html."""
     statistics, features = study.statistics, study.features
     folder = PurePosixPath("group")
-    with dataset.batch(folder / "log/group.json") as batch:
+    with dataset.transaction(folder / "log/group.json") as transaction:
         def write_table(name: str, table: pd.DataFrame) -> None:
-            batch.table(folder / f"{name}.tsv", table.to_dict("records"),
+            transaction.table(folder / f"{name}.tsv", table.to_dict("records"),
                         quality.columns(table.columns))
 
         write_table("desc-image_qc", statistics)
@@ -178,7 +178,7 @@ def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Method
             for name, table in result.tables.items():
                 write_table(name, table)
             if result.tables and not result.checkpoints:  # else their cards say more
-                batch.text(folder / "desc-harmonizer_model.json", to_json(result.model))
+                transaction.text(folder / "desc-harmonizer_model.json", to_json(result.model))
         harmonized = {
             name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
             for name, table in result.tables.items() if set(features) & set(table)}
@@ -193,20 +193,21 @@ def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Method
                 write_table(f"desc-{name}", table)
         drawn = distributions.of_group(study, fitted)
         for figure in drawn:
-            batch.bytes(folder / "figures" / f"desc-{figure.entities['desc']}.svg", figure.svg)
-        batch.text(PurePosixPath("group.html"), page.group(
+            name = f"desc-{figure.entities['desc']}.svg"
+            transaction.bytes(folder / "figures" / name, figure.svg)
+        transaction.text(PurePosixPath("group.html"), page.group(
             study, quality.outliers(statistics), between, effects, drawn, fitted,
             chosen=trained))
 
 
-def fit(method: Method, study: methods.Study) -> methods.Fitted:
+def fit(method: Trainable, study: methods.Study) -> methods.Fitted:
     """And its cross-validation, where the study asks for one and the method has one."""
     if study.folds and isinstance(method, Harmonizer):
         return crossvalidation.fit(method, study)
     return method.fit(study)
 
 
-def told_unknown(labels: Sequence[str], options: Options) -> None:
+def log_unknown_participants(labels: Sequence[str], options: Options) -> None:
     for label in labels:
         log.error("sub-%s does not exist in %s; the others were processed. Correct "
                   "--participant-label.", label, options.bids_dir)
@@ -233,7 +234,7 @@ def participant_statistics(dataset: Dataset, found: find.Found) -> tuple[pd.Data
     """One row per processed run: who, batch and covariates (as BIDS_DIR says now), QC and maps."""
     done: list[tuple[Run, dict[str, Any]]] = []
     for run in (run for label in found.participants for run in found.runs[label]):
-        record = dataset.record(names.output(run.entities, "dwi", ".json", "log"))
+        record = dataset.record(run_record(run))
         if record.get("state") != "complete":
             log.warning("%s: not processed (or failed), so it is not in the group", run.name)
             continue
@@ -259,7 +260,7 @@ def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bo
     with logging_redirect_tqdm(), tqdm(total=len(todo), desc="participants", disable=None) as bar:
         if workers == 1:
             for label in todo:
-                ok = one_participant(job, label, found.runs[label], found.problems[label])
+                ok = process_participant(job, label, found.runs[label], found.problems[label])
                 bar.update()
                 yield label, ok
                 if not ok and job.options.stop_on_first_crash:
@@ -267,7 +268,7 @@ def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bo
             return
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-            futures = {pool.submit(one_participant, job, label, found.runs[label],
+            futures = {pool.submit(process_participant, job, label, found.runs[label],
                                    found.problems[label]): label for label in todo}
             for future in as_completed(futures):
                 bar.update()
@@ -284,7 +285,7 @@ def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bo
                         other.cancel()
 
 
-def pages_again(options: Options) -> int:
+def regenerate_reports(options: Options) -> int:
     """--reports-only: every page from what earlier runs left in OUTPUT_DIR."""
     dataset = Dataset(options.output_dir, {})
     labels = [p.parent.name.removeprefix("sub-") for p in sorted(dataset.root.glob("sub-*/log"))]
@@ -303,57 +304,21 @@ def pages_again(options: Options) -> int:
     return 1 if unknown else 0
 
 
-def voxel_size(run: Run) -> tuple[float, ...]:
-    """mm, from the image's header alone."""
-    return tuple(float(z) for z in open_image(run.parts[0].image).header.get_zooms()[:3])
+def input_datasets(options: Options) -> dict[str, Path]:
+    """Folders of the inputs, by the names that `bids:NAME:…` URIs give them."""
+    return {"raw": options.bids_dir, **dict(options.derivatives)}
 
 
-def plan(found: find.Found, models: list[harmonize.Model], chosen: list[Method], options: Options
-         ) -> str:
-    """What would run, on what, with predicted memory: the text of --dry-run."""
-    lines = []
+def dry_run(found: find.Found, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
+            options: Options) -> str:
+    """The text of --dry-run: what would be done to every run, with predicted memory."""
+    dataset, lines = Dataset(options.output_dir, input_datasets(options)), []
     for label in found.participants:
         lines += [f"sub-{label}: {problem}" for problem in found.problems[label]]
         for run in found.runs[label]:
-            try:
-                acquisition = btable.acquisition_of(run)
-                shape = open_image(run.parts[0].image).shape
-            except QSphereError as error:
-                lines.append(f"{run.name}: would fail: {error}")
-                continue
-            table = ", ".join(f"{len(s)} × {quality.shell_name(s)}" for s in acquisition.shells)
-            voxels = shape[0] * shape[1] * shape[2]
-            most = peak_memory(voxels, len(acquisition)) / 1e9
-            lines.append(f"{run.name}: {'x'.join(map(str, shape[:3]))} voxels, "
-                         f"{acquisition.b0.sum()} × b0, {table}; batch {run.batch}; "
-                         f"at most {most:.1f} GB")
-            if conflict := conflicting_model(Dataset(options.output_dir, {}), run, models):
-                lines.append(f"  refused: {conflict}")
-                continue
-            if models:
-                lines.append(f"  {travels(run, models, acquisition, options)}")
-            for method in chosen:
-                try:
-                    method.check(acquisition)
-                    source = run.t1w.name if run.t1w else "the DWI alone, no T1w"
-                    lines.append(f"  {method.name}"
-                                 + f": tissue from {source}" * method.wants_tissue)
-                except Refusal as refusal:
-                    lines.append(f"  {method.name}: refused: {refusal}")
+            context = Context(options, dataset, run, "cpu", 0)
+            if conflict := conflicting_model(dataset, run, models):
+                lines.append(f"{run.name}: refused: {conflict}")
+            else:
+                lines += plan.describe(context, models, chosen)
     return "\n".join(lines)
-
-
-def travels(run: Run, models: list[harmonize.Model], acquisition: Acquisition, options: Options
-            ) -> str:
-    """What --harmonize would do to a run, in a line."""
-    try:
-        model = harmonize.select(models, run.batch)
-        beyond = harmonize.check(model, acquisition, voxel_size(run), run.batch,
-                                 options.allow_extrapolation)
-    except Refusal as refusal:
-        return f"{models[0].method.name}: refused: {refusal}"
-    reference = model.checkpoint.card.reference_batch
-    if run.batch == reference:
-        return f"{model.id}: unchanged, of the reference batch"
-    return (f"{model.id}: {run.batch} to {reference}"
-            + (f", outside of its training: {'; '.join(beyond)}" if beyond else ""))

@@ -6,6 +6,7 @@ import pytest
 from test_report import Tensor
 
 from bidsapp import methods
+from bidsapp.recipe.steps import PREPARATION
 from bidsapp.report import boilerplate
 
 
@@ -15,7 +16,7 @@ def test_methods_text_comes_from_the_folder(tmp_path):
         "3495(94)80775-1. Fitted as Doe & Roe 2020 (doi:10.1000/xyz.1).\n\n"
         "**Limits.** Not copied.\n")
     method = Tensor(tmp_path)
-    text = boilerplate.markdown([method])
+    text = boilerplate.markdown([boilerplate.of_method(method)], [method])
     assert "Doe et al. 2020) (https://doi.org/10.1000/tensor). The tensor of Basser" in text
     assert "Not copied" not in text
     assert "Maps: Fractional anisotropy; Mean diffusivity;" in text
@@ -32,11 +33,12 @@ def test_every_method_brings_text_and_reference(name):
     everything = {url for _, url in boilerplate.references([])}
     own = [url for _, url in boilerplate.references([method]) if url not in everything]
     assert own
-    assert method.outputs["model"]["URL"] in boilerplate.markdown([method])
+    text = boilerplate.markdown([boilerplate.of_method(method)], [method])
+    assert method.outputs["model"]["URL"] in text
 
 
 def test_what_the_text_cites_is_in_the_references():
-    cited = set(boilerplate.DOI.findall(" ".join(t for _, t in boilerplate.paragraphs([]))))
+    cited = set(boilerplate.DOI.findall(" ".join(t for _, t in PREPARATION)))
     listed = {url.removeprefix("https://doi.org/") for _, url in boilerplate.references([])}
     assert {c.rstrip(".") for c in cited} == listed
 

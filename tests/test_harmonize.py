@@ -20,7 +20,7 @@ from bidsapp.dwi import FIXED_MEMORY, Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.evaluate.change import change
 from bidsapp.methods import Study, harmonizer, scope
-from bidsapp.process import dwi_of
+from bidsapp.recipe.steps import load_run
 
 LABELS = [f"{i:02}" for i in range(1, 7)]
 ROWS = {p: {"age": 20 + 7 * i, "sex": "FM"[i // 2 % 2], "site": "AB"[i % 2]}
@@ -313,14 +313,14 @@ def test_memory_limit_of_a_training(fresh, tmp_path, monkeypatch):
     before = {p.name: p.read_bytes() for p in model.iterdir()}
 
     def spy(run, **options):
-        dwi, mean_b0 = dwi_of(run, **options)
+        dwi, mean_b0 = load_run(run, **options)
         array = dwi.signal
         while array is not None and not isinstance(array, np.memmap):
             array = array.base if isinstance(array, np.ndarray) else None
         held.append(array is not None)
         return dwi, mean_b0
 
-    monkeypatch.setattr("bidsapp.run.dwi_of", spy)
+    monkeypatch.setattr("bidsapp.run.load_run", spy)
     # --mem-mb counts from what a process needs, and in bytes: the scans of these tests are small
     monkeypatch.setattr("bidsapp.run.memory_limit", lambda given: FIXED_MEMORY + given)
     scan = 2 * 4 * 30 * int(image(f"{stem(out, '01')}_desc-brain_mask.nii.gz").sum())

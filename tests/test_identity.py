@@ -25,7 +25,7 @@ from bidsapp.networks.shresnet import CENTRE
 from bidsapp.simulate import site
 
 NAMES = [n for n in methods.names("harmonize_")
-         if type(methods.get(n)).harmonize is not methods.Method.harmonize]
+         if isinstance(methods.get(n), methods.SignalStep)]
 SHAPE = (8, 9, 12)
 
 

@@ -307,12 +307,12 @@ def mask_file(tmp_path, data, matrix=None):
 @pytest.mark.parametrize("more", [(), (1,)], ids=["3-D", "4-D of one volume"])
 def test_given_mask(tmp_path, dtype, more):
     path = mask_file(tmp_path, HEAD.reshape(SHAPE + more).astype(dtype))
-    assert np.array_equal(masks.given(path, SHAPE, truth.affine()), HEAD)
+    assert np.array_equal(masks.read_mask(path, SHAPE, truth.affine()), HEAD)
 
 
 def test_given_mask_with_nan_background(tmp_path):
     path = mask_file(tmp_path, np.where(HEAD, 1, np.nan).astype(np.float32))
-    assert np.array_equal(masks.given(path, SHAPE, truth.affine()), HEAD)
+    assert np.array_equal(masks.read_mask(path, SHAPE, truth.affine()), HEAD)
 
 
 @pytest.mark.parametrize("data,matrix,message", [
@@ -324,7 +324,7 @@ def test_given_mask_with_nan_background(tmp_path):
 def test_masks_that_do_not_serve(tmp_path, data, matrix, message):
     path = mask_file(tmp_path, data, matrix)
     with pytest.raises(DataError, match=f"{path}: .*{message}"):
-        masks.given(path, SHAPE, truth.affine())
+        masks.read_mask(path, SHAPE, truth.affine())
 
 
 def test_truncated_mask(tmp_path):
@@ -332,7 +332,7 @@ def test_truncated_mask(tmp_path):
     path = mask_file(tmp_path, np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(DataError, match=f"{path}: ends or breaks.*again"):
-        masks.given(path, shape, truth.affine())
+        masks.read_mask(path, shape, truth.affine())
 
 
 def test_damaged_mask(tmp_path):
@@ -340,7 +340,7 @@ def test_damaged_mask(tmp_path):
     path = mask_file(tmp_path, np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
     path.write_bytes(path.read_bytes() + b"garbage")
     with pytest.raises(DataError, match=f"{path}: is damaged.*again"):
-        masks.given(path, shape, truth.affine())
+        masks.read_mask(path, shape, truth.affine())
 
 
 def test_median_otsu_finds_the_head():

@@ -293,16 +293,7 @@ def test_card_of_a_harmonizer_makes_the_round_trip(harmonizer, rng, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in ESTIMATORS
-                                  if type(methods.get(n)).fit is methods.Method.fit])
+                                  if not isinstance(methods.get(n), methods.Trainable)])
 def test_estimators_need_no_training(name):
-    study = methods.Study(statistics=None, features=())
     with pytest.raises(UsageError, match="needs no training"):
-        methods.get(name).fit(study)
-
-
-@pytest.mark.parametrize("name", methods.names())
-def test_every_folder_is_complete(name):
-    folder = methods.FOLDER / name
-    assert {"method.py", "outputs.json", "README.md", "__init__.py"} <= {
-        p.name for p in folder.iterdir()}
-    assert methods.get(name).name == name
+        methods.trainable(name)

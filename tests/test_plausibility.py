@@ -12,7 +12,7 @@ from bidsapp.bids import btable
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError
 from bidsapp.evaluate import gradients, plausibility
-from bidsapp.process import dwi_of
+from bidsapp.recipe.steps import load_run
 
 HEAD = truth.head()
 SCHEME = ((0, 3), (1000, 15), (2500, 20))
@@ -254,7 +254,7 @@ def test_real_data(test_data, tmp_path, name):
     runs = [run for label in inventory.participants for run in inventory.runs[label]]
     assert runs
     for run in runs:
-        dwi, mean = dwi_of(run)
+        dwi, mean = load_run(run)
         assert plausibility.check(dwi, mean) == [], run.name
         found = judged(dwi)
         if run.name == FLIPPED:

@@ -14,13 +14,13 @@ from bidsapp.bids import btable, find
 from bidsapp.dwi import Dwi, load, noise_sd, read_mean
 from bidsapp.evaluate import quality
 from bidsapp.mask import given, median_otsu
-from bidsapp.methods import Derived, Method
+from bidsapp.methods import Derived, Estimator
 
 SHAPE = (9, 8, 7)
 SD = 5.0
 
 
-class Halves(Method):
+class Halves(Estimator):
     """A scalar map with a hole, its uncertainty, and a direction."""
 
     OUTPUTS: ClassVar[dict] = {
@@ -42,6 +42,9 @@ class Halves(Method):
 
     def check(self, acquisition):
         """Applies to everything."""
+
+    def apply(self, dwi, device, seed=0):
+        raise NotImplementedError
 
 
 def directions(rng, n):

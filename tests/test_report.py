@@ -18,7 +18,7 @@ from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import agreement, biology
-from bidsapp.methods import Derived, Fitted, Method, Study
+from bidsapp.methods import Derived, Estimator, Fitted, Study
 from bidsapp.report import canvas, distributions, figures, glyphs, page
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -38,7 +38,7 @@ OUTPUTS = {
                       "Units": "unitless", "range": [-1, 1], "report": False}}}
 
 
-class Tensor(Method):
+class Tensor(Estimator):
     """A method with every kind of map."""
 
     OUTPUTS: ClassVar[dict] = OUTPUTS
@@ -56,6 +56,9 @@ class Tensor(Method):
 
     def check(self, acquisition):
         """Applies to everything."""
+
+    def apply(self, dwi, device, seed=0):
+        raise NotImplementedError
 
 
 def make_dwi(rng, shape=(9, 8, 7), affine=None, bvals=None, mask=None):

@@ -21,7 +21,7 @@ from bidsapp.dwi import Dwi, noise_sd
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.options import MODES
 from bidsapp.preprocess import tissue
-from bidsapp.process import dwi_of
+from bidsapp.recipe.steps import load_run
 from bidsapp.simulate import mixture, protocols
 
 SHELLS = (1000, 2000)
@@ -412,7 +412,7 @@ def test_head_of_one_tensor_is_refused_and_the_rest_goes_on(bids_tree, tmp_path)
 def real(folder):
     options = parse([str(folder), str(folder.parent / "out"), "participant"])
     found = find.find(options)
-    return dwi_of(found.runs[found.participants[0]][0])[0]
+    return load_run(found.runs[found.participants[0]][0])[0]
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def claimed(root, links=None):
 
 
 def write(dataset, like, value=1.0, fingerprint="a", extra=()):
-    with dataset.batch(RECORD, fingerprint) as batch:
+    with dataset.transaction(RECORD, fingerprint) as batch:
         batch.image(MAP, np.full((7, 8, 9), value, np.float32), like, {"Units": "1"})
         for name in extra:
             batch.text(PurePosixPath(name), "text")
@@ -63,7 +63,7 @@ def test_same_data_give_the_same_bytes(tmp_path, like):
 
 def test_nothing_appears_after_an_exception(tmp_path, like):
     dataset = claimed(tmp_path / "out")
-    with pytest.raises(RuntimeError), dataset.batch(RECORD) as batch:
+    with pytest.raises(RuntimeError), dataset.transaction(RECORD) as batch:
         batch.image(MAP, np.zeros((7, 8, 9), np.float32), like, {})
         raise RuntimeError
     assert visible(dataset.root) == set()
@@ -99,7 +99,7 @@ def test_own_files_are_replaced_and_leftovers_removed(tmp_path, like):
 def test_failure_keeps_earlier_files_known(tmp_path, like):
     dataset = claimed(tmp_path / "out")
     write(dataset, like)
-    dataset.fail(RECORD, {"error": "x"})
+    dataset.mark(RECORD, "failed", {"error": "x"})
     assert not dataset.is_complete(dataset.record(RECORD), "a")
     write(dataset, like, 3.0)
     assert np.all(np.asarray(nib.load(dataset.root / MAP).dataobj) == 3)
@@ -187,7 +187,7 @@ dataset.claim()
 like = nib.Nifti1Image(np.zeros((40, 40, 40), np.float32), np.eye(4))
 print("ready", flush=True)
 for value in range(10_000):
-    with dataset.batch(PurePosixPath("sub-01/log/sub-01_dwi.json"), str(value)) as batch:
+    with dataset.transaction(PurePosixPath("sub-01/log/sub-01_dwi.json"), str(value)) as batch:
         for i in range(6):
             batch.image(PurePosixPath(f"sub-01/dwi/map{i}.nii.gz"),
                         np.full((40, 40, 40), value, np.float32), like, {"value": value})
@@ -213,7 +213,7 @@ def test_killed_at_random_moments(tmp_path, rng):
     dataset = claimed(out)
     assert not any((out / STAGING).iterdir()), "what dead processes left is cleared"
     like = nib.Nifti1Image(np.zeros((40, 40, 40), np.float32), np.eye(4))
-    with dataset.batch(RECORD, "last") as batch:
+    with dataset.transaction(RECORD, "last") as batch:
         batch.image(PurePosixPath("sub-01/dwi/map0.nii.gz"),
                     np.full((40, 40, 40), -1, np.float32), like, {})
     assert dataset.is_complete(dataset.record(RECORD), "last")
@@ -225,7 +225,7 @@ def test_names_as_long_as_bids_allows(tmp_path, like):
     entities = dict.fromkeys(("sub", "ses", "acq", "dir"), 45 * "x")
     path = names.output(entities, "dwimap", ".nii.gz", param="fa")
     assert len(path.name) < 255 < len(str(path))
-    with dataset.batch(RECORD) as batch:
+    with dataset.transaction(RECORD) as batch:
         batch.image(path, np.zeros((7, 8, 9), np.float32), like, {})
     assert (dataset.root / path).exists()
 

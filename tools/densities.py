@@ -16,7 +16,7 @@ from bidsapp.bids import find
 from bidsapp.cli import parse
 from bidsapp.preprocess import tissue
 from bidsapp.preprocess.deconvolution import densities
-from bidsapp.process import dwi_of
+from bidsapp.recipe.steps import load_run
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.bids_dir.resolve()
     found = find.find(parse([str(folder), str(folder.parent / "out"), "participant"]))
-    dwi, _ = dwi_of(found.runs[found.participants[0]][0])
+    dwi, _ = load_run(found.runs[found.participants[0]][0])
     regions = tissue.regions(dwi, "cpu")
     z = np.argwhere(dwi.mask)[:, 2]
     low, high = options.slices

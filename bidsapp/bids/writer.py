@@ -1,7 +1,7 @@
 """The one writer of derivatives.
 
 Files are first made in a staging folder on the same file system, then renamed into place, so a
-killed process leaves whole files or none. What belongs together is a `Batch`: its record
+killed process leaves whole files or none. What belongs together is a `Transaction`: its record
 (`sub-01/log/NAME.json`) lists every file with its SHA-256 before the first rename, so that a later
 run knows its own files from anyone else's, and refuses to overwrite the latter.
 """
@@ -92,29 +92,31 @@ class Dataset:
         return FileLock(self.root / LOCKS / f"{name}.lock")
 
     def record(self, path: PurePosixPath) -> dict[str, Any]:
-        """The record of an earlier batch, or {} where there is none that can be read."""
+        """The record of an earlier transaction, or {} where there is none that can be read."""
         try:
             return json.loads((self.root / path).read_text())
         except (OSError, ValueError):
             return {}
 
     def is_complete(self, record: Mapping[str, Any], fingerprint: str) -> bool:
-        """Whether a batch was finished with this fingerprint and its files are as it left them."""
+        """Whether a transaction with this fingerprint was finished and its files are as it left
+        them."""
         return (record.get("fingerprint") == fingerprint and record.get("state") == "complete"
                 and all((self.root / name).is_file() and sha256(self.root / name) in hashes
                         for name, hashes in record["outputs"].items()))
 
     @contextlib.contextmanager
-    def batch(self, record_path: PurePosixPath, fingerprint: str = "") -> Iterator[Batch]:
+    def transaction(self, record_path: PurePosixPath, fingerprint: str = ""
+                    ) -> Iterator[Transaction]:
         """Stage files, then put all in place at the end of the block; none after an exception.
 
         Raises:
-            DataError: the disk is full; a file in the way is not ours (see `Batch.commit`).
+            DataError: the disk is full; a file in the way is not ours (see `Transaction.commit`).
         """
         with self._staging() as folder:
-            batch = Batch(self, folder, record_path, fingerprint)
-            yield batch
-            batch.commit()
+            transaction = Transaction(self, folder, record_path, fingerprint)
+            yield transaction
+            transaction.commit()
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
@@ -138,10 +140,23 @@ class Dataset:
             raise DataError(f"OUTPUT_DIR {self.root}: {os.strerror(error.errno).lower()}. Free "
                             "some space and run the same command again.") from error
 
-    def fail(self, record_path: PurePosixPath, facts: Mapping[str, Any]) -> None:
-        """Record that a batch failed. Files of an earlier one stay, and stay known."""
+    def mark(self, record_path: PurePosixPath, state: str, facts: Mapping[str, Any]) -> None:
+        """Set the state of a record (`failed`, `incomplete`) and replace its facts.
+
+        Files of an earlier transaction stay, and stay known.
+        """
         outputs = self.record(record_path).get("outputs", {})
-        self.write_text(str(record_path), to_json({"state": "failed", "outputs": outputs, **facts}))
+        self.write_text(str(record_path), to_json({"state": state, "outputs": outputs, **facts}))
+
+    def discard(self, record_path: PurePosixPath) -> None:
+        """Remove a record and those of its files that are as the transaction left them."""
+        self._remove(self.record(record_path).get("outputs", {}))
+        (self.root / record_path).unlink(missing_ok=True)
+
+    def _remove(self, outputs: Mapping[str, Sequence[str]]) -> None:
+        for name, hashes in outputs.items():
+            if (self.root / name).is_file() and sha256(self.root / name) in hashes:
+                (self.root / name).unlink()
 
     def write_text(self, name: str, text: str) -> None:
         """One of the dataset's own shared files, replaced atomically where it differs."""
@@ -214,8 +229,9 @@ class Dataset:
                 path.unlink(missing_ok=True)
 
 
-class Batch:
-    """Files that appear together. Made by `Dataset.batch`; paths are relative to OUTPUT_DIR."""
+class Transaction:
+    """Files that appear together. Made by `Dataset.transaction`; paths are relative to
+    OUTPUT_DIR."""
 
     def __init__(self, dataset: Dataset, folder: Path, record_path: PurePosixPath,
                  fingerprint: str) -> None:
@@ -256,7 +272,8 @@ class Batch:
         return staged
 
     def commit(self) -> None:
-        """Put the files in place and drop those that the earlier batch left and this one has not.
+        """Put the files in place; remove those that the earlier transaction left and this one has
+        not.
 
         Raises:
             DataError: a file in the way was not written by QSphere, or was changed since.
@@ -274,9 +291,7 @@ class Batch:
         for path, staged in self.staged.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             staged.replace(root / path)
-        for name in known.keys() - new.keys():
-            if (root / name).is_file() and sha256(root / name) in known[name]:
-                (root / name).unlink()
+        self.dataset._remove({name: known[name] for name in known.keys() - new.keys()})
         self._write_record("complete", {n: [h] for n, h in new.items()})
 
     def _write_record(self, state: str, outputs: Mapping[str, Any]) -> None:

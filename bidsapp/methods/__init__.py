@@ -20,7 +20,7 @@ import numpy as np
 
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
-from bidsapp.errors import UsageError
+from bidsapp.errors import Refusal, UsageError
 from bidsapp.options import Options
 
 if TYPE_CHECKING:
@@ -174,17 +174,12 @@ class Synthetic:
 
 
 class Method(ABC):
-    """A method of the literature. Folder name and class travel together: `get(name)`.
+    """A method of the literature: a folder of this package. `get(name)` makes one.
 
-    wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
-    counts_epochs, stacks_blocks: whether `fit` honours `Study.epochs`, `Study.blocks`.
     sloppy: what is trained is trained too briefly, to try everything else.
     models: folder of the checkpoints that the group level left.
     """
 
-    wants_tissue: ClassVar[bool] = False
-    counts_epochs: ClassVar[bool] = False
-    stacks_blocks: ClassVar[bool] = False
     sloppy = False
     models: Path | None = None
 
@@ -194,6 +189,11 @@ class Method(ABC):
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def short(self) -> str:
+        """The name without its kind: `dti` of `estimate_dti`."""
+        return self.name.partition("_")[2] or self.name
 
     @property
     def outputs(self) -> dict[str, Any]:
@@ -218,31 +218,38 @@ class Method(ABC):
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal, with what was found and what is needed, where the method cannot apply."""
 
+
+class FromSignal(Method):
+    """A method that makes images of one signal and leaves the signal as it is.
+
+    wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
+    """
+
+    wants_tissue: ClassVar[bool] = False
+
+    @abstractmethod
     def run(self, dwi: Dwi, options: Options, device: str) -> Derived:
-        """What the participant level makes of one Dwi. Never modifies it."""
+        """Process one Dwi as the options of the participant level say. Never modifies it."""
+
+
+class Estimator(FromSignal):
+    """A method that makes maps of a signal."""
+
+    def run(self, dwi: Dwi, options: Options, device: str) -> Derived:
         return self.apply(dwi, device, options.random_seed)
 
+    @abstractmethod
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         """Process one Dwi, in blocks of voxels, on `device`. Never modifies it.
 
         seed: of whatever is random, as the training of a network for this Dwi alone.
         """
-        raise self.group_only()
 
-    def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
-        """The Dwi, of a batch that the model knows, mapped to the model's reference batch. Never
-        modifies it. Whether the model may be used at all is asked in `methods.scope`.
 
-        Raises:
-            Refusal: this Dwi cannot be harmonized whatever is allowed; says what is needed.
-        """
-        raise self.group_only()
+class Synthesizer(FromSignal):
+    """A method that makes signals with known truth in the manner of a measured one."""
 
-    def group_only(self) -> UsageError:
-        """Says that the method is trained, and not applied to images."""
-        return UsageError(f"{self.name} is not applied to images, but trained at group level: "
-                          f"qsphere BIDS_DIR OUTPUT_DIR group --train {self.name}")
-
+    @abstractmethod
     def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str, *,
                    voxels: int = 10_000, image: bool = False) -> Synthetic:
         """`voxels` signals with known truth in the manner of one Dwi, and a whole image of it.
@@ -251,16 +258,45 @@ class Method(ABC):
         Raises:
             Refusal: the Dwi cannot serve as a model; says what was found and what is needed.
         """
-        raise UsageError(f"{self.name} synthesizes nothing: qsphere BIDS_DIR OUTPUT_DIR "
-                         "participant --synthesize syn")
 
+
+class Trainable(Method):
+    """A method that learns from all participants.
+
+    counts_epochs, stacks_blocks: whether `fit` honours `Study.epochs`, `Study.blocks`.
+    """
+
+    counts_epochs: ClassVar[bool] = False
+    stacks_blocks: ClassVar[bool] = False
+
+    @abstractmethod
     def fit(self, study: Study) -> Fitted:
         """Learn from all participants.
 
         Raises:
             UsageError: the study cannot carry the method; says what was found and what is needed.
         """
-        raise UsageError(f"--train {self.name}: this method needs no training.")
+
+
+class SignalStep(Trainable):
+    """A method that `group --train` trains, and that gives a signal made of another one."""
+
+    @abstractmethod
+    def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
+        """The Dwi, of a batch that the model knows, mapped to the model's reference batch. Never
+        modifies it. Whether the model may be used at all is asked in `methods.scope`.
+
+        Raises:
+            Refusal: this Dwi cannot be harmonized whatever is allowed; says what is needed.
+        """
+
+
+class GroupAnalysis(Trainable):
+    """A method that works on the tables of all participants, and on no image."""
+
+    def check(self, acquisition: Acquisition) -> None:
+        raise Refusal(f"{self.name} works on tables of map statistics, not on images. Use "
+                      f"`group --train {self.name}` after the participants.")
 
 
 def _over(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,6 +307,20 @@ def _over(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 def names(kind: str = "") -> list[str]:
     """Folder names of the methods, e.g. all that start with `estimate_`."""
     return sorted(p.parent.name for p in FOLDER.glob(f"{kind}*/method.py"))
+
+
+def trainable(name: str) -> Trainable:
+    """Load a method that `--train` names.
+
+    Raises
+    ------
+    UsageError
+        There is none of this name, or it learns nothing.
+    """
+    method = get(name)
+    if not isinstance(method, Trainable):
+        raise UsageError(f"--train {method.name}: this method needs no training.")
+    return method
 
 
 def get(name: str, kind: str = "") -> Method:

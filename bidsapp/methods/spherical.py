@@ -6,13 +6,13 @@ from typing import ClassVar
 
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
-from bidsapp.methods import Derived, Fitted, Method, Study
+from bidsapp.methods import Derived, Estimator, Fitted, Study, Trainable
 from bidsapp.microstructure import learn, maps
 from bidsapp.preprocess import deconvolution
 from bidsapp.simulate.tissue import Tissue
 
 
-class SphericalMethod(Method):
+class SphericalMethod(Estimator, Trainable):
     """Parameters and ODF of a tissue model by a network (`bidsapp.microstructure`).
 
     tissue: the model. intended_use: of the card.

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bidsapp import __version__
-from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
 from bidsapp.methods import Method
 
 DOI = re.compile(r"\b(?:doi:\s*|https?://(?:dx\.)?doi\.org/)"
@@ -31,10 +30,9 @@ def acknowledge() -> str:
             "names those behind every method that was used.")
 
 
-def paragraphs(chosen: Sequence[Method]) -> list[tuple[str, str]]:
-    """(heading, text) of what is done to every run, then of each chosen method."""
-    return [("Preparation", _preparation()), ("Quality", _quality()),
-            *((f"Method: {_short(m)}", _method(m)) for m in chosen)]
+def of_method(method: Method) -> tuple[str, str]:
+    """Heading and text of a method, read from its folder."""
+    return f"Method: {_short(method)}", _method(method)
 
 
 def references(chosen: Sequence[Method]) -> list[tuple[str, str]]:
@@ -50,42 +48,15 @@ def references(chosen: Sequence[Method]) -> list[tuple[str, str]]:
     return [(what, f"https://doi.org/{doi}") for doi, what in found.items()]
 
 
-def markdown(chosen: Sequence[Method]) -> str:
-    """The methods text with its references, to be pasted into a paper and then shortened."""
+def markdown(paragraphs: Sequence[tuple[str, str]], chosen: Sequence[Method]) -> str:
+    """The methods text with the references of the chosen methods, to be pasted into a paper and
+    then shortened."""
     parts = ["# Methods", "_Written by QSphere to be copied as it is; it is in the public domain "
              "(CC0)._"]
-    parts += [f"## {heading}\n\n{text}" for heading, text in paragraphs(chosen)]
+    parts += [f"## {heading}\n\n{text}" for heading, text in paragraphs]
     parts.append("## References\n\n" + "\n".join(
         f"{k}. {what}. <{url}>" for k, (what, url) in enumerate(references(chosen), 1)))
     return "\n\n".join(parts) + "\n"
-
-
-def _preparation() -> str:
-    return (
-        "Diffusion MRI in BIDS (doi:10.1038/sdata.2016.44) was processed with QSphere "
-        f"{__version__}, a BIDS App (doi:10.1371/journal.pcbi.1005209); data were indexed with "
-        "PyBIDS (doi:10.21105/joss.01294). b-vectors were turned from image into world axes. "
-        "Volumes with b < 50 s/mm² counted as b = 0; the others were grouped in shells by b-value "
-        "and b-tensor shape. Everything was computed inside the brain mask that came with the data "
-        "or, where none did, the largest component, holes filled slice by slice, of DIPY's "
-        "median-Otsu mask of the mean b = 0 image (doi:10.3389/fninf.2014.00008, "
-        "doi:10.1109/TSMC.1979.4310076). Where one acquisition was split in several runs, they "
-        "were concatenated and scaled to the mean b = 0 signal of the first. NaN and infinite "
-        "values were set to 0 and counted. QSphere "
-        "applied no correction of noise, Gibbs ringing, motion, eddy currents, susceptibility or "
-        "bias field: data that need it must be preprocessed first.")
-
-
-def _quality() -> str:
-    return (
-        "The noise standard deviation is the residual of a spherical harmonics fit "
-        "(doi:10.1002/mrm.21277) to each shell, pooled over shells, as the median over voxels; SNR "
-        "is signal divided by it. The neighbouring DWI correlation "
-        "(doi:10.1016/j.neuroimage.2019.116131) is Pearson's correlation over the mask of each "
-        "weighted volume with the one of the nearest b-tensor, averaged. A slice of a volume was "
-        f"reported as corrupted where its mean signal lay {DROPOUT_LOSS:.0%} or more, and "
-        f"{DROPOUT_Z:g} robust standard deviations or more, below what the other volumes of its "
-        "shell predict; no slice was removed or replaced.")
 
 
 def _method(method: Method) -> str:

@@ -52,12 +52,12 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
         failed=[r for r in runs if r["state"] != "complete"],
         refused=_refused(runs), status=status,
         options=_text(log / "options.toml") if log else "",
-        log=log.relative_to(root) if log else "", **_common(used))
+        log=log.relative_to(root) if log else "", **_common(_texts(records), used))
 
 
 def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, effects: pd.DataFrame,
           drawn: Sequence[Figure], fitted: Mapping[str, Fitted], *,
-          chosen: Sequence[Method]) -> str:
+          chosen: Sequence[Method], records: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page of a group: batches, distributions, outliers, agreement between sites (`between`),
     what harmonization left of people's differences (`effects`), what was trained."""
     table = study.statistics
@@ -87,7 +87,8 @@ def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, effects: 
                   "notices": result.notices,
                   "metrics": _metrics(result.model.get("Metrics", {}))}
                  for name, result in fitted.items()],
-        **_common([*estimates, *chosen]))
+        **_common([*_texts(records), *map(boilerplate.of_method, chosen)],
+                  [*estimates, *chosen]))
 
 
 def _between(found: pd.DataFrame, reference: str) -> dict[str, Any] | None:
@@ -200,10 +201,16 @@ def _sections(figures: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[st
     return sections
 
 
-def _common(used: Sequence[Method]) -> dict[str, Any]:
+def _texts(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Paragraphs of the methods text that runs were recorded with, each once."""
+    return list(dict.fromkeys(tuple(p) for record in records
+                              for p in record.get("paragraphs", ())))
+
+
+def _common(paragraphs: Sequence[tuple[str, str]], used: Sequence[Method]) -> dict[str, Any]:
     return {
         "style": _text(HERE / "style.css"), "version": __version__,
-        "paragraphs": boilerplate.paragraphs(used), "references": boilerplate.references(used),
+        "paragraphs": paragraphs, "references": boilerplate.references(used),
         "versions": {"QSphere": __version__, "Python": platform.python_version(),
                      **{p: _version(p) for p in PACKAGES}}}
 

@@ -10,11 +10,11 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.methods import Derived, Method
+from bidsapp.methods import Derived, Estimator
 from bidsapp.methods.scope import shown
 
 
-class Tensor(Method):
+class Tensor(Estimator):
     """FA, MD, AD, RD, principal direction, S0, residual SD; standard errors of FA and MD."""
 
     def volumes(self, acquisition: Acquisition) -> np.ndarray:

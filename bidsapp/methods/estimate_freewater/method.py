@@ -14,7 +14,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.methods import Derived, Method
+from bidsapp.methods import Derived, Estimator
 from bidsapp.methods.estimate_freewater import network
 from bidsapp.preprocess import tissue
 from bidsapp.simulate import mixture
@@ -34,7 +34,7 @@ AXIAL, RADIAL, GREY, WATER = (1.4, 2.0), (0.15, 0.45), (0.7, 0.9), 3.0
 doi:10.1148/radiology.201.3.8939209); free water at 37 °C."""
 
 
-class FreeWater(Method):
+class FreeWater(Estimator):
     """Fraction of free water with its SD, and FA and MD of what is left without it."""
 
     wants_tissue = True

@@ -27,7 +27,7 @@ from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.methods import Derived, Method
+from bidsapp.methods import Derived, Estimator
 
 MAX_DIFFUSIVITY = 3.0
 """µm²/ms. The paper's prior: d ~ U(0, 3), f ~ U(0, 1)."""
@@ -297,7 +297,7 @@ def average_weights(acquisition: Acquisition, shell: Shell
             basis @ np.linalg.solve(basis.T @ basis + penalty, basis.T))
 
 
-class SphericalMean(Method):
+class SphericalMean(Estimator):
     """Posterior mean and SD of neurite diffusivity and fraction, and their least squares."""
 
     def check(self, acquisition: Acquisition) -> None:

@@ -16,20 +16,15 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 
-from bidsapp.acquisition import Acquisition
-from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Fitted, Method, Study
+from bidsapp.errors import UsageError
+from bidsapp.methods import Fitted, GroupAnalysis, Study
 from bidsapp.methods.harmonizer import CONFOUNDED, coded, explained, known_reference
 
 MIN_PARTICIPANTS = 3
 
 
-class Combat(Method):
+class Combat(GroupAnalysis):
     """neuroCombat over one row per participant and batch (runs of a batch are averaged first)."""
-
-    def check(self, acquisition: Acquisition) -> None:
-        raise Refusal("ComBat works on tables of map statistics, not on images. Use "
-                      "`group --train harmonize_combat` after the participants.")
 
     def fit(self, study: Study) -> Fitted:
         """Harmonized statistics and the batch effects.

@@ -14,7 +14,7 @@ import pandas as pd
 
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.dwi import Dwi
-from bidsapp.methods import Derived, Method, Synthetic, SyntheticImage
+from bidsapp.methods import Derived, Synthesizer, Synthetic, SyntheticImage
 from bidsapp.methods.synthesize import score
 from bidsapp.options import Options
 from bidsapp.preprocess import tissue
@@ -31,7 +31,7 @@ ASSUMED_SNR = 25.0
 TERMS = ("dxx", "dxy", "dxz", "dyy", "dyz", "dzz")
 
 
-class Synthesis(Method):
+class Synthesis(Synthesizer):
     """Mixtures of three fibre populations, grey matter and CSF in a participant's own b-table."""
 
     wants_tissue = True

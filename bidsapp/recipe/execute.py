@@ -1,0 +1,325 @@
+"""Execute plans: one participant after another, one run after another, step by step.
+
+A step whose record is complete and of the same fingerprint is not done again; the signal that it
+gave is read back where a later step needs it. A run's own record, `sub-01_dwi.json`, gathers what
+its steps tell; the page and the group level read that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import tomli_w
+import torch
+
+from bidsapp import __version__, harmonize
+from bidsapp.bids import names
+from bidsapp.bids.writer import Dataset, Transaction, to_json
+from bidsapp.dwi import Run
+from bidsapp.errors import DataError, QSphereError, Refusal
+from bidsapp.evaluate import quality
+from bidsapp.methods import Estimator, FromSignal
+from bidsapp.options import Options
+from bidsapp.recipe.plan import chosen_methods, plan
+from bidsapp.recipe.steps import Context, Step, StepReport
+from bidsapp.report import figures, page
+from bidsapp.stage import Stage
+
+log = logging.getLogger("qsphere")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a participant's process needs to know beside the runs. memory: bytes it may use."""
+
+    options: Options
+    links: Mapping[str, Path]
+    invocation: str
+    device: str
+    memory: float
+
+    @property
+    def dataset(self) -> Dataset:
+        return Dataset(self.options.output_dir, self.links)
+
+
+def process_participant(job: Job, label: str, runs: list[Run], problems: list[str]) -> bool:
+    """Process a participant's runs, note what happened, write the page. True if all succeeded."""
+    torch.set_num_threads(job.options.omp_nthreads)
+    logging.basicConfig(level=logging.DEBUG if job.options.verbose else logging.INFO,
+                        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    dataset, started = job.dataset, time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    folder = f"sub-{label}/log/{job.invocation}"
+    models, chosen = harmonize.find(job.options), chosen_methods(job.options)
+    with dataset.lock(f"sub-{label}"):
+        status: dict[str, dict[str, Any]] = {}
+        for problem in problems:
+            log.error("sub-%s: %s", label, problem)
+        if problems:
+            dataset.write_text(f"{folder}/crash-sub-{label}.txt", "\n".join(problems) + "\n")
+        for run in runs:
+            context = Context(job.options, dataset, run, job.device, job.memory)
+            status[run.name] = process_run(context, models, chosen, folder)
+            if status[run.name]["status"] == "failed" and job.options.stop_on_first_crash:
+                break
+        ok = not problems and all(is_done(s, job.options) for s in status.values())
+        try:
+            dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(job.options.as_dict()))
+            dataset.write_text(f"{folder}/status.json", to_json({
+                "participant": label, "status": "done" if ok else "failed",
+                "version": __version__, "started": started,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "problems": problems, "runs": status}))
+            write_page(dataset, label, problems + [s["error"] for s in status.values()
+                                                   if s["status"] == "refused"])
+        except (OSError, DataError) as error:
+            log.error("sub-%s: its log and page could not be written: %s", label, error)
+            return False
+    return ok
+
+
+def process_run(context: Context, models: Sequence[harmonize.Model],
+                chosen: Sequence[FromSignal], folder: str) -> dict[str, Any]:
+    """Do the steps of a run that are not complete; an error is noted, never raised."""
+    dataset, run, start = context.dataset, context.run, time.monotonic()
+    try:
+        if conflict := conflicting_model(dataset, run, models):
+            log.error("%s: %s", run.name, conflict)
+            return {"status": "refused", "error": f"{run.name}: {conflict}"}
+        execution = Execution(context, plan(context, models, chosen))
+        changed = execution.run()
+        seconds = round(time.monotonic() - start, 1)
+        refusals = execution.summarize(changed, seconds)
+        if changed:
+            log.info("%s: done in %.1f s", run.name, seconds)
+        else:
+            log.info("%s: complete and unchanged, skipped", run.name)
+        return {"status": "done" if changed else "skipped", "refusals": refusals}
+    except Exception as error:  # one run's failure must not stop the others
+        foreseen = isinstance(error, QSphereError)
+        message = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        log.error("%s: %s", run.name, message, exc_info=context.options.verbose > 1)
+        crash = f"{folder}/crash-{run.name}.txt"
+        facts = {"name": run.name, "entities": run.entities, "status": "failed", "error": message,
+                 "batch": run.batch, "batch_source": run.batch_source,
+                 "files": [dataset.uri(f) for f in run.files], "crash": crash}
+        try:
+            dataset.write_text(crash, "".join(traceback.format_exception(error)))
+            dataset.mark(run_record(run), "failed", facts)
+        except (OSError, DataError) as disk:
+            log.error("%s: the failure could not be recorded either (%s)", run.name, disk)
+        return facts
+
+
+class Execution:
+    """The steps of one run, and the signals that they gave so far."""
+
+    def __init__(self, context: Context, steps: Sequence[Step]) -> None:
+        self.context, self.dataset, self.steps = context, context.dataset, steps
+        self._stages: dict[str, Stage] = {}
+
+    def run(self) -> bool:
+        """Do every step that is not complete, in order. True if there was one."""
+        changed = False
+        for step in self.steps:
+            if self._lacks_signal(step):
+                self.dataset.discard(step.record)
+                continue
+            if self._is_complete(step):
+                continue
+            if not changed:
+                log.info("%s: %d file(s), batch %s", self.context.run.name,
+                         len(self.context.run.parts), self.context.run.batch)
+                # the page and the group must not trust a record whose run is being done again
+                self.dataset.mark(run_record(self.context.run), "incomplete",
+                                  {"name": self.context.run.name})
+                changed = True
+            self._do(step)
+        return changed
+
+    def _is_complete(self, step: Step) -> bool:
+        return self.dataset.is_complete(self.dataset.record(step.record), step.fingerprint)
+
+    def _lacks_signal(self, step: Step) -> bool:
+        """Whether the step that gives its signal was refused."""
+        return step.takes is not None and "refusal" in self.dataset.record(step.takes.record)
+
+    def _do(self, step: Step) -> None:
+        report = StepReport()
+        with self.dataset.transaction(step.record, step.fingerprint) as transaction:
+            about: dict[str, Any] = {
+                "name": step.name,
+                "takes": {step.takes.name: step.takes.fingerprint} if step.takes else {}}
+            try:
+                taken = self.stage(step.takes) if step.takes else None
+                given = step.apply(taken, transaction, report)
+                if given:
+                    self._stages[step.name] = given
+                about["paragraphs"] = step.paragraphs
+            except Refusal as refusal:
+                log.warning("%s: %s is left out: %s", self.context.run.name, step.title, refusal)
+                report, about["refusal"] = StepReport(), str(refusal)
+            transaction.facts = {
+                **about, **report.facts, "qc": report.qc,
+                "notices": list(dict.fromkeys(report.notices)),
+                "figures": [draw(transaction, self.context, f) for f in report.figures]}
+
+    def stage(self, step: Step) -> Stage:
+        """The signal that a step gave, read back where an earlier invocation made it."""
+        if step.name not in self._stages:
+            self._stages[step.name] = step.reload(
+                self.stage(step.takes) if step.takes else None, self.dataset.record(step.record))
+        return self._stages[step.name]
+
+    def summarize(self, changed: bool, seconds: float) -> dict[str, str]:
+        """Gather what the steps tell into the run's record and its quality table.
+
+        Steps of earlier invocations that this one does not ask for stay, unless the signal that
+        they took has changed: then their files are removed.
+
+        Returns
+        -------
+        dict
+            Why steps of this plan were refused, by their names.
+        """
+        context, run, dataset = self.context, self.context.run, self.dataset
+        records = {step.name: dataset.record(step.record) for step in self.steps
+                   if not self._lacks_signal(step)}
+        refusals = {step.title: records[step.name]["refusal"] for step in self.steps
+                    if "refusal" in records.get(step.name, ())}
+        records |= self._earlier(records)
+        told = [r for r in records.values() if "refusal" not in r]
+        content = {"fingerprints": [r["fingerprint"] for r in records.values()],
+                   "batch": [run.batch, run.batch_source], "covariates": run.covariates}
+        mark = hashlib.sha256(to_json(content).encode()).hexdigest()
+        if not changed and dataset.is_complete(dataset.record(run_record(run)), mark):
+            return refusals
+        qc: dict[str, Any] = {}
+        for record in told:
+            qc |= record["qc"]
+            if records.get("harmonized", {}).get("unchanged") and _measures(record):
+                # of the reference batch, all that is made of the harmonized signal is the same
+                qc |= {f"harmonized_{key}": value for key, value in record["qc"].items()}
+        scores = [r["scores"] for r in told if "scores" in r]
+        with dataset.transaction(run_record(run), mark) as transaction:
+            transaction.table(context.path("qc", ".tsv", desc="image"), [qc], quality.columns(qc))
+            transaction.facts = {
+                "name": run.name, "entities": run.entities, "batch": run.batch,
+                "batch_source": run.batch_source, "covariates": run.covariates,
+                "files": [dataset.uri(f) for f in run.files], "status": "done",
+                "seconds": seconds,
+                **{k: v for k, v in records["measured"].items() if k in MEASURED},
+                "qc": qc, "refusals": refusals,
+                "notices": list(dict.fromkeys(n for r in told for n in r["notices"])),
+                "methods": [*dict.fromkeys(r["method"] for r in told if "method" in r)],
+                "paragraphs": [*dict.fromkeys(tuple(p) for r in told for p in r["paragraphs"])],
+                "figures": [f for r in told for f in r["figures"]],
+                **({"scores": scores[-1]} if scores else {})}
+        return refusals
+
+    def _earlier(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Records of steps that are not in the plan and whose source is as they took it; the files
+        of others are removed."""
+        valid = {name: r["fingerprint"] for name, r in records.items()}
+        pattern = self.context.path("step", ".json", "log", desc="x").as_posix()
+        paths = [PurePosixPath(p.relative_to(self.dataset.root)) for p in sorted(
+            self.dataset.root.glob(pattern.replace("_desc-x_", "_desc-*_")))]
+        planned = {step.record for step in self.steps}
+        others = {p: self.dataset.record(p) for p in paths if p not in planned}
+        kept: dict[str, dict[str, Any]] = {}
+        for _ in others:  # as often as one may take another
+            kept = {r["name"]: r for r in others.values() if r.get("state") == "complete"
+                    and "refusal" not in r and r["takes"].items() <= valid.items()}
+            valid |= {name: r["fingerprint"] for name, r in kept.items()}
+        for path, record in others.items():
+            if record.get("name") not in kept:
+                log.info("%s: %s is removed: it was made of a signal that has changed",
+                         self.context.run.name, record.get("name", path.name))
+                self.dataset.discard(path)
+        return kept
+
+
+MEASURED = ("n_voxels", "n_volumes", "mask_source", "voxel_size", "shells", "n_b0")
+"""Facts of the measured signal that the run's record repeats."""
+
+
+def _measures(record: Mapping[str, Any]) -> bool:
+    """Whether a record is that of an estimator of the measured signal."""
+    return list(record["takes"]) == ["measured"] and record.get("estimates", False)
+
+
+def run_record(run: Run) -> PurePosixPath:
+    """Path of a run's record below OUTPUT_DIR."""
+    return names.output(run.entities, "dwi", ".json", "log")
+
+
+def is_done(status: Mapping[str, Any], options: Options) -> bool:
+    """Tell whether a run is what the user asked for.
+
+    An estimate of the default set that the acquisition does not support may be left out; a
+    harmonization, and a method that was asked for by its name, may not.
+    """
+    optional = set() if options.estimate else {m.name for m in chosen_methods(options)
+                                               if isinstance(m, Estimator)}
+    return status["status"] not in ("failed", "refused") and not any(
+        name.removeprefix("harmonized_") not in optional for name in status.get("refusals", ()))
+
+
+def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Model]) -> str | None:
+    """Say by which other model the harmonized images were made that a run would replace.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        OUTPUT_DIR.
+    run : Run
+        With the images of an earlier harmonization there, or without.
+    models : sequence of harmonize.Model
+        Those that --harmonize names. Images made by one of the same Id, trained again or not, or
+        of the same weights may be replaced; so may the unchanged signal of a reference batch that
+        all models share.
+
+    Returns
+    -------
+    str or None
+        What was found, what is needed and what to do; None if nothing is in the way.
+    """
+    image = dataset.root / names.output(run.entities, "dwi", ".nii.gz", desc="harmonized")
+    about = dataset.record(names.output(run.entities, "dwi", ".json", desc="harmonized"))
+    earlier = about.get("HarmonizationModel")
+    cards = [m.checkpoint.card for m in models]
+    if (not models or not earlier or not image.is_file()
+            or earlier["Id"] in [m.id for m in models]
+            or earlier["SHA256"] in [card.sha256 for card in cards]
+            or (about.get("Unchanged") and all(run.batch == c.reference_batch for c in cards))):
+        return None
+    return (f"{image} was made by the model {earlier['Id']} (SHA-256 {earlier['SHA256'][:16]}…), "
+            f"and --harmonize names {', '.join(m.id for m in models)}, whose images would have the "
+            "same names. Needed is one model per OUTPUT_DIR. Give another OUTPUT_DIR (and the "
+            "model's folder to --harmonize), or remove the earlier image. Nothing was changed.")
+
+
+def draw(transaction: Transaction, context: Context, figure: figures.Figure) -> dict[str, str]:
+    """Stage a figure; what the page needs to know of it."""
+    path = context.path(figure.suffix, ".svg", "figures", **figure.entities)
+    transaction.bytes(path, figure.svg)
+    return {"file": str(path), "title": figure.title, "caption": figure.caption,
+            "section": figure.section}
+
+
+def write_page(dataset: Dataset, label: str, problems: list[str]) -> None:
+    """sub-LABEL.html from the records and figures in the output tree."""
+    records = [json.loads(p.read_text())
+               for p in sorted((dataset.root / f"sub-{label}/log").glob("sub-*_dwi.json"))]
+    with dataset.transaction(PurePosixPath(f"sub-{label}/log/page.json")) as transaction:
+        transaction.facts = {"problems": problems}
+        transaction.text(PurePosixPath(f"sub-{label}.html"),
+                   page.participant(label, records, problems, dataset.root))

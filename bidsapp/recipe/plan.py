@@ -1,0 +1,93 @@
+"""The plan of a run: its steps in order. Nothing else in the program knows that order.
+
+`execute.py` does the steps, the dry run describes them, and the methods text and the report read
+what they say of themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bidsapp import harmonize, methods
+from bidsapp.dwi import peak_memory
+from bidsapp.errors import QSphereError, Refusal
+from bidsapp.methods import Estimator, FromSignal
+from bidsapp.options import Options
+from bidsapp.recipe.steps import PREPARATION, Context, Estimate, Harmonize, Measure, Step
+from bidsapp.report import boilerplate
+
+DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
+
+
+def plan(context: Context, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal]
+         ) -> list[Step]:
+    """List the steps of a run.
+
+    Parameters
+    ----------
+    context : Context
+        Of the run.
+    models : sequence of harmonize.Model
+        Those that --harmonize names.
+    chosen : sequence of FromSignal
+        What makes maps or synthetic signals.
+
+    Returns
+    -------
+    list of Step
+        In the order in which they are done; each after the one whose signal it takes.
+    """
+    measured = Measure(context)
+    harmonized = Harmonize(context, measured, models) if models else None
+    steps: list[Step] = [measured, *([harmonized] if harmonized else [])]
+    for method in chosen:
+        steps.append(Estimate(context, measured, method))
+        if harmonized and harmonized.changes and isinstance(method, Estimator):
+            steps.append(Estimate(context, harmonized, method))
+    return steps
+
+
+def chosen_methods(options: Options) -> list[FromSignal]:
+    """Load what the options ask for to be made of each signal, in order.
+
+    Raises
+    ------
+    UsageError
+        A name that no folder under methods/ has.
+    """
+    if options.upsample:
+        methods.get(Path(options.upsample).name, "upsample")
+    available = methods.names("estimate_")
+    estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in available]
+    chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
+              *([methods.get("synthesize")] if options.synthesize else [])]
+    for method in chosen:
+        method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
+    return [m for m in chosen if isinstance(m, FromSignal)]
+
+
+def describe(context: Context, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal]
+             ) -> list[str]:
+    """Lines on what would be done to a run, with its predicted memory."""
+    name = context.run.name
+    steps = plan(context, models, chosen)
+    try:
+        size = context.like.shape[0] * context.like.shape[1] * context.like.shape[2]
+        most = peak_memory(size, len(context.acquisition)) / 1e9
+        lines = [f"{name}: {steps[0].describe()}; batch {context.run.batch}; at most "
+                 f"{most:.1f} GB"]
+    except QSphereError as error:
+        return [f"{name}: would fail: {error}"]
+    for step in steps[1:]:
+        try:
+            lines.append(f"  {step.describe()}")
+        except Refusal as refusal:
+            lines.append(f"  {step.title}: refused: {refusal}")
+    return lines
+
+
+def methods_text(models: Sequence[harmonize.Model], chosen: Sequence[FromSignal]) -> str:
+    """The methods text of everything that the plan of a run may hold, with references."""
+    used = [*{m.method.name: m.method for m in models}.values(), *chosen]
+    return boilerplate.markdown([*PREPARATION, *map(boilerplate.of_method, used)], used)

@@ -1,0 +1,457 @@
+"""The steps of a run: what each depends on, what it does, and what it says of itself.
+
+A step takes the signal (`Stage`) of another one and writes images; some give a signal of their
+own. `plan.py` puts them in order, `execute.py` does those whose record is not complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from bidsapp import __version__, harmonize
+from bidsapp.acquisition import Acquisition
+from bidsapp.bids import btable, names, sidecar
+from bidsapp.bids.writer import Dataset, Transaction, sha256, to_json
+from bidsapp.checkpoint import CARD
+from bidsapp.dwi import Dwi, Part, Run, load, noise_sd, open_image, read_mean
+from bidsapp.errors import DataError, Refusal
+from bidsapp.evaluate import change, gradients, plausibility, quality
+from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
+from bidsapp.mask import median_otsu, read_mask
+from bidsapp.methods import Estimator, FromSignal, Synthesizer
+from bidsapp.microstructure.maps import WEIGHTS
+from bidsapp.options import Options
+from bidsapp.preprocess import anatomy
+from bidsapp.recipe.outputs import Outputs
+from bidsapp.report import boilerplate, comparison, figures
+from bidsapp.stage import Stage
+
+log = logging.getLogger("qsphere")
+
+MADE_MASK = "median-Otsu (dipy) of the mean b0"
+
+PREPARATION = [
+    ("Preparation", (
+    "Diffusion MRI in BIDS (doi:10.1038/sdata.2016.44) was processed with QSphere "
+    f"{__version__}, a BIDS App (doi:10.1371/journal.pcbi.1005209); data were indexed with "
+    "PyBIDS (doi:10.21105/joss.01294). b-vectors were turned from image into world axes. "
+    "Volumes with b < 50 s/mm² counted as b = 0; the others were grouped in shells by b-value "
+    "and b-tensor shape. Everything was computed inside the brain mask that came with the data "
+    "or, where none did, the largest component, holes filled slice by slice, of DIPY's "
+    "median-Otsu mask of the mean b = 0 image (doi:10.3389/fninf.2014.00008, "
+    "doi:10.1109/TSMC.1979.4310076). Where one acquisition was split in several runs, they "
+    "were concatenated and scaled to the mean b = 0 signal of the first. NaN and infinite "
+    "values were set to 0 and counted. QSphere "
+    "applied no correction of noise, Gibbs ringing, motion, eddy currents, susceptibility or "
+    "bias field: data that need it must be preprocessed first.")),
+    ("Quality", (
+    "The noise standard deviation is the residual of a spherical harmonics fit "
+    "(doi:10.1002/mrm.21277) to each shell, pooled over shells, as the median over voxels; SNR "
+    "is signal divided by it. The neighbouring DWI correlation "
+    "(doi:10.1016/j.neuroimage.2019.116131) is Pearson's correlation over the mask of each "
+    "weighted volume with the one of the nearest b-tensor, averaged. A slice of a volume was "
+    f"reported as corrupted where its mean signal lay {DROPOUT_LOSS:.0%} or more, and "
+    f"{DROPOUT_Z:g} robust standard deviations or more, below what the other volumes of its "
+    "shell predict; no slice was removed or replaced."))]
+"""The methods text on what every run goes through."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the steps of one run share. memory: bytes that may be used."""
+
+    options: Options
+    dataset: Dataset
+    run: Run
+    device: str
+    memory: float
+
+    @cached_property
+    def acquisition(self) -> Acquisition:
+        return btable.acquisition_of(self.run)
+
+    @cached_property
+    def like(self) -> Any:
+        """The run's first image, whose grid all images have."""
+        return open_image(self.run.parts[0].image)
+
+    def path(self, suffix: str, extension: str = ".nii.gz", folder: str = "dwi",
+             **entities: str) -> PurePosixPath:
+        return names.output(self.run.entities, suffix, extension, folder, **entities)
+
+    @property
+    def mask(self) -> PurePosixPath:
+        return self.path("mask", desc="brain")
+
+
+@dataclass
+class StepReport:
+    """What a step tells beside its images: its record keeps it for the page, the quality table and
+    later runs. facts: whatever else belongs to the run, and what the step needs to give its signal
+    again."""
+
+    qc: dict[str, Any] = field(default_factory=dict)
+    figures: list[figures.Figure] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Step(ABC):
+    """One step of a run.
+
+    Parameters
+    ----------
+    context : Context
+        Of the run.
+    takes : Step, optional
+        The step whose signal it takes; None for the files of the run.
+    """
+
+    name: str
+    gives_signal = False
+
+    def __init__(self, context: Context, takes: Step | None = None) -> None:
+        self.context, self.takes = context, takes
+
+    @property
+    @abstractmethod
+    def parameters(self) -> Mapping[str, Any]:
+        """All that the result depends on beside the signal that it takes."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over version, name, parameters and the fingerprint of the step it takes."""
+        content = {"version": __version__, "name": self.name, "parameters": self.parameters,
+                   "takes": self.takes.fingerprint if self.takes else None}
+        return hashlib.sha256(to_json(content).encode()).hexdigest()
+
+    @property
+    def record(self) -> PurePosixPath:
+        """Path of its record below OUTPUT_DIR."""
+        return self.context.path("step", ".json", "log", desc=self.name.replace("_", ""))
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return self.name
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Say in a line what would be done.
+
+        Raises
+        ------
+        Refusal
+            The run does not allow it.
+        """
+
+    @property
+    @abstractmethod
+    def paragraphs(self) -> list[tuple[str, str]]:
+        """(heading, text) for the methods text."""
+
+    @abstractmethod
+    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport
+              ) -> Stage | None:
+        """Do it: write the images, fill the report and return the signal, if it gives one.
+
+        Raises
+        ------
+        Refusal
+            The run does not allow it; nothing was written.
+        DataError
+            The data cannot be used.
+        """
+
+    def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
+        """Give the signal that an earlier run of this step left, from its images and its facts."""
+        raise NotImplementedError(f"{self.name} gives no signal")
+
+
+class Measure(Step):
+    """Find the brain, load the signal inside it, estimate its noise and judge it."""
+
+    name = "measured"
+    gives_signal = True
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        run = self.context.run
+        return {"entities": run.entities, "inputs": [sha256(f) for f in run.files],
+                "metadata": [part.metadata for part in run.parts]}
+
+    def describe(self) -> str:
+        image, acquisition = self.context.like, self.context.acquisition
+        table = ", ".join(f"{len(s)} × {quality.shell_name(s)}" for s in acquisition.shells)
+        return f"{'x'.join(map(str, image.shape[:3]))} voxels, {acquisition.b0.sum()} × b0, {table}"
+
+    @property
+    def paragraphs(self) -> list[tuple[str, str]]:
+        return PREPARATION
+
+    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
+        context, run = self.context, self.context.run
+        dwi, mean_b0 = load_run(run, memory=context.memory, work_dir=context.options.work_dir)
+        source = context.dataset.uri(run.mask) if run.mask else MADE_MASK
+        transaction.image(context.mask, dwi.mask.astype("uint8"), context.like,
+                          sidecar.mask(run, context.dataset, source))
+        doubts, coherence = doubt(run, dwi, mean_b0)
+        report.notices += doubts
+        report.qc |= quality.quality(dwi) | coherence
+        report.figures += figures.of_signal(dwi, mean_b0)
+        acquisition = dwi.acquisition
+        report.facts = {
+            "noise_sd": dwi.noise_sd, "invalid": dwi.invalid, "mask_source": source,
+            "n_voxels": len(dwi.signal), "n_volumes": len(acquisition),
+            "n_b0": int(acquisition.b0.sum()),
+            "voxel_size": [float(z) for z in context.like.header.get_zooms()[:3]],
+            "shells": [{"b": s.b, "b_delta": s.b_delta, "n_directions": len(s)}
+                       for s in acquisition.shells]}
+        return self._stage(dwi)
+
+    def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
+        context, like = self.context, self.context.like
+        mask = read_mask(context.dataset.root / context.mask, like.shape[:3], like.affine)
+        dwi = load(context.run, mask, context.acquisition, memory=context.memory,
+                   work_dir=context.options.work_dir)
+        return self._stage(replace(dwi, noise_sd=facts["noise_sd"]))
+
+    def _stage(self, dwi: Dwi) -> Stage:
+        # once for all methods that want it
+        tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir))
+        return Stage(dwi, tissue=tissue)
+
+
+class Harmonize(Step):
+    """Map the signal to the reference site of a trained harmonizer."""
+
+    name = "harmonized"
+    gives_signal = True
+
+    def __init__(self, context: Context, takes: Step, models: Sequence[harmonize.Model]) -> None:
+        super().__init__(context, takes)
+        self.models = models
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        run, options = self.context.run, self.context.options
+        return {"models": [m.checkpoint.card.sha256 for m in self.models],
+                "ids": [m.id for m in self.models], "batch": run.batch,
+                "covariates": run.covariates, "allow_extrapolation": options.allow_extrapolation,
+                "sloppy": options.sloppy, "seed": options.random_seed}
+
+    @property
+    def title(self) -> str:
+        return self.models[0].method.name
+
+    @property
+    def changes(self) -> bool:
+        """False where the run is of the reference batch, whose signal stays, or no model fits."""
+        try:
+            model = harmonize.select(self.models, self.context.run.batch)
+        except Refusal:
+            return False
+        return self.context.run.batch != model.checkpoint.card.reference_batch
+
+    def describe(self) -> str:
+        run = self.context.run
+        model = harmonize.select(self.models, run.batch)
+        violations = harmonize.check(
+            model, self.context.acquisition, voxel_size(run), run.batch,
+            self.context.options.allow_extrapolation)
+        reference = model.checkpoint.card.reference_batch
+        if run.batch == reference:
+            return f"{model.id}: unchanged, of the reference batch"
+        return (f"{model.id}: {run.batch} to {reference}"
+                + (f", outside of its training: {'; '.join(violations)}" if violations else ""))
+
+    @property
+    def paragraphs(self) -> list[tuple[str, str]]:
+        return [boilerplate.of_method(self.models[0].method)]
+
+    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
+        assert stage
+        context, run = self.context, self.context.run
+        result = harmonize.apply(self.models, stage.dwi, run, device=context.device,
+                                 allow=context.options.allow_extrapolation)
+        log.info("%s: %s", run.name, result.notices[0])
+        compared = change.change(stage.dwi, result.dwi, context.device)
+        report.qc |= {**result.counts, **change.statistics(compared, result.dwi)}
+        report.notices += result.notices
+        if result.changed:
+            report.figures += comparison.of_change(compared, stage.dwi)
+        method = result.model.method
+        entry = dict(method.outputs["signal"])
+        if not result.changed:
+            entry["Description"] = ("Signal as measured, within the mask: the run is of the "
+                                    "reference batch")
+        harmonized = replace(
+            stage, dwi=result.dwi, desc=self.name, about=result.about,
+            no_intervals=result.no_intervals, widening=result.widening)
+        gain = result.dwi.noise_gain
+        report.facts = {
+            "method": method.name, "unchanged": not result.changed, "about": result.about,
+            "no_intervals": result.no_intervals, "widening": result.widening,
+            "noise_gain": None if gain is None else [float(g) for g in gain]}
+        return outputs(context, transaction, harmonized).write_signal(method, entry,
+                                                                    result.parameters)
+
+    def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
+        assert stage
+        context, dwi = self.context, stage.dwi
+        image, bval, bvec = (context.dataset.root / context.path("dwi", e, desc=self.name)
+                             for e in (".nii.gz", ".bval", ".bvec"))
+        written = replace(context.run, parts=(Part(image, bval, bvec),))
+        signal = load(written, dwi.mask, dwi.acquisition, memory=context.memory,
+                      work_dir=context.options.work_dir).signal
+        gain = facts["noise_gain"]
+        dwi = replace(dwi, signal=signal, noise_gain=None if gain is None else np.array(gain))
+        return replace(
+            stage, dwi=dwi, desc=self.name, sources=(context.dataset.uri(image),),
+            about=facts["about"], no_intervals=facts["no_intervals"], widening=facts["widening"])
+
+
+class Estimate(Step):
+    """Make the maps of an estimator, or synthetic signals, from a signal."""
+
+    def __init__(self, context: Context, takes: Step, method: FromSignal) -> None:
+        super().__init__(context, takes)
+        self.method = method
+        self.desc = "" if isinstance(takes, Measure) else takes.name
+        self.name = "_".join(filter(None, (self.desc, method.name)))
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        options, name = self.context.options, self.method.name
+        weights = [WEIGHTS / name / CARD,
+                   *sorted((options.output_dir / harmonize.MODELS).glob(f"{name}_*/{CARD}"))]
+        anatomy = self.context.run.anatomy if self.method.wants_tissue else ()
+        synthesis = [options.synthesize, options.synthesize_voxels, options.synthesize_image]
+        return {"method": name, "weights": [sha256(f) for f in weights if f.is_file()],
+                "anatomy": [sha256(f) if f.is_file() else str(f) for f in anatomy],
+                "synthesis": synthesis if isinstance(self.method, Synthesizer) else None,
+                "sloppy": options.sloppy, "seed": options.random_seed}
+
+    def describe(self) -> str:
+        self.method.check(self.context.acquisition)
+        t1w = self.context.run.t1w
+        source = t1w.name if t1w else "the DWI alone, no T1w"
+        return (self.method.name + f" of the {self.desc} signal" * bool(self.desc)
+                + f": tissue from {source}" * self.method.wants_tissue)
+
+    @property
+    def paragraphs(self) -> list[tuple[str, str]]:
+        return [boilerplate.of_method(self.method)]
+
+    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> None:
+        assert stage
+        context, method = self.context, self.method
+        method.check(stage.dwi.acquisition)
+        if method.wants_tissue:
+            tissue, sentence = stage.tissue()
+            log.info("%s: %s", context.run.name, sentence)
+            report.notices.append(sentence)
+            stage = replace(stage, dwi=replace(stage.dwi, tissue=tissue))
+        log.info("%s: %s on %d voxels", context.run.name, self.name, len(stage.dwi.signal))
+        derived = method.run(stage.dwi, context.options, context.device)
+        if stage.no_intervals:
+            derived = derived.without_intervals(stage.no_intervals)
+        elif stage.widening > 1:
+            derived = derived.widened(stage.widening, method.ranges)
+        outputs(context, transaction, stage).write(method, derived)
+        prefix = f"{self.desc}_" if self.desc else ""
+        report.qc |= {f"{prefix}{key}": value for key, value in
+                      {**derived.counts, **quality.statistics(method, derived)}.items()}
+        report.notices += derived.notices
+        if not self.desc:
+            report.facts = {"method": method.name, "estimates": isinstance(method, Estimator)}
+            report.figures += figures.of_maps(method, derived, stage.dwi)
+        if derived.synthetic:
+            report.facts["scores"] = {"columns": method.outputs["scores"],
+                                      "rows": derived.synthetic.scores}
+
+
+
+
+def outputs(context: Context, transaction: Transaction, stage: Stage) -> Outputs:
+    return Outputs(transaction, context.run, stage, context.like, context.mask,
+                   context.options.random_seed, context.device)
+
+
+def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
+             ) -> tuple[Dwi, np.ndarray]:
+    """Load a run inside its mask, the one beside it or else one made of its b0, with its noise.
+
+    Parameters
+    ----------
+    run : Run
+        Paths of the images and tables.
+    memory : float
+        Bytes that may be used; a signal that needs more goes to a file in `work_dir`.
+    work_dir : Path, optional
+        Default: the system's temporary folder.
+
+    Returns
+    -------
+    dwi : Dwi
+        The signal, with noise_sd.
+    mean_b0 : (x, y, z) float32
+        Mean over the volumes without weighting.
+
+    Raises
+    ------
+    DataError
+        A file is missing, damaged or contradicts another, or no mask can be made.
+    """
+    acquisition = btable.acquisition_of(run)
+    mean_b0, affine = read_mean(run, acquisition.b0)
+    try:
+        mask = read_mask(run.mask, mean_b0.shape, affine) if run.mask else median_otsu(mean_b0)
+    except DataError as error:
+        raise DataError(f"{run.mask or run.parts[0].image}: {error}") from error
+    dwi = load(run, mask, acquisition, memory=memory, work_dir=work_dir)
+    return replace(dwi, noise_sd=noise_sd(dwi)), mean_b0
+
+
+def doubt(run: Run, dwi: Dwi, mean_b0: np.ndarray) -> tuple[list[str], dict[str, float | None]]:
+    """Sentences on what is probably wrong with signal or tables, logged, and QC of the b-vectors.
+
+    Raises DataError where the signal cannot be right.
+    """
+    try:
+        doubts = plausibility.check(dwi, mean_b0)
+    except DataError as error:
+        raise DataError(f"{', '.join(str(p.image) for p in run.parts)}: {error}") from error
+    found = gradients.coherence(dwi, btable.fsl_axes(dwi.affine))
+    if found and found.better:
+        doubts.append(gradients.notice(found))
+    for sentence in doubts:
+        log.warning("%s: %s", run.name, sentence)
+    return doubts, {"fibre_coherence": found.given if found else None,
+                    "fibre_coherence_best": found.best if found else None}
+
+
+def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None) -> tuple[np.ndarray | None, str]:
+    """Tissue probabilities from the run's T1w image where that can be had, and a sentence on it."""
+    if run.t1w is None:
+        return None, "No T1w image was found: tissue comes from the DWI alone."
+    try:
+        tissue = anatomy.posteriors(dwi, run.t1w, run.probsegs, work_dir)
+    except DataError as error:
+        return None, f"The T1w image is not used, tissue comes from the DWI alone: {error}"
+    return tissue, f"Tissue was sought in {run.t1w.name}."
+
+
+def voxel_size(run: Run) -> tuple[float, ...]:
+    """mm, from the image's header alone."""
+    return tuple(float(z) for z in open_image(run.parts[0].image).header.get_zooms()[:3])
