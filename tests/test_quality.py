@@ -13,7 +13,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, find
 from bidsapp.dwi import Dwi, load, noise_sd, read_mean
 from bidsapp.evaluate import quality
-from bidsapp.mask import given, median_otsu
+from bidsapp.mask import median_otsu, read_mask
 from bidsapp.methods import Derived, Estimator
 
 SHAPE = (9, 8, 7)
@@ -246,7 +246,7 @@ def test_outliers_take_missing_values(rng):
 def real(run):
     acquisition = btable.acquisition_of(run)
     mean, affine = read_mean(run, acquisition.b0)
-    mask = given(run.mask, mean.shape, affine) if run.mask else median_otsu(mean)
+    mask = read_mask(run.mask, mean.shape, affine) if run.mask else median_otsu(mean)
     dwi = load(run, mask, acquisition)
     return replace(dwi, noise_sd=noise_sd(dwi))
 

@@ -40,7 +40,7 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
                 root: Path) -> str:
     """The page of a participant.
 
-    records: what `process.py` wrote of each run, those that failed too. problems: what could not
+    records: what `recipe.execute` recorded of each run, those that failed too. problems: what could not
     even be made a run. root: OUTPUT_DIR, where figures and the latest options and status lie.
     """
     runs = [_run(record, root) for record in records]
