@@ -64,6 +64,6 @@ def _notices(acquisition: Acquisition, chosen: np.ndarray, b_max: float) -> list
     text = f"Diffusion tensor: fitted to {shown(fitted)} s/mm²."
     text += f" Left out: {shown(rest)} s/mm²." if rest else ""
     if max(s.b for s in fitted) > (1 + tensor.B_TOLERANCE) * b_max:
-        return [f"{text} Shells up to b = {b_max:.0f} s/mm² do not determine a tensor, so the next "
-                "higher one was used. Expect a lower MD, by kurtosis."]
+        return [f"{text} Shells up to b = {b_max:.0f} s/mm² do not determine a tensor well, so "
+                "the next higher one was used. Expect a lower MD, by kurtosis."]
     return [f"{text} Above b = {b_max:.0f} s/mm² kurtosis lowers MD."] if rest else []
