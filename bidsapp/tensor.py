@@ -35,8 +35,9 @@ SATURATED_FA = 0.999
 B_MAX = 1500.0
 """s/mm²: highest shell to which a tensor is fitted; beyond it kurtosis lowers MD."""
 
-B_MIN = 500.0
-"""s/mm²: weaker weighting alone leaves a tensor to the noise."""
+ENOUGH = 6 * 900.0**2
+"""Sum of b² (s/mm²) over the volumes of a tensor. The variance of its entries falls with this sum;
+six directions of b = 900, the least that is used clinically, have it."""
 
 B_TOLERANCE = 0.05
 """Share by which the b-value of a shell may exceed the highest and count as it, for b-values that
@@ -64,11 +65,11 @@ def rank(btensors: Float[np.ndarray, "n 3 3"]) -> int:
 def volumes(acquisition: Acquisition, b_max: float = B_MAX) -> np.ndarray:
     """Select the volumes that a tensor is fitted to.
 
-    These are the volumes without weighting and the shells up to `b_max`. If those of them from
-    B_MIN on do not determine a tensor, the next higher shells are added, one by one, until they
-    do: a few directions of b = 200 s/mm² beside a shell of 2000 would determine one that is mostly
-    noise. A measurement has the b-value of its shell unless it differs from it by more than
-    SHELL_GAP, as in acquisitions without shells.
+    These are the volumes without weighting and the shells up to `b_max`. If they do not determine
+    a tensor, or leave it to the noise (Σ b² below ENOUGH), as six directions of b = 200 s/mm²
+    beside a shell of 2000 would, the next higher shells are added, one by one, until they do not.
+    A measurement has the b-value of its shell unless it differs from it by more than SHELL_GAP, as
+    in acquisitions without shells.
 
     Parameters
     ----------
@@ -88,11 +89,11 @@ def volumes(acquisition: Acquisition, b_max: float = B_MAX) -> np.ndarray:
         b[shell.indices[near]] = shell.b
     limit = (1 + B_TOLERANCE) * b_max
     # imaging gradients give volumes without weighting a tiny b-tensor, which determines nothing
-    strong = ~acquisition.b0 & (b >= (1 - B_TOLERANCE) * B_MIN)
-    weighted = np.where(strong[:, None, None], acquisition.btensors, 0)
+    weighted = np.where(acquisition.b0[:, None, None], 0, acquisition.btensors)
     for highest in (limit, *np.unique(b[b > limit])):
         chosen = np.flatnonzero(b <= highest)
-        if len(chosen) >= TERMS and rank(weighted[chosen]) == TERMS:
+        if (len(chosen) >= TERMS and rank(weighted[chosen]) == TERMS
+                and np.square(b[chosen]).sum() >= ENOUGH):
             return chosen
     return np.arange(len(acquisition))
 

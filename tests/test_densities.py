@@ -55,6 +55,22 @@ def test_densities_have_integral_1_and_are_no_sharper_than_a_fibre(l_max):
         assert power.max() <= (2 * l + 1) / (4 * math.pi) * (1 + 1e-4)
 
 
+def test_fans_spread_in_one_plane(monkeypatch):
+    """κ2 of a Bingham fan is any share of κ1: with 0 it would be a bundle."""
+    bingham, seen = odf.bingham, []
+
+    def spy(axes, kappa, l_max):
+        seen.append(kappa)
+        return bingham(axes, kappa, l_max)
+
+    monkeypatch.setattr(odf, "bingham", spy)
+    drawn()
+    kappa = torch.cat(seen)
+    share = kappa[:, 1] / kappa[:, 0]
+    assert len(kappa) > 300
+    assert np.histogram(share, 4, (0, 1))[0].min() > 0.2 * len(kappa)
+
+
 def test_none_of_a_kind_may_be_drawn():
     table = odf.watson(torch.eye(3), torch.tensor([2.0, 9, 30]), 8)
     assert drawn(5, table=table, measured=1.0).shape == (5, 45)

@@ -52,6 +52,19 @@ def series(dwi):
     return signal
 
 
+def test_noise_of_the_b0_volumes_is_not_that_of_a_shell(rng):
+    """A map that adds a b0 volume to the weighted ones leaves their own noise as it is."""
+    dwi = noisy(scan(rng)[0], rng)
+
+    def raised(other):
+        signal = other.signal.copy()
+        signal[:, 1:] += signal[:, :1]
+        return signal
+
+    gain = harmonizer.noise_gain(dwi, Harmonized(raised(dwi), raised, errors=[0.0]))
+    np.testing.assert_allclose(gain, 1, rtol=1e-4)
+
+
 @pytest.mark.parametrize("b0", [1, 7])
 def test_gain_of_a_map_that_is_known(rng, b0):
     dwi = noisy(scan(rng, b0)[0], rng)

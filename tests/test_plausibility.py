@@ -99,10 +99,15 @@ def test_integers_that_wrapped_round(dwi, largest, slope):
     assert check(dwi, bright * slope) == []
 
 
-def test_undershoot_of_interpolation_has_not_wrapped(dwi):
+@pytest.mark.parametrize("depth,wrapped", [(0.2, False), (0.4, True)])
+def test_undershoot_of_interpolation_has_not_wrapped(dwi, depth, wrapped):
     mean = dwi.unmask(dwi.mean_b0).astype(np.float64)
-    mean[8:10, 8:10, 8:10] = -0.2 * mean.max()
-    assert check(dwi, mean) == []
+    mean[8:10, 8:10, 8:10] = -depth * mean.max()
+    if wrapped:
+        with pytest.raises(DataError, match="amid the brightest"):
+            check(dwi, mean)
+    else:
+        assert check(dwi, mean) == []
 
 
 # the order of the volumes

@@ -38,7 +38,7 @@ MAPS = {"fa": "FA", "md": "MD"}
 EFFECTS = {"age": "slope over age", "sex": "difference between the sexes",
            "contrast": "local contrast"}
 TISSUES = {"wm": "white matter", "gm": "grey matter"}
-KEPT, LOST, GROWN = "kept", "lost", "exaggerated"
+KEPT, LOST, GROWN = "not lost", "lost", "exaggerated"
 REFERENCE, OPEN = "as at the reference", "cannot be told"
 """Verdicts."""
 
@@ -116,7 +116,7 @@ def verdict(found: Ratio, reference: float = math.nan) -> str:
     `lost`: the ratio lies below 1 − LOSS, and its interval below 1. `exaggerated`: the ratio lies
     above 1 + LOSS, and its interval above 1. Instead of either `as at the reference` where the
     effect in the same people's scans of the reference batch is no more than LOSS beyond: then it
-    was corrected. `kept`: the interval lies above 1 − LOSS. Else `cannot be told`.
+    was corrected. `not lost`: the interval lies above 1 − LOSS. Else `cannot be told`.
     """
     if not math.isfinite(found.low):
         return OPEN
