@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import multiprocessing
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,12 +18,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bidsapp import checkpoint, harmonize, methods, training
 from bidsapp.bids import btable, find
-from bidsapp.bids.writer import Dataset, to_json
+from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.blocks import choose_device, memory_limit
 from bidsapp.dwi import FIXED_MEMORY, Run
-from bidsapp.errors import UsageError
+from bidsapp.errors import DataError, UsageError
 from bidsapp.evaluate import agreement, biology, crossvalidation, quality
-from bidsapp.methods import FromSignal, Trainable
+from bidsapp.methods import FromSignal, GroupAnalysis, Trainable
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.options import Options
 from bidsapp.preprocess import pairs
@@ -30,14 +31,21 @@ from bidsapp.recipe import plan
 from bidsapp.recipe.execute import (
     Job,
     conflicting_model,
+    mixed_harmonizers,
     process_participant,
     run_record,
+    run_records,
     write_page,
 )
 from bidsapp.recipe.steps import Context, load_run, voxel_size
 from bidsapp.report import boilerplate, distributions, page
 
 log = logging.getLogger("qsphere")
+
+GROUP = PurePosixPath("group")
+
+TEXT = ("participant", "session", "run", "batch")
+"""Columns of tables that are labels, however much like numbers they look."""
 
 SCANS = 2
 """Scans that a training holds at a time: those of a pair."""
@@ -71,8 +79,10 @@ def participant(options: Options) -> int:
     dataset.participants({label: found.rows[label] for label in done}, found.columns)
     log_unknown_participants(found.unknown, options)
     if failed := [label for label, ok in done.items() if not ok]:
-        log.error("failed: %s; their pages and crash files say why.",
-                  ", ".join(f"sub-{label}" for label in sorted(failed)))
+        log.error("not all was done for %s: the pages say why, and crash files where something "
+                  "failed.", ", ".join(f"sub-{label}" for label in sorted(failed)))
+    if mixed := mixed_harmonizers(dataset):
+        log.warning("%s", mixed)
     log.info("results: %s", dataset.root)
     return 1 if failed or found.unknown else 0
 
@@ -104,7 +114,8 @@ def group(options: Options) -> int:
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"):
         fitted = train_and_write(dataset, study, trained)
-        write_group(dataset, study, trained, fitted)
+        fitted |= load_fitted(dataset, study, fitted)
+        write_group(dataset, study, fitted)
         assert study.states
         for kept in study.states.glob(f"{pairs.KEPT}*"):
             kept.unlink(missing_ok=True)
@@ -148,37 +159,86 @@ def load_study(options: Options, found: find.Found, statistics: pd.DataFrame,
 
 def train_and_write(dataset: Dataset, study: methods.Study, trained: Sequence[Trainable]
                     ) -> dict[str, methods.Fitted]:
-    """Train one method after another; write each model as soon as it is there."""
+    """Train one method after another; write what it leaves as soon as it is there."""
     assert study.states
     fitted: dict[str, methods.Fitted] = {}
     for method in trained:
-        fitted[method.name] = fit(method, study)
-        for name, weights in fitted[method.name].checkpoints.items():
+        fitted[method.name] = result = fit(method, study)
+        for name, weights in result.checkpoints.items():
             # a record of its own, so that the next training does not take this one's model away
             with dataset.transaction(PurePosixPath(f"group/log/{name}.json")) as transaction:
                 for file, content in checkpoint.pack(weights).items():
                     transaction.bytes(harmonize.MODELS / name / file, content)
             for state in study.states.glob(f"{name}.*ckpt"):
                 state.unlink(missing_ok=True)
+        with dataset.transaction(group_record(method.name), table_digest(study)) as transaction:
+            for name, table in result.tables.items():
+                write_table(transaction, name, table)
+            if isinstance(method, GroupAnalysis):  # of others, the cards say more
+                transaction.text(GROUP / "desc-harmonizer_model.json", to_json(result.model))
+            transaction.facts = {"tables": list(result.tables), "model": result.model,
+                                 "models": list(result.checkpoints),
+                                 "notices": list(result.notices)}
+        for name in result.tables:
+            log.info("%s: %s", method.name, dataset.root / GROUP / f"{name}.tsv")
     return fitted
 
 
-def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Trainable],
-                fitted: Mapping[str, methods.Fitted]) -> None:
-    """Write the tables across participants, what was trained, figures and group.html."""
-    statistics, features = study.statistics, study.features
-    folder = PurePosixPath("group")
-    with dataset.transaction(folder / "log/group.json") as transaction:
-        def write_table(name: str, table: pd.DataFrame) -> None:
-            transaction.table(folder / f"{name}.tsv", table.to_dict("records"),
-                        quality.columns(table.columns))
+def load_fitted(dataset: Dataset, study: methods.Study, trained: Container[str]
+                ) -> dict[str, methods.Fitted]:
+    """Read what earlier commands trained, unless it was trained again.
 
-        write_table("desc-image_qc", statistics)
-        for result in fitted.values():
-            for name, table in result.tables.items():
-                write_table(name, table)
-            if result.tables and not result.checkpoints:  # else their cards say more
-                transaction.text(folder / "desc-harmonizer_model.json", to_json(result.model))
+    Tables that were made of other statistics than today's (ComBat's) are removed, with a warning.
+    """
+    earlier = {}
+    for name in methods.names():
+        record = dataset.record(path := group_record(name))
+        if name in trained or record.get("state") != "complete":
+            continue
+        if isinstance(methods.get(name), GroupAnalysis) and not dataset.is_complete(
+                record, table_digest(study)):
+            log.warning("%s: its tables were made of other runs or maps than those of today, and "
+                        "are removed. Train it again: --train %s", name, name)
+            dataset.discard(path)
+            continue
+        try:
+            earlier[name] = methods.Fitted(
+                {table: pd.read_csv(dataset.root / GROUP / f"{table}.tsv", sep="\t",
+                                    dtype=dict.fromkeys(TEXT, str))
+                 for table in record["tables"]}, record["model"],
+                {model: checkpoint.load(dataset.root / harmonize.MODELS / model, name)
+                 for model in record["models"]}, record["notices"])
+        except (OSError, ValueError, DataError) as error:
+            log.warning("%s: what an earlier command trained is left out of the page: %s", name,
+                        error)
+    return earlier
+
+
+def group_record(name: str) -> PurePosixPath:
+    """Path of the record of what a method left at group level, below OUTPUT_DIR."""
+    return GROUP / f"log/{name}.json"
+
+
+def table_digest(study: methods.Study) -> str:
+    """SHA-256 of the statistics of all runs and the reference batch."""
+    content = to_json([study.statistics.to_dict("list"), study.reference_batch])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def write_table(transaction: Transaction, name: str, table: pd.DataFrame) -> None:
+    transaction.table(GROUP / f"{name}.tsv", table.to_dict("records"),
+                      quality.columns(table.columns))
+
+
+def write_group(dataset: Dataset, study: methods.Study, fitted: Mapping[str, methods.Fitted]
+                ) -> None:
+    """Write the tables across participants, figures and group.html."""
+    statistics, features = study.statistics, study.features
+    mixed = mixed_harmonizers(dataset)
+    if mixed:
+        log.warning("%s", mixed)
+    with dataset.transaction(group_record("group")) as transaction:
+        write_table(transaction, "desc-image_qc", statistics)
         harmonized = {
             name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
             for name, table in result.tables.items() if set(features) & set(table)}
@@ -190,14 +250,15 @@ def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Traina
                             "it in harmonized maps.", 100 * biology.LOSS, what, effect)
         for name, table in (("sites_agreement", between), ("insample_biology", effects)):
             if len(table):
-                write_table(f"desc-{name}", table)
+                write_table(transaction, f"desc-{name}", table)
         drawn = distributions.of_group(study, fitted)
         for figure in drawn:
             name = f"desc-{figure.entities['desc']}.svg"
-            transaction.bytes(folder / "figures" / name, figure.svg)
+            transaction.bytes(GROUP / "figures" / name, figure.svg)
         transaction.text(PurePosixPath("group.html"), page.group(
             study, quality.outliers(statistics), between, effects, drawn, fitted,
-            chosen=trained))
+            chosen=[methods.get(name) for name in fitted], notice=mixed,
+            records=run_records(dataset)))
 
 
 def fit(method: Trainable, study: methods.Study) -> methods.Fitted:

@@ -60,7 +60,8 @@ def test_a_changed_byte_is_noticed(saved):
 
 @pytest.mark.parametrize("change", [
     {"constants": {"scale": 0.2}}, {"reference_batch": "C"}, {"trained_for": {"b": [0, 9000]}},
-    {"batches": ["A"]}, {"seed": 5}, {"metrics": {"mse": 0.2}}, {"warnings": ["none"]}, {"sha256": "0" * 64}, {"sha256": ""},
+    {"batches": ["A"]}, {"seed": 5}, {"metrics": {"mse": 0.2}}, {"warnings": ["none"]},
+    {"sha256": "0" * 64}, {"sha256": ""},
 ], ids=lambda change: next(iter(change)))
 def test_a_changed_card_is_noticed(saved, change):
     path = saved[0] / "model.json"

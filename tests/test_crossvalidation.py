@@ -319,8 +319,8 @@ def test_models_that_make_it_worse_say_so():
 
     assert doubts(-0.003, 0.05) == []
     (bias,) = doubts(-0.009, 0.05)
-    assert ("the bias of people not learned from rose: FA in white matter, b1000, B (+0.001 to "
-            "-0.009).") in bias
+    assert ("the mean bias grew for 1 of 1 measures of people not learned from, most for FA in "
+            "white matter, b1000, B (from +0.001 to -0.009). Do not use this model.") in bias
     (error,) = doubts(0.0, 0.11)
-    assert ("error of people not learned from rose: signal in white matter, b1000, B (+10 %); FA"
-            in error)
+    assert ("error grew for 2 of 2 measures of people not learned from, most for signal in white "
+            "matter, b1000, B (+10 %); FA") in error

@@ -409,9 +409,9 @@ def test_a_model_that_made_things_worse_says_so(monkeypatch, caplog):
         "mse_md_before_gm_b1000": 1.0, "mse_md_after_gm_b1000": 1.0})
     fitted = method.fit(study(max_steps=2))
     (bad,), (told,) = fitted.checkpoints.values(), fitted.notices
-    assert "people not learned from rose (wm_b1000, fa_gm_b1000)" in told and told in caplog.text
+    assert "learned from rose (signal in white matter, b1000; FA in grey matter, b1000)" in told and told in caplog.text
     (notice,) = method.harmonize(dwi, bad, "B", "cpu").notices
-    assert "rose (wm_b1000, fa_gm_b1000) when harmonize_golkov was trained" in notice
+    assert "FA in grey matter, b1000) when harmonize_golkov was trained" in notice
 
 
 def test_epochs_of_the_command_line_win():

@@ -223,7 +223,7 @@ def shown(row: Mapping[Any, Any]) -> str:
         return "no ratio"
     interval = (f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
                 if row["low"] == row["low"] else "95 % interval without ends")
-    return f"ratio {row['ratio']:.2f}, {interval}"
+    return f"ratio {row['ratio']:.3g}, {interval}"
 
 
 def _of_covariates(values: pd.DataFrame, covariates: pd.DataFrame) -> Iterator[dict[str, Any]]:

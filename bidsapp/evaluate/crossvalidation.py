@@ -50,6 +50,9 @@ ROW = ["batch", "fold", "participant", "shell", "tissue", "measure"]
 PER = {"nmse": "scale", "bias": "voxels", "mean": "voxels", "contrast": "edges"}
 """What a sum of `squares` is divided by."""
 
+SHOWN = 3
+"""Measures that a warning names; the table holds all."""
+
 WORSE_BIAS = 0.01
 """Share of the mean by which a bias must grow before it is said to have risen."""
 
@@ -118,17 +121,22 @@ def doubts(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     means = table.groupby(["measure", "tissue", "shell", "batch"], as_index=False,
                           sort=False).mean(numeric_only=True)
     told = []
-    rose = [f"{biology.place(row)} ({100 * row['nmse_after'] / row['nmse_before'] - 100:+.2g} %)"
-            for row in means.to_dict("records") if row["nmse_after"] > row["nmse_before"]]
-    biased = [f"{biology.place(row)} ({row['bias_before']:+.2g} to {row['bias_after']:+.2g})"
-              for row in means.to_dict("records") if row["measure"] in biology.MAPS
-              and abs(row["bias_after"]) > abs(row["bias_before"]) + WORSE_BIAS * abs(
-                  row["mean_before"] - row["bias_before"])]
-    for what, where in (("error", rose), ("bias", biased)):
-        if where:
-            told.append(f"in cross-validation the {what} of people not learned from rose: "
-                        f"{'; '.join(where)}. Do not use it for these; train longer, with more "
-                        "people, or another method.")
+    rows = means.to_dict("records")
+    maps = [row for row in rows if row["measure"] in biology.MAPS]
+    rose = {f"{biology.place(row)} ({100 * growth:+.0f} %)": growth for row in rows
+            if (growth := row["nmse_after"] / row["nmse_before"] - 1) > 0}
+    biased = {f"{biology.place(row)} (from {row['bias_before']:+.2g} to {row['bias_after']:+.2g})":
+              growth for row in maps
+              if (growth := (abs(row["bias_after"]) - abs(row["bias_before"])) / abs(
+                  row["mean_before"] - row["bias_before"])) > WORSE_BIAS}
+    for what, found_in, among in (("error", rose, rows), ("mean bias", biased, maps)):
+        if found_in:
+            worst = sorted(found_in, key=lambda name: -found_in[name])
+            told.append(
+                f"in cross-validation the {what} grew for {len(worst)} of {len(among)} measures of "
+                f"people not learned from, most for {'; '.join(worst[:SHOWN])}. Do not use "
+                + ("this model." if len(worst) == len(among) else "harmonized maps of these.")
+                + " Train with more people, or take another method.")
     for kind, what in biology.CHANGES.items():
         if effects := biology.name_effects(found, kind):
             told.append(f"in people not learned from more than {100 * biology.LOSS:.0f} % was "

@@ -35,6 +35,9 @@ WEIGHTED = 400.0
 BRIGHTER = 1.15
 """A volume counts as brighter than another where their means differ by more than this factor."""
 
+B0_SPREAD = 1.3
+"""Factor by which the mean signals of volumes without weighting may differ."""
+
 MIN_VOLUMES = 6
 """Fewest volumes of a shell whose median is compared with another's."""
 
@@ -95,6 +98,19 @@ def check(dwi: Dwi, mean_b0: np.ndarray) -> list[str]:
                         "the magnitude images alone and as unsigned or real numbers.")
     _refuse_order(means, acquisition)
     notices = []
+    if dwi.invalid:
+        notices.append(
+            f"{dwi.invalid} values in the mask ({dwi.invalid / dwi.signal.size:.2g} of all) are "
+            "NaN or infinite. They were read as 0, which biases maps where they are. Convert or "
+            "preprocess the series again.")
+    b0 = np.flatnonzero(acquisition.b0)
+    if means[b0].max() > B0_SPREAD * means[b0].min():
+        low, high = b0[means[b0].argmin()], b0[means[b0].argmax()]
+        notices.append(
+            f"Volumes without weighting differ: the mean signal in the mask is {means[low]:.4g} in "
+            f"volume {low} and {means[high]:.4g} in volume {high}. S/S0 is wrong if one of them "
+            "lost signal or is of another series. Look at both, and remove the wrong one from "
+            "image, .bval and .bvec.")
     if (share := negative / dwi.signal.size) > NEGATIVE_SHARE:
         notices.append(
             f"{share:.0%} of the values in the mask are negative; magnitudes have no sign, and "
@@ -180,7 +196,7 @@ def _unordered(dwi: Dwi, means: np.ndarray) -> list[str]:
         explained = (explained - chance) / (1 - chance)
         if structure > STRUCTURE and explained < DIRECTED * structure:
             return [f"At b = {shell.b:.0f} s/mm², the directions hardly explain how the volumes "
-                    f"differ (R² {explained:.2f}, {2 * structure:.2f} is usual): the volumes are "
+                    f"differ (R² {explained:.2f}, {min(2 * structure, 0.9):.2f} or more is usual): the volumes are "
                     "in another order than the .bvec, or the head moved far. Export image and "
                     "tables from the same series again, or correct motion first."]
     return []

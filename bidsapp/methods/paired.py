@@ -136,7 +136,7 @@ class PairedHarmonizer(shared.Harmonizer):
                  "Metrics": {n: {k: v for k, v in c.card.metrics.items() if k.startswith("mse")}
                              for n, c in checkpoints.items()}}
         return Fitted({}, model, checkpoints, [
-            f"{name}: {rose} (mse_… in the card), and pages will say so where it is applied. Train "
+            f"{name}: {rose} (mse_… in model.json). Pages say so wherever it is applied. Train "
             "longer, or with more people."
             for name, c in checkpoints.items() if (rose := _rose(c.card.metrics))])
 
@@ -435,9 +435,16 @@ def _rose(metrics: Mapping[str, float]) -> str:
     """Where signal, FA or MD of those who validated lay further from the reference's than before,
     as the start of a sentence; empty where nowhere."""
     after = [k for k in metrics if k.startswith("mse_") and "after_" in k]
-    worse = [k.removeprefix("mse_").replace("after_", "") for k in after
+    worse = [_describe_metric(k) for k in after
              if metrics[k] > metrics[k.replace("after_", "before_")]]
-    return f"the error of people not learned from rose ({', '.join(worse)})" if worse else ""
+    return f"the error of people not learned from rose ({'; '.join(worse)})" if worse else ""
+
+
+def _describe_metric(key: str) -> str:
+    """`FA in white matter, b1000` of `mse_fa_after_wm_b1000`."""
+    *measure, tissue, shell = key.removeprefix("mse_").replace("after_", "").split("_")
+    tissue_name = {"wm": "white matter", "gm": "grey matter"}[tissue]
+    return f"{'_'.join(measure).upper() or 'signal'} in {tissue_name}, {shell}"
 
 
 def _part(model: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:

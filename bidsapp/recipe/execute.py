@@ -8,7 +8,6 @@ its steps tell; the page and the group level read that.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 import traceback
@@ -221,6 +220,7 @@ class Execution:
                 "notices": list(dict.fromkeys(n for r in told for n in r["notices"])),
                 "methods": [*dict.fromkeys(r["method"] for r in told if "method" in r)],
                 "paragraphs": [*dict.fromkeys(tuple(p) for r in told for p in r["paragraphs"])],
+                "harmonizer": records.get("harmonized", {}).get("harmonizer"),
                 "figures": [f for r in told for f in r["figures"]],
                 **({"scores": scores[-1]} if scores else {})}
         return refusals
@@ -254,6 +254,27 @@ MEASURED = ("n_voxels", "n_volumes", "mask_source", "voxel_size", "shells", "n_b
 def _measures(record: Mapping[str, Any]) -> bool:
     """Whether a record is that of an estimator of the measured signal."""
     return list(record["takes"]) == ["measured"] and record.get("estimates", False)
+
+
+def mixed_harmonizers(dataset: Dataset) -> str:
+    """Say which runs of OUTPUT_DIR were harmonized differently; empty where all are alike."""
+    runs: dict[str, list[str]] = {}
+    for record in run_records(dataset):
+        if harmonizer := record.get("harmonizer"):
+            runs.setdefault(harmonizer, []).append(record["name"])
+    if len(runs) < 2:
+        return ""
+    text = "; ".join(f"{len(names)} run(s) by {harmonizer} ({', '.join(names[:3])}"
+                     f"{', …' if len(names) > 3 else ''})" for harmonizer, names in runs.items())
+    return (f"Harmonized signals and maps in {dataset.root} are of different harmonizers: {text}. "
+            "They must not be compared with each other. Give each harmonizer an OUTPUT_DIR of its "
+            "own, and --harmonize the folder of its model.")
+
+
+def run_records(dataset: Dataset, label: str = "*") -> list[dict[str, Any]]:
+    """Records of the runs of a participant, or of all in OUTPUT_DIR."""
+    return [dataset.record(PurePosixPath(p.relative_to(dataset.root)))
+            for p in sorted(dataset.root.glob(f"sub-{label}/log/sub-*_dwi.json"))]
 
 
 def run_record(run: Run) -> PurePosixPath:
@@ -317,8 +338,7 @@ def draw(transaction: Transaction, context: Context, figure: figures.Figure) -> 
 
 def write_page(dataset: Dataset, label: str, problems: list[str]) -> None:
     """sub-LABEL.html from the records and figures in the output tree."""
-    records = [json.loads(p.read_text())
-               for p in sorted((dataset.root / f"sub-{label}/log").glob("sub-*_dwi.json"))]
+    records = run_records(dataset, label)
     with dataset.transaction(PurePosixPath(f"sub-{label}/log/page.json")) as transaction:
         transaction.facts = {"problems": problems}
         transaction.text(PurePosixPath(f"sub-{label}.html"),

@@ -285,6 +285,8 @@ class Harmonize(Step):
         result = harmonize.apply(self.models, stage.dwi, run, device=context.device,
                                  allow=context.options.allow_extrapolation)
         log.info("%s: %s", run.name, result.notices[0])
+        for notice in result.notices[1:]:
+            log.warning("%s: %s", run.name, notice)
         compared = change.change(stage.dwi, result.dwi, context.device)
         report.qc |= {**result.counts, **change.statistics(compared, result.dwi)}
         report.notices += result.notices
@@ -301,6 +303,7 @@ class Harmonize(Step):
         gain = result.dwi.noise_gain
         report.facts = {
             "method": method.name, "unchanged": not result.changed, "about": result.about,
+            "harmonizer": f"{method.name} to {result.model.checkpoint.card.reference_batch}",
             "no_intervals": result.no_intervals, "widening": result.widening,
             "noise_gain": None if gain is None else [float(g) for g in gain]}
         return outputs(context, transaction, harmonized).write_signal(method, entry,
@@ -372,6 +375,8 @@ class Estimate(Step):
         prefix = f"{self.desc}_" if self.desc else ""
         report.qc |= {f"{prefix}{key}": value for key, value in
                       {**derived.counts, **quality.statistics(method, derived)}.items()}
+        for notice in derived.notices:
+            log.info("%s: %s", context.run.name, notice)
         report.notices += derived.notices
         if not self.desc:
             report.facts = {"method": method.name, "estimates": isinstance(method, Estimator)}

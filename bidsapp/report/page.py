@@ -40,8 +40,8 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
                 root: Path) -> str:
     """The page of a participant.
 
-    records: what `recipe.execute` recorded of each run, those that failed too. problems: what could not
-    even be made a run. root: OUTPUT_DIR, where figures and the latest options and status lie.
+    records: what `recipe.execute` recorded of each run, those that failed too. problems: what
+    could not even be made a run. root: OUTPUT_DIR, where figures and the latest options and status lie.
     """
     runs = [_run(record, root) for record in records]
     log = _latest(root / f"sub-{label}/log")
@@ -57,7 +57,8 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
 
 def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, effects: pd.DataFrame,
           drawn: Sequence[Figure], fitted: Mapping[str, Fitted], *,
-          chosen: Sequence[Method], records: Sequence[Mapping[str, Any]] = ()) -> str:
+          chosen: Sequence[Method], notice: str = "",
+          records: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page of a group: batches, distributions, outliers, agreement between sites (`between`),
     what harmonization left of people's differences (`effects`), what was trained."""
     table = study.statistics
@@ -72,7 +73,7 @@ def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, effects: 
             for _, v in table.groupby("batch", sort=True)[feature]]}
         for feature in (*study.features, *quality.harmonized(table, study.features))]
     return _templates().get_template("group.html").render(
-        title="Group", batches=batches, statistics=statistics, n_runs=len(table),
+        title="Group", notice=notice, batches=batches, statistics=statistics, n_runs=len(table),
         min_runs=quality.MIN_RUNS, threshold=quality.OUTLIER, covariates=study.covariates,
         reference=study.reference_batch, outliers=outliers.to_dict("records"),
         features=study.features, between=_between(between, study.reference_batch or "the mean"),

@@ -28,8 +28,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+WANTED = 16
+"""Participants of a batch below which the training warns, as for RISH, which compares groups, too.
+"""
+
+
 class Mica(shared.Harmonizer):
     """Quantiles of S/S0 in the mask, by shell, and the warp from a scan's to the reference's."""
+
+    def ready(self, study: Study) -> list[str]:
+        """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
+        batches = shared.members(self, study)
+        few = shared.scarce(batches, WANTED)
+        doubts = [f"{few}; {WANTED} or more are needed for a mean distribution that does not hold "
+                  "people's differences. The warp would remove them with the site's."] if few else []
+        return [*doubts, *shared.unlike(self, study, batches)]
 
     def learn(self, study: Study) -> Fitted:
         """The mean quantiles of the reference batch; one checkpoint serves all other batches.
