@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from bidsapp import methods
+from bidsapp import methods, sh
 from bidsapp.microstructure import learn, maps
 from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import odf
-from bidsapp.simulate.bands import ACQUISITIONS, Band, bands
+from bidsapp.simulate.bands import ACQUISITIONS, Band, bands, other_bands
 from bidsapp.simulate.tissue import TWO_COMPARTMENTS
 
 
@@ -71,6 +71,25 @@ def test_a_band_is_what_it_says():
     assert float(dwi.signal[:, dwi.acquisition.b0].std()) == pytest.approx(1 / 20, rel=0.1)
     other = band.simulate(TWO_COMPARTMENTS, 400, seed=4)[0]
     assert not np.array_equal(other.signal, dwi.signal)
+
+
+def test_bands_beside_bundles(rng):
+    """Densities of half the power of degree 2 and less beside an isotropic part, none without
+    direction; a fan is not symmetric about its main axis."""
+    found = {b.label: maps.coherence(b._densities(400, torch.Generator().manual_seed(0)))
+             for b in other_bands()}
+    alone = maps.coherence(Band(1, (12.0, 32.0), 20.0, "")._densities(
+        400, torch.Generator().manual_seed(0)))
+    mixed = found["1, 12–32 + 20–60 % isotropic"] / alone
+    assert 0.39 < mixed.min() < 0.45 and 0.75 < mixed.max() < 0.81
+    assert found["isotropic"].max() == 0
+    fan = next(b for b in other_bands() if not b.bundles)
+    second = fan._densities(400, torch.Generator().manual_seed(0))[:, 1:6].numpy()
+    points, weights = sh.quadrature(8)
+    tensors = np.einsum("vp,pi,pj,p->vij", second @ sh.basis(2, points)[:, 1:].T, points, points,
+                        weights)
+    low, middle, high = np.linalg.eigvalsh(tensors).T
+    assert np.mean(middle - low > 0.1 * (high - low)) > 0.5
 
 
 @pytest.mark.slow

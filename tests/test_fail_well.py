@@ -276,7 +276,9 @@ FULL_DISK = """
 mount -t tmpfs -o size={size} tmpfs {folder} || exit 99
 {python} -m bidsapp {bids} {folder}/out participant --estimate dti --nprocs 1
 code=$?
-find {folder}/out -name '*.nii.gz' -not -path '*/.staging/*'
+for image in $(find {folder}/out -name '*.nii.gz' -not -path '*/.staging/*'); do
+    gzip -t $image && test -s ${{image%.nii.gz}}.json || echo $image
+done
 exit $code
 """
 
@@ -296,7 +298,7 @@ def test_disk_full(size, bids_tree, tmp_path):
     assert done.returncode in (1, 2), done.stderr
     assert "no space left on device. Free some space" in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stdout == "", "no map is visible"
+    assert done.stdout == "", "every image that is visible is whole, with its sidecar"
 
 
 def test_truncated_but_readable_header(bids_tree, tmp_path, capsys):

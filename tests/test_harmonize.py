@@ -209,6 +209,26 @@ def test_group_compares_both(harmonized, tmp_path):
     assert validate(tmp_path / "out") == []
 
 
+def test_two_harmonizers_in_one_output_are_told(fresh, tmp_path, capsys):
+    """A person by each: said where the second is applied, and on the group's page."""
+    bids, out = fresh
+    shutil.copytree(out / f"group/models/{MODEL}", tmp_path / "models/other")
+    card = tmp_path / "models/other/model.json"
+    model = checkpoint.load(card.parent)
+    again = replace(model, card=replace(model.card, reference_batch="Z"))
+    for name, content_of in checkpoint.pack(again).items():
+        (card.parent / name).write_bytes(content_of)
+    argv = (bids, out, "participant", "--estimate", "dti", "--participant-label")
+    assert qsphere(*argv, "02", "--harmonize", "mica") == 0
+    assert "different harmonizers" not in capsys.readouterr().err
+    assert qsphere(*argv, "04", "--harmonize", tmp_path / "models/other") == 0
+    told = ("are of different harmonizers: 1 run(s) by harmonize_mica to A (sub-02); 1 run(s) by "
+            "harmonize_mica to Z (sub-04)")
+    assert told in capsys.readouterr().err
+    assert qsphere(bids, out, "group") == 0
+    assert told in (out / "group.html").read_text()
+
+
 def test_second_run_skips(harmonized, capsys):
     bids, out = harmonized
     before = content(out)

@@ -110,6 +110,18 @@ def test_undershoot_of_interpolation_has_not_wrapped(dwi, depth, wrapped):
         assert check(dwi, mean) == []
 
 
+def test_values_that_are_no_numbers_are_told(dwi):
+    (notice,) = check(replace(dwi, invalid=7))
+    assert notice.startswith("7 values in the mask") and "read as 0" in notice
+
+
+def test_a_b0_that_lost_signal_is_told(dwi):
+    signal = dwi.signal.copy()
+    signal[:, 1] *= 0.5
+    (notice,) = check(replace(dwi, signal=signal))
+    assert "in volume 1" in notice and "in volume 0" in notice
+
+
 # the order of the volumes
 
 @pytest.mark.parametrize("order", [

@@ -253,7 +253,7 @@ def test_sessions_and_runs_are_kept_apart(bids_tree, tmp_path):
     assert validate(tmp_path / "out") == []
 
 
-def test_group_report_and_combat(study):
+def test_group_report_and_combat(study, capsys):
     bids, out = study
     assert qsphere(bids, out, "group", "--train", "harmonize_combat") == 0
     table = (out / "group/desc-combat_dwimap.tsv").read_text().splitlines()
@@ -268,9 +268,15 @@ def test_group_report_and_combat(study):
     assert validate(out) == []
     before = content(out)
     assert qsphere(bids, out, "group") == 0
-    assert not (out / "group/desc-combat_dwimap.tsv").exists(), "it was not asked for this time"
+    assert content(out).keys() == before.keys(), "what was trained earlier stays, and is shown"
+    assert "ComBat" in (out / "group.html").read_text()
     assert qsphere(bids, out, "group", "--train", "harmonize_combat") == 0
     assert content(out) == before
+    capsys.readouterr()
+    fewer = [f"{i:02}" for i in range(1, 8)]
+    assert qsphere(bids, out, "group", "--participant-label", *fewer) == 0
+    assert not (out / "group/desc-combat_dwimap.tsv").exists(), "it was of other people"
+    assert "harmonize_combat: its tables were made of other runs" in capsys.readouterr().err
 
 
 def test_group_refuses_and_leaves_the_earlier_group_alone(study, capsys):

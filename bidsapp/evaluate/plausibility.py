@@ -195,8 +195,9 @@ def _unordered(dwi: Dwi, means: np.ndarray) -> list[str]:
         explained = np.trace(basis.T @ squares @ basis) / np.trace(squares)
         explained = (explained - chance) / (1 - chance)
         if structure > STRUCTURE and explained < DIRECTED * structure:
+            usual = min(2 * structure, 0.9)
             return [f"At b = {shell.b:.0f} s/mm², the directions hardly explain how the volumes "
-                    f"differ (R² {explained:.2f}, {min(2 * structure, 0.9):.2f} or more is usual): the volumes are "
+                    f"differ (R² {explained:.2f}; {usual:.2f} or more is usual). The volumes are "
                     "in another order than the .bvec, or the head moved far. Export image and "
                     "tables from the same series again, or correct motion first."]
     return []

@@ -107,8 +107,8 @@ IDENTIFIERS = {
               "the second in alphabetical order less the first; contrast: mean local contrast",
     "verdict": "not lost: the interval of the ratio lies above 0.9; lost: the ratio lies below "
                "0.9 and its interval below 1; exaggerated: the ratio lies above 1.1 and its "
-               "interval above 1; as at the reference: either of the two, but the effect in the reference batch "
-               "is no more than 10 % beyond; cannot be told: anything else",
+               "interval above 1; as at the reference: either of the two, but the effect in the "
+               "reference batch is no more than 10 % beyond; cannot be told: anything else",
 }
 
 

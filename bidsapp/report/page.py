@@ -41,7 +41,8 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
     """The page of a participant.
 
     records: what `recipe.execute` recorded of each run, those that failed too. problems: what
-    could not even be made a run. root: OUTPUT_DIR, where figures and the latest options and status lie.
+    could not even be made a run. root: OUTPUT_DIR, where figures and the latest options and status
+    lie.
     """
     runs = [_run(record, root) for record in records]
     log = _latest(root / f"sub-{label}/log")

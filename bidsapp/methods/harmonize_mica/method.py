@@ -40,9 +40,12 @@ class Mica(shared.Harmonizer):
         """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
         batches = shared.members(self, study)
         few = shared.scarce(batches, WANTED)
-        doubts = [f"{few}; {WANTED} or more are needed for a mean distribution that does not hold "
-                  "people's differences. The warp would remove them with the site's."] if few else []
-        return [*doubts, *shared.unlike(self, study, batches)]
+        doubts = shared.unlike(self, study, batches)
+        if few:
+            doubts.insert(0, f"{few}; {WANTED} or more are needed for a mean distribution that "
+                             "does not hold people's differences, which the warp would remove with "
+                             "the site's")
+        return doubts
 
     def learn(self, study: Study) -> Fitted:
         """The mean quantiles of the reference batch; one checkpoint serves all other batches.
