@@ -13,7 +13,8 @@ interval covers at its level everywhere: at the edges of the prior estimates are
 
 --bands: in every band of `bidsapp.simulate.bands` (number of Watson bundles, κ, SNR, acquisition;
 an isotropic part beside a bundle, fans, no direction; parameters from the prior), as the
-participant level estimates: coverage, mean error in units of the mean SD, mean square error, and, of scnn2, that over the one of smt's posterior mean on the same
+participant level estimates: coverage, mean error in units of the mean SD, mean square error, and,
+of scnn2, that over the one of smt's posterior mean on the same
 voxels. Wanted are coverage in 0.85–0.95, a mean error below 0.25 SD and a ratio up to 1.05; one row
 for bundles, κ and SNR says the least and most over acquisitions; --out keeps every band.
 """
