@@ -188,7 +188,7 @@ def process(job: Job, dataset: Dataset, run: Run, batch: Batch) -> None:
     """mask → load → harmonize → check → apply → write → figures, for one run."""
     dwi, mean_b0 = dwi_of(run, memory=job.memory, work_dir=job.options.work_dir)
     acquisition, mask = dwi.acquisition, dwi.mask
-    mask_source = dataset.uri(run.mask) if run.mask else "median-Otsu (dipy) of the mean b0"
+    mask_source = dataset.uri(run.mask) if run.mask else "median-Otsu of the mean b0"
     like = open_image(run.parts[0].image)
 
     mask_path = names.output(run.entities, "mask", ".nii.gz", desc="brain")

@@ -19,6 +19,7 @@ REFERENCES = {
     "10.21105/joss.01294": "Yarkoni et al. 2019, PyBIDS",
     "10.3389/fninf.2014.00008": "Garyfallidis et al. 2014, DIPY",
     "10.1109/TSMC.1979.4310076": "Otsu 1979, threshold selection",
+    "10.7717/peerj.453": "van der Walt et al. 2014, scikit-image",
     "10.1002/mrm.21277": "Descoteaux et al. 2007, spherical harmonics of the diffusion signal",
     "10.1016/j.neuroimage.2019.116131": "Yeh et al. 2019, neighbouring DWI correlation",
 }
@@ -67,9 +68,11 @@ def _preparation() -> str:
         "PyBIDS (doi:10.21105/joss.01294). b-vectors were turned from image into world axes. "
         "Volumes with b < 50 s/mm² counted as b = 0; the others were grouped in shells by b-value "
         "and b-tensor shape. Everything was computed inside the brain mask that came with the data "
-        "or, where none did, the largest component, holes filled slice by slice, of DIPY's "
-        "median-Otsu mask of the mean b = 0 image (doi:10.3389/fninf.2014.00008, "
-        "doi:10.1109/TSMC.1979.4310076). Where one acquisition was split in several runs, they "
+        "or, where none did, in a mask of the mean b = 0 image: after a median filter "
+        "(radius 4 voxels; scikit-image, doi:10.7717/peerj.453), the largest component above "
+        "Otsu's threshold (doi:10.1109/TSMC.1979.4310076), with its holes filled slice by slice; "
+        "it equals the median-Otsu mask of DIPY (doi:10.3389/fninf.2014.00008) but for rounding. "
+        "Where one acquisition was split in several runs, they "
         "were concatenated and scaled to the mean b = 0 signal of the first. NaN and infinite "
         "values were set to 0 and counted. QSphere "
         "applied no correction of noise, Gibbs ringing, motion, eddy currents, susceptibility or "
