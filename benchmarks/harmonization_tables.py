@@ -20,12 +20,9 @@ sites, with their age, and then applied to the scans of those who are tested.
 """
 
 import argparse
-import contextlib
-import io
 import json
 from itertools import product
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -33,6 +30,7 @@ from scipy import stats
 from travelling import TISSUES
 
 from bidsapp.evaluate import agreement
+from bidsapp.methods.harmonize_combat.equations import estimate
 
 CONFIDENCE = 0.95
 SIGNIFICANT = 0.05
@@ -136,25 +134,13 @@ def combat(before, reference, people):
 
 
 def combat_unseen(before, reference, ages, unseen, unseen_ages):
-    """Fit neuroCombat to the rows of `before` and `reference`, of the same people, and apply
-    y = α + age β + σ (γ + δ ε) to those of `unseen`, which are of the site of `before`."""
-    from neuroCombat import neuroCombat
-
-    table = pd.concat([reference, before]).T.to_numpy()
-    batches = np.repeat(["reference", "site"], len(ages))
-    # it prints each of its steps, and with a reference batch calls np.int, gone from numpy 2, and
-    # divides by the spread of the reference's variances, which is 0; these it then does not use
-    with (contextlib.redirect_stdout(io.StringIO()),
-          np.errstate(divide="ignore", invalid="ignore"),
-          mock.patch.object(np, "int", int, create=True)):
-        estimates = neuroCombat(
-            dat=table, covars=pd.DataFrame({"batch": batches, "age": np.tile(ages, 2)}),
-            batch_col="batch", continuous_cols=["age"], ref_batch="reference")["estimates"]
-    of_age = np.linalg.lstsq(np.tile(ages, 2)[:, None], estimates["mod.mean"].T, rcond=None)[0]
-    expected = estimates["stand.mean"][:, 0] + unseen_ages.to_numpy()[:, None] * of_age
-    scale = np.sqrt(estimates["var.pooled"][:, 0])
-    gamma, delta = (np.asarray(estimates[k])[1] for k in ("gamma.star", "delta.star"))
-    return ((unseen - expected) / scale - gamma) / np.sqrt(delta) * scale + expected
+    """Fit ComBat to the rows of `before` and `reference`, of the same people, and remove the effect
+    from those of `unseen`, which are of the site of `before`."""
+    effects = estimate(pd.concat([reference, before]).to_numpy(), np.tile(ages, 2)[:, None],
+                       np.repeat([0, 1], len(ages)), reference=0)
+    found = effects.remove(unseen.to_numpy(), unseen_ages.to_numpy(float)[:, None],
+                           np.ones(len(unseen), int))
+    return pd.DataFrame(found, unseen.index, unseen.columns)
 
 
 def between_sites(here, there):

@@ -4,7 +4,7 @@
 
 The floor reads every input volume with nibabel, in order, and writes every output image again. The
 run is timed without imports and without drawing figures and pages, which are given apart, as is
-dipy's median-Otsu, which runs where no mask is given. Peak memory is that of a fresh process,
+the median-Otsu mask, which is made where no mask is given. Peak memory is that of a fresh process,
 beside its bound: twice the masked float32 signal and 1.5 GB.
 """
 

@@ -1,5 +1,8 @@
 """ComBat: removes a known batch effect, keeps a known slope, refuses what it cannot carry."""
 
+import logging
+
+import combat_package
 import numpy as np
 import pandas as pd
 import pytest
@@ -57,6 +60,87 @@ def test_reference_batch_is_left_as_it_is(table):
                                table.loc[a, list(FEATURES)], rtol=1e-6)
 
 
+@pytest.fixture
+def three(table, rng):
+    """Three batches of 100, 73 and 27 people, the last shifted too; ages and sexes at random."""
+    table = table.assign(age=table["age"].round(), sex=rng.permutation(np.repeat(["F", "M"], 100)))
+    table.loc[173:, "batch"] = "C"
+    table.loc[173:, FEATURES[:7]] += 0.5
+    return table
+
+
+@pytest.mark.parametrize("names", [(), ("age",), ("age", "sex")])
+@pytest.mark.parametrize("reference", [None, "B"])
+def test_the_equations_are_those_of_the_package(three, names, reference):
+    """With neuroCombat's own stopping rule, the difference stays within what that lets open."""
+    features, names = list(FEATURES), list(names)
+    fitted = methods.get("harmonize_combat").fit(
+        Study(three, FEATURES, tuple(names), reference))
+    found = fitted.tables["desc-combat_dwimap"][features]
+    wanted, estimates = combat_package.harmonize(
+        three[features], three[["batch", *names]], reference)
+    np.testing.assert_allclose(found, wanted, rtol=1e-9)
+    for ours, theirs in (("Gamma", "gamma.star"), ("Delta", "delta.star")):
+        np.testing.assert_allclose([fitted.model[ours][b] for b in "ABC"], estimates[theirs],
+                                   rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(fitted.model["Sigma"], np.sqrt(estimates["var.pooled"][:, 0]))
+    wanted, _ = combat_package.harmonize(
+        three[features], three[["batch", *names]], reference, tolerance=1e-4)
+    assert (np.abs(found - wanted) / three[features].std()).to_numpy().max() < 1e-3
+
+
+@pytest.mark.parametrize("reference", [None, "B"])
+def test_the_model_harmonizes_new_participants(three, reference):
+    """By the formula of the README, from what the JSON file holds."""
+    fitted = methods.get("harmonize_combat").fit(
+        Study(three, FEATURES, ("age", "sex"), reference))
+    m, person = fitted.model, three.iloc[180]
+    expected = (np.array(m["Alpha"]) + person["age"] * np.array(m["Beta"]["age"])
+                + (person["sex"] == "M") * np.array(m["Beta"]["sex_M"]))
+    z = (person[m["Features"]].to_numpy(float) - expected) / m["Sigma"]
+    found = expected + m["Sigma"] * (z - m["Gamma"]["C"]) / np.sqrt(m["Delta"]["C"])
+    np.testing.assert_allclose(
+        found, fitted.tables["desc-combat_dwimap"].loc[180, m["Features"]].to_numpy(float))
+
+
+def follows_from_age(table):
+    return 3 + 0.1 * table["age"]
+
+
+def constant_in_a_batch(table):
+    return table["f1"].where(table["batch"] == "A", 0.25)
+
+
+@pytest.mark.parametrize("value", [lambda t: 1.0, lambda t: 0.0, constant_in_a_batch,
+                                   follows_from_age])
+@pytest.mark.parametrize("reference", [None, "A"])
+def test_a_constant_feature_alone_is_left_out(table, value, reference, caplog):
+    spoilt = table.assign(f1=value(table))
+    with caplog.at_level(logging.WARNING, "qsphere"):
+        fitted = fit(spoilt, reference_batch=reference)
+    (notice,) = fitted.notices
+    assert notice.startswith("ComBat left out f1: ") and notice in caplog.text
+    others = tuple(f for f in FEATURES if f != "f1")
+    assert fitted.model["Features"] == list(others)
+    method = methods.get("harmonize_combat")
+    alone = method.fit(Study(spoilt, others, ("age",), reference))
+    assert not alone.notices
+    pd.testing.assert_frame_equal(fitted.tables["desc-combat_dwimap"],
+                                  alone.tables["desc-combat_dwimap"])
+    folds = method.cross_validate(Study(spoilt, FEATURES, ("age",), reference), halves(table))
+    pd.testing.assert_frame_equal(folds, method.cross_validate(
+        Study(spoilt, others, ("age",), reference), halves(table)))
+    assert "f1" not in folds and np.isfinite(folds[list(others)]).to_numpy().all()
+
+
+def test_features_with_the_same_effects_are_carried(table):
+    """Nothing is left to learn of their spread: they are shrunk to themselves, not to NaN."""
+    found = methods.get("harmonize_combat").fit(Study(
+        table.assign(f1=table["f0"]), ("f0", "f1"))).tables["desc-combat_dwimap"]
+    assert np.isfinite(found[["f0", "f1"]]).to_numpy().all()
+    assert batch_effect(table.assign(**dict.fromkeys(FEATURES, found["f0"]))) < 0.1
+
+
 def test_runs_of_one_batch_are_averaged(table):
     twice = pd.concat([table, table])
     pd.testing.assert_frame_equal(fit(twice).tables["desc-combat_dwimap"],
@@ -86,7 +170,7 @@ def few(table):
     (few, "at least 3 participants in every batch; found A: 100, B: 2"),
     (with_hole, "f3 of sub-007 are NaN"),
     (confounded, "age is confounded with the batch"),
-    (lambda t: t.assign(f1=1.0), "cannot scale f1"),
+    (lambda t: t.assign(**dict.fromkeys(FEATURES[1:], 1.0)), "1 that vary.*two are needed .f1,"),
 ])
 def test_refusals(table, spoil, message):
     with pytest.raises(UsageError, match=message):
@@ -163,7 +247,7 @@ def halves(table):
 @pytest.mark.parametrize("reference", [None, "A"])
 def test_cross_validation_applies_what_others_teach(table, rng, reference):
     """The batch goes and the slope stays of those not learned from; a person's own values do not
-    change what is learned. Applied to those learned from, it is what neuroCombat makes of them."""
+    change what is learned. Applied to those learned from, it is what `fit` makes of them."""
     table = table.assign(sex=rng.permutation(np.repeat(["F", "M"], 100)))
     study = Study(table, FEATURES, ("age", "sex"), reference)
     method, features = methods.get("harmonize_combat"), list(FEATURES)
@@ -184,8 +268,8 @@ def test_cross_validation_applies_what_others_teach(table, rng, reference):
     twin = method.cross_validate(Study(twins, FEATURES, ("age", "sex"), reference), [
         table["participant"].unique(), ("twin" + table["participant"]).unique()])
     own = method.fit(study).tables["desc-combat_dwimap"]
-    np.testing.assert_allclose(  # neuroCombat holds covariates in float32
-        twin[~twin["participant"].str.startswith("twin")][features], own[features], rtol=1e-7)
+    np.testing.assert_allclose(
+        twin[~twin["participant"].str.startswith("twin")][features], own[features], rtol=1e-12)
 
 
 def test_cross_validation_without_a_batch_is_refused(table):

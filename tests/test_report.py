@@ -435,7 +435,7 @@ def record(name="sub-01_dir-AP", **more):
         "state": "complete", "status": "done", "outputs": {}, "name": name, "seconds": 5.1,
         "entities": {"sub": "01", "dir": "AP"}, "batch": "Siemens Prisma",
         "batch_source": "sidecar", "covariates": {"age": 31}, "files": ["bids:raw:sub-01/x.nii.gz"],
-        "n_voxels": 5000, "n_volumes": 21, "mask_source": "median-Otsu (dipy) of the mean b0",
+        "n_voxels": 5000, "n_volumes": 21, "mask_source": "median-Otsu of the mean b0",
         "voxel_size": [3.0, 3.0, 2.5], "n_b0": 1, "qc": {"snr_b0": 33.123456, "ndc": None},
         "shells": [{"b": 2500.4, "b_delta": 1.0, "n_directions": 20},
                    {"b": 1000, "b_delta": -0.5, "n_directions": 6}],

@@ -38,7 +38,7 @@ from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
 
-MADE_MASK = "median-Otsu (dipy) of the mean b0"
+MADE_MASK = "median-Otsu of the mean b0"
 
 PREPARATION = [
     ("Preparation", (
@@ -47,9 +47,11 @@ PREPARATION = [
     "PyBIDS (doi:10.21105/joss.01294). b-vectors were turned from image into world axes. "
     "Volumes with b < 50 s/mm² counted as b = 0; the others were grouped in shells by b-value "
     "and b-tensor shape. Everything was computed inside the brain mask that came with the data "
-    "or, where none did, the largest component, holes filled slice by slice, of DIPY's "
-    "median-Otsu mask of the mean b = 0 image (doi:10.3389/fninf.2014.00008, "
-    "doi:10.1109/TSMC.1979.4310076). Where one acquisition was split in several runs, they "
+    "or, where none did, in a mask of the mean b = 0 image: after a median filter (radius 4 voxels; "
+    "scikit-image, doi:10.7717/peerj.453), the largest component above Otsu's threshold "
+    "(doi:10.1109/TSMC.1979.4310076), with its holes filled slice by slice; it equals the "
+    "median-Otsu mask of DIPY (doi:10.3389/fninf.2014.00008) but for rounding. Where one "
+    "acquisition was split in several runs, they "
     "were concatenated and scaled to the mean b = 0 signal of the first. NaN and infinite "
     "values were set to 0 and counted. QSphere "
     "applied no correction of noise, Gibbs ringing, motion, eddy currents, susceptibility or "

@@ -18,6 +18,7 @@ REFERENCES = {
     "10.21105/joss.01294": "Yarkoni et al. 2019, PyBIDS",
     "10.3389/fninf.2014.00008": "Garyfallidis et al. 2014, DIPY",
     "10.1109/TSMC.1979.4310076": "Otsu 1979, threshold selection",
+    "10.7717/peerj.453": "van der Walt et al. 2014, scikit-image",
     "10.1002/mrm.21277": "Descoteaux et al. 2007, spherical harmonics of the diffusion signal",
     "10.1016/j.neuroimage.2019.116131": "Yeh et al. 2019, neighbouring DWI correlation",
 }

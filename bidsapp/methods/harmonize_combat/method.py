@@ -1,57 +1,65 @@
-"""ComBat on map statistics: location and scale of each batch, shrunk by empirical Bayes.
-
-y_ijg = α_g + X_ij β_g + γ_ig + δ_ig ε_ijg   (batch i, participant j, feature g)
-(Johnson 2007, eq. 1) is fitted by the neuroCombat package (Fortin 2018); X holds the covariates
-to keep.
-"""
+"""ComBat on map statistics: location and scale of each batch, shrunk by empirical Bayes."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import logging
 from collections.abc import Sequence
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pandas as pd
 
 from bidsapp.errors import UsageError
 from bidsapp.methods import Fitted, GroupAnalysis, Study
+from bidsapp.methods.harmonize_combat.equations import BatchEffects, estimate
 from bidsapp.methods.harmonizer import CONFOUNDED, coded, explained, known_reference
+
+log = logging.getLogger("qsphere")
 
 MIN_PARTICIPANTS = 3
 
+CONSTANT = 1e-10
+"""Standard deviation in a batch, relative to the mean, up to which a feature is constant."""
+
 
 class Combat(GroupAnalysis):
-    """neuroCombat over one row per participant and batch (runs of a batch are averaged first)."""
+    """ComBat over one row per participant and batch (runs of a batch are averaged first)."""
 
     def fit(self, study: Study) -> Fitted:
-        """Harmonized statistics and the batch effects.
+        """Harmonize the statistics and estimate the batch effects.
 
         Covariates are used where every participant has them: numeric as they are, others as
         categories; those that are the same for all, or a text of one's own for each, are left out.
+        So are features that are constant in a batch, with a notice.
 
         Raises:
-            UsageError: one batch; fewer than 3 participants in a batch; NaN or constant features;
-                a covariate confounded with the batch; covariates that depend on each other, or
-                too many for the participants; an unknown reference batch.
+            UsageError: one batch; fewer than 3 participants in a batch; NaN; fewer than two
+                features that vary; a covariate confounded with the batch; covariates that depend
+                on each other, or too many for the participants; an unknown reference batch.
         """
         rows, kept = self._rows(study)
-        features = list(study.features)
-        result = self._learn(rows, features, kept, study.reference_batch)
+        self._refuse(rows, list(study.features), kept, study.reference_batch)
+        design, batches = _design(rows, kept), sorted(set(rows["batch"]))
+        features = _varying(rows, list(study.features), design)
+        effects = _learn(rows, features, design, batches, study.reference_batch)
         harmonized = rows[["participant", "batch", *kept]].copy()
-        harmonized[features] = result["data"].T
-        estimates = result["estimates"]
-        batches = _batches(rows)
+        harmonized[features] = _remove(effects, rows, features, design, batches)
         model = {
             "Method": self.name, "Model": self.outputs["model"], "Batches": {
                 b: int((rows["batch"] == b).sum()) for b in batches},
             "ReferenceBatch": study.reference_batch, "Covariates": kept, "Features": features,
-            "Gamma": dict(zip(batches, np.asarray(estimates["gamma.star"]).tolist(), strict=True)),
-            "Delta": dict(zip(batches, np.asarray(estimates["delta.star"]).tolist(), strict=True)),
+            "Alpha": effects.alpha.tolist(),
+            "Beta": dict(zip(design.columns, effects.beta.tolist(), strict=True)),
+            "Sigma": effects.sigma.tolist(),
+            "Gamma": dict(zip(batches, effects.gamma.tolist(), strict=True)),
+            "Delta": dict(zip(batches, effects.delta.tolist(), strict=True)),
         }
-        return Fitted({"desc-combat_dwimap": harmonized}, model)
+        constant = [f for f in study.features if f not in features]
+        notices = [f"ComBat left out {', '.join(constant)}: the value is the same for everyone in "
+                   "a batch, or follows there from the covariates, so it cannot be scaled. Check "
+                   "that the participants are different scans."] if constant else []
+        for notice in notices:
+            log.warning("%s: %s", self.name, notice)
+        return Fitted({"desc-combat_dwimap": harmonized}, model, notices=notices)
 
     def cross_validate(self, study: Study, parts: Sequence[Sequence[str]]) -> pd.DataFrame:
         """Harmonize everyone by what ComBat learns from the people of the other parts.
@@ -76,12 +84,10 @@ class Combat(GroupAnalysis):
         """
         rows, kept = self._rows(study)
         features, harmonized = list(study.features), rows.copy()
-        design = np.column_stack([np.ones(len(rows)), *(
-            rows[c].to_numpy(float)[:, None] if pd.api.types.is_numeric_dtype(rows[c])
-            else pd.get_dummies(rows[c], dtype=float).to_numpy()[:, 1:] for c in kept)])
-        for part in parts:
-            tested = rows["participant"].isin(part).to_numpy()
-            rest = rows[~tested].reset_index(drop=True)
+        design, batches = _design(rows, kept), sorted(set(rows["batch"]))
+        tests = [rows["participant"].isin(part).to_numpy() for part in parts]
+        for part, tested in zip(parts, tests, strict=True):
+            rest = rows[~tested]
             for column in ("batch", *(c for c in kept if not
                                       pd.api.types.is_numeric_dtype(rows[c]))):
                 if lacking := sorted(set(rows[column]) - set(rest[column])):
@@ -89,16 +95,14 @@ class Combat(GroupAnalysis):
                         f"ComBat: without sub-{', sub-'.join(part)} nobody of {column} "
                         f"{', '.join(map(str, lacking))} is left to learn from. Give fewer people "
                         "to a part.")
-            estimates = self._learn(rest, features, kept, study.reference_batch)["estimates"]
-            # neuroCombat gives Xβ of its own people alone
-            beta = np.linalg.lstsq(design[~tested], estimates["mod.mean"].T, rcond=None)[0]
-            expected = estimates["stand.mean"][:, :1].T + design[tested] @ beta
-            sd = np.sqrt(estimates["var.pooled"]).T
-            at = [_batches(rest).index(str(b)) for b in rows["batch"][tested]]
-            z = (rows.loc[tested, features].to_numpy(float) - expected) / sd
-            harmonized.loc[tested, features] = expected + sd * (
-                z - estimates["gamma.star"][at]) / np.sqrt(estimates["delta.star"][at])
-        return harmonized
+            self._refuse(rest, features, kept, study.reference_batch)
+            features = _varying(rest, features, design[~tested])
+        for tested in tests:
+            effects = _learn(rows[~tested], features, design[~tested], batches,
+                             study.reference_batch)
+            harmonized.loc[tested, features] = _remove(
+                effects, rows[tested], features, design[tested], batches)
+        return harmonized[["participant", "batch", *kept, *features]]
 
     def _rows(self, study: Study) -> tuple[pd.DataFrame, list[str]]:
         """A row for each participant and batch, and the covariates that are kept."""
@@ -108,21 +112,6 @@ class Combat(GroupAnalysis):
         runs = table.groupby(["participant", "batch"], sort=True)
         means = runs[list(study.features)].agg(_mean)
         return pd.concat([means, runs[kept].first()], axis=1).reset_index(), kept
-
-    def _learn(self, rows: pd.DataFrame, features: list[str], kept: list[str],
-               reference: str | None) -> dict[str, Any]:
-        """What neuroCombat makes of rows that it can carry."""
-        from neuroCombat import neuroCombat
-
-        self._refuse(rows, features, kept, reference)
-        numeric = [c for c in kept if pd.api.types.is_numeric_dtype(rows[c])]
-        # it prints each of its steps, and with a reference batch calls np.int, gone from numpy 2
-        with (contextlib.redirect_stdout(io.StringIO()),
-              mock.patch.object(np, "int", int, create=True)):
-            return neuroCombat(
-                dat=rows[features].to_numpy(float).T, covars=rows[["batch", *kept]],
-                batch_col="batch", categorical_cols=[c for c in kept if c not in numeric],
-                continuous_cols=numeric, ref_batch=reference)
 
     def _is_label(self, table: pd.DataFrame, column: str) -> bool:
         """Whether a text differs for every participant, as dates and names do."""
@@ -150,11 +139,6 @@ class Combat(GroupAnalysis):
                              f"of {', '.join(f'sub-{w}' for w in who[:5])} are NaN. Leave them out "
                              "with --participant-label, or process everybody with --estimate and "
                              "the methods that all acquisitions allow.")
-        within = rows.groupby("batch")[features].std()
-        if (flat := within.columns[(within <= 1e-12 * rows[features].abs().mean()).any()]).size:
-            raise UsageError(f"ComBat cannot scale {', '.join(flat[:5])}: the value is the same "
-                             "for everyone in a batch. Check that the participants are different "
-                             "scans.")
         batch = pd.get_dummies(rows["batch"], dtype=float).to_numpy()
         design = batch
         for name in covariates:
@@ -188,9 +172,48 @@ class Combat(GroupAnalysis):
         known_reference(reference, {str(b): int(n) for b, n in counts.items()})
 
 
-def _batches(rows: pd.DataFrame) -> list[str]:
-    """In the order of neuroCombat's estimates, which with a reference batch names them 0, 1, …"""
-    return [str(b) for b in np.unique(rows["batch"])]
+def _design(rows: pd.DataFrame, covariates: Sequence[str]) -> pd.DataFrame:
+    """A column for each numeric covariate and for each category but the first of the others."""
+    columns = [rows[[c]] if pd.api.types.is_numeric_dtype(rows[c])
+               else pd.get_dummies(rows[[c]], drop_first=True) for c in covariates]
+    return pd.concat([rows[[]], *columns], axis=1).astype(float)
+
+
+def _varying(rows: pd.DataFrame, features: Sequence[str], design: pd.DataFrame) -> list[str]:
+    """Features that vary in every batch, with and without what covariates explain of them.
+
+    Raises:
+        UsageError: fewer than two are left, of which no prior can be learned.
+    """
+    values = rows[features].to_numpy(float)
+    x = np.column_stack([pd.get_dummies(rows["batch"], dtype=float), design])
+    residual = values - x @ np.linalg.lstsq(x, values, rcond=None)[0]
+    sd = np.min([v[rows["batch"] == b].std(axis=0) for v in (values, residual)
+                 for b in set(rows["batch"])], axis=0)
+    varies = sd > CONSTANT * np.abs(values).mean(axis=0)
+    if varies.sum() < 2:
+        constant = [f for f, v in zip(features, varies, strict=True) if not v]
+        raise UsageError(
+            f"ComBat learns from the spread of batch effects over map statistics; {varies.sum()} "
+            "that vary in every batch were found and two are needed"
+            f"{f' ({constant[0]}, for one, does not vary)' if constant else ''}. Check that the "
+            "participants are different scans, or give more to --estimate.")
+    return [f for f, v in zip(features, varies, strict=True) if v]
+
+
+def _learn(rows: pd.DataFrame, features: Sequence[str], design: pd.DataFrame,
+           batches: Sequence[str], reference: str | None) -> BatchEffects:
+    return estimate(rows[features].to_numpy(float), design.to_numpy(), _codes(rows, batches),
+                    None if reference is None else batches.index(reference))
+
+
+def _remove(effects: BatchEffects, rows: pd.DataFrame, features: Sequence[str],
+            design: pd.DataFrame, batches: Sequence[str]) -> np.ndarray:
+    return effects.remove(rows[features].to_numpy(float), design.to_numpy(), _codes(rows, batches))
+
+
+def _codes(rows: pd.DataFrame, batches: Sequence[str]) -> np.ndarray:
+    return np.array([batches.index(b) for b in rows["batch"]])
 
 
 def _mean(values: pd.Series) -> float:
