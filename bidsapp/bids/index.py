@@ -126,7 +126,7 @@ def read_filters(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--bids-filter-file {path}: cannot be read as JSON ({error}).") \
             from error
     if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):
