@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import time
@@ -24,7 +23,7 @@ from bidsapp.bids.derivatives import Output
 from bidsapp.bids.writer import Batch, Dataset, sha256, to_json
 from bidsapp.checkpoint import CARD
 from bidsapp.dwi import Dwi, Run, load, noise_sd, open_image, read_mean
-from bidsapp.errors import DataError, QSphereError, Refusal
+from bidsapp.errors import DataError, Refusal, describe
 from bidsapp.evaluate import change, gradients, plausibility, quality
 from bidsapp.mask import given, median_otsu
 from bidsapp.methods import Method
@@ -79,8 +78,8 @@ def one_participant(job: Job, label: str, runs: list[Run], problems: list[str]) 
                 "problems": problems, "runs": status}))
             write_page(dataset, label, problems + [s["error"] for s in status.values()
                                                    if s["status"] == "refused"])
-        except (OSError, DataError) as error:
-            log.error("sub-%s: its log and page could not be written: %s", label, error)
+        except Exception as error:  # one participant's failure must not stop the others
+            log.error("sub-%s: its log and page could not be written: %s", label, describe(error))
             return False
     return ok
 
@@ -107,8 +106,7 @@ def one_run(job: Job, dataset: Dataset, run: Run, folder: str) -> dict[str, Any]
         log.info("%s: done in %.1f s", run.name, time.monotonic() - start)
         return {"status": "done", "refusals": batch.facts["refusals"]}
     except Exception as error:  # one run's failure must not stop the others
-        foreseen = isinstance(error, QSphereError)
-        shown = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        shown = describe(error)
         log.error("%s: %s", run.name, shown, exc_info=job.options.verbose > 1)
         crash = f"{folder}/crash-{run.name}.txt"
         facts = {"name": run.name, "entities": run.entities, "status": "failed", "error": shown,
@@ -334,7 +332,8 @@ def draw(batch: Batch, run: Run, figure: figures.Figure) -> dict[str, str]:
 
 def write_page(dataset: Dataset, label: str, problems: list[str]) -> None:
     """sub-LABEL.html from the records and figures in the output tree."""
-    records = [json.loads(p.read_text())
+    records = [{"name": p.name.removesuffix("_dwi.json"),
+                **dataset.record(PurePosixPath(p.relative_to(dataset.root)))}
                for p in sorted((dataset.root / f"sub-{label}/log").glob("sub-*_dwi.json"))]
     with dataset.batch(PurePosixPath(f"sub-{label}/log/page.json")) as batch:
         batch.facts = {"problems": problems}

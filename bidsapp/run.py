@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,6 +35,7 @@ from bidsapp.process import (
     write_page,
 )
 from bidsapp.report import boilerplate, distributions, page
+from bidsapp.workers import pool, task
 
 log = logging.getLogger("qsphere")
 
@@ -85,6 +85,9 @@ def group(options: Options) -> int:
         method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
     check_training_options(options, trained)
     found = find.find(options)
+    for label, messages in found.problems.items():
+        for message in messages:
+            log.warning("sub-%s: %s", label, message)
     dataset = Dataset(options.output_dir, {"raw": options.bids_dir, **dict(options.derivatives)})
     statistics, covariates = participant_statistics(dataset, found)
     if options.dry_run:
@@ -265,10 +268,9 @@ def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bo
                 if not ok and job.options.stop_on_first_crash:
                     return
             return
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-            futures = {pool.submit(one_participant, job, label, found.runs[label],
-                                   found.problems[label]): label for label in todo}
+        with pool(workers) as executor:
+            futures = {executor.submit(task, one_participant, job, label, found.runs[label],
+                                       found.problems[label]): label for label in todo}
             for future in as_completed(futures):
                 bar.update()
                 if future.cancelled():

@@ -70,7 +70,8 @@ def index(root: Path, *, participants: Collection[str], validate: bool, derivati
     the dataset's folders, so that a change of files never meets an old index.
 
     Raises:
-        UsageError: pybids refuses the dataset, or the database cannot be written.
+        UsageError: pybids refuses the dataset or cannot read its description, or the database
+            cannot be written.
     """
     from bids.exceptions import BIDSValidationError
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
@@ -84,7 +85,10 @@ def index(root: Path, *, participants: Collection[str], validate: bool, derivati
                           database_path=database, indexer=BIDSLayoutIndexer(
                               validate=validate, ignore=ignore, index_metadata=False))
 
+    about = root / "dataset_description.json"
     try:
+        if about.exists():
+            read_json(about)
         if database_dir is None:
             return make(None)
         place = database_dir.absolute() / _state(root, validate)
@@ -101,6 +105,11 @@ def index(root: Path, *, participants: Collection[str], validate: bool, derivati
     except BIDSValidationError as error:
         raise UsageError(f"{root}: pybids does not take it for a BIDS dataset: {error}. Correct "
                          "it, or give --skip-bids-validation.") from error
+    except DataError as error:
+        raise UsageError(str(error)) from error
+    except ValueError as error:  # read_json is not as strict
+        raise UsageError(f"{about}: pybids cannot read it ({error}). Save it as JSON in UTF-8 "
+                         "without a byte order mark.") from error
     except OSError as error:
         raise UsageError(f"{root}: cannot be indexed ({error}). Grant read access"
                          + (f", and write access to --bids-database-dir {database_dir}."

@@ -94,15 +94,16 @@ class Dataset:
     def record(self, path: PurePosixPath) -> dict[str, Any]:
         """The record of an earlier batch, or {} where there is none that can be read."""
         try:
-            return json.loads((self.root / path).read_text())
-        except (OSError, ValueError):
+            record = json.loads((self.root / path).read_text())
+        except (OSError, ValueError, RecursionError):
             return {}
+        return record if isinstance(record, dict) else {}
 
     def is_complete(self, record: Mapping[str, Any], fingerprint: str) -> bool:
         """Whether a batch was finished with this fingerprint and its files are as it left them."""
         return (record.get("fingerprint") == fingerprint and record.get("state") == "complete"
                 and all((self.root / name).is_file() and sha256(self.root / name) in hashes
-                        for name, hashes in record["outputs"].items()))
+                        for name, hashes in record.get("outputs", {}).items()))
 
     @contextlib.contextmanager
     def batch(self, record_path: PurePosixPath, fingerprint: str = "") -> Iterator[Batch]:
@@ -188,8 +189,9 @@ class Dataset:
             known: dict[str, dict[str, str]] = {}
             if path.exists():
                 with path.open(newline="") as stream:
-                    known = {r["participant_id"]: dict(r)
-                             for r in csv.DictReader(stream, delimiter="\t")}
+                    known = {r["participant_id"]: {k: v for k, v in r.items() if k}
+                             for r in csv.DictReader(stream, delimiter="\t")
+                             if r.get("participant_id")}
             for label, row in rows.items():
                 known[f"sub-{label}"] = {"participant_id": f"sub-{label}",
                                          **{k: _cell(v) for k, v in row.items()}}
@@ -212,6 +214,12 @@ class Dataset:
             with contextlib.suppress(OSError, Timeout), FileLock(path, timeout=0):
                 shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                 path.unlink(missing_ok=True)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file says that it is a page made by QSphere, as one does whose record was lost."""
+    with path.open("rb") as stream:
+        return b'<meta name="generator" content="QSphere ' in stream.read(500)
 
 
 class Batch:
@@ -265,8 +273,9 @@ class Batch:
         known = self.dataset.record(self.record_path).get("outputs", {})
         new = {str(p): sha256(s) for p, s in self.staged.items()}
         for name in new:
-            if (root / name).exists() and sha256(root / name) not in (*known.get(name, ()),
-                                                                      new[name]):
+            if ((root / name).exists() and sha256(root / name) not in (*known.get(name, ()),
+                                                                       new[name])
+                    and not (name not in known and is_page(root / name))):
                 raise DataError(f"{root / name} exists and was not written by QSphere, or was "
                                 "changed since. Move it away, or give another OUTPUT_DIR.")
         both = {n: [*known.get(n, ()), *([new[n]] if n in new else [])] for n in {**known, **new}}
