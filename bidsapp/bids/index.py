@@ -11,11 +11,11 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bidsapp import scratch
 from bidsapp.bids.inherit import read_json
 from bidsapp.errors import DataError, UsageError
 
@@ -94,10 +94,10 @@ def index(root: Path, *, participants: Collection[str], validate: bool, derivati
         place = database_dir.absolute() / _state(root, validate)
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=place.parent) as unfinished:
-                make(Path(unfinished))
+            with scratch.temporary(place.parent) as unfinished:
+                make(unfinished)
                 try:
-                    Path(unfinished).rename(place)
+                    unfinished.rename(place)
                 except OSError:
                     if not place.exists():  # else another process was first
                         raise

@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -24,9 +23,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from bidsapp import __version__
+from bidsapp import __version__, scratch
 from bidsapp.bids.names import BIDSIGNORE
 from bidsapp.errors import DataError, UsageError
 
@@ -76,7 +75,7 @@ class Dataset:
         except OSError as error:
             raise UsageError(f"OUTPUT_DIR {self.root} cannot be written ({error.strerror}). Give a "
                              "folder that you may write to and that has free space.") from error
-        self._clear_stale()
+        scratch.sweep(self.root / STAGING)
 
     def uri(self, path: Path) -> str:
         """`bids:NAME:relative/path` of a file in this dataset or one of the linked ones."""
@@ -119,20 +118,14 @@ class Dataset:
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
-        """An empty folder on the output's file system, whose lock says that its owner lives.
+        """An empty folder on the output's file system.
 
         Raises:
             DataError: the disk is full.
         """
-        folder = self.root / STAGING / uuid.uuid4().hex
         try:
-            with FileLock(folder.with_suffix(".lock")) as lock:
-                folder.mkdir()
-                try:
-                    yield folder
-                finally:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    Path(lock.lock_file).unlink(missing_ok=True)
+            with scratch.folder(self.root / STAGING) as folder:
+                yield folder
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -207,13 +200,6 @@ class Dataset:
         if self.root.is_relative_to(path.resolve()):
             return os.path.relpath(path.resolve(), self.root)
         return path.resolve().as_uri()
-
-    def _clear_stale(self) -> None:
-        """Remove what processes that died left in the staging folder."""
-        for path in (self.root / STAGING).glob("*.lock"):
-            with contextlib.suppress(OSError, Timeout), FileLock(path, timeout=0):
-                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                path.unlink(missing_ok=True)
 
 
 def is_page(path: Path) -> bool:
