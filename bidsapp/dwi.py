@@ -280,12 +280,13 @@ def noise_sd(dwi: Dwi) -> float | None:
     for indices, weighted in groups:
         if len(indices) < 2:
             continue
-        basis = (sh.basis(sh.degree_for(0.75 * len(indices)), acquisition.bvecs[indices])
+        basis = (sh.independent(sh.basis(sh.degree_for(0.75 * len(indices)),
+                                         acquisition.bvecs[indices]))
                  if weighted else np.ones((len(indices), 1)))
         q, _ = np.linalg.qr(basis)
         values = signal[:, indices]
         squares += np.sum((values - values @ q @ q.T) ** 2, axis=1)
-        dof += len(indices) - np.linalg.matrix_rank(basis)
+        dof += len(indices) - basis.shape[1]
     if dof < 4:
         return None
     from scipy.stats import chi2

@@ -303,6 +303,15 @@ def test_broken_description_of_a_derivative(tree, tmp_path, text):
         found(bids, "--derivatives", f"other={other}")
 
 
+@pytest.mark.parametrize("authors,read", [('"Jane"', []), ("5", []),
+                                          ('["Jane", 5]', ["Jane", "5"])])
+def test_authors_that_are_no_list_of_text(tree, authors, read):
+    bids = tree(("01",))
+    (bids / "dataset_description.json").write_text(
+        f'{{"Name": "x", "BIDSVersion": "1.10.0", "Authors": {authors}}}')
+    assert found(bids).authors == read
+
+
 def test_nan_in_a_sidecar_counts_as_unknown(tree):
     bids = tree(("01",))
     (bids / "sub-01/dwi/sub-01_dwi.json").write_text('{"EchoTime": NaN, "FlipAngle": -Infinity}')

@@ -24,6 +24,8 @@ def work(folder):
         time.sleep(600)
 
 def main():
+    if sys.argv[2] == "alone":
+        work(sys.argv[1])
     with pool(2) as executor:
         for future in [executor.submit(task, work, sys.argv[1]) for _ in range(4)]:
             future.result()
@@ -61,15 +63,31 @@ def wait_for(condition, seconds=30):
     assert condition()
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are listed in /proc")
-@pytest.mark.parametrize("how,code", [(signal.SIGKILL, -signal.SIGKILL),
-                                      (signal.SIGTERM, TERMINATED), (signal.SIGINT, 130)])
-def test_workers_end_with_their_parent(tmp_path, how, code):
+@pytest.fixture
+def start(tmp_path):
+    """Starts the program, in a session of its own; returns it and the folder that it writes to."""
     program, folder = tmp_path / "program.py", tmp_path / "staging"
     program.write_text(PROGRAM)
     folder.mkdir()
-    parent = subprocess.Popen([sys.executable, program, folder], stderr=subprocess.PIPE,
-                              text=True, start_new_session=True)
+    return lambda how: (subprocess.Popen([sys.executable, program, folder, how], text=True,
+                                         stderr=subprocess.PIPE, start_new_session=True), folder)
+
+
+def test_sigterm_sweeps(start):
+    process, folder = start("alone")
+    wait_for(lambda: [*folder.glob("*/half-written")])
+    process.terminate()
+    told = process.communicate(timeout=30)[1]
+    assert process.returncode == TERMINATED == 143
+    assert not [*folder.iterdir()]
+    assert told == "program: terminated; run the same command again to go on.\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are listed in /proc")
+@pytest.mark.parametrize("how,code", [(signal.SIGKILL, -signal.SIGKILL),
+                                      (signal.SIGTERM, TERMINATED), (signal.SIGINT, 130)])
+def test_workers_end_with_their_parent(start, how, code):
+    parent, folder = start("workers")
     workers = []
     try:
         wait_for(lambda: len([*folder.glob("*/half-written")]) == 2)
@@ -79,9 +97,6 @@ def test_workers_end_with_their_parent(tmp_path, how, code):
         assert parent.wait(30) == code
         wait_for(lambda: not any(map(runs, workers)), 10)
         assert not [*folder.iterdir()]
-        if how == signal.SIGTERM:
-            assert parent.stderr.read() == (
-                "program: terminated; run the same command again to go on.\n")
     finally:
         for pid in filter(runs, [*workers, parent.pid]):
             os.kill(pid, signal.SIGKILL)

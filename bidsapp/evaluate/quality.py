@@ -35,10 +35,6 @@ DROPOUT_LOSS = 0.1
 MIN_VOLUMES = 6
 """Fewest volumes of a shell in which one can stand out."""
 
-MAX_CONDITION = 1e3
-"""Condition of a basis of spherical harmonics from which on directions count as coplanar: below 10
-where they are spread over the sphere."""
-
 STATISTICS = {"mean": "Mean", "sd": "Standard deviation", "median": "Median"}
 
 FIXED: dict[str, tuple[str, str]] = {
@@ -226,7 +222,7 @@ def slice_signal(dwi: Dwi) -> Slices:
         log = np.log(np.maximum(mean / usual, 1e-3))
         directed = not acquisition.b0[indices[0]]
         degree = sh.degree_for(len(indices) / 3, most=2) if directed else 0
-        basis = (_independent(sh.basis(degree, acquisition.bvecs[indices])) if degree
+        basis = (sh.independent(sh.basis(degree, acquisition.bvecs[indices])) if degree
                  else np.ones((len(indices), 1)))
         residual = log - _robust_fit(basis, log)
         if len(use) >= 5:
@@ -369,16 +365,6 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a - a.mean(dtype=np.float64), b - b.mean(dtype=np.float64)
     norm = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / norm) if norm > 0 else np.nan
-
-
-def _independent(basis: np.ndarray) -> np.ndarray:
-    """The basis, or, where directions in a plane make columns depend on each other, an orthonormal
-    one of what they span."""
-    if np.linalg.cond(basis) < MAX_CONDITION:
-        return basis
-    from scipy.linalg import orth
-
-    return orth(basis, rcond=1 / MAX_CONDITION)
 
 
 def _robust_fit(basis: np.ndarray, values: np.ndarray) -> np.ndarray:
