@@ -604,7 +604,7 @@ def test_group_of_any_size(rng, batches):
 
 
 @pytest.mark.parametrize("site,shown", [
-    ("Prisma $1.5T_$", "Prisma $1.5T_$"), (r"$\frac{", r"$\frac{"), ("a <b> & {c} %s", None),
+    ("Prisma $1.5T_$", "Prisma $1.5T_$"), (r"$\frac{$", r"$\frac{$"), ("a <b> & {c} %s", None),
     ("bell\x07", "bell\ufffd")])
 def test_any_name_of_a_site_can_be_drawn(rng, site, shown):
     """As text: neither as mathematics nor as markup."""
