@@ -25,6 +25,8 @@ The map of the house, in the order a run flows through it:
     tensor.py       batched, differentiable diffusion tensor fit
     sh.py           spherical harmonics
     acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)
+    workers.py      processes side by side, and what ends them
+    scratch.py      temporary folders that outlive nobody
     errors.py       the few exceptions a user meets
 
 Imports go one way, from the top of this list to the bottom; import-linter enforces it.

@@ -120,7 +120,7 @@ def load(folder: Path, method: str | None = None) -> Checkpoint:
         weights = (folder / WEIGHTS).read_bytes()
         card = Card(**told)
         digest = _digest(weights, told)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{folder} holds no checkpoint that can be read ({error}). Needed is a "
                         f"folder with {WEIGHTS} and {CARD}, as group --train writes it, with all "
                         f"of {', '.join(f.name for f in fields(Card))}.") from error

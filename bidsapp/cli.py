@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bidsapp import __version__
-from bidsapp.errors import QSphereError, UsageError
+from bidsapp.errors import QSphereError, UsageError, describe
 from bidsapp.options import MODES, Options
+from bidsapp.workers import TERMINATED, sigterm_exits
 
 POSITIONAL = ("bids_dir", "output_dir", "analysis_level")
 
@@ -226,7 +227,8 @@ def guarded(program: str, work: Callable[[], int], verbose: Callable[[], int]) -
     # threads that spin while they wait take busy cores from those that work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return work()
+        with sigterm_exits():
+            return work()
     except QSphereError as error:
         if verbose() > 1:
             traceback.print_exc()
@@ -235,12 +237,18 @@ def guarded(program: str, work: Callable[[], int], verbose: Callable[[], int]) -
     except Exception as error:  # a defect: told in one line, and in full only when asked for
         if verbose() > 1:
             raise
-        print(f"{program}: unexpected {type(error).__name__}: {error}. Run again with -vv for the "
-              "traceback, and please report it.", file=sys.stderr)
+        shown = (describe(error) if isinstance(error, MemoryError) else
+                 f"unexpected {describe(error)}. Run again with -vv for the traceback, and please "
+                 "report it.")
+        print(f"{program}: {shown}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to go on.", file=sys.stderr)
         return 130
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            print(f"{program}: terminated; run the same command again to go on.", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

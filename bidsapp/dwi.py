@@ -280,12 +280,13 @@ def noise_sd(dwi: Dwi) -> float | None:
     for indices, weighted in groups:
         if len(indices) < 2:
             continue
-        basis = (sh.basis(sh.degree_for(0.75 * len(indices)), acquisition.bvecs[indices])
+        basis = (sh.independent(sh.basis(sh.degree_for(0.75 * len(indices)),
+                                         acquisition.bvecs[indices]))
                  if weighted else np.ones((len(indices), 1)))
         q, _ = np.linalg.qr(basis)
         values = signal[:, indices]
         squares += np.sum((values - values @ q @ q.T) ** 2, axis=1)
-        dof += len(indices) - np.linalg.matrix_rank(basis)
+        dof += len(indices) - basis.shape[1]
     if dof < 4:
         return None
     from scipy.stats import chi2
@@ -309,7 +310,8 @@ def open_image(path: Path) -> Any:
     """A NIfTI image of real numbers, its data still on disk, its file open for reading in order.
 
     Raises:
-        DataError: missing, a broken link, empty, not an image, or of complex numbers or colours.
+        DataError: missing, a broken link, empty, not an image, of complex numbers or colours, or
+            without a place in the world: its affine is not finite or cannot be inverted.
     """
     if not path.exists():
         what = "is a link to a file that is not here" if path.is_symlink() else "does not exist"
@@ -319,12 +321,32 @@ def open_image(path: Path) -> Any:
     except Exception as error:  # nibabel raises many kinds on damaged headers
         raise DataError(f"{path}: cannot be read as NIfTI ({error}). "
                         "Copy or convert the file again.") from error
+    _require_place(image, path)
     if (stored := image.get_data_dtype()).kind not in "iuf":
         kind = f"complex numbers ({stored})" if stored.kind == "c" else "colours, not numbers"
         raise DataError(f"{path}: holds {kind}. One real number per voxel is needed: of complex "
                         "data, write the magnitude and the phase as two files, with part-mag and "
                         "part-phase in their names.")
     return image
+
+
+def _require_place(image: Any, path: Path) -> None:
+    """Raise DataError unless voxel sizes, affine, qform and sform are finite, and the affine can
+    be inverted."""
+    try:
+        matrices = (image.affine, image.get_qform(coded=True)[0], image.get_sform(coded=True)[0])
+        finite = np.isfinite(image.header.get_zooms()[:3]).all() and all(
+            np.isfinite(m).all() for m in matrices if m is not None)
+        invertible = finite and np.linalg.cond(image.affine[:3, :3]) < 1e6
+    except Exception as error:  # nibabel raises many kinds on quaternions that are no rotation
+        raise DataError(f"{path}: its qform cannot be read ({error}). Convert the file again.") \
+            from error
+    if not finite:
+        raise DataError(f"{path}: its qform, sform or voxel size holds numbers that are not "
+                        "finite. Convert the file again, or correct its header.")
+    if not invertible:
+        raise DataError(f"{path}: its affine cannot be inverted, so no direction is known. "
+                        "Convert the file again, or correct its header.")
 
 
 def read_array(image: Any, dtype: Any = None) -> np.ndarray:

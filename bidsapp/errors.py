@@ -15,3 +15,17 @@ class DataError(QSphereError):
 
 class Refusal(QSphereError):
     """A method does not apply to this acquisition: noted in the report, the rest goes on."""
+
+
+def describe(error: BaseException) -> str:
+    """Say what an error is: its own message, after its type where it was not foreseen.
+
+    Python's MemoryError often has no message, so it gets one.
+    """
+    if isinstance(error, QSphereError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return ("memory ran out" + (f" ({error})" if str(error) else "") + ". Process fewer "
+                "participants at a time with --omp-nthreads, limit the memory with --mem-mb, or "
+                "use a machine with more.")
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
 import time
 import uuid
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,6 +38,7 @@ from bidsapp.recipe.execute import (
 )
 from bidsapp.recipe.steps import Context, load_run, voxel_size
 from bidsapp.report import boilerplate, distributions, page
+from bidsapp.workers import pool, task
 
 log = logging.getLogger("qsphere")
 
@@ -94,6 +94,9 @@ def group(options: Options) -> int:
         method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
     check_training_options(options, trained)
     found = find.find(options)
+    for label, messages in found.problems.items():
+        for message in messages:
+            log.warning("sub-%s: %s", label, message)
     dataset = Dataset(options.output_dir, input_datasets(options))
     statistics, covariates = participant_statistics(dataset, found)
     if options.dry_run:
@@ -327,10 +330,9 @@ def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bo
                 if not ok and job.options.stop_on_first_crash:
                     return
             return
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-            futures = {pool.submit(process_participant, job, label, found.runs[label],
-                                   found.problems[label]): label for label in todo}
+        with pool(workers) as executor:
+            futures = {executor.submit(task, process_participant, job, label, found.runs[label],
+                                       found.problems[label]): label for label in todo}
             for future in as_completed(futures):
                 bar.update()
                 if future.cancelled():

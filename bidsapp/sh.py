@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+MAX_CONDITION = 1e3
+"""Condition of a basis from which on its columns count as dependent: up to 3 in the protocols of
+scanners, whose directions are spread over the sphere."""
+
 
 def size(l_max: int) -> int:
     """Number of coefficients up to degree l_max: (l_max + 1)(l_max + 2)/2."""
@@ -58,6 +62,28 @@ def basis(l_max: int, directions: Float[np.ndarray, "n 3"]) -> Float[np.ndarray,
 
     _, theta, phi = cart2sphere(*np.asarray(directions, dtype=np.float64).T)
     return real_sh_descoteaux(l_max, theta, phi, legacy=False)[0]
+
+
+def independent(basis: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "n _"]:
+    """Columns that span what those of a basis do, and do not depend on each other.
+
+    Parameters
+    ----------
+    basis
+        (n, p) values of basis functions. Directions in a plane, or too few that differ, make its
+        columns depend on each other, so that no normal equations of it can be solved.
+
+    Returns
+    -------
+    numpy.ndarray
+        The basis itself where its condition is below MAX_CONDITION, else an orthonormal one of
+        fewer columns.
+    """
+    if np.linalg.cond(basis) < MAX_CONDITION:
+        return basis
+    from scipy.linalg import orth
+
+    return orth(basis, rcond=1 / MAX_CONDITION)
 
 
 def evaluate(l_max: int, directions: Float[torch.Tensor, "*batch 3"]

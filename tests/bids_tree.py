@@ -5,6 +5,7 @@ MD and the principal direction are known. The .bvec is written by FSL's definiti
 without shear (components along the image axes, x negated when det > 0), not by the package's code.
 """
 
+import gzip
 import json
 from pathlib import Path
 
@@ -100,6 +101,16 @@ def write_run(stem, *, scheme=SCHEME, matrix=None, shape=SHAPE, sidecar=None, b_
     if b_delta is not None:
         np.savetxt(f"{stem}_dwi.bshape", shapes[None], fmt="%g")
     return Path(f"{stem}_dwi.nii.gz")
+
+
+def damage_header(path, **fields):
+    """Fields of a NIfTI header overwritten in the file, as nibabel would not."""
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    header = nib.Nifti1Header(bytes(data[:348]), check=False)
+    for field, value in fields.items():
+        header[field] = value
+    data[:348] = header.binaryblock
+    path.write_bytes(gzip.compress(bytes(data)))
 
 
 def write_dataset(root, participants=("01", "02"), sessions=(None,), runs=("",), rows=None,

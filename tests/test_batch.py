@@ -43,6 +43,27 @@ def test_site_column(tree):
     assert result.rows["02"] == {"site": "B", "batch": "B"}
 
 
+@pytest.mark.parametrize("age", ["9" * 5000, "-1e400"])
+def test_number_that_is_too_large(tree, age):
+    """It is missing, of its participant alone; an integer of more than 64 bits stays a label."""
+    rows = {"01": {"age": age, "id": "1" * 20}, "02": {"age": 31, "id": 5}}
+    result = found(tree(rows, ("01", "02")))
+    assert {run.participant: dict(run.covariates) for runs in result.runs.values()
+            for run in runs} == {"01": {"id": "1" * 20}, "02": {"age": 31, "id": 5}}
+    assert "age" not in result.rows["01"]
+    assert result.problems["02"] == []
+    (told,) = result.problems["01"]
+    assert "participants.tsv: age of sub-01 is" in told and "or write n/a" in told
+
+
+def test_too_large_number_in_sessions(tree):
+    bids = tree(SITES, ("01", "02", "03"), sessions=("a",))
+    sessions_tsv(bids, "02", {"a": {"age": "1" + "0" * 400}})
+    result = found(bids)
+    assert "sub-02_sessions.tsv: age of sub-02 ses-a" in result.problems["02"][0]
+    assert not result.problems["01"]
+
+
 def test_scanner_column(tree):
     rows = {p: {"scanner": row["site"]} for p, row in SITES.items()}
     assert sources(found(tree(rows))) == {"participants.tsv:scanner"}

@@ -128,6 +128,15 @@ def test_nearest_method_is_suggested(tmp_path, capsys):
     assert "Did you mean estimate_dti?" in capsys.readouterr().err
 
 
+def test_memory_that_ran_out_is_no_defect(capsys):
+    def work():
+        raise MemoryError
+
+    assert cli.guarded("qsphere", work, lambda: 0) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("qsphere: memory ran out. Process fewer") and "unexpected" not in told
+
+
 def test_help_imports_nothing_heavy():
     code = ("import sys, bidsapp.cli; bidsapp.cli.parser().format_help(); "
             "print([m for m in ('torch', 'bids', 'nibabel', 'dipy', 'pandas', 'numpy') "

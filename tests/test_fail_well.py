@@ -68,7 +68,20 @@ def wrapped(data):
     return bright.astype(np.int64).astype(np.int16)
 
 
+def in_sidecar(text):
+    """Key and value added to the sidecar of sub-01, as text."""
+    def damage(bids):
+        path = bids / f"{STEM}.json"
+        path.write_text(f"{path.read_text().rstrip()[:-1]}, {text}}}")
+    return damage
+
+
 DAMAGE = {
+    "NaN in the sform": (lambda b: truth.damage_header(b / f"{STEM}.nii.gz", srow_x=np.nan),
+                         ".nii.gz", "Convert"),
+    "nested sidecar": (in_sidecar(f'"ProtocolName": {"[" * 2000}{"]" * 2000}'), ".json",
+                       "orrect"),
+    "δ of 10⁴⁰⁰": (in_sidecar(f'"DiffusionPulse_delta_s": 1{"0" * 400}'), ".json", "too large"),
     "flipped bit": (flip_a_bit, ".nii.gz", "again"),
     "longer than its header says": (
         lambda b: (b / f"{STEM}.nii.gz").write_bytes(
@@ -163,6 +176,50 @@ def test_failure_keeps_what_an_earlier_run_made(bids_tree, tmp_path):
     edit_table(bids, ".bvec", scaled(0, 4))
     assert qsphere(bids, out, "participant", "--estimate", "dti") == 1
     assert {n: d for n, d in content(out).items() if "/dwi/" in n} == before
+
+
+def test_memory_that_ran_out_has_words(bids_tree, tmp_path, monkeypatch, capsys):
+    """Python's MemoryError has none."""
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("bidsapp.dwi._volume", exhausted)
+    assert qsphere(bids_tree(("01",)), tmp_path / "out", "participant", "--estimate", "dti") == 1
+    assert "sub-01: memory ran out. Process fewer participants" in capsys.readouterr().err
+
+
+def test_record_of_another_session_that_was_cut_off(bids_tree, tmp_path):
+    bids, out = bids_tree(("01",), ("a", "b")), tmp_path / "out"
+    argv = (bids, out, "participant", "--estimate", "dti")
+    assert qsphere(*argv) == 0
+    before = content(out)
+    for record, size in (("sub-01_ses-b_dwi", 100), ("page", 20)):
+        os.truncate(out / f"sub-01/log/{record}.json", size)
+    assert qsphere(*argv, "--session-label", "a") == 0
+    page = (out / "sub-01.html").read_text()
+    assert "sub-01_ses-b" in page and page.rstrip().endswith("</html>")
+    assert qsphere(*argv) == 0
+    assert content(out) == before
+
+
+def test_results_that_were_removed_are_made_again(bids_tree, tmp_path, capsys):
+    """Although their page is left, whose record went with them; the page of someone else stays."""
+    bids, out = bids_tree(), tmp_path / "out"
+    argv = (bids, out, "participant", "--estimate", "dti")
+    assert qsphere(*argv) == 0
+    before = content(out)
+    shutil.rmtree(out / "sub-02")
+    truth.write_run(bids / "sub-02/dwi/sub-02", seed=99)
+    (out / "sub-01.html").unlink()
+    (out / "sub-01.html").write_text("<html><title>my notes</title></html>")
+    shutil.rmtree(out / "sub-01/log")
+    assert qsphere(*argv) == 1
+    assert content(out).keys() == before.keys()
+    assert f"{out / 'sub-01.html'} exists and was not written by QSphere" in \
+        capsys.readouterr().err
+    assert "my notes" in (out / "sub-01.html").read_text()
+    (status,) = out.glob("sub-02/log/*/status.json")
+    assert status.parent.name in (out / "sub-02.html").read_text()
 
 
 def test_stop_on_first_crash(bids_tree, tmp_path):

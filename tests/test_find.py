@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from bidsapp import cli
-from bidsapp.bids import btable
+from bidsapp.bids import btable, sidecar
 from bidsapp.bids.find import find, repeats
+from bidsapp.bids.writer import Dataset
 from bidsapp.errors import DataError, UsageError
 
 SHAPE = (7, 8, 9)
@@ -214,10 +215,18 @@ def broken_link(path):
     (lambda p: broken_link(p("bvec")), "link to a file that is not here.*datalad get"),
     (lambda p: p("json").write_text("{"), "cannot be read as JSON.*Correct"),
     (lambda p: p("json").write_text("[]"), "holds a list"),
+    (lambda p: p("json").write_text("[" * 2000 + "]" * 2000), "nested more than 100 deep. Correct"),
+    (lambda p: p("json").write_text('{"a": ' + "[" * 400 + "]" * 400 + "}"), "nested more than"),
+    (lambda p: p("json").write_text(f'{{"a": 1{"0" * 400}}}'), "number 100000000000… of 401 char"),
+    (lambda p: p("json").write_text(f'{{"a": {"1" * 5000}}}'), "of 5000 characters is too large"),
+    (lambda p: p("json").write_text('{"a": [-1e400]}'), "the number -1e400… .* is too large"),
+    (lambda p: p("json").write_text(r'{"a": "\ud800"}'), "cannot be read as JSON.*Correct"),
     (lambda p: p("bval").unlink(), "no .bval file belongs to it. Put"),
     (lambda p: p("bvec").unlink(), "no .bvec file belongs to it. Put"),
     (lambda p: p("nii").write_bytes(b""), "stands beside it. Remove one"),
-], ids=["image", "sidecar", "bvec", "broken json", "json list", "no bval", "no bvec", "twin"])
+], ids=["image", "sidecar", "bvec", "broken json", "json list", "nested json",
+        "less nested json", "integer of 401 digits", "integer of 5000 digits", "1e400",
+        "half a character", "no bval", "no bvec", "twin"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_damage_of_one_file(tree, tmp_path, damage, message, cached):
     bids = tree(("01", "02"), runs=("dir-AP", "dir-PA"))
@@ -278,6 +287,37 @@ def test_input_that_cannot_be_used(tree, prepare, argv, message):
     prepare(bids)
     with pytest.raises(UsageError, match=message):
         found(bids, *argv)
+
+
+@pytest.mark.parametrize("text", [
+    '{"Name": "x", "BIDSV', "[]", "[" * 2000, "null", '\ufeff{"Name": "x"}'],
+    ids=["truncated", "list", "nested", "null", "byte order mark"])
+def test_broken_description_of_a_derivative(tree, tmp_path, text):
+    bids, other = tree(("01",)), tmp_path / "other"
+    mask = other / "sub-01/dwi/sub-01_desc-brain_mask.nii.gz"
+    mask.parent.mkdir(parents=True)
+    mask.touch()
+    about = other / "dataset_description.json"
+    about.write_text(text)
+    with pytest.raises(UsageError, match=f"{about}: .*(Correct it|needed|byte order mark)"):
+        found(bids, "--derivatives", f"other={other}")
+
+
+@pytest.mark.parametrize("authors,read", [('"Jane"', []), ("5", []),
+                                          ('["Jane", 5]', ["Jane", "5"])])
+def test_authors_that_are_no_list_of_text(tree, authors, read):
+    bids = tree(("01",))
+    (bids / "dataset_description.json").write_text(
+        f'{{"Name": "x", "BIDSVersion": "1.10.0", "Authors": {authors}}}')
+    assert found(bids).authors == read
+
+
+def test_nan_in_a_sidecar_counts_as_unknown(tree):
+    bids = tree(("01",))
+    (bids / "sub-01/dwi/sub-01_dwi.json").write_text('{"EchoTime": NaN, "FlipAngle": -Infinity}')
+    (run,) = found(bids).runs["01"]
+    assert run.metadata == {"EchoTime": None, "FlipAngle": None}
+    assert sidecar.base(run, Dataset(bids.parent / "out", {}), "x").keys().isdisjoint(run.metadata)
 
 
 def test_names_outside_bids(tree):

@@ -243,6 +243,19 @@ def test_no_image(run, content):
         open_image(path)
 
 
+@pytest.mark.parametrize("fields,message", [
+    ({"srow_x": np.nan}, "not finite"), ({"srow_z": np.inf}, "not finite"),
+    ({"srow_x": 0}, "affine cannot be inverted"), ({"pixdim": np.nan}, "not finite"),
+    ({"qform_code": 1, "quatern_b": np.nan}, "not finite"),
+    ({"qform_code": 1, "quatern_b": 3}, "qform cannot be read"),
+], ids=str)
+def test_header_that_does_not_say_where_voxels_lie(run, fields, message):
+    path = run().parts[0].image
+    truth.damage_header(path, **fields)
+    with pytest.raises(DataError, match=f"{path}: its .*{message}.* Convert the file again"):
+        open_image(path)
+
+
 def test_three_and_five_dimensions(run):
     made = run()
     for data, n in ((data_of(made)[..., 0], 3), (data_of(made)[..., None, :], 5)):

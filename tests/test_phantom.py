@@ -14,6 +14,7 @@ import torch
 
 from bidsapp import cli_phantom, sh, tensor
 from bidsapp.bids import btable
+from bidsapp.bids.raw import new_dataset
 from bidsapp.dwi import Part
 from bidsapp.errors import UsageError
 from bidsapp.options import PhantomOptions
@@ -484,6 +485,14 @@ def test_same_seed_same_bytes_and_an_earlier_phantom_is_replaced(tmp_path):
     assert (tmp_path / "b/sub-01/dwi").is_dir()
     name = "sourcedata/truth/desc-sites_truth.json"
     assert second[name] != first[name]
+
+
+def test_record_that_was_cut_off_does_not_stop_the_next_phantom(tmp_path):
+    for text in ("first", "second"):
+        with new_dataset(tmp_path, "maker") as tree:
+            tree.text("sub-01/file", text)
+        (tmp_path / ".maker.json").write_text("[")
+    assert (tmp_path / "sub-01/file").read_text() == "second"
 
 
 def test_designs():

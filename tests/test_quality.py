@@ -150,6 +150,26 @@ def test_anisotropy_is_no_dropout(rng):
     assert quality.slice_signal(changed(dwi, 7, 3, 0.6)).suspects == [(3, 7)]
 
 
+@pytest.mark.parametrize("out_of_plane", [0, 1e-6, 1e-3], ids=["plane", "rounded", "thick"])
+@pytest.mark.parametrize("span", [np.pi, 0], ids=["coplanar", "one axis"])
+def test_directions_in_a_plane(rng, dwi, span, out_of_plane):
+    """The basis is singular, or all but; what is found is what it was: one slice."""
+    angle = np.linspace(0, span, 24, endpoint=False)
+    plane = np.stack([np.cos(angle), np.sin(angle), 0 * angle], axis=1)
+    plane += out_of_plane * rng.standard_normal(plane.shape)
+    plane /= np.linalg.norm(plane, axis=1, keepdims=True)
+    acquisition = Acquisition(np.r_[np.zeros(3), np.full(24, 1000.0)],
+                              np.vstack([np.zeros((3, 3)), plane]))
+    axis = directions(rng, len(dwi.signal))
+    signal = 800 * np.exp(-acquisition.bvals * (
+        0.5e-3 + 0.6e-3 * (axis @ acquisition.bvecs.T)**2)) + SD * rng.standard_normal(
+            (len(axis), 27))
+    flat = replace(dwi, signal=signal.astype(np.float32), acquisition=acquisition)
+    assert noise_sd(flat) == pytest.approx(SD, rel=0.05)
+    assert quality.slice_signal(flat).suspects == []
+    assert quality.slice_signal(changed(flat, 9, 3, 0.6)).suspects == [(3, 9)]
+
+
 def test_two_slices(dwi):
     mask = np.zeros(SHAPE, bool)
     mask[1:, :, 2:4] = True

@@ -604,3 +604,14 @@ def test_group_of_any_size(rng, batches):
     for figure in distributions.of_group(Study(table, ("f_mean",)), {}):
         ElementTree.fromstring(figure.svg)
     assert distributions.of_group(Study(table, ()), {}) == []
+
+
+@pytest.mark.parametrize("site,shown", [
+    ("Prisma $1.5T_$", "Prisma $1.5T_$"), (r"$\frac{$", r"$\frac{$"), ("a <b> & {c} %s", None),
+    ("bell\x07", "bell\ufffd")])
+def test_any_name_of_a_site_can_be_drawn(rng, site, shown):
+    """As text: neither as mathematics nor as markup."""
+    table = pd.DataFrame({"batch": [site, "other"] * 3, "f_mean": rng.normal(size=6)})
+    (figure,) = distributions.of_group(Study(table, ("f_mean",)), {})
+    texts = [e.text for e in ElementTree.fromstring(figure.svg).iter() if e.text]
+    assert (shown or site) in texts

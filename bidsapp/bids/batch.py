@@ -12,10 +12,12 @@ import csv
 import hashlib
 import itertools
 import logging
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ class Batches:
     @classmethod
     def read(cls, root: Path, labels: Iterable[str], batch_file: Path | None,
              batch_column: str | None, problems: Mapping[str, list[str]]) -> Batches:
-        """A sessions.tsv that cannot be read is added to its participant's problems.
+        """A sessions.tsv that cannot be read is added to its participant's problems, and so is a
+        number that is too large, which then counts as missing.
 
         Raises:
             UsageError: another table is broken or lacks the column; the batch is ambiguous.
@@ -63,11 +66,12 @@ class Batches:
         people = _table(root / "participants.tsv", "participant_id")
         visits: dict[Key, dict[str, str]] = {}
         for label in labels:
-            path = root / f"sub-{label}" / f"sub-{label}_sessions.tsv"
             try:
-                visits |= _table(path, "session_id", label)
+                visits |= _table(_sessions(root, label), "session_id", label)
             except UsageError as error:
                 problems[label].append(str(error))
+        _drop_too_large(people, problems, lambda label: root / "participants.tsv")
+        _drop_too_large(visits, problems, partial(_sessions, root))
         tables: dict[str, Rows] = {"sessions.tsv": visits, "participants.tsv": people}
         columns: Sequence[str] = COLUMNS
         if batch_file:
@@ -242,6 +246,26 @@ def _table(path: Path, identifier: str, participant: str = "") -> dict[Key, dict
     return rows
 
 
+def _sessions(root: Path, label: str) -> Path:
+    return root / f"sub-{label}" / f"sub-{label}_sessions.tsv"
+
+
+def _drop_too_large(rows: Mapping[Key, dict[str, str]], problems: Mapping[str, list[str]],
+                    table: Callable[[str], Path]) -> None:
+    """Remove numbers that no float holds, and add a message on each to its participant's problems.
+
+    table: label to the file that the rows were read from.
+    """
+    for (label, session), row in rows.items():
+        for column, value in [*row.items()]:
+            if NUMBER.fullmatch(value) and not math.isfinite(float(value)):
+                del row[column]
+                problems.get(label, []).append(
+                    f"{table(label)}: {column} of sub-{label}{f' ses-{session}' if session else ''}"
+                    f" is {value[:12]}…, a number of {len(value)} characters, which is too large. "
+                    "Correct it, or write n/a.")
+
+
 def _descriptions(root: Path) -> dict[str, dict[str, Any]]:
     path, found = root / "participants.json", {}
     if path.exists():
@@ -253,6 +277,11 @@ def _descriptions(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def _typed(value: str) -> Any:
-    """A number where the text is one, else the text: 007 stays a label."""
+    """A number where the text is one, else the text: 007 stays a label, and so does an integer that
+    no table holds in 64 bits."""
     match = NUMBER.fullmatch(value)
-    return value if not match else int(value) if not (match[2] or match[3]) else float(value)
+    if not match:
+        return value
+    if match[2] or match[3]:
+        return float(value)
+    return int(value) if len(value) < 19 else value

@@ -82,9 +82,6 @@ def read_acquisition(part: Part) -> Acquisition:
         raise DataError(f"{part.image} has {n} volumes, {part.bval.name} {bvals.size} b-values "
                         f"and {part.bvec.name} {len(bvecs)} b-vectors; the three must be equal. "
                         "Export the three from the same series again, or remove the surplus.")
-    if not np.linalg.cond(affine[:3, :3]) < 1e6:
-        raise DataError(f"{part.image}: its affine cannot be inverted, so no direction is known. "
-                        "Convert the series again.")
     axes = to_world(bvecs, affine)
     b_delta = None
     if part.encoding is not None:

@@ -107,7 +107,9 @@ def find(options: Options) -> Found:
     anatomy = [*(tree.root for tree in preprocessed), root]
     runs = {label: [foreign.with_anatomy(next(resolved), anatomy) for _ in runs[label]]
             for label in labels}
-    return Found(str(about.get("Name") or root.name), about.get("Authors", []), labels, runs,
+    authors = about.get("Authors")
+    return Found(str(about.get("Name") or root.name),
+                 [str(a) for a in authors] if isinstance(authors, list) else [], labels, runs,
                  problems, unknown, batches.rows(runs), batches.columns)
 
 

@@ -11,11 +11,11 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bidsapp import scratch
 from bidsapp.bids.inherit import read_json
 from bidsapp.errors import DataError, UsageError
 
@@ -70,7 +70,8 @@ def index(root: Path, *, participants: Collection[str], validate: bool, derivati
     the dataset's folders, so that a change of files never meets an old index.
 
     Raises:
-        UsageError: pybids refuses the dataset, or the database cannot be written.
+        UsageError: pybids refuses the dataset or cannot read its description, or the database
+            cannot be written.
     """
     from bids.exceptions import BIDSValidationError
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
@@ -84,16 +85,19 @@ def index(root: Path, *, participants: Collection[str], validate: bool, derivati
                           database_path=database, indexer=BIDSLayoutIndexer(
                               validate=validate, ignore=ignore, index_metadata=False))
 
+    about = root / "dataset_description.json"
     try:
+        if about.exists():
+            read_json(about)
         if database_dir is None:
             return make(None)
         place = database_dir.absolute() / _state(root, validate)
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=place.parent) as unfinished:
-                make(Path(unfinished))
+            with scratch.temporary(place.parent) as unfinished:
+                make(unfinished)
                 try:
-                    Path(unfinished).rename(place)
+                    unfinished.rename(place)
                 except OSError:
                     if not place.exists():  # else another process was first
                         raise
@@ -101,6 +105,11 @@ def index(root: Path, *, participants: Collection[str], validate: bool, derivati
     except BIDSValidationError as error:
         raise UsageError(f"{root}: pybids does not take it for a BIDS dataset: {error}. Correct "
                          "it, or give --skip-bids-validation.") from error
+    except DataError as error:
+        raise UsageError(str(error)) from error
+    except ValueError as error:  # read_json is not as strict
+        raise UsageError(f"{about}: pybids cannot read it ({error}). Save it as JSON in UTF-8 "
+                         "without a byte order mark.") from error
     except OSError as error:
         raise UsageError(f"{root}: cannot be indexed ({error}). Grant read access"
                          + (f", and write access to --bids-database-dir {database_dir}."
@@ -126,7 +135,7 @@ def read_filters(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--bids-filter-file {path}: cannot be read as JSON ({error}).") \
             from error
     if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):

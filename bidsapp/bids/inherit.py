@@ -9,6 +9,7 @@ image win; of .bval, .bvec and encoding files the nearest is used
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,9 @@ from bidsapp.dwi import Part
 from bidsapp.errors import DataError
 
 ENCODINGS = (".btens", ".bshape", ".tsv")
+
+MAX_NESTING = 100
+"""Lists and objects nested deeper exhaust the stack where they are copied or written again."""
 
 
 def entities_of(name: str) -> dict[str, str]:
@@ -117,7 +121,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        DataError: it is broken, a link to nowhere, or no object.
+        DataError: it is broken, a link to nowhere, or no object; it holds a number that is too
+            large for a float, or is nested too deep.
     """
     return dict(_json(here(path), path.stat().st_mtime_ns))
 
@@ -134,9 +139,34 @@ def _names(folder: Path, changed: int) -> tuple[str, ...]:
 @lru_cache(maxsize=4096)
 def _json(path: Path, changed: int) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
+        table = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_number,
+                           parse_float=_number, parse_constant=_not_a_number)
+        if not _nested_within(table, MAX_NESTING):
+            raise RecursionError
+        json.dumps(table, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}). Correct it.") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: its lists and objects are nested more than {MAX_NESTING} deep. "
+                        "Correct it.") from error
     if not isinstance(table, dict):
         raise DataError(f"{path}: holds a {type(table).__name__}, an object {{...}} is needed.")
     return table
+
+
+def _number(text: str) -> float:
+    """An int where the text is one."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text[:12]}… of {len(text)} characters is too large")
+    return value if any(c in text for c in ".eE") else int(text)
+
+
+def _not_a_number(text: str) -> None:
+    """NaN and Infinity, which JSON does not know but some converters write, count as unknown."""
+
+
+def _nested_within(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_nested_within(v, levels - 1) for v in inner)

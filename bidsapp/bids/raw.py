@@ -114,7 +114,10 @@ def _replace(root: Path, staging: Path, record: Path) -> None:
     entries = [p.relative_to(staging) for p in sorted(staging.iterdir()) if p.name not in SHARED]
     entries += [p.relative_to(staging) for name in SHARED
                 for p in sorted((staging / name).glob("*"))]
-    old = json.loads(record.read_text()) if record.exists() else []
+    try:
+        old = json.loads(record.read_text()) if record.exists() else []
+    except ValueError:  # cut off when it was written; what is in the way is replaced all the same
+        old = []
     record.write_text(to_json(sorted({*old, *map(str, entries)})))
     for name in {*old, *map(str, entries)}:
         where = root / name

@@ -29,7 +29,7 @@ def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
         "Description": description,
         "SkullStripped": True,
         "Sources": [dataset.uri(f) for f in run.files],
-        **{k: metadata[k] for k in CARRIED if k in metadata},
+        **{k: metadata[k] for k in CARRIED if metadata.get(k) is not None},
     }
     keys["SpatialReference"] = metadata.get("SpatialReference", keys["Sources"][0])
     if "res" in run.entities:

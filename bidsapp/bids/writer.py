@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -24,9 +23,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from bidsapp import __version__
+from bidsapp import __version__, scratch
 from bidsapp.bids.names import BIDSIGNORE
 from bidsapp.errors import DataError, UsageError
 
@@ -76,7 +75,7 @@ class Dataset:
         except OSError as error:
             raise UsageError(f"OUTPUT_DIR {self.root} cannot be written ({error.strerror}). Give a "
                              "folder that you may write to and that has free space.") from error
-        self._clear_stale()
+        scratch.sweep(self.root / STAGING)
 
     def uri(self, path: Path) -> str:
         """`bids:NAME:relative/path` of a file in this dataset or one of the linked ones."""
@@ -94,16 +93,17 @@ class Dataset:
     def record(self, path: PurePosixPath) -> dict[str, Any]:
         """The record of an earlier transaction, or {} where there is none that can be read."""
         try:
-            return json.loads((self.root / path).read_text())
-        except (OSError, ValueError):
+            record = json.loads((self.root / path).read_text())
+        except (OSError, ValueError, RecursionError):
             return {}
+        return record if isinstance(record, dict) else {}
 
     def is_complete(self, record: Mapping[str, Any], fingerprint: str) -> bool:
         """Whether a transaction with this fingerprint was finished and its files are as it left
         them."""
         return (record.get("fingerprint") == fingerprint and record.get("state") == "complete"
                 and all((self.root / name).is_file() and sha256(self.root / name) in hashes
-                        for name, hashes in record["outputs"].items()))
+                        for name, hashes in record.get("outputs", {}).items()))
 
     @contextlib.contextmanager
     def transaction(self, record_path: PurePosixPath, fingerprint: str = ""
@@ -120,20 +120,14 @@ class Dataset:
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
-        """An empty folder on the output's file system, whose lock says that its owner lives.
+        """An empty folder on the output's file system.
 
         Raises:
             DataError: the disk is full.
         """
-        folder = self.root / STAGING / uuid.uuid4().hex
         try:
-            with FileLock(folder.with_suffix(".lock")) as lock:
-                folder.mkdir()
-                try:
-                    yield folder
-                finally:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    Path(lock.lock_file).unlink(missing_ok=True)
+            with scratch.folder(self.root / STAGING) as folder:
+                yield folder
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -203,8 +197,9 @@ class Dataset:
             known: dict[str, dict[str, str]] = {}
             if path.exists():
                 with path.open(newline="") as stream:
-                    known = {r["participant_id"]: dict(r)
-                             for r in csv.DictReader(stream, delimiter="\t")}
+                    known = {r["participant_id"]: {k: v for k, v in r.items() if k}
+                             for r in csv.DictReader(stream, delimiter="\t")
+                             if r.get("participant_id")}
             for label, row in rows.items():
                 known[f"sub-{label}"] = {"participant_id": f"sub-{label}",
                                          **{k: _cell(v) for k, v in row.items()}}
@@ -221,12 +216,11 @@ class Dataset:
             return os.path.relpath(path.resolve(), self.root)
         return path.resolve().as_uri()
 
-    def _clear_stale(self) -> None:
-        """Remove what processes that died left in the staging folder."""
-        for path in (self.root / STAGING).glob("*.lock"):
-            with contextlib.suppress(OSError, Timeout), FileLock(path, timeout=0):
-                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                path.unlink(missing_ok=True)
+
+def is_page(path: Path) -> bool:
+    """Whether a file says that it is a page made by QSphere, as one does whose record was lost."""
+    with path.open("rb") as stream:
+        return b'<meta name="generator" content="QSphere ' in stream.read(500)
 
 
 class Transaction:
@@ -282,8 +276,9 @@ class Transaction:
         known = self.dataset.record(self.record_path).get("outputs", {})
         new = {str(p): sha256(s) for p, s in self.staged.items()}
         for name in new:
-            if (root / name).exists() and sha256(root / name) not in (*known.get(name, ()),
-                                                                      new[name]):
+            if ((root / name).exists() and sha256(root / name) not in (*known.get(name, ()),
+                                                                       new[name])
+                    and not (name not in known and is_page(root / name))):
                 raise DataError(f"{root / name} exists and was not written by QSphere, or was "
                                 "changed since. Move it away, or give another OUTPUT_DIR.")
         both = {n: [*known.get(n, ()), *([new[n]] if n in new else [])] for n in {**known, **new}}

@@ -6,12 +6,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from bidsapp import __version__, sh, training
+from bidsapp import __version__, scratch, sh, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import Card, Checkpoint, load
 from bidsapp.dwi import Dwi
@@ -156,9 +154,9 @@ class PairedHarmonizer(shared.Harmonizer):
         began = time.monotonic()
         shells = known["trained_for"]["shells"]
         names = [scope.short(shell) for shell in shells]
-        with tempfile.TemporaryDirectory(dir=study.states) as folder:
+        with scratch.temporary(study.states) as folder:
             travellers = Travellers(self, study, list(found), [s["directions"][1] for s in shells],
-                                    recipe["l_max"], recipe["deformable"], Path(folder),
+                                    recipe["l_max"], recipe["deformable"], folder,
                                     recipe["output"] == shared.CHANGE)
             trained = self._trained(study, name, names, recipe, travellers, people, start)
             checkpoint = self._checkpoint(study, recipe, trained, known, found, start, began)

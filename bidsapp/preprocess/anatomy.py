@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bidsapp import scratch
 from bidsapp.dwi import Dwi, open_image, read_array
 from bidsapp.errors import DataError
 
@@ -190,10 +191,10 @@ def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir:
 def temporary(work_dir: Path | None) -> Iterator[str]:
     """antspyx leaves its files in Python's temporary folder: one that is removed with them."""
     before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(dir=work_dir) as folder:
-        tempfile.tempdir = folder
+    with scratch.temporary(work_dir) as folder:
+        tempfile.tempdir = str(folder)
         try:
-            yield folder
+            yield tempfile.tempdir
         finally:
             tempfile.tempdir = before
 

@@ -23,7 +23,7 @@ from bidsapp import __version__, harmonize
 from bidsapp.bids import names
 from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.dwi import Run
-from bidsapp.errors import DataError, QSphereError, Refusal
+from bidsapp.errors import DataError, Refusal, describe
 from bidsapp.evaluate import quality
 from bidsapp.methods import Estimator, FromSignal
 from bidsapp.options import Options
@@ -79,8 +79,8 @@ def process_participant(job: Job, label: str, runs: list[Run], problems: list[st
                 "problems": problems, "runs": status}))
             write_page(dataset, label, problems + [s["error"] for s in status.values()
                                                    if s["status"] == "refused"])
-        except (OSError, DataError) as error:
-            log.error("sub-%s: its log and page could not be written: %s", label, error)
+        except Exception as error:  # one participant's failure must not stop the others
+            log.error("sub-%s: its log and page could not be written: %s", label, describe(error))
             return False
     return ok
 
@@ -103,8 +103,7 @@ def process_run(context: Context, models: Sequence[harmonize.Model],
             log.info("%s: complete and unchanged, skipped", run.name)
         return {"status": "done" if changed else "skipped", "refusals": refusals}
     except Exception as error:  # one run's failure must not stop the others
-        foreseen = isinstance(error, QSphereError)
-        message = str(error) if foreseen else f"{type(error).__name__}: {error}"
+        message = describe(error)
         log.error("%s: %s", run.name, message, exc_info=context.options.verbose > 1)
         crash = f"{folder}/crash-{run.name}.txt"
         facts = {"name": run.name, "entities": run.entities, "status": "failed", "error": message,
@@ -273,7 +272,8 @@ def mixed_harmonizers(dataset: Dataset) -> str:
 
 def run_records(dataset: Dataset, label: str = "*") -> list[dict[str, Any]]:
     """Records of the runs of a participant, or of all in OUTPUT_DIR."""
-    return [dataset.record(PurePosixPath(p.relative_to(dataset.root)))
+    return [{"name": p.name.removesuffix("_dwi.json"),
+             **dataset.record(PurePosixPath(p.relative_to(dataset.root)))}
             for p in sorted(dataset.root.glob(f"sub-{label}/log/sub-*_dwi.json"))]
 
 

@@ -34,6 +34,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False, "image.composite_image": False, "axes.grid": False,
     "axes.facecolor": "white", "figure.facecolor": "white", "savefig.facecolor": "white",
     "text.color": "#222222", "axes.labelcolor": "#222222", "text.usetex": False,
+    "text.parse_math": False,  # a $ in the name of a site is a $
 }
 WIDTH = 10.0
 """Width of every figure, inches."""

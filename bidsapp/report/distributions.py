@@ -66,7 +66,8 @@ def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
     tall = 0.75 + max(0.45, 0.22 + 0.16 * len(tables)) * len(batches)
     drawn = figure(tall * rows)
     axes = drawn.subplots(rows, columns, squeeze=False).ravel()
-    labels = [b if len(b) <= 24 else f"{b[:23]}…" for b in batches]
+    printable = ["".join(c if c.isprintable() else "�" for c in b) for b in batches]
+    labels = [b if len(b) <= 24 else f"{b[:23]}…" for b in printable]
     for ax, feature in zip(axes, features, strict=False):
         every = np.concatenate([t[feature].to_numpy(float) for _, t in tables])
         finite = every[np.isfinite(every)]

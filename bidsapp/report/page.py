@@ -237,7 +237,7 @@ def _latest(folder: Path) -> Path | None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(_text(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 
