@@ -29,9 +29,22 @@ def on_config(config):
         groups.setdefault(kind, []).append(f"methods/{folder.name}.md")
     config.nav += [
         {"Methods": ["methods/index.md", *({k: v} for k, v in groups.items())]},
-        {"Python reference": ["reference/index.md", *(page for page, _ in modules())]},
+        {"Python reference": ["reference/index.md", *reference()]},
         {"Project": [{"Contributing": "contributing.md"}, {"Changes": "changes.md"}]}]
     return config
+
+
+def reference() -> list[dict]:
+    """Navigation of the modules: those of a package stand in a group of its name."""
+    groups, alone = {}, []
+    for page, name in modules():
+        package, *rest = name.split(".")[1:] or ["bidsapp"]
+        if rest or (ROOT / "bidsapp" / package).is_dir():
+            title = ".".join(rest) if rest else f"{package} (package)"
+            groups.setdefault(package, []).append({title: page})
+        else:
+            alone.append({package: page})
+    return [*alone, *({k: v} for k, v in groups.items())]
 
 
 def on_files(files, config):
@@ -47,7 +60,7 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
     """Path below docs/ and content of every generated file."""
     yield "contributing.md", (ROOT / "CONTRIBUTING.md").read_text()
     yield "changes.md", (ROOT / "CHANGES.md").read_text()
-    yield "benchmarks/index.md", (ROOT / "benchmarks" / "README.md").read_text()
+    yield "benchmarks/tables.md", (ROOT / "benchmarks" / "README.md").read_text()
     for file in sorted((ROOT / "benchmarks" / "data").glob("*.csv")):
         yield f"benchmarks/data/{file.name}", file.read_bytes()
     for name, drawing in plots.draw_all(ROOT / "benchmarks" / "data"):
