@@ -28,7 +28,7 @@ lint: $(INSTALLED)  ## style, types, the direction of imports, the Dockerfile
 	$(BIN)/hadolint Dockerfile
 
 docs: $(INSTALLED)  ## the documentation, into site/; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 descriptors: $(INSTALLED)  ## write descriptors/ anew from the command line's parser
 	$(BIN)/python tools/descriptors.py

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import plots  # noqa: E402
+from mkdocs.exceptions import PluginError  # noqa: E402
 from mkdocs.structure.files import File  # noqa: E402
 
 KINDS = {"estimate": "Estimators", "harmonize": "Harmonizers"}
@@ -54,6 +55,15 @@ def on_files(files, config):
             files.remove(written)
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def on_post_page(output, page, config):
+    """Refuse a page that would load a script, a style, a font or an image from the network."""
+    outside = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=[\"']?"
+                         r"((?:https?:)?//[^\"' >]+)", output)
+    if outside:
+        raise PluginError(f"{page.file.src_uri} loads {', '.join(outside)}; pages work offline.")
+    return output
 
 
 def pages() -> Iterator[tuple[str, str | bytes]]:
