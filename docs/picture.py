@@ -60,14 +60,20 @@ def draw(folder: Path) -> None:
     dwi = folder / "out" / "sub-05" / "ses-siteB" / "dwi"
     name = "sub-05_ses-siteB"
     mask = read(dwi / f"{name}_desc-brain_mask.nii.gz") > 0
-    truth = SCALE * reference(folder / "bids/sourcedata/truth/sub-05/ses-siteB/dwi", mask)
+    known = folder / "bids/sourcedata/truth/sub-05/ses-siteB/dwi"
+    truth = SCALE * reference(known, mask)
     measured, harmonized, error = (
         SCALE * read(dwi / f"{name}_model-tensor_param-md{end}_dwimap.nii.gz")
         for end in ("", "_desc-harmonized", "_stat-std"))
-    for what, values in (("measured", measured), ("harmonized", harmonized)):
-        difference = (values - truth)[mask]
-        print(f"{what}: NMSE {100 * (difference**2).sum() / (truth[mask]**2).sum():.3f} %, "
-              f"bias {100 * difference.mean() / truth[mask].mean():+.2f} %")
+    places = {"brain": mask, **{
+        tissue: mask & (read(known / f"{name}_label-{tissue}_probseg.nii.gz") > 0.8)
+        for tissue in ("WM", "GM", "CSF")}}
+    for place, inside in places.items():
+        for what, values in (("measured", measured), ("harmonized", harmonized)):
+            difference = (values - truth)[inside]
+            print(f"{place}, {what}: "
+                  f"NMSE {100 * (difference**2).sum() / (truth[inside]**2).sum():.3f} %, "
+                  f"bias {100 * difference.mean() / truth[inside].mean():+.2f} %")
 
     figure = Figure(figsize=(8, 5.6), layout="constrained", facecolor="white")
     rows = [[("measured at site B", measured), ("harmonized to site A", harmonized),
