@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test quick lint descriptors clean
+.PHONY: help demo test quick lint docs descriptors clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -15,7 +15,7 @@ help:  ## list these targets
 demo: $(INSTALLED)  ## a two-site phantom: maps, reports, a harmonizer; prints where they are
 	$(BIN)/python tools/demo.py
 
-test: lint  ## everything that CI checks
+test: lint docs  ## everything that CI checks
 	$(BIN)/pytest
 
 quick: $(INSTALLED)  ## the tests that take seconds
@@ -27,17 +27,20 @@ lint: $(INSTALLED)  ## style, types, the direction of imports, the Dockerfile
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/hadolint Dockerfile
 
+docs: $(INSTALLED)  ## the documentation, into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 descriptors: $(INSTALLED)  ## write descriptors/ anew from the command line's parser
 	$(BIN)/python tools/descriptors.py
 
 clean:  ## remove the environment, the demo and every cache
-	rm -rf $(VENV) demo build dist .*_cache .hypothesis
+	rm -rf $(VENV) demo site build dist .*_cache .hypothesis
 	find bidsapp tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # torch first and at its pinned version: a looser request would bring another build
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e '.[test,lint]'
+	$(PIP) install --quiet -c constraints.txt -e '.[test,lint,docs]'
 	$(PIP) check
 	touch $@
