@@ -14,7 +14,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import CARD, Checkpoint, load
 from bidsapp.dwi import Dwi, Run
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import SignalStep, scope
+from bidsapp.methods import SiteHarmonizer, scope
 from bidsapp.methods.harmonizer import noise_gain, widening
 from bidsapp.options import Options
 
@@ -32,7 +32,7 @@ class Model:
     """A trained harmonizer. id: its folder's name."""
 
     id: str
-    method: SignalStep
+    method: SiteHarmonizer
     checkpoint: Checkpoint
 
 
@@ -79,7 +79,7 @@ def folders(options: Options) -> list[Path]:
             f"{', '.join(there) or 'none'}; methods to train: {', '.join(kinds)}."
             + scope.nearest(given, [*there, *kinds, *(k.removeprefix("harmonize_")
                                                      for k in kinds)]))
-    if not isinstance(methods.get(name), SignalStep):
+    if not isinstance(methods.get(name), SiteHarmonizer):
         raise UsageError(f"{name} is not applied to images, but trained at group level: "
                          f"qsphere BIDS_DIR OUTPUT_DIR group --train {name}")
     if not (own := [models / n for n in there if n.startswith(f"{name}_")]):
@@ -102,7 +102,7 @@ def find(options: Options) -> list[Model]:
             raise UsageError(f"--harmonize {options.harmonize}: {error}") from error
         name = checkpoint.card.method
         method = methods.get(name, "harmonize") if name in methods.names("harmonize_") else None
-        if not isinstance(method, SignalStep):
+        if not isinstance(method, SiteHarmonizer):
             raise UsageError(f"--harmonize {options.harmonize}: {folder} holds weights of {name}, "
                              "which harmonizes nothing. Give a model that group --train "
                              "harmonize_… made.")

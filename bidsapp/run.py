@@ -53,7 +53,7 @@ SCANS = 2
 
 def participant(options: Options) -> int:
     """Find runs, process each, write derivatives and a page per participant. Returns exit code."""
-    chosen = plan.chosen_methods(options)
+    chosen, upsampler = plan.chosen_methods(options), plan.chosen_upsampler(options)
     models = harmonize.find(options)
     if options.reports_only and not options.dry_run:
         return regenerate_reports(options)
@@ -65,7 +65,7 @@ def participant(options: Options) -> int:
     dataset = Dataset(options.output_dir, links)
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
-    dataset.write_text("logs/CITATION.md", plan.methods_text(models, chosen))
+    dataset.write_text("logs/CITATION.md", plan.methods_text(models, chosen, upsampler))
     if options.boilerplate_only:
         return 0
     memory = available_memory(options)
@@ -383,5 +383,5 @@ def dry_run(found: find.Found, models: Sequence[harmonize.Model], chosen: Sequen
             if conflict := conflicting_model(dataset, run, models):
                 lines.append(f"{run.name}: refused: {conflict}")
             else:
-                lines += plan.describe(context, models, chosen)
+                lines += plan.describe(context, models, chosen, plan.chosen_upsampler(options))
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from bidsapp.networks.shresnet import CENTRE
 from bidsapp.simulate import site
 
 NAMES = [n for n in methods.names("harmonize_")
-         if isinstance(methods.get(n), methods.SignalStep)]
+         if isinstance(methods.get(n), methods.SiteHarmonizer)]
 SHAPE = (8, 9, 12)
 
 

@@ -317,9 +317,10 @@ def _describe(key: str) -> dict[str, str]:
         return ({"Description": f"Median over the mask of {of}", "Units": "as the input signal"}
                 if what == "signal" else
                 {"Description": f"Median over the mask of {of} divided by noise_sd", "Units": "1"})
-    if key.startswith("harmonized_"):
-        entry = _describe(key.removeprefix("harmonized_"))
-        return {**entry, "Description": f"{entry['Description']}; of the harmonized signal"}
+    signal, _, rest = key.partition("_")
+    if signal in ("harmonized", "upsampled"):
+        entry = _describe(rest)
+        return {**entry, "Description": f"{entry['Description']}; of the {signal} signal"}
     for name in methods.names():
         if key.startswith(f"{_short(name)}_"):
             what = key.removeprefix(f"{_short(name)}_").removeprefix("n_").replace("_", " ")

@@ -93,6 +93,30 @@ class Harmonized:
 
 
 @dataclass(frozen=True)
+class Upsampled:
+    """A signal with more measurements than were acquired.
+
+    Parameters
+    ----------
+    dwi : Dwi
+        With its own acquisition; the voxels are those of the signal it was made of.
+    synthesized : sequence of int
+        Its measurements that were computed.
+    no_intervals : str
+        Why no estimator can give an interval from it, as a clause; empty where it can.
+    counts, parameters, notices
+        As of `Derived`.
+    """
+
+    dwi: Dwi
+    synthesized: Sequence[int]
+    no_intervals: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    notices: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Study:
     """What the group level gives to `fit`.
 
@@ -278,8 +302,26 @@ class Trainable(Method):
         """
 
 
-class SignalStep(Trainable):
-    """A method that `group --train` trains, and that gives a signal made of another one."""
+class SignalStep(Method):
+    """A method that gives a signal made of another one. Its outputs.json has a "signal"."""
+
+
+class Upsampler(SignalStep):
+    """A method that gives a signal more measurements."""
+
+    @abstractmethod
+    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Upsampled:
+        """Compute the signal of an acquisition that holds more. Never modifies `dwi`.
+
+        Raises
+        ------
+        Refusal
+            The signal cannot serve; says what was found and what is needed.
+        """
+
+
+class SiteHarmonizer(SignalStep, Trainable):
+    """A method that maps the signal of one site to that of another."""
 
     @abstractmethod
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:

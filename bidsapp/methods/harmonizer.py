@@ -19,7 +19,7 @@ import pandas as pd
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import Fitted, Harmonized, Method, SignalStep, Study
+from bidsapp.methods import Fitted, Harmonized, Method, SiteHarmonizer, Study
 from bidsapp.methods.scope import COVARIATES, SAME_B, nearest, same, shown
 from bidsapp.preprocess import pairs, tissue
 
@@ -40,7 +40,7 @@ UNLIKE, UNMATCHED = 0.1, 0.5
 size is a difference of 2/3 SD, the groups are said to differ; above the second they are refused."""
 
 
-class Harmonizer(SignalStep):
+class Harmonizer(SiteHarmonizer):
     """A method that `group --train … --reference-batch` trains and `--harmonize` applies.
 
     least: participants whom every batch must have.

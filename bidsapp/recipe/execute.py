@@ -25,9 +25,9 @@ from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.dwi import Run
 from bidsapp.errors import DataError, Refusal, describe
 from bidsapp.evaluate import quality
-from bidsapp.methods import Estimator, FromSignal
+from bidsapp.methods import Estimator, FromSignal, Upsampler
 from bidsapp.options import Options
-from bidsapp.recipe.plan import chosen_methods, plan
+from bidsapp.recipe.plan import chosen_methods, chosen_upsampler, plan
 from bidsapp.recipe.steps import Context, Step, StepReport
 from bidsapp.report import figures, page
 from bidsapp.stage import Stage
@@ -58,6 +58,7 @@ def process_participant(job: Job, label: str, runs: list[Run], problems: list[st
     dataset, started = job.dataset, time.strftime("%Y-%m-%dT%H:%M:%S%z")
     folder = f"sub-{label}/log/{job.invocation}"
     models, chosen = harmonize.find(job.options), chosen_methods(job.options)
+    upsampler = chosen_upsampler(job.options)
     with dataset.lock(f"sub-{label}"):
         status: dict[str, dict[str, Any]] = {}
         for problem in problems:
@@ -66,7 +67,7 @@ def process_participant(job: Job, label: str, runs: list[Run], problems: list[st
             dataset.write_text(f"{folder}/crash-sub-{label}.txt", "\n".join(problems) + "\n")
         for run in runs:
             context = Context(job.options, dataset, run, job.device, job.memory)
-            status[run.name] = process_run(context, models, chosen, folder)
+            status[run.name] = process_run(context, models, chosen, upsampler, folder)
             if status[run.name]["status"] == "failed" and job.options.stop_on_first_crash:
                 break
         ok = not problems and all(is_done(s, job.options) for s in status.values())
@@ -86,14 +87,15 @@ def process_participant(job: Job, label: str, runs: list[Run], problems: list[st
 
 
 def process_run(context: Context, models: Sequence[harmonize.Model],
-                chosen: Sequence[FromSignal], folder: str) -> dict[str, Any]:
+                chosen: Sequence[FromSignal], upsampler: Upsampler | None, folder: str
+                ) -> dict[str, Any]:
     """Do the steps of a run that are not complete; an error is noted, never raised."""
     dataset, run, start = context.dataset, context.run, time.monotonic()
     try:
         if conflict := conflicting_model(dataset, run, models):
             log.error("%s: %s", run.name, conflict)
             return {"status": "refused", "error": f"{run.name}: {conflict}"}
-        execution = Execution(context, plan(context, models, chosen))
+        execution = Execution(context, plan(context, models, chosen, upsampler))
         changed = execution.run()
         seconds = round(time.monotonic() - start, 1)
         refusals = execution.summarize(changed, seconds)
@@ -291,7 +293,8 @@ def is_done(status: Mapping[str, Any], options: Options) -> bool:
     optional = set() if options.estimate else {m.name for m in chosen_methods(options)
                                                if isinstance(m, Estimator)}
     return status["status"] not in ("failed", "refused") and not any(
-        name.removeprefix("harmonized_") not in optional for name in status.get("refusals", ()))
+        name.removeprefix("harmonized_").removeprefix("upsampled_") not in optional
+        for name in status.get("refusals", ()))
 
 
 def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Model]) -> str | None:

@@ -12,16 +12,24 @@ from pathlib import Path
 from bidsapp import harmonize, methods
 from bidsapp.dwi import peak_memory
 from bidsapp.errors import QSphereError, Refusal
-from bidsapp.methods import Estimator, FromSignal
+from bidsapp.methods import Estimator, FromSignal, Upsampler
 from bidsapp.options import Options
-from bidsapp.recipe.steps import PREPARATION, Context, Estimate, Harmonize, Measure, Step
+from bidsapp.recipe.steps import (
+    PREPARATION,
+    Context,
+    Estimate,
+    Harmonize,
+    Measure,
+    Step,
+    Upsample,
+)
 from bidsapp.report import boilerplate
 
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
 
 
-def plan(context: Context, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal]
-         ) -> list[Step]:
+def plan(context: Context, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
+         upsampler: Upsampler | None = None) -> list[Step]:
     """List the steps of a run.
 
     Parameters
@@ -32,19 +40,30 @@ def plan(context: Context, models: Sequence[harmonize.Model], chosen: Sequence[F
         Those that --harmonize names.
     chosen : sequence of FromSignal
         What makes maps or synthetic signals.
+    upsampler : Upsampler, optional
+        The one that --upsample names.
 
     Returns
     -------
     list of Step
         In the order in which they are done; each after the one whose signal it takes.
     """
-    measured = Measure(context)
-    harmonized = Harmonize(context, measured, models) if models else None
-    steps: list[Step] = [measured, *([harmonized] if harmonized else [])]
+    measured: Step = Measure(context)
+    signals: list[Step] = [measured]
+    changed: list[Step] = []
+    if models:
+        harmonized = Harmonize(context, measured, models)
+        signals.append(harmonized)
+        changed += [harmonized] if harmonized.changes else []
+    if upsampler:
+        upsampled = Upsample(context, changed[-1] if changed else measured, upsampler)
+        signals.append(upsampled)
+        changed.append(upsampled)
+    steps = signals
     for method in chosen:
         steps.append(Estimate(context, measured, method))
-        if harmonized and harmonized.changes and isinstance(method, Estimator):
-            steps.append(Estimate(context, harmonized, method))
+        if isinstance(method, Estimator):
+            steps += [Estimate(context, signal, method) for signal in changed]
     return steps
 
 
@@ -56,8 +75,6 @@ def chosen_methods(options: Options) -> list[FromSignal]:
     UsageError
         A name that no folder under methods/ has.
     """
-    if options.upsample:
-        methods.get(Path(options.upsample).name, "upsample")
     available = methods.names("estimate_")
     estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in available]
     chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
@@ -67,11 +84,26 @@ def chosen_methods(options: Options) -> list[FromSignal]:
     return [m for m in chosen if isinstance(m, FromSignal)]
 
 
-def describe(context: Context, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal]
-             ) -> list[str]:
+def chosen_upsampler(options: Options) -> Upsampler | None:
+    """Load the method that --upsample names.
+
+    Raises
+    ------
+    UsageError
+        A name that no folder under methods/ has.
+    """
+    if not options.upsample:
+        return None
+    method = methods.get(Path(options.upsample).name, "upsample")
+    assert isinstance(method, Upsampler), f"{method.name} is no Upsampler"
+    return method
+
+
+def describe(context: Context, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
+             upsampler: Upsampler | None = None) -> list[str]:
     """Lines on what would be done to a run, with its predicted memory."""
     name = context.run.name
-    steps = plan(context, models, chosen)
+    steps = plan(context, models, chosen, upsampler)
     try:
         size = context.like.shape[0] * context.like.shape[1] * context.like.shape[2]
         most = peak_memory(size, len(context.acquisition)) / 1e9
@@ -87,7 +119,9 @@ def describe(context: Context, models: Sequence[harmonize.Model], chosen: Sequen
     return lines
 
 
-def methods_text(models: Sequence[harmonize.Model], chosen: Sequence[FromSignal]) -> str:
+def methods_text(models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
+                 upsampler: Upsampler | None = None) -> str:
     """The methods text of everything that the plan of a run may hold, with references."""
-    used = [*{m.method.name: m.method for m in models}.values(), *chosen]
+    used = [*{m.method.name: m.method for m in models}.values(),
+            *([upsampler] if upsampler else []), *chosen]
     return boilerplate.markdown([*PREPARATION, *map(boilerplate.of_method, used)], used)

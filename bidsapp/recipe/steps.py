@@ -28,7 +28,7 @@ from bidsapp.errors import DataError, Refusal
 from bidsapp.evaluate import change, gradients, plausibility, quality
 from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
 from bidsapp.mask import median_otsu, read_mask
-from bidsapp.methods import Estimator, FromSignal, Synthesizer
+from bidsapp.methods import Estimator, FromSignal, Synthesizer, Upsampler
 from bidsapp.microstructure.maps import WEIGHTS
 from bidsapp.options import Options
 from bidsapp.preprocess import anatomy
@@ -313,17 +313,57 @@ class Harmonize(Step):
 
     def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
         assert stage
-        context, dwi = self.context, stage.dwi
-        image, bval, bvec = (context.dataset.root / context.path("dwi", e, desc=self.name)
-                             for e in (".nii.gz", ".bval", ".bvec"))
-        written = replace(context.run, parts=(Part(image, bval, bvec),))
-        signal = load(written, dwi.mask, dwi.acquisition, memory=context.memory,
-                      work_dir=context.options.work_dir).signal
-        gain = facts["noise_gain"]
-        dwi = replace(dwi, signal=signal, noise_gain=None if gain is None else np.array(gain))
-        return replace(
-            stage, dwi=dwi, desc=self.name, sources=(context.dataset.uri(image),),
-            about=facts["about"], no_intervals=facts["no_intervals"], widening=facts["widening"])
+        return reload_signal(self.context, stage, self.name, facts)
+
+
+class Upsample(Step):
+    """Give the signal more measurements."""
+
+    name = "upsampled"
+    gives_signal = True
+
+    def __init__(self, context: Context, takes: Step, method: Upsampler) -> None:
+        super().__init__(context, takes)
+        self.method = method
+
+    @property
+    def title(self) -> str:
+        return self.method.name
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        options = self.context.options
+        return {"method": self.method.name, "sloppy": options.sloppy, "seed": options.random_seed}
+
+    def describe(self) -> str:
+        self.method.check(self.context.acquisition)
+        return f"{self.method.name} of the {self.takes.name if self.takes else ''} signal"
+
+    @property
+    def paragraphs(self) -> list[tuple[str, str]]:
+        return [boilerplate.of_method(self.method)]
+
+    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
+        assert stage
+        context, method = self.context, self.method
+        method.check(stage.dwi.acquisition)
+        made = method.apply(stage.dwi, context.device, context.options.random_seed)
+        report.qc |= made.counts
+        report.notices += made.notices
+        upsampled = replace(
+            stage, dwi=made.dwi, desc=self.name, no_intervals=stage.no_intervals or
+            made.no_intervals, about={**stage.about, "SynthesizedVolumes": list(made.synthesized)})
+        report.facts = {"method": method.name, "about": upsampled.about,
+                        "no_intervals": upsampled.no_intervals, "widening": upsampled.widening,
+                        "noise_sd": made.dwi.noise_sd,
+                        "noise_gain": None if made.dwi.noise_gain is None
+                        else [float(g) for g in made.dwi.noise_gain]}
+        return outputs(context, transaction, upsampled).write_signal(
+            method, method.outputs["signal"], made.parameters)
+
+    def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
+        assert stage
+        return reload_signal(self.context, stage, self.name, facts)
 
 
 class Estimate(Step):
@@ -388,6 +428,26 @@ class Estimate(Step):
                                       "rows": derived.synthetic.scores}
 
 
+
+
+def reload_signal(context: Context, stage: Stage, desc: str, facts: Mapping[str, Any]) -> Stage:
+    """Read back a signal that a step wrote, with what its record keeps of it."""
+    image, bval, bvec, btens = (context.dataset.root / context.path("dwi", extension, desc=desc)
+                                for extension in (".nii.gz", ".bval", ".bvec", ".btens"))
+    part = Part(image, bval, bvec, btens if btens.exists() else None)
+    written = replace(context.run, parts=(part,))
+    acquisition = btable.acquisition_of(written)
+    if len(acquisition) == len(stage.dwi.acquisition):  # without the rounding of text
+        acquisition = stage.dwi.acquisition
+    dwi = load(written, stage.dwi.mask, acquisition, memory=context.memory,
+               work_dir=context.options.work_dir)
+    gain = facts["noise_gain"]
+    dwi = replace(dwi, affine=stage.dwi.affine, invalid=stage.dwi.invalid,
+                  noise_sd=facts.get("noise_sd", stage.dwi.noise_sd),
+                  noise_gain=None if gain is None else np.array(gain))
+    return replace(stage, dwi=dwi, desc=desc, sources=(context.dataset.uri(image),),
+                   about=facts["about"], no_intervals=facts["no_intervals"],
+                   widening=facts["widening"])
 
 
 def outputs(context: Context, transaction: Transaction, stage: Stage) -> Outputs:
