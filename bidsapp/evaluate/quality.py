@@ -245,7 +245,7 @@ def statistics(method: Method, derived: Derived) -> dict[str, float | None]:
         finite = values[np.isfinite(values) & (True if derived.valid is None else derived.valid)]
         finite = finite.astype(np.float64)
         numbers = (finite.mean(), finite.std(), np.median(finite)) if len(finite) else (None,) * 3
-        found |= {f"{_short(method.name)}_{key}_{statistic}": None if n is None else float(n)
+        found |= {f"{method.short}_{key}_{statistic}": None if n is None else float(n)
                   for statistic, n in zip(STATISTICS, numbers, strict=True)}
     return found
 
@@ -321,13 +321,18 @@ def _describe(key: str) -> dict[str, str]:
     if signal in ("harmonized", "upsampled"):
         entry = _describe(rest)
         return {**entry, "Description": f"{entry['Description']}; of the {signal} signal"}
-    for name in methods.names():
-        if key.startswith(f"{_short(name)}_"):
-            what = key.removeprefix(f"{_short(name)}_").removeprefix("n_").replace("_", " ")
-            return {"Description": f"{_short(name)}: voxels handled in a special way: {what}",
+    for short in _short_names():
+        if key.startswith(f"{short}_"):
+            what = key.removeprefix(f"{short}_").removeprefix("n_").replace("_", " ")
+            return {"Description": f"{short}: voxels handled in a special way: {what}",
                     "Units": "voxels"}
     return {"Description": f"{key}, as participants.tsv, sessions.tsv or the method gives it",
             "Units": "n/a"}
+
+
+@cache
+def _short_names() -> tuple[str, ...]:
+    return tuple(methods.get(name).short for name in methods.names())
 
 
 @cache
@@ -335,9 +340,9 @@ def _map_columns() -> Mapping[str, dict[str, str]]:
     """Description and Units of every statistic of every scalar map that a method can make."""
     found: dict[str, dict[str, str]] = {}
     for name in methods.names("estimate_"):
-        outputs = methods.get(name).outputs
-        for key, entry in outputs["maps"].items():
-            found |= dict(_map_statistics(_short(name), key, entry))
+        method = methods.get(name)
+        for key, entry in method.outputs["maps"].items():
+            found |= dict(_map_statistics(method.short, key, entry))
     return found
 
 
@@ -352,10 +357,6 @@ def _map_statistics(method: str, key: str, entry: Mapping[str, Any]
 def _is_signal(key: str) -> bool:
     own = key in FIXED and not key.startswith("harmonization_")
     return own or bool(re.fullmatch(r"b\d+\w*_(signal|snr)", key))
-
-
-def _short(method: str) -> str:
-    return method.removeprefix("estimate_").removeprefix("harmonize_")
 
 
 def _ratio(value: float, noise: float | None) -> float | None:

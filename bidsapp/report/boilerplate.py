@@ -33,7 +33,7 @@ def acknowledge() -> str:
 
 def of_method(method: Method) -> tuple[str, str]:
     """Heading and text of a method, read from its folder."""
-    return f"Method: {_short(method)}", _method(method)
+    return f"Method: {method.short}", _method(method)
 
 
 def references(chosen: Sequence[Method]) -> list[tuple[str, str]]:
@@ -45,7 +45,7 @@ def references(chosen: Sequence[Method]) -> list[tuple[str, str]]:
             for match in DOI.finditer(text):
                 doi = match.group(1).rstrip(".")
                 found.setdefault(doi, _authors(text[:match.start()])
-                                 or f"{_short(method)}: {_clause(method.outputs['model'])}")
+                                 or f"{method.short}: {_clause(method.outputs['model'])}")
     return [(what, f"https://doi.org/{doi}") for doi, what in found.items()]
 
 
@@ -94,7 +94,3 @@ def _authors(before: str) -> str:
     name = r"[A-ZÀ-Þ][\w’'-]+(?: et al\.?)?(?:,? (?:and|&) )?"
     match = re.search(rf"((?:{name})+,? \(?\d{{4}})[,;:.\s(]*$", before)
     return match.group(1).replace("(", "") if match else ""
-
-
-def _short(method: Method) -> str:
-    return method.name.removeprefix("estimate_").removeprefix("harmonize_")

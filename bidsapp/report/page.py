@@ -84,6 +84,7 @@ def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, effects: 
         sections=_sections([{"title": f.title, "caption": f.caption, "section": f.section,
                              "uri": _uri(f.svg)} for f in drawn]),
         trained=[{"name": name, "model": result.model, "tables": list(result.tables),
+                  "harmonizes": "ReferenceBatch" in result.model and bool(result.checkpoints),
                   "weights": list(result.checkpoints), "folds": _folds(result),
                   "effects": _of_folds(result),
                   "notices": result.notices,
