@@ -132,7 +132,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     method = methods.get(options.method, "estimate")
     trained = (checkpoint.load(options.weights, method.name) if options.weights
-               else maps.shipped(method.name))
+               else maps.bundled_weights(method.name))
     (in_bands if options.bands else in_training)(options, method, trained)
 
 

@@ -60,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = (checkpoint.load(options.weights, "estimate_scnn3") if options.weights
-             else estimating.shipped("estimate_scnn3"))
+             else estimating.bundled_weights("estimate_scnn3"))
     generator, tissue, sigma = torch.Generator().manual_seed(7), THREE_COMPARTMENTS, 1 / options.snr
     densities = draw_bundles(options.voxels, generator, 16)
     truth = tissue.draw(options.voxels, generator)

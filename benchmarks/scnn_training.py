@@ -120,7 +120,7 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
     method = "estimate_mlp2" if options.network == "mlp" else "estimate_scnn2"
     start_from = None
     if options.init:
-        start_from = (estimating.shipped(method) if options.init == "shipped"
+        start_from = (estimating.bundled_weights(method) if options.init == "shipped"
                       else checkpoint.load(Path(options.init), method))
     found = start_from if start_from and not options.steps else learn.train(
         method, recipe, seed=options.seed, device="cpu", saved=options.state, table=table,

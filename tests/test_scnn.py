@@ -334,7 +334,7 @@ def test_densities_are_no_sharper_than_a_fibre():
 def test_strange_signals_and_noise_are_flagged():
     """With the weights that ship. The signal's size wanders from 0.3 to 1.7 with the volume, which
     is plausible only where there is hardly any signal."""
-    acq, shipped = acquisition(), estimating.shipped("estimate_scnn2")
+    acq, shipped = acquisition(), estimating.bundled_weights("estimate_scnn2")
 
     def flags(dwi):
         return estimating.estimate(shipped, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]["flag"]
@@ -374,7 +374,7 @@ def test_refuses_what_it_was_not_trained_for(trained, acq, message):
 
 def test_a_shell_may_lie_at_the_end_of_the_range_but_for_rounding():
     """A mean of 499 s/mm² is the nominal 500."""
-    known = estimating.shipped("estimate_scnn2").card.trained_for
+    known = estimating.bundled_weights("estimate_scnn2").card.trained_for
     used = estimating.check(acquisition(b=(499, 2200)), known, "scnn2")
     assert [round(s.b) for s in used] == [499, 2200]
 
@@ -465,7 +465,7 @@ def test_other_acquisitions_take_the_weights_that_ship(study, tmp_path):
                              out / "group/models")
     other = estimating.fitting("estimate_scnn2", acquisition(), out / "group/models")
     assert own.card.sha256 != other.card.sha256
-    assert other.card.sha256 == estimating.shipped("estimate_scnn2").card.sha256
+    assert other.card.sha256 == estimating.bundled_weights("estimate_scnn2").card.sha256
 
 
 def test_a_training_for_several_acquisitions_is_refused(study):
