@@ -42,6 +42,7 @@ from torch import nn
 
 from bidsapp import checkpoint, methods, sh, training
 from bidsapp.blocks import map_voxels
+from bidsapp.domain import TrainingDomain
 from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Estimate, Published
@@ -97,7 +98,8 @@ def recipe_of(options: argparse.Namespace) -> learn.Recipe:
     return replace(
         known, schedule=schedule, batch=options.batch, groups=1, network=network, passes=1,
         unbiased=0.0, odfs={"measured": options.measured} if options.table else {},
-        trained_for=learn.Range(snr=(SNR, SNR), acquisition=acquisition(), s0_known=True))
+        acquisition=acquisition(), s0_known=True,
+        trained_for=TrainingDomain.of_acquisitions([acquisition()], snr=(SNR, SNR)))
 
 
 def trained(options: argparse.Namespace, table: torch.Tensor | None

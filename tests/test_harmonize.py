@@ -16,10 +16,10 @@ from test_run import content, image, qsphere, validate
 
 from bidsapp import checkpoint, harmonize, methods
 from bidsapp.acquisition import Acquisition
+from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.dwi import FIXED_MEMORY, Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.evaluate.change import change
-from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.methods import Study, harmonizer
 from bidsapp.recipe.steps import load_run
 
