@@ -135,7 +135,9 @@ class TrainingDomain:
             put("snr", _range("snr", self.snr, float, 0))
         put("voxel_size", tuple(_range("voxel_size", edge, float, 0) for edge in self.voxel_size))
         put("sites", tuple(self.sites))
-        put("covariates", {name: tuple(seen) for name, seen in self.covariates.items()})
+        put("covariates", {name: tuple(values) if all(isinstance(v, str) for v in values) and values
+                           else _range(name, values, float, -math.inf)
+                           for name, values in self.covariates.items()})
         if not self.shells or len(self.voxel_size) not in (0, 3):
             raise ValueError(f"needed are one shell or more and no edge of the voxel or three; "
                              f"found are {len(self.shells)} and {len(self.voxel_size)}")
@@ -179,31 +181,32 @@ class TrainingDomain:
         list of str
             Clauses that say what was found and what is needed; empty for a run within the domain.
         """
-        found = []
+        violations = []
         if self.sites and site is not None and site not in self.sites:
-            found.append(f"the batch is {site}, known are {', '.join(self.sites)}")
+            violations.append(f"the batch is {site}, known are {', '.join(self.sites)}")
         if self.b0[0] and not acquisition.b0.any():
-            found.append("the run has 0 volumes without weighting, needed is a b0")
+            violations.append("the run has 0 volumes without weighting, needed is a b0")
         shells, usable = acquisition.shells, self.usable_shells(acquisition)
         if self.shell_count is not None:
             complete = len(usable) >= self.shell_count[0]
         else:
             complete = len(usable) == len(shells) == len(self.shells)
         if not complete:
-            found.append(f"the run has {describe_shells(shells)} s/mm², needed are "
-                         f"{self._describe_shells()}")
+            violations.append(f"the run has {describe_shells(shells)} s/mm², needed are "
+                              f"{self._describe_shells()}")
         elif self.shell_count is None:
-            found += [f"{len(shell)} directions at b = {shell.b:.0f} s/mm², "
-                      f"{describe_range(*known.directions)} were seen in training"
-                      for shell, known in zip(shells, self.shells, strict=True)
-                      if not ((1 - DIRECTIONS) * known.directions[0] <= len(shell)
-                              <= (1 + DIRECTIONS) * known.directions[1])]
+            for shell, trained in zip(shells, self.shells, strict=True):
+                fewest, most = trained.directions
+                if not (1 - DIRECTIONS) * fewest <= len(shell) <= (1 + DIRECTIONS) * most:
+                    violations.append(f"{len(shell)} directions at b = {shell.b:.0f} s/mm², "
+                                      f"{describe_range(fewest, most)} were seen in training")
         edges = list(zip(sorted(voxel_size or ()), self.voxel_size, strict=False))
         if any(not (1 - VOXEL) * low <= edge <= (1 + VOXEL) * high for edge, (low, high) in edges):
-            found.append("the voxel is " + " × ".join(f"{edge:.3g}" for edge, _ in edges)
-                         + " mm, seen in training were "
-                         + " × ".join(describe_range(*known) for _, known in edges) + " mm")
-        return found
+            violations.append(
+                "the voxel is " + " × ".join(f"{edge:.3g}" for edge, _ in edges)
+                + " mm, seen in training were "
+                + " × ".join(describe_range(low, high) for _, (low, high) in edges) + " mm")
+        return violations
 
     def warnings(self, snr: float | None, covariates: Mapping[str, Any]) -> list[str]:
         """List what else of a run the training has not seen: worth a look, no reason to refuse.
@@ -220,21 +223,22 @@ class TrainingDomain:
         list of str
             Sentences.
         """
-        known = {**({"SNR": self.snr} if self.snr else {}), **self.covariates}
-        found = []
-        for name, seen in known.items():
+        ranges = {**({"SNR": self.snr} if self.snr else {}), **self.covariates}
+        warnings = []
+        for name, trained in ranges.items():
             value = snr if name == "SNR" else covariates.get(name)
             if value is None or value != value:
                 continue
-            if isinstance(seen[0], str):
-                within, among = str(value) in seen, ", ".join(seen)
+            if isinstance(trained[0], str):
+                within, among = str(value) in trained, ", ".join(trained)
             else:
-                within = not isinstance(value, int | float) or seen[0] <= value <= seen[1]
-                among = describe_range(*seen)
+                low, high = trained
+                within = not isinstance(value, int | float) or low <= value <= high
+                among = describe_range(low, high)
             if not within:
-                shown = f"{value:.3g}" if isinstance(value, float) else value
-                found.append(f"{name} is {shown}, and {among} in the training.")
-        return found
+                text = f"{value:.3g}" if isinstance(value, float) else value
+                warnings.append(f"{name} is {text}, and {among} in the training.")
+        return warnings
 
     def usable_shells(self, acquisition: Acquisition) -> list[Shell]:
         """Select the shells of a run that lie within those of the training.
@@ -245,12 +249,12 @@ class TrainingDomain:
         in training do no harm, since they carry less noise.
         """
         if self.shell_count is None:
-            return [shell for shell, known in zip(acquisition.shells, self.shells, strict=False)
-                    if known.holds(shell, SAME_B)]
+            return [shell for shell, trained in zip(acquisition.shells, self.shells, strict=False)
+                    if trained.holds(shell, SAME_B)]
         return [shell for shell in acquisition.shells if any(
-            known.holds(shell, NOMINAL)
-            and (len(shell) >= known.directions[0] or abs(shell.b_delta) < SAME_SHAPE)
-            for known in self.shells)]
+            trained.holds(shell, NOMINAL)
+            and (len(shell) >= trained.directions[0] or abs(shell.b_delta) < SAME_SHAPE)
+            for trained in self.shells)]
 
     def nearest_shells(self, acquisition: Acquisition) -> list[int]:
         """Find for each shell of a run the shell of the training that is nearest to it in b.
@@ -265,16 +269,16 @@ class TrainingDomain:
         Refusal
             There is none of that shape.
         """
-        found = []
+        indices = []
         for shell in acquisition.shells:
-            alike = [i for i, known in enumerate(self.shells)
-                     if abs(known.b_delta - shell.b_delta) <= SAME_SHAPE]
+            alike = [i for i, trained in enumerate(self.shells)
+                     if abs(trained.b_delta - shell.b_delta) <= SAME_SHAPE]
             if not alike:
                 raise Refusal(
                     f"the run has a shell of b_delta {shell.b_delta:.2g} at b = {shell.b:.0f} "
                     "s/mm², and the training had none of this b-tensor shape. Train on such runs.")
-            found.append(min(alike, key=lambda i: abs(self.shells[i].middle - shell.b)))
-        return found
+            indices.append(min(alike, key=lambda i: abs(self.shells[i].middle - shell.b)))
+        return indices
 
     def describe_ranges(self) -> str:
         """Describe the ranges that shells must lie in: `b = 500–5000 s/mm², 6 or more directions,
@@ -283,7 +287,7 @@ class TrainingDomain:
         for s in self.shells:
             shapes.setdefault((s.b, s.directions[0]), []).append(f"{s.b_delta:g}")
         return " or ".join(f"b = {low:.0f}–{high:.0f} s/mm², {fewest} or more directions, b_delta "
-                           + ", ".join(own) for ((low, high), fewest), own in shapes.items())
+                           + ", ".join(texts) for ((low, high), fewest), texts in shapes.items())
 
     def _describe_shells(self) -> str:
         if self.shell_count is not None:
@@ -297,14 +301,14 @@ def describe_range(low: float, high: float) -> str:
     return f"{low:.3g}" if low == high else f"{low:.3g}–{high:.3g}"
 
 
-def _range(name: str, values: Any, kind: Any, least: float) -> tuple[Any, Any]:
+def _range(name: str, values: Any, number: Any, minimum: float) -> tuple[Any, Any]:
     """A pair of numbers that ascend.
 
     Raises ValueError where it is something else.
     """
-    found = tuple(values) if isinstance(values, list | tuple) else ()
-    if not (len(found) == 2 and all(isinstance(v, int | float) and math.isfinite(v) for v in found)
-            and least <= found[0] <= found[1] and all(kind(v) == v for v in found)):
-        raise ValueError(f"{name} is {values!r}, needed are two numbers, {least} or more, of which "
-                         "the second is not the smaller")
-    return kind(found[0]), kind(found[1])
+    pair = tuple(values) if isinstance(values, list | tuple) else ()
+    if not (len(pair) == 2 and all(isinstance(v, int | float) and math.isfinite(v) for v in pair)
+            and minimum <= pair[0] <= pair[1] and all(number(v) == v for v in pair)):
+        raise ValueError(f"{name} is {values!r}, needed are two numbers, {minimum} or more, of "
+                         "which the second is not the smaller")
+    return number(pair[0]), number(pair[1])

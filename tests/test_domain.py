@@ -35,7 +35,8 @@ def run(*shells, b0=1, b_delta=1.0):
 @pytest.mark.parametrize("change", [
     {"shells": ()}, {"b0": (2, 1)}, {"b0": 1}, {"b0": (0.5, 1)}, {"shell_count": (0, 2)},
     {"shell_count": (3, 2)}, {"snr": (10.0, float("inf"))}, {"snr": ("10", "20")},
-    {"voxel_size": ((2.0, 2.0),)}, {"sites": (1,)},
+    {"voxel_size": ((2.0, 2.0),)}, {"sites": (1,)}, {"covariates": {"age": ()}},
+    {"covariates": {"age": (60.0, 20.0)}}, {"covariates": {"sex": ("F", 1)}},
     {"shells": ({"b": [0.5, 5.0], "directions": [6, 90]},)},
 ], ids=lambda change: "-".join(f"{k}{v}" for k, v in change.items())[:30])
 def test_domains_of_the_wrong_form_are_not_born(change):
