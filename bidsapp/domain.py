@@ -200,7 +200,8 @@ class TrainingDomain:
                 if not (1 - DIRECTIONS) * fewest <= len(shell) <= (1 + DIRECTIONS) * most:
                     violations.append(f"{len(shell)} directions at b = {shell.b:.0f} s/mm², "
                                       f"{describe_range(fewest, most)} were seen in training")
-        edges = list(zip(sorted(voxel_size or ()), self.voxel_size, strict=False))
+        edges = list(zip(sorted(() if voxel_size is None else voxel_size), self.voxel_size,
+                         strict=False))
         if any(not (1 - VOXEL) * low <= edge <= (1 + VOXEL) * high for edge, (low, high) in edges):
             violations.append(
                 "the voxel is " + " × ".join(f"{edge:.3g}" for edge, _ in edges)

@@ -449,6 +449,15 @@ def test_recipe_of_the_folder():
     assert shells.b == (500, 5000) and recipe.trained_for.shell_count == (1, 4)
 
 
+def test_recipes_that_cannot_be_drawn_from_are_not_born():
+    recipe = small()
+    (shells,) = recipe.trained_for.shells
+    for change in ({"snr": None}, {"shell_count": None},
+                   {"shells": (shells, replace(shells, b=(700.0, 900.0)))}):
+        with pytest.raises(ValueError, match="a recipe"):
+            replace(recipe, trained_for=replace(recipe.trained_for, **change))
+
+
 def test_noddi_is_its_integral():
     """Zhang et al. 2012 written out on a dense grid: sticks weighed by Watson's density, one
     tensor that is the average of the zeppelins, free water."""
@@ -546,6 +555,8 @@ def test_other_acquisitions_take_the_weights_that_ship(study, tmp_path):
                   for run in (acquisition((1000, 2000), (12, 16)), acquisition()))
     assert own.card.sha256 != other.card.sha256
     assert other.card.sha256 == estimating.bundled_weights("estimate_scnn2").card.sha256
+    single = acquisition(b=(1000,), n=(60,))  # outside of both: those that ship know more
+    assert estimating.select_weights("estimate_scnn2", weights, single, allow=True) is other
 
 
 def test_a_training_for_several_acquisitions_is_refused(study):
