@@ -30,7 +30,6 @@ import torch
 
 from bidsapp import checkpoint, methods
 from bidsapp.microstructure import learn, maps
-from bidsapp.networks.scnn import SphericalNetwork
 from bidsapp.simulate.bands import bands, other_bands
 
 SNR = (10, 15, 22, 33, 50, 70, 100)
@@ -89,8 +88,7 @@ def in_training(options: argparse.Namespace, method, trained: checkpoint.Checkpo
         table = torch.from_numpy(np.load(options.densities))
         recipe = replace(recipe, odfs={**recipe.odfs, "measured": options.measured})
     simulate = learn.Simulator(recipe, table, maps.known_power(trained.card))
-    network = trained.into(SphericalNetwork(
-        len(tissue.names), **{**trained.card.network, "grid": options.grid})).eval()
+    network = trained.into(maps.build(tissue, trained.card.network, grid=options.grid))
     generator = torch.Generator().manual_seed(20_000)
     batches = [simulate(1024, 64, generator) for _ in range(options.samples // 1024)]
     found, truth, density, noise = learn.predictions(network, batches)
@@ -132,7 +130,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     method = methods.get(options.method, "estimate")
     trained = (checkpoint.load(options.weights, method.name) if options.weights
-               else maps.shipped(method.name))
+               else maps.bundled_weights(method.name))
     (in_bands if options.bands else in_training)(options, method, trained)
 
 

@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     trained = (checkpoint.load(options.weights, "estimate_scnn2") if options.weights
-               else estimating.shipped("estimate_scnn2"))
+               else estimating.bundled_weights("estimate_scnn2"))
     generator = torch.Generator().manual_seed(7)
     acq, tissue = acquisition(), TWO_COMPARTMENTS
     densities = draw_bundles(options.voxels, generator, 16)

@@ -31,6 +31,7 @@ import torch
 
 from bidsapp import checkpoint, methods, sh
 from bidsapp.acquisition import Acquisition
+from bidsapp.domain import TrainingDomain
 from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.simulate import forward, odf, protocols
@@ -60,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = (checkpoint.load(options.weights, "estimate_scnn3") if options.weights
-             else estimating.shipped("estimate_scnn3"))
+             else estimating.bundled_weights("estimate_scnn3"))
     generator, tissue, sigma = torch.Generator().manual_seed(7), THREE_COMPARTMENTS, 1 / options.snr
     densities = draw_bundles(options.voxels, generator, 16)
     truth = tissue.draw(options.voxels, generator)
@@ -105,8 +106,9 @@ def for_one(start: checkpoint.Checkpoint, name: str, acq: Acquisition,
     and with Watson mixtures alone, as it is tested."""
     known = methods.get("estimate_scnn3").recipe("one")
     schedule = replace(known.schedule, steps=options.steps)
-    recipe = replace(known, schedule=schedule, trained_for=learn.Range(
-        snr=(options.snr, options.snr), acquisition=acq))
+    recipe = replace(known, schedule=schedule, acquisition=acq,
+                     trained_for=TrainingDomain.of_acquisitions(
+                         [acq], snr=(options.snr, options.snr)))
     saved = options.states / f"scnn3_{name}.ckpt" if options.states else None
     found = learn.train("estimate_scnn3", recipe, seed=0, device="cpu", saved=saved, start=start)
     print(f"{name}: {found.card.training['samples']} samples in {found.card.training['seconds']} s")

@@ -42,6 +42,7 @@ from torch import nn
 
 from bidsapp import checkpoint, methods, sh, training
 from bidsapp.blocks import map_voxels
+from bidsapp.domain import TrainingDomain
 from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Estimate, Published
@@ -97,7 +98,8 @@ def recipe_of(options: argparse.Namespace) -> learn.Recipe:
     return replace(
         known, schedule=schedule, batch=options.batch, groups=1, network=network, passes=1,
         unbiased=0.0, odfs={"measured": options.measured} if options.table else {},
-        trained_for=learn.Range(snr=(SNR, SNR), acquisition=acquisition(), s0_known=True))
+        acquisition=acquisition(), s0_known=True,
+        trained_for=TrainingDomain.of_acquisitions([acquisition()], snr=(SNR, SNR)))
 
 
 def trained(options: argparse.Namespace, table: torch.Tensor | None
@@ -120,7 +122,7 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
     method = "estimate_mlp2" if options.network == "mlp" else "estimate_scnn2"
     start_from = None
     if options.init:
-        start_from = (estimating.shipped(method) if options.init == "shipped"
+        start_from = (estimating.bundled_weights(method) if options.init == "shipped"
                       else checkpoint.load(Path(options.init), method))
     found = start_from if start_from and not options.steps else learn.train(
         method, recipe, seed=options.seed, device="cpu", saved=options.state, table=table,

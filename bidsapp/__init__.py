@@ -24,6 +24,7 @@ The map of the house, in the order a run flows through it:
     dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
     tensor.py       batched, differentiable diffusion tensor fit
     sh.py           spherical harmonics
+    domain.py       what trained weights may be used for
     acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)
     workers.py      processes side by side, and what ends them
     scratch.py      temporary folders that outlive nobody

@@ -11,6 +11,7 @@ doi:10.1016/j.neuroimage.2016.02.039).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,9 @@ SHELL_GAP = 0.1
 
 SHELL_GAP_MIN = 60.0
 NORM_TOLERANCE = 0.02
+
+SAME_B, SAME_SHAPE = 0.05, 0.05
+"""Shells are the same where b differs by at most this share, and b_delta by at most this."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,22 @@ def concatenate(acquisitions: list[Acquisition]) -> Acquisition:
         np.concatenate([a.bvals for a in acquisitions]),
         np.concatenate([a.bvecs for a in acquisitions]),
         np.concatenate([a.b_delta for a in acquisitions]), **times)
+
+
+def same_shell(a: Shell, b: Shell) -> bool:
+    """Tell whether two shells agree in b-value (within 5 % of the second's) and b-tensor shape."""
+    return abs(a.b - b.b) <= SAME_B * b.b and abs(a.b_delta - b.b_delta) <= SAME_SHAPE
+
+
+def describe_shells(shells: Sequence[Shell]) -> str:
+    """Describe shells for messages: `16 × b 1000, 16 × b 2000`."""
+    return ", ".join(f"{len(s)} × b {s.b:.0f}{describe_shape(s.b_delta)}"
+                     for s in shells) or "nothing weighted"
+
+
+def describe_shape(b_delta: float) -> str:
+    """Describe a b-tensor's shape for messages: nothing where it is linear, else ` (b_delta 0)`."""
+    return "" if abs(b_delta - 1) <= SAME_SHAPE else f" (b_delta {b_delta:.2g})"
 
 
 def _first(bad: Any, message: str, values: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bidsapp.domain import TrainingDomain
 from bidsapp.errors import DataError
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
@@ -26,13 +27,13 @@ WEIGHTS, CARD = "model.safetensors", "model.json"
 class Card:
     """What is known of trained weights; plain values, as JSON holds them.
 
-    method: folder of the method. network: its architecture, where there are several, and arguments
-    of its constructor. trained_for: acquisitions and ranges outside of which it must refuse.
-    training: schedule, samples, device, duration and what the data were. constants: numbers learned
-    in training that are not weights. metrics: on held-out data. intended_use: a sentence or two,
-    limits included. sha256: of the weights' file and of the rest of the card, set when they are
-    packed. Of a harmonizer, reference_batch and batches: those that it maps there; warnings:
-    sentences that are told wherever it is applied.
+    method: folder of the method. network: its architecture and the arguments of its constructor
+    (`networks.builder`); empty where the weights are no network's. trained_for: what it may be used
+    for; of a harmonizer, with the sites that it maps to reference_batch. training: schedule,
+    samples, device, duration and what the data were. constants: numbers learned in training
+    that are not weights. metrics: on held-out data. intended_use: a sentence or two, limits
+    included. sha256: of the weights' file and of the rest of the card, set when they are
+    packed. warnings: sentences that are told wherever a harmonizer is applied.
 
     Raises:
         ValueError: a field has another type, or a harmonizer does not say which sites it maps.
@@ -40,7 +41,7 @@ class Card:
 
     method: str
     network: Mapping[str, Any]
-    trained_for: Mapping[str, Any]
+    trained_for: TrainingDomain
     training: Mapping[str, Any]
     intended_use: str
     seed: int
@@ -48,32 +49,49 @@ class Card:
     constants: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     reference_batch: str | None = None
-    batches: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("batches", "warnings"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            if not all(isinstance(value, str) for value in getattr(self, name)):
-                raise ValueError(f"{name} are {getattr(self, name)!r}, not text")
+        object.__setattr__(self, "warnings", tuple(self.warnings))
+        if not all(isinstance(value, str) for value in self.warnings):
+            raise ValueError(f"warnings are {self.warnings!r}, not text")
         for kind, names in ((str, ("method", "intended_use", "sha256")), (int, ("seed",)),
                             (str | None, ("reference_batch",)),
-                            (Mapping, ("network", "trained_for", "training", "versions",
-                                       "constants", "metrics"))):
+                            (TrainingDomain, ("trained_for",)),
+                            (Mapping, ("network", "training", "versions", "constants",
+                                       "metrics"))):
             for name in names:
                 if not isinstance(value := getattr(self, name), kind):
                     raise ValueError(f"{name} is {value!r}, which has another type than a card's")
         if self.method.startswith("harmonize_") and not (self.reference_batch and self.batches):
-            raise ValueError("a harmonizer needs reference_batch and batches")
+            raise ValueError("a harmonizer needs reference_batch and the sites it is trained for")
+
+    @property
+    def batches(self) -> tuple[str, ...]:
+        """The sites that a harmonizer maps to its reference."""
+        return self.trained_for.sites
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by name, and their card."""
+    """Weights by name, and their card.
+
+    What stands before the first dot of a name is a part: `encoder`, `head`, `shell-1000`.
+    """
 
     tensors: Mapping[str, torch.Tensor]
     card: Card
+
+    def part(self, name: str) -> Checkpoint:
+        """Select the weights of one part, by their names inside it.
+
+        So a pretrained encoder starts another network:
+        `checkpoint.part("encoder").into(network.encoder)`.
+        """
+        prefix = f"{name}."
+        return replace(self, tensors={k.removeprefix(prefix): v for k, v in self.tensors.items()
+                                      if k.startswith(prefix)})
 
     def into(self, network: nn.Module) -> nn.Module:
         """The network with these weights, in eval mode.
@@ -118,12 +136,13 @@ def load(folder: Path, method: str | None = None) -> Checkpoint:
     try:
         told = json.loads((folder / CARD).read_text())
         weights = (folder / WEIGHTS).read_bytes()
-        card = Card(**told)
+        card = Card(**{**told, "trained_for": TrainingDomain(**told["trained_for"])})
         digest = _digest(weights, told)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{folder} holds no checkpoint that can be read ({error}). Needed is a "
                         f"folder with {WEIGHTS} and {CARD}, as group --train writes it, with all "
-                        f"of {', '.join(f.name for f in fields(Card))}.") from error
+                        f"of {', '.join(f.name for f in fields(Card))}. If another version wrote "
+                        "it, train again.") from error
     if method not in (None, card.method):
         raise DataError(f"{folder} holds weights of {card.method}; those of {method} are needed.")
     if digest != card.sha256:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from bidsapp import methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import CARD, Checkpoint, load
+from bidsapp.domain import OVERRIDE
 from bidsapp.dwi import Dwi, Run
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.methods import SiteHarmonizer, scope
@@ -145,7 +146,14 @@ def check(model: Model, acquisition: Acquisition, voxel_size: Sequence[float], b
     if batch == card.reference_batch:
         return []
     model.method.check(acquisition)
-    return scope.check(card, acquisition, voxel_size, batch, allow=allow)
+    violations = card.trained_for.violations(acquisition, voxel_size, batch)
+    if violations and not allow:
+        hint = scope.nearest(batch, card.batches) if batch not in card.batches else ""
+        raise Refusal(f"{card.method}, trained to map {', '.join(card.batches)} to "
+                      f"{card.reference_batch}, does not fit: {'; '.join(violations)}.{hint} Train "
+                      f"on such runs (group --train {card.method} --reference-batch "
+                      f"{card.reference_batch}), or leave the run out. {OVERRIDE}")
+    return violations
 
 
 def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: str) -> Result:
@@ -159,7 +167,7 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
     about: dict[str, Any] = {"HarmonizationModel": {
         "Id": model.id, "Version": card.versions.get("qsphere", "unknown"), "SHA256": card.sha256,
         "ReferenceBatch": card.reference_batch, "Batch": run.batch, "BatchSource": run.batch_source,
-        "TrainingRange": dict(card.trained_for),
+        "TrainingRange": asdict(card.trained_for),
         **({"Warnings": list(card.warnings)} if card.warnings else {})}}
     size = np.linalg.norm(dwi.affine[:3, :3], axis=0)
     beyond = check(model, dwi.acquisition, size, run.batch, allow)
@@ -180,7 +188,8 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
     snr = None if dwi.noise_sd is None else float(np.median(dwi.mean_b0) / dwi.noise_sd)
     notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}.",
                *made.notices, *(f"Harmonization: {warning}" for warning in card.warnings),
-               *scope.unusual(card, {**run.covariates, "SNR": snr})]
+               *(f"Harmonization: {warning}"
+                 for warning in card.trained_for.warnings(snr, run.covariates))]
     if no_intervals:
         notices.append("Maps of the harmonized signal come without intervals (…_stat-std): "
                        f"{no_intervals}.")

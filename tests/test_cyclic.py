@@ -14,6 +14,7 @@ from bidsapp.errors import UsageError
 from bidsapp.evaluate import agreement, crossvalidation
 from bidsapp.methods import samples
 from bidsapp.networks import cyclic
+from bidsapp.networks.builder import build_network
 from bidsapp.networks.cyclic import Against, Cycle, Generator, invariants
 from bidsapp.preprocess import pairs
 from bidsapp.simulate import odf
@@ -184,7 +185,7 @@ def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
     travellers = samples.Travellers(method, known, found, [30], 4, False, tmp_path, series=True)
     own = travellers.samples[0]
     mine = [own.of(travellers.of({"01"}, kind)) for kind in pairs.KINDS]
-    learner = method.learner(method.build({**recipe["network"], "fine": True}), own, mine,
+    learner = method.learner(build_network({**recipe["network"], "fine": True}), own, mine,
                              {**recipe, "validation": 10**6}, "cpu", True)
     batch = own(mine[pairs.BOTH], "cpu")
     x, y = (own(v[:8], "cpu")[0] for v in mine[1:])

@@ -21,6 +21,7 @@ from bidsapp.dwi import Dwi
 from bidsapp.evaluate import agreement
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.methods.paired import PairedHarmonizer
+from bidsapp.networks import builder
 from bidsapp.networks.shresnet import CENTRE
 from bidsapp.simulate import site
 
@@ -63,6 +64,19 @@ class Same(nn.Module):
         return x[:, CENTRE]
 
 
+class Mean(nn.Module):
+    """A network that looks at all neighbours alike."""
+
+    def forward(self, x):
+        return x.mean(1)
+
+
+@pytest.fixture(autouse=True)
+def architectures(monkeypatch):
+    for name, network in (("same", Same), ("mean", Mean)):
+        monkeypatch.setitem(builder.ARCHITECTURES, name, network)
+
+
 @cache
 def paired(name):
     """The method, and its model of scans that are the same at both sites."""
@@ -70,9 +84,13 @@ def paired(name):
     study = test_paired.study(test_paired.PEOPLE[:2], max_steps=1,
                               load=lambda run: test_paired.head(run[:2], "A"))
     (model,) = method.fit(study).checkpoints.values()
-    method.build = lambda _: Same()
-    return method, Checkpoint({k: v for k, v in model.tensors.items()
-                               if not k.startswith("shell")}, model.card)
+    return method, built_as(model, "same")
+
+
+def built_as(model, architecture):
+    """The model with another network, which has no weights."""
+    return Checkpoint({k: v for k, v in model.tensors.items() if not k.startswith("shell")},
+                      replace(model.card, network={"architecture": architecture}))
 
 
 def identity(name, dwi):
@@ -103,23 +121,13 @@ def test_identity_has_no_bias(name, directions):
             assert change < 0.01, (shell.b, key, change)
 
 
-class Mean(nn.Module):
-    """A network that looks at all neighbours alike."""
-
-    def forward(self, x):
-        return x.mean(1)
-
-
 def test_edges_of_the_mask_see_their_nearest_voxel():
     """What is the same everywhere stays so where a patch leaves the mask."""
     dwi = bundles(30)
     same = np.tile(dwi.signal[:1], (len(dwi.signal), 1))
     method, model = paired("harmonize_golkov")
     dwi = Dwi(same, dwi.mask, dwi.affine, dwi.acquisition)
-    before = method.build
-    method.build = lambda _: Mean()
-    made = method.harmonize(dwi, model, "B", "cpu").signal
-    method.build = before
+    made = method.harmonize(dwi, built_as(model, "mean"), "B", "cpu").signal
     np.testing.assert_allclose(made, same, rtol=1e-4, atol=0.01)
 
 

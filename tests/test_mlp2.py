@@ -13,6 +13,7 @@ from test_run import qsphere, validate
 from test_scnn import acquisition, coefficients, small, voxels
 
 from bidsapp import checkpoint, methods, sh, training
+from bidsapp.domain import TrainingDomain
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
@@ -52,7 +53,8 @@ def of_perceptron(steps=400):
     return replace(
         recipe, batch=256, held_out=2048, network={**recipe.network, "widths": [64, 64]},
         schedule=training.Schedule(steps, 5e-3, validate_every=50, decay="cosine"),
-        trained_for=learn.Range(snr=(20.0, 80.0), acquisition=ACQUISITION))
+        acquisition=ACQUISITION,
+        trained_for=TrainingDomain.of_acquisitions([ACQUISITION], snr=(20.0, 80.0)))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,23 @@ def test_its_card_says_which_network_it_is(trained, tmp_path):
     strange = replace(found, card=replace(found.card, network={"architecture": "transformer"}))
     with pytest.raises(DataError, match=r"transformer.*known are spherical, perceptron"):
         estimating.estimate(strange, tissue.TWO_COMPARTMENTS, dwi, "cpu")
+
+
+def test_extrapolates_to_as_many_shells_as_it_takes(trained, tmp_path):
+    """A perceptron has an input for every shell: others may stand there, but no more or fewer."""
+    keep(trained, tmp_path / "estimate_mlp2_one")
+    method = methods.get("estimate_mlp2")
+    method.models = tmp_path
+    near, more = acquisition(b=(900, 2500), n=(20, 40)), acquisition((700, 2000, 3000), (20,) * 3)
+    with pytest.raises(Refusal, match=r"needed are 20 × b 700, 40 × b 2000.*--allow-extrapolation"):
+        method.check(near)
+    method.allow_extrapolation = True
+    found = method.apply(voxels(near, 5), "cpu")
+    assert "20 × b 900" in found.parameters["OutOfDistribution"][0]
+    assert "OutOfDistribution" not in method.apply(voxels(ACQUISITION, 5), "cpu").parameters
+    with pytest.raises(Refusal, match="needed are 20 × b 700") as refusal:
+        method.check(more)
+    assert "--allow-extrapolation" not in str(refusal.value)
 
 
 def test_turns_not_with_the_head(trained):
@@ -122,8 +141,9 @@ def test_without_a_training_it_refuses_and_says_how(bids_tree, tmp_path):
 
 def near(recipe, steps=2):
     """A training that hardly moves."""
-    return replace(recipe, groups=1, held_out=1024, trained_for=learn.Range(
-        snr=(20.0, 80.0), acquisition=ACQUISITION), schedule=training.Schedule(
+    return replace(recipe, groups=1, held_out=1024, acquisition=ACQUISITION,
+                   trained_for=TrainingDomain.of_acquisitions([ACQUISITION], snr=(20.0, 80.0)),
+                   schedule=training.Schedule(
         steps, 1e-6, validate_every=1))
 
 
@@ -170,7 +190,7 @@ def test_a_resumed_training_does_not_start_again(first, tmp_path):
 def test_which_weights_a_training_starts_from(first, tmp_path):
     folder = keep(first, tmp_path / "first")
     own = methods.get("estimate_scnn2").recipe("one")
-    shipped = estimating.shipped("estimate_scnn2")
+    shipped = estimating.bundled_weights("estimate_scnn2")
     assert learn.start_of("estimate_scnn2", own, None).card.sha256 == shipped.card.sha256
     assert learn.start_of("estimate_scnn2", small(), None) is None  # of another shape
     assert learn.start_of("estimate_mlp2", of_perceptron(), None) is None  # none ship
@@ -195,7 +215,7 @@ def test_init_on_the_command_line(bids_tree, tmp_path, capfd):
     assert qsphere(root, out, *train, "--train", "estimate_scnn2", "--init",
                    estimating.WEIGHTS / "estimate_scnn2") == 0
     card = json.loads(next(out.glob("group/models/*/model.json")).read_text())
-    assert card["training"]["start"] == estimating.shipped("estimate_scnn2").card.sha256
+    assert card["training"]["start"] == estimating.bundled_weights("estimate_scnn2").card.sha256
 
 
 # --- benchmarks/scnn_training.py

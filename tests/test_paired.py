@@ -18,6 +18,7 @@ import torch
 from bidsapp import methods, sh, tensor, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import pack
+from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import Harmonized, samples
@@ -167,7 +168,7 @@ def test_leaves_a_card_and_one_checkpoint_per_batch(trained):
     assert list(fitted.checkpoints) == [f"{method.name}_B-to-A"]
     card = fitted.checkpoints[f"{method.name}_B-to-A"].card
     assert (card.reference_batch, card.batches) == ("A", ("B",))
-    assert card.trained_for["shells"] == [{"b": 1000.0, "b_delta": 1.0, "directions": [30, 30]}]
+    assert card.trained_for.shells == (ShellRange((1000.0, 1000.0), 1.0, (30, 30)),)
     told = card.training["participants"]
     assert told["A"] == told["B"] and len(told["A"]) == 3 and "01" not in told["A"]
     assert card.training["held_out"] == 1
@@ -247,7 +248,7 @@ def test_voxels_without_b0_stay_as_they_are(trained):
     signal[5, :3] = 0
     found = method.harmonize(Dwi(signal, dwi.mask, AFFINE, dwi.acquisition), checkpoint, "B", "cpu")
     np.testing.assert_array_equal(found.signal[5], signal[5])
-    assert found.counts[f"{method.network}_unchanged"] == 1
+    assert found.counts[f"{method.short}_unchanged"] == 1
     assert np.isfinite(found.signal).all()
 
 

@@ -144,7 +144,8 @@ def test_fingerprints_follow_what_a_step_takes(study):
     bids, out = study
 
     def fingerprints(*more, models=()):
-        options = cli.parse([str(bids), str(out), "participant", "--estimate", "dti", *more])
+        options = cli.parse([str(bids), str(out), "participant", "--estimate", "dti", "scnn2",
+                             *more])
         (run,) = find.find(options).runs["02"]
         context = Context(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
         return {s.name: s.fingerprint for s in plan(context, models, chosen_methods(options))}
@@ -153,12 +154,14 @@ def test_fingerprints_follow_what_a_step_takes(study):
     models = [harmonize.Model("x", methods.get("harmonize_mica"), model)]
     plain, with_model = fingerprints(), fingerprints(models=models)
     assert list(with_model) == ["measured", "harmonized", "estimate_dti",
-                                "harmonized_estimate_dti"]
-    assert plain == {n: with_model[n] for n in ("measured", "estimate_dti")}
+                                "harmonized_estimate_dti", "estimate_scnn2",
+                                "harmonized_estimate_scnn2"]
+    assert plain == {n: with_model[n] for n in ("measured", "estimate_dti", "estimate_scnn2")}
     seeded = fingerprints("--random-seed", "1", models=models)
     assert seeded["measured"] == plain["measured"]
     assert seeded["estimate_dti"] != plain["estimate_dti"]
     other = fingerprints("--allow-extrapolation", models=models)
     assert other["estimate_dti"] == plain["estimate_dti"]
+    assert other["estimate_scnn2"] != plain["estimate_scnn2"]
     assert other["harmonized"] != with_model["harmonized"]
     assert other["harmonized_estimate_dti"] != with_model["harmonized_estimate_dti"]

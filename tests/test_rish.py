@@ -95,7 +95,7 @@ def test_scales_are_those_of_the_site():
     every degree has a signal; elsewhere degrees above 0 are noise, whose ratio is 1. The core is a
     voxel away from other tissue, where none can leak in."""
     _, checkpoint = trained()
-    maps = checkpoint.tensors["shell0"].numpy()
+    maps = checkpoint.tensors["shell-1000"].numpy()
     affine = np.array(checkpoint.card.constants["affine"])
     points = pairs.transformed(AFFINE, np.argwhere(MASK))
     wanted = 1 / factors()[:, [0, 1, 6]]
@@ -152,7 +152,7 @@ def test_card(caplog):
     card = fitted.checkpoints[name].card
     assert name == "harmonize_rish_B-to-A"
     assert (card.reference_batch, card.batches) == ("A", ("B",))
-    assert card.trained_for["voxel_size"] == [[6.8, 6.8], [7.0, 7.0], [7.2, 7.2]]
+    assert card.trained_for.voxel_size == ((6.8, 6.8), (7.0, 7.0), (7.2, 7.2))
     assert {b: len(p) for b, p in card.training["participants"].items()} == {"A": 3, "B": 3}
     assert card.metrics["template_correlation"] > 0.8
     assert abs(card.metrics["scale_b1000_l0"] * SCALE[0] - 1) < 0.03

@@ -14,6 +14,7 @@ from test_run import qsphere, validate
 
 from bidsapp import checkpoint, methods, sh, training
 from bidsapp.acquisition import Acquisition
+from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.microstructure import learn
@@ -243,7 +244,8 @@ def test_priors():
 def small(steps=300):
     recipe = methods.get("estimate_scnn2").recipe()
     return learn.Recipe(
-        recipe.tissue, {"widths": (8, 8), "degrees": (4, 4), "tail": 4, "hidden": 32, "grid": 11},
+        recipe.tissue, {"architecture": "spherical", "widths": (8, 8), "degrees": (4, 4), "tail": 4,
+                        "hidden": 32, "grid": 11},
         training.Schedule(steps, 5e-3, validate_every=50, decay="cosine"), recipe.trained_for,
         batch=128, groups=4, held_out=2048)
 
@@ -334,7 +336,7 @@ def test_densities_are_no_sharper_than_a_fibre():
 def test_strange_signals_and_noise_are_flagged():
     """With the weights that ship. The signal's size wanders from 0.3 to 1.7 with the volume, which
     is plausible only where there is hardly any signal."""
-    acq, shipped = acquisition(), estimating.shipped("estimate_scnn2")
+    acq, shipped = acquisition(), estimating.bundled_weights("estimate_scnn2")
 
     def flags(dwi):
         return estimating.estimate(shipped, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]["flag"]
@@ -362,9 +364,9 @@ def test_says_which_shells_it_left_out_and_that_there_are_more_than_in_training(
 
 
 @pytest.mark.parametrize(("acq", "message"), [
-    (acquisition(b=(1000,), n=(60,)), "two or more shells"),
+    (acquisition(b=(1000,), n=(60,)), "2 or more shells"),
     (acquisition(b0=0), "0 volumes without weighting"),
-    (acquisition(b=(1000, 9000)), "b = 9000"),
+    (acquisition(b=(1000, 9000)), "b 9000"),
     (acquisition(b=(60, 75)), "not ms/µm²"),
     (acquisition(n=(60, 5)), "6 or more directions")], ids=["one", "b0", "far", "units", "few"])
 def test_refuses_what_it_was_not_trained_for(trained, acq, message):
@@ -372,11 +374,70 @@ def test_refuses_what_it_was_not_trained_for(trained, acq, message):
         estimating.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 5), "cpu")
 
 
+@pytest.mark.parametrize(("acq", "found"), [
+    (acquisition(b=(1000,), n=(60,)), "60 × b 1000 s/mm²"),
+    (acquisition(b=(1000, 9000)), "30 × b 1000, 60 × b 9000 s/mm²"),
+    (acquisition(n=(30, 5)), "30 × b 1000, 5 × b 2200 s/mm²")], ids=["one", "far", "few"])
+def test_extrapolates_where_that_is_allowed(acq, found):
+    """With all shells of the run; sidecar and page say so. Else it is refused, and told how."""
+    method = methods.get("estimate_scnn2")
+    with pytest.raises(Refusal, match="--allow-extrapolation goes on"):
+        method.check(acq)
+    method.allow_extrapolation = True
+    method.check(acq)
+    derived = method.apply(voxels(acq, 5), "cpu")
+    (outside,) = derived.parameters["OutOfDistribution"]
+    assert outside == f"the run has {found}, needed are 2 or more shells of b = 500–5000 s/mm², " \
+        "6 or more directions, b_delta 1"
+    assert method.violations(acq) == [outside]
+    assert derived.parameters["Shells"] == [round(s.b) for s in acq.shells]
+    (notice,) = derived.notices
+    assert outside in notice and "as --allow-extrapolation asks" in notice
+    assert all(np.isfinite(m).all() for m in derived.maps.values())
+
+
+def test_what_is_allowed_leaves_a_run_within_the_training_as_it_is():
+    """Shells outside are left out where enough are within, whatever is allowed."""
+    method, dwi = methods.get("estimate_scnn2"), voxels(acquisition((300, 1000, 2200),
+                                                                    (12, 30, 30)), 5)
+    before = method.apply(dwi, "cpu")
+    method.allow_extrapolation = True
+    after = method.apply(dwi, "cpu")
+    assert after.parameters == before.parameters and after.notices == before.notices
+    for name, values in before.maps.items():
+        np.testing.assert_array_equal(after.maps[name], values)
+
+
+def test_no_network_goes_where_its_mathematics_end():
+    method = methods.get("estimate_scnn2")
+    method.allow_extrapolation = True
+    for acq in (acquisition(b0=0), acquisition()[:2]):
+        with pytest.raises(Refusal, match="needed") as refusal:
+            method.apply(voxels(acq, 5), "cpu")
+        assert "--allow-extrapolation" not in str(refusal.value)
+
+
+def test_weights_are_loaded_once_for_all_runs(monkeypatch):
+    loaded = []
+
+    def load(folder, name):
+        loaded.append(folder)
+        return checkpoint.load(folder, name)
+
+    monkeypatch.setattr(estimating, "load", load)
+    method = methods.get("estimate_scnn2")
+    for acq in (acquisition(), acquisition((1000, 2000), (12, 16))):
+        method.check(acq)
+        method.apply(voxels(acq, 5), "cpu")
+    assert len(loaded) == 1
+
+
 def test_a_shell_may_lie_at_the_end_of_the_range_but_for_rounding():
     """A mean of 499 s/mm² is the nominal 500."""
-    known = estimating.shipped("estimate_scnn2").card.trained_for
-    used = estimating.check(acquisition(b=(499, 2200)), known, "scnn2")
-    assert [round(s.b) for s in used] == [499, 2200]
+    known = estimating.bundled_weights("estimate_scnn2").card.trained_for
+    run = acquisition(b=(499, 2200))
+    assert [round(s.b) for s in known.usable_shells(run)] == [499, 2200]
+    assert not known.violations(run)
 
 
 def test_recipe_of_the_folder():
@@ -384,7 +445,17 @@ def test_recipe_of_the_folder():
     table = tomllib.loads((folder / "training.toml").read_text())["training"]
     recipe = methods.get("estimate_scnn2").recipe()
     assert recipe.schedule.steps == table["schedule"]["steps"]
-    assert recipe.trained_for.b == (0.5, 5.0)
+    (shells,) = recipe.trained_for.shells
+    assert shells.b == (500, 5000) and recipe.trained_for.shell_count == (1, 4)
+
+
+def test_recipes_that_cannot_be_drawn_from_are_not_born():
+    recipe = small()
+    (shells,) = recipe.trained_for.shells
+    for change in ({"snr": None}, {"shell_count": None},
+                   {"shells": (shells, replace(shells, b=(700.0, 900.0)))}):
+        with pytest.raises(ValueError, match="a recipe"):
+            replace(recipe, trained_for=replace(recipe.trained_for, **change))
 
 
 def test_noddi_is_its_integral():
@@ -415,15 +486,15 @@ def test_noddi_is_its_integral():
 def test_training_for_one_acquisition():
     """Its card knows the shells; another acquisition is refused, this one is estimated."""
     acq = acquisition(b=(700, 2000), n=(20, 40))
-    recipe = replace(small(20), groups=1, held_out=1024, trained_for=learn.Range(
-        snr=(20.0, 40.0), acquisition=acq))
+    recipe = replace(small(20), groups=1, held_out=1024, acquisition=acq,
+                     trained_for=TrainingDomain.of_acquisitions([acq], snr=(20.0, 40.0)))
     trained = learn.train("estimate_scnn2", recipe, seed=0, device="cpu")
-    assert trained.card.trained_for["acquisition"] == [
-        {"b": 0.7, "b_delta": 1.0, "directions": 20}, {"b": 2.0, "b_delta": 1.0, "directions": 40}]
+    assert trained.card.trained_for.shells == (ShellRange((700.0, 700.0), 1.0, (20, 20)),
+                                               ShellRange((2000.0, 2000.0), 1.0, (40, 40)))
     maps = estimating.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 8), "cpu")[0]
     assert all(np.isfinite(m).all() for m in maps.values())
-    with pytest.raises(Refusal, match="20 at b = 700, 40 at b = 2000"):
-        estimating.check(acquisition(), trained.card.trained_for, "estimate_scnn2")
+    with pytest.raises(Refusal, match="needed are 20 × b 700, 40 × b 2000"):
+        estimating.check(trained.card, acquisition())
 
 
 # --- trained at group level, used at participant level
@@ -448,7 +519,7 @@ def test_a_network_for_one_acquisition_is_trained_kept_and_used(study):
     assert folder.name == "estimate_scnn2_b1000n12_b2000n16"
     card = json.loads((folder / "model.json").read_text())
     assert card["training"]["steps"] == 40
-    assert [s["directions"] for s in card["trained_for"]["acquisition"]] == [12, 16]
+    assert [s["directions"] for s in card["trained_for"]["shells"]] == [[12, 12], [16, 16]]
     assert not list(out.rglob("*.ckpt"))  # nothing to go on from
     assert "group/models/estimate_scnn2_b1000n12_b2000n16" in (out / "group.html").read_text()
     assert app("participant", "--estimate", "scnn2", "--participant-label", "01") == 0
@@ -458,14 +529,34 @@ def test_a_network_for_one_acquisition_is_trained_kept_and_used(study):
     assert not validate(out)
 
 
+def test_extrapolation_on_the_command_line(bids_tree, tmp_path, capsys):
+    """The dry run tells it, the sidecar holds it; without the option exit code 1 and the reason."""
+    root, out = bids_tree(("01",), scheme=((0, 1), (1000, 12))), tmp_path / "out"
+    argv = (root, out, "participant", "--estimate", "scnn2")
+    assert qsphere(*argv) == 1
+    assert "--allow-extrapolation goes on" in capsys.readouterr().err
+    assert not list(out.glob("sub-01/dwi/*scnn2*"))
+    assert qsphere(*argv, "--allow-extrapolation", "--dry-run") == 0
+    outside = "the run has 12 × b 1000 s/mm², needed are 2 or more shells"
+    assert f"estimate_scnn2, outside of its training: {outside}" in capsys.readouterr().out
+    assert qsphere(*argv, "--allow-extrapolation") == 0
+    about = json.loads(next(out.glob("sub-01/dwi/*scnn2_param-diffusivity_dwimap.json")
+                            ).read_text())
+    assert outside in about["Model"]["Parameters"]["OutOfDistribution"][0]
+    assert outside in (out / "sub-01.html").read_text()
+    assert not validate(out)
+
+
 def test_other_acquisitions_take_the_weights_that_ship(study, tmp_path):
     app, out = study
     assert app("group", "--train", "estimate_scnn2", "--sloppy", "--max-steps", "2") == 0
-    own = estimating.fitting("estimate_scnn2", acquisition((1000, 2000), (12, 16)),
-                             out / "group/models")
-    other = estimating.fitting("estimate_scnn2", acquisition(), out / "group/models")
+    weights = estimating.find_weights("estimate_scnn2", out / "group/models")
+    own, other = (estimating.select_weights("estimate_scnn2", weights, run)
+                  for run in (acquisition((1000, 2000), (12, 16)), acquisition()))
     assert own.card.sha256 != other.card.sha256
-    assert other.card.sha256 == estimating.shipped("estimate_scnn2").card.sha256
+    assert other.card.sha256 == estimating.bundled_weights("estimate_scnn2").card.sha256
+    single = acquisition(b=(1000,), n=(60,))  # outside of both: those that ship know more
+    assert estimating.select_weights("estimate_scnn2", weights, single, allow=True) is other
 
 
 def test_a_training_for_several_acquisitions_is_refused(study):

@@ -35,7 +35,7 @@ from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.evaluate import biology
 from bidsapp.methods import Fitted, Study
 from bidsapp.methods.harmonizer import Harmonizer
-from bidsapp.methods.scope import hashed, short
+from bidsapp.methods.scope import hash_participants
 from bidsapp.preprocess import pairs, tissue
 from bidsapp.progress import track
 
@@ -81,7 +81,7 @@ def fit(method: Harmonizer, study: Study) -> Fitted:
             for batch, model in ((b, c) for c in rest.checkpoints.values() for b in c.card.batches):
                 own = [p for p in found[batch] if p.participant in people]
                 rows += [{"batch": batch, "fold": fold, **row,
-                          "shell": short(cards[batch].trained_for["shells"][row["shell"]])}
+                          "shell": cards[batch].trained_for.shells[row["shell"]].name}
                          for row in _tested(method, study, model, batch, own)]
     table = _divided(pd.DataFrame(rows).groupby(ROW, sort=False, as_index=False).sum())
     effects = biology.of_folds(table, study.statistics)
@@ -155,7 +155,8 @@ def _unseen(method: Harmonizer, study: Study) -> None:
         raise UsageError(f"--init: {error}") from error
     seen = set(chain.from_iterable(learned_from.values()))
     rows = study.statistics.groupby("participant")
-    if known := [str(person) for person, own in rows if seen & set(hashed({"": own})[""])]:
+    if known := [str(person) for person, own in rows if seen & set(
+            hash_participants({"": own})[""])]:
         raise UsageError(f"--folds {study.folds}: the weights of --init {study.init} have learned "
                          f"from sub-{', sub-'.join(known)}, who would be tested. Leave --init out, "
                          "or these people with --participant-label.")

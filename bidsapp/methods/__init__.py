@@ -201,10 +201,12 @@ class Method(ABC):
     """A method of the literature: a folder of this package. `get(name)` makes one.
 
     sloppy: what is trained is trained too briefly, to try everything else.
-    models: folder of the checkpoints that the group level left.
+    models: folder of the checkpoints that the group level left. allow_extrapolation: whether
+    weights may be used for a run outside of what they were trained for.
     """
 
     sloppy = False
+    allow_extrapolation = False
     models: Path | None = None
 
     def __init__(self) -> None:
@@ -261,6 +263,10 @@ class Estimator(FromSignal):
 
     def run(self, dwi: Dwi, options: Options, device: str) -> Derived:
         return self.apply(dwi, device, options.random_seed)
+
+    def violations(self, acquisition: Acquisition) -> list[str]:
+        """List in what an acquisition that `check` lets pass lies outside of the training."""
+        return []
 
     @abstractmethod
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
@@ -326,7 +332,7 @@ class SiteHarmonizer(SignalStep, Trainable):
     @abstractmethod
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
         """The Dwi, of a batch that the model knows, mapped to the model's reference batch. Never
-        modifies it. Whether the model may be used at all is asked in `methods.scope`.
+        modifies it. Whether the model may be used at all, its card's TrainingDomain says.
 
         Raises:
             Refusal: this Dwi cannot be harmonized whatever is allowed; says what is needed.

@@ -16,11 +16,11 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import SAME_B, Acquisition, describe_shells, same_shell
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.methods import Fitted, Harmonized, Method, SiteHarmonizer, Study
-from bidsapp.methods.scope import COVARIATES, SAME_B, nearest, same, shown
+from bidsapp.methods.scope import COVARIATES, nearest
 from bidsapp.preprocess import pairs, tissue
 
 log = logging.getLogger("qsphere")
@@ -52,8 +52,8 @@ class Harmonizer(SiteHarmonizer):
         """Raises Refusal where there is no b0 to divide by, or nothing weighted."""
         if not acquisition.b0.any() or not acquisition.shells:
             raise Refusal(f"{self.name} found {int(acquisition.b0.sum())} volumes without "
-                          f"weighting and {shown(acquisition.shells)}. Needed are a b0 and a "
-                          "shell. Leave the run out, or acquire them.")
+                          f"weighting and {describe_shells(acquisition.shells)}. Needed are a b0 "
+                          "and a shell. Leave the run out, or acquire them.")
 
     def ready(self, study: Study) -> list[str]:
         """Sentences on what makes a training doubtful.
@@ -247,13 +247,15 @@ def members(method: Harmonizer, study: Study) -> dict[str, pd.DataFrame]:
     for batch, rows in ordered.items():
         for run in rows["run"]:
             shells = study.acquisitions[run].shells
-            if len(shells) != len(first.shells) or not all(map(same, shells, first.shells)):
+            if len(shells) != len(first.shells) or not all(
+                    map(same_shell, shells, first.shells)):
                 raise UsageError(
-                    f"--train {method.name}: shells differ. {run} of {batch} has {shown(shells)}; "
+                    f"--train {method.name}: shells differ. {run} of {batch} has "
+                    f"{describe_shells(shells)}; "
                     f"{ordered[reference]['run'].iloc[0]} of {reference} has "
-                    f"{shown(first.shells)}. Needed are the same b-values (within {SAME_B:.0%}) "
-                    "and b-tensor shapes. Leave runs out with --participant-label, or choose them "
-                    "with --bids-filter-file.")
+                    f"{describe_shells(first.shells)}. Needed are the same b-values (within "
+                    f"{SAME_B:.0%}) and b-tensor shapes. Leave runs out with --participant-label, "
+                    "or choose them with --bids-filter-file.")
             try:
                 method.check(study.acquisitions[run])
             except Refusal as refusal:

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from bidsapp import __version__, scratch, sh, training
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import Acquisition, describe_shells
 from bidsapp.checkpoint import Card, Checkpoint, load
+from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.methods import Fitted, Harmonized, Study, scope
@@ -33,7 +34,8 @@ from bidsapp.methods.samples import (
     mean_errors,
     over_volume,
 )
-from bidsapp.networks.shresnet import CENTRE, NETWORKS
+from bidsapp.networks.builder import build_network
+from bidsapp.networks.shresnet import CENTRE
 from bidsapp.preprocess import intensity, pairs, tissue
 
 log = logging.getLogger("qsphere")
@@ -62,7 +64,7 @@ class Learner:
 class PairedHarmonizer(shared.Harmonizer):
     """A network per shell from SH coefficients of S/S0 to those of the reference batch.
 
-    network: its name in NETWORKS. projects: whether what is harmonized keeps the shape of every
+    projects: whether what is harmonized keeps the shape of every
     degree of the input and takes only its size from the network (RISH projection). warps: whether
     intensities are first warped from the batch's distribution to the reference's. fewest: people
     who must have been scanned in both batches. learns_from: whom, for the card.
@@ -75,7 +77,6 @@ class PairedHarmonizer(shared.Harmonizer):
     counts_epochs = True
     fewest: ClassVar[int] = 2
     learns_from: ClassVar[str] = "people in both batches"
-    network: ClassVar[str]
     projects: ClassVar[bool] = False
     warps: ClassVar[bool] = False
     intended_use: ClassVar[str]
@@ -86,12 +87,9 @@ class PairedHarmonizer(shared.Harmonizer):
         super().check(acquisition)
         least = sh.size(self.settings("training")["l_max"])
         if bad := [s for s in acquisition.shells if len(s) < least or s.b_delta < 0.95]:
-            raise Refusal(f"{self.name} found {scope.shown(bad)}. Needed are {least} or more "
-                          "directions on every shell, linear encoding. Leave the shell out with "
-                          "--bids-filter-file, or harmonize with harmonize_mica.")
-
-    def build(self, arguments: Mapping[str, Any]) -> nn.Module:
-        return NETWORKS[self.network](**arguments)
+            raise Refusal(f"{self.name} found {describe_shells(bad)}. Needed are {least} or "
+                          "more directions on every shell, linear encoding. Leave the shell out "
+                          "with --bids-filter-file, or harmonize with harmonize_mica.")
 
     def ready(self, study: Study) -> list[str]:
         """As of `Harmonizer.ready`; or a batch has too few participants that the reference has,
@@ -126,8 +124,8 @@ class PairedHarmonizer(shared.Harmonizer):
             rows = {b: batches[b][batches[b]["run"].isin(
                 [r for p in found for r in (p.source, p.target)])] for b in (reference, batch)}
             checkpoints[name] = self._one(study, name, found, {
-                "trained_for": scope.trained_for(study, rows), "reference_batch": reference,
-                "batches": (batch,), "hashed": scope.hashed(rows),
+                "trained_for": scope.training_domain(study, rows, (batch,)),
+                "reference_batch": reference, "hashed": scope.hash_participants(rows),
                 "of": self._of(study, found, pd.concat(rows.values()))})
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
@@ -152,13 +150,13 @@ class PairedHarmonizer(shared.Harmonizer):
         start = self._start(study, recipe)
         people = sorted({p.participant for p in found})
         began = time.monotonic()
-        shells = known["trained_for"]["shells"]
-        names = [scope.short(shell) for shell in shells]
+        shells = known["trained_for"].shells
+        names = [shell.name for shell in shells]
         with scratch.temporary(study.states) as folder:
-            travellers = Travellers(self, study, list(found), [s["directions"][1] for s in shells],
+            travellers = Travellers(self, study, list(found), [s.directions[1] for s in shells],
                                     recipe["l_max"], recipe["deformable"], folder,
                                     recipe["output"] == shared.CHANGE)
-            trained = self._trained(study, name, names, recipe, travellers, people, start)
+            trained = self._trained(study, name, shells, recipe, travellers, people, start)
             checkpoint = self._checkpoint(study, recipe, trained, known, found, start, began)
             metrics = {**self._measured(trained, travellers, names, study.device),
                        **self._maps(study, checkpoint, travellers, trained.held, names)}
@@ -184,7 +182,7 @@ class PairedHarmonizer(shared.Harmonizer):
             versions={"qsphere": __version__, "torch": torch.__version__},
             constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"],
                        "output": recipe["output"]},
-            reference_batch=known["reference_batch"], batches=known["batches"]))
+            reference_batch=known["reference_batch"]))
 
     def _recipe(self, study: Study, found: Sequence[pairs.Pair]) -> dict[str, Any]:
         recipe = self.settings("training")
@@ -208,9 +206,9 @@ class PairedHarmonizer(shared.Harmonizer):
             return None
         return kept if kept and kept.card.training.get("of") == of else None
 
-    def _trained(self, study: Study, name: str, shells: Sequence[str], recipe: Mapping[str, Any],
-                 travellers: Travellers, people: Sequence[str], start: Checkpoint | None
-                 ) -> Trained:
+    def _trained(self, study: Study, name: str, shells: Sequence[ShellRange],
+                 recipe: Mapping[str, Any], travellers: Travellers, people: Sequence[str],
+                 start: Checkpoint | None) -> Trained:
         """Networks of some people, a share of whom validate."""
         both = [p for p in people if travellers.of({p})]
         count = min(max(1, round(recipe["held_out"] * len(both))), len(both) // 2)
@@ -222,16 +220,17 @@ class PairedHarmonizer(shared.Harmonizer):
             tensors["quantiles"] = torch.from_numpy(quantiles.astype(np.float32))
             samples = travellers.warped(quantiles)
         networks, histories = [], []
-        for k, (shell, own) in enumerate(zip(shells, samples, strict=True)):
+        for shell, own in zip(shells, samples, strict=True):
             # the state of another training, of other people, with another recipe or by another
             # version's loss, is not this one's
             state = hashlib.sha256(repr((sorted(learned), sorted(held), travellers.pairs, recipe,
                                          study.init, __version__)).encode()).hexdigest()[:8]
             network, history = self._train(
-                study, f"{name}.{shell}.{state}", recipe, own,
+                study, f"{name}.{shell.name}.{state}", recipe, own,
                 [own.of(travellers.of(learned, kind)) for kind in pairs.KINDS],
-                own.of(travellers.of(held), recipe["validation"]), start, f"shell{k}.")
-            tensors |= {f"shell{k}.{n}": v for n, v in network.state_dict().items()}
+                own.of(travellers.of(held), recipe["validation"]),
+                start and _part(start, shell))
+            tensors |= {f"{shell.part}.{n}": v for n, v in network.state_dict().items()}
             networks.append(network)
             histories.append(history)
         return Trained(tensors, networks, samples, sorted(held), histories)
@@ -240,8 +239,8 @@ class PairedHarmonizer(shared.Harmonizer):
         try:
             start = load(study.init, self.name) if study.init else None
             if start:
-                replace(start, tensors=_part(start, "shell0.")).into(
-                    self.build(recipe["network"]))
+                _part(start, start.card.trained_for.shells[0]).into(
+                    build_network(recipe["network"]))
         except DataError as error:
             raise UsageError(f"--init: {error}") from error
         return start
@@ -260,14 +259,14 @@ class PairedHarmonizer(shared.Harmonizer):
                        lambda model, b: loss(model(b[0]), b).mean(), loss)
 
     def _train(self, study: Study, name: str, recipe: Mapping[str, Any], samples: Samples,
-               mine: Sequence[torch.Tensor], others: torch.Tensor, start: Checkpoint | None,
-               prefix: str) -> tuple[nn.Module, list[list[dict[str, float]]]]:
+               mine: Sequence[torch.Tensor], others: torch.Tensor, start: Checkpoint | None
+               ) -> tuple[nn.Module, list[list[dict[str, float]]]]:
         """The stages one after another, each from the best of the one before, with voxels to learn
-        from, by kind of pair, and others to validate, if any."""
+        from, by kind of pair, and others to validate, if any. start: weights of this shell."""
         with training.seeded(study.seed):
-            network = self.build(recipe["network"])
+            network = build_network(recipe["network"])
             if start:
-                replace(start, tensors=_part(start, prefix)).into(network)
+                start.into(network)
             learner = self.learner(network, samples, mine, recipe, study.device, not start)
 
         def validate(_: nn.Module) -> float:
@@ -359,21 +358,21 @@ class PairedHarmonizer(shared.Harmonizer):
         """
         self.check(dwi.acquisition)
         card = model.card
-        nearest = scope.matched(self, dwi.acquisition, card.trained_for["shells"])
+        nearest = card.trained_for.nearest_shells(dwi.acquisition)
         usable = dwi.mean_b0 > 0
         if not usable.any():
             raise Refusal(f"{self.name} found no b0 signal above 0. Check image and mask.")
         signal, clipped = self._applied(dwi, model, nearest, device)
         output, names = card.constants["output"], [
-            f"error_{scope.short(shell)}" for shell in card.trained_for["shells"]]
+            f"error_{shell.name}" for shell in card.trained_for.shells]
         errors = [card.metrics[names[k]] for k in nearest] if names[0] in card.metrics else []
         no_intervals = (shared.SMOOTHED if output == shared.SERIES
                         else "" if errors else UNVALIDATED)
         rose = _rose(card.metrics)
         return Harmonized(
             signal, again=lambda other: self._applied(other, model, nearest, device)[0],
-            counts={f"{self.network}_unchanged": int((~usable).sum()),
-                    f"{self.network}_clipped_values": clipped},
+            counts={f"{self.short}_unchanged": int((~usable).sum()),
+                    f"{self.short}_clipped_values": clipped},
             parameters={"SphericalHarmonicDegree": card.constants["l_max"], "Output": output,
                         "Smoothing": card.constants["smoothing"],
                         "RISHProjection": self.projects, "IntensityWarping": self.warps},
@@ -400,8 +399,8 @@ class PairedHarmonizer(shared.Harmonizer):
         rows = np.flatnonzero(usable)[order]
         s0, clipped = dwi.mean_b0[rows], 0
         for shell, own, k in zip(dwi.acquisition.shells, values, nearest, strict=True):
-            network = replace(model, tensors=_part(model, f"shell{k}.")).into(
-                self.build(model.card.network))
+            network = model.part(model.card.trained_for.shells[k].part).into(
+                build_network(model.card.network))
             own = own[rows]
             found = over_volume(network, pairs.filled(own, where, margin=1), where, device)
             basis = sh.basis(l_max, dwi.acquisition.bvecs[shell.indices])
@@ -421,6 +420,12 @@ class PairedHarmonizer(shared.Harmonizer):
 def _gain(found: np.ndarray, own: np.ndarray) -> np.ndarray:
     """Of every coefficient, by RISH projection."""
     return sh.rish_gain(torch.from_numpy(own), sh.rish(torch.from_numpy(found))).numpy()
+
+
+def _part(start: Checkpoint, shell: ShellRange) -> Checkpoint:
+    """Select the weights of the shell that is nearest in b."""
+    return start.part(min(start.card.trained_for.shells,
+                          key=lambda known: abs(known.middle - shell.middle)).part)
 
 
 def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
@@ -443,8 +448,3 @@ def _describe_metric(key: str) -> str:
     *measure, tissue, shell = key.removeprefix("mse_").replace("after_", "").split("_")
     tissue_name = {"wm": "white matter", "gm": "grey matter"}[tissue]
     return f"{'_'.join(measure).upper() or 'signal'} in {tissue_name}, {shell}"
-
-
-def _part(model: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of one shell's network."""
-    return {k.removeprefix(prefix): v for k, v in model.tensors.items() if k.startswith(prefix)}

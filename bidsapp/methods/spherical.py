@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar
 
 from bidsapp.acquisition import Acquisition
+from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.methods import Derived, Estimator, Fitted, Study, Trainable
 from bidsapp.microstructure import learn, maps
@@ -25,14 +27,27 @@ class SphericalMethod(Estimator, Trainable):
         """How a network is trained: for all protocols, or, with "one", for one acquisition."""
         return learn.read_recipe(self.tissue, self.settings("training", *variants))
 
+    @cached_property
+    def weights(self) -> list[Checkpoint]:
+        """Networks trained at group level and the one that ships, loaded once."""
+        return maps.find_weights(self.name, self.models)
+
+    def select(self, acquisition: Acquisition) -> Checkpoint:
+        """Select the weights for a run (`maps.select_weights`)."""
+        return maps.select_weights(self.name, self.weights, acquisition,
+                                   allow=self.allow_extrapolation)
+
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal where neither a network trained at group level fits the acquisition, nor
         the one that ships: that one needs a b0 and two shells in its range."""
-        maps.fitting(self.name, acquisition, self.models)
+        self.select(acquisition)
+
+    def violations(self, acquisition: Acquisition) -> list[str]:
+        return self.select(acquisition).card.trained_for.violations(acquisition)
 
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
-        checkpoint = maps.fitting(self.name, dwi.acquisition, self.models)
-        return Derived(*maps.estimate(checkpoint, self.tissue, dwi, device))
+        return Derived(*maps.estimate(self.select(dwi.acquisition), self.tissue, dwi, device,
+                                      allow=self.allow_extrapolation))
 
     def fit(self, study: Study) -> Fitted:
         """A network for the one acquisition that all runs of the study share; a share of the

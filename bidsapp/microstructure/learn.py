@@ -17,10 +17,12 @@ from torch import nn
 from bidsapp import __version__, sh, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import Card, Checkpoint, load
-from bidsapp.errors import DataError, Refusal, UsageError
+from bidsapp.domain import TrainingDomain
+from bidsapp.errors import DataError, UsageError
 from bidsapp.microstructure.maps import (
     QUANTILE,
     build,
+    bundled_weights,
     calibrated,
     clamped,
     coherence,
@@ -29,7 +31,6 @@ from bidsapp.microstructure.maps import (
     misfit,
     predicted_sd,
     sharpness,
-    shipped,
     takes_hint,
 )
 from bidsapp.networks.scnn import Estimate
@@ -61,42 +62,35 @@ BIAS_BANDS = (4, 4, 3)
 BANDS, CELLS = 24, (8, 5)
 """Of predicted SD, and of estimated coherence and noise, in each of which SDs are calibrated."""
 
+MIN_SHELLS = 2
+"""A network for all protocols is used with so many shells at least. It is trained with single ones,
+too, but one shell tells a diffusivity from a fraction by its prior alone."""
+
 USUAL, NOISE_BANDS = 0.995, 8
 """Share of simulated signals whose misfit is not strange; bands of noise in which it holds."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """What a network was trained for. snr: S0 over the noise SD. b in ms/µm². An acquisition
-    stands here where it was trained for that alone."""
-
-    snr: tuple[float, float] = (10.0, 100.0)
-    b: tuple[float, float] = (0.5, 5.0)
-    directions: tuple[int, int] = (6, 90)
-    shells: tuple[int, int] = (1, 4)
-    b_delta: tuple[float, ...] = (1.0,)
-    b0: tuple[int, int] = (1, 16)
-    acquisition: Acquisition | None = None
-    s0_known: bool = False
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What is learned and how: a method's training.toml beside its `Tissue`.
 
-    network: `architecture` and its arguments (`maps.build`); `shells`, where it is one of them, is
-    that of the acquisition. groups: protocols side by side in a batch. pool: batches simulated at
-    once, which costs less than one by one. beta: weight of a voxel's error, SD^(2 beta − 2): 1 for
-    the least mean square error, 0 for the likelihood, between them where the noise varies. density:
-    weight of the density's mean square error over the sphere. unbiased: weight of the squared mean
-    error in bands of dispersion and noise (`loss_of`). held_out: voxels of a validation; 8
-    times as many calibrate, 4 times as many measure.
+    network: `architecture` and its arguments (`networks.builder`); `shells`, where it is one of
+    them, is that of the acquisition. trained_for: with `shell_count`, what protocols are drawn
+    from. acquisition: the only one that is learned, instead. s0_known: whether its S0 is. groups:
+    protocols side by side in a batch. pool: batches simulated at once, which costs less than one by
+    one. beta: weight of a voxel's error, SD^(2 beta − 2): 1 for the least mean square error, 0 for
+    the likelihood, between them where the noise varies. density: weight of the density's mean
+    square error over the sphere. unbiased: weight of the squared mean error in bands of dispersion
+    and noise (`loss_of`). held_out: voxels of a validation; 8 times as many calibrate, 4 times as
+    many measure.
     """
 
     tissue: Tissue
     network: Mapping[str, Any]
     schedule: training.Schedule
-    trained_for: Range
+    trained_for: TrainingDomain
+    acquisition: Acquisition | None = None
+    s0_known: bool = False
     batch: int = 512
     groups: int = 8
     pool: int = 8
@@ -107,13 +101,20 @@ class Recipe:
     held_out: int = 16384
     odfs: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.trained_for.snr:
+            raise ValueError("a recipe needs a range of SNR to draw from")
+        if self.acquisition is None and (self.trained_for.shell_count is None or len(
+                {(s.b, s.directions) for s in self.trained_for.shells}) > 1):
+            raise ValueError("a recipe without an acquisition needs shell_count, and shells whose "
+                             "b and directions are the same for each b_delta")
+
 
 def read_recipe(tissue: Tissue, table: Mapping[str, Any]) -> Recipe:
     """A recipe from a training.toml."""
     rest = {k: v for k, v in table.items() if k not in ("schedule", "trained_for")}
-    known: dict[str, Any] = {k: tuple(v) for k, v in table["trained_for"].items()}
     return Recipe(tissue, schedule=training.Schedule(**table["schedule"]),
-                  trained_for=Range(**known), **rest)
+                  trained_for=TrainingDomain(**table["trained_for"]), **rest)
 
 
 class Simulator:
@@ -127,18 +128,24 @@ class Simulator:
         self.recipe = recipe
         self.table = None if table is None else torch.cat(
             [odf.sharpened(table, power, L_SIMULATED) for power in SHARPENED])
-        known = recipe.trained_for
-        self.fixed = None if known.acquisition is None else protocols.of(
-            known.acquisition, known.acquisition.shells, L_SIMULATED, s0_known=known.s0_known)
+        known = recipe.acquisition
+        self.fixed = None if known is None else protocols.of(
+            known, known.shells, L_SIMULATED, s0_known=recipe.s0_known)
         self.power = density_power(recipe, self.table) if power is None else power
         self.hinted = takes_hint(recipe.network)
 
     def protocols(self, groups: int, generator: torch.Generator) -> Protocols:
-        of = self.recipe.trained_for
-        drawn = self.fixed or protocols.draw(
-            groups, generator, l_max=L_SIMULATED, shells=of.shells, b=of.b, b0=of.b0,
-            directions=of.directions, b_delta=of.b_delta)
+        drawn = self.fixed or self._draw(groups, generator)
         return drawn.to(torch.zeros((), device=generator.device))
+
+    def _draw(self, groups: int, generator: torch.Generator) -> Protocols:
+        domain = self.recipe.trained_for
+        assert domain.shell_count
+        low, high = domain.shells[0].b
+        return protocols.draw(
+            groups, generator, l_max=L_SIMULATED, shells=domain.shell_count, b0=domain.b0,
+            b=(low / 1000, high / 1000), directions=domain.shells[0].directions,
+            b_delta=tuple(s.b_delta for s in domain.shells))
 
     def __call__(self, count: int, groups: int, generator: torch.Generator) -> training.Batch:
         """(x, noise, shells, hint, parameters, density up to degree 8), `count` voxels."""
@@ -147,6 +154,7 @@ class Simulator:
         parameters = tissue.draw(count, generator)
         s, odfs = tissue.simulate(side, parameters, generator, L_SIMULATED, table=self.table,
                                   **self.recipe.odfs)
+        assert self.recipe.trained_for.snr
         low, high = map(math.log, self.recipe.trained_for.snr)
         snr = torch.exp(low + (high - low) * torch.rand(count, generator=generator,
                                                         device=generator.device))
@@ -244,18 +252,15 @@ def start_of(method: str, recipe: Recipe, init: Path | None) -> Checkpoint | Non
     network = build(recipe.tissue, recipe.network)
     if init:
         try:
-            found = load(init, method)
-            found.into(network)
-            known_power(found.card)
+            given = load(init, method)
+            given.into(network)
+            known_power(given.card)
         except DataError as error:
             raise UsageError(f"--init: {error}") from error
-        return found
-    try:
-        found = shipped(method)
-    except Refusal:
-        return None
+        return given
+    found = bundled_weights(method)
     shapes = {k: v.shape for k, v in network.state_dict().items()}
-    return found if shapes == {k: v.shape for k, v in found.tensors.items()} else None
+    return found if found and shapes == {k: v.shape for k, v in found.tensors.items()} else None
 
 
 def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | None = None,
@@ -293,13 +298,12 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
     constants["density_power"] = simulate.power.tolist()
     metrics = measure(network, recipe, constants, _held_out(simulate, recipe, 4 * recipe.held_out,
                                                             seed + 3, device))
-    known = recipe.trained_for
+    domain = recipe.trained_for
+    if domain.shell_count:
+        fewest, most = domain.shell_count
+        domain = replace(domain, shell_count=(max(MIN_SHELLS, fewest), max(MIN_SHELLS, most)))
     return Checkpoint(network.state_dict(), Card(
-        method=method, network=dict(recipe.network), seed=seed,
-        trained_for={"SNR": list(known.snr), **(
-            {"b": list(known.b), "directions": list(known.directions), "b0": list(known.b0),
-             "shells": list(known.shells), "b_delta": list(known.b_delta)}
-            if known.acquisition is None else told(known.acquisition))},
+        method=method, network=dict(recipe.network), seed=seed, trained_for=domain,
         training={"steps": int(history[-1]["step"]) if history else 0,
                   "samples": (int(history[-1]["step"]) * recipe.batch * math.prod(devices)
                               // recipe.passes if history else 0),
@@ -342,12 +346,13 @@ def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition]
     (kind,) = kinds
     acquisition = next(iter(acquisitions.values()))
     levels = [float(v) for v in snr if v is not None and math.isfinite(v)]
-    low, high = (min(levels) / 2, 2 * max(levels)) if levels else recipe.trained_for.snr
+    snr_range = (min(levels) / 2, 2 * max(levels)) if levels else recipe.trained_for.snr
     shells = {"shells": len(acquisition.shells)} if "shells" in recipe.network else {}
     recipe = replace(
         recipe, groups=1, network={**recipe.network, **shells},
         schedule=replace(recipe.schedule, steps=steps or recipe.schedule.steps),
-        trained_for=Range(snr=(low, high), acquisition=acquisition))
+        acquisition=acquisition, trained_for=TrainingDomain.of_acquisitions(
+            list(acquisitions.values()), snr=snr_range))
     name, start = f"{method}_{kind}", start_of(method, recipe, init)
     if states:
         states.mkdir(parents=True, exist_ok=True)
@@ -361,12 +366,6 @@ def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition]
     saved = states / f"{name}.{of.hexdigest()[:8]}.ckpt" if states else None
     return name, train(method, recipe, seed=seed, device=device, intended_use=intended_use,
                        table=table, saved=saved, start=start, devices=devices)
-
-
-def told(acquisition: Acquisition) -> dict[str, Any]:
-    """Shells of one acquisition, as a card holds them."""
-    return {"acquisition": [{"b": s.b / 1000, "b_delta": s.b_delta, "directions": len(s)}
-                            for s in acquisition.shells], "b0": int(acquisition.b0.sum())}
 
 
 def _held_out(simulate: Simulator, recipe: Recipe, count: int, seed: int, device: str

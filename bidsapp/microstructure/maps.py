@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from jaxtyping import Float
 from torch import nn
 
 from bidsapp import sh
-from bidsapp.acquisition import Acquisition, Shell
+from bidsapp.acquisition import Acquisition, Shell, describe_shells
 from bidsapp.blocks import map_voxels
 from bidsapp.checkpoint import Card, Checkpoint, load
+from bidsapp.domain import OVERRIDE
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal
-from bidsapp.networks.mlp import Perceptron
-from bidsapp.networks.scnn import Estimate, SphericalNetwork
+from bidsapp.networks.builder import build_network
+from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import forward, protocols
 from bidsapp.simulate.likelihood import Likelihood, hint, searches
 from bidsapp.simulate.tissue import Tissue
@@ -29,9 +31,6 @@ QUANTILE = 1.6448536269514722
 
 TOLERANCE = 0.01
 """Of S0: misfit of the network's own reconstruction that is no sign of a strange signal."""
-
-NOMINAL = 0.01
-"""Share by which the mean b of a shell may lie beyond the range, as 499.6 for 500 s/mm²."""
 
 ASSUMED_SNR = 20.0
 """Stands for S0 over noise SD where the noise could not be measured."""
@@ -46,88 +45,74 @@ BLOCK = 512
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
-ARCHITECTURES: Mapping[str, type[nn.Module]] = {
-    "spherical": SphericalNetwork, "perceptron": Perceptron}
+
+def build(tissue: Tissue, description: Mapping[str, Any], *, grid: int | None = None) -> nn.Module:
+    """Build the network that a recipe or a card describes. grid: of a spherical one, instead of its
+    own."""
+    if grid and description.get("architecture") == "spherical":
+        description = {**description, "grid": grid}
+    return build_network(description, parameters=len(tissue.names))
 
 
-def architecture(arguments: Mapping[str, Any]) -> type[nn.Module]:
-    """The class of the network that a recipe or a card describes, spherical where it says nothing.
+def takes_hint(description: Mapping[str, Any]) -> bool:
+    """Tell whether that network looks at the hint, which costs more than the rest of a
+    simulation."""
+    return bool(description.get("hinted", description["architecture"] == "spherical"))
 
-    Raises:
-        DataError: no such architecture.
+
+def check(card: Card, acquisition: Acquisition, *, allow: bool = False
+          ) -> tuple[list[Shell], list[str]]:
+    """Select the shells of a run that a network uses.
+
+    Parameters
+    ----------
+    card : Card
+        Of the network.
+    acquisition : Acquisition
+        Of the run.
+    allow : bool
+        Use a run that lies outside of the training, too, with all its shells, where the network
+        can take them.
+
+    Returns
+    -------
+    shells : list of Shell
+    violations : list of str
+        In what the run lies outside of the training; empty unless that is allowed.
+
+    Raises
+    ------
+    Refusal
+        The run lies outside, and that is not allowed, or the network cannot take it.
     """
-    kind = arguments.get("architecture", "spherical")
-    if kind not in ARCHITECTURES:
-        raise DataError(f"a network of architecture {kind!r}; known are "
-                        f"{', '.join(ARCHITECTURES)}. The weights belong to another version; "
-                        "train again, or use that version.")
-    return ARCHITECTURES[kind]
-
-
-def build(tissue: Tissue, arguments: Mapping[str, Any], *, grid: int | None = None) -> nn.Module:
-    """That network. grid: of a spherical one, instead of its own."""
-    kind = architecture(arguments)
-    known = {k: v for k, v in arguments.items() if k != "architecture"}
-    if grid and kind is SphericalNetwork:
-        known["grid"] = grid
-    return kind(len(tissue.names), **known)
-
-
-def takes_hint(arguments: Mapping[str, Any]) -> bool:
-    """Whether that network looks at the hint, which costs more than the rest of a simulation."""
-    return bool(arguments.get("hinted", architecture(arguments) is not Perceptron))
-
-
-def check(acquisition: Acquisition, known: Mapping[str, Any], name: str) -> list[Shell]:
-    """The shells that a network may use: those within what it was trained for.
-
-    Raises:
-        Refusal: there is no b0, fewer than two such shells, or, for a network trained for one
-            acquisition, not just its shells.
-    """
-    shells, one = acquisition.shells, known.get("acquisition")
-    if one:
-        wanted = ", ".join(f"{w['directions']} at b = {1000 * w['b']:.0f}" for w in one)
-        usable = [s for s, w in zip(shells, one, strict=False)
-                  if abs(s.b / 1000 - w["b"]) < 0.05 * w["b"] and len(s) == w["directions"]
-                  and abs(s.b_delta - w["b_delta"]) < 0.05]
-        fits = len(usable) == len(shells) == len(one)
-        needed = f"just the shells it was trained for, {wanted} s/mm²"
-    else:
-        (low, high), least = known["b"], known["directions"][0]
-        usable = [s for s in shells
-                  if low * (1 - NOMINAL) <= s.b / 1000 <= high * (1 + NOMINAL)
-                  and (len(s) >= least or abs(s.b_delta) < protocols.ISOTROPIC)
-                  and any(abs(s.b_delta - d) < 0.05 for d in known["b_delta"])]
-        fits = len(usable) >= 2
-        needed = (f"two or more shells of b = {1000 * low:.0f}–{1000 * high:.0f} s/mm² with "
-                  f"{least} or more directions and b_delta "
-                  f"{', '.join(f'{d:g}' for d in known['b_delta'])}")
-    if not (fits and acquisition.b0.any()):
-        found = ", ".join(f"{len(s)} at b = {s.b:.0f} s/mm² (b_delta {s.b_delta:.2g})"
-                          for s in shells) or "none weighted"
+    violations = card.trained_for.violations(acquisition)
+    if not violations:
+        return card.trained_for.usable_shells(acquisition), []
+    shells, count = list(acquisition.shells), card.network.get("shells")
+    possible = bool(shells) and acquisition.b0.any() and count in (None, len(shells))
+    if not (allow and possible):
         raise Refusal(
-            f"{name} found {int(acquisition.b0.sum())} volumes without weighting and shells: "
-            f"{found}. Needed are a b0 and {needed}. Check that b-values are in s/mm², not ms/µm²; "
-            "or leave it out of --estimate.")
-    return usable
+            f"{card.method} does not fit: {'; '.join(violations)}. Check that b-values are in "
+            f"s/mm², not ms/µm²; train on such runs (group --train {card.method}); or leave it "
+            f"out of --estimate.{f' {OVERRIDE}' if possible else ''}")
+    return shells, violations
 
 
-def shells_outside(acquisition: Acquisition, shells: Sequence[Shell], card: Card
-                   ) -> tuple[dict[str, Any], list[str]]:
-    """Describe the shells of a run that a network does not use, or was not trained with.
+def describe_shells_used(card: Card, acquisition: Acquisition, shells: Sequence[Shell],
+                         violations: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Describe in what an estimate departs from the training of its network.
 
     More shells than in training are all used: on simulated signals of five shells, weights
     trained with one to four had smaller errors than on any four of them, at the same coverage.
 
     Parameters
     ----------
-    acquisition : Acquisition
-        Of the run.
-    shells : sequence of Shell
-        Those that `check` returned for it.
     card : Card
         Of the network.
+    acquisition : Acquisition
+        Of the run.
+    shells, violations
+        As `check` returned them for it.
 
     Returns
     -------
@@ -136,25 +121,27 @@ def shells_outside(acquisition: Acquisition, shells: Sequence[Shell], card: Card
     notices : list of str
         The same in sentences.
     """
-    known, short = card.trained_for, card.method.removeprefix("estimate_")
-    used = {tuple(s.indices) for s in shells}
-    dropped = [s for s in acquisition.shells if tuple(s.indices) not in used]
+    domain, short = card.trained_for, card.method.removeprefix("estimate_")
     parameters: dict[str, Any] = {}
-    notices = []
-    if dropped:
-        (low, high), fewest = known["b"], known["directions"][0]
+    outside, notices = list(violations), list[str]()
+    used = {tuple(s.indices) for s in shells}
+    if dropped := [s for s in acquisition.shells if tuple(s.indices) not in used]:
         parameters["ShellsLeftOut"] = [round(s.b) for s in dropped]
-        notices.append(
-            f"{short}: left out {', '.join(f'{len(s)} × b {s.b:.0f}' for s in dropped)} s/mm². "
-            f"The network was trained for b = {1000 * low:.0f}–{1000 * high:.0f} s/mm², {fewest} "
-            f"or more directions and b_delta {', '.join(f'{d:g}' for d in known['b_delta'])}.")
-    if "shells" in known and len(shells) > known["shells"][1]:
-        most = known["shells"][1]
-        parameters["OutOfDistribution"] = [f"{len(shells)} shells, trained with up to {most}"]
+        notices.append(f"{short}: left out {describe_shells(dropped)} s/mm². The network was "
+                       f"trained for {domain.describe_ranges()}.")
+    if violations:
+        notices.append(f"{short}: used outside of what the network was trained for, as "
+                       f"--allow-extrapolation asks: {'; '.join(violations)}. The intervals were "
+                       "not calibrated for that.")
+    most = domain.shell_count[1] if domain.shell_count else len(shells)
+    if len(shells) > most:
+        outside.append(f"{len(shells)} shells, trained with up to {most}")
         notices.append(
             f"{short}: used {len(shells)} shells, and was trained with up to {most}. The intervals "
             f"were not calibrated for that. Compare with an estimate from {most} shells, or train "
             f"a network for this acquisition (group --train {card.method}).")
+    if outside:
+        parameters["OutOfDistribution"] = outside
     return parameters, notices
 
 
@@ -172,50 +159,58 @@ def known_power(card: Card) -> Float[torch.Tensor, "case degree"]:
     return power
 
 
-def fitting(name: str, acquisition: Acquisition, models: Path | None = None) -> Checkpoint:
-    """The weights of a method for an acquisition: those in `models` that were trained for it alone,
-    else those that come with the program.
+def find_weights(name: str, models: Path | None = None) -> list[Checkpoint]:
+    """Load all weights of a method: those in `models`, each trained for one acquisition alone, then
+    those that come with the program."""
+    folders = sorted(models.glob(f"{name}_*")) if models else []
+    return [load(f, name) for f in (*folders, WEIGHTS / name) if f.is_dir()]
 
-    Raises:
-        Refusal: there are none that fit.
+
+def select_weights(name: str, weights: Sequence[Checkpoint], acquisition: Acquisition, *,
+                   allow: bool = False) -> Checkpoint:
+    """Select the weights for a run: the first that were trained for its acquisition, or else, where
+    that is allowed, the last that can be used, since those that come with the program know the
+    most acquisitions.
+
+    Raises
+    ------
+    Refusal
+        There are none.
     """
-    for folder in sorted(models.glob(f"{name}_*")) if models else ():
-        own = load(folder, name)
-        try:
-            check(acquisition, own.card.trained_for, name)
-        except Refusal:
-            continue
-        return own
-    found = shipped(name)
-    check(acquisition, found.card.trained_for, name)
-    return found
+    refusal = Refusal(f"{name} found no weights: none ship, and none are in OUTPUT_DIR/group/"
+                      "models. Needed is a training: qsphere BIDS_DIR OUTPUT_DIR group --train "
+                      f"{name}")
+    for extrapolates in (False, True)[:1 + allow]:
+        for checkpoint in weights[::-1] if extrapolates else weights:
+            try:
+                check(checkpoint.card, acquisition, allow=extrapolates)
+            except Refusal as error:
+                refusal = error
+            else:
+                return checkpoint
+    raise refusal
 
 
-def shipped(name: str) -> Checkpoint:
-    """The weights of a method that come with the program.
-
-    Raises:
-        Refusal: none do.
-    """
+def bundled_weights(name: str) -> Checkpoint | None:
+    """Load the weights of a method that come with the program, if any do."""
     folder = WEIGHTS / name
-    if not folder.is_dir():
-        raise Refusal(f"{name} found no weights: none ship, and none in OUTPUT_DIR/group/models "
-                      "are for this acquisition. Needed is a training: "
-                      f"qsphere BIDS_DIR OUTPUT_DIR group --train {name}")
-    return load(folder, name)
+    return load(folder, name) if folder.is_dir() else None
 
 
-def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
+def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str, *,
+             allow: bool = False
              ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, Any], np.ndarray,
                         list[str]]:
     """Maps, counts of special voxels, parameters for the sidecar, where there is an estimate, and
     notices.
 
     Maps are the parameters, NAME_std, odf (coefficients up to degree 8) and flag: 1 where the
-    signal does not look like the simulated ones, 2 where the noise lies above their range.
+    signal does not look like the simulated ones, 2 where the noise lies above their range. allow:
+    as of `check`.
     """
     card, acquisition = checkpoint.card, dwi.acquisition
-    shells = check(acquisition, card.trained_for, card.method)
+    shells, violations = check(card, acquisition, allow=allow)
+    domain = card.trained_for
     network = checkpoint.into(build(tissue, card.network, grid=GRID)).to(device)
     s0_known = bool((dwi.mean_b0 == 1).all())
     side = protocols.of(acquisition, shells, protocols.L_FIT, s0_known=s0_known)
@@ -226,9 +221,10 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     # where shells have noise of their own, one has as many directions as would give it that
     gain = dwi.gain(np.concatenate([s.indices for s in shells]))
     told[..., 2] *= told.new_tensor([dwi.gain(s.indices) / gain for s in shells])
-    if "directions" in card.trained_for:
-        told[..., 2] = told[..., 2].clamp(min=card.trained_for["directions"][1] ** -0.5)
-    least, most = (1 / snr for snr in reversed(card.trained_for["SNR"]))
+    if domain.shell_count:
+        told[..., 2] = told[..., 2].clamp(min=max(s.directions[1] for s in domain.shells) ** -0.5)
+    assert domain.snr
+    least, most = (1 / snr for snr in reversed(domain.snr))
     # a search needs double precision: else rounding decides which way it goes on a flat ridge
     power = known_power(card).to(device, torch.float64 if searches(tissue) else torch.float32)
     hinted = takes_hint(card.network)
@@ -267,13 +263,13 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     counts = {f"{short}_no_b0_signal": int((~usable).sum()),
               f"{short}_strange_signal": int((maps["flag"] == 1).sum()),
               f"{short}_noise_out_of_range": int((maps["flag"] == 2).sum())}
-    outside, notices = shells_outside(acquisition, shells, card)
+    outside, notices = describe_shells_used(card, acquisition, shells, violations)
     return maps, counts, {
         "Weights": card.sha256, "Shells": [round(s.b) for s in shells], **outside,
         "Uncertainty": "± 1.645 SD cover 90 % of held-out simulated truths, by predicted SD, "
                        "estimated coherence of fibres and noise",
         "NoiseSD": dwi.noise_sd * gain if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
-        "TrainedFor": dict(card.trained_for)}, usable, notices
+        "TrainedFor": asdict(domain)}, usable, notices
 
 
 def clamped(tissue: Tissue, mean: Float[torch.Tensor, "voxel n"]) -> Float[torch.Tensor, "voxel n"]:

@@ -142,58 +142,30 @@ def amplitudes(x: Float[torch.Tensor, "coef voxel channel"]) -> Float[torch.Tens
     return torch.cat([*(p + 1e-3).sqrt(), *(p + 3e-3).log()], 1)
 
 
-class SphericalNetwork(nn.Module):
-    """Tissue parameters with their posterior SD, and the density of fibres, from any protocol.
+class Encoder(nn.Module):
+    """Any set of shells → features on the sphere: the shells' embedding, then blocks of zonal
+    convolution and SiLU on a half grid.
 
-    Embedded shells pass blocks of zonal convolution and SiLU on a half grid. Means and powers per
-    degree, which do not change with rotation, go to a head with the noise and a hint, what
-    parameters and their covariance are under normal densities (`simulate.likelihood`). The density
-    is a combination of channels whose gain per degree the head sets voxel by voxel (a deconvolution
-    with the kernel of that voxel), followed by one more block. What that deconvolution looks like,
-    again by means and powers, tells a second head whether the kernel was right; it gives the
-    parameters.
-
-    Args:
-        parameters: number of scalars.
-        widths, degrees: channels and degree of the embedding and of every block.
-        grid: degree of the half grids (`Pointwise`).
-        tail: channels of the last block.
-        hinted: whether it gets hints; where not, `forward` takes none of any size.
+    widths, degrees: channels and degree of the embedding and of every block. grid: degree of the
+    half grids (`Pointwise`). channels: of the features. pooled: number of their invariants.
     """
 
-    def __init__(self, parameters: int, *, widths: Sequence[int] = (32, 16),
-                 degrees: Sequence[int] = (8, 8), grid: int = 21, hidden: int = 128,
-                 tail: int = 8, l_odf: int = 8, hinted: bool = True) -> None:
+    def __init__(self, widths: Sequence[int], degrees: Sequence[int], grid: int) -> None:
         super().__init__()
-        self.l_odf = l_odf
-        hints = hint_size(parameters) * hinted
         self.embed = ShellEmbedding(widths[0], l_max=degrees[0])
         steps = list(zip(widths, widths[1:], degrees, degrees[1:], strict=False))
         self.convolutions = nn.ModuleList(
             ZonalConvolution(i, o, min(a, b)) for i, o, a, b in steps)
         self.pointwise = nn.ModuleList(
             Pointwise(min(a, b), b, grid=grid) for *_, a, b in steps)
-        pooled = widths[0] * (2 + degrees[0]) + sum(
+        self.pooled = widths[0] * (2 + degrees[0]) + sum(
             o * (1 + min(a, b)) for _, o, a, b in steps)
-        self.trunk = nn.Sequential(
-            nn.Linear(pooled + 3 + hints, hidden), nn.SiLU(),
-            nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
-        self.again = nn.Sequential(
-            nn.Linear(hidden + tail * (1 + l_odf), hidden), nn.SiLU(),
-            nn.Linear(hidden, hidden), nn.SiLU())
-        self.scalars = nn.Linear(hidden, 2 * parameters)
-        self.shortcut = nn.Linear(hints, parameters, bias=False) if hinted else None
-        channels = widths[0] + widths[-1] * (len(widths) > 1)
-        self.narrow = ZonalConvolution(channels, 2 * tail, l_odf, bias=False)
-        self.gain = nn.Linear(hidden, 2 * tail * (l_odf // 2 + 1))
-        self.mix = ZonalConvolution(2 * tail, tail, l_odf)
-        self.sharpen = Pointwise(l_odf, l_odf, grid=grid)
-        self.out = ZonalConvolution(2 * tail, 1, l_odf, bias=False)
+        self.channels = widths[0] + widths[-1] * (len(widths) > 1)
 
     def forward(self, x: Float[torch.Tensor, "coef voxel shell"],
-                noise: Float[torch.Tensor, "voxel 2"],
-                shells: Float[torch.Tensor, "group shell 3"],
-                hint: Float[torch.Tensor, "voxel hint"]) -> Estimate:
+                shells: Float[torch.Tensor, "group shell 3"]
+                ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Features of the embedding and of the last block, and invariants of all."""
         y, told = self.embed(x, shells)
         parts, pools = [y], [told, mean(y), amplitudes(y)]
         for convolution, pointwise in zip(self.convolutions, self.pointwise, strict=True):
@@ -203,6 +175,38 @@ class SphericalNetwork(nn.Module):
             pools.append(mean(y))
         if len(self.convolutions):
             parts.append(y)
+        return parts, pools
+
+
+class Head(nn.Module):
+    """Features on the sphere → parameters with their posterior SD, and the density.
+
+    channels: of the features. seen: number of invariants, noise and hints. grid: as of `Encoder`.
+    The others: as of `SphericalNetwork`.
+    """
+
+    def __init__(self, channels: int, seen: int, parameters: int, *, grid: int, hidden: int,
+                 tail: int, l_odf: int, hinted: bool) -> None:
+        super().__init__()
+        self.l_odf = l_odf
+        hints = hint_size(parameters) * hinted
+        self.trunk = nn.Sequential(
+            nn.Linear(seen + hints, hidden), nn.SiLU(),
+            nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.again = nn.Sequential(
+            nn.Linear(hidden + tail * (1 + l_odf), hidden), nn.SiLU(),
+            nn.Linear(hidden, hidden), nn.SiLU())
+        self.scalars = nn.Linear(hidden, 2 * parameters)
+        self.shortcut = nn.Linear(hints, parameters, bias=False) if hinted else None
+        self.narrow = ZonalConvolution(channels, 2 * tail, l_odf, bias=False)
+        self.gain = nn.Linear(hidden, 2 * tail * (l_odf // 2 + 1))
+        self.mix = ZonalConvolution(2 * tail, tail, l_odf)
+        self.sharpen = Pointwise(l_odf, l_odf, grid=grid)
+        self.out = ZonalConvolution(2 * tail, 1, l_odf, bias=False)
+
+    def forward(self, parts: list[torch.Tensor], pools: list[torch.Tensor],
+                noise: Float[torch.Tensor, "voxel 2"], hint: Float[torch.Tensor, "voxel hint"]
+                ) -> Estimate:
         level = torch.cat([noise.clamp(min=1e-3).log()[:, :1] + 4, 10 * noise], 1)
         hint = hint if self.shortcut else hint[:, :0]
         hidden = self.trunk(torch.cat([*pools, level, hint], 1))
@@ -224,3 +228,37 @@ class SphericalNetwork(nn.Module):
         odf = self.out(torch.cat([z, sharp], 2))[1:, :, 0].T
         return (torch.cat([torch.full_like(odf[:, :1], ISOTROPIC), odf], 1),
                 torch.cat([mean(sharp), amplitudes(z)], 1))
+
+
+class SphericalNetwork(nn.Module):
+    """Tissue parameters with their posterior SD, and the density of fibres, from any protocol.
+
+    Embedded shells pass blocks of zonal convolution and SiLU on a half grid, the encoder. Means and
+    powers per degree, which do not change with rotation, go to a head with the noise and a hint,
+    what parameters and their covariance are under normal densities (`simulate.likelihood`). The
+    density is a combination of channels whose gain per degree the head sets voxel by voxel (a
+    deconvolution with the kernel of that voxel), followed by one more block. What that
+    deconvolution looks like, again by means and powers, tells the head's last layers whether the
+    kernel was right; they give the parameters.
+
+    Args:
+        parameters: number of scalars.
+        widths, degrees: channels and degree of the embedding and of every block.
+        grid: degree of the half grids (`Pointwise`).
+        tail: channels of the last block.
+        hinted: whether it gets hints; where not, `forward` takes none of any size.
+    """
+
+    def __init__(self, parameters: int, *, widths: Sequence[int] = (32, 16),
+                 degrees: Sequence[int] = (8, 8), grid: int = 21, hidden: int = 128,
+                 tail: int = 8, l_odf: int = 8, hinted: bool = True) -> None:
+        super().__init__()
+        self.encoder = Encoder(widths, degrees, grid)
+        self.head = Head(self.encoder.channels, self.encoder.pooled + 3, parameters, grid=grid,
+                         hidden=hidden, tail=tail, l_odf=l_odf, hinted=hinted)
+
+    def forward(self, x: Float[torch.Tensor, "coef voxel shell"],
+                noise: Float[torch.Tensor, "voxel 2"],
+                shells: Float[torch.Tensor, "group shell 3"],
+                hint: Float[torch.Tensor, "voxel hint"]) -> Estimate:
+        return self.head(*self.encoder(x, shells), noise, hint)

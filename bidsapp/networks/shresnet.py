@@ -236,10 +236,6 @@ class HybridCNN(nn.Module):
         return x[:, CENTRE] + self.layers(x.flatten(1))
 
 
-NETWORKS: dict[str, type[nn.Module]] = {
-    "shresnet": SHResNet, "golkov": QSpacePerceptron, "hybrid": HybridCNN}
-
-
 def neighbours(shape: tuple[int, ...]) -> Int[np.ndarray, " 27"]:
     """Steps in C order from a voxel of an image of this shape to its neighbours."""
     return OFFSETS @ [shape[1] * shape[2], shape[2], 1]

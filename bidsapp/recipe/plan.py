@@ -81,6 +81,7 @@ def chosen_methods(options: Options) -> list[FromSignal]:
               *([methods.get("synthesize")] if options.synthesize else [])]
     for method in chosen:
         method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
+        method.allow_extrapolation = options.allow_extrapolation
     return [m for m in chosen if isinstance(m, FromSignal)]
 
 

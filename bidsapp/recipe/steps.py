@@ -382,17 +382,22 @@ class Estimate(Step):
                    *sorted((options.output_dir / harmonize.MODELS).glob(f"{name}_*/{CARD}"))]
         anatomy = self.context.run.anatomy if self.method.wants_tissue else ()
         synthesis = [options.synthesize, options.synthesize_voxels, options.synthesize_image]
-        return {"method": name, "weights": [sha256(f) for f in weights if f.is_file()],
+        found = [sha256(f) for f in weights if f.is_file()]
+        return {"method": name, "weights": found,
+                "allow_extrapolation": bool(found) and options.allow_extrapolation,
                 "anatomy": [sha256(f) if f.is_file() else str(f) for f in anatomy],
                 "synthesis": synthesis if isinstance(self.method, Synthesizer) else None,
                 "sloppy": options.sloppy, "seed": options.random_seed}
 
     def describe(self) -> str:
         self.method.check(self.context.acquisition)
+        violations = (self.method.violations(self.context.acquisition)
+                      if isinstance(self.method, Estimator) else [])
         t1w = self.context.run.t1w
         source = t1w.name if t1w else "the DWI alone, no T1w"
         return (self.method.name + f" of the {self.desc} signal" * bool(self.desc)
-                + f": tissue from {source}" * self.method.wants_tissue)
+                + f": tissue from {source}" * self.method.wants_tissue
+                + f", outside of its training: {'; '.join(violations)}" * bool(violations))
 
     @property
     def paragraphs(self) -> list[tuple[str, str]]:

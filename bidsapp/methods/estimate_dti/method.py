@@ -6,12 +6,11 @@ import numpy as np
 import torch
 
 from bidsapp import tensor
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import Acquisition, describe_shells
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.methods import Derived, Estimator
-from bidsapp.methods.scope import shown
 
 
 class Tensor(Estimator):
@@ -61,8 +60,8 @@ def _notices(acquisition: Acquisition, chosen: np.ndarray, b_max: float) -> list
     others = np.setdiff1d(np.flatnonzero(~acquisition.b0), chosen)
     rest = acquisition[others].shells if len(others) else ()
     fitted = acquisition[chosen].shells
-    text = f"Diffusion tensor: fitted to {shown(fitted)} s/mm²."
-    text += f" Left out: {shown(rest)} s/mm²." if rest else ""
+    text = f"Diffusion tensor: fitted to {describe_shells(fitted)} s/mm²."
+    text += f" Left out: {describe_shells(rest)} s/mm²." if rest else ""
     if max(s.b for s in fitted) > (1 + tensor.B_TOLERANCE) * b_max:
         return [f"{text} Shells up to b = {b_max:.0f} s/mm² do not determine a tensor well, so "
                 "the next higher one was used. Expect a lower MD, by kurtosis."]

@@ -14,6 +14,7 @@ from bidsapp.methods import Study
 from bidsapp.methods import harmonizer as shared
 from bidsapp.methods.paired import Learner, PairedHarmonizer, drawn
 from bidsapp.methods.samples import BLOCK, MEASURES, Samples, errors, weighed
+from bidsapp.networks.builder import build_network
 from bidsapp.networks.cyclic import Cycle, Generator
 from bidsapp.networks.shresnet import CENTRE
 from bidsapp.preprocess import pairs
@@ -25,7 +26,6 @@ WANTED = 32
 class CyclicHarmonizer(PairedHarmonizer):
     """Generators both ways with critics, from any share of people scanned in both batches."""
 
-    network = "cyclic"
     fewest = 0
     learns_from = "both batches, and of people in both where there are any"
     intended_use = (
@@ -50,9 +50,6 @@ class CyclicHarmonizer(PairedHarmonizer):
                     "simulated ones), or scan one or more in both.")
         return told
 
-    def build(self, arguments: Mapping[str, Any]) -> nn.Module:
-        return Generator(**{k: v for k, v in arguments.items() if k != "critic"})
-
     def _recipe(self, study: Study, found: Sequence[pairs.Pair]) -> dict[str, Any]:
         """Generators have fine gains where pairs teach them."""
         recipe = super()._recipe(study, found)
@@ -70,10 +67,10 @@ class CyclicHarmonizer(PairedHarmonizer):
         assert isinstance(network, Generator)
         if fresh:
             network.scale.copy_(_scale(samples, [source, reference], device))
-        arguments, weight = recipe["network"], recipe["loss"]
-        back = self.build({**arguments, "fine": False})
+        weight = recipe["loss"]
+        back = build_network({**recipe["network"], "fine": False})
         assert isinstance(back, Generator)
-        cycle = Cycle(network, back, critic=arguments["critic"])
+        cycle = Cycle(network, back, critic=recipe["critic"])
         apart = weighed(dict.fromkeys(MEASURES, weight["pairs"]), samples, both,
                         recipe["validation"], device) if len(both) else errors
 

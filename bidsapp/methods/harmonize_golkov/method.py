@@ -9,7 +9,6 @@ from bidsapp.methods.paired import PairedHarmonizer
 class GolkovHarmonizer(PairedHarmonizer):
     """Each voxel by itself; directions are not kept."""
 
-    network = "golkov"
     projects = False
     intended_use = (
         "Baseline for comparison with harmonize_shresnet. Fibre directions may change. Not for "

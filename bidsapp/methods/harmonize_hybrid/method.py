@@ -16,7 +16,6 @@ from bidsapp.methods.samples import Samples, weighed
 class HybridHarmonizer(PairedHarmonizer):
     """Intensity warping, then a convolutional network that learns from signal, FA and MD."""
 
-    network = "hybrid"
     warps = True
     intended_use = (
         "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "

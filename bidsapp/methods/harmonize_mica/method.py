@@ -54,29 +54,29 @@ class Mica(shared.Harmonizer):
             UsageError: a scan has hardly any signal above 0.
         """
         batches = shared.members(self, study)
-        known = scope.trained_for(study, batches)
-        found = {batch: self._people(study, rows) for batch, rows in batches.items()}
         reference, *targets = batches
+        known = scope.training_domain(study, batches, targets)
+        found = {batch: self._people(study, rows) for batch, rows in batches.items()}
         mean = found[reference].mean(axis=0)
-        metrics = {f"distance_{scope.short(shell)}_{batch}": float(
+        metrics = {f"distance_{shell.name}_{batch}": float(
             np.abs(people[:, k] - _others(people, batch == reference, mean)[:, k]).mean())
-            for batch, people in found.items() for k, shell in enumerate(known["shells"])}
+            for batch, people in found.items() for k, shell in enumerate(known.shells)}
         doubts = [
             f"scans of {batch} lie no further from {reference} than its own people from each other "
             "(distance_… in the card), so warping removes people's differences, and no site's. Add "
             "participants, or take another method."
             for batch in targets
             if all(metrics[f"distance_{s}_{batch}"] <= metrics[f"distance_{s}_{reference}"]
-                   for s in map(scope.short, known["shells"]))]
+                   for s in (shell.name for shell in known.shells))]
         card = Card(
             method=self.name, network={}, trained_for=known, seed=study.seed,
-            training={"participants": scope.hashed(batches), "data": "S/S0 within the mask"},
+            training={"participants": scope.hash_participants(batches),
+                      "data": "S/S0 within the mask"},
             intended_use=(
                 f"Maps the distribution of S/S0 of one scan of {', '.join(targets)} to that of "
                 f"{reference}, by shell. It knows no place and no tissue: where anatomies, ages or "
                 "lesions change the distribution, that is removed too. Not for diagnosis."),
-            versions={"qsphere": __version__}, metrics=metrics, reference_batch=reference,
-            batches=tuple(targets))
+            versions={"qsphere": __version__}, metrics=metrics, reference_batch=reference)
         model = {"Method": self.name, "Model": self.outputs["model"], "Metrics": metrics,
                  "ReferenceBatch": reference, "Batches": targets}
         quantiles = torch.from_numpy(mean.astype(np.float32))
@@ -105,7 +105,7 @@ class Mica(shared.Harmonizer):
         """
         self.check(dwi.acquisition)
         reference = model.tensors["quantiles"].numpy().astype(np.float64)
-        nearest = scope.matched(self, dwi.acquisition, model.card.trained_for["shells"])
+        nearest = model.card.trained_for.nearest_shells(dwi.acquisition)
         own = intensity.quantiles_to_warp(dwi)
 
         def again(other: Dwi) -> np.ndarray:

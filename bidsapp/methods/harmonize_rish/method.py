@@ -22,8 +22,9 @@ import pandas as pd
 import torch
 
 from bidsapp import __version__, sh
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import SAME_SHAPE, Acquisition, describe_shells
 from bidsapp.checkpoint import Card, Checkpoint
+from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods import Fitted, Harmonized, Study, scope
@@ -75,11 +76,11 @@ class Rish(shared.Harmonizer):
         """Raises Refusal where there is no b0, or a shell has fewer than 8 directions."""
         super().check(acquisition)
         few = [s for s in acquisition.shells
-               if len(s) < LEAST_DIRECTIONS and abs(s.b_delta) > scope.SAME_SHAPE]
+               if len(s) < LEAST_DIRECTIONS and abs(s.b_delta) > SAME_SHAPE]
         if few:
-            raise Refusal(f"{self.name} found {scope.shown(few)}. Needed are {LEAST_DIRECTIONS} "
-                          "or more directions on every shell. Leave the shell out with "
-                          "--bids-filter-file, or harmonize with harmonize_mica.")
+            raise Refusal(f"{self.name} found {describe_shells(few)}. Needed are "
+                          f"{LEAST_DIRECTIONS} or more directions on every shell. Leave the shell "
+                          "out with --bids-filter-file, or harmonize with harmonize_mica.")
 
     def ready(self, study: Study) -> list[str]:
         """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
@@ -97,8 +98,8 @@ class Rish(shared.Harmonizer):
         """
         batches = shared.members(self, study)
         reference, *targets = batches
-        known = scope.trained_for(study, batches)
-        degrees = [_degree(shell) for shell in known["shells"]]
+        degrees = [_degree(shell)
+                   for shell in scope.training_domain(study, batches, targets).shells]
         runs = [run for rows in batches.values() for run in rows["run"]]
         images = [self._fa(study, run) for run in track(runs, f"{self.name}: FA")]
         mean, places = template.build(images, study.states)
@@ -113,15 +114,17 @@ class Rish(shared.Harmonizer):
             if not where.any():
                 raise UsageError(f"--train {self.name}: the scans of {reference} and {batch} share "
                                  "no part of the brain. Check the brain masks.")
-            tensors, own = self._scales(groups[reference][1], groups[batch][1], where, mean.affine,
-                                        known["shells"])
             rows = {b: batches[b] for b in (reference, batch)}
+            domain = scope.training_domain(study, rows, (batch,))
+            tensors, own = self._scales(groups[reference][1], groups[batch][1], where, mean.affine,
+                                        domain.shells)
             name = (f"{shared.model_name(self, batch)}-to-"
                     + shared.model_name(self, reference).removeprefix(f"{self.name}_"))
             checkpoints[name] = Checkpoint(
                 {"template": torch.from_numpy(mean.values), **tensors}, Card(
-                    method=self.name, network={}, trained_for=scope.trained_for(study, rows),
-                    training={"participants": scope.hashed(rows), "data": "S/S0, FA template"},
+                    method=self.name, network={}, trained_for=domain,
+                    training={"participants": scope.hash_participants(rows),
+                              "data": "S/S0, FA template"},
                     intended_use=(
                         f"Scales the diffusion signal of {batch} to that of {reference} by degree "
                         "and place, for people like those under trained_for. Differences between "
@@ -130,7 +133,7 @@ class Rish(shared.Harmonizer):
                     constants={"affine": mean.affine.tolist(), "l_max": degrees,
                                "regularization": REGULARIZATION,
                                "output": self.settings("training")["output"]},
-                    metrics={**metrics, **own}, reference_batch=reference, batches=(batch,)))
+                    metrics={**metrics, **own}, reference_batch=reference))
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
                  "Metrics": {n: dict(c.card.metrics) for n, c in checkpoints.items()}}
@@ -180,7 +183,7 @@ class Rish(shared.Harmonizer):
             np.where(seen > 0, t / np.maximum(seen, 1e-9), 0) for t in total]
 
     def _scales(self, reference: Sequence[np.ndarray], source: Sequence[np.ndarray],
-                where: np.ndarray, affine: np.ndarray, shells: Sequence[Mapping[str, Any]]
+                where: np.ndarray, affine: np.ndarray, shells: Sequence[ShellRange]
                 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """π_l per shell (degree, x, y, z), beyond `where` that of the nearest voxel in it, and
         metrics."""
@@ -188,19 +191,18 @@ class Rish(shared.Harmonizer):
 
         sd = SMOOTHING / 2.3548 / np.linalg.norm(affine[:3, :3], axis=0)
         tensors, metrics = {}, {}
-        for k, (of_reference, of_source, shell) in enumerate(
-                zip(reference, source, shells, strict=True)):
+        for of_reference, of_source, shell in zip(reference, source, shells, strict=True):
             maps = []
             for i, pair in enumerate(zip(of_reference, of_source, strict=True)):
                 above, below = (gaussian_filter(e * where, sd)[where] for e in pair)
                 some = (above > 0) & (below > 0)
                 free = np.sqrt(np.where(some, above, 1) / np.where(some, below, 1))
                 maps.append(np.clip(free, *BOUNDS))
-                name = f"{scope.short(shell)}_l{2 * i}"
+                name = f"{shell.name}_l{2 * i}"
                 metrics[f"scale_{name}"] = float(np.median(maps[-1]))
                 metrics[f"bounded_{name}"] = float((free != maps[-1]).mean())
             grid = pairs.filled(np.stack(maps, -1).astype(np.float32), where)
-            tensors[f"shell{k}"] = torch.from_numpy(np.moveaxis(grid, -1, 0).copy())
+            tensors[shell.part] = torch.from_numpy(np.moveaxis(grid, -1, 0).copy())
         return tensors, metrics
 
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
@@ -213,7 +215,7 @@ class Rish(shared.Harmonizer):
         """
         self.check(dwi.acquisition)
         constants, card = model.card.constants, model.card
-        nearest = scope.matched(self, dwi.acquisition, card.trained_for["shells"])
+        nearest = card.trained_for.nearest_shells(dwi.acquisition)
         own, affine = _fa(_clean(dwi), device), np.array(constants["affine"])
         if not own.volume:
             raise Refusal(f"{self.name} found no voxel with b0 signal and an FA above 0. Check "
@@ -248,6 +250,7 @@ def _scaled(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], place: np.ndarr
     nearest: the trained shell for each of the run's. place: (x, y, z, 3) of `template.locate`.
     """
     constants, clean = model.card.constants, _clean(dwi)
+    parts = [shell.part for shell in model.card.trained_for.shells]
     affine, output = np.array(constants["affine"]), constants["output"]
     points, signal, s0 = place[dwi.mask], dwi.signal.copy("K"), clean.mean_b0
     degrees, clipped = [constants["l_max"][k] for k in nearest], 0
@@ -256,7 +259,7 @@ def _scaled(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], place: np.ndarr
             dwi.acquisition.shells, nearest, degrees, _coefficients(clean, degrees), strict=True):
         usable = usable & finite
         scale = np.stack([template.sample(m, affine, points[usable], beyond="nearest")
-                          for m in model.tensors[f"shell{k}"].numpy()], -1)
+                          for m in model.tensors[parts[k]].numpy()], -1)
         scale -= output == shared.CHANGE
         scaled = c[usable] * sh.per_coefficient(torch.from_numpy(scale)).numpy()
         clipped += shared.write_series(
@@ -265,11 +268,11 @@ def _scaled(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], place: np.ndarr
     return signal, usable, clipped
 
 
-def _degree(shell: Mapping[str, Any]) -> int:
+def _degree(shell: ShellRange) -> int:
     """Of a shell as a card holds it; 0 where the encoding has no direction."""
-    if abs(shell["b_delta"]) <= scope.SAME_SHAPE:
+    if abs(shell.b_delta) <= SAME_SHAPE:
         return 0
-    return sh.degree_for(DETERMINED * shell["directions"][0], L_MAX)
+    return sh.degree_for(DETERMINED * shell.directions[0], L_MAX)
 
 
 def _coefficients(dwi: Dwi, degrees: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:

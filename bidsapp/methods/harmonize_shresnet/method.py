@@ -8,7 +8,6 @@ from bidsapp.methods.paired import PairedHarmonizer
 class SHResNetHarmonizer(PairedHarmonizer):
     """3×3×3 patches of coefficients, residual blocks by degree, RISH projection."""
 
-    network = "shresnet"
     projects = True
     stacks_blocks = True
     intended_use = (

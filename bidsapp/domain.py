@@ -1,0 +1,315 @@
+"""The training domain of a checkpoint: the acquisitions, voxels, sites and people it was trained
+for.
+
+Every method whose weights were trained asks it before they are used. b-values are in s/mm².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bidsapp.acquisition import (
+    SAME_B,
+    SAME_SHAPE,
+    Acquisition,
+    Shell,
+    describe_shape,
+    describe_shells,
+)
+from bidsapp.errors import Refusal
+
+NOMINAL = 0.01
+"""Share by which the mean b of a shell may lie beyond a range, as 499.6 for 500 s/mm²."""
+
+DIRECTIONS = 0.1
+"""Share by which a shell may have fewer or more directions than any seen in training, as where a
+volume was dropped."""
+
+VOXEL = 0.05
+"""Share by which an edge of the voxel may be shorter or longer than any seen in training."""
+
+OVERRIDE = "--allow-extrapolation goes on all the same, and notes it in every sidecar."
+
+
+@dataclass(frozen=True)
+class ShellRange:
+    """The range of one shell over the runs of a training, or the range that shells were drawn from.
+
+    Parameters
+    ----------
+    b : tuple of float
+        Least and greatest mean b-value, s/mm².
+    b_delta : float
+        Shape of the b-tensors: 1 linear, 0 spherical, −0.5 planar.
+    directions : tuple of int
+        Fewest and most volumes.
+
+    Raises
+    ------
+    ValueError
+        A range is not one, or b_delta lies outside [−0.5, 1].
+    """
+
+    b: tuple[float, float]
+    b_delta: float
+    directions: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "b", _range("b", self.b, float, 0))
+        object.__setattr__(self, "directions", _range("directions", self.directions, int, 1))
+        if not -0.5 - SAME_SHAPE <= self.b_delta <= 1 + SAME_SHAPE:
+            raise ValueError(f"b_delta is {self.b_delta!r}, needed is a number from -0.5 to 1")
+
+    @property
+    def middle(self) -> float:
+        """b-value in the middle of the range, s/mm²."""
+        return sum(self.b) / 2
+
+    @property
+    def name(self) -> str:
+        """Name of the shell in tables and metrics: `b1000`, with `d0` after it for b_delta 0."""
+        shape = "" if abs(self.b_delta - 1) <= SAME_SHAPE else f"d{100 * self.b_delta:.0f}"
+        return f"b{self.middle:.0f}{shape}"
+
+    @property
+    def part(self) -> str:
+        """Name of the part of a checkpoint that belongs to the shell: `shell-1000`."""
+        return f"shell-{self.name.removeprefix('b')}"
+
+    def holds(self, shell: Shell, tolerance: float) -> bool:
+        """Tell whether a shell has this b-tensor shape and, within a share, these b-values."""
+        low, high = self.b
+        return ((1 - tolerance) * low <= shell.b <= (1 + tolerance) * high
+                and abs(shell.b_delta - self.b_delta) <= SAME_SHAPE)
+
+
+@dataclass(frozen=True)
+class TrainingDomain:
+    """What a checkpoint may be used for.
+
+    Parameters
+    ----------
+    shells : tuple of ShellRange
+        Without `shell_count`: the shells that a run must have, no more and no fewer, ascending in
+        b. With it: the ranges within one of which a shell must lie to be used.
+    b0 : tuple of int
+        Fewest and most volumes without diffusion weighting.
+    shell_count : tuple of int, optional
+        Fewest and most shells that lie within `shells`.
+    snr : tuple of float, optional
+        Least and greatest signal without weighting over its noise SD.
+    voxel_size : tuple of (float, float)
+        Least and greatest shortest, middle and longest edge of the voxel, mm; empty for any.
+    sites : tuple of str
+        The sites of the runs that it may be applied to; empty for any.
+    covariates : mapping
+        Of the participants: least and greatest of a number (`age`), the categories of others.
+
+    Raises
+    ------
+    ValueError
+        A value has another form.
+    """
+
+    shells: tuple[ShellRange, ...]
+    b0: tuple[int, int]
+    shell_count: tuple[int, int] | None = None
+    snr: tuple[float, float] | None = None
+    voxel_size: tuple[tuple[float, float], ...] = ()
+    sites: tuple[str, ...] = ()
+    covariates: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("shells", tuple(s if isinstance(s, ShellRange) else ShellRange(**s)
+                            for s in self.shells))
+        put("b0", _range("b0", self.b0, int, 0))
+        if self.shell_count is not None:
+            put("shell_count", _range("shell_count", self.shell_count, int, 1))
+        if self.snr is not None:
+            put("snr", _range("snr", self.snr, float, 0))
+        put("voxel_size", tuple(_range("voxel_size", edge, float, 0) for edge in self.voxel_size))
+        put("sites", tuple(self.sites))
+        put("covariates", {name: tuple(values) if all(isinstance(v, str) for v in values) and values
+                           else _range(name, values, float, -math.inf)
+                           for name, values in self.covariates.items()})
+        if not self.shells or len(self.voxel_size) not in (0, 3):
+            raise ValueError(f"needed are one shell or more and no edge of the voxel or three; "
+                             f"found are {len(self.shells)} and {len(self.voxel_size)}")
+        if not all(isinstance(site, str) for site in self.sites):
+            raise ValueError(f"sites are {self.sites!r}, not text")
+
+    @classmethod
+    def of_acquisitions(cls, acquisitions: Sequence[Acquisition], **more: Any) -> TrainingDomain:
+        """Describe acquisitions that have the same shells.
+
+        Parameters
+        ----------
+        acquisitions : sequence of Acquisition
+            Of the runs that are learned from.
+        **more
+            Other fields of the domain.
+        """
+        shells = tuple(
+            ShellRange((round(min(s.b for s in same), 1), round(max(s.b for s in same), 1)),
+                       round(sum(s.b_delta for s in same) / len(same), 3),
+                       (min(map(len, same)), max(map(len, same))))
+            for same in zip(*(a.shells for a in acquisitions), strict=True))
+        b0 = [int(a.b0.sum()) for a in acquisitions]
+        return cls(shells, (min(b0), max(b0)), **more)
+
+    def violations(self, acquisition: Acquisition, voxel_size: Sequence[float] | None = None,
+                   site: str | None = None) -> list[str]:
+        """List in what a run lies outside of the training.
+
+        Parameters
+        ----------
+        acquisition : Acquisition
+            Of the run.
+        voxel_size : sequence of float, optional
+            Edges of the voxel in any order, mm; default: they are not judged.
+        site : str, optional
+            Of the run; default: it is not judged.
+
+        Returns
+        -------
+        list of str
+            Clauses that say what was found and what is needed; empty for a run within the domain.
+        """
+        violations = []
+        if self.sites and site is not None and site not in self.sites:
+            violations.append(f"the batch is {site}, known are {', '.join(self.sites)}")
+        if self.b0[0] and not acquisition.b0.any():
+            violations.append("the run has 0 volumes without weighting, needed is a b0")
+        shells, usable = acquisition.shells, self.usable_shells(acquisition)
+        if self.shell_count is not None:
+            complete = len(usable) >= self.shell_count[0]
+        else:
+            complete = len(usable) == len(shells) == len(self.shells)
+        if not complete:
+            violations.append(f"the run has {describe_shells(shells)} s/mm², needed are "
+                              f"{self._describe_shells()}")
+        elif self.shell_count is None:
+            for shell, trained in zip(shells, self.shells, strict=True):
+                fewest, most = trained.directions
+                if not (1 - DIRECTIONS) * fewest <= len(shell) <= (1 + DIRECTIONS) * most:
+                    violations.append(f"{len(shell)} directions at b = {shell.b:.0f} s/mm², "
+                                      f"{describe_range(fewest, most)} were seen in training")
+        edges = list(zip(sorted(() if voxel_size is None else voxel_size), self.voxel_size,
+                         strict=False))
+        if any(not (1 - VOXEL) * low <= edge <= (1 + VOXEL) * high for edge, (low, high) in edges):
+            violations.append(
+                "the voxel is " + " × ".join(f"{edge:.3g}" for edge, _ in edges)
+                + " mm, seen in training were "
+                + " × ".join(describe_range(low, high) for _, (low, high) in edges) + " mm")
+        return violations
+
+    def warnings(self, snr: float | None, covariates: Mapping[str, Any]) -> list[str]:
+        """List what else of a run the training has not seen: worth a look, no reason to refuse.
+
+        Parameters
+        ----------
+        snr : float, optional
+            Of the run.
+        covariates : mapping
+            Of the participant; those that are unknown are not judged.
+
+        Returns
+        -------
+        list of str
+            Sentences.
+        """
+        ranges = {**({"SNR": self.snr} if self.snr else {}), **self.covariates}
+        warnings = []
+        for name, trained in ranges.items():
+            value = snr if name == "SNR" else covariates.get(name)
+            if value is None or value != value:
+                continue
+            if isinstance(trained[0], str):
+                within, among = str(value) in trained, ", ".join(trained)
+            else:
+                low, high = trained
+                within = not isinstance(value, int | float) or low <= value <= high
+                among = describe_range(low, high)
+            if not within:
+                text = f"{value:.3g}" if isinstance(value, float) else value
+                warnings.append(f"{name} is {text}, and {among} in the training.")
+        return warnings
+
+    def usable_shells(self, acquisition: Acquisition) -> list[Shell]:
+        """Select the shells of a run that lie within those of the training.
+
+        Where a run must have just the shells of the training, these are its shells that match
+        them one by one, whatever their directions. Else they need as many directions as the
+        smallest shell of the training, unless their b-tensors are spherical; more directions than
+        in training do no harm, since they carry less noise.
+        """
+        if self.shell_count is None:
+            return [shell for shell, trained in zip(acquisition.shells, self.shells, strict=False)
+                    if trained.holds(shell, SAME_B)]
+        return [shell for shell in acquisition.shells if any(
+            trained.holds(shell, NOMINAL)
+            and (len(shell) >= trained.directions[0] or abs(shell.b_delta) < SAME_SHAPE)
+            for trained in self.shells)]
+
+    def nearest_shells(self, acquisition: Acquisition) -> list[int]:
+        """Find for each shell of a run the shell of the training that is nearest to it in b.
+
+        Returns
+        -------
+        list of int
+            Indices into `shells`, of the same b-tensor shape.
+
+        Raises
+        ------
+        Refusal
+            There is none of that shape.
+        """
+        indices = []
+        for shell in acquisition.shells:
+            alike = [i for i, trained in enumerate(self.shells)
+                     if abs(trained.b_delta - shell.b_delta) <= SAME_SHAPE]
+            if not alike:
+                raise Refusal(
+                    f"the run has a shell of b_delta {shell.b_delta:.2g} at b = {shell.b:.0f} "
+                    "s/mm², and the training had none of this b-tensor shape. Train on such runs.")
+            indices.append(min(alike, key=lambda i: abs(self.shells[i].middle - shell.b)))
+        return indices
+
+    def describe_ranges(self) -> str:
+        """Describe the ranges that shells must lie in: `b = 500–5000 s/mm², 6 or more directions,
+        b_delta 1`."""
+        shapes: dict[tuple[Any, int], list[str]] = {}
+        for s in self.shells:
+            shapes.setdefault((s.b, s.directions[0]), []).append(f"{s.b_delta:g}")
+        return " or ".join(f"b = {low:.0f}–{high:.0f} s/mm², {fewest} or more directions, b_delta "
+                           + ", ".join(texts) for ((low, high), fewest), texts in shapes.items())
+
+    def _describe_shells(self) -> str:
+        if self.shell_count is not None:
+            return f"{self.shell_count[0]} or more shells of {self.describe_ranges()}"
+        return ", ".join(f"{describe_range(*s.directions)} × b {s.middle:.0f}"
+                         + describe_shape(s.b_delta) for s in self.shells) + " s/mm²"
+
+
+def describe_range(low: float, high: float) -> str:
+    """Describe a range for messages: `12–14`, or `12` where both ends are the same."""
+    return f"{low:.3g}" if low == high else f"{low:.3g}–{high:.3g}"
+
+
+def _range(name: str, values: Any, number: Any, minimum: float) -> tuple[Any, Any]:
+    """A pair of numbers that ascend.
+
+    Raises ValueError where it is something else.
+    """
+    pair = tuple(values) if isinstance(values, list | tuple) else ()
+    if not (len(pair) == 2 and all(isinstance(v, int | float) and math.isfinite(v) for v in pair)
+            and minimum <= pair[0] <= pair[1] and all(number(v) == v for v in pair)):
+        raise ValueError(f"{name} is {values!r}, needed are two numbers, {minimum} or more, of "
+                         "which the second is not the smaller")
+    return number(pair[0]), number(pair[1])

@@ -1,0 +1,48 @@
+"""The one place where networks are made from what a recipe or a card says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from bidsapp.errors import DataError
+from bidsapp.networks.cyclic import Generator
+from bidsapp.networks.mlp import Perceptron
+from bidsapp.networks.scnn import SphericalNetwork
+from bidsapp.networks.shresnet import HybridCNN, QSpacePerceptron, SHResNet
+
+ARCHITECTURES: Mapping[str, type[nn.Module]] = {
+    "spherical": SphericalNetwork, "perceptron": Perceptron, "shresnet": SHResNet,
+    "golkov": QSpacePerceptron, "hybrid": HybridCNN, "cyclic": Generator}
+
+
+def build_network(description: Mapping[str, Any], **more: Any) -> nn.Module:
+    """Build a network by the name of its architecture.
+
+    Parameters
+    ----------
+    description : mapping
+        `architecture`, one of ARCHITECTURES, and arguments of its constructor: the table `network`
+        of a training.toml, or of a card.
+    **more
+        Arguments beside these.
+
+    Returns
+    -------
+    torch.nn.Module
+        With random weights.
+
+    Raises
+    ------
+    DataError
+        There is no such architecture.
+    """
+    name = description.get("architecture", "")
+    if name not in ARCHITECTURES:
+        raise DataError(f"a network of architecture {name!r}; known are "
+                        f"{', '.join(ARCHITECTURES)}. The weights belong to another version; "
+                        "train again, or use that version.")
+    arguments = {k: v for k, v in description.items() if k != "architecture"}
+    return ARCHITECTURES[name](**arguments, **more)
