@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,6 +42,9 @@ log = logging.getLogger("qsphere")
 
 SCANS = 2
 """Scans that a training holds at a time: those of a pair."""
+
+REPLACED = {"epochs": "stages.epochs", "blocks": "network.blocks"}
+"""Options that stand for a hyper-parameter of every method which is trained and has it."""
 
 
 def participant(options: Options) -> int:
@@ -79,10 +83,7 @@ def participant(options: Options) -> int:
 
 def group(options: Options) -> int:
     """Table, distributions and outliers over what participants left; trains what is asked for."""
-    trained = list({m.name: m for m in map(methods.trainable, options.train)}.values())
-    for method in trained:
-        method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
-    check_training_options(options, trained)
+    trained = trained_methods(options)
     found = find.find(options)
     dataset = Dataset(options.output_dir, input_datasets(options))
     statistics, covariates = participant_statistics(dataset, found)
@@ -95,30 +96,47 @@ def group(options: Options) -> int:
     if options.work_dir:
         make_work_dir(options.work_dir)
     rank, devices = training.processes()
-    study = load_study(options, found, statistics, covariates, devices)
+    cohort = load_cohort(options, found, statistics, covariates, devices)
+    settings = training_settings(options, devices)
     if rank:  # of several processes that train together the first alone writes
         for method in trained:
-            fit(method, study)
+            fit(method, cohort, settings)
         return 0
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"):
-        fitted = train_and_write(dataset, study, trained)
-        write_group(dataset, study, trained, fitted)
-        assert study.states
-        for kept in study.states.glob(f"{pairs.KEPT}*"):
+        fitted = train_and_write(dataset, cohort, settings, trained)
+        write_group(dataset, cohort, trained, fitted)
+        assert settings.states
+        for kept in settings.states.glob(f"{pairs.KEPT}*"):
             kept.unlink(missing_ok=True)
     log_unknown_participants(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
     return 1 if found.unknown else 0
 
 
+def trained_methods(options: Options) -> list[Trainable]:
+    """Load the methods that --train names, with the hyper-parameters that the options give.
+
+    Raises
+    ------
+    UsageError
+        A method does not exist or needs no training, or no method uses an option.
+    """
+    trained = list({m.name: m for m in map(methods.trainable, options.train)}.values())
+    check_training_options(options, trained)
+    settings = methods.read_settings([*replaced_options(options, trained), *options.set], trained,
+                                     training=True, sloppy=options.sloppy)
+    context = methods.MethodContext(options.sloppy, options.output_dir / harmonize.MODELS, settings)
+    return [methods.trainable(method.name, context) for method in trained]
+
+
 def check_training_options(options: Options, trained: Sequence[Trainable]) -> None:
     """Raise UsageError for an option that no method which is trained uses."""
-    uses: tuple[tuple[str, int | None, Callable[[Trainable], bool]], ...] = (
+    uses: tuple[tuple[str, int | None, Callable[[Trainable], Any]], ...] = (
         ("folds", options.folds, lambda m: isinstance(m, Harmonizer)),
-        ("epochs", options.epochs, lambda m: m.counts_epochs),
-        ("blocks", options.blocks, lambda m: m.stacks_blocks))
+        *((option, getattr(options, option), lambda m, k=key: m.paths(k))
+          for option, key in REPLACED.items()))
     for option, value, used in uses:
         if value and not any(map(used, trained)):
             names = [m.name for m in map(methods.get, methods.names())
@@ -127,46 +145,60 @@ def check_training_options(options: Options, trained: Sequence[Trainable]) -> No
                              f"it. Leave it out, or train {', '.join(names)}.")
 
 
-def load_study(options: Options, found: find.Found, statistics: pd.DataFrame,
-               covariates: Sequence[str], devices: tuple[int, int]) -> methods.Study:
+def replaced_options(options: Options, trained: Sequence[Trainable]) -> list[str]:
+    """What --epochs and --blocks would be as METHOD.KEY=VALUE, for each method that has the key."""
+    texts = [f"{method.name}.{key}={value}" for option, key in REPLACED.items()
+             if (value := getattr(options, option)) for method in trained if method.paths(key)]
+    if options.blocks:
+        log.warning("--blocks %d is replaced by --set harmonize_shresnet.network.blocks=%d.",
+                    options.blocks, options.blocks)
+    return texts
+
+
+def load_cohort(options: Options, found: find.Found, statistics: pd.DataFrame,
+                covariates: Sequence[str], devices: tuple[int, int]) -> methods.Cohort:
     """Gather what trainings need of the processed runs; their signals are loaded one by one."""
     runs = {run.name: run for label in found.participants for run in found.runs[label]
             if run.name in set(statistics["run"])}
     memory = available_memory(options) / devices[0]
     per_scan = FIXED_MEMORY + (memory - FIXED_MEMORY) / SCANS
-    return methods.Study(
+    return methods.Cohort(
         statistics, tuple(quality.map_features(statistics.columns)), covariates=tuple(covariates),
-        reference_batch=options.reference_batch,
+        reference_batch=options.reference_batch, paired_by=options.paired_by,
         acquisitions={name: btable.acquisition_of(run) for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
-        load=lambda name: load_run(runs[name], memory=per_scan, work_dir=options.work_dir)[0],
-        max_steps=options.max_steps, epochs=options.epochs, blocks=options.blocks,
-        folds=options.folds, paired_by=options.paired_by, init=options.init,
-        states=options.work_dir or options.output_dir / "group/log",
-        seed=options.random_seed, device=choose_device(options.device), devices=devices)
+        load=lambda name: load_run(runs[name], memory=per_scan, work_dir=options.work_dir)[0])
 
 
-def train_and_write(dataset: Dataset, study: methods.Study, trained: Sequence[Trainable]
-                    ) -> dict[str, methods.Fitted]:
+def training_settings(options: Options, devices: tuple[int, int]) -> methods.TrainingSettings:
+    """Gather what the options say of all trainings. devices: as of `training.processes`."""
+    return methods.TrainingSettings(
+        max_steps=options.max_steps, folds=options.folds, seed=options.random_seed,
+        device=choose_device(options.device), devices=devices, init=options.init,
+        states=options.work_dir or options.output_dir / "group/log")
+
+
+def train_and_write(dataset: Dataset, cohort: methods.Cohort, settings: methods.TrainingSettings,
+                    trained: Sequence[Trainable]) -> dict[str, methods.Fitted]:
     """Train one method after another; write each model as soon as it is there."""
-    assert study.states
+    assert settings.states
     fitted: dict[str, methods.Fitted] = {}
     for method in trained:
-        fitted[method.name] = fit(method, study)
+        fitted[method.name] = fit(method, cohort, settings)
         for name, weights in fitted[method.name].checkpoints.items():
             # a record of its own, so that the next training does not take this one's model away
             with dataset.transaction(PurePosixPath(f"group/log/{name}.json")) as transaction:
                 for file, content in checkpoint.pack(weights).items():
                     transaction.bytes(harmonize.MODELS / name / file, content)
-            for state in study.states.glob(f"{name}.*ckpt"):
+            for state in settings.states.glob(f"{name}.*ckpt"):
                 state.unlink(missing_ok=True)
     return fitted
 
 
-def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Trainable],
+def write_group(dataset: Dataset, cohort: methods.Cohort, trained: Sequence[Trainable],
                 fitted: Mapping[str, methods.Fitted]) -> None:
     """Write the tables across participants, what was trained, figures and group.html."""
-    statistics, features = study.statistics, study.features
+    statistics, features = cohort.statistics, cohort.features
     folder = PurePosixPath("group")
     with dataset.transaction(folder / "log/group.json") as transaction:
         def write_table(name: str, table: pd.DataFrame) -> None:
@@ -182,7 +214,7 @@ def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Traina
         harmonized = {
             name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
             for name, table in result.tables.items() if set(features) & set(table)}
-        between = agreement.of_group(statistics, features, harmonized, study.reference_batch)
+        between = agreement.of_group(statistics, features, harmonized, cohort.reference_batch)
         effects = biology.in_sample(statistics, features, harmonized)
         for kind, what in biology.CHANGES.items():
             for effect in biology.name_effects(effects, kind):
@@ -191,20 +223,30 @@ def write_group(dataset: Dataset, study: methods.Study, trained: Sequence[Traina
         for name, table in (("sites_agreement", between), ("insample_biology", effects)):
             if len(table):
                 write_table(f"desc-{name}", table)
-        drawn = distributions.of_group(study, fitted)
+        drawn = distributions.of_group(cohort, fitted)
         for figure in drawn:
             name = f"desc-{figure.entities['desc']}.svg"
             transaction.bytes(folder / "figures" / name, figure.svg)
         transaction.text(PurePosixPath("group.html"), page.group(
-            study, quality.outliers(statistics), between, effects, drawn, fitted,
+            cohort, quality.outliers(statistics), between, effects, drawn, fitted,
             chosen=trained))
 
 
-def fit(method: Trainable, study: methods.Study) -> methods.Fitted:
-    """And its cross-validation, where the study asks for one and the method has one."""
-    if study.folds and isinstance(method, Harmonizer):
-        return crossvalidation.fit(method, study)
-    return method.fit(study)
+def fit(method: Trainable, cohort: methods.Cohort, settings: methods.TrainingSettings
+        ) -> methods.Fitted:
+    """Train a method and, where --folds asks for it and the method has one, cross-validate it.
+
+    The cards hold the hyper-parameters that `--set` changed.
+    """
+    fitted = (crossvalidation.fit(method, cohort, settings)
+              if settings.folds and isinstance(method, Harmonizer)
+              else method.fit(cohort, settings))
+    if not method.changed_settings:
+        return fitted
+    return replace(fitted, checkpoints={
+        name: replace(c, card=replace(c.card, training={
+            **c.card.training, "settings": method.changed_settings}))
+        for name, c in fitted.checkpoints.items()})
 
 
 def log_unknown_participants(labels: Sequence[str], options: Options) -> None:

@@ -7,7 +7,7 @@ from scipy.linalg import hadamard
 
 from bidsapp import methods
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Study
+from bidsapp.methods import Cohort, TrainingSettings
 
 FEATURES = tuple(f"f{i}" for i in range(12))
 SLOPE = -0.02
@@ -27,7 +27,8 @@ def table(rng):
 
 
 def fit(table, **more):
-    return methods.get("harmonize_combat").fit(Study(table, FEATURES, ("age",), **more))
+    return methods.get("harmonize_combat").fit(Cohort(table, FEATURES, ("age",), **more),
+                                               TrainingSettings())
 
 
 def batch_effect(table):
@@ -119,13 +120,14 @@ def small(table):
 ])
 def test_covariates_that_cannot_be_told_apart(table, spoil, names, message):
     with pytest.raises(UsageError, match=message):
-        methods.get("harmonize_combat").fit(Study(spoil(table), FEATURES[5:], names))
+        methods.get("harmonize_combat").fit(Cohort(spoil(table), FEATURES[5:], names),
+                                            TrainingSettings())
 
 
 def test_text_that_differs_for_everyone_is_no_covariate(table):
     dated = table.assign(acq_time=[f"2020-01-01T00:{i // 60:02}:{i % 60:02}" for i in range(200)])
     method = methods.get("harmonize_combat")
-    result = method.fit(Study(dated, FEATURES, ("age", "acq_time")))
+    result = method.fit(Cohort(dated, FEATURES, ("age", "acq_time")), TrainingSettings())
     assert result.model["Covariates"] == ["age"]
     pd.testing.assert_frame_equal(result.tables["desc-combat_dwimap"],
                                   fit(table).tables["desc-combat_dwimap"])
@@ -134,7 +136,7 @@ def test_text_that_differs_for_everyone_is_no_covariate(table):
 def test_categorical_covariate_confounded(table):
     table = table.assign(sex=np.where(table["batch"] == "A", "F", "M"))
     with pytest.raises(UsageError, match="sex is confounded"):
-        methods.get("harmonize_combat").fit(Study(table, FEATURES, ("sex",)))
+        methods.get("harmonize_combat").fit(Cohort(table, FEATURES, ("sex",)), TrainingSettings())
 
 
 def test_misspelt_reference_is_corrected(table):
@@ -145,7 +147,7 @@ def test_misspelt_reference_is_corrected(table):
 
 def test_no_features(table):
     with pytest.raises(UsageError, match="no map statistics"):
-        methods.get("harmonize_combat").fit(Study(table, (), ()))
+        methods.get("harmonize_combat").fit(Cohort(table), TrainingSettings())
 
 
 def test_images_are_refused():
@@ -165,25 +167,25 @@ def test_cross_validation_applies_what_others_teach(table, rng, reference):
     """The batch goes and the slope stays of those not learned from; a person's own values do not
     change what is learned. Applied to those learned from, it is what neuroCombat makes of them."""
     table = table.assign(sex=rng.permutation(np.repeat(["F", "M"], 100)))
-    study = Study(table, FEATURES, ("age", "sex"), reference)
+    cohort = Cohort(table, FEATURES, ("age", "sex"), reference)
     method, features = methods.get("harmonize_combat"), list(FEATURES)
-    found = method.cross_validate(study, halves(table))
+    found = method.cross_validate(cohort, halves(table))
     assert list(found["participant"]) == list(table["participant"])
     assert batch_effect(found) < 0.3 < 1 < batch_effect(table)
     slopes = np.polyfit(found["age"], found[features], 1)[0]
     assert np.abs(slopes - SLOPE).max() < 5 * 0.3 * 1.6 / np.sqrt(200) / table["age"].std()
     other = table.copy()
     other.loc[0, features] += 5
-    again = method.cross_validate(Study(other, FEATURES, ("age", "sex"), reference), halves(table))
+    again = method.cross_validate(Cohort(other, FEATURES, ("age", "sex"), reference), halves(table))
     taught = again["participant"].isin(halves(table)[0]) & (again.index != 0)
     pd.testing.assert_frame_equal(again[taught], found[taught])
     if reference:
         home = (table["batch"] == reference).to_numpy()
         np.testing.assert_allclose(found.loc[home, features], table.loc[home, features])
     twins = pd.concat([table, table.assign(participant="twin" + table["participant"])])
-    twin = method.cross_validate(Study(twins, FEATURES, ("age", "sex"), reference), [
+    twin = method.cross_validate(Cohort(twins, FEATURES, ("age", "sex"), reference), [
         table["participant"].unique(), ("twin" + table["participant"]).unique()])
-    own = method.fit(study).tables["desc-combat_dwimap"]
+    own = method.fit(cohort, TrainingSettings()).tables["desc-combat_dwimap"]
     np.testing.assert_allclose(  # neuroCombat holds covariates in float32
         twin[~twin["participant"].str.startswith("twin")][features], own[features], rtol=1e-7)
 
@@ -192,6 +194,6 @@ def test_cross_validation_without_a_batch_is_refused(table):
     table = pd.concat([table, table[:3].assign(batch="C", participant=["c0", "c1", "c2"])])
     with pytest.raises(UsageError, match="nobody of batch C is left to learn from"):
         methods.get("harmonize_combat").cross_validate(
-            Study(table, FEATURES, ("age",)), [["c0", "c1", "c2"]])
+            Cohort(table, FEATURES, ("age",)), [["c0", "c1", "c2"]])
     with pytest.raises(UsageError, match="found A: 100, B: 100, C: 2"):
-        methods.get("harmonize_combat").cross_validate(Study(table, FEATURES), [["c0"]])
+        methods.get("harmonize_combat").cross_validate(Cohort(table, FEATURES), [["c0"]])

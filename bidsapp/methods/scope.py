@@ -14,7 +14,7 @@ import pandas as pd
 from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.checkpoint import Card
 from bidsapp.errors import Refusal
-from bidsapp.methods import Method, Study
+from bidsapp.methods import Cohort, Method
 
 SAME_B, SAME_SHAPE = 0.05, 0.05
 """Shells are the same where b differs by at most this share, and b_delta by at most this."""
@@ -32,24 +32,24 @@ COVARIATES = ("age", "sex")
 OVERRIDE = "--allow-extrapolation goes on all the same, and notes it in every sidecar."
 
 
-def trained_for(study: Study, batches: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def trained_for(cohort: Cohort, batches: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """What a card says of the runs in `batches`, as `outside` and `unusual` read it.
 
     shells: b (s/mm², mean), b_delta, directions (fewest, most). voxel_size: mm, (least, most) of
     the shortest, middle and longest edge. SNR of b0 and age: (least, most). sex: those seen.
     """
     rows = [row for table in batches.values() for row in table.to_dict("records")]
-    per_run = [study.acquisitions[row["run"]].shells for row in rows]
+    per_run = [cohort.acquisitions[row["run"]].shells for row in rows]
     known: dict[str, Any] = {"shells": [
         {"b": round(float(np.mean([s.b for s in shells])), 1),
          "b_delta": round(float(np.mean([s.b_delta for s in shells])), 3),
          "directions": [min(map(len, shells)), max(map(len, shells))]}
         for shells in zip(*per_run, strict=True)]}
-    sizes = [sorted(study.voxel_sizes[r["run"]]) for r in rows if r["run"] in study.voxel_sizes]
+    sizes = [sorted(cohort.voxel_sizes[r["run"]]) for r in rows if r["run"] in cohort.voxel_sizes]
     if sizes:
         known["voxel_size"] = [[round(float(f(edge)), 3) for f in (min, max)]
                                for edge in zip(*sizes, strict=True)]
-    for key, name in (("snr_b0", "SNR"), *((c, c) for c in COVARIATES if c in study.covariates)):
+    for key, name in (("snr_b0", "SNR"), *((c, c) for c in COVARIATES if c in cohort.covariates)):
         values = [r[key] for r in rows if r.get(key) == r.get(key) and r.get(key) is not None]
         if values and all(isinstance(v, int | float | np.number) for v in values):
             known[name] = [float(min(values)), float(max(values))]

@@ -340,6 +340,7 @@ class Estimate(Step):
         return {"method": name, "weights": [sha256(f) for f in weights if f.is_file()],
                 "anatomy": [sha256(f) if f.is_file() else str(f) for f in anatomy],
                 "synthesis": synthesis if isinstance(self.method, Synthesizer) else None,
+                "settings": self.method.changed_settings,
                 "sloppy": options.sloppy, "seed": options.random_seed}
 
     def describe(self) -> str:
@@ -364,6 +365,8 @@ class Estimate(Step):
             stage = replace(stage, dwi=replace(stage.dwi, tissue=tissue))
         log.info("%s: %s on %d voxels", context.run.name, self.name, len(stage.dwi.signal))
         derived = method.run(stage.dwi, context.options, context.device)
+        if settings := method.changed_settings:
+            derived = replace(derived, parameters={**derived.parameters, "Settings": settings})
         if stage.no_intervals:
             derived = derived.without_intervals(stage.no_intervals)
         elif stage.widening > 1:

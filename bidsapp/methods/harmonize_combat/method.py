@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from bidsapp.errors import UsageError
-from bidsapp.methods import Fitted, GroupAnalysis, Study
+from bidsapp.methods import Cohort, Fitted, GroupAnalysis, TrainingSettings
 from bidsapp.methods.harmonizer import CONFOUNDED, coded, explained, known_reference
 
 MIN_PARTICIPANTS = 3
@@ -26,7 +26,7 @@ MIN_PARTICIPANTS = 3
 class Combat(GroupAnalysis):
     """neuroCombat over one row per participant and batch (runs of a batch are averaged first)."""
 
-    def fit(self, study: Study) -> Fitted:
+    def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Harmonized statistics and the batch effects.
 
         Covariates are used where every participant has them: numeric as they are, others as
@@ -37,9 +37,9 @@ class Combat(GroupAnalysis):
                 a covariate confounded with the batch; covariates that depend on each other, or
                 too many for the participants; an unknown reference batch.
         """
-        rows, kept = self._rows(study)
-        features = list(study.features)
-        result = self._learn(rows, features, kept, study.reference_batch)
+        rows, kept = self._rows(cohort)
+        features = list(cohort.features)
+        result = self._learn(rows, features, kept, cohort.reference_batch)
         harmonized = rows[["participant", "batch", *kept]].copy()
         harmonized[features] = result["data"].T
         estimates = result["estimates"]
@@ -47,18 +47,18 @@ class Combat(GroupAnalysis):
         model = {
             "Method": self.name, "Model": self.outputs["model"], "Batches": {
                 b: int((rows["batch"] == b).sum()) for b in batches},
-            "ReferenceBatch": study.reference_batch, "Covariates": kept, "Features": features,
+            "ReferenceBatch": cohort.reference_batch, "Covariates": kept, "Features": features,
             "Gamma": dict(zip(batches, np.asarray(estimates["gamma.star"]).tolist(), strict=True)),
             "Delta": dict(zip(batches, np.asarray(estimates["delta.star"]).tolist(), strict=True)),
         }
         return Fitted({"desc-combat_dwimap": harmonized}, model)
 
-    def cross_validate(self, study: Study, parts: Sequence[Sequence[str]]) -> pd.DataFrame:
+    def cross_validate(self, cohort: Cohort, parts: Sequence[Sequence[str]]) -> pd.DataFrame:
         """Harmonize everyone by what ComBat learns from the people of the other parts.
 
         Parameters
         ----------
-        study
+        cohort
             As of `fit`.
         parts
             Participants of each part; together everyone, nobody twice.
@@ -74,8 +74,8 @@ class Combat(GroupAnalysis):
             As of `fit`, of the people left to learn from; nobody of a batch, or of a category of a
             covariate, is left among them.
         """
-        rows, kept = self._rows(study)
-        features, harmonized = list(study.features), rows.copy()
+        rows, kept = self._rows(cohort)
+        features, harmonized = list(cohort.features), rows.copy()
         design = np.column_stack([np.ones(len(rows)), *(
             rows[c].to_numpy(float)[:, None] if pd.api.types.is_numeric_dtype(rows[c])
             else pd.get_dummies(rows[c], dtype=float).to_numpy()[:, 1:] for c in kept)])
@@ -89,7 +89,7 @@ class Combat(GroupAnalysis):
                         f"ComBat: without sub-{', sub-'.join(part)} nobody of {column} "
                         f"{', '.join(map(str, lacking))} is left to learn from. Give fewer people "
                         "to a part.")
-            estimates = self._learn(rest, features, kept, study.reference_batch)["estimates"]
+            estimates = self._learn(rest, features, kept, cohort.reference_batch)["estimates"]
             # neuroCombat gives Xβ of its own people alone
             beta = np.linalg.lstsq(design[~tested], estimates["mod.mean"].T, rcond=None)[0]
             expected = estimates["stand.mean"][:, :1].T + design[tested] @ beta
@@ -100,13 +100,13 @@ class Combat(GroupAnalysis):
                 z - estimates["gamma.star"][at]) / np.sqrt(estimates["delta.star"][at])
         return harmonized
 
-    def _rows(self, study: Study) -> tuple[pd.DataFrame, list[str]]:
+    def _rows(self, cohort: Cohort) -> tuple[pd.DataFrame, list[str]]:
         """A row for each participant and batch, and the covariates that are kept."""
-        table = study.statistics
-        kept = [c for c in study.covariates if table[c].notna().all() and table[c].nunique() > 1
+        table = cohort.statistics
+        kept = [c for c in cohort.covariates if table[c].notna().all() and table[c].nunique() > 1
                 and not self._is_label(table, c)]
         runs = table.groupby(["participant", "batch"], sort=True)
-        means = runs[list(study.features)].agg(_mean)
+        means = runs[list(cohort.features)].agg(_mean)
         return pd.concat([means, runs[kept].first()], axis=1).reset_index(), kept
 
     def _learn(self, rows: pd.DataFrame, features: list[str], kept: list[str],

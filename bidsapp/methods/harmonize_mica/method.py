@@ -19,7 +19,7 @@ from bidsapp import __version__
 from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
-from bidsapp.methods import Fitted, Harmonized, Study, scope
+from bidsapp.methods import Cohort, Fitted, Harmonized, TrainingSettings, scope
 from bidsapp.methods import harmonizer as shared
 from bidsapp.preprocess import intensity
 from bidsapp.progress import track
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 class Mica(shared.Harmonizer):
     """Quantiles of S/S0 in the mask, by shell, and the warp from a scan's to the reference's."""
 
-    def learn(self, study: Study) -> Fitted:
+    def learn(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """The mean quantiles of the reference batch; one checkpoint serves all other batches.
 
         Raises:
             UsageError: a scan has hardly any signal above 0.
         """
-        batches = shared.members(self, study)
-        known = scope.trained_for(study, batches)
-        found = {batch: self._people(study, rows) for batch, rows in batches.items()}
+        batches = shared.members(self, cohort)
+        known = scope.trained_for(cohort, batches)
+        found = {batch: self._people(cohort, rows) for batch, rows in batches.items()}
         reference, *targets = batches
         mean = found[reference].mean(axis=0)
         metrics = {f"distance_{scope.short(shell)}_{batch}": float(
@@ -53,7 +53,7 @@ class Mica(shared.Harmonizer):
             if all(metrics[f"distance_{s}_{batch}"] <= metrics[f"distance_{s}_{reference}"]
                    for s in map(scope.short, known["shells"]))]
         card = Card(
-            method=self.name, network={}, trained_for=known, seed=study.seed,
+            method=self.name, network={}, trained_for=known, seed=settings.seed,
             training={"participants": scope.hashed(batches), "data": "S/S0 within the mask"},
             intended_use=(
                 f"Maps the distribution of S/S0 of one scan of {', '.join(targets)} to that of "
@@ -67,17 +67,17 @@ class Mica(shared.Harmonizer):
         return Fitted({}, model, {shared.model_name(self, f"to{reference}"): Checkpoint(
             {"quantiles": quantiles}, card)}, doubts)
 
-    def _people(self, study: Study, rows: pd.DataFrame) -> np.ndarray:
+    def _people(self, cohort: Cohort, rows: pd.DataFrame) -> np.ndarray:
         """(participant, shell, GRID) quantiles; runs of one participant are averaged."""
         people = [own["run"] for _, own in rows.groupby("participant", sort=True)]
-        return np.stack([np.mean([self._quantiles(study, run) for run in runs], axis=0)
+        return np.stack([np.mean([self._quantiles(cohort, run) for run in runs], axis=0)
                          for runs in track(people, f"{self.name}: participants")])
 
-    def _quantiles(self, study: Study, run: str) -> np.ndarray:
+    def _quantiles(self, cohort: Cohort, run: str) -> np.ndarray:
         """(shell, GRID) of one run."""
-        assert study.load is not None
+        assert cohort.load is not None
         try:
-            return intensity.quantiles(study.load(run))
+            return intensity.quantiles(cohort.load(run))
         except DataError as error:
             raise UsageError(f"--train {self.name}: {run} {error}") from error
 

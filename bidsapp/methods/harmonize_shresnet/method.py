@@ -10,7 +10,6 @@ class SHResNetHarmonizer(PairedHarmonizer):
 
     network = "shresnet"
     projects = True
-    stacks_blocks = True
     intended_use = (
         "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "
         "and people like those under trained_for. What the training has not seen, as lesions, may "
