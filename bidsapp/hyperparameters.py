@@ -26,6 +26,12 @@ VARIANTS = (ONE, SLOPPY)
 """Tables that hold other values of the tables beside them: for a network of one acquisition, and
 for --sloppy."""
 
+CHOICES = {"architecture": ("spherical", "perceptron"), "output": ("change", "series"),
+           "optimizer": ("adam", "adamw", "sgd"),
+           "decay": ("constant", "step", "cosine", "plateau")}
+"""Hyper-parameters that are a text, and what they may be, as of `microstructure.maps`,
+`methods.harmonizer` and `training`."""
+
 
 def read(folder: Path) -> dict[str, Any]:
     """Read the training.toml of a method's folder; empty where there is none."""
@@ -79,7 +85,14 @@ def paths(tables: Mapping[str, Any], key: str, sloppy: bool = False) -> list[str
     list of str
         Several where a key names a value of every table of a list; empty if none is named.
     """
-    return [path for path in _values(tables, sloppy) if key in _spellings(path)]
+    return [path for path in values(tables, sloppy) if key in _spellings(path)]
+
+
+def values(tables: Mapping[str, Any], sloppy: bool = False) -> dict[str, Any]:
+    """List every hyper-parameter by its path; tables and sloppy as of `paths`."""
+    variants = [SLOPPY] if sloppy else []
+    return {path: value for name in tables if name not in VARIANTS
+            for path, value in _leaves(select(tables, name, variants, {}), f"{name}.")}
 
 
 def resolve(tables: Mapping[str, Any], method: str, key: str, text: str, sloppy: bool = False
@@ -109,7 +122,7 @@ def resolve(tables: Mapping[str, Any], method: str, key: str, text: str, sloppy:
         There is no such hyper-parameter (says the nearest), or the value is of another type or
         outside of what it may be.
     """
-    known, option = _values(tables, sloppy), f"--set {method}.{key}={text}"
+    known, option = values(tables, sloppy), f"--set {method}.{key}={text}"
     if not known:
         raise UsageError(f"{option}: {method} has no hyper-parameters. Leave the option out.")
     chosen = paths(tables, key, sloppy)
@@ -122,7 +135,11 @@ def resolve(tables: Mapping[str, Any], method: str, key: str, text: str, sloppy:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    return {path: _checked(option, known[path], value) for path in chosen}
+    found = {path: _checked(option, known[path], value) for path in chosen}
+    choices = CHOICES.get(key.rpartition(".")[2], (value,))
+    if value not in choices:
+        raise UsageError(f"{option}: one of {', '.join(choices)} is needed.")
+    return found
 
 
 def _checked(option: str, default: Any, value: Any) -> Any:
@@ -150,13 +167,6 @@ def _checked(option: str, default: Any, value: Any) -> Any:
 
 def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _values(tables: Mapping[str, Any], sloppy: bool) -> dict[str, Any]:
-    """Every hyper-parameter by its path."""
-    variants = [SLOPPY] if sloppy else []
-    return {path: value for name in tables if name not in VARIANTS
-            for path, value in _leaves(select(tables, name, variants, {}), f"{name}.")}
 
 
 def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

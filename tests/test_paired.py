@@ -15,7 +15,7 @@ import pytest
 import synthetic_head
 import torch
 
-from bidsapp import methods, sh, tensor, training
+from bidsapp import cli, harmonize, methods, run, sh, tensor, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
@@ -421,6 +421,48 @@ def test_epochs_of_the_command_line_win():
     (model,) = brief("harmonize_golkov", settings=settings).fit(*study()).checkpoints.values()
     assert model.card.training["steps"] == [[10]]
     assert fit("harmonize_golkov")[1].checkpoints.popitem()[1].card.training["steps"] == [[100]]
+
+
+def test_a_degree_of_the_command_line_reaches_network_card_and_use(tmp_path):
+    """Trained with degree 2, for which 12 directions suffice; an odd degree is refused."""
+    few = np.r_[:15]
+    cohort, settings = study(PEOPLE[:2], max_steps=2, load=lambda run: thinned(
+        head(run[:2], run[2]), few))
+    cohort = replace(cohort, acquisitions=dict.fromkeys(
+        cohort.acquisitions, Acquisition(BVALS, AXES)[few]))
+    with pytest.raises(UsageError, match="15 or more directions"):
+        brief("harmonize_golkov").fit(cohort, settings)
+    degree = {"training.l_max": 2}
+    method = brief("harmonize_golkov", settings={"harmonize_golkov": degree})
+    ((name, model),) = run.fit(method, cohort, settings).checkpoints.items()
+    assert model.card.training["settings"] == degree and model.card.network["l_max"] == 2
+    (tmp_path / name).mkdir()
+    for file, content in pack(model).items():
+        (tmp_path / name / file).write_bytes(content)
+    (found,) = harmonize.find(cli.parse(
+        ["/in", "/out", "participant", "--harmonize", str(tmp_path / name)]))
+    scan = thinned(head("07", "B"), few)
+    assert np.isfinite(found.method.harmonize(scan, found.checkpoint, "B", "cpu").signal).all()
+    odd = brief("harmonize_golkov", settings={"harmonize_golkov": {"training.l_max": 3}})
+    with pytest.raises(UsageError, match="an even degree is needed"):
+        odd.fit(*study())
+
+
+def thinned(dwi, volumes):
+    return replace(dwi, signal=dwi.signal[:, volumes], acquisition=dwi.acquisition[volumes])
+
+
+def test_epochs_do_not_make_another_training(tmp_path):
+    """The state of an interrupted training serves for more epochs, not for another network."""
+    def states(**changed):
+        method = brief("harmonize_golkov", settings={"harmonize_golkov": {
+            f"training.{k.replace('_', '.')}": v for k, v in changed.items()}})
+        folder = tmp_path / repr(changed)
+        method.fit(*study(PEOPLE[:2], max_steps=2, states=folder))
+        return {p.name for p in folder.glob("*.ckpt")}
+
+    assert states() == states(stages_1_epochs=3)
+    assert not states() & states(network_hidden=8)
 
 
 def test_blocks_of_the_command_line_win():

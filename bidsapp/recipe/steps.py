@@ -348,7 +348,8 @@ class Estimate(Step):
         t1w = self.context.run.t1w
         source = t1w.name if t1w else "the DWI alone, no T1w"
         return (self.method.name + f" of the {self.desc} signal" * bool(self.desc)
-                + f": tissue from {source}" * self.method.wants_tissue)
+                + f": tissue from {source}" * self.method.wants_tissue
+                + "".join(f"; {k} = {v}" for k, v in self.method.changed_settings.items()))
 
     @property
     def paragraphs(self) -> list[tuple[str, str]]:
