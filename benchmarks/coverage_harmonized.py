@@ -179,10 +179,10 @@ def main():
                         100 * seed + i)
 
         def study(runs, load=load):
-            return methods.Study(
+            return methods.Cohort(
                 pd.DataFrame({"participant": [r[:-1] for r in runs], "batch": [r[-1] for r in runs],
-                              "run": runs, "snr_b0": 30.0}), (), reference_batch="A",
-                acquisitions=dict.fromkeys(runs, table), load=load, epochs=options.epochs,
+                              "run": runs, "snr_b0": 30.0}), reference_batch="A",
+                acquisitions=dict.fromkeys(runs, table), load=load,
                 voxel_sizes=dict.fromkeys(runs, (ZOOM,) * 3))
 
         scans = {where: load(f"0{where}") for where in "AB"}
@@ -203,12 +203,13 @@ def main():
             print(text(rows), flush=True)
             name, _, output = label.partition("@")
             method = methods.get(name)
-            if output:
-                plain = method.settings
-                method.settings = lambda *told, p=plain, o=output: {**p(*told), "output": o}
-            method.sloppy = True
-            (model,) = method.fit(pairs if isinstance(method, PairedHarmonizer) else groups
-                                  ).checkpoints.values()
+            wanted = {"stages.epochs": options.epochs, "output": output}
+            texts = [f"{name}.{key}={value}" for key, value in wanted.items()
+                     if value and method.paths(key)]
+            method = methods.get(name, context=methods.MethodContext(
+                sloppy=True, settings=methods.read_settings(texts, [method], True, sloppy=True)))
+            (model,) = method.fit(pairs if isinstance(method, PairedHarmonizer) else groups,
+                                  methods.TrainingSettings()).checkpoints.values()
             for count in (7, 1):
                 dwi = thinned(scans["B"], count)
                 made = method.harmonize(dwi, model, "B", "cpu")

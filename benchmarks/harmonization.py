@@ -84,7 +84,7 @@ class Site:
     """One draw of a site, its people and their scans, and where the work on them is kept.
 
     travelling, others: labels of the people scanned at the site and at the reference, and of those
-    scanned at the reference alone. table: the rows of a `Study`, one for each scan. scans: from
+    scanned at the reference alone. table: the rows of a `Cohort`, one for each scan. scans: from
     (participant, site) to PhantomScan.
     """
 
@@ -110,10 +110,10 @@ class Site:
              "snr_b0": np.nan, "age": p.age} for p in people for i in p.sites])
         runs = {f"{p}{s}": scan.dwi for (p, s), scan in self.scans.items()}
         self.states = self.folder / "states"
-        self.study = methods.Study(
-            self.table, (), ("age",), self.reference,
-            {run: dwi.acquisition for run, dwi in runs.items()}, runs.__getitem__,
-            seed=self.seed, states=self.states)
+        self.cohort = methods.Cohort(
+            self.table, covariates=("age",), reference_batch=self.reference,
+            acquisitions={run: dwi.acquisition for run, dwi in runs.items()},
+            load=runs.__getitem__)
         self.states.mkdir(parents=True, exist_ok=True)
 
     def _scans(self, options, pair, people):
@@ -158,20 +158,21 @@ def phantom_options(arguments, seed, sites, participants=1):
 
 
 def variant(label, own, tested):
-    """The method of a label, and in what its study differs from that of the site.
+    """The method of a label, and the table and the settings of its training.
 
     own : Site
     tested : labels of people who must not be learned from
     """
     name, _, option = label.partition("@")
     key, _, value = option.partition("=")
-    method = methods.get(name)
-    method.sloppy = own.arguments.sloppy
+    changed = {"training.network.blocks": int(value)} if key == "blocks" else {}
+    method = methods.get(name, context=methods.MethodContext(
+        sloppy=own.arguments.sloppy, settings={name: changed}))
     table = own.table[~own.table["participant"].isin([*tested, *own.others])]
-    study = {"max_steps": own.arguments.max_steps or MAX_STEPS.get(name)}
-    if key == "blocks":
-        study["blocks"] = int(value)
-    elif key == "share":
+    settings = methods.TrainingSettings(
+        max_steps=own.arguments.max_steps or MAX_STEPS.get(name), seed=own.seed,
+        states=own.states)
+    if key == "share":
         part, _, draw = value.partition(":")
         people = list(dict.fromkeys(table["participant"]))
         mixed = np.random.default_rng(int(draw or own.seed)).permutation(people)
@@ -181,19 +182,20 @@ def variant(label, own, tested):
     elif key == "groups":
         table = pd.concat([table[table["batch"] == own.name],
                            own.table[own.table["participant"].isin(own.others)]])
-    elif key:
+    elif key not in ("", "blocks"):
         raise SystemExit(f"{label}: unknown is @{key}; known are @blocks=, @share=, @groups")
-    return method, study | {"statistics": table}
+    return method, table, settings
 
 
 def train(own, fold, label, keep=True):
     """The trained method of a label, its model, and the seconds of CPU time of its training; kept
     in the folder of the site, from where it is read if it is there."""
-    method, study = variant(label, own, own.tested(fold))
+    method, table, settings = variant(label, own, own.tested(fold))
     kept, seconds = own.folder / "models" / f"fold{fold}_{label}", "seconds.json"
     if not kept.exists() or not keep:
         began = time.process_time()
-        (model,) = method.fit(replace(own.study, **study)).checkpoints.values()
+        (model,) = method.fit(replace(own.cohort, statistics=table),
+                              settings).checkpoints.values()
         spent = time.process_time() - began
         log(f"{own.name}, fold {fold}, {label}: steps {model.card.training.get('steps')}, "
             f"{spent:.0f} s")

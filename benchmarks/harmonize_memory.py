@@ -55,8 +55,8 @@ def train(folder, people, name):
         return Dwi(np.load(folder / f"{run}.npy"), shared[site]["mask"], shared[site]["affine"],
                    tables[site])
 
-    method, own, done = methods.get(name), psutil.Process(), threading.Event()
-    method.sloppy = True
+    method = methods.get(name, context=methods.MethodContext(sloppy=True))
+    own, done = psutil.Process(), threading.Event()
     most = [0, 0]
 
     with tempfile.TemporaryDirectory(dir=folder) as states:
@@ -71,9 +71,10 @@ def train(folder, people, name):
         watcher = threading.Thread(target=watch)
         watcher.start()
         tempfile.tempdir = states
-        method.fit(methods.Study(
-            table, (), (), SITES[0], {r: tables[s] for _, s, r, _ in rows}, load,
-            max_steps=STEPS, states=Path(states)))
+        method.fit(methods.Cohort(
+            table, reference_batch=SITES[0], load=load,
+            acquisitions={r: tables[s] for _, s, r, _ in rows}),
+            methods.TrainingSettings(max_steps=STEPS, states=Path(states)))
         done.set()
         watcher.join()
     return [m / 2**20 for m in most]

@@ -115,11 +115,12 @@ def learned(scans, angulations, names):
                           for (s, a), r in runs.items()])
     dwis = {runs[k].name: scans[k][1] for k in runs}
     reference, batch = (runs[s, angulations[0]].batch for s in (OLD, NEW))
-    study = methods.Study(table, (), (), reference,
-                          {name: dwi.acquisition for name, dwi in dwis.items()}, dwis.__getitem__)
+    cohort = methods.Cohort(
+        table, reference_batch=reference, load=dwis.__getitem__,
+        acquisitions={name: dwi.acquisition for name, dwi in dwis.items()})
 
     def trained(method):
-        (checkpoint,) = method.fit(study).checkpoints.values()
+        (checkpoint,) = method.fit(cohort, methods.TrainingSettings()).checkpoints.values()
         return lambda dwi: replace(
             dwi, signal=method.harmonize(dwi, checkpoint, batch, "cpu").signal)
 

@@ -39,15 +39,15 @@ def main():
     table = pd.DataFrame([{"participant": p.label, "batch": s, "run": f"{p.label}{s}",
                            "snr_b0": np.nan} for p in people for s in (reference, other)])
     dwis = {f"{p}{s}": one.dwi for (p, s), one in made.items()}
-    study = methods.Study(
-        table, (), (), reference, {r: d.acquisition for r, d in dwis.items()},
-        dwis.__getitem__, 2)
+    cohort = methods.Cohort(
+        table, reference_batch=reference, load=dwis.__getitem__,
+        acquisitions={r: d.acquisition for r, d in dwis.items()})
+    settings = methods.TrainingSettings(max_steps=2)
     _, (person,), made = simulate(design(participants=1, voxel_size=arguments.voxel_size))
     brain = made[person.label, other].dwi
     for name in arguments.methods:
-        method = methods.get(name)
-        method.sloppy = True
-        (model,) = method.fit(study).checkpoints.values()
+        method = methods.get(name, context=methods.MethodContext(sloppy=True))
+        (model,) = method.fit(cohort, settings).checkpoints.values()
         wall, cpu = time.monotonic(), time.process_time()
         method.harmonize(brain, model, other, "cpu")
         print(f"{name}: {len(brain.signal)} voxels in {time.monotonic() - wall:.1f} s, "

@@ -102,7 +102,11 @@ def find(options: Options) -> list[Model]:
         except DataError as error:
             raise UsageError(f"--harmonize {options.harmonize}: {error}") from error
         name = checkpoint.card.method
-        method = methods.get(name, "harmonize") if name in methods.names("harmonize_") else None
+        # a method is applied with the hyper-parameters that its model was trained with
+        context = methods.MethodContext(
+            settings={name: checkpoint.card.training.get("settings", {})})
+        method = (methods.get(name, "harmonize", context)
+                  if name in methods.names("harmonize_") else None)
         if not isinstance(method, SiteHarmonizer):
             raise UsageError(f"--harmonize {options.harmonize}: {folder} holds weights of {name}, "
                              "which harmonizes nothing. Give a model that group --train "

@@ -14,60 +14,179 @@ from bidsapp.errors import UsageError
 MODES = ("syn", "sample-mean", "sample", "random-wm")
 """Of --synthesize."""
 
-OTHER_LEVEL = {
-    "participant": ("train", "reference_batch", "folds", "epochs", "blocks", "max_steps",
-                    "init", "paired_by"),
-    "group": ("harmonize", "upsample", "estimate", "synthesize", "synthesize_voxels",
-              "synthesize_image", "allow_extrapolation",
-              "reports_only", "boilerplate_only"),
-}
-"""What a level has no use for."""
+LEVELS = ("participant", "group")
+
+
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field of an option.
+
+    Parameters
+    ----------
+    default : Any
+        Its value where the option is not given.
+    text : str
+        Help; the default is added unless the text speaks of it.
+    **more
+        `group`: title of the options from this one on. `level`: the analysis level to which it
+        belongs, else both. `aliases`: other names, with their dashes. `metavar`, `choices`,
+        `action`: as of argparse. `read`: makes a value (of several, each) of a text, where the
+        field's type does not.
+    """
+    return field(default=default, metadata={"help": text, **more})
+
+
+def positional(text: str, **more: Any) -> Any:
+    """A field of an argument without a name; as of `option`."""
+    return field(metadata={"help": text, **more})
+
+
+def participant_label(text: str) -> str:
+    """A label without its `sub-`."""
+    return text.removeprefix("sub-")
+
+
+def session_label(text: str) -> str:
+    """A label without its `ses-`."""
+    return text.removeprefix("ses-")
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    """NAME=PATH; a path alone is named by its folder."""
+    if named := re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", text):
+        return named[1], Path(named[2])
+    return Path(text).resolve().name, Path(text)
+
+
+def megabytes(text: str) -> int:
+    """MB; a unit of GB or G is understood, as in the neighbouring apps."""
+    number = text.upper().removesuffix("B")
+    return int(float(number[:-1]) * 1000) if number.endswith("G") else int(number.rstrip("M"))
+
+
+def flag(name: str) -> str:
+    """The option of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def invalid_options(level: str) -> list[str]:
+    """Options that are invalid at this level."""
+    return [f.name for f in fields(Options) if f.metadata.get("level", level) != level]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Every choice of one invocation; passed explicitly to whatever needs it."""
+    """Every choice of one invocation; passed explicitly to whatever needs it.
 
-    bids_dir: Path
-    output_dir: Path
-    analysis_level: str
-    participant_label: tuple[str, ...] = ()
-    session_label: tuple[str, ...] = ()
-    bids_filter_file: Path | None = None
-    bids_database_dir: Path | None = None
-    skip_bids_validation: bool = False
-    derivatives: tuple[tuple[str, Path], ...] = ()
-    harmonize: str | None = None
-    upsample: str | None = None
-    estimate: tuple[str, ...] = ()
-    synthesize: tuple[str, ...] = ()
-    synthesize_voxels: int = 10_000
-    synthesize_image: bool = False
-    train: tuple[str, ...] = ()
-    reference_batch: str | None = None
-    folds: int | None = None
-    epochs: int | None = None
-    blocks: int | None = None
-    max_steps: int | None = None
-    init: Path | None = None
-    paired_by: str | None = None
-    batch_file: Path | None = None
-    batch_column: str | None = None
-    device: str = "auto"
-    nprocs: int = 1
-    omp_nthreads: int = 1
-    mem_mb: int | None = None
-    work_dir: Path | None = None
-    random_seed: int = 0
-    dry_run: bool = False
-    reports_only: bool = False
-    boilerplate_only: bool = False
-    stop_on_first_crash: bool = False
-    sloppy: bool = False
-    allow_extrapolation: bool = False
-    config_file: Path | None = None
-    verbose: int = 0
-    notrack: bool = False
+    The command line, the configuration file and the Boutiques descriptors are made from these
+    fields, in this order.
+    """
+
+    bids_dir: Path = positional("root folder of a BIDS dataset", metavar="BIDS_DIR")
+    output_dir: Path = positional("where the derivatives dataset is written", metavar="OUTPUT_DIR")
+    analysis_level: str = positional(
+        "participant: one participant at a time; group: across participants and sites",
+        choices=LEVELS)
+
+    participant_label: tuple[str, ...] = option(
+        (), "participants, with or without sub-; default: all", group="which data",
+        aliases=("--participant_label",), metavar="LABEL", read=participant_label)
+    session_label: tuple[str, ...] = option(
+        (), "sessions, with or without ses-; default: all",
+        aliases=("--session_label", "--session-id"), metavar="LABEL", read=session_label)
+    bids_filter_file: Path | None = option(
+        None, 'pybids filters, e.g. {"dwi": {"acquisition": "x"}}', metavar="JSON")
+    bids_database_dir: Path | None = option(
+        None, "keep the pybids index in this folder and use it again", metavar="DIR")
+    skip_bids_validation: bool = option(
+        False, "also index files whose names are not valid BIDS",
+        aliases=("--skip_bids_validation",))
+    derivatives: tuple[tuple[str, Path], ...] = option(
+        (), "inputs preprocessed elsewhere: desc-preproc_dwi trees such as QSIPrep's, HCP-YA or UK "
+        "Biobank layouts, or masks", aliases=("-d",), metavar="NAME=PATH", read=named_path)
+    batch_file: Path | None = option(
+        None, "table of participant_id, (session_id,) and the site of each", metavar="TSV")
+    batch_column: str | None = option(
+        None, "column of --batch-file or participants.tsv that holds the site", metavar="NAME")
+
+    estimate: tuple[str, ...] = option(
+        (), "microstructure methods; default: dti smt scnn2, where the acquisition allows",
+        group="what is done to each participant", level="participant", metavar="NAME")
+    harmonize: str | None = option(
+        None, "a trained harmonizer: its folder, its name under OUTPUT_DIR/group/models, or a "
+        "method name: uses its model for the run's site", level="participant", metavar="MODEL")
+    upsample: str | None = option(
+        None, "path or name of a trained network that fills in gradient directions",
+        level="participant", metavar="MODEL")
+    synthesize: tuple[str, ...] = option(
+        (), f"synthetic signals with known truth: {' '.join(MODES)}", level="participant",
+        metavar="MODE", choices=MODES)
+    synthesize_voxels: int = option(
+        10_000, "synthetic signals of each mode", level="participant")
+    synthesize_image: bool = option(
+        False, "also a whole image of each mode, in the participant's own anatomy",
+        level="participant")
+    allow_extrapolation: bool = option(
+        False, "use a model outside what it was trained for; noted in every sidecar",
+        level="participant")
+
+    train: tuple[str, ...] = option(
+        (), "methods by name, e.g. harmonize_mica or mica", group="what the group level trains",
+        level="group", metavar="METHOD")
+    reference_batch: str | None = option(
+        None, "the site that others are mapped to", level="group", metavar="NAME")
+    folds: int | None = option(
+        None, "K-fold cross-validation over participants scanned at both sites; default: none",
+        level="group", metavar="K")
+    epochs: int | None = option(
+        None, "epochs of each stage, as --set METHOD.stages.epochs=N; default: the method's own",
+        level="group")
+    blocks: int | None = option(
+        None, "residual blocks of harmonize_shresnet; default: 2; replaced by --set "
+        "harmonize_shresnet.network.blocks=N", level="group")
+    max_steps: int | None = option(
+        None, "optimiser steps of each stage, at most; an interrupted training continues to this "
+        "number from where it was", level="group")
+    init: Path | None = option(
+        None, "folder of weights to start from; default: bundled weights, if compatible",
+        level="group", metavar="CHECKPOINT")
+    paired_by: str | None = option(
+        None, "pairs for harmonizers: scans of a participant at two sites (default), or those of "
+        "one session alone", level="group", choices=("participant", "session"))
+
+    device: str = option("auto", "auto (default), cpu, cuda or cuda:N", group="resources",
+                         metavar="NAME")
+    nprocs: int = option(1, "most CPUs used at a time; default: all",
+                         aliases=("--nthreads", "--n-cpus"))
+    omp_nthreads: int = option(
+        1, "CPUs per participant; nprocs / omp-nthreads participants run at a time; default: "
+        "nprocs")
+    mem_mb: int | None = option(
+        None, "memory limit, at both levels: signals that exceed it go through a file in the work "
+        "folder; default: all there is", aliases=("--mem",), metavar="MB", read=megabytes)
+    work_dir: Path | None = option(
+        None, "for signals that do not fit in memory; default: a temporary folder",
+        aliases=("-w",), metavar="DIR")
+    random_seed: int = option(0, "seed of everything that is random")
+
+    set: tuple[str, ...] = option(
+        (), "hyper-parameters instead of those of a method's training.toml, e.g. "
+        "harmonize_shresnet.network.blocks=4; may be repeated", group="other",
+        metavar="METHOD.KEY=VALUE", action="extend")
+    dry_run: bool = option(
+        False, "print what would run, on what, with predicted memory; write nothing")
+    reports_only: bool = option(
+        False, "make the pages again from what earlier runs left", level="participant")
+    boilerplate_only: bool = option(
+        False, "write only the methods text with its references", level="participant",
+        aliases=("--boilerplate_only",))
+    stop_on_first_crash: bool = option(
+        False, "do not go on with other participants after a failure")
+    sloppy: bool = option(False, "small and quick training, for tests")
+    config_file: Path | None = option(
+        None, "options by their long names; the command line wins over it", metavar="TOML")
+    verbose: int = option(0, "more messages; -vv: tracebacks too",
+                          aliases=("-v",), action="count")
+    notrack: bool = option(False, "accepted for compatibility: nothing is ever tracked")
 
     def __post_init__(self) -> None:
         bids, out = self.bids_dir.resolve(), self.output_dir.resolve()
@@ -84,17 +203,17 @@ class Options:
                      "max_steps", "synthesize_voxels"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed.")
+                raise UsageError(f"{flag(name)} {value}: at least 1 is needed.")
         if self.folds == 1:
             raise UsageError("--folds 1: at least 2 are needed, or none at all.")
         defaults = {f.name: f.default for f in fields(self)}
-        for name in OTHER_LEVEL[self.analysis_level]:
+        for name in invalid_options(self.analysis_level):
             if getattr(self, name) != defaults[name]:
-                raise UsageError(f"--{name.replace('_', '-')} does not belong to the "
+                raise UsageError(f"{flag(name)} does not belong to the "
                                  f"{self.analysis_level} level. Leave it out, or change the level.")
         for name in ("synthesize_voxels", "synthesize_image"):
             if getattr(self, name) != defaults[name] and not self.synthesize:
-                raise UsageError(f"--{name.replace('_', '-')} belongs to --synthesize. Give a "
+                raise UsageError(f"{flag(name)} belongs to --synthesize. Give a "
                                  f"MODE with it ({' '.join(MODES)}), or leave it out.")
         for name in ("folds", "epochs", "blocks"):
             if getattr(self, name) and not self.train:
@@ -105,6 +224,10 @@ class Options:
                              "METHOD with --train, or leave it out.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: needed is auto, cpu, cuda or cuda:N.")
+        for text in self.set:
+            if not re.fullmatch(r"[^.=\s]+\.[^=\s]+=.+", text, re.DOTALL):
+                raise UsageError(f"--set {text}: METHOD.KEY=VALUE is needed, e.g. "
+                                 "harmonize_shresnet.network.blocks=4.")
         names = Counter(["raw", *(name for name, _ in self.derivatives)])
         for name, count in names.items():
             if count > 1:
@@ -133,10 +256,6 @@ DESIGNS = {
 }
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class PhantomOptions:
     """Every choice of a multi-site phantom. An effect's size is the difference of a site from the
@@ -148,41 +267,46 @@ class PhantomOptions:
     (doi:10.1016/j.neuroimage.2010.03.046).
     """
 
-    output_dir: Path
-    participants: int = _option(4, "people; in designs other than travelling, of all sites")
-    sites: int = _option(2, "scanners; the first, A, is the reference")
-    design: str = _option("travelling", "; ".join(f"{k}: {v}" for k, v in DESIGNS.items()))
-    random_seed: int = _option(0, "same seed, same bytes")
-    sloppy: bool = _option(False, "6 mm voxels and 16 directions unless given, for tests")
+    output_dir: Path = positional(
+        "a new or empty folder, or an earlier phantom, which is replaced", metavar="OUTPUT_DIR")
+    participants: int = option(4, "people; in designs other than travelling, of all sites",
+                               group="who is scanned where")
+    sites: int = option(2, "scanners; the first, A, is the reference")
+    design: str = option("travelling", "; ".join(f"{k}: {v}" for k, v in DESIGNS.items()),
+                         choices=tuple(DESIGNS))
+    random_seed: int = option(0, "same seed, same bytes")
+    sloppy: bool = option(False, "6 mm voxels and 16 directions unless given, for tests")
 
-    shells: tuple[float, ...] = _option((1000.0, 2000.0), "b-values, s/mm²")
-    directions: int | None = _option(None, "per shell; default: 30, or 16 with --sloppy")
-    voxel_size: float | None = _option(None, "mm; default: 3, or 6 with --sloppy")
-    snr: float = _option(25.0, "of white matter at b = 0; inf for no noise")
-    echo_time: float = _option(80.0, "ms, of the reference")
-    repetition_time: float = _option(6.0, "s, of the reference")
+    shells: tuple[float, ...] = option((1000.0, 2000.0), "b-values, s/mm²", group="protocol")
+    directions: int | None = option(None, "per shell; default: 30, or 16 with --sloppy")
+    voxel_size: float | None = option(None, "mm; default: 3, or 6 with --sloppy")
+    snr: float = option(25.0, "of white matter at b = 0; inf for no noise")
+    echo_time: float = option(80.0, "ms, of the reference")
+    repetition_time: float = option(6.0, "s, of the reference")
 
-    ages: tuple[float, float] = _option((20.0, 80.0), "youngest and oldest, years")
-    age_slope_f: float = _option(-0.001, "change of the neurite fraction of white matter per year")
-    age_slope_d: float = _option(0.002, "change of d in white and grey matter, um^2/ms per year")
-    person_sd: float = _option(1.0, "multiplies all differences between people but age and lesions")
-    lesions: float = _option(0.25, "share of people with a white-matter lesion")
-    pose_rotation: float = _option(3.0, "degrees about each axis (SD) by which heads turn")
-    pose_shift: float = _option(2.0, "mm along each axis (SD) by which heads lie elsewhere")
+    ages: tuple[float, float] = option(
+        (20.0, 80.0), "youngest and oldest, years", group="differences between people")
+    age_slope_f: float = option(-0.001, "change of the neurite fraction of white matter per year")
+    age_slope_d: float = option(0.002, "change of d in white and grey matter, um^2/ms per year")
+    person_sd: float = option(1.0, "multiplies all differences between people but age and lesions")
+    lesions: float = option(0.25, "share of people with a white-matter lesion")
+    pose_rotation: float = option(3.0, "degrees about each axis (SD) by which heads turn")
+    pose_shift: float = option(2.0, "mm along each axis (SD) by which heads lie elsewhere")
 
-    effects: float = _option(1.0, "multiplies all site effects below; 0 for none")
-    effect_gain: float = _option(0.3, "log of the signal's unit")
-    effect_coil: float = _option(0.3, "SD of the log of the coil profile, which shapes the noise")
-    effect_bias: float = _option(0.1, "SD of the log of the bias field left in the images")
-    effect_snr: float = _option(0.2, "log of the SNR")
-    effect_coils: int = _option(4, "coils of every second site: non-central chi noise; 1: Rician")
-    effect_psf: float = _option(1.2, "mm, full width at half maximum of the point spread")
-    effect_echo_time: float = _option(15.0, "ms: weights compartments and tissues by their T2")
-    effect_repetition_time: float = _option(0.6, "log of it: weights tissues by their T1")
-    effect_miscalibration: float = _option(0.03, "relative error of b")
-    effect_nonlinearity: float = _option(0.03, "SD over the head of the relative change of b")
-    effect_directions: int = _option(3, "directions per shell")
-    effect_voxel: float = _option(0.0, "mm; 0, so that scans of a person pair voxel by voxel")
+    effects: float = option(1.0, "multiplies all site effects below; 0 for none",
+                            group="differences between sites")
+    effect_gain: float = option(0.3, "log of the signal's unit")
+    effect_coil: float = option(0.3, "SD of the log of the coil profile, which shapes the noise")
+    effect_bias: float = option(0.1, "SD of the log of the bias field left in the images")
+    effect_snr: float = option(0.2, "log of the SNR")
+    effect_coils: int = option(4, "coils of every second site: non-central chi noise; 1: Rician")
+    effect_psf: float = option(1.2, "mm, full width at half maximum of the point spread")
+    effect_echo_time: float = option(15.0, "ms: weights compartments and tissues by their T2")
+    effect_repetition_time: float = option(0.6, "log of it: weights tissues by their T1")
+    effect_miscalibration: float = option(0.03, "relative error of b")
+    effect_nonlinearity: float = option(0.03, "SD over the head of the relative change of b")
+    effect_directions: int = option(3, "directions per shell")
+    effect_voxel: float = option(0.0, "mm; 0, so that scans of a person pair voxel by voxel")
 
     def __post_init__(self) -> None:
         if self.design not in DESIGNS:
@@ -193,19 +317,19 @@ class PhantomOptions:
                             ("effect_directions", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise UsageError(f"{_flag(name)} {value}: at least {least} is needed"
+                raise UsageError(f"{flag(name)} {value}: at least {least} is needed"
                                  + (", one person per site." if name == "participants" and apart
                                     else "."))
         for name in ("voxel_size", "snr", "echo_time", "repetition_time"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UsageError(f"{_flag(name)} {value:g}: more than 0 is needed.")
+                raise UsageError(f"{flag(name)} {value:g}: more than 0 is needed.")
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
             if isinstance(value, float) and not (math.isfinite(value) or name == "snr"):
-                raise UsageError(f"{_flag(name)} {value}: a finite number is needed.")
+                raise UsageError(f"{flag(name)} {value}: a finite number is needed.")
             if name.startswith(("effect", "pose", "person_sd")) and value < 0:
-                raise UsageError(f"{_flag(name)} {value:g}: 0 or more is needed (signs are drawn).")
+                raise UsageError(f"{flag(name)} {value:g}: 0 or more is needed (signs are drawn).")
         if not self.shells or min(self.shells) < 50 or max(self.shells) > 10000:
             raise UsageError(f"--shells {' '.join(f'{b:g}' for b in self.shells)}: b-values from "
                              "50 to 10000 s/mm² are needed.")
@@ -233,7 +357,3 @@ class PhantomOptions:
     def step(self) -> float:
         """mm, of the grid on which the anatomy is simulated."""
         return 4.0 if self.sloppy else min(3.0, self.voxel * 2 / 3)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

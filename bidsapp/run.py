@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -50,6 +51,9 @@ TEXT = ("participant", "session", "run", "batch")
 SCANS = 2
 """Scans that a training holds at a time: those of a pair."""
 
+REPLACED = {"epochs": "stages.epochs", "blocks": "network.blocks"}
+"""Options that stand for a hyper-parameter of every method which is trained and has it."""
+
 
 def participant(options: Options) -> int:
     """Find runs, process each, write derivatives and a page per participant. Returns exit code."""
@@ -89,10 +93,7 @@ def participant(options: Options) -> int:
 
 def group(options: Options) -> int:
     """Table, distributions and outliers over what participants left; trains what is asked for."""
-    trained = list({m.name: m for m in map(methods.trainable, options.train)}.values())
-    for method in trained:
-        method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
-    check_training_options(options, trained)
+    trained = trained_methods(options)
     found = find.find(options)
     for label, messages in found.problems.items():
         for message in messages:
@@ -108,31 +109,48 @@ def group(options: Options) -> int:
     if options.work_dir:
         make_work_dir(options.work_dir)
     rank, devices = training.processes()
-    study = load_study(options, found, statistics, covariates, devices)
+    cohort = load_cohort(options, found, statistics, covariates, devices)
+    settings = training_settings(options, devices)
     if rank:  # of several processes that train together the first alone writes
         for method in trained:
-            fit(method, study)
+            fit(method, cohort, settings)
         return 0
     dataset.claim()
     dataset.describe(found.name, found.authors, boilerplate.acknowledge())
     with dataset.lock("group"):
-        fitted = train_and_write(dataset, study, trained)
-        fitted |= load_fitted(dataset, study, fitted)
-        write_group(dataset, study, fitted)
-        assert study.states
-        for kept in study.states.glob(f"{pairs.KEPT}*"):
+        fitted = train_and_write(dataset, cohort, settings, trained)
+        fitted |= load_fitted(dataset, cohort, fitted)
+        write_group(dataset, cohort, fitted)
+        assert settings.states
+        for kept in settings.states.glob(f"{pairs.KEPT}*"):
             kept.unlink(missing_ok=True)
     log_unknown_participants(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
     return 1 if found.unknown else 0
 
 
+def trained_methods(options: Options) -> list[Trainable]:
+    """Load the methods that --train names, with the hyper-parameters that the options give.
+
+    Raises
+    ------
+    UsageError
+        A method does not exist or needs no training, or no method uses an option.
+    """
+    trained = list({m.name: m for m in map(methods.trainable, options.train)}.values())
+    check_training_options(options, trained)
+    settings = methods.read_settings([*replaced_options(options, trained), *options.set], trained,
+                                     training=True, sloppy=options.sloppy)
+    context = methods.MethodContext(options.sloppy, options.output_dir / harmonize.MODELS, settings)
+    return [methods.trainable(method.name, context) for method in trained]
+
+
 def check_training_options(options: Options, trained: Sequence[Trainable]) -> None:
     """Raise UsageError for an option that no method which is trained uses."""
-    uses: tuple[tuple[str, int | None, Callable[[Trainable], bool]], ...] = (
+    uses: tuple[tuple[str, int | None, Callable[[Trainable], Any]], ...] = (
         ("folds", options.folds, lambda m: isinstance(m, Harmonizer)),
-        ("epochs", options.epochs, lambda m: m.counts_epochs),
-        ("blocks", options.blocks, lambda m: m.stacks_blocks))
+        *((option, getattr(options, option), lambda m, k=key: m.paths(k))
+          for option, key in REPLACED.items()))
     for option, value, used in uses:
         if value and not any(map(used, trained)):
             names = [m.name for m in map(methods.get, methods.names())
@@ -141,40 +159,54 @@ def check_training_options(options: Options, trained: Sequence[Trainable]) -> No
                              f"it. Leave it out, or train {', '.join(names)}.")
 
 
-def load_study(options: Options, found: find.Found, statistics: pd.DataFrame,
-               covariates: Sequence[str], devices: tuple[int, int]) -> methods.Study:
+def replaced_options(options: Options, trained: Sequence[Trainable]) -> list[str]:
+    """What --epochs and --blocks would be as METHOD.KEY=VALUE, for each method that has the key."""
+    texts = [f"{method.name}.{key}={value}" for option, key in REPLACED.items()
+             if (value := getattr(options, option)) for method in trained if method.paths(key)]
+    if options.blocks:
+        log.warning("--blocks %d is replaced by --set harmonize_shresnet.network.blocks=%d.",
+                    options.blocks, options.blocks)
+    return texts
+
+
+def load_cohort(options: Options, found: find.Found, statistics: pd.DataFrame,
+                covariates: Sequence[str], devices: tuple[int, int]) -> methods.Cohort:
     """Gather what trainings need of the processed runs; their signals are loaded one by one."""
     runs = {run.name: run for label in found.participants for run in found.runs[label]
             if run.name in set(statistics["run"])}
     memory = available_memory(options) / devices[0]
     per_scan = FIXED_MEMORY + (memory - FIXED_MEMORY) / SCANS
-    return methods.Study(
+    return methods.Cohort(
         statistics, tuple(quality.map_features(statistics.columns)), covariates=tuple(covariates),
-        reference_batch=options.reference_batch,
+        reference_batch=options.reference_batch, paired_by=options.paired_by,
         acquisitions={name: btable.acquisition_of(run) for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
-        load=lambda name: load_run(runs[name], memory=per_scan, work_dir=options.work_dir)[0],
-        max_steps=options.max_steps, epochs=options.epochs, blocks=options.blocks,
-        folds=options.folds, paired_by=options.paired_by, init=options.init,
-        states=options.work_dir or options.output_dir / "group/log",
-        seed=options.random_seed, device=choose_device(options.device), devices=devices)
+        load=lambda name: load_run(runs[name], memory=per_scan, work_dir=options.work_dir)[0])
 
 
-def train_and_write(dataset: Dataset, study: methods.Study, trained: Sequence[Trainable]
-                    ) -> dict[str, methods.Fitted]:
+def training_settings(options: Options, devices: tuple[int, int]) -> methods.TrainingSettings:
+    """Gather what the options say of all trainings. devices: as of `training.processes`."""
+    return methods.TrainingSettings(
+        max_steps=options.max_steps, folds=options.folds, seed=options.random_seed,
+        device=choose_device(options.device), devices=devices, init=options.init,
+        states=options.work_dir or options.output_dir / "group/log")
+
+
+def train_and_write(dataset: Dataset, cohort: methods.Cohort, settings: methods.TrainingSettings,
+                    trained: Sequence[Trainable]) -> dict[str, methods.Fitted]:
     """Train one method after another; write what it leaves as soon as it is there."""
-    assert study.states
+    assert settings.states
     fitted: dict[str, methods.Fitted] = {}
     for method in trained:
-        fitted[method.name] = result = fit(method, study)
+        fitted[method.name] = result = fit(method, cohort, settings)
         for name, weights in result.checkpoints.items():
             # a record of its own, so that the next training does not take this one's model away
             with dataset.transaction(PurePosixPath(f"group/log/{name}.json")) as transaction:
                 for file, content in checkpoint.pack(weights).items():
                     transaction.bytes(harmonize.MODELS / name / file, content)
-            for state in study.states.glob(f"{name}.*ckpt"):
+            for state in settings.states.glob(f"{name}.*ckpt"):
                 state.unlink(missing_ok=True)
-        with dataset.transaction(group_record(method.name), table_digest(study)) as transaction:
+        with dataset.transaction(group_record(method.name), table_digest(cohort)) as transaction:
             for name, table in result.tables.items():
                 write_table(transaction, name, table)
             if isinstance(method, GroupAnalysis):  # of others, the cards say more
@@ -187,7 +219,7 @@ def train_and_write(dataset: Dataset, study: methods.Study, trained: Sequence[Tr
     return fitted
 
 
-def load_fitted(dataset: Dataset, study: methods.Study, trained: Container[str]
+def load_fitted(dataset: Dataset, cohort: methods.Cohort, trained: Container[str]
                 ) -> dict[str, methods.Fitted]:
     """Read what earlier commands trained, unless it was trained again.
 
@@ -199,7 +231,7 @@ def load_fitted(dataset: Dataset, study: methods.Study, trained: Container[str]
         if name in trained or record.get("state") != "complete":
             continue
         if isinstance(methods.get(name), GroupAnalysis) and not dataset.is_complete(
-                record, table_digest(study)):
+                record, table_digest(cohort)):
             log.warning("%s: its tables were made of other runs or maps than those of today, and "
                         "are removed. Train it again: --train %s", name, name)
             dataset.discard(path)
@@ -222,9 +254,9 @@ def group_record(name: str) -> PurePosixPath:
     return GROUP / f"log/{name}.json"
 
 
-def table_digest(study: methods.Study) -> str:
+def table_digest(cohort: methods.Cohort) -> str:
     """SHA-256 of the statistics of all runs and the reference batch."""
-    content = to_json([study.statistics.to_dict("list"), study.reference_batch])
+    content = to_json([cohort.statistics.to_dict("list"), cohort.reference_batch])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -233,10 +265,10 @@ def write_table(transaction: Transaction, name: str, table: pd.DataFrame) -> Non
                       quality.columns(table.columns))
 
 
-def write_group(dataset: Dataset, study: methods.Study, fitted: Mapping[str, methods.Fitted]
+def write_group(dataset: Dataset, cohort: methods.Cohort, fitted: Mapping[str, methods.Fitted]
                 ) -> None:
     """Write the tables across participants, figures and group.html."""
-    statistics, features = study.statistics, study.features
+    statistics, features = cohort.statistics, cohort.features
     mixed = mixed_harmonizers(dataset)
     if mixed:
         log.warning("%s", mixed)
@@ -245,7 +277,7 @@ def write_group(dataset: Dataset, study: methods.Study, fitted: Mapping[str, met
         harmonized = {
             name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
             for name, table in result.tables.items() if set(features) & set(table)}
-        between = agreement.of_group(statistics, features, harmonized, study.reference_batch)
+        between = agreement.of_group(statistics, features, harmonized, cohort.reference_batch)
         effects = biology.in_sample(statistics, features, harmonized)
         for kind, what in biology.CHANGES.items():
             for effect in biology.name_effects(effects, kind):
@@ -254,21 +286,31 @@ def write_group(dataset: Dataset, study: methods.Study, fitted: Mapping[str, met
         for name, table in (("sites_agreement", between), ("insample_biology", effects)):
             if len(table):
                 write_table(transaction, f"desc-{name}", table)
-        drawn = distributions.of_group(study, fitted)
+        drawn = distributions.of_group(cohort, fitted)
         for figure in drawn:
             name = f"desc-{figure.entities['desc']}.svg"
             transaction.bytes(GROUP / "figures" / name, figure.svg)
         transaction.text(PurePosixPath("group.html"), page.group(
-            study, quality.outliers(statistics), between, effects, drawn, fitted,
+            cohort, quality.outliers(statistics), between, effects, drawn, fitted,
             chosen=[methods.get(name) for name in fitted], notice=mixed,
             records=run_records(dataset)))
 
 
-def fit(method: Trainable, study: methods.Study) -> methods.Fitted:
-    """And its cross-validation, where the study asks for one and the method has one."""
-    if study.folds and isinstance(method, Harmonizer):
-        return crossvalidation.fit(method, study)
-    return method.fit(study)
+def fit(method: Trainable, cohort: methods.Cohort, settings: methods.TrainingSettings
+        ) -> methods.Fitted:
+    """Train a method and, where --folds asks for it and the method has one, cross-validate it.
+
+    The cards hold the hyper-parameters that `--set` changed.
+    """
+    fitted = (crossvalidation.fit(method, cohort, settings)
+              if settings.folds and isinstance(method, Harmonizer)
+              else method.fit(cohort, settings))
+    if not method.changed_settings:
+        return fitted
+    return replace(fitted, checkpoints={
+        name: replace(c, card=replace(c.card, training={
+            **c.card.training, "settings": method.changed_settings}))
+        for name, c in fitted.checkpoints.items()})
 
 
 def log_unknown_participants(labels: Sequence[str], options: Options) -> None:

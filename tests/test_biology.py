@@ -146,10 +146,10 @@ def people(tmp_path_factory):
         whose[float(dwi.signal.sum())] = ages[run[:2]]
         return dwi
 
-    known = study(labels, load=load, folds=2, states=tmp_path_factory.mktemp("states"))
+    known, settings = study(labels, load=load, folds=2, states=tmp_path_factory.mktemp("states"))
     table = known.statistics.assign(age=known.statistics["participant"].map(ages), sex=[
         "FM"[int(p) % 2] for p in known.statistics["participant"]])
-    return replace(known, statistics=table, covariates=("age", "sex")), whose
+    return (replace(known, statistics=table, covariates=("age", "sex")), settings), whose
 
 
 def guarded(known, monkeypatch, change):
@@ -160,7 +160,7 @@ def guarded(known, monkeypatch, change):
 
     monkeypatch.setattr(method, "harmonize", lambda dwi, *_: Harmonized(
         again(dwi), again, no_intervals="a test"))
-    fitted = crossvalidation.fit(method, known)
+    fitted = crossvalidation.fit(method, *known)
     rows = fitted.tables["desc-mica_biology"].set_index(["effect", "measure", "tissue"])
     (model,) = fitted.checkpoints.values()
     return rows, model.card, fitted.notices

@@ -10,7 +10,7 @@ from scipy.linalg import hadamard
 
 from bidsapp import methods
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Study
+from bidsapp.methods import Cohort, TrainingSettings
 
 FEATURES = tuple(f"f{i}" for i in range(12))
 SLOPE = -0.02
@@ -30,7 +30,8 @@ def table(rng):
 
 
 def fit(table, **more):
-    return methods.get("harmonize_combat").fit(Study(table, FEATURES, ("age",), **more))
+    return methods.get("harmonize_combat").fit(Cohort(table, FEATURES, ("age",), **more),
+                                               TrainingSettings())
 
 
 def batch_effect(table):
@@ -75,7 +76,7 @@ def test_the_equations_are_those_of_the_package(three, names, reference):
     """With neuroCombat's own stopping rule, the difference stays within what that lets open."""
     features, names = list(FEATURES), list(names)
     fitted = methods.get("harmonize_combat").fit(
-        Study(three, FEATURES, tuple(names), reference))
+        Cohort(three, FEATURES, tuple(names), reference), TrainingSettings())
     found = fitted.tables["desc-combat_dwimap"][features]
     wanted, estimates = combat_package.harmonize(
         three[features], three[["batch", *names]], reference)
@@ -93,7 +94,7 @@ def test_the_equations_are_those_of_the_package(three, names, reference):
 def test_the_model_harmonizes_new_participants(three, reference):
     """By the formula of the README, from what the JSON file holds."""
     fitted = methods.get("harmonize_combat").fit(
-        Study(three, FEATURES, ("age", "sex"), reference))
+        Cohort(three, FEATURES, ("age", "sex"), reference), TrainingSettings())
     m, person = fitted.model, three.iloc[180]
     expected = (np.array(m["Alpha"]) + person["age"] * np.array(m["Beta"]["age"])
                 + (person["sex"] == "M") * np.array(m["Beta"]["sex_M"]))
@@ -123,20 +124,21 @@ def test_a_constant_feature_alone_is_left_out(table, value, reference, caplog):
     others = tuple(f for f in FEATURES if f != "f1")
     assert fitted.model["Features"] == list(others)
     method = methods.get("harmonize_combat")
-    alone = method.fit(Study(spoilt, others, ("age",), reference))
+    alone = method.fit(Cohort(spoilt, others, ("age",), reference), TrainingSettings())
     assert not alone.notices
     pd.testing.assert_frame_equal(fitted.tables["desc-combat_dwimap"],
                                   alone.tables["desc-combat_dwimap"])
-    folds = method.cross_validate(Study(spoilt, FEATURES, ("age",), reference), halves(table))
+    folds = method.cross_validate(Cohort(spoilt, FEATURES, ("age",), reference), halves(table))
     pd.testing.assert_frame_equal(folds, method.cross_validate(
-        Study(spoilt, others, ("age",), reference), halves(table)))
+        Cohort(spoilt, others, ("age",), reference), halves(table)))
     assert "f1" not in folds and np.isfinite(folds[list(others)]).to_numpy().all()
 
 
 def test_features_with_the_same_effects_are_carried(table):
     """Nothing is left to learn of their spread: they are shrunk to themselves, not to NaN."""
-    found = methods.get("harmonize_combat").fit(Study(
-        table.assign(f1=table["f0"]), ("f0", "f1"))).tables["desc-combat_dwimap"]
+    cohort = Cohort(table.assign(f1=table["f0"]), ("f0", "f1"))
+    fitted = methods.get("harmonize_combat").fit(cohort, TrainingSettings())
+    found = fitted.tables["desc-combat_dwimap"]
     assert np.isfinite(found[["f0", "f1"]]).to_numpy().all()
     assert batch_effect(table.assign(**dict.fromkeys(FEATURES, found["f0"]))) < 0.1
 
@@ -203,13 +205,14 @@ def small(table):
 ])
 def test_covariates_that_cannot_be_told_apart(table, spoil, names, message):
     with pytest.raises(UsageError, match=message):
-        methods.get("harmonize_combat").fit(Study(spoil(table), FEATURES[5:], names))
+        methods.get("harmonize_combat").fit(Cohort(spoil(table), FEATURES[5:], names),
+                                            TrainingSettings())
 
 
 def test_text_that_differs_for_everyone_is_no_covariate(table):
     dated = table.assign(acq_time=[f"2020-01-01T00:{i // 60:02}:{i % 60:02}" for i in range(200)])
     method = methods.get("harmonize_combat")
-    result = method.fit(Study(dated, FEATURES, ("age", "acq_time")))
+    result = method.fit(Cohort(dated, FEATURES, ("age", "acq_time")), TrainingSettings())
     assert result.model["Covariates"] == ["age"]
     pd.testing.assert_frame_equal(result.tables["desc-combat_dwimap"],
                                   fit(table).tables["desc-combat_dwimap"])
@@ -218,7 +221,7 @@ def test_text_that_differs_for_everyone_is_no_covariate(table):
 def test_categorical_covariate_confounded(table):
     table = table.assign(sex=np.where(table["batch"] == "A", "F", "M"))
     with pytest.raises(UsageError, match="sex is confounded"):
-        methods.get("harmonize_combat").fit(Study(table, FEATURES, ("sex",)))
+        methods.get("harmonize_combat").fit(Cohort(table, FEATURES, ("sex",)), TrainingSettings())
 
 
 def test_misspelt_reference_is_corrected(table):
@@ -229,7 +232,7 @@ def test_misspelt_reference_is_corrected(table):
 
 def test_no_features(table):
     with pytest.raises(UsageError, match="no map statistics"):
-        methods.get("harmonize_combat").fit(Study(table, (), ()))
+        methods.get("harmonize_combat").fit(Cohort(table), TrainingSettings())
 
 
 def test_images_are_refused():
@@ -249,25 +252,25 @@ def test_cross_validation_applies_what_others_teach(table, rng, reference):
     """The batch goes and the slope stays of those not learned from; a person's own values do not
     change what is learned. Applied to those learned from, it is what `fit` makes of them."""
     table = table.assign(sex=rng.permutation(np.repeat(["F", "M"], 100)))
-    study = Study(table, FEATURES, ("age", "sex"), reference)
+    cohort = Cohort(table, FEATURES, ("age", "sex"), reference)
     method, features = methods.get("harmonize_combat"), list(FEATURES)
-    found = method.cross_validate(study, halves(table))
+    found = method.cross_validate(cohort, halves(table))
     assert list(found["participant"]) == list(table["participant"])
     assert batch_effect(found) < 0.3 < 1 < batch_effect(table)
     slopes = np.polyfit(found["age"], found[features], 1)[0]
     assert np.abs(slopes - SLOPE).max() < 5 * 0.3 * 1.6 / np.sqrt(200) / table["age"].std()
     other = table.copy()
     other.loc[0, features] += 5
-    again = method.cross_validate(Study(other, FEATURES, ("age", "sex"), reference), halves(table))
+    again = method.cross_validate(Cohort(other, FEATURES, ("age", "sex"), reference), halves(table))
     taught = again["participant"].isin(halves(table)[0]) & (again.index != 0)
     pd.testing.assert_frame_equal(again[taught], found[taught])
     if reference:
         home = (table["batch"] == reference).to_numpy()
         np.testing.assert_allclose(found.loc[home, features], table.loc[home, features])
     twins = pd.concat([table, table.assign(participant="twin" + table["participant"])])
-    twin = method.cross_validate(Study(twins, FEATURES, ("age", "sex"), reference), [
+    twin = method.cross_validate(Cohort(twins, FEATURES, ("age", "sex"), reference), [
         table["participant"].unique(), ("twin" + table["participant"]).unique()])
-    own = method.fit(study).tables["desc-combat_dwimap"]
+    own = method.fit(cohort, TrainingSettings()).tables["desc-combat_dwimap"]
     np.testing.assert_allclose(
         twin[~twin["participant"].str.startswith("twin")][features], own[features], rtol=1e-12)
 
@@ -276,6 +279,6 @@ def test_cross_validation_without_a_batch_is_refused(table):
     table = pd.concat([table, table[:3].assign(batch="C", participant=["c0", "c1", "c2"])])
     with pytest.raises(UsageError, match="nobody of batch C is left to learn from"):
         methods.get("harmonize_combat").cross_validate(
-            Study(table, FEATURES, ("age",)), [["c0", "c1", "c2"]])
+            Cohort(table, FEATURES, ("age",)), [["c0", "c1", "c2"]])
     with pytest.raises(UsageError, match="found A: 100, B: 100, C: 2"):
-        methods.get("harmonize_combat").cross_validate(Study(table, FEATURES), [["c0"]])
+        methods.get("harmonize_combat").cross_validate(Cohort(table, FEATURES), [["c0"]])

@@ -49,8 +49,8 @@ def series(dwi, move, l_max, shell=slice(3, None)):
 def test_errors_are_those_of_their_formulae():
     """Of intensity warping, learned from the others, applied to 02: against numpy, and the tensor
     fit that the app uses."""
-    method, known = brief("harmonize_mica"), study(sites="ABC", folds=3)
-    fitted = crossvalidation.fit(method, known)
+    method, (known, settings) = brief("harmonize_mica"), study(sites="ABC", folds=3)
+    fitted = crossvalidation.fit(method, known, settings)
     (table, _), (model,) = fitted.tables.values(), fitted.checkpoints.values()
     assert list(fitted.tables) == ["desc-mica_folds", "desc-mica_biology"]
     assert list(table) == ["batch", "fold", "participant", "shell", "tissue", "measure", *(
@@ -65,7 +65,8 @@ def test_errors_are_those_of_their_formulae():
             assert model.card.metrics[f"{when}_fa_wm_b1000_{batch}"] == pytest.approx(
                 own[when].mean(), rel=1e-12)
     rest = known.statistics[known.statistics["participant"] != "02"]
-    (model,) = method.learn(replace(known, statistics=rest)).checkpoints.values()
+    (model,) = method.learn(
+        replace(known, statistics=rest), settings).checkpoints.values()
     source, target = head("02", "B"), head("02", "A")
     made = replace(source, signal=method.harmonize(source, model, "B", "cpu").signal)
     move = pairs.register(source, target, deformable=False)
@@ -118,9 +119,7 @@ def test_degree_of_the_series_follows_the_directions():
 @pytest.mark.slow
 def test_linear_rish_brings_those_near_whom_it_has_not_seen():
     """The site scales every degree, as the method assumes. With three people left in each batch."""
-    method = methods.get("harmonize_rish")
-    method.sloppy = True
-    fitted = crossvalidation.fit(method, study(MANY, folds=2))
+    fitted = crossvalidation.fit(brief("harmonize_rish"), *study(MANY, folds=2))
     (table, _), (model,) = fitted.tables.values(), fitted.checkpoints.values()
     assert list(fitted.tables) == ["desc-rish_folds", "desc-rish_biology"]
     assert table.groupby("participant")["fold"].nunique().to_dict() == dict.fromkeys(MANY, 1)
@@ -139,15 +138,15 @@ def test_a_fold_knows_nothing_of_those_it_is_tested_on():
     method, models, tables = brief("harmonize_hybrid"), [], []
     learn = method.learn
 
-    def recorded(known):
-        fitted = learn(known)
+    def recorded(known, settings):
+        fitted = learn(known, settings)
         models[-1].append((set(known.statistics["participant"]), fitted.checkpoints))
         return fitted
 
     method.learn = recorded
     for noise in (NOISE, 4 * NOISE):
         models.append([])
-        fitted = crossvalidation.fit(method, study(
+        fitted = crossvalidation.fit(method, *study(
             folds=3, max_steps=3, load=lambda run, noise=noise: head(
                 run[:2], run[2], noise if run[:2] == "03" else NOISE)))
         tables.append(fitted.tables["desc-hybrid_folds"])
@@ -168,15 +167,15 @@ def test_a_fold_knows_nothing_of_those_it_is_tested_on():
 
 def test_people_of_every_batch_are_dealt_evenly():
     """01 to 04 were in B, 05 to 08 in C: half of each in a fold."""
-    whole = study((*MANY, "07", "08"), "ABC")
+    whole, settings = study((*MANY, "07", "08"), "ABC", folds=2)
     table = whole.statistics
     left = (table["batch"] == "A") | ((table["batch"] == "B") == (table["participant"] < "05"))
-    known = replace(whole, statistics=table[left], folds=2)
+    known = replace(whole, statistics=table[left])
     found = pairs.find(known.statistics, "A")
-    parts = crossvalidation.folds(brief("harmonize_golkov"), known, found)
+    parts = crossvalidation.folds(brief("harmonize_golkov"), known, settings, found)
     assert sorted(p for part in parts for p in part) == [*MANY, "07", "08"]
     assert [sum(p < "05" for p in part) for part in parts] == [2, 2]
-    again = crossvalidation.folds(brief("harmonize_mica"), known, found)
+    again = crossvalidation.folds(brief("harmonize_mica"), known, settings, found)
     assert again == parts, "the same for every method"
 
 
@@ -188,24 +187,24 @@ def test_pairs_are_registered_once(tmp_path, monkeypatch):
                                                          (anatomy, "align"))]
     warping = methods.get("harmonize_mica")
     known = study(folds=3, states=tmp_path / "states", max_steps=2)
-    first = crossvalidation.fit(warping, known).tables["desc-mica_folds"]
+    first = crossvalidation.fit(warping, *known).tables["desc-mica_folds"]
     assert [len(c) for c in calls] == [3, 3]
     kept = sorted((tmp_path / "states").iterdir())
     assert len(kept) == 3 and all(p.name.startswith(pairs.KEPT) for p in kept)
-    second = crossvalidation.fit(methods.get("harmonize_mica"), known).tables["desc-mica_folds"]
-    network = brief("harmonize_golkov")
-    recipe = {**network.settings("training"), "deformable": True}
-    network.settings, network.sloppy = lambda table: recipe, False
-    made = crossvalidation.fit(network, known)
+    second = crossvalidation.fit(methods.get("harmonize_mica"), *known).tables["desc-mica_folds"]
+    recipe = {**brief("harmonize_golkov").settings("training"), "deformable": True}
+    network = methods.get("harmonize_golkov")
+    network.settings = lambda table: recipe
+    made = crossvalidation.fit(network, *known)
     assert [len(c) for c in calls] == [3, 3]
     pd.testing.assert_frame_equal(first, second, check_exact=True)
     kept[1].write_bytes(kept[1].read_bytes()[:1000])
-    third = crossvalidation.fit(warping, known).tables["desc-mica_folds"]
+    third = crossvalidation.fit(warping, *known).tables["desc-mica_folds"]
     assert [len(c) for c in calls] == [4, 4]
     pd.testing.assert_frame_equal(first, third, check_exact=True)
     # not kept, and learned from the same
     (one,), (other,) = (f.checkpoints.values() for f in (made, network.learn(
-        study(max_steps=2))))
+        *study(max_steps=2))))
     assert [len(c) for c in calls] == [7, 7]
     for name, weights in one.tensors.items():
         assert (other.tensors[name] == weights).all(), name
@@ -253,30 +252,30 @@ def test_folds_that_leave_nobody_are_refused(name, people, folds, message):
         raise AssertionError(run)
 
     with pytest.raises(UsageError, match=message):
-        crossvalidation.fit(brief(f"harmonize_{name}"), study(people, folds=folds, load=load))
+        crossvalidation.fit(brief(f"harmonize_{name}"), *study(people, folds=folds, load=load))
 
 
 @pytest.mark.parametrize("name", ["mica", "rish"])
 def test_groups_of_unlike_people_have_no_folds(name):
-    whole = study(MANY)
+    whole, settings = study(MANY, folds=2)
     table = whole.statistics
     alone = table[(table["batch"] == "A") == (table["participant"] < "04")]
     with pytest.raises(UsageError, match="--folds 2: 0 people were scanned in B and in A"):
-        crossvalidation.fit(brief(f"harmonize_{name}"), replace(
-            whole, statistics=alone, folds=2))
+        crossvalidation.fit(brief(f"harmonize_{name}"), replace(whole, statistics=alone),
+                            settings)
 
 
 def test_weights_that_know_the_people_are_refused(tmp_path):
     method = brief("harmonize_golkov")
-    (model,) = method.fit(study(PEOPLE[:2], max_steps=2)).checkpoints.values()
+    (model,) = method.fit(*study(PEOPLE[:2], max_steps=2)).checkpoints.values()
     for file, content in pack(model).items():
         (tmp_path / file).write_bytes(content)
     with pytest.raises(UsageError, match=r"have learned from sub-01, sub-02, who would be tested"):
-        crossvalidation.fit(method, study(folds=3, init=tmp_path))
+        crossvalidation.fit(method, *study(folds=3, init=tmp_path))
     with pytest.raises(UsageError, match="harmonize_shresnet are needed"):
-        crossvalidation.fit(brief("harmonize_shresnet"), study(folds=3, init=tmp_path))
+        crossvalidation.fit(brief("harmonize_shresnet"), *study(folds=3, init=tmp_path))
     others = study(("04", "05", "06"), folds=3, max_steps=2, init=tmp_path)
-    assert crossvalidation.fit(method, others).tables
+    assert crossvalidation.fit(method, *others).tables
 
 
 def test_scans_that_are_not_harmonized_are_named(monkeypatch):
@@ -287,13 +286,13 @@ def test_scans_that_are_not_harmonized_are_named(monkeypatch):
 
     monkeypatch.setattr(method, "harmonize", refuse)
     with pytest.raises(UsageError, match=r"--folds 3: 0.B is not harmonized\. no signal"):
-        crossvalidation.fit(method, study(folds=3))
+        crossvalidation.fit(method, *study(folds=3))
 
 
 def test_two_scans_of_a_person_are_one_row(monkeypatch):
     """The same scan twice has the errors of one; it is harmonized once for each."""
-    known = study(folds=3)
-    one, _ = crossvalidation.fit(brief("harmonize_mica"), known).tables.values()
+    known, settings = study(folds=3)
+    one, _ = crossvalidation.fit(brief("harmonize_mica"), known, settings).tables.values()
     table = known.statistics
     twice = table[table["batch"] == "B"].assign(run=lambda t: t["run"] + "2")
     method = brief("harmonize_mica")
@@ -301,7 +300,7 @@ def test_two_scans_of_a_person_are_one_row(monkeypatch):
     rows = pd.concat([table, twice], ignore_index=True)
     both, _ = crossvalidation.fit(method, replace(
         known, statistics=rows, acquisitions=dict.fromkeys(
-            rows["run"], known.acquisitions["01A"]))).tables.values()
+            rows["run"], known.acquisitions["01A"])), settings).tables.values()
     assert len(calls) == 6
     pd.testing.assert_frame_equal(both, one, rtol=1e-6)
 

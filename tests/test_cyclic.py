@@ -108,14 +108,15 @@ def test_losses_vanish_for_the_identity(rng):
 
 
 def study(scans, **more):
-    """scans: PERSON + SITE."""
+    """(Cohort, TrainingSettings); scans: PERSON + SITE; more: of the settings."""
     acquisition = head("01", "A").acquisition
     table = pd.DataFrame([(r[:2], r[2], r, 30.0) for r in scans],
                          columns=["participant", "batch", "run", "snr_b0"])
-    return methods.Study(table, (), reference_batch="A", seed=1,
-                         acquisitions=dict.fromkeys(scans, acquisition),
-                         load=lambda run: head(run[:2], run[2]),
-                         voxel_sizes=dict.fromkeys(scans, tuple(ZOOMS)), **more)
+    return methods.Cohort(table, reference_batch="A",
+                          acquisitions=dict.fromkeys(scans, acquisition),
+                          load=lambda run: head(run[:2], run[2]),
+                          voxel_sizes=dict.fromkeys(scans, tuple(ZOOMS))), (
+        methods.TrainingSettings(seed=1, **more))
 
 
 def brief(epochs):
@@ -141,16 +142,16 @@ def test_unlike_people_teach_and_pairs_teach_more():
     """Nobody was in both sites; then one of three was. The site's factors are those of
     test_paired."""
     alone = brief(32)
-    (model,) = alone.fit(study(["01A", "02A", "03A", "04B", "05B", "06B"])).checkpoints.values()
+    (model,) = alone.fit(*study(["01A", "02A", "03A", "04B", "05B", "06B"])).checkpoints.values()
     before, after = error(alone, model)
     assert after < 0.5 * before
     assert model.card.training["pairs"] == 0 and model.card.training["scans"] == 6
     assert model.card.training["held_out"] == 0 and not model.card.metrics
     assert model.card.network["fine"] is False
-    (told,) = alone.ready(study(["01A", "02A", "03A", "04B", "05B", "06B"]))
+    (told,) = alone.ready(study(["01A", "02A", "03A", "04B", "05B", "06B"])[0])
     assert told.startswith("A has 3 participants, B has 3 participants, and nobody was scanned in")
     helped = brief(10)
-    (model,) = helped.fit(study(["01A", "02A", "03A", "01B", "05B", "06B"])).checkpoints.values()
+    (model,) = helped.fit(*study(["01A", "02A", "03A", "01B", "05B", "06B"])).checkpoints.values()
     assert error(helped, model)[1] < after
     scan, made = head("07", "B"), helped.harmonize(head("07", "B"), model, "B", "cpu")
     shell = scan.acquisition[np.arange(B0, len(scan.acquisition))]
@@ -161,28 +162,30 @@ def test_unlike_people_teach_and_pairs_teach_more():
     single = old["fa"] > 0.5
     assert single.sum() > 100
     assert np.median(agreement.angle(old["direction"], new["direction"])[single]) < 1
-    assert not helped.ready(study(["01A", "02A", "03A", "01B", "05B", "06B"]))
+    assert not helped.ready(study(["01A", "02A", "03A", "01B", "05B", "06B"])[0])
     assert model.card.training["pairs"] == 1 and model.card.network["fine"] is True
 
 
 def test_people_in_both_batches_validate(tmp_path):
     """Half of them at most, and the card tells their errors; a second training is the same."""
     method = brief(1)
-    known = study(["01A", "02A", "01B", "02B"], max_steps=4)
-    (model,) = method.fit(known).checkpoints.values()
+    known, settings = study(["01A", "02A", "01B", "02B"], max_steps=4)
+    (model,) = method.fit(known, settings).checkpoints.values()
     assert model.card.training["held_out"] == 1 and model.card.training["pairs"] == 2
     assert {f"mse_{w}_{t}_b1000" for w in ("before", "after") for t in ("wm", "gm")} <= set(
         model.card.metrics)
-    (again,) = method.fit(replace(known, states=tmp_path / "states")).checkpoints.values()
+    settings = replace(settings, states=tmp_path / "states")
+    (again,) = method.fit(known, settings).checkpoints.values()
     assert pack(again)["model.safetensors"] == pack(model)["model.safetensors"]
 
 
 def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
     """What is not changed has the error that errors are measured in, three times the weight."""
-    method, known = brief(1), study(["01A", "01B"])
+    method, (known, settings) = brief(1), study(["01A", "01B"])
     recipe = method.settings("training")
     found = method.scans(known, "B", "A")
-    travellers = samples.Travellers(method, known, found, [30], 4, False, tmp_path, series=True)
+    travellers = samples.Travellers(method, known, settings, found, [30], 4, False, tmp_path,
+                                    series=True)
     own = travellers.samples[0]
     mine = [own.of(travellers.of({"01"}, kind)) for kind in pairs.KINDS]
     learner = method.learner(build_network({**recipe["network"], "fine": True}), own, mine,
@@ -200,7 +203,7 @@ def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
 
 def test_folds_need_people_in_both_batches():
     with pytest.raises(UsageError, match="--folds 2: 0 people were scanned in B and in A"):
-        crossvalidation.fit(brief(1), study(["01A", "02A", "03B", "04B"], folds=2))
+        crossvalidation.fit(brief(1), *study(["01A", "02A", "03B", "04B"], folds=2))
 
 
 def test_a_scan_alone_is_on_its_own_grid_and_axes():
@@ -221,7 +224,7 @@ def test_a_scan_alone_is_on_its_own_grid_and_axes():
 
 
 def test_bad_scans_are_named():
-    known = study(["01A", "02A", "03B", "04B"])
+    known, settings = study(["01A", "02A", "03B", "04B"])
 
     def load(run):
         scan = head(run[:2], run[2])
@@ -232,18 +235,18 @@ def test_bad_scans_are_named():
         return replace(scan, signal=signal)
 
     with pytest.raises(UsageError, match="of 03B are NaN or infinite"):
-        brief(1).fit(replace(known, load=load))
+        brief(1).fit(replace(known, load=load), settings)
 
 
 def test_unlike_groups_are_refused():
-    known = study(["01A", "02A", "03A", "04B", "05B", "06B"])
+    known, settings = study(["01A", "02A", "03A", "04B", "05B", "06B"])
     table = known.statistics.assign(age=[21.0, 24.0, 22.0, 61.0, 66.0, 64.0])
     with pytest.raises(UsageError, match=r"age differs between A.* the batch explains 99%"):
-        brief(1).fit(replace(known, statistics=table, covariates=("age",)))
+        brief(1).fit(replace(known, statistics=table, covariates=("age",)), settings)
 
 
 def test_one_person_is_no_batch():
     with pytest.raises(UsageError, match="B"):
-        brief(1).fit(study(["01A", "02A", "03B"]))
+        brief(1).fit(*study(["01A", "02A", "03B"]))
 
 

@@ -20,7 +20,7 @@ from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.dwi import FIXED_MEMORY, Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.evaluate.change import change
-from bidsapp.methods import Study, harmonizer
+from bidsapp.methods import Cohort, TrainingSettings, harmonizer
 from bidsapp.recipe.steps import load_run
 
 LABELS = [f"{i:02}" for i in range(1, 7)]
@@ -420,7 +420,7 @@ def test_studies_that_carry_no_training(fresh, tmp_path, capsys, reference, rows
 
 
 def sites(rng, **other):
-    """A Study of four scans of random tensors at A and B; `other`: acquisition of one at B."""
+    """A Cohort of four scans of random tensors at A and B; `other`: acquisition of one at B."""
     acquisition = Acquisition(*truth.table())
     runs = {f"sub-{i}": (replace(acquisition, **other) if i == 3 else acquisition)
             for i in range(4)}
@@ -433,7 +433,7 @@ def sites(rng, **other):
 
     table = pd.DataFrame({"participant": list("0123"), "run": list(runs), "batch": list("AABB"),
                           "snr_b0": [20.0, 30.0, 25.0, None]})
-    return Study(table, (), reference_batch="A", acquisitions=runs, load=load)
+    return Cohort(table, reference_batch="A", acquisitions=runs, load=load)
 
 
 def test_shells_that_differ_between_batches(rng):
@@ -441,7 +441,7 @@ def test_shells_that_differ_between_batches(rng):
     study = sites(rng, bvals=np.where(bvals == 2000, 2500, bvals))
     with pytest.raises(UsageError, match=r"shells differ\. sub-3 of B has 12 × b 1000, 16 × b 2500"
                                          r"; sub-0 of A has 12 × b 1000, 16 × b 2000"):
-        methods.get("harmonize_mica").fit(study)
+        methods.get("harmonize_mica").fit(study, TrainingSettings())
 
 
 def test_scan_without_signal(rng):
@@ -449,7 +449,7 @@ def test_scan_without_signal(rng):
     dead = replace(study, load=lambda name: replace(
         study.load(name), signal=np.zeros_like(study.load(name).signal), invalid=77))
     with pytest.raises(UsageError, match=r"only 0% .* \(77 values of the run are NaN"):
-        methods.get("harmonize_mica").fit(dead)
+        methods.get("harmonize_mica").fit(dead, TrainingSettings())
 
 
 def test_mean_of_quantiles_is_that_of_the_people(rng, caplog):
@@ -464,7 +464,8 @@ def test_mean_of_quantiles_is_that_of_the_people(rng, caplog):
         signal[:, :2] = 10
         return replace(dwi, signal=signal)
 
-    (made,) = methods.get("harmonize_mica").fit(replace(study, load=load)).checkpoints.values()
+    (made,) = methods.get("harmonize_mica").fit(
+        replace(study, load=load), TrainingSettings()).checkpoints.values()
     np.testing.assert_allclose(made.tensors["quantiles"], 0.4, rtol=1e-6)
     assert made.card.metrics["distance_b1000_B"] == pytest.approx(0.1)
     assert made.card.metrics["distance_b2000_A"] == pytest.approx(0.4)
@@ -473,7 +474,7 @@ def test_mean_of_quantiles_is_that_of_the_people(rng, caplog):
     caplog.clear()
     methods.get("harmonize_mica").fit(replace(study, load=lambda name: replace(
         load(name), signal=load(name).signal * np.r_[1, 1, np.full(28, 1 + 2 * (name > "sub-1"))]
-        .astype(np.float32))))
+        .astype(np.float32))), TrainingSettings())
     (few,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "A has 2 participants, B has 2 participants; 16 or more are needed" in few
 
@@ -493,7 +494,7 @@ def model_of(*batches, reference="A"):
 def test_warnings_of_the_card_are_told_where_it_is_applied(rng, tmp_path):
     """On the page and in every sidecar, as the card came back from its file."""
     study = sites(rng)
-    (made,) = methods.get("harmonize_mica").fit(study).checkpoints.values()
+    (made,) = methods.get("harmonize_mica").fit(study, TrainingSettings()).checkpoints.values()
     card = replace(made.card, warnings=("in cross-validation more than 10 % was lost of MD.",))
     for file, packed in checkpoint.pack(replace(made, card=card)).items():
         (tmp_path / file).write_bytes(packed)
@@ -512,7 +513,7 @@ def test_warnings_of_the_card_are_told_where_it_is_applied(rng, tmp_path):
 def test_without_a_noise_level_there_are_no_intervals(rng, monkeypatch):
     """A harmonizer that knows its own error, of a scan whose noise is known, and is not."""
     study, method = sites(rng), methods.get("harmonize_mica")
-    (made,) = method.fit(study).checkpoints.values()
+    (made,) = method.fit(study, TrainingSettings()).checkpoints.values()
     own = method.harmonize
 
     def certain(dwi, *how):
@@ -571,7 +572,7 @@ def test_values_without_a_ratio_stay(rng):
     """Zeros, negatives and voxels without S0 are left; ties get one value."""
     study = sites(rng)
     method = methods.get("harmonize_mica")
-    (made,) = method.fit(study).checkpoints.values()
+    (made,) = method.fit(study, TrainingSettings()).checkpoints.values()
     dwi = study.load("sub-2")
     signal = dwi.signal.copy()
     signal[0], signal[1, 5], signal[2, :2] = 0, -3, 0

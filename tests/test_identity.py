@@ -83,7 +83,7 @@ def paired(name):
     method = test_paired.brief(name)
     study = test_paired.study(test_paired.PEOPLE[:2], max_steps=1,
                               load=lambda run: test_paired.head(run[:2], "A"))
-    (model,) = method.fit(study).checkpoints.values()
+    (model,) = method.fit(*study).checkpoints.values()
     return method, built_as(model, "same")
 
 
@@ -100,9 +100,10 @@ def identity(name, dwi):
         return paired(name)
     table = pd.DataFrame([(f"{p}{s}", s, f"{p}{s}", 50.0) for p in range(3) for s in "AB"],
                          columns=["participant", "batch", "run", "snr_b0"])
-    (model,) = method.fit(methods.Study(
-        table, (), reference_batch="A", acquisitions=dict.fromkeys(table["run"], dwi.acquisition),
-        load=lambda _: dwi)).checkpoints.values()
+    cohort = methods.Cohort(
+        table, reference_batch="A", acquisitions=dict.fromkeys(table["run"], dwi.acquisition),
+        load=lambda _: dwi)
+    (model,) = method.fit(cohort, methods.TrainingSettings()).checkpoints.values()
     return method, model
 
 

@@ -58,11 +58,11 @@ def brain(acq, rng, rotation=None, sd=4.0, anatomy=None):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """What a group level leaves: weights of the method that ships with none, for `acquisition`."""
-    folder, method = tmp_path_factory.mktemp("models"), methods.get("estimate_mlp2")
-    method.sloppy = True
-    study = methods.Study(pd.DataFrame({"snr_b0": [50.0]}), (), max_steps=20,
-                          acquisitions={"one": acquisition()})
-    for name, trained in method.fit(study).checkpoints.items():
+    folder = tmp_path_factory.mktemp("models")
+    method = methods.get("estimate_mlp2", context=methods.MethodContext(sloppy=True))
+    cohort = methods.Cohort(pd.DataFrame({"snr_b0": [50.0]}), acquisitions={"one": acquisition()})
+    settings = methods.TrainingSettings(max_steps=20)
+    for name, trained in method.fit(cohort, settings).checkpoints.items():
         for file, content in checkpoint.pack(trained).items():
             (folder / name).mkdir(exist_ok=True)
             (folder / name / file).write_bytes(content)
@@ -71,10 +71,8 @@ def models(tmp_path_factory):
 
 @pytest.fixture(params=ESTIMATORS)
 def method(request, models):
-    found = methods.get(request.param)
-    found.sloppy = True  # the contract holds for networks of any quality
-    found.models = models
-    return found
+    # the contract holds for networks of any quality
+    return methods.get(request.param, context=methods.MethodContext(sloppy=True, models=models))
 
 
 def close(name, a, b):
@@ -196,7 +194,7 @@ def taught(name):
     """By pairs, which must show tissue: a brief training with heads of `test_paired`."""
     found = test_paired.brief(name)
     study = test_paired.study(test_paired.PEOPLE[:2], max_steps=3)
-    return found, *found.fit(study).checkpoints.values()
+    return found, *found.fit(*study).checkpoints.values()
 
 
 @pytest.fixture(params=[*UNPAIRED, *PAIRED])
@@ -208,11 +206,11 @@ def harmonizer(request, rng):
     runs = {f"sub-{i}": person(rng) for i in range(6)}
     table = pd.DataFrame({"participant": list("012345"), "run": list(runs),
                           "batch": list("AAABBB"), "snr_b0": 100.0})
-    study = methods.Study(table, (), reference_batch="A", acquisitions=dict.fromkeys(runs, acq),
-                          load=lambda name: bent(runs[name]) if name > "sub-2" else runs[name])
-    found = methods.get(request.param)
-    found.sloppy = True
-    (made,) = found.fit(study).checkpoints.values()
+    cohort = methods.Cohort(
+        table, reference_batch="A", acquisitions=dict.fromkeys(runs, acq),
+        load=lambda name: bent(runs[name]) if name > "sub-2" else runs[name])
+    found = methods.get(request.param, context=methods.MethodContext(sloppy=True))
+    (made,) = found.fit(cohort, methods.TrainingSettings()).checkpoints.values()
     return found, made
 
 

@@ -5,7 +5,7 @@ scaled by a factor of its own, so that the right answer is known in every voxel.
 """
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 
 import bids_tree
@@ -15,7 +15,7 @@ import pytest
 import synthetic_head
 import torch
 
-from bidsapp import methods, sh, tensor, training
+from bidsapp import cli, harmonize, methods, run, sh, tensor, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import pack
 from bidsapp.domain import ShellRange
@@ -51,25 +51,26 @@ def head(person, site, noise=NOISE):
 
 
 def study(people=PEOPLE, sites="AB", load=None, acquisitions=None, **more):
+    """(Cohort, TrainingSettings); more: of either."""
     rows = [(p, s, f"{p}{s}", 30.0) for p in people for s in sites]
     table = pd.DataFrame(rows, columns=["participant", "batch", "run", "snr_b0"])
     known = {r: Acquisition(BVALS, AXES) for r in table["run"]} | (acquisitions or {})
-    return methods.Study(
-        table, (), reference_batch=more.pop("reference_batch", "A"), acquisitions=known, seed=1,
+    own = {f.name for f in fields(methods.TrainingSettings)}
+    settings = methods.TrainingSettings(seed=1, **{k: more.pop(k) for k in own & more.keys()})
+    return methods.Cohort(
+        table, reference_batch=more.pop("reference_batch", "A"), acquisitions=known,
         load=load or (lambda run: head(run[:2], run[2])),
-        voxel_sizes={r: tuple(ZOOMS) for r in table["run"]}, **more)
+        voxel_sizes={r: tuple(ZOOMS) for r in table["run"]}, **more), settings
 
 
-def brief(name="harmonize_shresnet"):
-    method = methods.get(name)
-    method.sloppy = True
-    return method
+def brief(name="harmonize_shresnet", **context):
+    return methods.get(name, context=methods.MethodContext(sloppy=True, **context))
 
 
 @cache
 def fit(name):
     method = brief(name)
-    return method, method.fit(study())
+    return method, method.fit(*study())
 
 
 @pytest.fixture(params=METHODS)
@@ -131,7 +132,7 @@ def test_hybrid_learns_nothing_where_there_is_nothing():
     """Between sites that differ by noise alone FA stays; the smoothing of the series, which lowers
     it, is no difference of scanners."""
     method = brief("harmonize_hybrid")
-    (checkpoint,) = method.fit(study(sites="AC")).checkpoints.values()
+    (checkpoint,) = method.fit(*study(sites="AC")).checkpoints.values()
     dwi = head("07", "C")
     found = method.harmonize(dwi, checkpoint, "C", "cpu")
     x = tensor.design(dwi.acquisition.btensors)
@@ -186,7 +187,7 @@ def test_who_validates_teaches_nothing(monkeypatch):
         return original(study, name, recipe, own, mine, others, *more)
 
     monkeypatch.setattr(method, "_train", train)
-    (model,) = method.fit(study(max_steps=1)).checkpoints.values()
+    (model,) = method.fit(*study(max_steps=1)).checkpoints.values()
     (learned, held), = seen
     assert len(held) == 1 and not learned & held and learned | held == {0, 1, 2}
     quantiles = [np.mean([intensity.quantiles(head(PEOPLE[i], site)) for i in sorted(learned)], 0)
@@ -198,7 +199,7 @@ def test_who_validates_teaches_nothing(monkeypatch):
 @pytest.mark.slow
 def test_several_batches_in_one_command():
     method = brief("harmonize_golkov")
-    fitted = method.fit(study(PEOPLE[:2], "ABC", max_steps=2))
+    fitted = method.fit(*study(PEOPLE[:2], "ABC", max_steps=2))
     assert sorted(fitted.checkpoints) == ["harmonize_golkov_B-to-A", "harmonize_golkov_C-to-A"]
 
 
@@ -206,8 +207,8 @@ def test_several_batches_in_one_command():
 def test_a_new_batch_leaves_the_models_of_others_alone(tmp_path):
     """What was trained on the same scans is not trained again; other scans, seeds or steps are."""
     method = brief("harmonize_golkov")
-    first = method.fit(study(PEOPLE[:2], max_steps=2))
-    method.models = tmp_path
+    first = method.fit(*study(PEOPLE[:2], max_steps=2))
+    method = brief("harmonize_golkov", models=tmp_path)
     (name, made), = first.checkpoints.items()
     (tmp_path / name).mkdir()
     for file, content in pack(made).items():
@@ -218,12 +219,12 @@ def test_a_new_batch_leaves_the_models_of_others_alone(tmp_path):
         read.append(run[2])
         return head(run[:2], run[2])
 
-    both = method.fit(study(PEOPLE[:2], "ABC", max_steps=2, load=load)).checkpoints
+    both = method.fit(*study(PEOPLE[:2], "ABC", max_steps=2, load=load)).checkpoints
     assert len(both) == 2 and set(read) == {"A", "C"}
     assert all(torch.equal(both[name].tensors[k], v) for k, v in made.tensors.items())
     for more in ({"max_steps": 3}, {"people": PEOPLE}):
         read.clear()
-        method.fit(study(**{"people": PEOPLE[:2], "max_steps": 2, "load": load, **more}))
+        method.fit(*study(**{"people": PEOPLE[:2], "max_steps": 2, "load": load, **more}))
         assert "B" in read, more
 
 
@@ -265,13 +266,13 @@ def test_an_interrupted_training_may_be_asked_for_fewer_steps(tmp_path, monkeypa
     with monkeypatch.context() as patch, caplog.at_level("INFO", "qsphere"):
         patch.setattr(training, "train", cut)
         with pytest.raises(KeyboardInterrupt):
-            method.fit(study(PEOPLE[:2], max_steps=12, states=tmp_path))
+            method.fit(*study(PEOPLE[:2], max_steps=12, states=tmp_path))
     assert "harmonize_golkov: registering 2 of 2" in caplog.text
     assert re.search(r"b1000\.\w+, stage 1 of \d: training for 12 steps", caplog.text)
     for steps, done, told in ((15, 15, "resumed at step 12 of 15"), (3, 15, "holds 15 steps, 3")):
         caplog.clear()
         with caplog.at_level("INFO", "qsphere"):
-            fitted = method.fit(study(PEOPLE[:2], max_steps=steps, states=tmp_path))
+            fitted = method.fit(*study(PEOPLE[:2], max_steps=steps, states=tmp_path))
         assert told in caplog.text
         assert next(iter(fitted.checkpoints.values())).card.training["steps"][0][0] == done
 
@@ -284,7 +285,7 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
             {"optimizer": "adam", "learning_rate": 1e-3, "batch": 64, "epochs": 2},
             {"optimizer": "sgd", "learning_rate": 1e-2, "batch": 32, "epochs": 3,
              "decay": "plateau", "factor": 0.9, "plateau": 1, "patience": 5}], "epoch": 320})
-    whole = method.fit(study(PEOPLE[:2], states=tmp_path / "whole"))
+    whole = method.fit(*study(PEOPLE[:2], states=tmp_path / "whole"))
     blocks, seen = samples.Samples.blocks, []
 
     def cut(*told):
@@ -296,8 +297,8 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(samples.Samples, "blocks", cut)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            method.fit(study(PEOPLE[:2], states=tmp_path / "cut"))
-    again = method.fit(study(PEOPLE[:2], states=tmp_path / "cut"))
+            method.fit(*study(PEOPLE[:2], states=tmp_path / "cut"))
+    again = method.fit(*study(PEOPLE[:2], states=tmp_path / "cut"))
     (one,), (other,) = (f.checkpoints.values() for f in (whole, again))
     for name, weights in one.tensors.items():
         torch.testing.assert_close(other.tensors[name], weights, rtol=0, atol=0)
@@ -308,9 +309,9 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
 
 def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
     """What is not changed has the error that errors are measured in."""
-    method, known = brief("harmonize_hybrid"), study()
+    method, (known, settings) = brief("harmonize_hybrid"), study()
     found = pairs.find(known.statistics, "A")["B"][:1]
-    own = samples.Travellers(method, known, found, [30], 4, False, tmp_path).samples[0]
+    own = samples.Travellers(method, known, settings, found, [30], 4, False, tmp_path).samples[0]
     voxels = own.of({0})
     recipe = {"validation": 10**6, "loss": {"signal": 0.5, "fa": 2.0, "md": 1.0}}
     loss, batch = method.loss(own, voxels, recipe, "cpu"), own(voxels, "cpu")
@@ -320,10 +321,10 @@ def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
 @pytest.mark.slow
 def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
     """Of whom it did not learn from, before the network, against numpy."""
-    method, known = brief(), study(max_steps=1)
+    method, (known, settings) = brief(), study(max_steps=1)
     found = pairs.find(known.statistics, "A")["B"][:2]
-    travellers = samples.Travellers(method, known, found, [30], 4, False, tmp_path)
-    trained = method._trained(known, "x", ["b1000"], method.settings("training"), travellers,
+    travellers = samples.Travellers(method, known, settings, found, [30], 4, False, tmp_path)
+    trained = method._trained(settings, "x", ["b1000"], method.settings("training"), travellers,
                               ["01", "02"], None)
     (who,) = trained.held
     metrics = method._measured(trained, travellers, ["b1000"], "cpu")
@@ -348,7 +349,7 @@ def test_fa_and_md_of_the_validation_are_those_of_the_signal(monkeypatch):
                           no_intervals="a test")
 
     monkeypatch.setattr(method, "harmonize", becomes)
-    (model,) = method.fit(study(max_steps=1)).checkpoints.values()
+    (model,) = method.fit(*study(max_steps=1)).checkpoints.values()
     metrics, (who,) = model.card.metrics, tested
     design = tensor.design(Acquisition(BVALS, AXES).btensors[3:])[:, :6]
     maps = []
@@ -387,9 +388,9 @@ def test_processes_that_train_together_share_registrations(tmp_path, monkeypatch
 
     monkeypatch.setattr(method, "register", register)
     (tmp_path / "own").mkdir()
-    known = study(states=tmp_path, devices=(2, 1))
-    samples.Travellers(method, known, pairs.find(known.statistics, "A")["B"], [30], 4, False,
-                       tmp_path / "own")
+    known, settings = study(states=tmp_path, devices=(2, 1))
+    samples.Travellers(method, known, settings, pairs.find(known.statistics, "A")["B"], [30], 4,
+                       False, tmp_path / "own")
     assert asked == [*PEOPLE[1::2], *PEOPLE]
 
 
@@ -408,7 +409,7 @@ def test_a_model_that_made_things_worse_says_so(monkeypatch, caplog):
     monkeypatch.setattr(method, "_maps", lambda *_: {
         "mse_fa_before_gm_b1000": 1.0, "mse_fa_after_gm_b1000": 1.1,
         "mse_md_before_gm_b1000": 1.0, "mse_md_after_gm_b1000": 1.0})
-    fitted = method.fit(study(max_steps=2))
+    fitted = method.fit(*study(max_steps=2))
     (bad,), (told,) = fitted.checkpoints.values(), fitted.notices
     assert "learned from rose (signal in white matter, b1000; FA in grey matter, b1000)" in told
     assert told in caplog.text
@@ -418,21 +419,62 @@ def test_a_model_that_made_things_worse_says_so(monkeypatch, caplog):
 
 def test_epochs_of_the_command_line_win():
     """10 steps of 256 of the 2560 voxels of a brief epoch, ten times by its own settings."""
-    method = brief("harmonize_golkov")
-    (model,) = method.fit(study(epochs=1)).checkpoints.values()
+    settings = {"harmonize_golkov": {"training.stages.1.epochs": 1}}
+    (model,) = brief("harmonize_golkov", settings=settings).fit(*study()).checkpoints.values()
     assert model.card.training["steps"] == [[10]]
     assert fit("harmonize_golkov")[1].checkpoints.popitem()[1].card.training["steps"] == [[100]]
 
 
-@pytest.mark.parametrize("name,expected", [("harmonize_shresnet", 3), ("harmonize_golkov", None)])
-def test_blocks_of_the_command_line_win(name, expected):
-    """Where the network has any; and another number is another training."""
-    method = brief(name)
-    own, other = (study(max_steps=2, blocks=n) for n in (3, 1))
-    (model,) = method.fit(own).checkpoints.values()
-    assert model.card.network.get("blocks") == expected
-    assert (method._of(own, [], own.statistics) == method._of(other, [], own.statistics)) == (
-        expected is None)
+def test_a_degree_of_the_command_line_reaches_network_card_and_use(tmp_path):
+    """Trained with degree 2, for which 12 directions suffice; an odd degree is refused."""
+    few = np.r_[:15]
+    cohort, settings = study(PEOPLE[:2], max_steps=2, load=lambda run: thinned(
+        head(run[:2], run[2]), few))
+    cohort = replace(cohort, acquisitions=dict.fromkeys(
+        cohort.acquisitions, Acquisition(BVALS, AXES)[few]))
+    with pytest.raises(UsageError, match="15 or more directions"):
+        brief("harmonize_golkov").fit(cohort, settings)
+    degree = {"training.l_max": 2}
+    method = brief("harmonize_golkov", settings={"harmonize_golkov": degree})
+    ((name, model),) = run.fit(method, cohort, settings).checkpoints.items()
+    assert model.card.training["settings"] == degree and model.card.network["l_max"] == 2
+    (tmp_path / name).mkdir()
+    for file, content in pack(model).items():
+        (tmp_path / name / file).write_bytes(content)
+    (found,) = harmonize.find(cli.parse(
+        ["/in", "/out", "participant", "--harmonize", str(tmp_path / name)]))
+    scan = thinned(head("07", "B"), few)
+    assert np.isfinite(found.method.harmonize(scan, found.checkpoint, "B", "cpu").signal).all()
+    odd = brief("harmonize_golkov", settings={"harmonize_golkov": {"training.l_max": 3}})
+    with pytest.raises(UsageError, match="an even degree is needed"):
+        odd.fit(*study())
+
+
+def thinned(dwi, volumes):
+    return replace(dwi, signal=dwi.signal[:, volumes], acquisition=dwi.acquisition[volumes])
+
+
+def test_epochs_do_not_make_another_training(tmp_path):
+    """The state of an interrupted training serves for more epochs, not for another network."""
+    def states(**changed):
+        method = brief("harmonize_golkov", settings={"harmonize_golkov": {
+            f"training.{k.replace('_', '.')}": v for k, v in changed.items()}})
+        folder = tmp_path / repr(changed)
+        method.fit(*study(PEOPLE[:2], max_steps=2, states=folder))
+        return {p.name for p in folder.glob("*.ckpt")}
+
+    assert states() == states(stages_1_epochs=3)
+    assert not states() & states(network_hidden=8)
+
+
+def test_blocks_of_the_command_line_win():
+    """Another number is another training."""
+    cohort, settings = study(max_steps=2)
+    method, other = (brief(settings={"harmonize_shresnet": {"training.network.blocks": n}})
+                     for n in (3, 1))
+    (model,) = method.fit(cohort, settings).checkpoints.values()
+    assert model.card.network["blocks"] == 3
+    assert len({m._of(settings, [], cohort.statistics) for m in (method, other, brief())}) == 3
     assert np.isfinite(method.harmonize(head("01", "B"), model, "B", "cpu").signal).all()
 
 
@@ -459,16 +501,15 @@ BAD = [
 @pytest.mark.parametrize("options,message", BAD, ids=[m[:20] for _, m in BAD])
 def test_studies_that_cannot_carry_it_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        brief().fit(study(**options))
+        brief().fit(*study(**options))
 
 
 @pytest.mark.parametrize("shared,message", [([], "nobody was scanned in B and in A"),
                                             (["02"], "sub-02 alone was scanned in B and in A")])
 def test_batches_without_pairs_are_refused(shared, message):
-    whole = study(("01", "02", "03", "04"))
+    whole, settings = study(("01", "02", "03", "04"))
     table = whole.statistics
     kept = table[((table["batch"] == "A") & table["participant"].isin(["01", "02"]))
                  | ((table["batch"] == "B") & table["participant"].isin(["03", "04", *shared]))]
     with pytest.raises(UsageError, match=f"{message}.*harmonize_mica"):
-        brief().fit(methods.Study(kept, (), reference_batch="A", acquisitions=whole.acquisitions,
-                                  load=whole.load, seed=1))
+        brief().fit(replace(whole, statistics=kept), settings)

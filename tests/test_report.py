@@ -18,7 +18,7 @@ from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import agreement, biology
-from bidsapp.methods import Derived, Estimator, Fitted, Study
+from bidsapp.methods import Cohort, Derived, Estimator, Fitted
 from bidsapp.report import canvas, distributions, figures, glyphs, page
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -514,7 +514,7 @@ def make_study(rng, n=6):
         "run": [f"sub-{i:02d}" for i in range(2 * n)], "batch": ["Site A"] * n + ["Site <B>"] * n,
         "age": rng.uniform(20, 60, 2 * n), "dti_fa_mean": rng.normal(0.4, 0.02, 2 * n),
         "dti_md_mean": rng.normal(8e-4, 2e-5, 2 * n)})
-    return Study(table, ("dti_fa_mean", "dti_md_mean"), ("age",), "Site A")
+    return Cohort(table, ("dti_fa_mean", "dti_md_mean"), ("age",), "Site A")
 
 
 def test_group_page(rng):
@@ -601,9 +601,9 @@ def test_group_of_any_size(rng, batches):
     table = pd.DataFrame({"batch": [f"A very long name of a scanner {i}" for i in range(batches)],
                           "f_mean": rng.normal(size=batches)})
     table.loc[0, "f_mean"] = np.nan
-    for figure in distributions.of_group(Study(table, ("f_mean",)), {}):
+    for figure in distributions.of_group(Cohort(table, ("f_mean",)), {}):
         ElementTree.fromstring(figure.svg)
-    assert distributions.of_group(Study(table, ()), {}) == []
+    assert distributions.of_group(Cohort(table), {}) == []
 
 
 @pytest.mark.parametrize("site,shown", [
@@ -612,6 +612,6 @@ def test_group_of_any_size(rng, batches):
 def test_any_name_of_a_site_can_be_drawn(rng, site, shown):
     """As text: neither as mathematics nor as markup."""
     table = pd.DataFrame({"batch": [site, "other"] * 3, "f_mean": rng.normal(size=6)})
-    (figure,) = distributions.of_group(Study(table, ("f_mean",)), {})
+    (figure,) = distributions.of_group(Cohort(table, ("f_mean",)), {})
     texts = [e.text for e in ElementTree.fromstring(figure.svg).iter() if e.text]
     assert (shown or site) in texts

@@ -72,7 +72,7 @@ def study(rows=None, load=None, covariates=(), reference_batch="A"):
     table["run"] = [f"{p}{b}" for p, b in zip(table["participant"], table["batch"], strict=True)]
     table["snr_b0"] = 200.0
     known = Acquisition(BVALS, AXES)
-    return methods.Study(
+    return methods.Cohort(
         table, (), covariates, reference_batch, dict.fromkeys(table["run"], known),
         load or (lambda run: head(int(run[:-1]), run[-1])),
         voxel_sizes={r: tuple(ZOOMS) for r in table["run"]})
@@ -81,7 +81,7 @@ def study(rows=None, load=None, covariates=(), reference_batch="A"):
 @cache
 def trained():
     method = methods.get("harmonize_rish")
-    (checkpoint,) = method.fit(study()).checkpoints.values()
+    (checkpoint,) = method.fit(study(), methods.TrainingSettings()).checkpoints.values()
     return method, checkpoint
 
 
@@ -147,7 +147,7 @@ def test_shape_of_every_degree_stays():
 @pytest.mark.slow
 def test_card(caplog):
     method = methods.get("harmonize_rish")
-    fitted = method.fit(study())
+    fitted = method.fit(study(), methods.TrainingSettings())
     (name,) = fitted.checkpoints
     card = fitted.checkpoints[name].card
     assert name == "harmonize_rish_B-to-A"
@@ -228,7 +228,7 @@ BAD = [
 @pytest.mark.parametrize("options,message", BAD, ids=[m[:20] for _, m in BAD])
 def test_studies_that_cannot_carry_it_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        methods.get("harmonize_rish").fit(study(**options))
+        methods.get("harmonize_rish").fit(study(**options), methods.TrainingSettings())
 
 
 @pytest.mark.slow

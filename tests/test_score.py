@@ -87,8 +87,7 @@ def test_modes_are_told_apart(dwi):
 
 
 def test_seeds_matter_and_every_number_is_described(dwi):
-    quick = methods.get("synthesize")
-    quick.sloppy = True
+    quick = methods.get("synthesize", context=methods.MethodContext(sloppy=True))
     one, again, other = (quick.synthesize(dwi, ["sample"], seed, "cpu").scores
                          for seed in (3, 3, 4))
     assert one == again != other

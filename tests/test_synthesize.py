@@ -33,7 +33,9 @@ TERMS = ("dxx", "dxy", "dxz", "dyy", "dyz", "dzz")
 def quick():
     """Quality scores of briefly trained networks: they are not what is tested here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods.Method, "sloppy", True)
+        made = methods.Method.__init__
+        patch.setattr(methods.Method, "__init__", lambda self, context=None: made(
+            self, context or methods.MethodContext(sloppy=True)))
         yield
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bidsapp import __version__, cli
-from bidsapp.options import OTHER_LEVEL
+from bidsapp.options import invalid_options
 
 FOLDER = Path(__file__).parent.parent / "descriptors"
 CREATED = {"output_dir", "work_dir", "bids_database_dir"}
@@ -31,8 +31,8 @@ def descriptors() -> dict[str, dict[str, Any]]:
 
 def full(level: str) -> dict[str, Any]:
     """Every option of one analysis level."""
-    groups = [(g.title, [a for a in g._group_actions
-                         if described(a) and a.dest not in OTHER_LEVEL[level]])
+    invalid = invalid_options(level)
+    groups = [(g.title, [a for a in g._group_actions if described(a) and a.dest not in invalid])
               for g in cli.parser()._action_groups]
     actions = [a for _, members in groups for a in members if a.dest != "analysis_level"]
     positional = [value_key(a) for a in actions if not a.option_strings]

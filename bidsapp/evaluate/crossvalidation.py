@@ -1,7 +1,7 @@
 """What a harmonizer does to people it has not learned from, as it is applied to them.
 
-The people of a fold are left out of the study, the method learns from the rest, and their scans are
-harmonized. Harmonized or not, a scan is brought onto the grid of the same person's scan in the
+The people of a fold are left out of the cohort, the method learns from the rest, and their scans
+are harmonized. Harmonized or not, a scan is brought onto the grid of the same person's scan in the
 reference batch. There, over the voxels of a tissue,
 
     NMSE = Σ (y − ŷ)² / Σ y²
@@ -33,7 +33,7 @@ from bidsapp.checkpoint import Checkpoint, load
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.evaluate import biology
-from bidsapp.methods import Fitted, Study
+from bidsapp.methods import Cohort, Fitted, TrainingSettings
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.methods.scope import hash_participants
 from bidsapp.preprocess import pairs, tissue
@@ -57,7 +57,7 @@ WORSE_BIAS = 0.01
 """Share of the mean by which a bias must grow before it is said to have risen."""
 
 
-def fit(method: Harmonizer, study: Study) -> Fitted:
+def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitted:
     """What the method learns from all, with the table of its cross-validation, and the means over
     participants on the cards.
 
@@ -65,26 +65,26 @@ def fit(method: Harmonizer, study: Study) -> Fitted:
         UsageError: too few people for the folds; as of `method.fit`; weights to start from know
             people; a scan is not harmonized.
     """
-    _unseen(method, study)
-    method.ready(study)  # what is wrong without folds, too, is said first
-    found = pairs.find(study.statistics, study.reference_batch or "",
-                       study.paired_by == "session")
-    parts, rows = folds(method, study, found), []
+    _unseen(method, cohort, settings)
+    method.ready(cohort)  # what is wrong without folds, too, is said first
+    found = pairs.find(cohort.statistics, cohort.reference_batch or "",
+                       cohort.paired_by == "session")
+    parts, rows = folds(method, cohort, settings, found), []
     with tempfile.TemporaryDirectory() as folder:
-        study = replace(study, states=study.states or Path(folder))
-        whole = method.fit(study)
+        settings = replace(settings, states=settings.states or Path(folder))
+        whole = method.fit(cohort, settings)
         cards = {batch: c.card for c in whole.checkpoints.values() for batch in c.card.batches}
         for fold, people in enumerate(parts, 1):
             log.info("%s: fold %d of %d, without sub-%s", method.name, fold, len(parts),
                      ", sub-".join(people))
-            rest = method.learn(_without(study, people))
+            rest = method.learn(_without(cohort, people), settings)
             for batch, model in ((b, c) for c in rest.checkpoints.values() for b in c.card.batches):
                 own = [p for p in found[batch] if p.participant in people]
                 rows += [{"batch": batch, "fold": fold, **row,
                           "shell": cards[batch].trained_for.shells[row["shell"]].name}
-                         for row in _tested(method, study, model, batch, own)]
+                         for row in _tested(method, cohort, settings, model, batch, own)]
     table = _divided(pd.DataFrame(rows).groupby(ROW, sort=False, as_index=False).sum())
-    effects = biology.of_folds(table, study.statistics)
+    effects = biology.of_folds(table, cohort.statistics)
     checkpoints, notices = {}, list(whole.notices)
     for name, checkpoint in whole.checkpoints.items():
         batches = checkpoint.card.batches
@@ -145,25 +145,25 @@ def doubts(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     return told
 
 
-def _unseen(method: Harmonizer, study: Study) -> None:
+def _unseen(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> None:
     """Raises UsageError where the training starts from weights that learned from these people."""
-    if study.init is None:
+    if settings.init is None:
         return
     try:
-        learned_from = load(study.init, method.name).card.training["participants"]
+        learned_from = load(settings.init, method.name).card.training["participants"]
     except DataError as error:
         raise UsageError(f"--init: {error}") from error
     seen = set(chain.from_iterable(learned_from.values()))
-    rows = study.statistics.groupby("participant")
+    rows = cohort.statistics.groupby("participant")
     if known := [str(person) for person, own in rows if seen & set(
             hash_participants({"": own})[""])]:
-        raise UsageError(f"--folds {study.folds}: the weights of --init {study.init} have learned "
-                         f"from sub-{', sub-'.join(known)}, who would be tested. Leave --init out, "
-                         "or these people with --participant-label.")
+        raise UsageError(f"--folds {settings.folds}: the weights of --init {settings.init} have "
+                         f"learned from sub-{', sub-'.join(known)}, who would be tested. Leave "
+                         "--init out, or these people with --participant-label.")
 
 
-def folds(method: Harmonizer, study: Study, found: Mapping[str, Sequence[pairs.Pair]]
-          ) -> list[list[str]]:
+def folds(method: Harmonizer, cohort: Cohort, settings: TrainingSettings,
+          found: Mapping[str, Sequence[pairs.Pair]]) -> list[list[str]]:
     """The people of each fold, of every batch as many as may be.
 
     found: pairs by batch.
@@ -172,48 +172,50 @@ def folds(method: Harmonizer, study: Study, found: Mapping[str, Sequence[pairs.P
         UsageError: fewer people than folds were scanned in a batch and in the reference, or too few
             remain beside those of a fold.
     """
-    assert study.folds
+    assert settings.folds
     batches: dict[str, list[str]] = {}
     for batch, own in found.items():
         people = {p.participant for p in own}
-        if len(people) < study.folds:
+        if len(people) < settings.folds:
             raise UsageError(
-                f"--folds {study.folds}: {len(people)} people were scanned in {batch} and in "
-                f"{study.reference_batch}. Needed are as many as folds, and enough beside those of "
-                "a fold to learn from." + f" Up to {len(people)} folds may do." * (len(people) > 2))
+                f"--folds {settings.folds}: {len(people)} people were scanned in {batch} and in "
+                f"{cohort.reference_batch}. Needed are as many as folds, and enough beside those "
+                "of a fold to learn from."
+                + f" Up to {len(people)} folds may do." * (len(people) > 2))
         for person in people:
             batches.setdefault(person, []).append(batch)
-    mixed = np.random.default_rng([study.seed, 1]).permutation(sorted(batches)).tolist()
+    mixed = np.random.default_rng([settings.seed, 1]).permutation(sorted(batches)).tolist()
     mixed.sort(key=lambda person: batches[person])
-    parts = [sorted(mixed[k::study.folds]) for k in range(study.folds)]
+    parts = [sorted(mixed[k::settings.folds]) for k in range(settings.folds)]
     for part in parts:
         try:
-            method.ready(_without(study, part))
+            method.ready(_without(cohort, part))
         except UsageError as error:
             raise UsageError(
-                f"--folds {study.folds}: without sub-{', sub-'.join(part)}, of one fold, there "
+                f"--folds {settings.folds}: without sub-{', sub-'.join(part)}, of one fold, there "
                 f"is nothing to learn from. {error}"
                 + f" Up to {len(batches)} folds leave more." * (len(part) > 1)) from error
     return parts
 
 
-def _without(study: Study, people: Sequence[str]) -> Study:
-    table = study.statistics
-    return replace(study, statistics=table[~table["participant"].isin(people)], folds=None)
+def _without(cohort: Cohort, people: Sequence[str]) -> Cohort:
+    table = cohort.statistics
+    return replace(cohort, statistics=table[~table["participant"].isin(people)])
 
 
-def _tested(method: Harmonizer, study: Study, model: Checkpoint, batch: str,
-            own: Sequence[pairs.Pair]) -> Iterator[dict[str, Any]]:
+def _tested(method: Harmonizer, cohort: Cohort, settings: TrainingSettings, model: Checkpoint,
+            batch: str, own: Sequence[pairs.Pair]) -> Iterator[dict[str, Any]]:
     """Rows of `squares` of some pairs, and whose they are."""
     run = None
     for pair in track(own, f"{method.name}: testing"):
-        source, target, move = method.register(study, pair, not method.sloppy, study.states)
+        source, target, move = method.register(
+            cohort, pair, not method.context.sloppy, settings.states, settings.device)
         if pair.source != run:
             run = pair.source
             try:
-                signal = method.harmonize(source, model, batch, study.device).signal
+                signal = method.harmonize(source, model, batch, settings.device).signal
             except Refusal as refusal:
-                raise UsageError(f"--folds {study.folds}: {run} is not harmonized. {refusal}") \
+                raise UsageError(f"--folds {settings.folds}: {run} is not harmonized. {refusal}") \
                     from refusal
         for row in squares(source, replace(source, signal=signal), target, move):
             yield {"participant": pair.participant, **row}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from bidsapp import hyperparameters
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
@@ -117,37 +117,68 @@ class Upsampled:
 
 
 @dataclass(frozen=True)
-class Study:
-    """What the group level gives to `fit`.
+class Cohort:
+    """The participants of the group level: who was scanned where, and how to load a scan.
 
-    statistics: one row per run: participant, session, run, batch, the covariates, then features.
-    features: its columns of map statistics. covariates: its columns of age, sex, ….
-    reference_batch: the batch that others are mapped to, or None. acquisitions, voxel_sizes (mm):
-    of every run, by its name; load: reads that run. max_steps, seed, device: of trainings. states:
-    folder in which an interrupted training is kept. init: folder of the checkpoint that a training
-    starts from, instead of its own choice. folds: of the cross-validation, None for none. epochs:
-    of every stage of a training, and blocks: residual ones of a network, instead of the method's
-    own. paired_by: `session` where only scans of one session are pairs. devices: per node, and
-    nodes, of the processes that train together.
+    Parameters
+    ----------
+    statistics : DataFrame
+        One row per run: participant, session, run, batch, the covariates, then features.
+    features : tuple of str
+        Its columns of map statistics.
+    covariates : tuple of str
+        Its columns of age, sex, ….
+    reference_batch : str, optional
+        The batch that others are mapped to.
+    acquisitions : mapping
+        Acquisition of every run, by its name.
+    load : callable, optional
+        Reads a run by its name.
+    voxel_sizes : mapping
+        Voxel size in mm of every run, by its name.
+    paired_by : str, optional
+        `session` where only scans of one session are pairs.
     """
 
     statistics: pd.DataFrame
-    features: tuple[str, ...]
+    features: tuple[str, ...] = ()
     covariates: tuple[str, ...] = ()
     reference_batch: str | None = None
     acquisitions: Mapping[str, Acquisition] = field(default_factory=dict)
     load: Callable[[str], Dwi] | None = None
+    voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    paired_by: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What all trainings of a command share; what is a method's own is in its training.toml.
+
+    Parameters
+    ----------
+    max_steps : int, optional
+        Optimiser steps of each stage, at most.
+    folds : int, optional
+        Parts of the cross-validation; None for no cross-validation.
+    seed : int
+        Of whatever is random.
+    device : str
+        cpu, cuda or cuda:N.
+    devices : tuple of int
+        Devices per node, and nodes, of the processes that train together.
+    states : Path, optional
+        Folder in which the state of an interrupted training is kept.
+    init : Path, optional
+        Folder of the checkpoint that a training starts from, instead of the method's choice.
+    """
+
     max_steps: int | None = None
+    folds: int | None = None
     seed: int = 0
     device: str = "cpu"
+    devices: tuple[int, int] = (1, 1)
     states: Path | None = None
     init: Path | None = None
-    voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    folds: int | None = None
-    epochs: int | None = None
-    blocks: int | None = None
-    paired_by: str | None = None
-    devices: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -197,20 +228,41 @@ class Synthetic:
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class MethodContext:
+    """What a command tells its methods.
+
+    Parameters
+    ----------
+    sloppy : bool
+        What is trained is trained too briefly, to try everything else.
+    models : Path, optional
+        Folder of the checkpoints that the group level left.
+    settings : mapping
+        Hyper-parameters that differ from those of training.toml, by their paths there
+        (`hyperparameters.resolve`), by the method's name.
+    allow_extrapolation : bool
+        Weights may be used for a run outside of what they were trained for.
+    """
+
+    sloppy: bool = False
+    models: Path | None = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    allow_extrapolation: bool = False
+
+
 class Method(ABC):
     """A method of the literature: a folder of this package. `get(name)` makes one.
 
-    sloppy: what is trained is trained too briefly, to try everything else.
-    models: folder of the checkpoints that the group level left. allow_extrapolation: whether
-    weights may be used for a run outside of what they were trained for.
+    Parameters
+    ----------
+    context : MethodContext
+        What the command tells its methods.
     """
 
-    sloppy = False
-    allow_extrapolation = False
-    models: Path | None = None
-
-    def __init__(self) -> None:
+    def __init__(self, context: MethodContext | None = None) -> None:
         self.folder = Path(importlib.import_module(type(self).__module__).__file__ or "").parent
+        self.context = context or MethodContext()
 
     @property
     def name(self) -> str:
@@ -232,13 +284,22 @@ class Method(ABC):
         """Least and greatest value of every map, None for no limit."""
         return {key: tuple(of["range"]) for key, of in self.outputs["maps"].items()}
 
+    @property
+    def changed_settings(self) -> dict[str, Any]:
+        """Hyper-parameters that `--set` changes, by their paths in training.toml."""
+        return dict(self.context.settings.get(self.name, {}))
+
+    def paths(self, key: str) -> list[str]:
+        """The hyper-parameters of training.toml that a key names (`hyperparameters.paths`)."""
+        return hyperparameters.paths(hyperparameters.read(self.folder), key, self.context.sloppy)
+
     def settings(self, table: str, *variants: str) -> dict[str, Any]:
-        """A table of training.toml, with what VARIANT.TABLE says instead, sloppy last."""
-        tables = tomllib.loads((self.folder / "training.toml").read_text())
-        found = tables[table]
-        for variant in [*variants, *(["sloppy"] if self.sloppy else [])]:
-            found = _over(found, tables[variant][table])
-        return found
+        """A table of training.toml, with what VARIANT.TABLE says instead, sloppy last, and then
+        what `--set` says."""
+        if self.context.sloppy:
+            variants = (*variants, hyperparameters.SLOPPY)
+        return hyperparameters.select(hyperparameters.read(self.folder), table, variants,
+                                      self.changed_settings)
 
     @abstractmethod
     def check(self, acquisition: Acquisition) -> None:
@@ -291,20 +352,27 @@ class Synthesizer(FromSignal):
 
 
 class Trainable(Method):
-    """A method that learns from all participants.
-
-    counts_epochs, stacks_blocks: whether `fit` honours `Study.epochs`, `Study.blocks`.
-    """
-
-    counts_epochs: ClassVar[bool] = False
-    stacks_blocks: ClassVar[bool] = False
+    """A method that learns from all participants."""
 
     @abstractmethod
-    def fit(self, study: Study) -> Fitted:
+    def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Learn from all participants.
 
-        Raises:
-            UsageError: the study cannot carry the method; says what was found and what is needed.
+        Parameters
+        ----------
+        cohort : Cohort
+            The participants and their scans.
+        settings : TrainingSettings
+            How long, on which device, from which weights.
+
+        Returns
+        -------
+        Fitted
+
+        Raises
+        ------
+        UsageError
+            The cohort does not allow it; says what was found and what is needed.
         """
 
 
@@ -347,17 +415,12 @@ class GroupAnalysis(Trainable):
                       f"`group --train {self.name}` after the participants.")
 
 
-def _over(table: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    return {**table, **{k: _over(table[k], v) if isinstance(v, dict) else v
-                        for k, v in other.items()}}
-
-
 def names(kind: str = "") -> list[str]:
     """Folder names of the methods, e.g. all that start with `estimate_`."""
     return sorted(p.parent.name for p in FOLDER.glob(f"{kind}*/method.py"))
 
 
-def trainable(name: str) -> Trainable:
+def trainable(name: str, context: MethodContext | None = None) -> Trainable:
     """Load a method that `--train` names.
 
     Raises
@@ -365,14 +428,65 @@ def trainable(name: str) -> Trainable:
     UsageError
         There is none of this name, or it learns nothing.
     """
-    method = get(name)
+    method = get(name, context=context)
     if not isinstance(method, Trainable):
         raise UsageError(f"--train {method.name}: this method needs no training.")
     return method
 
 
-def get(name: str, kind: str = "") -> Method:
-    """Load a method by the name of its folder or by its short name.
+def read_settings(texts: Sequence[str], used: Sequence[Method], training: bool,
+                  sloppy: bool = False) -> dict[str, dict[str, Any]]:
+    """Read `--set METHOD.KEY=VALUE …`.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        What stands after the option; of two values for one hyper-parameter the last one holds.
+    used : sequence of Method
+        The methods of the command.
+    training : bool
+        Whether the command trains them: then the table `training` may be changed, else all others.
+    sloppy : bool
+        As of `MethodContext`.
+
+    Returns
+    -------
+    dict
+        As `MethodContext.settings`.
+
+    Raises
+    ------
+    UsageError
+        The method does not exist or is not used, it has no such hyper-parameter, the value is not
+        one that it may have, or it is of the other analysis level.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        target, _, value = text.partition("=")
+        name, _, key = target.partition(".")
+        try:
+            folder = find(name)
+        except UsageError as error:
+            raise UsageError(f"--set {text}: {error}") from error
+        method = next((m for m in used if m.name == folder), None)
+        if method is None:
+            there = ", ".join(m.name for m in used) or "none"
+            raise UsageError(f"--set {text}: this command does not use {folder}; its methods are: "
+                             f"{there}. Leave the option out, or ask for the method.")
+        values = hyperparameters.resolve(hyperparameters.read(method.folder), folder, key, value,
+                                         sloppy)
+        if any((path.split(".")[0] == hyperparameters.TRAINING) != training for path in values):
+            raise UsageError(
+                f"--set {text}: {folder} is not trained by this command, and {key} matters in its "
+                f"training alone. Give the option to group --train {folder}." if not training else
+                f"--set {text}: {key} does not matter in a training. Give the option to the "
+                "participant level.")
+        settings.setdefault(folder, {}).update(values)
+    return settings
+
+
+def find(name: str, kind: str = "") -> str:
+    """Find the folder of a method.
 
     Parameters
     ----------
@@ -383,7 +497,8 @@ def get(name: str, kind: str = "") -> Method:
 
     Returns
     -------
-    Method
+    str
+        Name of the folder.
 
     Raises
     ------
@@ -402,8 +517,29 @@ def get(name: str, kind: str = "") -> Method:
         raise UsageError(
             f"no such method yet: {name}. Available{f' to {kind}' if kind else ''} are: "
             f"{', '.join(found) or 'none'}." + (f" Did you mean {near[0]}?" if near else ""))
-    (folder,) = fitting
-    module = importlib.import_module(f"bidsapp.methods.{folder}.method")
+    return fitting[0]
+
+
+def get(name: str, kind: str = "", context: MethodContext | None = None) -> Method:
+    """Load a method by the name of its folder or by its short name.
+
+    Parameters
+    ----------
+    name, kind : str
+        As of `find`.
+    context : MethodContext, optional
+        What the command tells its methods.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    UsageError
+        As of `find`.
+    """
+    module = importlib.import_module(f"bidsapp.methods.{find(name, kind)}.method")
     (cls,) = [c for c in vars(module).values()
               if isinstance(c, type) and issubclass(c, Method) and c.__module__ == module.__name__]
-    return cls()
+    return cls(context)

@@ -1,4 +1,4 @@
-"""What the methods that map a batch to a reference batch share: which studies carry a training, and
+"""What the methods that map a batch to a reference batch share: which cohorts allow a training, and
 how scans are read and brought together for one."""
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ import pandas as pd
 from bidsapp.acquisition import SAME_B, Acquisition, describe_shells, same_shell
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import Fitted, Harmonized, Method, SiteHarmonizer, Study
+from bidsapp.methods import (
+    Cohort,
+    Fitted,
+    Harmonized,
+    Method,
+    SiteHarmonizer,
+    TrainingSettings,
+)
 from bidsapp.methods.scope import COVARIATES, nearest
 from bidsapp.preprocess import pairs, tissue
 
@@ -55,33 +62,33 @@ class Harmonizer(SiteHarmonizer):
                           f"weighting and {describe_shells(acquisition.shells)}. Needed are a b0 "
                           "and a shell. Leave the run out, or acquire them.")
 
-    def ready(self, study: Study) -> list[str]:
+    def ready(self, cohort: Cohort) -> list[str]:
         """Sentences on what makes a training doubtful.
 
         Raises:
-            UsageError: the study cannot carry one (`members`), as far as its tables tell.
+            UsageError: the cohort does not allow one (`members`), as far as its tables tell.
         """
-        members(self, study)
+        members(self, cohort)
         return []
 
     @abstractmethod
-    def learn(self, study: Study) -> Fitted:
-        """Models of a study that is ready.
+    def learn(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
+        """Models of a cohort that is ready.
 
         Raises:
             UsageError: a scan cannot be used.
         """
 
-    def fit(self, study: Study) -> Fitted:
-        """`learn`, where the study is ready; what there is to say is logged and goes into notices.
+    def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
+        """`learn`, where the cohort is ready; what there is to say is logged and goes into notices.
 
         Raises:
             UsageError: as of `ready` and `learn`.
         """
-        doubts = self._tell(self.ready(study))
-        if study.states:
-            study.states.mkdir(parents=True, exist_ok=True)
-        fitted = self.learn(study)
+        doubts = self._tell(self.ready(cohort))
+        if settings.states:
+            settings.states.mkdir(parents=True, exist_ok=True)
+        fitted = self.learn(cohort, settings)
         return replace(fitted, notices=[*doubts, *self._tell(fitted.notices)])
 
     def _tell(self, sentences: Sequence[str]) -> Sequence[str]:
@@ -89,14 +96,14 @@ class Harmonizer(SiteHarmonizer):
             log.warning("%s: %s", self.name, sentence)
         return sentences
 
-    def load(self, study: Study, run: str) -> Dwi:
+    def load(self, cohort: Cohort, run: str) -> Dwi:
         """A scan to learn from.
 
         Raises:
             UsageError: more than INVALID of its values were not finite, or any still is.
         """
-        assert study.load is not None
-        dwi = study.load(run)
+        assert cohort.load is not None
+        dwi = cohort.load(run)
         bad = dwi.invalid + int((~np.isfinite(dwi.signal)).sum())
         if bad > INVALID * dwi.signal.size or not np.isfinite(dwi.signal).all():
             raise UsageError(
@@ -105,18 +112,18 @@ class Harmonizer(SiteHarmonizer):
                 "Convert or preprocess the scan again, or leave it out with --participant-label.")
         return dwi
 
-    def register(self, study: Study, pair: pairs.Pair, deformable: bool, folder: Path | None
-                 ) -> tuple[Dwi, Dwi, pairs.Move]:
+    def register(self, cohort: Cohort, pair: pairs.Pair, deformable: bool, folder: Path | None,
+                 device: str) -> tuple[Dwi, Dwi, pairs.Move]:
         """Source, target, and where this lies in that; kept in the folder, if any.
 
         Raises:
             UsageError: a scan cannot be used, they show not the same, or hardly any tissue.
         """
-        source, both = self.load(study, pair.source), pair.kind == pairs.BOTH
-        target = source if pair.target == pair.source else self.load(study, pair.target)
+        source, both = self.load(cohort, pair.source), pair.kind == pairs.BOTH
+        target = source if pair.target == pair.source else self.load(cohort, pair.target)
         try:
             move = pairs.register(source, target, deformable=deformable and both,
-                                  device=study.device, work_dir=folder,
+                                  device=device, work_dir=folder,
                                   rigid=None if both else np.eye(4))
         except DataError as error:
             raise UsageError(f"--train {self.name}: {pair.source} and {pair.target}: {error} Or "
@@ -219,17 +226,17 @@ def known_reference(reference: str | None, counts: Mapping[str, int]) -> None:
                          + nearest(reference, counts))
 
 
-def members(method: Harmonizer, study: Study) -> dict[str, pd.DataFrame]:
+def members(method: Harmonizer, cohort: Cohort) -> dict[str, pd.DataFrame]:
     """The runs of each batch (rows of the statistics), the reference first, in order of names.
 
     Raises:
         UsageError: no reference batch is given, or no batch has its name; fewer than two batches,
             or people in one; runs differ in their shells, or the method refuses one.
     """
-    batches = {str(b): rows for b, rows in study.statistics.groupby("batch", sort=True)}
+    batches = {str(b): rows for b, rows in cohort.statistics.groupby("batch", sort=True)}
     counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
     found = ", ".join(f"{b}: {n}" for b, n in counts.items())
-    reference = study.reference_batch
+    reference = cohort.reference_batch
     known_reference(reference, counts)
     if reference is None:
         raise UsageError(f"--train {method.name} maps the other batches to one; found {found}. "
@@ -243,10 +250,10 @@ def members(method: Harmonizer, study: Study) -> dict[str, pd.DataFrame]:
                          f"every batch; found {found}. Add participants to {', '.join(small)}, or "
                          "leave it out with --participant-label.")
     ordered = {b: batches[b] for b in (reference, *(b for b in batches if b != reference))}
-    first = study.acquisitions[ordered[reference]["run"].iloc[0]]
+    first = cohort.acquisitions[ordered[reference]["run"].iloc[0]]
     for batch, rows in ordered.items():
         for run in rows["run"]:
-            shells = study.acquisitions[run].shells
+            shells = cohort.acquisitions[run].shells
             if len(shells) != len(first.shells) or not all(
                     map(same_shell, shells, first.shells)):
                 raise UsageError(
@@ -257,14 +264,14 @@ def members(method: Harmonizer, study: Study) -> dict[str, pd.DataFrame]:
                     f"{SAME_B:.0%}) and b-tensor shapes. Leave runs out with --participant-label, "
                     "or choose them with --bids-filter-file.")
             try:
-                method.check(study.acquisitions[run])
+                method.check(cohort.acquisitions[run])
             except Refusal as refusal:
                 raise UsageError(f"--train {method.name}: {run} cannot be used. {refusal}") \
                     from refusal
     return ordered
 
 
-def unlike(method: Method, study: Study, batches: Mapping[str, pd.DataFrame]) -> list[str]:
+def unlike(method: Method, cohort: Cohort, batches: Mapping[str, pd.DataFrame]) -> list[str]:
     """Sentences on each batch whose people differ from the reference's, the first, in age or sex:
     where groups stand for sites, that difference would be removed as the site's.
 
@@ -273,7 +280,7 @@ def unlike(method: Method, study: Study, batches: Mapping[str, pd.DataFrame]) ->
     """
     told: list[str] = []
     reference, *targets = batches
-    for batch, name in product(targets, (c for c in COVARIATES if c in study.covariates)):
+    for batch, name in product(targets, (c for c in COVARIATES if c in cohort.covariates)):
         groups = {b: batches[b].dropna(subset=name).groupby("participant")[name].first()
                   for b in (reference, batch)}
         both = pd.concat(list(groups.values()))

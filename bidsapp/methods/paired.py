@@ -23,7 +23,7 @@ from bidsapp.checkpoint import Card, Checkpoint, load
 from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import Fitted, Harmonized, Study, scope
+from bidsapp.methods import Cohort, Fitted, Harmonized, TrainingSettings, scope
 from bidsapp.methods import harmonizer as shared
 from bidsapp.methods.samples import (
     Samples,
@@ -41,7 +41,7 @@ from bidsapp.preprocess import intensity, pairs, tissue
 log = logging.getLogger("qsphere")
 
 SCAN = ("run", "n_voxels", "n_volumes", "noise_sd", "snr_b0", "ndc")
-"""Columns of a study that change where a scan does."""
+"""Columns of a cohort's statistics that change where a scan does."""
 
 
 UNVALIDATED = ("nobody who was scanned in both batches validated the model, so that its own error "
@@ -74,7 +74,6 @@ class PairedHarmonizer(shared.Harmonizer):
     taken for a difference of scanners.
     """
 
-    counts_epochs = True
     fewest: ClassVar[int] = 2
     learns_from: ClassVar[str] = "people in both batches"
     projects: ClassVar[bool] = False
@@ -91,12 +90,12 @@ class PairedHarmonizer(shared.Harmonizer):
                           "more directions on every shell, linear encoding. Leave the shell out "
                           "with --bids-filter-file, or harmonize with harmonize_mica.")
 
-    def ready(self, study: Study) -> list[str]:
+    def ready(self, cohort: Cohort) -> list[str]:
         """As of `Harmonizer.ready`; or a batch has too few participants that the reference has,
         too."""
-        reference, *targets = shared.members(self, study)
+        reference, *targets = shared.members(self, cohort)
         for batch in targets:
-            people = sorted({p.participant for p in self.scans(study, batch, reference)
+            people = sorted({p.participant for p in self.scans(cohort, batch, reference)
                              if p.kind == pairs.BOTH})
             if len(people) < self.fewest:
                 who = f"sub-{people[0]} alone was" if people else "nobody was"
@@ -107,26 +106,26 @@ class PairedHarmonizer(shared.Harmonizer):
                     "or train a method that needs no pairs (harmonize_mica).")
         return []
 
-    def learn(self, study: Study) -> Fitted:
+    def learn(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """A checkpoint for every batch but the reference; one of `models` that was trained on the
         same scans in the same way is kept, so that a new batch costs its own training alone.
 
         Raises:
             UsageError: a scan cannot be used, or a pair not be aligned.
         """
-        batches = shared.members(self, study)
+        batches = shared.members(self, cohort)
         reference, *targets = batches
         checkpoints = {}
         for batch in targets:
-            found = self.scans(study, batch, reference)
+            found = self.scans(cohort, batch, reference)
             name = (f"{shared.model_name(self, batch)}-to-"
                     + shared.model_name(self, reference).removeprefix(f"{self.name}_"))
             rows = {b: batches[b][batches[b]["run"].isin(
                 [r for p in found for r in (p.source, p.target)])] for b in (reference, batch)}
-            checkpoints[name] = self._one(study, name, found, {
-                "trained_for": scope.training_domain(study, rows, (batch,)),
+            checkpoints[name] = self._one(cohort, settings, name, found, {
+                "trained_for": scope.training_domain(cohort, rows, (batch,)),
                 "reference_batch": reference, "hashed": scope.hash_participants(rows),
-                "of": self._of(study, found, pd.concat(rows.values()))})
+                "of": self._of(settings, found, pd.concat(rows.values()))})
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
                  "Metrics": {n: {k: v for k, v in c.card.metrics.items() if k.startswith("mse")}
@@ -136,33 +135,33 @@ class PairedHarmonizer(shared.Harmonizer):
             "longer, or with more people."
             for name, c in checkpoints.items() if (rose := _rose(c.card.metrics))])
 
-    def scans(self, study: Study, batch: str, reference: str) -> list[pairs.Pair]:
+    def scans(self, cohort: Cohort, batch: str, reference: str) -> list[pairs.Pair]:
         """What is learned from."""
-        return pairs.find(study.statistics, reference, study.paired_by == "session")[batch]
+        return pairs.find(cohort.statistics, reference, cohort.paired_by == "session")[batch]
 
-    def _one(self, study: Study, name: str, found: Sequence[pairs.Pair], known: Mapping[str, Any]
-             ) -> Checkpoint:
+    def _one(self, cohort: Cohort, settings: TrainingSettings, name: str,
+             found: Sequence[pairs.Pair], known: Mapping[str, Any]) -> Checkpoint:
         """The model of a batch."""
         if kept := self._kept(name, known["of"]):
             log.info("%s: was trained on these scans before, and is kept", name)
             return kept
-        recipe = self._recipe(study, found)
-        start = self._start(study, recipe)
+        recipe = self._recipe(found)
+        start = self._start(settings, recipe)
         people = sorted({p.participant for p in found})
         began = time.monotonic()
         shells = known["trained_for"].shells
         names = [shell.name for shell in shells]
-        with scratch.temporary(study.states) as folder:
-            travellers = Travellers(self, study, list(found), [s.directions[1] for s in shells],
-                                    recipe["l_max"], recipe["deformable"], folder,
-                                    recipe["output"] == shared.CHANGE)
-            trained = self._trained(study, name, shells, recipe, travellers, people, start)
-            checkpoint = self._checkpoint(study, recipe, trained, known, found, start, began)
-            metrics = {**self._measured(trained, travellers, names, study.device),
-                       **self._maps(study, checkpoint, travellers, trained.held, names)}
+        with scratch.temporary(settings.states) as folder:
+            travellers = Travellers(
+                self, cohort, settings, list(found), [s.directions[1] for s in shells],
+                recipe["l_max"], recipe["deformable"], folder, recipe["output"] == shared.CHANGE)
+            trained = self._trained(settings, name, shells, recipe, travellers, people, start)
+            checkpoint = self._checkpoint(settings, recipe, trained, known, found, start, began)
+            metrics = {**self._measured(trained, travellers, names, settings.device),
+                       **self._maps(cohort, settings, checkpoint, travellers, trained.held, names)}
         return replace(checkpoint, card=replace(checkpoint.card, metrics=metrics))
 
-    def _checkpoint(self, study: Study, recipe: Mapping[str, Any], trained: Trained,
+    def _checkpoint(self, settings: TrainingSettings, recipe: Mapping[str, Any], trained: Trained,
                     known: Mapping[str, Any], found: Sequence[pairs.Pair],
                     start: Checkpoint | None, began: float) -> Checkpoint:
         """Without metrics."""
@@ -175,58 +174,66 @@ class PairedHarmonizer(shared.Harmonizer):
                       "validation": [[min(row.get("validation", math.nan) for row in h)
                                       for h in own] for own in trained.histories
                                      ] if trained.held else [],
-                      "seconds": round(time.monotonic() - began), "device": study.device,
+                      "seconds": round(time.monotonic() - began), "device": settings.device,
                       "data": "the brain mask of " + self.learns_from,
                       "start": start.card.sha256 if start else "identity or chance"},
-            intended_use=self.intended_use, seed=study.seed,
+            intended_use=self.intended_use, seed=settings.seed,
             versions={"qsphere": __version__, "torch": torch.__version__},
             constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"],
                        "output": recipe["output"]},
             reference_batch=known["reference_batch"]))
 
-    def _recipe(self, study: Study, found: Sequence[pairs.Pair]) -> dict[str, Any]:
+    def _recipe(self, found: Sequence[pairs.Pair]) -> dict[str, Any]:
         recipe = self.settings("training")
-        if study.blocks and self.stacks_blocks:
-            recipe["network"] = {**recipe["network"], "blocks": study.blocks}
+        if recipe["l_max"] % 2:
+            raise UsageError(f"--set {self.name}.l_max={recipe['l_max']}: an even degree is "
+                             "needed.")
+        if "training.l_max" in self.changed_settings:
+            recipe["network"] = {**recipe["network"], "l_max": recipe["l_max"]}
         return recipe
 
-    def _of(self, study: Study, found: Sequence[pairs.Pair], rows: pd.DataFrame) -> str:
+    def _of(self, settings: TrainingSettings, found: Sequence[pairs.Pair], rows: pd.DataFrame
+            ) -> str:
         """What tells one training from another: pairs, what is known of their scans, recipe."""
         scans = rows[[c for c in SCAN if c in rows]].sort_values("run").to_csv(index=False)
-        recipe = self._recipe(study, found)
-        start = self._start(study, recipe)
+        recipe = self._recipe(found)
+        start = self._start(settings, recipe)
         return hashlib.sha256(repr((
-            found, scans, recipe, study.seed, study.max_steps,
-            study.epochs, start and start.card.sha256, __version__)).encode()).hexdigest()[:16]
+            found, scans, recipe, settings.seed, settings.max_steps,
+            start and start.card.sha256, __version__)).encode()).hexdigest()[:16]
 
     def _kept(self, name: str, of: str) -> Checkpoint | None:
         try:
-            kept = load(self.models / name, self.name) if self.models else None
+            folder = self.context.models
+            kept = load(folder / name, self.name) if folder else None
         except DataError:
             return None
         return kept if kept and kept.card.training.get("of") == of else None
 
-    def _trained(self, study: Study, name: str, shells: Sequence[ShellRange],
+    def _trained(self, settings: TrainingSettings, name: str, shells: Sequence[ShellRange],
                  recipe: Mapping[str, Any], travellers: Travellers, people: Sequence[str],
                  start: Checkpoint | None) -> Trained:
         """Networks of some people, a share of whom validate."""
         both = [p for p in people if travellers.of({p})]
         count = min(max(1, round(recipe["held_out"] * len(both))), len(both) // 2)
-        held = set(np.random.default_rng(study.seed).permutation(both)[:count].tolist())
+        held = set(np.random.default_rng(settings.seed).permutation(both)[:count].tolist())
         learned = set(people) - held
         tensors, samples = {}, travellers.samples
         if self.warps:
             quantiles = travellers.quantiles(learned)
             tensors["quantiles"] = torch.from_numpy(quantiles.astype(np.float32))
             samples = travellers.warped(quantiles)
+        # how long a training lasts may change while it is interrupted
+        lasting = {**recipe, "stages": [{k: v for k, v in stage.items() if k != "epochs"}
+                                        for stage in recipe["stages"]]}
         networks, histories = [], []
         for shell, own in zip(shells, samples, strict=True):
             # the state of another training, of other people, with another recipe or by another
             # version's loss, is not this one's
-            state = hashlib.sha256(repr((sorted(learned), sorted(held), travellers.pairs, recipe,
-                                         study.init, __version__)).encode()).hexdigest()[:8]
+            state = hashlib.sha256(repr((sorted(learned), sorted(held), travellers.pairs, lasting,
+                                         settings.init, __version__)).encode()).hexdigest()[:8]
             network, history = self._train(
-                study, f"{name}.{shell.name}.{state}", recipe, own,
+                settings, f"{name}.{shell.name}.{state}", recipe, own,
                 [own.of(travellers.of(learned, kind)) for kind in pairs.KINDS],
                 own.of(travellers.of(held), recipe["validation"]),
                 start and _part(start, shell))
@@ -235,9 +242,10 @@ class PairedHarmonizer(shared.Harmonizer):
             histories.append(history)
         return Trained(tensors, networks, samples, sorted(held), histories)
 
-    def _start(self, study: Study, recipe: Mapping[str, Any]) -> Checkpoint | None:
+    def _start(self, settings: TrainingSettings, recipe: Mapping[str, Any]
+               ) -> Checkpoint | None:
         try:
-            start = load(study.init, self.name) if study.init else None
+            start = load(settings.init, self.name) if settings.init else None
             if start:
                 _part(start, start.card.trained_for.shells[0]).into(
                     build_network(recipe["network"]))
@@ -258,39 +266,40 @@ class PairedHarmonizer(shared.Harmonizer):
         return Learner(network, lambda size, g: samples(drawn(both, size, g), g.device),
                        lambda model, b: loss(model(b[0]), b).mean(), loss)
 
-    def _train(self, study: Study, name: str, recipe: Mapping[str, Any], samples: Samples,
-               mine: Sequence[torch.Tensor], others: torch.Tensor, start: Checkpoint | None
+    def _train(self, settings: TrainingSettings, name: str, recipe: Mapping[str, Any],
+               samples: Samples, mine: Sequence[torch.Tensor], others: torch.Tensor,
+               start: Checkpoint | None
                ) -> tuple[nn.Module, list[list[dict[str, float]]]]:
         """The stages one after another, each from the best of the one before, with voxels to learn
         from, by kind of pair, and others to validate, if any. start: weights of this shell."""
-        with training.seeded(study.seed):
+        with training.seeded(settings.seed):
             network = build_network(recipe["network"])
             if start:
                 start.into(network)
-            learner = self.learner(network, samples, mine, recipe, study.device, not start)
+            learner = self.learner(network, samples, mine, recipe, settings.device, not start)
 
         def validate(_: nn.Module) -> float:
             return float(torch.cat([learner.score(network(b[0]), b)
-                                    for b in samples.blocks(others, study.device)]).mean())
+                                    for b in samples.blocks(others, settings.device)]).mean())
 
         histories: list[list[dict[str, float]]] = []
         best, kept = math.inf, network.state_dict()
         for number, stage in enumerate(recipe["stages"], 1):
             options = dict(stage)
             size, epochs = options.pop("batch"), options.pop("epochs")
-            epochs = study.epochs or epochs
             every = math.ceil(min(max(map(len, mine)), recipe["epoch"]) / size)
-            steps = min(epochs * every, study.max_steps or epochs * every)
+            steps = min(epochs * every, settings.max_steps or epochs * every)
             schedule = training.Schedule(steps, validate_every=every, **options)
 
             def draw(generator: torch.Generator, size: int = size) -> list[training.Batch]:
                 return [learner.draw(size, generator)]
 
             histories.append(training.train(
-                learner.model, draw, learner.loss, schedule, seed=study.seed, device=study.device,
-                validate=validate if len(others) else None,
-                saved=study.states / f"{name}.{number}.ckpt" if study.states else None,
-                name=f"{name}, stage {number} of {len(recipe['stages'])}", devices=study.devices))
+                learner.model, draw, learner.loss, schedule, seed=settings.seed,
+                device=settings.device, validate=validate if len(others) else None,
+                saved=settings.states / f"{name}.{number}.ckpt" if settings.states else None,
+                name=f"{name}, stage {number} of {len(recipe['stages'])}",
+                devices=settings.devices))
             found = min(row.get("validation", -math.inf) for row in histories[-1])
             if found < best or not len(others):
                 best = found
@@ -318,8 +327,9 @@ class PairedHarmonizer(shared.Harmonizer):
                         values[raw.tissue[voxels] == value].mean())
         return found
 
-    def _maps(self, study: Study, model: Checkpoint, travellers: Travellers, held: Sequence[str],
-              shells: Sequence[str]) -> dict[str, float]:
+    def _maps(self, cohort: Cohort, settings: TrainingSettings, model: Checkpoint,
+              travellers: Travellers, held: Sequence[str], shells: Sequence[str]
+              ) -> dict[str, float]:
         """Mean square error and bias (mean difference) of FA and MD (µm²/ms) of those who
         validated, by tissue, before and after, as the model is applied to them; and error_SHELL,
         by how much the mean over directions still errs in them, relative to it."""
@@ -327,9 +337,9 @@ class PairedHarmonizer(shared.Harmonizer):
         labels, errors = [], []
         for i in sorted(travellers.of(set(held))):
             pair = travellers.pairs[i]
-            source, target = (self.load(study, run) for run in (pair.source, pair.target))
+            source, target = (self.load(cohort, run) for run in (pair.source, pair.target))
             move = travellers.move(i)
-            made = self.harmonize(source, model, model.card.batches[0], study.device)
+            made = self.harmonize(source, model, model.card.batches[0], settings.device)
             harmonized = replace(source, signal=made.signal,
                                  noise_gain=shared.noise_gain(source, made))
             for when, dwi in (("before", source), ("after", harmonized)):

@@ -18,7 +18,7 @@ from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
-from bidsapp.methods import Study
+from bidsapp.methods import Cohort, TrainingSettings
 from bidsapp.methods.harmonizer import Harmonizer
 from bidsapp.networks.shresnet import CENTRE, SHResNet, neighbours, patches
 from bidsapp.preprocess import intensity, pairs
@@ -157,23 +157,24 @@ class Travellers:
     pairs: their order is that of `Samples.pair`. samples: one for each shell.
     """
 
-    def __init__(self, method: Harmonizer, study: Study, found: list[pairs.Pair],
-                 directions: list[int], l_max: int, deformable: bool, folder: Path,
-                 series: bool = False) -> None:
-        self.method, self.study, self.pairs, self.folder = method, study, found, folder
+    def __init__(self, method: Harmonizer, cohort: Cohort, settings: TrainingSettings,
+                 found: list[pairs.Pair], directions: list[int], l_max: int, deformable: bool,
+                 folder: Path, series: bool = False) -> None:
+        self.method, self.cohort, self.pairs, self.folder = method, cohort, found, folder
         self.l_max = l_max
         self.samples: list[Samples] = []
         for k, most in enumerate(directions):
             (own := folder / str(k)).mkdir()
             self.samples.append(Samples(own, most, l_max, series))
-        kept = study.states or folder
-        if (together := math.prod(study.devices)) > 1:
+        kept = settings.states or folder
+        if (together := math.prod(settings.devices)) > 1:
             # each process registers its share, and finds those of the others
             share = found[training.processes()[0]::together]
             for pair in track(share, f"{method.name}: registering, this process:"):
-                method.register(study, pair, deformable, kept)
+                method.register(cohort, pair, deformable, kept, settings.device)
         for i, pair in enumerate(track(found, f"{method.name}: registering")):
-            source, target, move = method.register(study, pair, deformable, kept)
+            source, target, move = method.register(cohort, pair, deformable, kept,
+                                                   settings.device)
             move.save(folder / f"{i}.npz")
             aligned = pairs.Aligned(**vars(move), image=pairs.carried(source, l_max, move),
                                     target=pairs.ratios(target, move))
@@ -211,7 +212,7 @@ class Travellers:
         for file in files:
             file.unlink(missing_ok=True)
         for i, pair in enumerate(track(self.pairs, f"{self.method.name}: warping intensities")):
-            dwi = self.method.load(self.study, pair.source)
+            dwi = self.method.load(self.cohort, pair.source)
             new = replace(dwi, signal=intensity.warped(dwi, quantiles[1], quantiles[0])[0])
             moved = pairs.carried(new, self.l_max, self.move(i))
             for file, image in zip(files, moved, strict=True):
@@ -220,7 +221,7 @@ class Travellers:
 
     def _quantiles(self, run: str) -> np.ndarray:
         try:
-            return intensity.quantiles(self.method.load(self.study, run))
+            return intensity.quantiles(self.method.load(self.cohort, run))
         except DataError as error:
             raise UsageError(f"--train {self.method.name}: {run} {error}") from error
 

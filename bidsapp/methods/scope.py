@@ -12,19 +12,19 @@ import numpy as np
 import pandas as pd
 
 from bidsapp.domain import TrainingDomain
-from bidsapp.methods import Study
+from bidsapp.methods import Cohort
 
 COVARIATES = ("age", "sex")
 """Those whose ranges a card tells."""
 
 
-def training_domain(study: Study, batches: Mapping[str, pd.DataFrame], sites: Iterable[str]
+def training_domain(cohort: Cohort, batches: Mapping[str, pd.DataFrame], sites: Iterable[str]
                     ) -> TrainingDomain:
     """Describe the runs that a harmonizer learns from.
 
     Parameters
     ----------
-    study : Study
+    cohort : Cohort
         Acquisitions and voxel sizes of the runs.
     batches : mapping of str to DataFrame
         Rows of the statistics by site, the reference among them.
@@ -38,7 +38,7 @@ def training_domain(study: Study, batches: Mapping[str, pd.DataFrame], sites: It
         ages and sexes of the participants.
     """
     rows = [row for table in batches.values() for row in table.to_dict("records")]
-    sizes = [sorted(study.voxel_sizes[r["run"]]) for r in rows if r["run"] in study.voxel_sizes]
+    sizes = [sorted(cohort.voxel_sizes[r["run"]]) for r in rows if r["run"] in cohort.voxel_sizes]
 
     def seen(key: str) -> tuple[Any, ...]:
         values = [r[key] for r in rows if r.get(key) == r.get(key) and r.get(key) is not None]
@@ -48,11 +48,12 @@ def training_domain(study: Study, batches: Mapping[str, pd.DataFrame], sites: It
         return (min(finite), max(finite)) if finite else ()
 
     return TrainingDomain.of_acquisitions(
-        [study.acquisitions[row["run"]] for row in rows], snr=seen("snr_b0") or None,
+        [cohort.acquisitions[row["run"]] for row in rows], snr=seen("snr_b0") or None,
         voxel_size=tuple((round(float(min(edge)), 3), round(float(max(edge)), 3))
                          for edge in zip(*sizes, strict=True)),
         sites=tuple(sites),
-        covariates={c: values for c in COVARIATES if c in study.covariates and (values := seen(c))})
+        covariates={c: values for c in COVARIATES
+                    if c in cohort.covariates and (values := seen(c))})
 
 
 def hash_participants(batches: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:

@@ -8,10 +8,14 @@ from typing import ClassVar
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
-from bidsapp.methods import Derived, Estimator, Fitted, Study, Trainable
+from bidsapp.errors import UsageError
+from bidsapp.methods import Cohort, Derived, Estimator, Fitted, Trainable, TrainingSettings
 from bidsapp.microstructure import learn, maps
 from bidsapp.preprocess import deconvolution
 from bidsapp.simulate.tissue import Tissue
+
+FROM_RUNS = ("training.trained_for.", "training.groups", "training.network.shells")
+"""Hyper-parameters, by how their paths start, that a training for one acquisition does not read."""
 
 
 class SphericalMethod(Estimator, Trainable):
@@ -30,12 +34,12 @@ class SphericalMethod(Estimator, Trainable):
     @cached_property
     def weights(self) -> list[Checkpoint]:
         """Networks trained at group level and the one that ships, loaded once."""
-        return maps.find_weights(self.name, self.models)
+        return maps.find_weights(self.name, self.context.models)
 
     def select(self, acquisition: Acquisition) -> Checkpoint:
         """Select the weights for a run (`maps.select_weights`)."""
         return maps.select_weights(self.name, self.weights, acquisition,
-                                   allow=self.allow_extrapolation)
+                                   allow=self.context.allow_extrapolation)
 
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal where neither a network trained at group level fits the acquisition, nor
@@ -47,20 +51,23 @@ class SphericalMethod(Estimator, Trainable):
 
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         return Derived(*maps.estimate(self.select(dwi.acquisition), self.tissue, dwi, device,
-                                      allow=self.allow_extrapolation))
+                                      allow=self.context.allow_extrapolation))
 
-    def fit(self, study: Study) -> Fitted:
-        """A network for the one acquisition that all runs of the study share; a share of the
+    def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
+        """A network for the one acquisition that all runs of the cohort share; a share of the
         densities it learns from (`simulate.tissue.MEASURED`) are of their own voxels."""
+        if given := [path for path in self.changed_settings if path.startswith(FROM_RUNS)]:
+            raise UsageError(f"--set {self.name}.{given[0]}: a training at group level takes it "
+                             "from the runs. Leave the option out.")
         table = None
-        if self.tissue.watson is None and study.load:
+        if self.tissue.watson is None and cohort.load:
             table = deconvolution.of_study(
-                study.load, list(study.acquisitions), voxels=20 if self.sloppy else 2000,
-                seed=study.seed, device=study.device)
+                cohort.load, list(cohort.acquisitions), voxels=20 if self.context.sloppy else 2000,
+                seed=settings.seed, device=settings.device)
         name, checkpoint = learn.for_one(
-            self.name, self.recipe("one"), study.acquisitions,
-            study.statistics["snr_b0"].tolist(), table=table,
-            steps=study.max_steps, seed=study.seed, device=study.device, states=study.states,
-            intended_use=self.intended_use, init=study.init, devices=study.devices)
+            self.name, self.recipe("one"), cohort.acquisitions,
+            cohort.statistics["snr_b0"].tolist(), table=table, steps=settings.max_steps,
+            seed=settings.seed, device=settings.device, states=settings.states,
+            intended_use=self.intended_use, init=settings.init, devices=settings.devices)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
                            "Metrics": checkpoint.card.metrics}, {name: checkpoint})

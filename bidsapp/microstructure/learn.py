@@ -359,8 +359,8 @@ def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition]
     # the state of a training of other people, weights at the start, or recipe is not this one's
     of = hashlib.sha256(repr((
         __version__, recipe.network, recipe.batch, recipe.pool, recipe.passes, recipe.beta,
-        recipe.density, recipe.unbiased, recipe.odfs, recipe.trained_for.snr, start and
-        start.card.sha256)).encode())
+        recipe.density, recipe.unbiased, recipe.odfs, recipe.trained_for.snr, recipe.held_out,
+        replace(recipe.schedule, steps=1), start and start.card.sha256)).encode())
     for array in (acquisition.bvals, acquisition.bvecs, () if table is None else table.numpy()):
         of.update(np.ascontiguousarray(array).tobytes())
     saved = states / f"{name}.{of.hexdigest()[:8]}.ckpt" if states else None

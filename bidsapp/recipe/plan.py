@@ -73,15 +73,17 @@ def chosen_methods(options: Options) -> list[FromSignal]:
     Raises
     ------
     UsageError
-        A name that no folder under methods/ has.
+        A name that no folder under methods/ has, or --set names what none of them has.
     """
     available = methods.names("estimate_")
     estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in available]
     chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
               *([methods.get("synthesize")] if options.synthesize else [])]
-    for method in chosen:
-        method.sloppy, method.models = options.sloppy, options.output_dir / harmonize.MODELS
-        method.allow_extrapolation = options.allow_extrapolation
+    context = methods.MethodContext(
+        options.sloppy, options.output_dir / harmonize.MODELS,
+        methods.read_settings(options.set, chosen, training=False, sloppy=options.sloppy),
+        allow_extrapolation=options.allow_extrapolation)
+    chosen = [methods.get(method.name, context=context) for method in chosen]
     return [m for m in chosen if isinstance(m, FromSignal)]
 
 

@@ -387,6 +387,7 @@ class Estimate(Step):
                 "allow_extrapolation": bool(found) and options.allow_extrapolation,
                 "anatomy": [sha256(f) if f.is_file() else str(f) for f in anatomy],
                 "synthesis": synthesis if isinstance(self.method, Synthesizer) else None,
+                "settings": self.method.changed_settings,
                 "sloppy": options.sloppy, "seed": options.random_seed}
 
     def describe(self) -> str:
@@ -397,6 +398,7 @@ class Estimate(Step):
         source = t1w.name if t1w else "the DWI alone, no T1w"
         return (self.method.name + f" of the {self.desc} signal" * bool(self.desc)
                 + f": tissue from {source}" * self.method.wants_tissue
+                + "".join(f"; {k} = {v}" for k, v in self.method.changed_settings.items())
                 + f", outside of its training: {'; '.join(violations)}" * bool(violations))
 
     @property
@@ -414,6 +416,8 @@ class Estimate(Step):
             stage = replace(stage, dwi=replace(stage.dwi, tissue=tissue))
         log.info("%s: %s on %d voxels", context.run.name, self.name, len(stage.dwi.signal))
         derived = method.run(stage.dwi, context.options, context.device)
+        if settings := method.changed_settings:
+            derived = replace(derived, parameters={**derived.parameters, "Settings": settings})
         if stage.no_intervals:
             derived = derived.without_intervals(stage.no_intervals)
         elif stage.widening > 1:

@@ -69,6 +69,9 @@ def _method(method: Method) -> str:
         text += f" {about}"
     if made:
         text += f" Maps: {'; '.join(made)}."
+    if changed := method.changed_settings:
+        text += (" Hyper-parameters that differ from the method's own: "
+                 f"{'; '.join(f'{path} = {value}' for path, value in changed.items())}.")
     return text
 
 

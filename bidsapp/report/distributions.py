@@ -10,32 +10,32 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from bidsapp.evaluate import quality
-from bidsapp.methods import Fitted, Study
+from bidsapp.methods import Cohort, Fitted
 from bidsapp.report.canvas import PALETTE, STYLE, WIDTH, figure, scaled_unit, svg
 from bidsapp.report.figures import Figure, units_of
 
 
-def of_group(study: Study, fitted: Mapping[str, Fitted]) -> list[Figure]:
+def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
     """Map statistics by batch; once more where participants were harmonized, and for every table
     that a method made of them."""
-    features = list(study.features)
+    features = list(cohort.features)
     if not features:
         return []
     units = {f: units_of(d) for f, d in quality.columns(features).items()}
-    runs = len(study.statistics)
+    runs = len(cohort.statistics)
     with mpl.rc_context(STYLE):
         drawn = [Figure(
             "dwimap", {"desc": "distributions"},
-            _distributions([("as measured", study.statistics)], features, units),
+            _distributions([("as measured", cohort.statistics)], features, units),
             "Map statistics by batch",
             f"Mean of each map over the brain mask; a point per run ({runs} in all), a line from "
             "the lower to the upper quartile and a bar at the median of each batch.",
             "Distributions")]
-        if pairs := quality.harmonized(study.statistics, features):
-            after = study.statistics[["batch", *pairs]].rename(columns=pairs)
+        if pairs := quality.harmonized(cohort.statistics, features):
+            after = cohort.statistics[["batch", *pairs]].rename(columns=pairs)
             drawn.append(Figure(
                 "dwimap", {"desc": "harmonized"},
-                _distributions([("before", study.statistics), ("after", after)],
+                _distributions([("before", cohort.statistics), ("after", after)],
                                list(pairs.values()), units),
                 "Before and after harmonization of the images",
                 "Maps of the measured signal (open circles) and of the harmonized one (filled "
@@ -49,7 +49,8 @@ def of_group(study: Study, fitted: Mapping[str, Fitted]) -> list[Figure]:
                 label = name.removeprefix("desc-").split("_")[0]
                 drawn.append(Figure(
                     "dwimap", {"desc": label},
-                    _distributions([("before", study.statistics), ("after", table)], shared, units),
+                    _distributions([("before", cohort.statistics), ("after", table)], shared,
+                                   units),
                     f"Before and after {label}",
                     f"{method}: the statistics of every run before (open circles), and after "
                     "(filled circles; runs of one participant in one batch are averaged first).",

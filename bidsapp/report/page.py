@@ -18,7 +18,7 @@ from urllib.parse import quote
 from bidsapp import __version__, methods
 from bidsapp.errors import UsageError
 from bidsapp.evaluate import biology, quality
-from bidsapp.methods import Fitted, Method, Study
+from bidsapp.methods import Cohort, Fitted, Method
 from bidsapp.report import boilerplate
 
 if TYPE_CHECKING:
@@ -56,28 +56,28 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
         log=log.relative_to(root) if log else "", **_common(_texts(records), used))
 
 
-def group(study: Study, outliers: pd.DataFrame, between: pd.DataFrame, effects: pd.DataFrame,
+def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects: pd.DataFrame,
           drawn: Sequence[Figure], fitted: Mapping[str, Fitted], *,
           chosen: Sequence[Method], notice: str = "",
           records: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page of a group: batches, distributions, outliers, agreement between sites (`between`),
     what harmonization left of people's differences (`effects`), what was trained."""
-    table = study.statistics
+    table = cohort.statistics
     batches = [{"name": name, "participants": members["participant"].nunique(),
                 "runs": len(members)} for name, members in table.groupby("batch", sort=True)]
     estimates = _methods(name for name in methods.names("estimate_") if any(
-        c.startswith(f"{name.removeprefix('estimate_')}_") for c in study.features))
+        c.startswith(f"{name.removeprefix('estimate_')}_") for c in cohort.features))
     units = quality.columns(table.columns)
     statistics = [
         {"name": feature.removesuffix("_mean"), "units": units[feature]["Units"], "cells": [
             f"{_number(float(v.mean()))} ± {_number(float(v.std()))}"
             for _, v in table.groupby("batch", sort=True)[feature]]}
-        for feature in (*study.features, *quality.harmonized(table, study.features))]
+        for feature in (*cohort.features, *quality.harmonized(table, cohort.features))]
     return _templates().get_template("group.html").render(
         title="Group", notice=notice, batches=batches, statistics=statistics, n_runs=len(table),
-        min_runs=quality.MIN_RUNS, threshold=quality.OUTLIER, covariates=study.covariates,
-        reference=study.reference_batch, outliers=outliers.to_dict("records"),
-        features=study.features, between=_between(between, study.reference_batch or "the mean"),
+        min_runs=quality.MIN_RUNS, threshold=quality.OUTLIER, covariates=cohort.covariates,
+        reference=cohort.reference_batch, outliers=outliers.to_dict("records"),
+        features=cohort.features, between=_between(between, cohort.reference_batch or "the mean"),
         effects=_effects(effects), loss=biology.LOSS,
         changes={what: biology.name_effects(effects, kind)
                  for kind, what in biology.CHANGES.items()},

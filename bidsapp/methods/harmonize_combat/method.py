@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bidsapp.errors import UsageError
-from bidsapp.methods import Fitted, GroupAnalysis, Study
+from bidsapp.methods import Cohort, Fitted, GroupAnalysis, TrainingSettings
 from bidsapp.methods.harmonize_combat.equations import BatchEffects, estimate
 from bidsapp.methods.harmonizer import CONFOUNDED, coded, explained, known_reference
 
@@ -24,7 +24,7 @@ CONSTANT = 1e-10
 class Combat(GroupAnalysis):
     """ComBat over one row per participant and batch (runs of a batch are averaged first)."""
 
-    def fit(self, study: Study) -> Fitted:
+    def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Harmonize the statistics and estimate the batch effects.
 
         Covariates are used where every participant has them: numeric as they are, others as
@@ -36,24 +36,24 @@ class Combat(GroupAnalysis):
                 features that vary; a covariate confounded with the batch; covariates that depend
                 on each other, or too many for the participants; an unknown reference batch.
         """
-        rows, kept = self._rows(study)
-        self._refuse(rows, list(study.features), kept, study.reference_batch)
+        rows, kept = self._rows(cohort)
+        self._refuse(rows, list(cohort.features), kept, cohort.reference_batch)
         design, batches = _design(rows, kept), sorted(set(rows["batch"]))
-        features = _varying(rows, list(study.features), design)
-        effects = _learn(rows, features, design, batches, study.reference_batch)
+        features = _varying(rows, list(cohort.features), design)
+        effects = _learn(rows, features, design, batches, cohort.reference_batch)
         harmonized = rows[["participant", "batch", *kept]].copy()
         harmonized[features] = _remove(effects, rows, features, design, batches)
         model = {
             "Method": self.name, "Model": self.outputs["model"], "Batches": {
                 b: int((rows["batch"] == b).sum()) for b in batches},
-            "ReferenceBatch": study.reference_batch, "Covariates": kept, "Features": features,
+            "ReferenceBatch": cohort.reference_batch, "Covariates": kept, "Features": features,
             "Alpha": effects.alpha.tolist(),
             "Beta": dict(zip(design.columns, effects.beta.tolist(), strict=True)),
             "Sigma": effects.sigma.tolist(),
             "Gamma": dict(zip(batches, effects.gamma.tolist(), strict=True)),
             "Delta": dict(zip(batches, effects.delta.tolist(), strict=True)),
         }
-        constant = [f for f in study.features if f not in features]
+        constant = [f for f in cohort.features if f not in features]
         notices = [f"ComBat left out {', '.join(constant)}: the value is the same for everyone in "
                    "a batch, or follows there from the covariates, so it cannot be scaled. Check "
                    "that the participants are different scans."] if constant else []
@@ -61,12 +61,12 @@ class Combat(GroupAnalysis):
             log.warning("%s: %s", self.name, notice)
         return Fitted({"desc-combat_dwimap": harmonized}, model, notices=notices)
 
-    def cross_validate(self, study: Study, parts: Sequence[Sequence[str]]) -> pd.DataFrame:
+    def cross_validate(self, cohort: Cohort, parts: Sequence[Sequence[str]]) -> pd.DataFrame:
         """Harmonize everyone by what ComBat learns from the people of the other parts.
 
         Parameters
         ----------
-        study
+        cohort
             As of `fit`.
         parts
             Participants of each part; together everyone, nobody twice.
@@ -82,8 +82,8 @@ class Combat(GroupAnalysis):
             As of `fit`, of the people left to learn from; nobody of a batch, or of a category of a
             covariate, is left among them.
         """
-        rows, kept = self._rows(study)
-        features, harmonized = list(study.features), rows.copy()
+        rows, kept = self._rows(cohort)
+        features, harmonized = list(cohort.features), rows.copy()
         design, batches = _design(rows, kept), sorted(set(rows["batch"]))
         tests = [rows["participant"].isin(part).to_numpy() for part in parts]
         for part, tested in zip(parts, tests, strict=True):
@@ -95,22 +95,22 @@ class Combat(GroupAnalysis):
                         f"ComBat: without sub-{', sub-'.join(part)} nobody of {column} "
                         f"{', '.join(map(str, lacking))} is left to learn from. Give fewer people "
                         "to a part.")
-            self._refuse(rest, features, kept, study.reference_batch)
+            self._refuse(rest, features, kept, cohort.reference_batch)
             features = _varying(rest, features, design[~tested])
         for tested in tests:
             effects = _learn(rows[~tested], features, design[~tested], batches,
-                             study.reference_batch)
+                             cohort.reference_batch)
             harmonized.loc[tested, features] = _remove(
                 effects, rows[tested], features, design[tested], batches)
         return harmonized[["participant", "batch", *kept, *features]]
 
-    def _rows(self, study: Study) -> tuple[pd.DataFrame, list[str]]:
+    def _rows(self, cohort: Cohort) -> tuple[pd.DataFrame, list[str]]:
         """A row for each participant and batch, and the covariates that are kept."""
-        table = study.statistics
-        kept = [c for c in study.covariates if table[c].notna().all() and table[c].nunique() > 1
+        table = cohort.statistics
+        kept = [c for c in cohort.covariates if table[c].notna().all() and table[c].nunique() > 1
                 and not self._is_label(table, c)]
         runs = table.groupby(["participant", "batch"], sort=True)
-        means = runs[list(study.features)].agg(_mean)
+        means = runs[list(cohort.features)].agg(_mean)
         return pd.concat([means, runs[kept].first()], axis=1).reset_index(), kept
 
     def _is_label(self, table: pd.DataFrame, column: str) -> bool:

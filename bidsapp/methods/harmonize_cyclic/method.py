@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bidsapp import sh, training
-from bidsapp.methods import Study
+from bidsapp.methods import Cohort
 from bidsapp.methods import harmonizer as shared
 from bidsapp.methods.paired import Learner, PairedHarmonizer, drawn
 from bidsapp.methods.samples import BLOCK, MEASURES, Samples, errors, weighed
@@ -34,15 +34,15 @@ class CyclicHarmonizer(PairedHarmonizer):
         "difference between the batches for one of scanners: they must be alike in age, sex and "
         "disease. Not for diagnosis.")
 
-    def ready(self, study: Study) -> list[str]:
+    def ready(self, cohort: Cohort) -> list[str]:
         """As of `PairedHarmonizer`, without need of pairs; of `harmonizer.unlike`; and where there
         are few people and no pair."""
-        batches = shared.members(self, study)
+        batches = shared.members(self, cohort)
         reference, *targets = batches
-        told = [*super().ready(study), *shared.unlike(self, study, batches)]
+        told = [*super().ready(cohort), *shared.unlike(self, cohort, batches)]
         for batch in targets:
             few = shared.scarce({b: batches[b] for b in (reference, batch)}, WANTED)
-            if few and not _paired(self.scans(study, batch, reference)):
+            if few and not _paired(self.scans(cohort, batch, reference)):
                 told.append(
                     f"{few}, and nobody was scanned in {batch} and in {reference}. What so few "
                     "people differ in by chance is taken for the scanners'. Harmonize with "
@@ -50,14 +50,14 @@ class CyclicHarmonizer(PairedHarmonizer):
                     "simulated ones), or scan one or more in both.")
         return told
 
-    def _recipe(self, study: Study, found: Sequence[pairs.Pair]) -> dict[str, Any]:
+    def _recipe(self, found: Sequence[pairs.Pair]) -> dict[str, Any]:
         """Generators have fine gains where pairs teach them."""
-        recipe = super()._recipe(study, found)
+        recipe = super()._recipe(found)
         return {**recipe, "network": {**recipe["network"], "fine": _paired(found)}}
 
-    def scans(self, study: Study, batch: str, reference: str) -> list[pairs.Pair]:
-        return [*pairs.alone(study.statistics, batch, reference),
-                *super().scans(study, batch, reference)]
+    def scans(self, cohort: Cohort, batch: str, reference: str) -> list[pairs.Pair]:
+        return [*pairs.alone(cohort.statistics, batch, reference),
+                *super().scans(cohort, batch, reference)]
 
     def learner(self, network: nn.Module, samples: Samples, mine: Sequence[torch.Tensor],
                 recipe: Mapping[str, Any], device: str, fresh: bool) -> Learner:

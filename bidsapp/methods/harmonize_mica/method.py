@@ -19,7 +19,7 @@ from bidsapp import __version__
 from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
-from bidsapp.methods import Fitted, Harmonized, Study, scope
+from bidsapp.methods import Cohort, Fitted, Harmonized, TrainingSettings, scope
 from bidsapp.methods import harmonizer as shared
 from bidsapp.preprocess import intensity
 from bidsapp.progress import track
@@ -36,27 +36,27 @@ WANTED = 16
 class Mica(shared.Harmonizer):
     """Quantiles of S/S0 in the mask, by shell, and the warp from a scan's to the reference's."""
 
-    def ready(self, study: Study) -> list[str]:
+    def ready(self, cohort: Cohort) -> list[str]:
         """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
-        batches = shared.members(self, study)
+        batches = shared.members(self, cohort)
         few = shared.scarce(batches, WANTED)
-        doubts = shared.unlike(self, study, batches)
+        doubts = shared.unlike(self, cohort, batches)
         if few:
             doubts.insert(0, f"{few}; {WANTED} or more are needed for a mean distribution that "
                              "does not hold people's differences, which the warp would remove with "
                              "the site's")
         return doubts
 
-    def learn(self, study: Study) -> Fitted:
+    def learn(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """The mean quantiles of the reference batch; one checkpoint serves all other batches.
 
         Raises:
             UsageError: a scan has hardly any signal above 0.
         """
-        batches = shared.members(self, study)
+        batches = shared.members(self, cohort)
         reference, *targets = batches
-        known = scope.training_domain(study, batches, targets)
-        found = {batch: self._people(study, rows) for batch, rows in batches.items()}
+        known = scope.training_domain(cohort, batches, targets)
+        found = {batch: self._people(cohort, rows) for batch, rows in batches.items()}
         mean = found[reference].mean(axis=0)
         metrics = {f"distance_{shell.name}_{batch}": float(
             np.abs(people[:, k] - _others(people, batch == reference, mean)[:, k]).mean())
@@ -69,7 +69,7 @@ class Mica(shared.Harmonizer):
             if all(metrics[f"distance_{s}_{batch}"] <= metrics[f"distance_{s}_{reference}"]
                    for s in (shell.name for shell in known.shells))]
         card = Card(
-            method=self.name, network={}, trained_for=known, seed=study.seed,
+            method=self.name, network={}, trained_for=known, seed=settings.seed,
             training={"participants": scope.hash_participants(batches),
                       "data": "S/S0 within the mask"},
             intended_use=(
@@ -83,17 +83,17 @@ class Mica(shared.Harmonizer):
         return Fitted({}, model, {shared.model_name(self, f"to{reference}"): Checkpoint(
             {"quantiles": quantiles}, card)}, doubts)
 
-    def _people(self, study: Study, rows: pd.DataFrame) -> np.ndarray:
+    def _people(self, cohort: Cohort, rows: pd.DataFrame) -> np.ndarray:
         """(participant, shell, GRID) quantiles; runs of one participant are averaged."""
         people = [own["run"] for _, own in rows.groupby("participant", sort=True)]
-        return np.stack([np.mean([self._quantiles(study, run) for run in runs], axis=0)
+        return np.stack([np.mean([self._quantiles(cohort, run) for run in runs], axis=0)
                          for runs in track(people, f"{self.name}: participants")])
 
-    def _quantiles(self, study: Study, run: str) -> np.ndarray:
+    def _quantiles(self, cohort: Cohort, run: str) -> np.ndarray:
         """(shell, GRID) of one run."""
-        assert study.load is not None
+        assert cohort.load is not None
         try:
-            return intensity.quantiles(study.load(run))
+            return intensity.quantiles(cohort.load(run))
         except DataError as error:
             raise UsageError(f"--train {self.name}: {run} {error}") from error
 

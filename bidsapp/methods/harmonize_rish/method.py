@@ -27,7 +27,7 @@ from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Fitted, Harmonized, Study, scope
+from bidsapp.methods import Cohort, Fitted, Harmonized, TrainingSettings, scope
 from bidsapp.methods import harmonizer as shared
 from bidsapp.preprocess import pairs, template
 from bidsapp.progress import track
@@ -82,31 +82,31 @@ class Rish(shared.Harmonizer):
                           f"{LEAST_DIRECTIONS} or more directions on every shell. Leave the shell "
                           "out with --bids-filter-file, or harmonize with harmonize_mica.")
 
-    def ready(self, study: Study) -> list[str]:
+    def ready(self, cohort: Cohort) -> list[str]:
         """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
-        batches = shared.members(self, study)
+        batches = shared.members(self, cohort)
         few = shared.scarce(batches, WANTED)
         told = [f"{few}; mean RISH was stable from {WANTED} in each batch on. With fewer the "
                 "scales hold people's differences, too."] if few else []
-        return [*told, *shared.unlike(self, study, batches)]
+        return [*told, *shared.unlike(self, cohort, batches)]
 
-    def learn(self, study: Study) -> Fitted:
+    def learn(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """A checkpoint for every batch but the reference; all share one template.
 
         Raises:
             UsageError: a scan cannot be used, or batches show no common part of the brain.
         """
-        batches = shared.members(self, study)
+        batches = shared.members(self, cohort)
         reference, *targets = batches
         degrees = [_degree(shell)
-                   for shell in scope.training_domain(study, batches, targets).shells]
+                   for shell in scope.training_domain(cohort, batches, targets).shells]
         runs = [run for rows in batches.values() for run in rows["run"]]
-        images = [self._fa(study, run) for run in track(runs, f"{self.name}: FA")]
-        mean, places = template.build(images, study.states)
+        images = [self._fa(cohort, run, settings.device) for run in track(runs, f"{self.name}: FA")]
+        mean, places = template.build(images, settings.states)
         least, doubts = self._alike(runs, images, mean, places)
         metrics = {"template_correlation": round(least, 3)}
         at = dict(zip(runs, places, strict=True))
-        groups = {b: self._group(study, b, at, degrees, rows) for b, rows in batches.items()}
+        groups = {b: self._group(cohort, b, at, degrees, rows) for b, rows in batches.items()}
         checkpoints = {}
         for batch in targets:
             where = (mean.values > 0) & np.all(
@@ -115,7 +115,7 @@ class Rish(shared.Harmonizer):
                 raise UsageError(f"--train {self.name}: the scans of {reference} and {batch} share "
                                  "no part of the brain. Check the brain masks.")
             rows = {b: batches[b] for b in (reference, batch)}
-            domain = scope.training_domain(study, rows, (batch,))
+            domain = scope.training_domain(cohort, rows, (batch,))
             tensors, own = self._scales(groups[reference][1], groups[batch][1], where, mean.affine,
                                         domain.shells)
             name = (f"{shared.model_name(self, batch)}-to-"
@@ -129,7 +129,7 @@ class Rish(shared.Harmonizer):
                         f"Scales the diffusion signal of {batch} to that of {reference} by degree "
                         "and place, for people like those under trained_for. Differences between "
                         "the groups other than the site's are removed, too. Not for diagnosis."),
-                    seed=study.seed, versions={"qsphere": __version__},
+                    seed=settings.seed, versions={"qsphere": __version__},
                     constants={"affine": mean.affine.tolist(), "l_max": degrees,
                                "regularization": REGULARIZATION,
                                "output": self.settings("training")["output"]},
@@ -139,9 +139,9 @@ class Rish(shared.Harmonizer):
                  "Metrics": {n: dict(c.card.metrics) for n, c in checkpoints.items()}}
         return Fitted({}, model, checkpoints, doubts)
 
-    def _fa(self, study: Study, run: str) -> template.Image:
-        dwi = self.load(study, run)
-        image = _fa(dwi, study.device)
+    def _fa(self, cohort: Cohort, run: str, device: str) -> template.Image:
+        dwi = self.load(cohort, run)
+        image = _fa(dwi, device)
         if not image.volume:
             raise UsageError(f"--train {self.name}: no voxel of {run} has an FA above 0. Check "
                              "image and mask, or leave it out with --participant-label.")
@@ -156,7 +156,7 @@ class Rish(shared.Harmonizer):
             "usual. Check its mask and its b-table, or leave it out with --participant-label."
             for run, value in zip(runs, found, strict=True) if value < ALIKE]
 
-    def _group(self, study: Study, batch: str, at: Mapping[str, np.ndarray],
+    def _group(self, cohort: Cohort, batch: str, at: Mapping[str, np.ndarray],
                degrees: Sequence[int], rows: pd.DataFrame) -> tuple[np.ndarray, list[np.ndarray]]:
         """Share of people seen (x, y, z), and per shell mean RISH (degree, x, y, z) of those seen,
         0 where nobody is. Everyone counts alike, however many runs they have."""
@@ -165,7 +165,7 @@ class Rish(shared.Harmonizer):
         people = [own for _, own in rows.groupby("participant", sort=True)]
         for own in track(people, f"{self.name}: participants of {batch}"):
             for run in own["run"]:
-                dwi = self.load(study, run)
+                dwi = self.load(cohort, run)
                 signal = dwi.signal.copy("K")
                 s0, weighted = dwi.mean_b0, np.flatnonzero(~dwi.acquisition.b0)
                 signal[:, weighted] = np.clip(signal[:, weighted], 0, np.maximum(s0, 0)[:, None])

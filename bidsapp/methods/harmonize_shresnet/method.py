@@ -9,7 +9,6 @@ class SHResNetHarmonizer(PairedHarmonizer):
     """3×3×3 patches of coefficients, residual blocks by degree, RISH projection."""
 
     projects = True
-    stacks_blocks = True
     intended_use = (
         "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "
         "and people like those under trained_for. What the training has not seen, as lesions, may "
