@@ -91,7 +91,6 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         given = {**_config(given["config_file"]), **given}
     cpus = len(os.sched_getaffinity(0))
     given.setdefault("nprocs", cpus)
-    given.setdefault("omp_nthreads", given["nprocs"])
     return Options(**as_fields(given))
 
 
@@ -140,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(argv)
         verbose = options.verbose
         log_to_stderr(verbose)
-        os.environ.setdefault("OMP_NUM_THREADS", str(options.omp_nthreads))
+        os.environ.setdefault("OMP_NUM_THREADS", str(options.omp_nthreads or options.nprocs))
 
         from bidsapp import run
 

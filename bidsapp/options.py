@@ -157,9 +157,9 @@ class Options:
                          metavar="NAME")
     nprocs: int = option(1, "most CPUs used at a time; default: all",
                          aliases=("--nthreads", "--n-cpus"))
-    omp_nthreads: int = option(
-        1, "CPUs per participant; nprocs / omp-nthreads participants run at a time; default: "
-        "nprocs")
+    omp_nthreads: int | None = option(
+        None, "CPUs per participant; nprocs / omp-nthreads participants run at a time; default: as "
+        "many participants at a time as CPUs and memory allow")
     mem_mb: int | None = option(
         None, "memory limit, at both levels: signals that exceed it go through a file in the work "
         "folder; default: all there is", aliases=("--mem",), metavar="MB", read=megabytes)

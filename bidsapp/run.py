@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import os
 import time
 import uuid
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from bidsapp import checkpoint, harmonize, methods, training
 from bidsapp.bids import btable, find
 from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.blocks import choose_device, memory_limit
-from bidsapp.dwi import FIXED_MEMORY, Run
+from bidsapp.dwi import FIXED_MEMORY, Run, open_image, peak_memory
 from bidsapp.errors import DataError, UsageError
 from bidsapp.evaluate import agreement, biology, crossvalidation, quality
 from bidsapp.methods import FromSignal, GroupAnalysis, Trainable
@@ -72,11 +74,10 @@ def participant(options: Options) -> int:
     dataset.write_text("logs/CITATION.md", plan.methods_text(models, chosen, upsampler))
     if options.boilerplate_only:
         return 0
-    memory = available_memory(options)
-    workers = max(1, min(options.nprocs // options.omp_nthreads, len(found.participants),
-                         int(memory // FIXED_MEMORY)))
-    job = Job(options, links, f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}",
-              choose_device(options.device), memory / workers)
+    memory, device = available_memory(options), choose_device(options.device)
+    workers, threads = share_cpus(options, found, memory, device)
+    job = Job(options, links, f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}", device,
+              memory / workers, threads)
     if options.work_dir:
         make_work_dir(options.work_dir)
     done = dict(run_all(job, found, workers))
@@ -319,6 +320,36 @@ def log_unknown_participants(labels: Sequence[str], options: Options) -> None:
                   "--participant-label.", label, options.bids_dir)
 
 
+def share_cpus(options: Options, found: find.Found, memory: float, device: str
+               ) -> tuple[int, int]:
+    """Decide how many participants are processed at a time, and on how many CPUs each.
+
+    With --omp-nthreads, as it says. Without, as many at a time as CPUs and memory allow, for most
+    of the work is done voxel by voxel and gains little from several CPUs; on a GPU one at a time.
+    """
+    people = len(found.participants)
+    if options.omp_nthreads:
+        threads = options.omp_nthreads
+        most = int(memory // FIXED_MEMORY)
+    else:
+        runs = [run for label in found.participants for run in found.runs[label]]
+        threads = 1
+        most = int(memory // max([FIXED_MEMORY, *map(memory_of, runs)]))
+        if device != "cpu":
+            most = 1
+    workers = max(1, min(options.nprocs // threads, people, most))
+    return workers, options.omp_nthreads or max(1, options.nprocs // workers)
+
+
+def memory_of(run: Run) -> float:
+    """Bytes at most for a run, from the headers of its images; 0 where one cannot be read."""
+    try:
+        shapes = [open_image(part.image).shape for part in run.parts]
+        return peak_memory(math.prod(shapes[0][:3]), sum(shape[3] for shape in shapes))
+    except (DataError, IndexError):  # its own process will tell
+        return 0.0
+
+
 def available_memory(options: Options) -> float:
     """Bytes that may be used; warns where they are fewer than a process needs beside the signal."""
     memory = memory_limit(options.mem_mb)
@@ -372,6 +403,10 @@ def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bo
                 if not ok and job.options.stop_on_first_crash:
                     return
             return
+        # threads of numpy's library in the new processes; fewer where the user said so
+        inherited = os.environ.get("OMP_NUM_THREADS", "")
+        fewest = min(job.threads, int(inherited) if inherited.isdecimal() else job.threads)
+        os.environ["OMP_NUM_THREADS"] = str(fewest)
         with pool(workers) as executor:
             futures = {executor.submit(task, process_participant, job, label, found.runs[label],
                                        found.problems[label]): label for label in todo}

@@ -45,7 +45,7 @@ def test_memory_units(text, mb):
 
 
 def test_threads_default_to_all_of_nprocs():
-    assert parse("--nprocs", "3").omp_nthreads == 3
+    assert parse("--nprocs", "3").omp_nthreads is None
     assert parse().nprocs == len(os.sched_getaffinity(0))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bidsapp import cli
+from bidsapp import cli, run
 from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
 from bidsapp.run import participant_statistics
@@ -179,6 +179,20 @@ def test_several_participants_at_a_time(processed, tmp_path):
     assert done.returncode == 0, done.stderr
     maps = [p.relative_to(out) for p in out.glob("sub-*/dwi/*.nii.gz")]
     assert all((tmp_path / "out" / m).read_bytes() == (out / m).read_bytes() for m in maps)
+
+
+@pytest.mark.parametrize("argv,memory,device,expected", [
+    ((), 100, "cpu", (3, 2)), ((), 2.5, "cpu", (2, 3)), ((), 0.1, "cpu", (1, 6)),
+    ((), 100, "cuda", (1, 6)), (("--omp-nthreads", "4"), 100, "cpu", (1, 4)),
+    (("--omp-nthreads", "1"), 100, "cpu", (3, 1)), (("--nprocs", "1"), 100, "cpu", (1, 1))])
+def test_cpus_are_shared_by_participants(bids_tree, argv, memory, device, expected):
+    """Six CPUs for three people, memory in units of what one of them may need."""
+    bids = bids_tree(("01", "02", "03"))
+    options = cli.parse([str(bids), "out", PARTICIPANT, "--nprocs", "6", *argv])
+    found = find.find(options)
+    (need,) = {run.memory_of(r) for runs in found.runs.values() for r in runs}
+    assert need > run.FIXED_MEMORY
+    assert run.share_cpus(options, found, memory * need, device) == expected
 
 
 def test_dry_run_writes_nothing(bids_tree, tmp_path, capsys):

@@ -37,13 +37,15 @@ log = logging.getLogger("qsphere")
 
 @dataclass(frozen=True)
 class Job:
-    """What a participant's process needs to know beside the runs. memory: bytes it may use."""
+    """What a participant's process needs to know beside the runs. memory: bytes it may use;
+    threads: CPUs it may use."""
 
     options: Options
     links: Mapping[str, Path]
     invocation: str
     device: str
     memory: float
+    threads: int
 
     @property
     def dataset(self) -> Dataset:
@@ -52,7 +54,7 @@ class Job:
 
 def process_participant(job: Job, label: str, runs: list[Run], problems: list[str]) -> bool:
     """Process a participant's runs, note what happened, write the page. True if all succeeded."""
-    torch.set_num_threads(job.options.omp_nthreads)
+    torch.set_num_threads(job.threads)
     logging.basicConfig(level=logging.DEBUG if job.options.verbose else logging.INFO,
                         format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     dataset, started = job.dataset, time.strftime("%Y-%m-%dT%H:%M:%S%z")
