@@ -40,6 +40,9 @@ GRID = 95
 within 2e-4, those of strange signals too, which take the finest grid (their SDs within 3e-4); on
 the coarse grid that is enough to train on, within 2 %."""
 
+TINY = 200.0
+"""s/mm²: b-values that are all below may be in ms/µm²."""
+
 BLOCK = 512
 """Voxels whose layers fit the cache."""
 
@@ -91,9 +94,11 @@ def check(card: Card, acquisition: Acquisition, *, allow: bool = False
     shells, count = list(acquisition.shells), card.network.get("shells")
     possible = bool(shells) and acquisition.b0.any() and count in (None, len(shells))
     if not (allow and possible):
+        tiny = max((s.b for s in shells), default=math.inf) < TINY
         raise Refusal(
-            f"{card.method} does not fit: {'; '.join(violations)}. Check that b-values are in "
-            f"s/mm², not ms/µm²; train on such runs (group --train {card.method}); or leave it "
+            f"{card.method} does not fit: {'; '.join(violations)}. "
+            + "Check that b-values are in s/mm², not ms/µm²; " * tiny
+            + f"{'t' if tiny else 'T'}rain on such runs (group --train {card.method}), or leave it "
             f"out of --estimate.{f' {OVERRIDE}' if possible else ''}")
     return shells, violations
 
