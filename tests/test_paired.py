@@ -324,8 +324,8 @@ def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
     method, (known, settings) = brief(), study(max_steps=1)
     found = pairs.find(known.statistics, "A")["B"][:2]
     travellers = samples.Travellers(method, known, settings, found, [30], 4, False, tmp_path)
-    trained = method._trained(settings, "x", ["b1000"], method.settings("training"), travellers,
-                              ["01", "02"], None)
+    trained = method._trained(settings, "x", [ShellRange((1000.0, 1000.0), 1.0, (30, 30))],
+                              method.settings("training"), travellers, ["01", "02"], None)
     (who,) = trained.held
     metrics = method._measured(trained, travellers, ["b1000"], "cpu")
     aligned = pairs.align(head(who, "B"), head(who, "A"), l_max=4, deformable=False)

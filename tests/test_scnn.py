@@ -559,6 +559,19 @@ def test_other_acquisitions_take_the_weights_that_ship(study, tmp_path):
     assert estimating.select_weights("estimate_scnn2", weights, single, allow=True) is other
 
 
+def test_the_network_for_just_these_directions_is_selected():
+    """Of several that were trained for a run's shells with a tenth more or fewer directions."""
+    shipped = estimating.bundled_weights("estimate_scnn2")
+    runs = [acquisition((1000, 2000), (n, 60)) for n in (29, 30, 31)]
+    weights = [replace(shipped, card=replace(
+        shipped.card, trained_for=TrainingDomain.of_acquisitions([run], snr=(10.0, 20.0))))
+        for run in runs]
+    for run, own in zip(runs, weights, strict=True):
+        assert estimating.select_weights("scnn2", [*weights, shipped], run) is own
+    far = acquisition((1000, 2000), (40, 60))
+    assert estimating.select_weights("scnn2", [*weights, shipped], far) is shipped
+
+
 def test_a_training_for_several_acquisitions_is_refused(study):
     two = {"a": acquisition(), "b": acquisition((1000, 2000), (12, 16))}
     recipe = methods.get("estimate_scnn2").recipe("one")

@@ -173,27 +173,50 @@ def find_weights(name: str, models: Path | None = None) -> list[Checkpoint]:
 
 def select_weights(name: str, weights: Sequence[Checkpoint], acquisition: Acquisition, *,
                    allow: bool = False) -> Checkpoint:
-    """Select the weights for a run: the first that were trained for its acquisition, or else, where
-    that is allowed, the last that can be used, since those that come with the program know the
-    most acquisitions.
+    """Select the weights for a run.
+
+    Parameters
+    ----------
+    name : str
+        Of the method.
+    weights : sequence of Checkpoint
+        As `find_weights` gives them.
+    acquisition : Acquisition
+        Of the run.
+    allow : bool
+        As of `check`.
+
+    Returns
+    -------
+    Checkpoint
+        The one that was trained for shells with just these numbers of directions, or nearly; else
+        the one for all protocols; else, where that is allowed, the last that can be used, since
+        those that come with the program know the most acquisitions.
 
     Raises
     ------
     Refusal
         There are none.
     """
-    refusal = Refusal(f"{name} found no weights: none ship, and none are in OUTPUT_DIR/group/"
-                      "models. Needed is a training: qsphere BIDS_DIR OUTPUT_DIR group --train "
-                      f"{name}")
-    for extrapolates in (False, True)[:1 + allow]:
-        for checkpoint in weights[::-1] if extrapolates else weights:
-            try:
-                check(checkpoint.card, acquisition, allow=extrapolates)
-            except Refusal as error:
-                refusal = error
-            else:
-                return checkpoint
-    raise refusal
+    def unlike(checkpoint: Checkpoint) -> float:
+        domain = checkpoint.card.trained_for
+        return math.inf if domain.shell_count else float(sum(
+            abs(len(shell) - trained.directions[0])
+            for shell, trained in zip(acquisition.shells, domain.shells, strict=True)))
+
+    if fitting := [c for c in weights if not c.card.trained_for.violations(acquisition)]:
+        return min(fitting, key=unlike)
+    refusals = []
+    for checkpoint in weights[::-1]:
+        try:
+            check(checkpoint.card, acquisition, allow=allow)
+        except Refusal as refusal:
+            refusals.append(refusal)
+        else:
+            return checkpoint
+    raise refusals[0] if refusals else Refusal(
+        f"{name} found no weights: none ship, and none are in OUTPUT_DIR/group/models. Needed is a "
+        f"training: qsphere BIDS_DIR OUTPUT_DIR group --train {name}")
 
 
 def bundled_weights(name: str) -> Checkpoint | None:

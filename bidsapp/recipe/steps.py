@@ -382,9 +382,9 @@ class Estimate(Step):
                    *sorted((options.output_dir / harmonize.MODELS).glob(f"{name}_*/{CARD}"))]
         anatomy = self.context.run.anatomy if self.method.wants_tissue else ()
         synthesis = [options.synthesize, options.synthesize_voxels, options.synthesize_image]
-        found = [sha256(f) for f in weights if f.is_file()]
-        return {"method": name, "weights": found,
-                "allow_extrapolation": bool(found) and options.allow_extrapolation,
+        hashes = [sha256(f) for f in weights if f.is_file()]
+        return {"method": name, "weights": hashes,
+                "allow_extrapolation": bool(hashes) and options.allow_extrapolation,
                 "anatomy": [sha256(f) if f.is_file() else str(f) for f in anatomy],
                 "synthesis": synthesis if isinstance(self.method, Synthesizer) else None,
                 "settings": self.method.changed_settings,
