@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 
+import pandas as pd
 import pytest
 
 from bidsapp import cli, hyperparameters, methods, run, training
@@ -115,6 +116,7 @@ def test_the_last_of_two_values_holds():
     (["--set", "freewater.network.batch=64"], r"does not use estimate_freewater; its methods are: "
                                               r"estimate_dti, estimate_smt, estimate_scnn2\."),
     (["--set", "scnn2.network.hidden=64"], "group --train estimate_scnn2"),
+    (["--set", "shresnet.network.blocks=4"], "group --train harmonize_shresnet"),
     (["--set", "dti.fit.b_max"], "METHOD.KEY=VALUE is needed"),
     (["--set", "fit=2000"], "METHOD.KEY=VALUE is needed")])
 def test_refused_at_participant_level(tmp_path, bids_tree, capsys, argv, message):
@@ -127,11 +129,19 @@ def test_refused_at_participant_level(tmp_path, bids_tree, capsys, argv, message
     (["--train", "shresnet", "--set", "shresnet.network.block=4"], "Did you mean network.blocks?"),
     (["--train", "rish", "--set", "shresnet.network.blocks=4"], "does not use harmonize_shresnet"),
     (["--set", "shresnet.network.blocks=4"], "its methods are: none"),
+    (["--train", "rish", "--set", "dti.fit.b_max=2000"], "option to the participant level"),
     (["--train", "combat", "--set", "combat.x=4"], "has no hyper-parameters")])
 def test_refused_at_group_level(tmp_path, bids_tree, capsys, argv, message):
     assert qsphere(bids_tree(), tmp_path / "out", "group", *argv) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["groups=2", "trained_for.snr=[1, 2]", "network.shells=3"])
+def test_what_a_training_takes_from_the_runs_is_refused(text):
+    method = with_settings("estimate_mlp2", text)
+    with pytest.raises(UsageError, match=f"{text.partition('=')[0]}.*takes it from the runs"):
+        method.fit(methods.Cohort(pd.DataFrame({"snr_b0": [50.0]})), methods.TrainingSettings())
 
 
 def test_options_that_it_replaces(caplog):

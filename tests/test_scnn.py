@@ -581,7 +581,8 @@ def test_a_training_for_several_acquisitions_is_refused(study):
 
 
 def test_a_training_does_not_go_on_from_the_state_of_another(tmp_path, monkeypatch):
-    """Of people with another SNR, or another weight of mean errors; more steps are the same one."""
+    """Of people with another SNR, another weight of mean errors or another learning rate; more
+    steps are the same one."""
     def state(**how):
         known = {"recipe": methods.get("estimate_scnn2").recipe("one"), "snr": [20.0], "steps": 5}
         known |= how
@@ -598,9 +599,11 @@ def test_a_training_does_not_go_on_from_the_state_of_another(tmp_path, monkeypat
                           intended_use="")
         return found[0]
 
-    other = replace(methods.get("estimate_scnn2").recipe("one"), unbiased=0.5)
+    recipe = methods.get("estimate_scnn2").recipe("one")
+    other = replace(recipe, unbiased=0.5)
+    faster = replace(recipe, schedule=replace(recipe.schedule, learning_rate=0.5))
     assert state() == state(steps=9)
-    assert len({state(), state(snr=[25.0]), state(recipe=other)}) == 3
+    assert len({state(), state(snr=[25.0]), state(recipe=other), state(recipe=faster)}) == 4
 
 
 def test_batches_drawn_together_keep_voxels_with_their_protocols():

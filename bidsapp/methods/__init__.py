@@ -465,23 +465,22 @@ def read_settings(texts: Sequence[str], used: Sequence[Method], training: bool,
         target, _, value = text.partition("=")
         name, _, key = target.partition(".")
         try:
-            folder = find(name)
+            method = get(name)
         except UsageError as error:
             raise UsageError(f"--set {text}: {error}") from error
-        method = next((m for m in used if m.name == folder), None)
-        if method is None:
-            there = ", ".join(m.name for m in used) or "none"
-            raise UsageError(f"--set {text}: this command does not use {folder}; its methods are: "
-                             f"{there}. Leave the option out, or ask for the method.")
-        values = hyperparameters.resolve(hyperparameters.read(method.folder), folder, key, value,
-                                         sloppy)
+        values = hyperparameters.resolve(hyperparameters.read(method.folder), method.name, key,
+                                         value, sloppy)
         if any((path.split(".")[0] == hyperparameters.TRAINING) != training for path in values):
             raise UsageError(
-                f"--set {text}: {folder} is not trained by this command, and {key} matters in its "
-                f"training alone. Give the option to group --train {folder}." if not training else
                 f"--set {text}: {key} does not matter in a training. Give the option to the "
-                "participant level.")
-        settings.setdefault(folder, {}).update(values)
+                "participant level." if training else
+                f"--set {text}: {key} matters in the training of {method.name} alone, and this "
+                f"command trains nothing. Give the option to group --train {method.name}.")
+        if method.name not in [m.name for m in used]:
+            there = ", ".join(m.name for m in used) or "none"
+            raise UsageError(f"--set {text}: this command does not use {method.name}; its methods "
+                             f"are: {there}. Leave the option out, or ask for the method.")
+        settings.setdefault(method.name, {}).update(values)
     return settings
 
 
