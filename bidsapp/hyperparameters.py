@@ -26,10 +26,11 @@ VARIANTS = (ONE, SLOPPY)
 """Tables that hold other values of the tables beside them: for a network of one acquisition, and
 for --sloppy."""
 
-CHOICES = {"architecture": ("spherical", "perceptron"), "output": ("change", "series"),
+CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic"),
+           "output": ("change", "series"),
            "optimizer": ("adam", "adamw", "sgd"),
            "decay": ("constant", "step", "cosine", "plateau")}
-"""Hyper-parameters that are a text, and what they may be, as of `microstructure.maps`,
+"""Hyper-parameters that are a text, and what they may be, as of `networks.builder`,
 `methods.harmonizer` and `training`."""
 
 

@@ -10,7 +10,7 @@ import pytest
 from bidsapp import cli, hyperparameters, methods, run, training
 from bidsapp.errors import UsageError
 from bidsapp.methods import harmonizer
-from bidsapp.microstructure import maps
+from bidsapp.networks import builder
 from bidsapp.recipe.plan import chosen_methods
 
 SHRESNET = "harmonize_shresnet"
@@ -74,7 +74,7 @@ def test_values_that_are_refused(method, text, message):
 
 
 def test_texts_are_those_that_the_program_knows():
-    known = {"architecture": tuple(maps.ARCHITECTURES), "output": harmonizer.OUTPUTS,
+    known = {"architecture": tuple(builder.ARCHITECTURES), "output": harmonizer.OUTPUTS,
              "optimizer": tuple(training.OPTIMIZERS), "decay": training.DECAYS}
     assert known == hyperparameters.CHOICES
     for name in methods.names():
@@ -85,8 +85,8 @@ def test_texts_are_those_that_the_program_knows():
 
 
 def test_negative_numbers_where_there_are_some():
-    assert given("estimate_scnn3", "trained_for.b_delta=[1, -0.5]") == {
-        "training.trained_for.b_delta": [1.0, -0.5]}
+    assert given("estimate_scnn3", "trained_for.shells.3.b_delta=-0.4") == {
+        "training.trained_for.shells.3.b_delta": -0.4}
 
 
 def test_settings_win_over_variants():

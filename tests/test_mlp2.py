@@ -89,12 +89,12 @@ def test_its_card_says_which_network_it_is(trained, tmp_path):
 def test_extrapolates_to_as_many_shells_as_it_takes(trained, tmp_path):
     """A perceptron has an input for every shell: others may stand there, but no more or fewer."""
     keep(trained, tmp_path / "estimate_mlp2_one")
-    method = methods.get("estimate_mlp2")
-    method.models = tmp_path
+    method = methods.get("estimate_mlp2", context=methods.MethodContext(models=tmp_path))
     near, more = acquisition(b=(900, 2500), n=(20, 40)), acquisition((700, 2000, 3000), (20,) * 3)
     with pytest.raises(Refusal, match=r"needed are 20 × b 700, 40 × b 2000.*--allow-extrapolation"):
         method.check(near)
-    method.allow_extrapolation = True
+    method = methods.get("estimate_mlp2", context=methods.MethodContext(
+        models=tmp_path, allow_extrapolation=True))
     found = method.apply(voxels(near, 5), "cpu")
     assert "20 × b 900" in found.parameters["OutOfDistribution"][0]
     assert "OutOfDistribution" not in method.apply(voxels(ACQUISITION, 5), "cpu").parameters

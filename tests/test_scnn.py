@@ -380,10 +380,9 @@ def test_refuses_what_it_was_not_trained_for(trained, acq, message):
     (acquisition(n=(30, 5)), "30 × b 1000, 5 × b 2200 s/mm²")], ids=["one", "far", "few"])
 def test_extrapolates_where_that_is_allowed(acq, found):
     """With all shells of the run; sidecar and page say so. Else it is refused, and told how."""
-    method = methods.get("estimate_scnn2")
     with pytest.raises(Refusal, match="--allow-extrapolation goes on"):
-        method.check(acq)
-    method.allow_extrapolation = True
+        methods.get("estimate_scnn2").check(acq)
+    method = extrapolating()
     method.check(acq)
     derived = method.apply(voxels(acq, 5), "cpu")
     (outside,) = derived.parameters["OutOfDistribution"]
@@ -396,21 +395,23 @@ def test_extrapolates_where_that_is_allowed(acq, found):
     assert all(np.isfinite(m).all() for m in derived.maps.values())
 
 
+def extrapolating():
+    return methods.get("estimate_scnn2", context=methods.MethodContext(allow_extrapolation=True))
+
+
 def test_what_is_allowed_leaves_a_run_within_the_training_as_it_is():
     """Shells outside are left out where enough are within, whatever is allowed."""
     method, dwi = methods.get("estimate_scnn2"), voxels(acquisition((300, 1000, 2200),
                                                                     (12, 30, 30)), 5)
     before = method.apply(dwi, "cpu")
-    method.allow_extrapolation = True
-    after = method.apply(dwi, "cpu")
+    after = extrapolating().apply(dwi, "cpu")
     assert after.parameters == before.parameters and after.notices == before.notices
     for name, values in before.maps.items():
         np.testing.assert_array_equal(after.maps[name], values)
 
 
 def test_no_network_goes_where_its_mathematics_end():
-    method = methods.get("estimate_scnn2")
-    method.allow_extrapolation = True
+    method = extrapolating()
     for acq in (acquisition(b0=0), acquisition()[:2]):
         with pytest.raises(Refusal, match="needed") as refusal:
             method.apply(voxels(acq, 5), "cpu")
