@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 
 from bidsapp import sh
-from bidsapp.acquisition import Acquisition, Shell
+from bidsapp.acquisition import Acquisition, PhaseEncoding, Shell
 from bidsapp.errors import DataError
 
 FIXED_MEMORY = 1.5e9
@@ -57,6 +57,88 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ImageFile:
+    """An image beside the DWIs (an EPI, a field map, its magnitude, a phase), with its merged
+    sidecars."""
+
+    image: Path
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", dict(self.metadata))
+
+
+FIELD_MAPS = {
+    "opposite": "opposite phase encoding",
+    "phasediff": "phase difference of two echoes",
+    "phases": "phases of two echoes",
+    "fieldmap": "measured field",
+}
+"""Kinds of field maps, those that are trusted most first, and what they are called."""
+
+FIELD_UNITS = ("Hz", "rad/s", "T")
+
+
+@dataclass(frozen=True)
+class FieldMap:
+    """Images from which the susceptibility field of a run can be computed.
+
+    Parameters
+    ----------
+    kind : str
+        A key of FIELD_MAPS.
+    images : tuple of ImageFile or Part
+        opposite: EPIs or DWIs, which with the run's own encode both ways; phasediff, fieldmap:
+        one image; phases: those of the first and the second echo.
+    magnitudes : tuple of ImageFile
+        Magnitudes of the echoes, of all kinds but `opposite`.
+    rule : str
+        Why it is the run's: `B0FieldSource`, `IntendedFor` or `session` (nothing says so; both are
+        of one session).
+
+    Raises
+    ------
+    DataError
+        An image is missing, or a sidecar does not say what is needed to compute the field.
+    """
+
+    kind: str
+    images: tuple[ImageFile | Part, ...]
+    magnitudes: tuple[ImageFile, ...] = ()
+    rule: str = "session"
+
+    def __post_init__(self) -> None:
+        if self.kind not in FIELD_MAPS or not self.images:
+            raise ValueError(f"a field map of kind {self.kind} with {len(self.images)} images")
+        name, first = self.images[0].image, self.images[0].metadata
+        if self.kind == "opposite":
+            for part in self.images:
+                try:
+                    if PhaseEncoding.of_sidecar(part.metadata) is None:
+                        raise DataError("PhaseEncodingDirection is missing. Add it to the sidecar.")
+                except DataError as error:
+                    raise DataError(f"{part.image}: {error}") from error
+            return
+        if not self.magnitudes:
+            raise DataError(f"{name}: no magnitude image stands beside it. Add it, by the same "
+                            "name but for the suffix.")
+        if self.kind == "fieldmap":
+            if first.get("Units") not in FIELD_UNITS:
+                raise DataError(f"{name}: Units are {str(first.get('Units'))[:20]!r}; "
+                                f"{', '.join(FIELD_UNITS)} are understood. Correct the sidecar.")
+            return
+        if self.kind == "phases" and len(self.images) < 2:
+            raise DataError(f"{name}: the phase of the other echo is missing. Add it.")
+        stated = ([first.get(f"EchoTime{i}") for i in (1, 2)] if self.kind == "phasediff"
+                  else [image.metadata.get("EchoTime") for image in self.images])
+        times = [t for t in stated if isinstance(t, int | float)]
+        if len(times) != 2 or not 0 < times[0] < times[1]:
+            raise DataError(f"{name}: two echo times are needed, the second larger than the first; "
+                            f"found are {', '.join(str(t)[:20] for t in stated)}. Correct the "
+                            "sidecar.")
+
+
+@dataclass(frozen=True)
 class Run:
     """What is processed as one: paths and facts, no arrays.
 
@@ -67,6 +149,11 @@ class Run:
     dataset: (name, root) of the dataset the files come from; `raw` or a derivative's name.
     batch, batch_source: the site and where it was read from.
     covariates: the participant's row of participants.tsv (and sessions.tsv), e.g. age, sex.
+    preprocessed: whether the images were corrected elsewhere. Of others, what corrects them:
+    phase_encoding: of all parts; None where it is unknown.
+    field_maps: those that may be used, the most trusted first.
+    phase: phase images of the parts, one for each, or nothing.
+    notices: sentences on what is missing or broken of these.
     """
 
     entities: Mapping[str, str]
@@ -78,6 +165,11 @@ class Run:
     batch: str = "unknown"
     batch_source: str = "none found"
     covariates: Mapping[str, Any] = field(default_factory=dict)
+    preprocessed: bool = False
+    phase_encoding: PhaseEncoding | None = None
+    field_maps: tuple[FieldMap, ...] = ()
+    phase: tuple[ImageFile, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.parts or "sub" not in self.entities:

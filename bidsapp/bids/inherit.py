@@ -37,6 +37,11 @@ def stem_of(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii"))
 
 
+def name_of(path: Path) -> str:
+    """The file's name without .nii or .nii.gz."""
+    return stem_of(path).name
+
+
 def read_part(image: Path, root: Path) -> Part:
     """An image with the tables, encoding file and sidecars that belong to it.
 
@@ -135,7 +140,7 @@ def _names(folder: Path, changed: int) -> tuple[str, ...]:
 def _json(path: Path, changed: int) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}). Correct it.") from error
     if not isinstance(table, dict):
         raise DataError(f"{path}: holds a {type(table).__name__}, an object {{...}} is needed.")
