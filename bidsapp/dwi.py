@@ -222,6 +222,8 @@ class Dwi:
             harmonization; None for all alike. Where noise is no longer independent between
             measurements, it is the gain of independent noise that would move the mean over the
             directions of their shell as much.
+        s0_known: whether the b0 volumes hold S0 without noise, as simulations may. Nothing that
+            was measured is so, not even after division by the mean b0.
         invalid: number of NaN or infinite values that were read and set to 0.
         tissue: (voxel, 3) float32 probabilities of grey matter, white matter and CSF from a T1w
             image, Σ ≤ 1, or None.
@@ -238,6 +240,7 @@ class Dwi:
     invalid: int = 0
     tissue: np.ndarray | None = None
     noise_gain: np.ndarray | None = None
+    s0_known: bool = False
 
     def __post_init__(self) -> None:
         if not self.mask.any():

@@ -217,8 +217,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     card, acquisition = checkpoint.card, dwi.acquisition
     shells = check(acquisition, card.trained_for, card.method)
     network = checkpoint.into(build(tissue, card.network, grid=GRID)).to(device)
-    s0_known = bool((dwi.mean_b0 == 1).all())
-    side = protocols.of(acquisition, shells, protocols.L_FIT, s0_known=s0_known)
+    side = protocols.of(acquisition, shells, protocols.L_FIT, s0_known=dwi.s0_known)
     fits = [side.fit[0, i, :, :len(s)].to(device, torch.float32) for i, s in enumerate(shells)]
     index = [torch.as_tensor(s.indices, device=device) for s in shells]
     b0 = torch.as_tensor(np.flatnonzero(acquisition.b0), device=device)
@@ -232,7 +231,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str
     # a search needs double precision: else rounding decides which way it goes on a flat ridge
     power = known_power(card).to(device, torch.float64 if searches(tissue) else torch.float32)
     hinted = takes_hint(card.network)
-    of_mean = 0.0 if s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
+    of_mean = 0.0 if dwi.s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
 
     def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
         level = signal[:, b0].mean(1)
