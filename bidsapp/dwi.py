@@ -1,17 +1,14 @@
-"""Run (paths and entities), Dwi (masked signal) and how the one is loaded into the other.
+"""Run (paths and entities), Dwi (signal inside a mask), and how images are opened and checked.
 
-The mask comes first; volumes are then read in order, once, straight into one float32 matrix of
-(voxel, measurement), so that memory is bounded by the mask and not by the image matrix. Voxels
-stand in the C order of `np.nonzero(mask)`.
+The signal is one float32 matrix of (voxel, measurement), so that memory is bounded by the mask and
+not by the image matrix. Voxels stand in the C order of `np.nonzero(mask)`.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -288,75 +285,9 @@ class Dwi:
         return None if self.noise_sd is None else self.noise_sd * self.gain(indices)
 
 
-def read_mean(run: Run, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the chosen volumes, (x, y, z) float32, and the affine. NaN and Inf count as 0.
-
-    volumes: (n,) bool over the measurements of the run, its parts one after another.
-    """
-    total, image = None, None
-    for image, offset in _open(run):
-        for i in np.flatnonzero(volumes[offset:offset + image.shape[3]]):
-            volume = _volume(image, int(i))
-            volume[~np.isfinite(volume)] = 0
-            total = volume if total is None else total + volume
-    if total is None or image is None:
-        raise DataError(f"{run.name}: no volume to average.")
-    return total / int(volumes.sum()), image.affine
-
-
 def peak_memory(voxels: int, measurements: int) -> float:
     """Bytes at most while a signal of this size is processed: twice itself and FIXED_MEMORY."""
     return 2 * 4 * voxels * measurements + FIXED_MEMORY
-
-
-def load(run: Run, mask: np.ndarray, acquisition: Acquisition, *, memory: float = np.inf,
-         work_dir: Path | None = None) -> Dwi:
-    """The run's signal inside `mask`, read volume by volume; NaN and Inf become 0, counted.
-
-    Volumes are stored one after another, so that each is written in one stroke and a block of
-    voxels is a short piece of each. A signal that `peak_memory` puts above `memory` (bytes) goes
-    to an unnamed file in `work_dir` instead, of which the system keeps in memory what fits.
-
-    Parts after the first are scaled so that their mean b0 in the mask equals the first part's,
-    where both have b0 volumes.
-
-    Raises:
-        DataError: an image is unreadable, damaged (its checksum or length is wrong), not 4-D, or a
-            volume holds no finite value.
-    """
-    shape = (len(acquisition), int(mask.sum()))
-    if peak_memory(shape[1], shape[0]) > memory:
-        with tempfile.TemporaryFile(dir=work_dir) as file:
-            _reserve(file.fileno(), 4 * shape[0] * shape[1], work_dir)
-            stored: np.ndarray = np.memmap(file, np.float32, "r+", shape=shape)
-    else:
-        stored = np.empty(shape, np.float32)
-    signal = stored.T
-    invalid = 0
-    reference, image = None, None
-    for image, offset in _open(run):
-        n = image.shape[3]
-        for i in range(n):
-            values = _volume(image, i)[mask]
-            bad = ~np.isfinite(values)
-            if bad.all() and bad.size:
-                raise DataError(
-                    f"{image.get_filename()}: volume {i} holds no finite value inside the mask. "
-                    "Remove it from the image, .bval and .bvec, or convert the series again.")
-            invalid += int(bad.sum())
-            values[bad] = 0
-            signal[:, offset + i] = values
-        check_end(image)
-        part = slice(offset, offset + n)
-        b0 = acquisition[part].b0
-        if len(run.parts) > 1 and b0.any():
-            level = float(signal[:, part][:, b0].mean(dtype=np.float64))
-            if reference is None:
-                reference = level
-            elif level > 0:
-                signal[:, part] *= reference / level
-    assert image is not None
-    return Dwi(signal, mask, image.affine, acquisition, invalid=invalid)
 
 
 def noise_sd(dwi: Dwi) -> float | None:
@@ -386,18 +317,6 @@ def noise_sd(dwi: Dwi) -> float | None:
     from scipy.stats import chi2
 
     return float(np.sqrt(np.median(squares) / chi2.median(dof)))
-
-
-def _open(run: Run) -> Iterator[tuple[Any, int]]:
-    """Each part's image, checked, with the index of its first measurement."""
-    offset = 0
-    for part in run.parts:
-        image = open_image(part.image)
-        if len(image.shape) != 4:
-            raise DataError(f"{part.image}: has {len(image.shape)} dimensions, a DWI needs 4 "
-                            "(x, y, z, volume). Convert the whole series, not one volume.")
-        yield image, offset
-        offset += image.shape[3]
 
 
 def open_image(path: Path) -> Any:
@@ -446,6 +365,8 @@ def check_end(image: Any) -> None:
         DataError: the checksum or the length is wrong, or something follows the values.
     """
     data = image.dataobj
+    if isinstance(data, np.ndarray):  # the image was made in memory
+        return
     # nibabel has no public name for the stream that it keeps open
     with data._get_fileobj() as stream:
         try:
@@ -458,21 +379,3 @@ def check_end(image: Any) -> None:
         raise DataError(f"{image.get_filename()}: is longer than its header says: bytes follow the "
                         f"last of its values ({' × '.join(map(str, data.shape))}). Copy or convert "
                         "the file again.")
-
-
-def _reserve(descriptor: int, size: int, folder: Path | None) -> None:
-    """Take the disk space now: a full disk under a memory map would kill the process."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        raise DataError(f"{folder or tempfile.gettempdir()}: has no room for {size / 1e9:.1f} GB "
-                        f"({error.strerror}). Give a roomier --work-dir, or a higher --mem-mb.") \
-            from error
-
-
-def _volume(image: Any, i: int) -> np.ndarray:
-    try:
-        return np.array(image.dataobj[..., i], dtype=np.float32)  # nibabel's may be read-only
-    except DAMAGE as error:
-        raise DataError(f"{image.get_filename()}: ends or breaks before volume {i} of "
-                        f"{image.shape[3]} ({error}). Copy or convert the file again.") from error
