@@ -97,9 +97,9 @@ def map_volume(
 
     def apply(planes: range) -> dict[str, torch.Tensor]:
         low, high = max(planes.start - halo, 0), planes.stop + halo
-        made = function(*(torch.from_numpy(v[low:high].copy()).to(device) for v in volumes))
+        results = function(*(torch.from_numpy(v[low:high].copy()).to(device) for v in volumes))
         return {name: values[planes.start - low:planes.stop - low]
-                for name, values in made.items()}
+                for name, values in results.items()}
 
     return _map(apply, range(depth), size, 1, device, "planes")
 

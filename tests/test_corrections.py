@@ -65,7 +65,7 @@ def dwi(bids, name="sub-01_dir-AP"):
     return bids / f"sub-01/dwi/{name}_dwi.nii.gz"
 
 
-def told(run):
+def summary(run):
     """(kind, names, rule) of each field map."""
     return [(f.kind, [i.image.name.removesuffix(".nii.gz") for i in f.images], f.rule)
             for f in run.field_maps]
@@ -131,8 +131,8 @@ def test_field_maps_that_cannot_be_computed(kind, sidecars, magnitudes, message)
 
 def test_opposite_dwis_of_a_session(tree):
     runs = runs_of(tree(BOTH))
-    assert told(runs["sub-01_dir-AP"]) == [("opposite", ["sub-01_dir-PA_dwi"], "session")]
-    assert told(runs["sub-01_dir-PA"]) == [("opposite", ["sub-01_dir-AP_dwi"], "session")]
+    assert summary(runs["sub-01_dir-AP"]) == [("opposite", ["sub-01_dir-PA_dwi"], "session")]
+    assert summary(runs["sub-01_dir-PA"]) == [("opposite", ["sub-01_dir-AP_dwi"], "session")]
     assert runs["sub-01_dir-AP"].phase_encoding == PhaseEncoding(1, -1, 0.05)
     assert any("No sidecar says" in n for n in runs["sub-01_dir-AP"].notices)
 
@@ -141,13 +141,20 @@ def test_a_lone_b0_and_what_a_filter_leaves_out_correct_too(tree, tmp_path):
     bids = tree({**BOTH, "dir-PA_run-2": {"sidecar": PA, "scheme": ((0, 2),)}})
     (query := tmp_path / "filter.json").write_text('{"dwi": {"direction": "AP"}}')
     (run,) = runs_of(bids, "--bids-filter-file", query).values()
-    assert told(run) == [("opposite", [f"sub-01_dir-PA{r}_dwi"], "session") for r in ("", "_run-2")]
+    assert summary(run) == [
+        ("opposite", [f"sub-01_dir-PA{r}_dwi"], "session") for r in ("", "_run-2")]
+
+
+def test_the_phase_of_an_opposite_dwi_is_no_field_map(tree):
+    bids = tree({"dir-AP": {}, "dir-PA_part-mag": {"sidecar": PA}})
+    phase(bids, "dir-PA_part-mag")
+    assert [names for _, names, _ in summary(run_of(bids))] == [["sub-01_dir-PA_part-mag_dwi"]]
 
 
 def test_those_of_the_same_protocol_come_first(tree):
     run = run_of(tree({"acq-b_dir-AP": {}, "acq-a_dir-PA": {"sidecar": PA},
                        "acq-b_dir-PA": {"sidecar": PA}}), "sub-01_acq-b_dir-AP")
-    assert [names for _, names, _ in told(run)] == [
+    assert [names for _, names, _ in summary(run)] == [
         ["sub-01_acq-b_dir-PA_dwi"], ["sub-01_acq-a_dir-PA_dwi"]]
 
 
@@ -155,8 +162,8 @@ def test_of_another_session_nothing_is_taken(bids_tree):
     bids = bids_tree(("01",), ("a", "b"), {"dir-AP": {}}, shape=SHAPE)
     fmap(bids, "sub-01_ses-b_dir-PA_epi", PA, session="ses-b")
     runs = runs_of(bids)
-    assert told(runs["sub-01_ses-a_dir-AP"]) == []
-    assert told(runs["sub-01_ses-b_dir-AP"]) == [
+    assert summary(runs["sub-01_ses-a_dir-AP"]) == []
+    assert summary(runs["sub-01_ses-b_dir-AP"]) == [
         ("opposite", ["sub-01_ses-b_dir-PA_epi"], "session")]
 
 
@@ -164,9 +171,9 @@ def test_the_same_axis_of_the_image_may_be_another_of_the_head(tree):
     """A sagittal series beside an axial one: both encode along j, and not along one line."""
     bids = tree()
     fmap(bids, "sub-01_dir-PA_epi", PA, truth.affine(order=(1, 2, 0)))
-    assert told(run_of(bids)) == []
+    assert summary(run_of(bids)) == []
     fmap(bids, "sub-01_dir-PA_epi", PA, truth.affine(turn=(5, 0, 0)))
-    assert len(told(run_of(bids))) == 1
+    assert len(summary(run_of(bids))) == 1
 
 
 def test_kinds_in_order_of_trust(tree):
@@ -179,7 +186,7 @@ def test_kinds_in_order_of_trust(tree):
     fmap(bids, "sub-01_dir-AP_epi", AP)
     fmap(bids, "sub-01_dir-PA_epi", PA)
     run = run_of(bids)
-    assert told(run) == [
+    assert summary(run) == [
         ("opposite", ["sub-01_dir-PA_epi"], "session"),
         ("phasediff", ["sub-01_phasediff"], "session"),
         ("phases", ["sub-01_acq-two_phase1", "sub-01_acq-two_phase2"], "session"),
@@ -194,24 +201,25 @@ def test_forms_of_intended_for(tree, intended):
     bids = tree({**BOTH, "acq-x_dir-AP": {"shape": (7, 8, 10)}})
     gre(bids, {**GRE, "IntendedFor": intended})
     runs = runs_of(bids)
-    assert told(runs["sub-01_dir-AP"]) == [("phasediff", ["sub-01_phasediff"], "IntendedFor")]
+    assert summary(runs["sub-01_dir-AP"]) == [("phasediff", ["sub-01_phasediff"], "IntendedFor")]
     assert not any("No sidecar says" in n for n in runs["sub-01_dir-AP"].notices)
-    assert told(runs["sub-01_acq-x_dir-AP"]) == [("opposite", ["sub-01_dir-PA_dwi"], "session")]
+    assert summary(runs["sub-01_acq-x_dir-AP"]) == [("opposite", ["sub-01_dir-PA_dwi"], "session")]
 
 
-@pytest.mark.parametrize("intended", ["bids:other:sub-01/dwi/sub-01_dir-AP_dwi.nii.gz", 3,
-                                      {"a": 1}, [["dwi/sub-01_dir-AP_dwi.nii.gz"]], None])
+@pytest.mark.parametrize("intended", [
+    "x" * 5000, "a\0b", "bids:other:sub-01/dwi/sub-01_dir-AP_dwi.nii.gz", 3, {"a": 1},
+    [["dwi/sub-01_dir-AP_dwi.nii.gz"]], None])
 def test_what_intended_for_does_not_say(tree, intended):
     bids = tree()
     gre(bids, {**GRE, "IntendedFor": intended})
-    assert told(run_of(bids)) == [("phasediff", ["sub-01_phasediff"], "session")]
+    assert summary(run_of(bids)) == [("phasediff", ["sub-01_phasediff"], "session")]
 
 
 def test_an_intended_for_of_files_that_do_not_exist_is_told(tree):
     bids = tree()
     gre(bids, {**GRE, "IntendedFor": "ses-gone/dwi/sub-01_ses-gone_dwi.nii.gz"})
     run = run_of(bids)
-    assert told(run) == [("phasediff", ["sub-01_phasediff"], "session")]
+    assert summary(run) == [("phasediff", ["sub-01_phasediff"], "session")]
     assert any("sub-01_phasediff: IntendedFor names no file" in n for n in run.notices)
 
 
@@ -221,7 +229,7 @@ def test_b0_field_source_comes_before_intended_for(tree):
     for way, sidecar in (("AP", AP), ("PA", PA)):
         fmap(bids, f"sub-01_dir-{way}_epi", {**sidecar, "B0FieldIdentifier": ["x", "pepolar"]})
     edit(dwi(bids), {"B0FieldSource": "pepolar"})
-    assert told(run_of(bids)) == [
+    assert summary(run_of(bids)) == [
         ("opposite", ["sub-01_dir-AP_epi", "sub-01_dir-PA_epi"], "B0FieldSource")]
 
 
@@ -230,7 +238,7 @@ def test_a_run_may_be_part_of_its_own_field_map(tree):
     gre(bids)
     for name in ("sub-01_dir-AP", "sub-01_dir-PA"):
         edit(dwi(bids, name), {"B0FieldIdentifier": "pair", "B0FieldSource": ["pair"]})
-    assert told(run_of(bids)) == [("opposite", ["sub-01_dir-PA_dwi"], "B0FieldSource")]
+    assert summary(run_of(bids)) == [("opposite", ["sub-01_dir-PA_dwi"], "B0FieldSource")]
 
 
 @pytest.mark.parametrize("sidecar,notice", [
@@ -242,7 +250,7 @@ def test_a_source_that_does_not_serve_leaves_the_other_rules(tree, sidecar, noti
     fmap(bids, "sub-01_dir-AP_epi", {**AP, "B0FieldIdentifier": "same"})
     edit(dwi(bids), sidecar)
     run = run_of(bids)
-    assert told(run) == [("phasediff", ["sub-01_phasediff"], "IntendedFor")]
+    assert summary(run) == [("phasediff", ["sub-01_phasediff"], "IntendedFor")]
     assert any(notice in n for n in run.notices)
 
 
@@ -260,7 +268,7 @@ def test_a_broken_field_map_costs_itself_alone(tree, text):
     fmap(bids, "sub-01_dir-PA_epi", PA)
     path.write_text(text) if text is not None else path.unlink()
     run = run_of(bids)
-    assert told(run) == [("opposite", ["sub-01_dir-PA_epi"], "session")]
+    assert summary(run) == [("opposite", ["sub-01_dir-PA_epi"], "session")]
     assert any("A field map is not used" in n and "sub-01_phasediff" in n for n in run.notices)
 
 

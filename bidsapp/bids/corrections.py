@@ -9,6 +9,7 @@ which it belongs, with a notice, and nothing else.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -99,7 +100,7 @@ def read_session(folder: Path, root: Path, parts: Iterable[Part]) -> Session:
                 magnitudes[entities].append(image)
             elif suffix in GRE_KINDS:
                 groups[GRE_KINDS[suffix], entities].append(image)
-        except DataError as error:
+        except (DataError, OSError) as error:
             notices.append(f"A field map is not used: {error}")
     for (kind, entities), images in groups.items():
         try:
@@ -147,9 +148,9 @@ def find_corrections(run: Run, root: Path, session: Session) -> Run:
 
 def _field_maps(run: Run, candidates: Sequence[Candidate], notices: list[str]) -> list[FieldMap]:
     """Those of the first rule that gives any, the most trusted first."""
-    own = {part.image for part in run.parts}
-    mine = [c for c in candidates if c.field_map.images[0].image in own]
-    others = [c for c in candidates if c not in mine]
+    images = {part.image for part in run.parts}
+    parts = [c for c in candidates if c.field_map.images[0].image in images]
+    others = [c for c in candidates if c.field_map.images[0].image not in images]
     sources = _strings(run.metadata.get("B0FieldSource"))
     notices += [f"B0FieldSource names {source[:40]}, which is the B0FieldIdentifier of no other "
                 "image of the session that can be used. Correct one of them."
@@ -157,9 +158,9 @@ def _field_maps(run: Run, candidates: Sequence[Candidate], notices: list[str]) -
     for rule, groups in (
             ("B0FieldSource", [[c for c in others if source in c.identifiers]
                                for source in sources]),
-            ("IntendedFor", [[c] for c in others if c.intended & own]),
+            ("IntendedFor", [[c] for c in others if c.intended & images]),
             ("session", [[c] for c in others if not c.intended])):
-        used = [replace(m, rule=rule) for group in groups for m in _usable(group, mine, notices)]
+        used = [replace(m, rule=rule) for group in groups for m in _usable(group, parts, notices)]
         if used:
             if rule == "session":
                 notices.append("No sidecar says which field map belongs to this run; those of its "
@@ -177,13 +178,13 @@ def _shared(field_map: FieldMap, run: Run) -> int:
     return len(run.entities.items() & entities_of(field_map.images[0].image.name).items())
 
 
-def _usable(group: Sequence[Candidate], mine: Sequence[Candidate], notices: list[str]
+def _usable(group: Sequence[Candidate], parts: Sequence[Candidate], notices: list[str]
             ) -> Iterator[FieldMap]:
     """GRE field maps of a group, and one of its other images where two of them, or one and a DWI
     of the run, have opposite phase encodings."""
     yield from (c.field_map for c in group if c.field_map.kind != "opposite")
     epis = [c for c in group if c.field_map.kind == "opposite"]
-    for first, second in combinations([*epis, *mine], 2):
+    for first, second in combinations([*epis, *parts], 2):
         one, other = (PhaseEncoding.of_sidecar(c.field_map.images[0].metadata)
                       for c in (first, second))
         if one and one.opposes(other):
@@ -199,28 +200,28 @@ def _usable(group: Sequence[Candidate], mine: Sequence[Candidate], notices: list
 
 def _phase(run: Run, root: Path, notices: list[str]) -> tuple[ImageFile, ...]:
     """The phase image beside each magnitude, or nothing where one is missing or broken."""
-    found = []
+    phases: list[ImageFile] = []
     for part in run.parts:
         entities = {**entities_of(part.image.name), "part": "phase"}
         beside = [p for p in _images(part.image.parent)
                   if _suffix(p) == "dwi" and entities_of(p.name) == entities]
         try:
-            found += [ImageFile(here(p), sidecar(p, root)) for p in beside[:1]]
-        except DataError as error:
+            phases += [ImageFile(here(p), sidecar(p, root)) for p in beside[:1]]
+        except (DataError, OSError) as error:
             notices.append(f"The phase is not used: {error}")
             return ()
-    if found and len(found) < len(run.parts):
-        notices.append(f"The phase is not used: {len(found)} of the {len(run.parts)} files of this "
-                       "run have a phase image.")
+    if phases and len(phases) < len(run.parts):
+        notices.append(f"The phase is not used: {len(phases)} of the {len(run.parts)} files of "
+                       "this run have a phase image.")
         return ()
-    return tuple(found)
+    return tuple(phases)
 
 
 def _candidate(field_map: FieldMap, root: Path, notices: list[str]) -> Candidate:
     images = (*field_map.images, *field_map.magnitudes)
     identifiers = {s for i in images for s in _strings(i.metadata.get("B0FieldIdentifier"))}
     named = [p for i in images for p in _intended(i.image, i.metadata, root)]
-    intended = {p for p in named if p.exists()}
+    intended = {p for p in named if os.path.exists(p)}  # noqa: PTH110 (Path's raises on long names)
     if named and not intended:
         notices.append(f"{name_of(images[0].image)}: IntendedFor names no file that exists, as if "
                        "it were not there. Correct it.")

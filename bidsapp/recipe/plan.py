@@ -95,16 +95,16 @@ def describe_corrections(run: Run) -> list[str]:
     encoding = run.phase_encoding
     readout = ("TotalReadoutTime unknown" if encoding is None or encoding.readout is None
                else f"readout {1000 * encoding.readout:.4g} ms")
-    found = [f"phase encoding {encoding.direction}, {readout}" if encoding
+    lines = [f"phase encoding {encoding.direction}, {readout}" if encoding
              else "phase encoding unknown", *map(_describe_field_map, run.field_maps)]
     if run.phase:
-        found.append(f"phase {', '.join(name_of(p.image) for p in run.phase)}: complex data")
+        lines.append(f"phase {', '.join(name_of(p.image) for p in run.phase)}: complex data")
     if run.t1w:
         session = entities_of(run.t1w.name).get("ses")
-        found.append(f"T1w {name_of(run.t1w)}: of the "
+        lines.append(f"T1w {name_of(run.t1w)}: of the "
                      f"{'same session' if session == run.session else 'participant'}")
     return ["  for corrections, which no step makes yet:",
-            *(f"    {line}" for line in (*found, *run.notices))]
+            *(f"    {line}" for line in (*lines, *run.notices))]
 
 
 def _describe_field_map(field_map: FieldMap) -> str:
