@@ -57,7 +57,7 @@ def main() -> None:
         return 0.02 * torch.randn(signal.shape, generator=generator)
     noisy = torch.hypot(signal + normal(), normal())
     noisy[:, 0] = 1
-    dwi = as_dwi(noisy.numpy().astype(np.float32), acq, 0.02)
+    dwi = as_dwi(noisy.numpy().astype(np.float32), acq, 0.02, s0_known=True)
 
     smt = methods.get("estimate_smt").apply(dwi, "cpu").maps
     times = []

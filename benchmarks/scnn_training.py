@@ -176,7 +176,8 @@ def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.T
         "ODF at a vertex": float((odf_error @ vertex).square().mean())}}
     hinted = (found["hint"] - truth).square().mean(0)
     rows["hint alone"] = {"d": float(hinted[0]), "f": float(hinted[1])}
-    dwi = as_dwi(np.concatenate([np.ones((voxels, 1)), flat.numpy()], 1), acq, 1 / SNR)
+    dwi = as_dwi(np.concatenate([np.ones((voxels, 1)), flat.numpy()], 1), acq, 1 / SNR,
+                 s0_known=True)
     smt = methods.get("estimate_smt").apply(dwi, "cpu").maps
     for name, suffix in (("smt posterior mean", ""), ("smt least squares", "_mode")):
         rows[name] = {short: float(np.mean((smt[key + suffix] - truth[:, i].numpy()) ** 2))

@@ -1,4 +1,4 @@
-"""What the scanner did: b-values, directions and b-tensor shapes of one diffusion acquisition.
+"""What the scanner did: b-values, directions, b-tensor shapes and phase encoding of a series.
 
 Frame: world RAS+, always; b-vectors of files are turned into it at the door (`bidsapp.bids`).
 Units: b in s/mm², times in s. An axially symmetric b-tensor with axis n, trace b and shape b_Δ is
@@ -11,7 +11,7 @@ doi:10.1016/j.neuroimage.2016.02.039).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,69 @@ NORM_TOLERANCE = 0.02
 
 SAME_B, SAME_SHAPE = 0.05, 0.05
 """Shells are the same where b differs by at most this share, and b_delta by at most this."""
+
+READOUT_MAX = 1.0
+"""s: no EPI readout lasts longer; larger numbers are in ms."""
+
+
+@dataclass(frozen=True)
+class PhaseEncoding:
+    """Direction and duration of the phase encoding of an EPI image.
+
+    Parameters
+    ----------
+    axis : int
+        Axis of the image's voxels: 0, 1 or 2 (i, j or k in BIDS).
+    sign : int
+        1 where lines are encoded towards larger indices, −1 towards smaller ones.
+    readout : float, optional
+        Total readout time as BIDS defines it, in s, below 1; None where it is unknown.
+
+    Raises
+    ------
+    DataError
+        One of them is none of these.
+    """
+
+    axis: int
+    sign: int
+    readout: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.axis not in (0, 1, 2) or self.sign not in (1, -1):
+            raise DataError(f"the phase encoding has axis {self.axis!r} and sign {self.sign!r}; "
+                            "axis 0, 1 or 2 and sign 1 or -1 are needed.")
+        if self.readout is not None and not (isinstance(self.readout, int | float)
+                                             and 0 < self.readout < READOUT_MAX):
+            raise DataError(
+                f"TotalReadoutTime is {str(self.readout)[:20]}; a number of seconds between 0 and "
+                f"{READOUT_MAX:g} is needed. Correct the sidecar; divide milliseconds by 1000.")
+
+    @classmethod
+    def of_sidecar(cls, metadata: Mapping[str, Any]) -> PhaseEncoding | None:
+        """Read PhaseEncodingDirection and TotalReadoutTime; None where there is no direction.
+
+        Raises
+        ------
+        DataError
+            One of them has a value that BIDS does not allow.
+        """
+        if (direction := metadata.get("PhaseEncodingDirection")) is None:
+            return None
+        if direction not in ("i", "j", "k", "i-", "j-", "k-"):
+            raise DataError(f"PhaseEncodingDirection is {str(direction)[:20]!r}; i, j, k, i-, j- "
+                            "or k- is needed. Correct the sidecar.")
+        return cls("ijk".index(direction[0]), -1 if direction.endswith("-") else 1,
+                   metadata.get("TotalReadoutTime"))
+
+    @property
+    def direction(self) -> str:
+        """As BIDS writes it, e.g. `j-`."""
+        return "ijk"[self.axis] + "-" * (self.sign < 0)
+
+    def opposes(self, other: PhaseEncoding | None) -> bool:
+        """Whether the other encodes the same axis the other way."""
+        return other is not None and (other.axis, other.sign) == (self.axis, -self.sign)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,14 @@
-"""Run (paths and entities), Dwi (masked signal) and how the one is loaded into the other.
+"""Run (paths and entities), Dwi (signal inside a mask), and how images are opened and checked.
 
-The mask comes first; volumes are then read in order, once, straight into one float32 matrix of
-(voxel, measurement), so that memory is bounded by the mask and not by the image matrix. Voxels
-stand in the C order of `np.nonzero(mask)`.
+The signal is one float32 matrix of (voxel, measurement), so that memory is bounded by the mask and
+not by the image matrix. Voxels stand in the C order of `np.nonzero(mask)`.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ import nibabel as nib
 import numpy as np
 
 from bidsapp import sh
-from bidsapp.acquisition import Acquisition, Shell
+from bidsapp.acquisition import Acquisition, PhaseEncoding, Shell
 from bidsapp.errors import DataError
 
 FIXED_MEMORY = 1.5e9
@@ -57,6 +54,88 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ImageFile:
+    """An image beside the DWIs (an EPI, a field map, its magnitude, a phase), with its merged
+    sidecars."""
+
+    image: Path
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", dict(self.metadata))
+
+
+FIELD_MAPS = {
+    "opposite": "opposite phase encoding",
+    "phasediff": "phase difference of two echoes",
+    "phases": "phases of two echoes",
+    "fieldmap": "measured field",
+}
+"""Kinds of field maps, those that are trusted most first, and what they are called."""
+
+FIELD_UNITS = ("Hz", "rad/s", "T")
+
+
+@dataclass(frozen=True)
+class FieldMap:
+    """Images from which the susceptibility field of a run can be computed.
+
+    Parameters
+    ----------
+    kind : str
+        A key of FIELD_MAPS.
+    images : tuple of ImageFile or Part
+        opposite: EPIs or DWIs, which with the run's own encode both ways; phasediff, fieldmap:
+        one image; phases: those of the first and the second echo.
+    magnitudes : tuple of ImageFile
+        Magnitudes of the echoes, of all kinds but `opposite`.
+    rule : str
+        Why it is the run's: `B0FieldSource`, `IntendedFor` or `session` (nothing says so; both are
+        of one session).
+
+    Raises
+    ------
+    DataError
+        An image is missing, or a sidecar does not say what is needed to compute the field.
+    """
+
+    kind: str
+    images: tuple[ImageFile | Part, ...]
+    magnitudes: tuple[ImageFile, ...] = ()
+    rule: str = "session"
+
+    def __post_init__(self) -> None:
+        if self.kind not in FIELD_MAPS or not self.images:
+            raise ValueError(f"a field map of kind {self.kind} with {len(self.images)} images")
+        name, first = self.images[0].image, self.images[0].metadata
+        if self.kind == "opposite":
+            for part in self.images:
+                try:
+                    if PhaseEncoding.of_sidecar(part.metadata) is None:
+                        raise DataError("PhaseEncodingDirection is missing. Add it to the sidecar.")
+                except DataError as error:
+                    raise DataError(f"{part.image}: {error}") from error
+            return
+        if not self.magnitudes:
+            raise DataError(f"{name}: no magnitude image stands beside it. Add it, by the same "
+                            "name but for the suffix.")
+        if self.kind == "fieldmap":
+            if first.get("Units") not in FIELD_UNITS:
+                raise DataError(f"{name}: Units are {str(first.get('Units'))[:20]!r}; "
+                                f"{', '.join(FIELD_UNITS)} are understood. Correct the sidecar.")
+            return
+        if self.kind == "phases" and len(self.images) < 2:
+            raise DataError(f"{name}: the phase of the other echo is missing. Add it.")
+        stated = ([first.get(f"EchoTime{i}") for i in (1, 2)] if self.kind == "phasediff"
+                  else [image.metadata.get("EchoTime") for image in self.images])
+        times = [t for t in stated if isinstance(t, int | float)]
+        if len(times) != 2 or not 0 < times[0] < times[1]:
+            raise DataError(f"{name}: two echo times are needed, the second larger than the first; "
+                            f"found are {', '.join(str(t)[:20] for t in stated)}. Correct the "
+                            "sidecar.")
+
+
+@dataclass(frozen=True)
 class Run:
     """What is processed as one: paths and facts, no arrays.
 
@@ -67,6 +146,11 @@ class Run:
     dataset: (name, root) of the dataset the files come from; `raw` or a derivative's name.
     batch, batch_source: the site and where it was read from.
     covariates: the participant's row of participants.tsv (and sessions.tsv), e.g. age, sex.
+    preprocessed: whether the images were corrected elsewhere. Of others, what corrects them:
+    phase_encoding: of all parts; None where it is unknown.
+    field_maps: those that may be used, the most trusted first.
+    phase: phase images of the parts, one for each, or nothing.
+    notices: sentences on what is missing or broken of these.
     """
 
     entities: Mapping[str, str]
@@ -78,6 +162,11 @@ class Run:
     batch: str = "unknown"
     batch_source: str = "none found"
     covariates: Mapping[str, Any] = field(default_factory=dict)
+    preprocessed: bool = False
+    phase_encoding: PhaseEncoding | None = None
+    field_maps: tuple[FieldMap, ...] = ()
+    phase: tuple[ImageFile, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.parts or "sub" not in self.entities:
@@ -130,6 +219,8 @@ class Dwi:
             harmonization; None for all alike. Where noise is no longer independent between
             measurements, it is the gain of independent noise that would move the mean over the
             directions of their shell as much.
+        s0_known: whether the b0 volumes hold S0 without noise, as simulations may. Nothing that
+            was measured is so, not even after division by the mean b0.
         invalid: number of NaN or infinite values that were read and set to 0.
         tissue: (voxel, 3) float32 probabilities of grey matter, white matter and CSF from a T1w
             image, Σ ≤ 1, or None.
@@ -146,6 +237,7 @@ class Dwi:
     invalid: int = 0
     tissue: np.ndarray | None = None
     noise_gain: np.ndarray | None = None
+    s0_known: bool = False
 
     def __post_init__(self) -> None:
         if not self.mask.any():
@@ -193,75 +285,9 @@ class Dwi:
         return None if self.noise_sd is None else self.noise_sd * self.gain(indices)
 
 
-def read_mean(run: Run, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the chosen volumes, (x, y, z) float32, and the affine. NaN and Inf count as 0.
-
-    volumes: (n,) bool over the measurements of the run, its parts one after another.
-    """
-    total, image = None, None
-    for image, offset in _open(run):
-        for i in np.flatnonzero(volumes[offset:offset + image.shape[3]]):
-            volume = _volume(image, int(i))
-            volume[~np.isfinite(volume)] = 0
-            total = volume if total is None else total + volume
-    if total is None or image is None:
-        raise DataError(f"{run.name}: no volume to average.")
-    return total / int(volumes.sum()), image.affine
-
-
 def peak_memory(voxels: int, measurements: int) -> float:
     """Bytes at most while a signal of this size is processed: twice itself and FIXED_MEMORY."""
     return 2 * 4 * voxels * measurements + FIXED_MEMORY
-
-
-def load(run: Run, mask: np.ndarray, acquisition: Acquisition, *, memory: float = np.inf,
-         work_dir: Path | None = None) -> Dwi:
-    """The run's signal inside `mask`, read volume by volume; NaN and Inf become 0, counted.
-
-    Volumes are stored one after another, so that each is written in one stroke and a block of
-    voxels is a short piece of each. A signal that `peak_memory` puts above `memory` (bytes) goes
-    to an unnamed file in `work_dir` instead, of which the system keeps in memory what fits.
-
-    Parts after the first are scaled so that their mean b0 in the mask equals the first part's,
-    where both have b0 volumes.
-
-    Raises:
-        DataError: an image is unreadable, damaged (its checksum or length is wrong), not 4-D, or a
-            volume holds no finite value.
-    """
-    shape = (len(acquisition), int(mask.sum()))
-    if peak_memory(shape[1], shape[0]) > memory:
-        with tempfile.TemporaryFile(dir=work_dir) as file:
-            _reserve(file.fileno(), 4 * shape[0] * shape[1], work_dir)
-            stored: np.ndarray = np.memmap(file, np.float32, "r+", shape=shape)
-    else:
-        stored = np.empty(shape, np.float32)
-    signal = stored.T
-    invalid = 0
-    reference, image = None, None
-    for image, offset in _open(run):
-        n = image.shape[3]
-        for i in range(n):
-            values = _volume(image, i)[mask]
-            bad = ~np.isfinite(values)
-            if bad.all() and bad.size:
-                raise DataError(
-                    f"{image.get_filename()}: volume {i} holds no finite value inside the mask. "
-                    "Remove it from the image, .bval and .bvec, or convert the series again.")
-            invalid += int(bad.sum())
-            values[bad] = 0
-            signal[:, offset + i] = values
-        check_end(image)
-        part = slice(offset, offset + n)
-        b0 = acquisition[part].b0
-        if len(run.parts) > 1 and b0.any():
-            level = float(signal[:, part][:, b0].mean(dtype=np.float64))
-            if reference is None:
-                reference = level
-            elif level > 0:
-                signal[:, part] *= reference / level
-    assert image is not None
-    return Dwi(signal, mask, image.affine, acquisition, invalid=invalid)
 
 
 def noise_sd(dwi: Dwi) -> float | None:
@@ -292,18 +318,6 @@ def noise_sd(dwi: Dwi) -> float | None:
     from scipy.stats import chi2
 
     return float(np.sqrt(np.median(squares) / chi2.median(dof)))
-
-
-def _open(run: Run) -> Iterator[tuple[Any, int]]:
-    """Each part's image, checked, with the index of its first measurement."""
-    offset = 0
-    for part in run.parts:
-        image = open_image(part.image)
-        if len(image.shape) != 4:
-            raise DataError(f"{part.image}: has {len(image.shape)} dimensions, a DWI needs 4 "
-                            "(x, y, z, volume). Convert the whole series, not one volume.")
-        yield image, offset
-        offset += image.shape[3]
 
 
 def open_image(path: Path) -> Any:
@@ -373,6 +387,8 @@ def check_end(image: Any) -> None:
         DataError: the checksum or the length is wrong, or something follows the values.
     """
     data = image.dataobj
+    if isinstance(data, np.ndarray):  # the image was made in memory
+        return
     # nibabel has no public name for the stream that it keeps open
     with data._get_fileobj() as stream:
         try:
@@ -385,21 +401,3 @@ def check_end(image: Any) -> None:
         raise DataError(f"{image.get_filename()}: is longer than its header says: bytes follow the "
                         f"last of its values ({' × '.join(map(str, data.shape))}). Copy or convert "
                         "the file again.")
-
-
-def _reserve(descriptor: int, size: int, folder: Path | None) -> None:
-    """Take the disk space now: a full disk under a memory map would kill the process."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        raise DataError(f"{folder or tempfile.gettempdir()}: has no room for {size / 1e9:.1f} GB "
-                        f"({error.strerror}). Give a roomier --work-dir, or a higher --mem-mb.") \
-            from error
-
-
-def _volume(image: Any, i: int) -> np.ndarray:
-    try:
-        return np.array(image.dataobj[..., i], dtype=np.float32)  # nibabel's may be read-only
-    except DAMAGE as error:
-        raise DataError(f"{image.get_filename()}: ends or breaks before volume {i} of "
-                        f"{image.shape[3]} ({error}). Copy or convert the file again.") from error

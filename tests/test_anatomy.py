@@ -321,12 +321,13 @@ def test_real_t1w(test_data, name):
     is more anisotropic than grey: true of no image that lies wrong."""
     from bidsapp import tensor
     from bidsapp.blocks import map_voxels
-    from bidsapp.dwi import load, read_mean
     from bidsapp.mask import median_otsu
+    from bidsapp.series import Series
 
     run = next(iter(runs(test_data(name)).values()))
     acquisition = btable.acquisition_of(run)
-    dwi = load(run, median_otsu(read_mean(run, acquisition.b0)[0]), acquisition)
+    series = Series.of_run(run, acquisition)
+    dwi = series.within(median_otsu(series.mean(acquisition.b0)))
     p = anatomy.posteriors(dwi, run.t1w)
     chosen = tensor.volumes(acquisition)
     x = tensor.design(acquisition[chosen].btensors)

@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from dataclasses import replace
 
 import bids_tree
 import nibabel as nib
@@ -183,8 +184,25 @@ def test_what_stands_for_the_unknown():
     assert derived.counts["freewater_no_estimate"] == 1 and not derived.valid[7]
     assert all(values[7] == 0 for values in derived.maps.values())
     shares = np.column_stack([np.ones((60, 2)), dwi.signal[:, 2:] / dwi.mean_b0[:, None]])
-    known = Dwi(shares.astype(np.float32), dwi.mask, dwi.affine, acq, 1 / SNR)
+    known = Dwi(shares.astype(np.float32), dwi.mask, dwi.affine, acq, 1 / SNR,
+                s0_known=True)
     assert np.isfinite(method.apply(known, "cpu").maps["fraction"]).all()
+
+
+def test_s0_is_known_to_the_training_where_it_is_said(monkeypatch):
+    clean, _, _ = simulate("mixture", acq := acquisition(), 60, 1)
+    said = []
+
+    def learn(measured, acquisition, noise, known, *others):
+        said.append(known)
+        raise Refusal("enough")
+
+    monkeypatch.setattr(network, "learn", learn)
+    ones = replace(as_dwi(clean, acq, 1), signal=np.ones((60, len(acq)), np.float32))
+    for known in (True, False):
+        with pytest.raises(Refusal, match="enough"):
+            methods.get("estimate_freewater").apply(replace(ones, s0_known=known), "cpu")
+    assert said == [True, False]
 
 
 def test_mixtures_hold_pure_tissue_and_pure_water():

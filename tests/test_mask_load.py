@@ -12,8 +12,9 @@ import pytest
 from bidsapp import mask as masks
 from bidsapp.bids import btable
 from bidsapp.bids.inherit import read_part
-from bidsapp.dwi import Run, load, open_image, peak_memory, read_mean
+from bidsapp.dwi import Run, open_image, peak_memory
 from bidsapp.errors import DataError
+from bidsapp.series import Series
 
 SHAPE = (7, 8, 9)
 HEAD = truth.head(SHAPE)
@@ -45,8 +46,12 @@ def rewrite(run, data, part=0, slope=None):
     nib.save(image, path)
 
 
+def series_of(run, **options):
+    return Series.of_run(run, btable.acquisition_of(run), **options)
+
+
 def loaded(run, mask=HEAD, **options):
-    return load(run, mask, btable.acquisition_of(run), **options)
+    return series_of(run).within(mask, **options)
 
 
 # the signal
@@ -258,10 +263,11 @@ def test_header_that_does_not_say_where_voxels_lie(run, fields, message):
 
 def test_three_and_five_dimensions(run):
     made = run()
+    acquisition = btable.acquisition_of(made)
     for data, n in ((data_of(made)[..., 0], 3), (data_of(made)[..., None, :], 5)):
         rewrite(made, data)
         with pytest.raises(DataError, match=f"has {n} dimensions, a DWI needs 4"):
-            read_mean(made, np.ones(30, bool))
+            Series.of_run(made, acquisition)
 
 
 def test_parts_are_joined_and_levelled(run):
@@ -277,7 +283,8 @@ def test_parts_are_joined_and_levelled(run):
 
 def test_mean_of_the_b0_of_all_parts(run):
     made = run({"scheme": ((0, 2), (1000, 12))}, {"scheme": ((0, 1), (2000, 16))})
-    mean, affine = read_mean(made, btable.acquisition_of(made).b0)
+    series = series_of(made)
+    mean, affine = series.mean(series.acquisition.b0), series.affine
     want = np.concatenate([data_of(made)[..., :2], data_of(made, 1)[..., :1]], -1).mean(-1)
     assert np.allclose(mean, want, rtol=1e-5) and np.allclose(affine, truth.affine())
 

@@ -11,10 +11,11 @@ import pytest
 from bidsapp import cli, methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, find
-from bidsapp.dwi import Dwi, load, noise_sd, read_mean
+from bidsapp.dwi import Dwi, noise_sd
 from bidsapp.evaluate import quality
 from bidsapp.mask import median_otsu, read_mask
 from bidsapp.methods import Derived, Estimator
+from bidsapp.series import Series
 
 SHAPE = (9, 8, 7)
 SD = 5.0
@@ -264,10 +265,10 @@ def test_outliers_take_missing_values(rng):
 
 
 def real(run):
-    acquisition = btable.acquisition_of(run)
-    mean, affine = read_mean(run, acquisition.b0)
-    mask = read_mask(run.mask, mean.shape, affine) if run.mask else median_otsu(mean)
-    dwi = load(run, mask, acquisition)
+    series = Series.of_run(run, btable.acquisition_of(run))
+    mean = series.mean(series.acquisition.b0)
+    mask = read_mask(run.mask, series.shape, series.affine) if run.mask else median_otsu(mean)
+    dwi = series.within(mask)
     return replace(dwi, noise_sd=noise_sd(dwi))
 
 

@@ -12,7 +12,8 @@ from scipy.ndimage import binary_erosion
 
 from bidsapp import cli, methods
 from bidsapp.bids import btable, find
-from bidsapp.dwi import load, noise_sd, read_mean
+from bidsapp.dwi import noise_sd
+from bidsapp.series import Series
 
 
 def phantom(test_data, tmp_path, label):
@@ -20,11 +21,11 @@ def phantom(test_data, tmp_path, label):
     options = cli.parse([str(test_data("dib2019_btensor")), str(tmp_path / "out"), "participant",
                          "--participant-label", label])
     (run,) = find.find(options).runs[label]
-    acquisition = btable.acquisition_of(run)
-    mean, _ = read_mean(run, acquisition.b0)
+    series = Series.of_run(run, btable.acquisition_of(run))
+    mean = series.mean(series.acquisition.b0)
     mask = binary_erosion(mean > 0.5 * np.percentile(mean, 99), iterations=3)
     mask[:, :, :10] = mask[:, :, 15:] = False
-    dwi = load(run, mask, acquisition)
+    dwi = series.within(mask)
     return replace(dwi, noise_sd=noise_sd(dwi))
 
 

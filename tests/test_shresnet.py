@@ -113,15 +113,15 @@ def test_the_perceptron_sees_the_central_voxel_alone():
         (150, 15), (150, 150), (150, 150), (15, 150)]
 
 
-@pytest.mark.parametrize("block", [7, 4096])
-def test_over_a_volume_as_patch_by_patch(network, rng, block):
-    """Blocks of any size give what single patches, cut out here by hand, give."""
+@pytest.mark.parametrize("block,slab", [(7, None), (4096, None), (7, 1), (4096, 3)])
+def test_over_a_volume_as_patch_by_patch(network, rng, block, slab):
+    """Blocks and slabs of any size give what single patches, cut out here by hand, give."""
     mask = rng.random((5, 6, 7)) < 0.4
     mask[0, 0, 0] = mask[-1, -1, -1] = True  # corners: patches reach into the margin
     network = network.double()  # so that rounding hides nothing
     values = rng.normal(size=(int(mask.sum()), 15))
     image = pairs.filled(values, mask, margin=1)
-    found = samples.over_volume(network, image, mask, "cpu", block)
+    found = samples.over_volume(network, image, mask, "cpu", block, slab)
     with torch.no_grad():
         single = [network(torch.from_numpy(image[i:i + 3, j:j + 3, k:k + 3].reshape(1, 27, 15)))[0]
                   for i, j, k in np.argwhere(mask)]

@@ -15,7 +15,7 @@ from scipy.optimize import minimize, minimize_scalar
 
 from bidsapp import cli, sh
 from bidsapp.bids import btable, find
-from bidsapp.dwi import load, read_mean
+from bidsapp.series import Series
 from bidsapp.simulate import forward, noise
 
 
@@ -28,10 +28,10 @@ def phantom(test_data, tmp_path, label, erosions):
     options = cli.parse([str(test_data("dib2019_btensor")), str(tmp_path / "out"), "participant",
                          "--participant-label", label])
     (run,) = find.find(options).runs[label]
-    acq = btable.acquisition_of(run)
-    mean, _ = read_mean(run, acq.b0)
+    series = Series.of_run(run, acq := btable.acquisition_of(run))
+    mean = series.mean(acq.b0)
     mask = binary_erosion(mean > 0.5 * np.percentile(mean, 99), iterations=erosions)
-    dwi = load(run, mask, acq)
+    dwi = series.within(mask)
     column = mask[:, :, 2:] & mask[:, :, 1:-1] & mask[:, :, :-2]
     volumes = dwi.unmask(dwi.signal)[..., acq.bvals < 1000]
     bend = volumes[:, :, 2:] - 2 * volumes[:, :, 1:-1] + volumes[:, :, :-2]

@@ -79,9 +79,9 @@ def rician(clean, sd, rng):
     return np.hypot(clean + rng.normal(0, sd, clean.shape), rng.normal(0, sd, clean.shape))
 
 
-def as_dwi(signal, acq, noise_sd):
+def as_dwi(signal, acq, noise_sd, *, s0_known=False):
     return Dwi(signal.astype(np.float32), np.ones((len(signal), 1, 1), bool), np.eye(4), acq,
-               noise_sd)
+               noise_sd, s0_known=s0_known)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def simulation():
     d, f = rng.uniform(0, 3, 20_000), rng.uniform(0, 1, 20_000)
     signal = simulate(acq, d, f, rng)
     signal[:, 1:] = rician(signal[:, 1:], 0.02, rng)
-    return as_dwi(signal, acq, 0.02), d, f
+    return as_dwi(signal, acq, 0.02, s0_known=True), d, f
 
 
 @given(alpha=st.floats(-15, 40))
@@ -256,6 +256,17 @@ def test_voxels_without_signal_are_zero_and_counted(rng):
     for values in derived.maps.values():
         assert (values[[2, 5]] == 0).all()
         assert np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("name", ["estimate_smt", "estimate_scnn2"])
+def test_that_s0_is_known_is_said_and_not_guessed(rng, name):
+    """b0 volumes of ones may be measured ones, divided by themselves: S0 has noise then, and the
+    estimates are less certain."""
+    acq = acquisition(rng)
+    signal = simulate(acq, np.full(20, 1.7), np.full(20, 0.5), rng)
+    said, unsaid = (get(name).apply(as_dwi(signal, acq, 0.05, s0_known=known), "cpu").maps
+                    for known in (True, False))
+    assert (said["diffusivity_std"] < 0.99 * unsaid["diffusivity_std"]).all()
 
 
 def test_unknown_noise_is_said(rng):

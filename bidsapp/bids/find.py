@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bidsapp.acquisition import B0_MAX, Acquisition
-from bidsapp.bids import batch, foreign
+from bidsapp.bids import batch, corrections, foreign
 from bidsapp.bids.btable import largest_b, read_acquisition
 from bidsapp.bids.index import (
     description,
@@ -177,6 +177,7 @@ def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterat
     for group in _joined(parts):
         sessions[entities_of(group[0].image.name).get("ses")].append(group)
     for groups in sessions.values():
+        candidates = corrections.read_session(groups[0][0].image.parent.parent, root, parts)
         weighted = [any(largest_b(part) >= B0_MAX for part in group) for group in groups]
         kept = [g for g, is_weighted in zip(groups, weighted, strict=True)
                 if is_weighted or not any(weighted)]
@@ -188,7 +189,8 @@ def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterat
             if len(group) > 1:
                 log.info("%s: one acquisition, joined in this order: %s.", group[0].image.name,
                          ", ".join(p.image.name for p in group))
-            yield Run(entities, tuple(group), dataset=("raw", root))
+            yield corrections.find_corrections(
+                Run(entities, tuple(group), dataset=("raw", root)), root, candidates)
 
 
 def _joined(parts: Sequence[Part]) -> list[list[Part]]:

@@ -95,7 +95,8 @@ class Tree:
 
     def _bids_run(self, image: Path) -> Run:
         part = read_part(image, self.root)
-        run = Run(plain(entities_of(image.name)), (part,), dataset=(self.name, self.root))
+        run = Run(plain(entities_of(image.name)), (part,), dataset=(self.name, self.root),
+                  preprocessed=True)
         return replace(run, mask=self.mask_of(run))
 
     def _fsl_run(self, entities: dict[str, str], folder: Path, image: str, mask: str) -> Run:
@@ -104,7 +105,8 @@ class Tree:
                     metadata=read_json(sidecar) if sidecar.exists() else {})
         t1w = folder.parent / "T1w_acpc_dc_restore.nii.gz"
         return Run(entities, (part,), folder / mask if (folder / mask).exists() else None,
-                   t1w if t1w.exists() else None, dataset=(self.name, self.root))
+                   t1w if t1w.exists() else None, dataset=(self.name, self.root),
+                   preprocessed=True)
 
 
 def with_anatomy(run: Run, roots: Iterable[Path]) -> Run:

@@ -41,6 +41,11 @@ def stem_of(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii"))
 
 
+def name_of(path: Path) -> str:
+    """The file's name without .nii or .nii.gz."""
+    return stem_of(path).name
+
+
 def read_part(image: Path, root: Path) -> Part:
     """An image with the tables, encoding file and sidecars that belong to it.
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from bidsapp import sh, tensor, training
 from bidsapp.acquisition import Acquisition, Shell
-from bidsapp.blocks import map_voxels
+from bidsapp.blocks import map_volume
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
 from bidsapp.methods import Cohort, TrainingSettings
@@ -281,16 +281,25 @@ class Trained:
 
 
 def over_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, device: str,
-                block: int = BLOCK) -> np.ndarray:
-    """(voxel, coefficient): the network at each voxel of the mask, in blocks.
+                block: int = BLOCK, slab: int | None = None) -> np.ndarray:
+    """(voxel, coefficient): the network at each voxel of the mask, in blocks of slabs.
 
     image: (x + 2, y + 2, z + 2, coefficient), the mask's grid with a margin of one voxel. Every
     voxel sees its 3×3×3 patch and nothing else, so that blocks give what single patches give.
+    slab: of `map_volume`.
     """
-    flat = torch.from_numpy(image.reshape(-1, image.shape[-1])).to(device)
-    steps = torch.from_numpy(neighbours(image.shape))[None].to(device)
     with torch.inference_mode():
         network = network.to(device)
         function = network.folded() if isinstance(network, SHResNet) else network
-        return map_voxels(lambda centres: {"c": function(patches(flat, centres[:, 0], steps))},
-                          np.flatnonzero(np.pad(mask, 1))[:, None], device, block)["c"]
+
+    def of_slab(values: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
+        inside[[0, -1]] = False  # halo, or the margin of the grid
+        steps = torch.from_numpy(neighbours(values.shape))[None].to(device)
+        flat = values.flatten(0, 2)
+        out = torch.zeros_like(flat)
+        for centres in torch.nonzero(inside.flatten())[:, 0].split(block):
+            out[centres] = function(patches(flat, centres, steps))
+        return {"c": out.view_as(values)}
+
+    inside = np.pad(mask, 1)
+    return map_volume(of_slab, (image, inside), 1, device, slab)["c"][inside]

@@ -240,8 +240,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str, *,
     shells, violations = check(card, acquisition, allow=allow)
     domain = card.trained_for
     network = checkpoint.into(build(tissue, card.network, grid=GRID)).to(device)
-    s0_known = bool((dwi.mean_b0 == 1).all())
-    side = protocols.of(acquisition, shells, protocols.L_FIT, s0_known=s0_known)
+    side = protocols.of(acquisition, shells, protocols.L_FIT, s0_known=dwi.s0_known)
     fits = [side.fit[0, i, :, :len(s)].to(device, torch.float32) for i, s in enumerate(shells)]
     index = [torch.as_tensor(s.indices, device=device) for s in shells]
     b0 = torch.as_tensor(np.flatnonzero(acquisition.b0), device=device)
@@ -256,7 +255,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str, *,
     # a search needs double precision: else rounding decides which way it goes on a flat ridge
     power = known_power(card).to(device, torch.float64 if searches(tissue) else torch.float32)
     hinted = takes_hint(card.network)
-    of_mean = 0.0 if s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
+    of_mean = 0.0 if dwi.s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
 
     def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
         level = signal[:, b0].mean(1)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bidsapp import harmonize, methods
-from bidsapp.dwi import peak_memory
+from bidsapp.bids.inherit import entities_of, name_of
+from bidsapp.dwi import FIELD_MAPS, FieldMap, Run, peak_memory
 from bidsapp.errors import QSphereError, Refusal
 from bidsapp.methods import Estimator, FromSignal, Upsampler
 from bidsapp.options import Options
@@ -119,7 +120,34 @@ def describe(context: Context, models: Sequence[harmonize.Model], chosen: Sequen
             lines.append(f"  {step.describe()}")
         except Refusal as refusal:
             lines.append(f"  {step.title}: refused: {refusal}")
-    return lines
+    return lines + describe_corrections(context.run)
+
+
+def describe_corrections(run: Run) -> list[str]:
+    """Lines on what would correct a run, and by which rule; none for a preprocessed run."""
+    if run.preprocessed:
+        return []
+    encoding = run.phase_encoding
+    readout = ("TotalReadoutTime unknown" if encoding is None or encoding.readout is None
+               else f"readout {1000 * encoding.readout:.4g} ms")
+    lines = [f"phase encoding {encoding.direction}, {readout}" if encoding
+             else "phase encoding unknown", *map(_describe_field_map, run.field_maps)]
+    if run.phase:
+        lines.append(f"phase {', '.join(name_of(p.image) for p in run.phase)}: complex data")
+    if run.t1w:
+        session = entities_of(run.t1w.name).get("ses")
+        lines.append(f"T1w {name_of(run.t1w)}: of the "
+                     f"{'same session' if session == run.session else 'participant'}")
+    return ["  for corrections, which no step makes yet:",
+            *(f"    {line}" for line in (*lines, *run.notices))]
+
+
+def _describe_field_map(field_map: FieldMap) -> str:
+    names = ", ".join(name_of(image.image) for image in field_map.images)
+    magnitudes = ", ".join(name_of(image.image) for image in field_map.magnitudes)
+    rule = ("of the same session" if field_map.rule == "session" else f"by {field_map.rule}")
+    return (f"field map {names}" + f" with {magnitudes}" * bool(magnitudes)
+            + f": {FIELD_MAPS[field_map.kind]}, {rule}")
 
 
 def methods_text(models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],

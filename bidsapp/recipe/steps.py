@@ -23,7 +23,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, names, sidecar
 from bidsapp.bids.writer import Dataset, Transaction, sha256, to_json
 from bidsapp.checkpoint import CARD
-from bidsapp.dwi import Dwi, Part, Run, load, noise_sd, open_image, read_mean
+from bidsapp.dwi import Dwi, Part, Run, noise_sd, open_image
 from bidsapp.errors import DataError, Refusal
 from bidsapp.evaluate import change, gradients, plausibility, quality
 from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
@@ -34,6 +34,7 @@ from bidsapp.options import Options
 from bidsapp.preprocess import anatomy
 from bidsapp.recipe.outputs import Outputs
 from bidsapp.report import boilerplate, comparison, figures
+from bidsapp.series import Series
 from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
@@ -224,8 +225,8 @@ class Measure(Step):
     def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
         context, like = self.context, self.context.like
         mask = read_mask(context.dataset.root / context.mask, like.shape[:3], like.affine)
-        dwi = load(context.run, mask, context.acquisition, memory=context.memory,
-                   work_dir=context.options.work_dir)
+        dwi = Series.of_run(context.run, context.acquisition).within(
+            mask, memory=context.memory, work_dir=context.options.work_dir)
         return self._stage(replace(dwi, noise_sd=facts["noise_sd"]))
 
     def _stage(self, dwi: Dwi) -> Stage:
@@ -448,8 +449,8 @@ def reload_signal(context: Context, stage: Stage, desc: str, facts: Mapping[str,
     acquisition = btable.acquisition_of(written)
     if len(acquisition) == len(stage.dwi.acquisition):  # without the rounding of text
         acquisition = stage.dwi.acquisition
-    dwi = load(written, stage.dwi.mask, acquisition, memory=context.memory,
-               work_dir=context.options.work_dir)
+    dwi = Series.of_run(written, acquisition).within(
+        stage.dwi.mask, memory=context.memory, work_dir=context.options.work_dir)
     gain = facts["noise_gain"]
     dwi = replace(dwi, affine=stage.dwi.affine, invalid=stage.dwi.invalid,
                   noise_sd=facts.get("noise_sd", stage.dwi.noise_sd),
@@ -489,13 +490,14 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     DataError
         A file is missing, damaged or contradicts another, or no mask can be made.
     """
-    acquisition = btable.acquisition_of(run)
-    mean_b0, affine = read_mean(run, acquisition.b0)
+    series = Series.of_run(run, btable.acquisition_of(run))
+    mean_b0 = series.mean(series.acquisition.b0)
     try:
-        mask = read_mask(run.mask, mean_b0.shape, affine) if run.mask else median_otsu(mean_b0)
+        mask = (read_mask(run.mask, series.shape, series.affine) if run.mask
+                else median_otsu(mean_b0))
     except DataError as error:
         raise DataError(f"{run.mask or run.parts[0].image}: {error}") from error
-    dwi = load(run, mask, acquisition, memory=memory, work_dir=work_dir)
+    dwi = series.within(mask, memory=memory, work_dir=work_dir)
     return replace(dwi, noise_sd=noise_sd(dwi)), mean_b0
 
 

@@ -57,12 +57,12 @@ class FreeWater(Estimator):
             notices.append("Free water: the network was trained with diffusivities of the "
                            f"literature, for this run cannot show its own ({refusal})")
         s0 = dwi.mean_b0
-        known = bool((s0 == 1).all())  # the signals were divided by S0 before
         sigma = dwi.noise_of(np.flatnonzero(~acquisition.b0))
         noise = (np.quantile(sigma / s0[s0 > 0], np.linspace(0, 1, LEVELS))
                  if sigma and (s0 > 0).any() else np.array([1 / ASSUMED_SNR]))
         options = self.settings("network")
-        model, error = network.learn(measured, acquisition, noise, known, seed, device, options)
+        model, error = network.learn(measured, acquisition, noise, dwi.s0_known, seed, device,
+                                     options)
 
         water = water_attenuation(measured, acquisition)
         b0 = torch.as_tensor(acquisition.b0, device=device)

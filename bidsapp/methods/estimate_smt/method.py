@@ -316,14 +316,12 @@ class SphericalMean(Estimator):
         self.check(acquisition)
         shells = _usable(acquisition)
         b0 = np.flatnonzero(acquisition.b0)
-        s0 = dwi.mean_b0
-        known = bool((s0 == 1).all())  # the signals were divided by S0 before
         plans = [(b0, np.full(len(b0), 1 / len(b0)), np.full((len(b0),) * 2, 1 / len(b0))),
                  *((shell.indices, *average_weights(acquisition, shell)) for shell in shells)]
         noise = np.array([np.linalg.norm(weights) * dwi.gain(index) for index, weights, _ in plans])
         protocol = Protocol(np.array([shell.b for shell in shells]) / 1000,
                             np.array([shell.b_delta for shell in shells]), noise[1:],
-                            0.0 if known else noise[0])
+                            0.0 if dwi.s0_known else noise[0])
         levels = [dwi.noise_of(index) for index, *_ in plans]
         tensors = [(torch.as_tensor(index, device=device), *(
             torch.as_tensor(a, dtype=torch.float32, device=device) for a in (

@@ -1,0 +1,246 @@
+"""Series: the volumes of a run on their grid, read from disk when they are asked for.
+
+Volumes are best read in order: a compressed file is then read once, and going back starts it anew.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.dwi import DAMAGE, Dwi, ImageFile, Run, check_end, open_image, peak_memory
+from bidsapp.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """The volumes of a run, its parts one after another.
+
+    Parameters
+    ----------
+    images : tuple of nibabel images
+        Magnitudes, (x, y, z, volume) each, all on the grid of the first.
+    acquisition : Acquisition
+        As many measurements as the images have volumes.
+    phase_encoding : PhaseEncoding, optional
+        Of all images; None where it is unknown.
+    phases : tuple of nibabel images
+        Phase of each image, in radians; nothing where the series is of magnitudes alone.
+
+    Raises
+    ------
+    DataError
+        An image is not 4-D, has another grid than the first, or the numbers of volumes differ.
+    """
+
+    images: tuple[Any, ...]
+    acquisition: Acquisition
+    phase_encoding: PhaseEncoding | None = None
+    phases: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        for image in (*self.images, *self.phases):
+            if len(image.shape) != 4:
+                raise DataError(f"{image.get_filename()}: has {len(image.shape)} dimensions, a DWI "
+                                "needs 4 (x, y, z, volume). Convert the whole series, not one "
+                                "volume.")
+            if image.shape[:3] != self.shape:
+                raise DataError(f"{image.get_filename()}: has the grid "
+                                f"{' × '.join(map(str, image.shape[:3]))}, that of the series is "
+                                f"{' × '.join(map(str, self.shape))}. Process the two apart.")
+        volumes = [image.shape[3] for image in self.images]
+        if sum(volumes) != len(self.acquisition):
+            raise DataError(f"{self.images[0].get_filename()}: {sum(volumes)} volumes stand beside "
+                            f"{len(self.acquisition)} measurements. Export both again.")
+        if self.phases and [image.shape[3] for image in self.phases] != volumes:
+            raise DataError(f"{self.phases[0].get_filename()}: the phase has other numbers of "
+                            "volumes than the magnitude. Export both again.")
+
+    @classmethod
+    def of_run(cls, run: Run, acquisition: Acquisition, *, phase: bool = False) -> Series:
+        """Open the images of a run.
+
+        Parameters
+        ----------
+        run : Run
+            Paths of the images.
+        acquisition : Acquisition
+            Of all parts.
+        phase : bool
+            Whether its phase images are used, where it has any.
+
+        Raises
+        ------
+        DataError
+            As of Series; or a file cannot be opened, or a phase is not in radians.
+        """
+        images = tuple(open_image(part.image) for part in run.parts)
+        phases = tuple(map(_open_phase, run.phase)) if phase else ()
+        return cls(images, acquisition, run.phase_encoding, phases)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(x, y, z) of the grid."""
+        x, y, z = self.images[0].shape[:3]
+        return x, y, z
+
+    @property
+    def affine(self) -> Float[np.ndarray, "4 4"]:
+        """Voxel to world RAS+, mm."""
+        return np.asarray(self.images[0].affine)
+
+    @property
+    def is_complex(self) -> bool:
+        return bool(self.phases)
+
+    def __len__(self) -> int:
+        return len(self.acquisition)
+
+    def __iter__(self) -> Iterator[Shaped[np.ndarray, "x y z"]]:
+        """Volumes in order, as `volume` gives them; damage at the end of a file raises, too."""
+        for k, image in enumerate(self.images):
+            for i in range(image.shape[3]):
+                yield self._volume(k, i)
+            for read in (image, *self.phases[k:k + 1]):
+                check_end(read)
+
+    def volume(self, i: int) -> Shaped[np.ndarray, "x y z"]:
+        """Volume i: float32, or complex64 of a complex series; NaN and Inf as they are stored.
+
+        Raises
+        ------
+        IndexError
+            There is no such volume.
+        DataError
+            The file is damaged.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"volume {i} of {len(self)}")
+        return self._volume(*next(islice(self._places(), i, None)))
+
+    def mean(self, volumes: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "x y z"]:
+        """Mean magnitude of the chosen volumes, float32; NaN and Inf count as 0.
+
+        Raises
+        ------
+        DataError
+            None is chosen, or a file is damaged.
+        """
+        total: np.ndarray | None = None
+        for chosen, (k, i) in zip(volumes, self._places(), strict=True):
+            if chosen:
+                volume = read_volume(self.images[k], i)
+                volume[~np.isfinite(volume)] = 0
+                total = volume if total is None else total + volume
+        if total is None:
+            raise DataError(f"{self.images[0].get_filename()}: no volume to average.")
+        return np.asarray(total / int(volumes.sum()))
+
+    def within(self, mask: Bool[np.ndarray, "x y z"], *, memory: float = np.inf,
+               work_dir: Path | None = None) -> Dwi:
+        """Read the magnitude inside a mask, volume by volume; NaN and Inf become 0, counted.
+
+        Volumes are stored one after another, so that each is written in one stroke and a block of
+        voxels is a short piece of each. Parts after the first are scaled so that their mean b0 in
+        the mask equals the first part's, where both have b0 volumes.
+
+        Parameters
+        ----------
+        mask : (x, y, z) bool
+            The voxels that are kept.
+        memory : float
+            Bytes that may be used: a signal that `peak_memory` puts above it goes to an unnamed
+            file in `work_dir`, of which the system keeps in memory what fits.
+        work_dir : Path, optional
+            Default: the system's temporary folder.
+
+        Raises
+        ------
+        DataError
+            An image is damaged (its checksum or length is wrong), or a volume holds no finite value
+            inside the mask, or the mask is empty.
+        """
+        signal = _empty(int(mask.sum()), len(self), memory, work_dir)
+        invalid, first, reference = 0, 0, None
+        for image in self.images:
+            part = slice(first, first := first + image.shape[3])
+            for i in range(image.shape[3]):
+                values = read_volume(image, i)[mask]
+                bad = ~np.isfinite(values)
+                if bad.all() and bad.size:
+                    raise DataError(
+                        f"{image.get_filename()}: volume {i} holds no finite value inside the "
+                        "mask. Remove it from the image, .bval and .bvec, or convert the series "
+                        "again.")
+                invalid += int(bad.sum())
+                values[bad] = 0
+                signal[:, part.start + i] = values
+            check_end(image)
+            b0 = self.acquisition[part].b0
+            if len(self.images) > 1 and b0.any():
+                level = float(signal[:, part][:, b0].mean(dtype=np.float64))
+                if reference is None:
+                    reference = level
+                elif level > 0:
+                    signal[:, part] *= reference / level
+        return Dwi(signal, mask, self.affine, self.acquisition, invalid=invalid)
+
+    def _places(self) -> Iterator[tuple[int, int]]:
+        """(image, volume in it) of every volume."""
+        return ((k, i) for k, image in enumerate(self.images) for i in range(image.shape[3]))
+
+    def _volume(self, k: int, i: int) -> np.ndarray:
+        magnitude = read_volume(self.images[k], i)
+        if not self.phases:
+            return magnitude
+        return np.asarray(magnitude * np.exp(np.complex64(1j) * read_volume(self.phases[k], i)))
+
+
+def read_volume(image: Any, i: int) -> Float[np.ndarray, "x y z"]:
+    """Volume i of a 4-D image, float32, as its header scales it.
+
+    Raises
+    ------
+    DataError
+        The file ends or breaks before.
+    """
+    try:
+        return np.array(image.dataobj[..., i], dtype=np.float32)  # nibabel's may be read-only
+    except DAMAGE as error:
+        raise DataError(f"{image.get_filename()}: ends or breaks before volume {i} of "
+                        f"{image.shape[3]} ({error}). Copy or convert the file again.") from error
+
+
+def _open_phase(file: ImageFile) -> Any:
+    if file.metadata.get("Units") != "rad":
+        raise DataError(f"{file.image}: its phase has the unit {file.metadata.get('Units')!r}, "
+                        'radians are needed. Convert it, and write "Units": "rad" in the sidecar.')
+    return open_image(file.image)
+
+
+def _empty(voxels: int, measurements: int, memory: float, work_dir: Path | None) -> np.ndarray:
+    """(voxel, measurement) float32, volumes one after another, in memory or in a file."""
+    if peak_memory(voxels, measurements) <= memory:
+        return np.empty((measurements, voxels), np.float32).T
+    with tempfile.TemporaryFile(dir=work_dir) as file:
+        _reserve(file.fileno(), 4 * voxels * measurements, work_dir)
+        return np.memmap(file, np.float32, "r+", shape=(measurements, voxels)).T
+
+
+def _reserve(descriptor: int, size: int, folder: Path | None) -> None:
+    """Take the disk space now: a full disk under a memory map would kill the process."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        raise DataError(f"{folder or tempfile.gettempdir()}: has no room for {size / 1e9:.1f} GB "
+                        f"({error.strerror}). Give a roomier --work-dir, or a higher --mem-mb.") \
+            from error

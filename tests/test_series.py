@@ -1,0 +1,140 @@
+"""The volumes of a run on their grid; what `within` makes of odd and broken files is in
+test_mask_load."""
+
+import gzip
+from dataclasses import replace
+
+import bids_tree as truth
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bidsapp.acquisition import PhaseEncoding
+from bidsapp.bids import btable
+from bidsapp.bids.inherit import read_part
+from bidsapp.dwi import ImageFile, Run
+from bidsapp.errors import DataError
+from bidsapp.series import Series
+
+SHAPE = (7, 8, 9)
+HEAD = truth.head(SHAPE)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two files of 14 and 18 volumes, with a phase encoding."""
+    parts = []
+    for i, b in enumerate((1000, 2000)):
+        image = truth.write_run(tmp_path / f"sub-01/dwi/sub-01_run-{i + 1}", shape=SHAPE, seed=i,
+                                scheme=((0, 2), (b, 12 + 4 * i)))
+        parts.append(read_part(image, tmp_path))
+    return Run({"sub": "01"}, tuple(parts), phase_encoding=PhaseEncoding(1, -1, 0.05))
+
+
+def series_of(run, **options):
+    return Series.of_run(run, btable.acquisition_of(run), **options)
+
+
+def data_of(run):
+    return np.concatenate([np.asarray(nib.load(p.image).dataobj) for p in run.parts], -1)
+
+
+def with_phase(run, units="rad", volumes=(14, 18)):
+    """Random phases beside the parts, and what they are."""
+    phases = np.random.default_rng(3).uniform(-np.pi, np.pi, (*SHAPE, 32)).astype(np.float32)
+    files = []
+    for part, values in zip(run.parts, np.split(phases, [14], -1), strict=True):
+        path = part.image.with_name(part.image.name.replace("_dwi", "_part-phase_dwi"))
+        nib.save(nib.Nifti1Image(values[..., :volumes[len(files)]], truth.affine()), path)
+        files.append(ImageFile(path, {"Units": units} if units else {}))
+    return replace(run, phase=tuple(files)), phases
+
+
+def test_volumes_of_all_parts_in_order(run):
+    series, data = series_of(run), data_of(run)
+    assert (len(series), series.shape, series.is_complex) == (32, SHAPE, False)
+    assert series.phase_encoding == PhaseEncoding(1, -1, 0.05)
+    np.testing.assert_array_equal(series.affine, nib.load(run.parts[0].image).affine)
+    for i in (0, 13, 14, 31, 2):
+        np.testing.assert_array_equal(series.volume(i), data[..., i])
+    volumes = list(series)
+    np.testing.assert_array_equal(np.stack(volumes, -1), data)
+    assert volumes[0].dtype == np.float32
+    for i in (-1, 32):
+        with pytest.raises(IndexError, match=f"volume {i} of 32"):
+            series.volume(i)
+
+
+def test_in_order_a_compressed_file_is_read_once(run, monkeypatch):
+    """Going back starts the stream again."""
+    rewound = []
+    rewind = gzip._GzipReader._rewind
+    monkeypatch.setattr(gzip._GzipReader, "_rewind",
+                        lambda reader: (rewound.append(1), rewind(reader))[1])
+    series = series_of(run)
+    for _ in series:
+        pass
+    assert not rewound
+    series.volume(0)
+    assert rewound
+
+
+def test_iterating_meets_damage_at_the_end(run):
+    """The checksum of gzip stands behind the last value."""
+    path = run.parts[1].image
+    series = series_of(run)
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{path}: is damaged"):
+        list(series)
+
+
+def test_mean_needs_a_volume(run):
+    series = series_of(run)
+    np.testing.assert_allclose(series.mean(np.arange(32) > 12), data_of(run)[..., 13:].mean(-1),
+                               rtol=1e-5)
+    with pytest.raises(DataError, match="no volume to average"):
+        series.mean(np.zeros(32, bool))
+
+
+def test_complex_volumes(run):
+    run, phases = with_phase(run)
+    series = series_of(run, phase=True)
+    assert series.is_complex and not series_of(run).is_complex
+    want = data_of(run) * np.exp(1j * phases)
+    volume = series.volume(20)
+    assert volume.dtype == np.complex64
+    np.testing.assert_allclose(volume, want[..., 20], rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(np.stack(list(series), -1), want, rtol=1e-5, atol=1e-2)
+    np.testing.assert_array_equal(series.within(HEAD).signal, series_of(run).within(HEAD).signal)
+
+
+@pytest.mark.parametrize("units,volumes,message", [
+    ("arbitrary", (14, 18), "has the unit 'arbitrary', radians are needed"),
+    (None, (14, 18), "has the unit None"),
+    ("rad", (14, 17), "the phase has other numbers of volumes")])
+def test_phases_that_do_not_serve(run, units, volumes, message):
+    run, _ = with_phase(run, units, volumes)
+    with pytest.raises(DataError, match=f"run-1_part-phase_dwi.nii.gz: .*{message}"):
+        series_of(run, phase=True)
+    assert len(list(series_of(run))) == 32
+
+
+def test_images_and_measurements_must_belong_together(run):
+    acquisition = btable.acquisition_of(run)
+    with pytest.raises(DataError, match="32 volumes stand beside 31 measurements"):
+        Series.of_run(run, acquisition[:31])
+    other = nib.Nifti1Image(np.zeros((7, 8, 10, 18), np.float32), truth.affine())
+    with pytest.raises(DataError, match="7 × 8 × 10, that of the series is 7 × 8 × 9"):
+        Series((nib.load(run.parts[0].image), other), acquisition)
+
+
+def test_a_series_may_be_in_memory(run):
+    """As a step leaves it that changes images."""
+    acquisition = btable.acquisition_of(run)
+    made = Series((nib.Nifti1Image(data_of(run), truth.affine()),), acquisition)
+    read = replace(series_of(run), phase_encoding=None)
+    for one, other in zip(made, read, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(made.within(HEAD).signal, data_of(run)[HEAD])
