@@ -183,7 +183,7 @@ def test_memory_that_ran_out_has_words(bids_tree, tmp_path, monkeypatch, capsys)
     def exhausted(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("bidsapp.dwi._volume", exhausted)
+    monkeypatch.setattr("bidsapp.series.read_volume", exhausted)
     assert qsphere(bids_tree(("01",)), tmp_path / "out", "participant", "--estimate", "dti") == 1
     assert "sub-01: memory ran out. Process fewer participants" in capsys.readouterr().err
 
