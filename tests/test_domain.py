@@ -102,7 +102,9 @@ def test_just_these_shells(acquisition, message):
 def test_voxels_and_sites():
     acquisition = run((1000, 12), (2000, 16))
     assert not ONE.violations(acquisition, np.array([3.1, 2.0, 2.6]), "C")
-    (voxel, ) = ONE.violations(acquisition, (3.0, 2.0, 2.7), "B")
+    assert not ONE.violations(acquisition, (2.9, 1.95, 2.0))
+    assert len(ONE.violations(acquisition, (2.9, 1.85, 2.0))) == 1
+    (voxel,) = ONE.violations(acquisition, (3.0, 2.0, 2.7), "B")
     assert voxel == "the voxel is 2 × 2.7 × 3 mm, seen in training were 2 × 2–2.5 × 3 mm"
     (site,) = ONE.violations(acquisition, (3, 2, 2), "D")
     assert site == "the batch is D, known are B, C"
