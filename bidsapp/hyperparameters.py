@@ -161,7 +161,7 @@ def _checked(option: str, default: Any, value: Any) -> Any:
         raise UsageError(f"{option}: {kind} is needed, such as {_toml(default)}.")
     if isinstance(value, int | float) and not isinstance(value, bool):
         least = min(1 if isinstance(default, int) else 0, default)
-        if not math.isfinite(value) or (value < least and not default < 0):
+        if not math.isfinite(value) or value < least:
             raise UsageError(f"{option}: a finite number of at least {least:g} is needed.")
     return value
 
