@@ -85,15 +85,10 @@ def test_texts_are_those_that_the_program_knows():
 
 
 def test_negative_numbers_where_there_are_some():
-<<<<<<< HEAD
     assert given("estimate_scnn3", "trained_for.shells.3.b_delta=-0.4") == {
         "training.trained_for.shells.3.b_delta": -0.4}
-=======
-    assert given("estimate_scnn3", "trained_for.b_delta=[1, -0.5]") == {
-        "training.trained_for.b_delta": [1.0, -0.5]}
     with pytest.raises(UsageError, match=r"at least -0\.5 is needed"):
-        given("estimate_scnn3", "trained_for.b_delta=[1, -0.6]")
->>>>>>> settings
+        given("estimate_scnn3", "trained_for.shells.3.b_delta=-0.6")
 
 
 def test_settings_win_over_variants():
