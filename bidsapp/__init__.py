@@ -8,7 +8,8 @@ The map of the house, in the order a run flows through it:
     recipe/         plan.py: the steps of a run, in order; steps.py: what each does;
                     execute.py: those that are not complete; outputs.py: the files they leave
     report/         figures and HTML pages
-    bids/           find runs, read b-tables and sidecars; the one writer of derivatives
+    bids/           find runs and what corrects them, read b-tables and sidecars; the one writer of
+                    derivatives
     evaluate/       quality, what cannot be right, agreement of sites, cross-validation
     harmonize.py    select, check and apply the harmonizer of a run
     methods/        one folder per published method: check, apply, outputs.json, README.md
@@ -18,10 +19,12 @@ The map of the house, in the order a run flows through it:
     simulate/       forward models, noise, people, sites: signals with known truth
     preprocess/     where tissues are, how fibres lie, one head on another
     networks/       torch modules: tensors in, tensors out
-    blocks.py       device choice and blocks of voxels
+    blocks.py       device choice, blocks of voxels, slabs of a grid with a halo
     checkpoint.py   trained weights and their card
+    mask.py         the brain mask of a run, given or made of its b0
     stage.py        a signal on its way through the steps of a run
-    dwi.py mask.py  Run → Dwi: the mask first, then volumes in order, masked float32
+    series.py       Series: the volumes of a run on their grid, read lazily; Series → Dwi
+    dwi.py          Run: paths and entities; Dwi: signal inside a mask, float32
     tensor.py       batched, differentiable diffusion tensor fit
     sh.py           spherical harmonics
     domain.py       what trained weights may be used for
