@@ -28,6 +28,7 @@ The map of the house, in the order a run flows through it:
     tensor.py       batched, differentiable diffusion tensor fit
     sh.py           spherical harmonics
     domain.py       what trained weights may be used for
+    hyperparameters.py  training.toml of a method, and --set over it
     acquisition.py  b-values, directions, b-tensors, shells (world RAS+, s/mm²)
     workers.py      processes side by side, and what ends them
     scratch.py      temporary folders that outlive nobody
