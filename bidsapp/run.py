@@ -256,8 +256,9 @@ def group_record(name: str) -> PurePosixPath:
 
 
 def table_digest(cohort: methods.Cohort) -> str:
-    """SHA-256 of the statistics of all runs and the reference batch."""
-    content = to_json([cohort.statistics.to_dict("list"), cohort.reference_batch])
+    """SHA-256 of the measured statistics and covariates of all runs, and the reference batch."""
+    used = cohort.statistics[["run", "batch", *cohort.covariates, *cohort.features]]
+    content = to_json([used.to_dict("list"), cohort.reference_batch])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

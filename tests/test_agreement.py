@@ -213,12 +213,15 @@ def test_sites_before_and_after(rng):
     rows.append(rows[0])  # a second run, which is averaged
     found = agreement.of_group(pd.DataFrame(rows), ["fa"], {}, "A")
     of = found.set_index(["data", "statistic"])
-    assert list(of.loc[:, "people"]) == [4, 4, 4, 4, 5, 5] * 2
+    same = "measured, of the runs harmonized"
+    assert list(of["people"].loc["measured"]) == [5, 5, 5, 5, 6, 6]
+    assert list(of["people"].loc[same]) == list(of["people"].loc["harmonized"]) == [
+        4, 4, 4, 4, 5, 5]
     assert list(of["batch"].loc["measured"]) == ["n/a"] * 3 + ["B", "A", "B"]
-    assert of.loc[("measured", "cov"), "value"] == pytest.approx(
+    assert of.loc[(same, "cov"), "value"] == pytest.approx(
         np.mean(np.sqrt(2) / (people[:4] + 1)))
     assert of.loc[("harmonized", "cov"), "value"] == 0
-    for kind in ("measured", "harmonized"):
+    for kind in ("measured", same, "harmonized"):
         assert of.loc[(kind, "icc_consistency"), "value"] == pytest.approx(1), "blind to a shift"
     assert of.loc[("measured", "icc_agreement"), "value"] < 0.7
     assert of.loc[("harmonized", "icc_agreement"), "value"] == pytest.approx(1)

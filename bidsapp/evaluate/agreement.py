@@ -328,14 +328,16 @@ def _row(statistic: str, of: str, batch: str, people: int, found: Estimate) -> d
 
 def of_group(statistics: pd.DataFrame, features: Sequence[str],
              tables: Mapping[str, pd.DataFrame], reference: str | None = None) -> pd.DataFrame:
-    """`of_sites` with a column `data`: measured; harmonized, of the runs that have maps of both,
-    beside which `measured` is of the same runs; and every other table by its name."""
+    """`of_sites` with a column `data`: measured; harmonized, beside the measured maps of just those
+    runs where not all were harmonized; and every other table by its name."""
     after = quality.harmonized(statistics, features)
     both = statistics.dropna(subset=[*after]) if after else statistics
     known = list(after.values()) or list(features)
-    kinds = {"measured": (both, known), **{k: (t, [f for f in features if f in t])
-                                           for k, t in tables.items()}}
+    kinds = {"measured": (statistics, list(features)), **{
+        k: (t, [f for f in features if f in t]) for k, t in tables.items()}}
     if after:
+        if len(both) < len(statistics):
+            kinds["measured, of the runs harmonized"] = both, known
         kinds["harmonized"] = both[["participant", "batch", *after]].rename(columns=after), known
     return pd.DataFrame([{"data": kind, **row} for kind, (table, names) in kinds.items()
                          for row in of_sites(table, names, reference)],

@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from bidsapp.report.figures import Figure
 
 HERE = Path(__file__).parent
-STATISTICS = {
-    "icc_consistency": "ICC(3,1), consistency, of {of}",
-    "icc_agreement": "ICC(2,1), absolute agreement, of {of}", "cov": "CoV of {of}",
-    "auc": "AUC of {batch}", "paired_difference": "{of}: {batch} less {reference}, same people",
-    "unpaired_difference": "{of}: {batch} less {reference}, different people"}
 PACKAGES = ("torch", "numpy", "scipy", "dipy", "nibabel", "pybids", "matplotlib")
 
 
@@ -95,17 +90,26 @@ def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects
 
 
 def _between(found: pd.DataFrame, reference: str) -> dict[str, Any] | None:
-    """A row for each statistic, with a cell for each kind of data."""
-    kinds = list(dict.fromkeys(found["data"]))
+    """A row for each map and kind of data, with a cell for each statistic; and how well each site
+    can be told."""
+    if not len(found):
+        return None
+    maps, batches = found[found["statistic"] != "auc"], []
     rows = []
-    for (statistic, of, batch), own in found.groupby(["statistic", "of", "batch"], sort=False):
-        cells = {row["data"]: _interval(row["value"], row["low"], row["high"])
-                 for row in own.to_dict("records")}
-        rows.append({"name": STATISTICS[str(statistic)].format(of=of, batch=batch,
-                                                               reference=reference),
-                     "people": own["people"].max(),
-                     "cells": [cells.get(kind, "n/a") for kind in kinds]})
-    return {"kinds": kinds, "rows": rows} if rows else None
+    for (of, data), own in maps.groupby(["of", "data"], sort=False):
+        cells = {(row["statistic"], row["batch"]): row for row in own.to_dict("records")}
+        differences = {batch: (_interval(row), statistic == "unpaired_difference")
+                       for (statistic, batch), row in cells.items() if "difference" in statistic}
+        batches += [batch for batch in differences if batch not in batches]
+        rows.append({"name": str(of).removesuffix("_mean"), "data": data,
+                     "people": own["people"].max(), "differences": differences,
+                     **{name: next((_interval(row) for (statistic, _), row in cells.items()
+                                    if statistic == name), "")
+                        for name in ("icc_consistency", "icc_agreement", "cov")}})
+    sites = [{"batch": batch, "cells": ", ".join(
+        f"{row['data']} {_interval(row)}" for row in own.to_dict("records"))}
+        for batch, own in found[found["statistic"] == "auc"].groupby("batch", sort=False)]
+    return {"rows": rows, "batches": batches, "reference": reference, "sites": sites}
 
 
 def _effects(found: pd.DataFrame) -> list[dict[str, Any]]:
@@ -122,9 +126,10 @@ def _of_folds(result: Fitted) -> dict[str, Any] | None:
                  if "verdict" in table), None)
 
 
-def _interval(value: float, low: float, high: float) -> str:
-    ends = f" ({_number(low)} to {_number(high)})" if low == low else ""
-    return _number(value) + ends
+def _interval(row: Mapping[Any, Any]) -> str:
+    """A value with the ends of its interval, if it has any, to three digits."""
+    value, low, high = (f"{float(row[k]):.3g}" for k in ("value", "low", "high"))
+    return f"{value} ({low} to {high})" if low != "nan" else value
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, Any] | None:
