@@ -96,6 +96,12 @@ def test_mean_needs_a_volume(run):
                                rtol=1e-5)
     with pytest.raises(DataError, match="no volume to average"):
         series.mean(np.zeros(32, bool))
+    data = data_of(run)
+    data[2, 3, 4, 1], data[3, 3, 4, 30] = np.nan, np.inf  # count as 0
+    image = nib.Nifti1Image(data, truth.affine())
+    np.testing.assert_allclose(
+        Series((image,), series.acquisition).mean(np.ones(32, bool)),
+        np.nan_to_num(data, posinf=0).mean(-1), rtol=1e-5)
 
 
 def test_complex_volumes(run):
