@@ -262,8 +262,8 @@ def test_whole_image_end_to_end(tmp_path):
     """Anatomy from a T1w image; the maps of the truth alone make the image, up to its noise."""
     bids, out = head.write_dataset(tmp_path / "bids"), tmp_path / "out"
     write_t1w(bids / "sub-01/anat/sub-01_T1w.nii.gz", np.random.default_rng(5))
-    assert qsphere(bids, out, "participant", "--estimate", "dti", "--sloppy", "--synthesize", "sample",
-                   "random-wm", "--synthesize-voxels", "50", "--synthesize-image") == 0
+    assert qsphere(bids, out, "participant", "--estimate", "dti", "--sloppy", "--synthesize",
+                   "sample", "random-wm", "--synthesize-voxels", "50", "--synthesize-image") == 0
     assert validate(out) == []
     assert "Tissue was sought in sub-01_T1w.nii.gz" in page_and_status(out)
     stem = out / "sub-01/dwi/sub-01"

@@ -182,6 +182,14 @@ def test_uneven_directions_lower_the_degree():
     assert np.linalg.cond(sh.basis(sh.l_max_of(used), g)) ** 2 < protocols.MOST_CONDITION
 
 
+def test_spherical_encoding_has_a_mean_alone():
+    """Along every axis it measures the same, so that higher degrees would be noise."""
+    acq = acquisition()
+    acq = replace(acq, b_delta=np.where(acq.bvals == 1000, 0.0, 1.0))
+    used = (protocols.of(acq, acq.shells, 8).fit[0] != 0).any(2).sum(1)
+    assert int(used[0]) == 1 < int(used[1])
+
+
 def test_noise_of_fitted_coefficients():
     """Its mean over voxels and SD are those of Rice's law through the fit, within 5 standard
     errors, and the mean b0 has the noise that is told."""
