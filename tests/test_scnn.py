@@ -294,13 +294,13 @@ def test_validation_calibration_and_measurement_are_of_different_voxels(monkeypa
     assert sum(map(len, rows)) == len(set.union(*rows))
 
 
+@pytest.mark.slow
 def test_training_depends_on_its_seed_alone():
     recipe = replace(small(20), held_out=1024)
-    one, again, other = (learn.train("estimate_scnn2", recipe, seed=seed, device="cpu").tensors
-                         for seed in (3, 3, 4))
+    one, again = (learn.train("estimate_scnn2", recipe, seed=3, device="cpu").tensors
+                  for _ in range(2))
     for name, value in one.items():
         torch.testing.assert_close(again[name], value, atol=1e-6, rtol=1e-5)
-    assert any(not torch.allclose(other[name], value) for name, value in one.items())
 
 
 def test_card_round_trip(trained, tmp_path):
