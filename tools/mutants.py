@@ -191,7 +191,8 @@ MUTANTS = (
            "a resumed training sees samples again", "test_training.py -k resumed"),
     Mutant("methods/estimate_freewater/method.py",
            "torch.where(fraction > MOST_WATER, 0, fraction) * level", "fraction * level",
-           "water is removed where nothing else is left", "test_freewater.py -m 'not slow'"),
+           "water is removed where nothing else is left",
+           "test_freewater.py -k signal_stays"),
     Mutant("preprocess/deconvolution.py", "share[:, 2] >= WHITE", "share[:, 1] >= WHITE",
            "densities are taken from grey matter", "test_deconvolution.py -k 'grey or peaks'"),
     # ---- harmonizers
@@ -209,7 +210,7 @@ MUTANTS = (
            "test_paired.py -k loss_of_the_hybrid"),
     Mutant("methods/harmonizer.py", "weighted = ~dwi.acquisition.b0\n    noise =",
            "weighted = np.ones(len(dwi.acquisition), bool)\n    noise =",
-           "noise is added to b0 volumes, too", "test_harmonized_noise.py -k gain"),
+           "noise is added to b0 volumes, too", "test_harmonized_noise.py -k b0_volumes"),
     Mutant("methods/harmonizer.py", "return float(np.sqrt(1 + np.mean(ratios)))",
            "return float(np.sqrt(np.mean(ratios)))", "widened intervals leave the noise out",
            "test_harmonized_noise.py -k widen"),
@@ -267,7 +268,7 @@ MUTANTS = (
            "test_crossvalidation.py -k 'knows_nothing'"),
     Mutant("methods/synthesize/score.py", "rician(signal, sd / s0[:, None], generator)",
            "rician(signal, sd / s0.mean(), generator)", "noise is that of the mean voxel",
-           "test_score.py -k noise_is"),
+           "test_score.py -k noise_is_that_of_each"),
 )
 
 
