@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
+# two processes, each with whole files, whose fixtures are then made once; see tests/conftest.py
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help demo test quick lint docs descriptors clean
@@ -16,10 +18,10 @@ demo: $(INSTALLED)  ## a two-site phantom: maps, reports, a harmonizer; prints w
 	$(BIN)/python tools/demo.py
 
 test: lint docs  ## everything that CI checks
-	$(BIN)/pytest
+	$(PYTEST)
 
 quick: $(INSTALLED)  ## the tests that take seconds
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 lint: $(INSTALLED)  ## style, types, the direction of imports, the Dockerfile
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,26 @@ install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
                      "bidsapp.simulate.phantom", "bidsapp.bids.raw"], "beartype.beartype")
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    """Give each process one thread, also of libraries that read this when they are loaded."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_runtest_setup():
+    """Undo what an earlier test set: which tests share a process must not matter."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files with the most slow tests first, so that no process is left alone with them."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture

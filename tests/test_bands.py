@@ -38,6 +38,18 @@ def test_mean_errors_of_opposite_bands_do_not_cancel_in_the_loss():
     assert loss(mixed, 3.0) == pytest.approx(loss(mixed, 0.0), abs=1e-5)
 
 
+def test_loss_is_least_where_the_sd_is_that_of_the_error():
+    recipe = replace(methods.get("estimate_scnn2").recipe(), beta=0.0, unbiased=0.0, density=0.0)
+    density = odf.watson(torch.eye(3)[:2], torch.tensor([4.0, 4.0]), 8)
+    truth, error = torch.full((2, 2), 0.5), 0.1 * torch.tensor([[1.0], [-1.0]])
+
+    def loss(sd):
+        found = estimate_of(truth + error, torch.full((2, 2), sd), density)
+        return float(learn.loss_of(recipe, found, truth, density, torch.full((2, 2), 0.02)))
+
+    assert loss(0.1) < min(loss(0.09), loss(0.11))
+
+
 def test_intervals_are_calibrated_where_a_network_is_too_sure():
     """SDs that are right on average and half of what they should be for coherent fibres at low
     noise: after calibration 90 % are covered there, too. 3 points are four standard errors."""

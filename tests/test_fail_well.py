@@ -229,6 +229,7 @@ def test_stop_on_first_crash(bids_tree, tmp_path):
     assert not (out / "sub-02").exists()
 
 
+@pytest.mark.slow
 def test_stop_on_first_crash_with_several_at_a_time(bids_tree, tmp_path):
     """What runs already is finished, told and listed; the rest is not begun."""
     labels = [f"{i:02}" for i in range(1, 9)]

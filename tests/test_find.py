@@ -478,6 +478,7 @@ def test_derivative_that_holds_nothing_is_refused(bids_tree, tmp_path):
         found(bids, "-d", tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_index(bids_tree, tmp_path):
     """Both find the same, whoever is first."""
     bids = bids_tree()

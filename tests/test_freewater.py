@@ -169,6 +169,21 @@ def test_head_is_its_own_model():
     assert np.abs(method.apply(dwi, "cpu", 4).maps["fraction"] - fraction).max() > 1e-3
 
 
+def test_where_little_else_is_left_the_signal_stays(monkeypatch):
+    """Of nine parts water and one of grey matter. Whatever a network says: up to MOST_WATER its
+    water is taken away, beyond it none."""
+    acq = acquisition(((0, 2), (1000, 12), (2000, 16)))
+    b = acq.bvals / 1000
+    clean = np.tile(0.1 * np.exp(-0.8 * b) + 0.9 * np.exp(-3 * b), (60, 1))
+    dwi, md = as_dwi(clean, acq, 1, snr=1000), {}
+    for fraction in (0.0, 0.3, freewater.MOST_WATER + 0.01):
+        said = torch.full((60,), fraction), torch.full((60,), 0.1)
+        monkeypatch.setattr(network, "learn", lambda *_, said=said: (lambda _: said, 0.0))
+        md[fraction] = methods.get("estimate_freewater").apply(dwi, "cpu").maps["md"]
+    asis, less, most = md.values()
+    assert (most == asis).all() and (less < asis).all()
+
+
 def test_what_stands_for_the_unknown():
     """No tissue, no noise level, signals that were divided by S0, voxels without signal."""
     acq = acquisition(((0, 2), (1000, 12), (2000, 16)))

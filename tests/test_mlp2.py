@@ -204,6 +204,7 @@ def test_which_weights_a_training_starts_from(first, tmp_path):
         learn.start_of("estimate_scnn2", own, tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_init_on_the_command_line(bids_tree, tmp_path, capfd):
     root, out = bids_tree(), tmp_path / "out"
     assert qsphere(root, out, "participant", "--estimate", "dti") == 0
@@ -246,6 +247,7 @@ def test_networks_are_trained_on_the_same_samples():
     assert float(seen[0][1][:, 0].min()) == pytest.approx(1 / 50)
 
 
+@pytest.mark.slow
 def test_benchmark_runs_on_tables(tmp_path):
     """The published network at its start, against a table of one density, and smt beside it."""
     table = tmp_path / "one.npy"

@@ -68,6 +68,7 @@ def package(tmp_path):
     return copy.parent
 
 
+@pytest.mark.slow
 def test_a_folder_is_all_that_a_new_upsampler_needs(package, bids_tree, tmp_path):
     """The tensor of all measurements twice is that of each once; a second run changes nothing, and
     an estimate that is added reads the upsampled signal back."""

@@ -21,7 +21,7 @@ from bidsapp.checkpoint import pack
 from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Harmonized, samples
+from bidsapp.methods import Harmonized, paired, samples
 from bidsapp.preprocess import intensity, pairs, tissue
 
 SCALE = {0: 0.92, 2: 0.75, 4: 1.3}
@@ -239,6 +239,21 @@ def test_refuses_what_it_cannot_harmonize(trained):
         method.check(Acquisition(BVALS[3:], AXES[3:]))
     with pytest.raises(Refusal, match="linear encoding"):
         method.check(Acquisition(BVALS, AXES, np.where(BVALS > 0, 0.0, 1.0)))
+
+
+def test_patches_at_the_edge_hold_the_nearest_voxels(shresnet, monkeypatch):
+    """As in training, and no zeros: the mean over directions is above 0 in the margin, too."""
+    method, fitted = shresnet
+    (checkpoint,) = fitted.checkpoints.values()
+    images, function = [], paired.over_volume
+
+    def watched(network, image, *more):
+        images.append(image)
+        return function(network, image, *more)
+
+    monkeypatch.setattr(paired, "over_volume", watched)
+    method.harmonize(head("01", "B"), checkpoint, "B", "cpu")
+    assert images and all((image[..., 0] > 0).all() for image in images)
 
 
 def test_voxels_without_b0_stay_as_they_are(trained):

@@ -144,7 +144,8 @@ def test_two_processes_train_and_one_writes(study, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "-m", "bidsapp", bids, out, "group", "--train", "harmonize_golkov", "--reference-batch",
-         "siteA", "--sloppy", "--max-steps", "5", "--device", "cpu"],
+         "siteA", "--participant-label", "01", "02", "--sloppy", "--max-steps", "5", "--device",
+         "cpu"],
         capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("INFO results: ") == 1

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import bids_tree as truth
 import numpy as np
@@ -13,7 +14,8 @@ from bidsapp import checkpoint, cli, harmonize, methods
 from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
 from bidsapp.recipe.plan import chosen_methods, plan
-from bidsapp.recipe.steps import Context
+from bidsapp.recipe.steps import Context, StepReport, load_run
+from bidsapp.stage import Stage
 
 
 def times(out, pattern):
@@ -165,3 +167,31 @@ def test_fingerprints_follow_what_a_step_takes(study):
     assert other["estimate_scnn2"] != plain["estimate_scnn2"]
     assert other["harmonized"] != with_model["harmonized"]
     assert other["harmonized_estimate_dti"] != with_model["harmonized_estimate_dti"]
+
+
+def test_weights_trained_for_an_acquisition_are_in_the_fingerprint(study, tmp_path):
+    before = estimate(study[0], tmp_path, "scnn2").fingerprint
+    card = tmp_path / "group/models/estimate_scnn2_b1000n12/model.json"
+    card.parent.mkdir(parents=True)
+    card.write_text("{}")
+    assert estimate(study[0], tmp_path, "scnn2").fingerprint != before
+
+
+def test_intervals_are_widened_by_the_error_of_the_steps_before(study, tmp_path, monkeypatch):
+    step, derived = estimate(study[0], tmp_path, "dti"), []
+    monkeypatch.setattr("bidsapp.recipe.steps.outputs", lambda *_: SimpleNamespace(
+        write=lambda _, made: derived.append(made)))
+    dwi = load_run(step.context.run)[0]
+    for factor in (1.0, 1.5):
+        step.apply(Stage(dwi, widening=factor), None, StepReport())
+    before, after = (made.maps["md_std"] for made in derived)
+    assert (before > 0).mean() > 0.99
+    np.testing.assert_allclose(after, 1.5 * before, rtol=1e-5)
+
+
+def estimate(bids, out, name):
+    """The last step of a plan for sub-02."""
+    options = cli.parse([str(bids), str(out), "participant", "--estimate", name])
+    (run,) = find.find(options).runs["02"]
+    context = Context(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
+    return plan(context, (), chosen_methods(options))[-1]

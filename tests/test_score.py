@@ -73,6 +73,13 @@ def test_noise_is_that_of_the_run(dwi):
     assert 0 < found["fa_error"] < 0.1
 
 
+def test_noise_is_that_of_each_voxel():
+    """Where S0 is a tenth, the noise of S/S0 is ten times as large."""
+    signal = torch.full((2, 20_000), 0.8)
+    noisy = score.noise(10.0, 0, "cpu")(signal, torch.tensor([100.0, 1000.0]))
+    assert (noisy - signal).std(1).tolist() == pytest.approx([0.1, 0.01], rel=0.05)
+
+
 @pytest.mark.slow
 def test_modes_are_told_apart(dwi):
     """Random white matter is far worse than the others. The signal is left as it was."""

@@ -326,6 +326,7 @@ def test_refuses_too_few_single_fibres():
         methods.get("synthesize").synthesize(part, ["syn"], 0, "cpu")
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path):
     bids, out = head.write_dataset(tmp_path / "bids"), tmp_path / "out"
     argv = (bids, out, "participant", "--estimate", "dti", "--sloppy", "--synthesize", "syn",

@@ -194,6 +194,25 @@ for value in range(10_000):
 """
 
 
+def test_a_record_is_complete_only_once_its_files_are_in_place(tmp_path, like, monkeypatch):
+    """The files of the transaction before stand there; they must not pass for those of this one."""
+    dataset, replace = claimed(tmp_path / "out"), Path.replace
+    write(dataset, like)
+
+    def interrupted(path, target):
+        if target.name != RECORD.name:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(dataset, like, 2.0, "b")
+    monkeypatch.undo()
+    assert not dataset.is_complete(dataset.record(RECORD), "b")
+    write(dataset, like, 2.0, "b")
+    assert dataset.is_complete(dataset.record(RECORD), "b")
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, rng):
     """kill -9 at 20 moments: every visible file is whole, and the next process goes on."""

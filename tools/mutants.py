@@ -1,0 +1,342 @@
+"""Apply small errors of meaning to a copy of the package, one at a time, and name those that the
+tests let live.
+
+    python tools/mutants.py [--only N ...]
+
+Each mutant is run against the few tests that should notice it, which must pass without it: run
+`make test` first. The working tree is only read. Exit code 1 if a mutant survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LIBRARIES = ("torch", "nibabel", "scipy.ndimage", "scipy.optimize", "scipy.stats", "pandas",
+             "dipy.reconst.shm", "pytest")
+"""Imported once, before the processes that test are forked; nothing of the package is."""
+
+
+class Mutant(NamedTuple):
+    """A text of a file below bidsapp/, which stands there once; what takes its place; what then is
+    wrong; and the arguments of pytest that name the tests which should fail."""
+
+    file: str
+    text: str
+    replacement: str
+    error: str
+    tests: str
+
+
+MUTANTS = (
+    # ---- files, frames and units
+    Mutant("bids/btable.py", "flip = -1.0 if np.linalg.det(linear) > 0 else 1.0",
+           "flip = -1.0 if np.linalg.det(linear) < 0 else 1.0",
+           "b-vectors are flipped for the other handedness", "test_btable.py -k known_direction"),
+    Mutant("bids/btable.py", "return u @ vt @ np.diag([flip, 1.0, 1.0])",
+           "return linear / np.linalg.norm(linear, axis=0) @ np.diag([flip, 1.0, 1.0])",
+           "axes of sheared voxels are not orthogonal",
+           "test_btable.py -k 'known_direction or inverts or storage_order'"),
+    Mutant("bids/btable.py", 'if frame == "bvec":', 'if frame == "world":',
+           "b-tensors of a file are turned in the wrong frame",
+           "test_btable.py -k 'tensors_of_dipy or written_tensors'"),
+    Mutant("bids/btable.py", '"ms/um2": 1e3', '"ms/um2": 1.0',
+           "b-tensors in ms/µm² are read as s/mm²", "test_btable.py -k tensors_of_dipy"),
+    Mutant("bids/inherit.py", "for path in reversed(applicable(image, root, \".json\")):",
+           "for path in applicable(image, root, \".json\"):",
+           "the sidecar farthest away wins", "test_find.py -k inheritance"),
+    Mutant("bids/batch.py", "key = (run.participant, run.session)",
+           "key = (run.participant, None)", "sites of sessions are ignored",
+           "test_batch.py -k sessions"),
+    Mutant("methods/estimate_scnn2/outputs.json", '"SphericalHarmonicBasis": "descoteaux"',
+           '"SphericalHarmonicBasis": "tournier"', "the sidecar names another basis",
+           "test_orientation.py"),
+    Mutant("methods/estimate_scnn3/outputs.json", '"Reference": "xyz"', '"Reference": "ijk"',
+           "the sidecar names another frame", "test_orientation.py"),
+    Mutant("acquisition.py", "b * ((1 - s) / 3 * np.eye(3) + s * outer)",
+           "b * ((1 - s) / 2 * np.eye(3) + s * outer)", "the trace of a b-tensor is not b",
+           "test_acquisition.py -k btensor"),
+    Mutant("acquisition.py", "bvecs=self.bvecs @ rotation.T", "bvecs=self.bvecs @ rotation",
+           "axes turn the other way", "test_acquisition.py -k rotation"),
+    Mutant("acquisition.py", "np.maximum(SHELL_GAP_MIN, SHELL_GAP * b[:-1])",
+           "np.minimum(SHELL_GAP_MIN, SHELL_GAP * b[:-1])", "shells are split at small steps",
+           "test_acquisition.py -k shell"),
+    # ---- reading and writing
+    Mutant("series.py", "if peak_memory(voxels, measurements) <= memory:", "if True:",
+           "the memory limit is ignored", "test_mask_load.py -k memory_limit"),
+    Mutant("series.py", "signal[:, part] *= reference / level",
+           "signal[:, part] *= level / reference", "parts are scaled the wrong way",
+           "test_mask_load.py -k parts_are_joined"),
+    Mutant("dwi.py", "np.median(squares) / chi2.median(dof)", "np.median(squares) / dof",
+           "the noise level is biased", "test_quality.py -k unbiased"),
+    Mutant("mask.py", "for k in np.moveaxis(mask, 2, 0)], axis=2)",
+           "for k in np.moveaxis(mask, 0, 0)], axis=0)", "holes are filled in other slices",
+           "test_mask_load.py -k holes"),
+    Mutant("blocks.py", "return min(limits)", "return max(limits)",
+           "the limit of a control group is ignored", "test_blocks.py -k memory_limit"),
+    Mutant("bids/writer.py", 'self._write_record("incomplete", both)',
+           'self._write_record("complete", both)',
+           "a record is complete before its files are in place", "test_writer.py -k in_place"),
+    Mutant("bids/writer.py",
+           "all((self.root / name).is_file() and sha256(self.root / name) in hashes",
+           "all((self.root / name).is_file()", "an output that was changed counts as complete",
+           "test_writer.py -k changed_by_hand"),
+    Mutant("bids/writer.py", "for name in known.keys() - new.keys()})",
+           "for name in known.keys() & new.keys()})", "new files are removed, old ones stay",
+           "test_writer.py -k leftovers"),
+    Mutant("checkpoint.py", '{**card, "sha256": ""}', '{**card, "metrics": {}, "sha256": ""}',
+           "the digest of a card leaves its metrics out", "test_checkpoint.py -k changed_card"),
+    Mutant("cli.py", "return 2 if isinstance(error, UsageError) else 1", "return 1",
+           "unusable arguments exit with 1", "test_run.py -k group_needs"),
+    Mutant("workers.py", "child.terminate()", "child.is_alive()",
+           "workers outlive an interrupted parent", "test_workers.py"),
+    # ---- the plan of a run
+    Mutant("recipe/steps.py", '"takes": self.takes.fingerprint if self.takes else None}',
+           '"takes": None}', "a step's fingerprint leaves its source out",
+           "test_recipe.py -k fingerprints"),
+    Mutant("recipe/steps.py", '"weights": hashes,', '"weights": [],', "new weights do not make an estimate anew",
+           "test_recipe.py -k trained_for_an_acquisition"),
+    Mutant("recipe/steps.py", "elif stage.widening > 1:", "elif stage.widening > 2:",
+           "intervals are not widened by the harmonizer's error",
+           "test_recipe.py -k intervals"),
+    Mutant("recipe/execute.py", "optional = set() if options.estimate else {m.name",
+           "optional = set() if options.harmonize else {m.name",
+           "a refused method that was named exits with 0",
+           "test_run.py -k refused_method_that_was_named"),
+    Mutant("recipe/execute.py", 'or earlier["Id"] in [m.id for m in models]',
+           'or earlier["Id"] not in [m.id for m in models]',
+           "images of another model are replaced", "test_harmonize.py -k another_model"),
+    Mutant("harmonize.py", '("" if dwi.noise_sd else UNKNOWN_NOISE)', '""',
+           "intervals are given without a noise level", "test_harmonize.py -k without_a_noise"),
+    Mutant("harmonize.py", "if len(knowing) == 1 and not of_reference:", "if knowing:",
+           "one of several models that know a site is taken", "test_harmonize.py -k selected"),
+    # ---- mathematics
+    Mutant("sh.py", "points.T[half].copy(), 2 * weights[half]",
+           "points.T[half].copy(), weights[half]",
+           "weights of the half grid count once", "test_spherical.py -k half_grid"),
+    Mutant("sh.py", "np.where(np.abs(z[upper]) < 1e-12, 1, 2)",
+           "np.where(np.abs(z[upper]) < 1e-12, 2, 2)", "the equator counts twice",
+           "test_sh.py -k quadrature"),
+    Mutant("sh.py", "smoothing * np.diag((l * (l + 1.0)) ** 2)",
+           "smoothing * np.diag(l * (l + 1.0))", "the penalty is that of the gradient",
+           "test_sh.py -k laplace"),
+    Mutant("sh.py", "return per_coefficient(scale.sqrt())", "return per_coefficient(scale)",
+           "degrees are scaled by the square", "test_shresnet.py -k projection"),
+    Mutant("networks/spherical.py", "torch.diag(1 / (2 * l + 1))", "torch.diag(1 / (l + 1))",
+           "the power of a degree is no mean", "test_spherical.py -k power"),
+    Mutant("tensor.py", "(use.sum(0) - TERMS)", "(use.sum(0) - TERMS + 1)",
+           "one degree of freedom too many", "test_tensor.py -k few_measurements"),
+    Mutant("tensor.py", "twice = 2 - diagonal", "twice = torch.ones_like(diagonal)",
+           "off-diagonal entries count once in the error of FA", "test_tensor.py -k 'gradients or "
+           "standard_errors'"),
+    Mutant("tensor.py", "np.square(b[chosen]).sum() >= ENOUGH", "np.square(b[chosen]).sum() > 0",
+           "a tensor is fitted to shells that leave it to the noise",
+           "test_tensor.py -k volumes_of_a_tensor"),
+    # ---- simulation
+    Mutant("simulate/tissue.py", "kappa * uniform(fans)], 1)", "0 * kappa * uniform(fans)], 1)",
+           "fans are bundles", "test_densities.py test_scnn.py -k 'draw or densities or fan'"),
+    Mutant("simulate/tissue.py", "(torch.arange(3, device=device) < bundles[:, None])",
+           "(torch.arange(3, device=device) <= bundles[:, None])",
+           "hardly any density has a single bundle", "test_densities.py"),
+    Mutant("simulate/forward.py", "torch.where(inside > 0, inside, 1) / 2",
+           "torch.where(inside > 0, inside, 1)", "the tortuosity of soma is not halved",
+           "test_simulate.py -k three_compartments"),
+    Mutant("simulate/noise.py", "for _ in range(2 * coils - 1):", "for _ in range(2 * coils - 2):",
+           "the magnitude lacks a channel of noise", "test_noise.py -k 'rician or noncentral'"),
+    Mutant("simulate/protocols.py", "highest = torch.where(b_delta.abs() < ISOTROPIC, 0, highest)",
+           "highest = torch.where(b_delta.abs() < 0, 0, highest)",
+           "spherical encoding is fitted with directions",
+           "test_scnn.py -k spherical_encoding"),
+    # ---- networks that estimate
+    Mutant("microstructure/learn.py", "seed + 3, device))", "seed + 2, device))",
+           "coverage is measured on the voxels that calibrated it",
+           "test_scnn.py -k of_different_voxels"),
+    Mutant("microstructure/learn.py", "8 * recipe.held_out, seed + 2, device))",
+           "8 * recipe.held_out, seed + 1, device))",
+           "intervals are calibrated on the voxels of the validation",
+           "test_scnn.py -k of_different_voxels"),
+    Mutant("microstructure/learn.py", "value[(row == i) & (column == k)]",
+           "value[(row == k) & (column == i)]", "cells of the calibration are swapped",
+           "test_bands.py -m 'not slow'"),
+    Mutant("microstructure/learn.py", "weight * (0.5 * error**2 * torch.exp(-2 * log_sd) + log_sd)",
+           "weight * (error**2 * torch.exp(-2 * log_sd) + log_sd)",
+           "the loss is no likelihood", "test_bands.py -k loss_is_least"),
+    Mutant("microstructure/learn.py", "mean(weight) * bias**2).sum()",
+           "mean(weight) * bias).sum()", "the mean error may be made negative",
+           "test_bands.py -m 'not slow'"),
+    Mutant("microstructure/maps.py", "return torch.lerp(upper, lower, down)",
+           "return torch.lerp(lower, upper, down)", "factors of the neighbouring band are taken",
+           "test_bands.py -m 'not slow'"),
+    Mutant("microstructure/maps.py", "flag = torch.where(sigma > 1.001 * most, 2.0,",
+           "flag = torch.where(sigma > 1001 * most, 2.0,", "noise out of range is not flagged",
+           "test_scnn.py -k strange_signals"),
+    Mutant("training.py", 'better = found < state["best"]', 'better = found > state["best"]',
+           "the worst weights are kept", "test_training.py -k keeps_the_best"),
+    Mutant("training.py", '[state["step"] - state["drawn"]:])', "[0:])",
+           "a resumed training sees samples again", "test_training.py -k resumed"),
+    Mutant("methods/estimate_freewater/method.py",
+           "torch.where(fraction > MOST_WATER, 0, fraction) * level", "fraction * level",
+           "water is removed where nothing else is left",
+           "test_freewater.py -k signal_stays"),
+    Mutant("preprocess/deconvolution.py", "share[:, 2] >= WHITE", "share[:, 1] >= WHITE",
+           "densities are taken from grey matter", "test_deconvolution.py -k 'grey or peaks'"),
+    # ---- harmonizers
+    Mutant("methods/paired.py", "learned = set(people) - held", "learned = set(people)",
+           "who validates is learned from", "test_paired.py -k who_validates"),
+    Mutant("methods/paired.py", "quantiles = travellers.quantiles(learned)",
+           "quantiles = travellers.quantiles(set(people))",
+           "quantiles are those of validators, too", "test_paired.py -k who_validates"),
+    Mutant("methods/paired.py", "pairs.filled(own, where, margin=1), where, device)",
+           "np.pad(pairs.filled(own, where), ((1, 1),) * 3 + ((0, 0),)), where, device)",
+           "the margin holds zeros where the network is applied",
+           "test_paired.py -k patches_at_the_edge"),
+    Mutant("methods/samples.py", "weight = weight / before.mean(1).clamp(min=1e-12)",
+           "weight = weight / 1.0", "losses are not in units of what there is",
+           "test_paired.py -k loss_of_the_hybrid"),
+    Mutant("methods/harmonizer.py", "weighted = ~dwi.acquisition.b0\n    noise =",
+           "weighted = np.ones(len(dwi.acquisition), bool)\n    noise =",
+           "noise is added to b0 volumes, too", "test_harmonized_noise.py -k b0_volumes"),
+    Mutant("methods/harmonizer.py", "return float(np.sqrt(1 + np.mean(ratios)))",
+           "return float(np.sqrt(np.mean(ratios)))", "widened intervals leave the noise out",
+           "test_harmonized_noise.py -k widen"),
+    Mutant("domain.py",
+           "(1 - DIRECTIONS) * fewest <= len(shell) <= (1 + DIRECTIONS) * most",
+           "(1 - DIRECTIONS) * fewest <= len(shell)", "more directions than in training are accepted",
+           "test_harmonize.py -k directions_within"),
+    Mutant("methods/harmonize_mica/method.py",
+           "return (len(people) * mean - people) / (len(people) - 1)",
+           "return np.broadcast_to(mean, people.shape)",
+           "people are compared with a mean that holds them",
+           "test_harmonize.py test_intensity.py -k 'card or different or quantiles'"),
+    Mutant("preprocess/intensity.py", "_warp(x[here], source[k], reference[k])",
+           "_warp(x[here], reference[k], source[k])", "intensities are warped the other way",
+           "test_intensity.py"),
+    Mutant("preprocess/pairs.py", "return values[row[tuple(nearest)]]",
+           "return values[row] * inside[..., None]", "the margin is filled with zeros",
+           "test_pairs.py -k filled_takes"),
+    Mutant("preprocess/pairs.py", "return (left @ right).swapaxes(-1, -2)", "return left @ right",
+           "directions turn the other way in a deformation", "test_pairs.py -k local_rotations"),
+    Mutant("preprocess/pairs.py", '*(["session"] if by_session else [])', '*([])',
+           "pairs of different sessions are learned from", "test_pairs.py -k pairs_of_one_session"),
+    Mutant("networks/cyclic.py", "return -gradients[0]", "return gradients[0]",
+           "generator and critic pull together", "test_cyclic.py -k pull_apart"),
+    Mutant("networks/cyclic.py", "(gradient.norm(dim=1) - 1).square().mean()",
+           "gradient.norm(dim=1).square().mean()", "the slope of critics is pulled to 0",
+           "test_cyclic.py -k 'pull_apart or losses or formula'"),
+    Mutant("methods/harmonize_rish/method.py",
+           "np.where(some, above, 1) / np.where(some, below, 1))",
+           "np.where(some, below, 1) / np.where(some, above, 1))",
+           "scales lead away from the reference", "test_rish.py -k scales_are"),
+    Mutant("methods/harmonize_combat/equations.py", "z.var(axis=0, ddof=1)", "z.var(axis=0)",
+           "the variance of a site is biased", "test_combat.py -k equations"),
+    Mutant("methods/harmonize_combat/method.py",
+           "effects = _learn(rows[~tested], features, design[~tested], batches,",
+           "effects = _learn(rows, features, design, batches,",
+           "ComBat's cross-validation learns from whom it tests",
+           "test_combat.py -k what_others_teach"),
+    # ---- statistics
+    Mutant("evaluate/biology.py", "t.ppf((1 + CONFIDENCE) / 2, free) ** 2)",
+           "t.ppf((1 + CONFIDENCE) / 2, len(before)) ** 2)",
+           "Fieller's interval has too many degrees of freedom", "test_biology.py -k intervals"),
+    Mutant("evaluate/biology.py", "if found.ratio < 1 - LOSS and found.high < 1:",
+           "if found.ratio < 1 - LOSS:", "an uncertain loss counts as one",
+           "test_biology.py -k verdicts"),
+    Mutant("evaluate/agreement.py", "own.std(ddof=1) / math.sqrt(len(own))",
+           "own.std(ddof=1) / len(own)", "intervals of differences are too narrow",
+           "test_agreement.py -k differences"),
+    Mutant("evaluate/agreement.py", "(parts**2 / (counts - 1)).sum()",
+           "(parts**2 / counts).sum()", "Welch's degrees of freedom are too many",
+           "test_agreement.py -k differences"),
+    Mutant("evaluate/crossvalidation.py", "rest = method.learn(_without(cohort, people), settings)",
+           "rest = method.learn(cohort, settings)",
+           "folds learn from those they are tested on",
+           "test_crossvalidation.py -k 'knows_nothing'"),
+    Mutant("methods/synthesize/score.py", "rician(signal, sd / s0[:, None], generator)",
+           "rician(signal, sd / s0.mean(), generator)", "noise is that of the mean voxel",
+           "test_score.py -k noise_is_that_of_each"),
+)
+
+
+def copy_tree(folder: Path) -> None:
+    """Copy what git knows or would know, as it is in the working tree."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT,
+                           capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def run_tests(tests: str, folder: Path, output: Path) -> None:
+    """Run tests of the tree in a folder; this process ends with their exit code."""
+    import pytest
+
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(folder)
+    os.environ.setdefault("QSPHERE_TEST_DATA", str(ROOT / "../shared/data"))
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    arguments = [f"tests/{a}" if a.startswith("test_") else a for a in shlex.split(tests)]
+    with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])
+    os._exit(int(code))
+
+
+def judge(mutant: Mutant, folder: Path) -> str:
+    """Apply a mutant to the tree in a folder, test it, and undo it; say what became of it."""
+    path, output = folder / "bidsapp" / mutant.file, folder / ".output"
+    text = path.read_text()
+    path.write_text(text.replace(mutant.text, mutant.replacement))
+    process = multiprocessing.get_context("fork").Process(
+        target=run_tests, args=(mutant.tests, folder, output))
+    try:
+        process.start()
+        process.join()
+    finally:
+        path.write_text(text)
+    if process.exitcode == 0:
+        return "SURVIVED"
+    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output.read_text(), re.MULTILINE)
+    return f"killed by {found[1]}" if process.exitcode == 1 and found else (
+        f"NOT TESTED, exit code {process.exitcode}: {output.read_text()[-300:]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", choices=range(len(MUTANTS)),
+                        help="numbers of mutants, as the report counts them")
+    chosen = parser.parse_args().only or range(len(MUTANTS))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    alive = 0
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        copy_tree(folder)
+        for number in chosen:
+            mutant, start = MUTANTS[number], time.monotonic()
+            verdict = judge(mutant, folder)
+            alive += not verdict.startswith("killed")
+            print(f"{number:2} {mutant.file}: {mutant.error}: {verdict} "
+                  f"({time.monotonic() - start:.0f} s)", flush=True)
+    print(f"{len(chosen)} mutants, {alive} not killed")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
