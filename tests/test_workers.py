@@ -12,11 +12,14 @@ import pytest
 from bidsapp.workers import TERMINATED
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from bidsapp import scratch
 from bidsapp.cli import guarded
 from bidsapp.workers import pool, task
+
+# a shell makes what it starts in the background ignore this one
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def work(folder):
     with scratch.folder(Path(folder)) as own:
