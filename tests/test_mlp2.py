@@ -117,6 +117,7 @@ def test_turns_not_with_the_head(trained):
     assert (one.mean - other.mean).square().mean().sqrt() > 0.01
 
 
+@pytest.mark.slow
 def test_without_a_training_it_refuses_and_says_how(bids_tree, tmp_path):
     """Group level trains, participant level then uses it; the tree is valid BIDS."""
     root, out = bids_tree(), tmp_path / "out"
@@ -175,6 +176,7 @@ def test_weights_from_before_there_were_cases_are_refused(first, tmp_path):
         estimating.known_power(old.card)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_does_not_start_again(first, tmp_path):
     """Where a state is kept, it is gone on from, whatever the training would start from."""
     state = tmp_path / "state.ckpt"

@@ -263,6 +263,7 @@ def trained():
     return learn.train("estimate_scnn2", small(), seed=3, device="cpu")
 
 
+@pytest.mark.slow
 def test_training_learns_and_calibrates(trained):
     """Better than the prior's variance (0.75, 1/12); 90 % within ± 1.645 SD on held-out voxels,
     3 points being 4 standard errors of both samples and of the bands."""
@@ -305,6 +306,7 @@ def test_training_depends_on_its_seed_alone():
         torch.testing.assert_close(again[name], value, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_card_round_trip(trained, tmp_path):
     for name, content in checkpoint.pack(trained).items():
         (tmp_path / name).write_bytes(content)
@@ -380,6 +382,7 @@ def test_says_which_shells_it_left_out_and_that_there_are_more_than_in_training(
     (acquisition(b=(1000, 9000)), "b 9000"),
     (acquisition(b=(60, 75)), "not ms/µm²"),
     (acquisition(n=(60, 5)), "6 or more directions")], ids=["one", "b0", "far", "units", "few"])
+@pytest.mark.slow
 def test_refuses_what_it_was_not_trained_for(trained, acq, message):
     with pytest.raises(Refusal, match=message):
         estimating.estimate(trained, tissue.TWO_COMPARTMENTS, voxels(acq, 5), "cpu")
