@@ -214,12 +214,10 @@ def test_people_are_apart(folder):
         assert {*own.tested(0), *own.tested(1)} == {*own.travelling}
         for fold in range(2):
             tested = {*own.tested(fold)}
-            _, paired = harmonization.variant("harmonize_mica", own, tested)
-            table = paired["statistics"]
+            _, table, _ = harmonization.variant("harmonize_mica", own, tested)
             assert {*table["participant"]} == {*own.travelling} - tested
-            _, unpaired = harmonization.variant("harmonize_mica@groups", own, tested)
-            groups = {b: {*rows["participant"]}
-                      for b, rows in unpaired["statistics"].groupby("batch")}
+            _, unpaired, _ = harmonization.variant("harmonize_mica@groups", own, tested)
+            groups = {b: {*rows["participant"]} for b, rows in unpaired.groupby("batch")}
             assert groups == {own.name: {*own.travelling} - tested, "siteA": {*own.others}}
             ages = [[own.ages[p] for p in people] for people in groups.values()]
             assert abs(np.mean(ages[0]) - np.mean(ages[1])) < 60 / 6

@@ -18,7 +18,7 @@ from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import agreement, biology
-from bidsapp.methods import Cohort, Derived, Estimator, Fitted
+from bidsapp.methods import Cohort, Derived, Estimator, Fitted, MethodContext
 from bidsapp.report import canvas, distributions, figures, glyphs, page
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -44,7 +44,7 @@ class Tensor(Estimator):
     OUTPUTS: ClassVar[dict] = OUTPUTS
 
     def __init__(self, folder=None):
-        self.folder = folder
+        self.folder, self.context = folder, MethodContext()
 
     @property
     def name(self):
