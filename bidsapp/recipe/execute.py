@@ -244,8 +244,9 @@ class Execution:
             valid |= {name: r["fingerprint"] for name, r in kept.items()}
         for path, record in others.items():
             if record.get("name") not in kept:
-                log.info("%s: %s is removed: it was made of a signal that has changed",
-                         self.context.run.name, record.get("name", path.name))
+                if record.get("outputs"):
+                    log.info("%s: %s is removed: it was made of a signal that has changed",
+                             self.context.run.name, record.get("name", path.name))
                 self.dataset.discard(path)
         return kept
 

@@ -121,7 +121,6 @@ class Step(ABC):
     """
 
     name: str
-    gives_signal = False
 
     def __init__(self, context: Context, takes: Step | None = None) -> None:
         self.context, self.takes = context, takes
@@ -185,7 +184,6 @@ class Measure(Step):
     """Find the brain, load the signal inside it, estimate its noise and judge it."""
 
     name = "measured"
-    gives_signal = True
 
     @property
     def parameters(self) -> Mapping[str, Any]:
@@ -239,7 +237,6 @@ class Harmonize(Step):
     """Map the signal to the reference site of a trained harmonizer."""
 
     name = "harmonized"
-    gives_signal = True
 
     def __init__(self, context: Context, takes: Step, models: Sequence[harmonize.Model]) -> None:
         super().__init__(context, takes)
@@ -321,7 +318,6 @@ class Upsample(Step):
     """Give the signal more measurements."""
 
     name = "upsampled"
-    gives_signal = True
 
     def __init__(self, context: Context, takes: Step, method: Upsampler) -> None:
         super().__init__(context, takes)
