@@ -166,7 +166,7 @@ def test_card(caplog):
 def test_several_batches_share_a_template():
     rows = [(i, "ABC"[i % 3]) for i in range(9)]
     fitted = methods.get("harmonize_rish").fit(study(rows, load=lambda run: head(
-        int(run[:-1]), "B" if run[-1] == "B" else "A")))
+        int(run[:-1]), "B" if run[-1] == "B" else "A")), methods.TrainingSettings())
     b, c = (fitted.checkpoints[f"harmonize_rish_{x}-to-A"] for x in "BC")
     assert (b.tensors["template"] == c.tensors["template"]).all()
     assert abs(c.card.metrics["scale_b1000_l0"] - 1) < 0.03 < abs(
