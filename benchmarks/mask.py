@@ -38,7 +38,7 @@ def mean_b0(path):
 
 
 def timed(function, image):
-    """What the function returns, and the processor seconds of the faster of two calls."""
+    """Call a function twice: its result, and the processor seconds of the faster of two calls."""
     seconds = []
     for _ in range(2):
         start = time.process_time()

@@ -1,4 +1,4 @@
-"""What the scanner did: b-values, directions, b-tensor shapes and phase encoding of a series.
+"""Acquisition of a series: b-values, directions, b-tensor shapes and phase encoding of a series.
 
 Frame: world RAS+, always; b-vectors of files are turned into it at the door (`bidsapp.bids`).
 Units: b in s/mm², times in s. An axially symmetric b-tensor with axis n, trace b and shape b_Δ is

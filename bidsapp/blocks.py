@@ -1,4 +1,4 @@
-"""Where voxels are computed: the device, blocks of voxels, slabs of a grid with a halo."""
+"""Compute on voxels: choice of the device, blocks of voxels, slabs of a grid with a halo."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def generate(program: str, options: type, description: str) -> argparse.Argument
 
 
 def _argument(item: Field[Any], kind: Any) -> dict[str, Any]:
-    """What argparse must know of a field and its type."""
+    """Keyword arguments of argparse for an option field and its type."""
     about, text, default = item.metadata, item.metadata["help"], item.default
     given = {k: about[k] for k in ("metavar", "choices", "action") if k in about}
     if kind is bool or given.get("action") == "count":

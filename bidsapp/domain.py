@@ -88,7 +88,7 @@ class ShellRange:
 
 @dataclass(frozen=True)
 class TrainingDomain:
-    """What a checkpoint may be used for.
+    """Acquisitions, sites and participants that a checkpoint may be used for.
 
     Parameters
     ----------

@@ -107,7 +107,7 @@ def resolve(tables: Mapping[str, Any], method: str, key: str, text: str, sloppy:
     method : str
         Its name, for messages.
     key, text : str
-        What stands before and after the equals sign: as of `paths`, and a TOML value. A text need
+        The two sides of the equals sign: a key as in `paths`, and a TOML value. A text need
         not be quoted.
     sloppy : bool
         Whether the variant for --sloppy holds.

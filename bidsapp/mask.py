@@ -12,7 +12,7 @@ from bidsapp.errors import DataError
 AFFINE_TOLERANCE = 1e-2
 
 RADIUS = 4
-"""Of the median filter, in voxels."""
+"""Radius of the median filter, in voxels."""
 
 LEVELS = 1024
 """Grey values that the median filter tells apart."""

@@ -152,7 +152,7 @@ class Cohort:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What all trainings of a command share; what is a method's own is in its training.toml.
+    """Settings that all trainings of a command share; a method's own are in its training.toml.
 
     Parameters
     ----------

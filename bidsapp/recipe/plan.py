@@ -98,7 +98,8 @@ def chosen_upsampler(options: Options) -> Upsampler | None:
     """
     if not options.upsample:
         return None
-    method = methods.get(Path(options.upsample).name, "upsample")
+    context = methods.MethodContext(options.sloppy, options.output_dir / harmonize.MODELS)
+    method = methods.get(Path(options.upsample).name, "upsample", context)
     assert isinstance(method, Upsampler), f"{method.name} is no Upsampler"
     return method
 
