@@ -26,11 +26,11 @@ import pandas as pd
 import torch
 
 from bidsapp import dwi as measured
-from bidsapp import methods, sh
+from bidsapp import kinds, methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
-from bidsapp.methods import harmonizer
-from bidsapp.methods.paired import PairedHarmonizer
+from bidsapp.harmonization import harmonizer
+from bidsapp.harmonization.paired import PairedHarmonizer
 from bidsapp.simulate import site
 
 SHAPE, ZOOM, S0 = (15, 17, 13), 11.0, {"wm": 1000.0, "gm": 1250.0, "csf": 2500.0}
@@ -179,7 +179,7 @@ def main():
                         100 * seed + i)
 
         def study(runs, load=load):
-            return methods.Cohort(
+            return kinds.Cohort(
                 pd.DataFrame({"participant": [r[:-1] for r in runs], "batch": [r[-1] for r in runs],
                               "run": runs, "snr_b0": 30.0}), reference_batch="A",
                 acquisitions=dict.fromkeys(runs, table), load=load,
@@ -206,10 +206,10 @@ def main():
             wanted = {"stages.epochs": options.epochs, "output": output}
             texts = [f"{name}.{key}={value}" for key, value in wanted.items()
                      if value and method.paths(key)]
-            method = methods.get(name, context=methods.MethodContext(
+            method = methods.get(name, context=kinds.MethodContext(
                 sloppy=True, settings=methods.read_settings(texts, [method], True, sloppy=True)))
             (model,) = method.fit(pairs if isinstance(method, PairedHarmonizer) else groups,
-                                  methods.TrainingSettings()).checkpoints.values()
+                                  kinds.TrainingSettings()).checkpoints.values()
             for count in (7, 1):
                 dwi = thinned(scans["B"], count)
                 made = method.harmonize(dwi, model, "B", "cpu")

@@ -59,13 +59,13 @@ import pandas as pd
 import torch
 from travelling import PLAIN, PhantomScan, compare, simulate
 
-from bidsapp import __version__, methods
+from bidsapp import __version__, kinds, methods
 from bidsapp.checkpoint import load, pack
 from bidsapp.errors import QSphereError
-from bidsapp.methods import harmonizer
+from bidsapp.harmonization import harmonizer, pairs
 from bidsapp.options import PhantomOptions
 from bidsapp.phantom import recruit
-from bidsapp.preprocess import pairs, template
+from bidsapp.registration import template
 from bidsapp.simulate import site
 
 DESIGN = ("sites", "participants", "folds", "shells", "directions", "voxel_size", "max_steps",
@@ -110,7 +110,7 @@ class Site:
              "snr_b0": np.nan, "age": p.age} for p in people for i in p.sites])
         runs = {f"{p}{s}": scan.dwi for (p, s), scan in self.scans.items()}
         self.states = self.folder / "states"
-        self.cohort = methods.Cohort(
+        self.cohort = kinds.Cohort(
             self.table, covariates=("age",), reference_batch=self.reference,
             acquisitions={run: dwi.acquisition for run, dwi in runs.items()},
             load=runs.__getitem__)
@@ -166,10 +166,10 @@ def variant(label, own, tested):
     name, _, option = label.partition("@")
     key, _, value = option.partition("=")
     changed = {"training.network.blocks": int(value)} if key == "blocks" else {}
-    method = methods.get(name, context=methods.MethodContext(
+    method = methods.get(name, context=kinds.MethodContext(
         sloppy=own.arguments.sloppy, settings={name: changed}))
     table = own.table[~own.table["participant"].isin([*tested, *own.others])]
-    settings = methods.TrainingSettings(
+    settings = kinds.TrainingSettings(
         max_steps=own.arguments.max_steps or MAX_STEPS.get(name), seed=own.seed,
         states=own.states)
     if key == "share":
@@ -246,7 +246,7 @@ def prepare(own):
 def keep_registrations(folder):
     """A patch under which registrations with a template are kept in the folder: they depend on
     two images of FA alone, and take nearly all of the time of RISH."""
-    locate = template.locate
+    locate = template.register
 
     def kept(fixed, moving, work_dir=None):
         digest = hashlib.blake2b(__version__.encode(), digest_size=16)

@@ -23,7 +23,7 @@ import torch
 from harmonize_speed import design
 from travelling import simulate
 
-from bidsapp import methods
+from bidsapp import kinds, methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 
@@ -55,7 +55,7 @@ def train(folder, people, name):
         return Dwi(np.load(folder / f"{run}.npy"), shared[site]["mask"], shared[site]["affine"],
                    tables[site])
 
-    method = methods.get(name, context=methods.MethodContext(sloppy=True))
+    method = methods.get(name, context=kinds.MethodContext(sloppy=True))
     own, done = psutil.Process(), threading.Event()
     most = [0, 0]
 
@@ -71,10 +71,10 @@ def train(folder, people, name):
         watcher = threading.Thread(target=watch)
         watcher.start()
         tempfile.tempdir = states
-        method.fit(methods.Cohort(
+        method.fit(kinds.Cohort(
             table, reference_batch=SITES[0], load=load,
             acquisitions={r: tables[s] for _, s, r, _ in rows}),
-            methods.TrainingSettings(max_steps=STEPS, states=Path(states)))
+            kinds.TrainingSettings(max_steps=STEPS, states=Path(states)))
         done.set()
         watcher.join()
     return [m / 2**20 for m in most]

@@ -30,13 +30,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bidsapp import methods, sh
+from bidsapp import kinds, methods, sh
+from bidsapp.anatomy import tissue
 from bidsapp.bids import find
 from bidsapp.cli import parse
 from bidsapp.errors import Refusal
 from bidsapp.evaluate import agreement
-from bidsapp.methods import harmonizer
-from bidsapp.preprocess import pairs, tissue
+from bidsapp.harmonization import harmonizer, pairs
 from bidsapp.recipe.steps import load_run
 
 OLD, NEW, ENCODING = "v60d1", "v61", "PA"
@@ -90,7 +90,7 @@ def compared(harmonized, source, target, deformable):
         return {"signal": signal, **agreement.shell_maps(signal, acquisition)}
 
     def carried(dwi):
-        (image,) = pairs.carried(unpenalised(dwi), DEGREE, aligned)
+        (image,) = pairs.resample(unpenalised(dwi), DEGREE, aligned)
         return image[1:-1, 1:-1, 1:-1][aligned.where]
 
     wanted = maps(aligned.target[:, shell.indices] @ sh.smooth_fit(DEGREE, acquisition.bvecs).T)
@@ -115,12 +115,12 @@ def learned(scans, angulations, names):
                           for (s, a), r in runs.items()])
     dwis = {runs[k].name: scans[k][1] for k in runs}
     reference, batch = (runs[s, angulations[0]].batch for s in (OLD, NEW))
-    cohort = methods.Cohort(
+    cohort = kinds.Cohort(
         table, reference_batch=reference, load=dwis.__getitem__,
         acquisitions={name: dwi.acquisition for name, dwi in dwis.items()})
 
     def trained(method):
-        (checkpoint,) = method.fit(cohort, methods.TrainingSettings()).checkpoints.values()
+        (checkpoint,) = method.fit(cohort, kinds.TrainingSettings()).checkpoints.values()
         return lambda dwi: replace(
             dwi, signal=method.harmonize(dwi, checkpoint, batch, "cpu").signal)
 

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from travelling import simulate
 
-from bidsapp import methods
-from bidsapp.methods import harmonizer
+from bidsapp import kinds, methods
+from bidsapp.harmonization import harmonizer
 from bidsapp.options import PhantomOptions
 
 
@@ -39,14 +39,14 @@ def main():
     table = pd.DataFrame([{"participant": p.label, "batch": s, "run": f"{p.label}{s}",
                            "snr_b0": np.nan} for p in people for s in (reference, other)])
     dwis = {f"{p}{s}": one.dwi for (p, s), one in made.items()}
-    cohort = methods.Cohort(
+    cohort = kinds.Cohort(
         table, reference_batch=reference, load=dwis.__getitem__,
         acquisitions={r: d.acquisition for r, d in dwis.items()})
-    settings = methods.TrainingSettings(max_steps=2)
+    settings = kinds.TrainingSettings(max_steps=2)
     _, (person,), made = simulate(design(participants=1, voxel_size=arguments.voxel_size))
     brain = made[person.label, other].dwi
     for name in arguments.methods:
-        method = methods.get(name, context=methods.MethodContext(sloppy=True))
+        method = methods.get(name, context=kinds.MethodContext(sloppy=True))
         (model,) = method.fit(cohort, settings).checkpoints.values()
         wall, cpu = time.monotonic(), time.process_time()
         method.harmonize(brain, model, other, "cpu")

@@ -16,7 +16,7 @@ from dipy.segment.mask import clean_cc_mask
 from dipy.segment.mask import median_otsu as dipy_median_otsu
 from scipy.ndimage import binary_fill_holes
 
-from bidsapp.mask import RADIUS, median_otsu
+from bidsapp.anatomy.mask import RADIUS, median_otsu
 
 
 def dipy_mask(mean_b0):

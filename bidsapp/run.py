@@ -18,18 +18,26 @@ import pandas as pd
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bidsapp import checkpoint, harmonize, methods, training
+from bidsapp import checkpoint, methods, training
 from bidsapp.bids import btable, find
 from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.blocks import choose_device, memory_limit
 from bidsapp.dwi import FIXED_MEMORY, Run, open_image, peak_memory
 from bidsapp.errors import DataError, UsageError
 from bidsapp.evaluate import agreement, biology, crossvalidation, quality
-from bidsapp.methods import FromSignal, GroupAnalysis, Trainable
-from bidsapp.methods.harmonizer import Harmonizer
+from bidsapp.harmonization import pairs
+from bidsapp.harmonization.harmonizer import Harmonizer
+from bidsapp.kinds import (
+    Cohort,
+    Fitted,
+    FromSignal,
+    GroupAnalysis,
+    MethodContext,
+    Trainable,
+    TrainingSettings,
+)
 from bidsapp.options import Options
-from bidsapp.preprocess import pairs
-from bidsapp.recipe import plan
+from bidsapp.recipe import harmonize, plan
 from bidsapp.recipe.execute import (
     Job,
     conflicting_model,
@@ -142,7 +150,7 @@ def trained_methods(options: Options) -> list[Trainable]:
     check_training_options(options, trained)
     settings = methods.read_settings([*replaced_options(options, trained), *options.set], trained,
                                      training=True, sloppy=options.sloppy)
-    context = methods.MethodContext(options.sloppy, options.output_dir / harmonize.MODELS, settings)
+    context = MethodContext(options.sloppy, options.output_dir / harmonize.MODELS, settings)
     return [methods.trainable(method.name, context) for method in trained]
 
 
@@ -171,13 +179,13 @@ def replaced_options(options: Options, trained: Sequence[Trainable]) -> list[str
 
 
 def load_cohort(options: Options, found: find.Found, statistics: pd.DataFrame,
-                covariates: Sequence[str], devices: tuple[int, int]) -> methods.Cohort:
+                covariates: Sequence[str], devices: tuple[int, int]) -> Cohort:
     """Gather what trainings need of the processed runs; their signals are loaded one by one."""
     runs = {run.name: run for label in found.participants for run in found.runs[label]
             if run.name in set(statistics["run"])}
     memory = available_memory(options) / devices[0]
     per_scan = FIXED_MEMORY + (memory - FIXED_MEMORY) / SCANS
-    return methods.Cohort(
+    return Cohort(
         statistics, tuple(quality.map_features(statistics.columns)), covariates=tuple(covariates),
         reference_batch=options.reference_batch, paired_by=options.paired_by,
         acquisitions={name: btable.acquisition_of(run) for name, run in runs.items()},
@@ -185,19 +193,19 @@ def load_cohort(options: Options, found: find.Found, statistics: pd.DataFrame,
         load=lambda name: load_run(runs[name], memory=per_scan, work_dir=options.work_dir)[0])
 
 
-def training_settings(options: Options, devices: tuple[int, int]) -> methods.TrainingSettings:
+def training_settings(options: Options, devices: tuple[int, int]) -> TrainingSettings:
     """Gather what the options say of all trainings. devices: as of `training.processes`."""
-    return methods.TrainingSettings(
+    return TrainingSettings(
         max_steps=options.max_steps, folds=options.folds, seed=options.random_seed,
         device=choose_device(options.device), devices=devices, init=options.init,
         states=options.work_dir or options.output_dir / "group/log")
 
 
-def train_and_write(dataset: Dataset, cohort: methods.Cohort, settings: methods.TrainingSettings,
-                    trained: Sequence[Trainable]) -> dict[str, methods.Fitted]:
+def train_and_write(dataset: Dataset, cohort: Cohort, settings: TrainingSettings,
+                    trained: Sequence[Trainable]) -> dict[str, Fitted]:
     """Train one method after another; write what it leaves as soon as it is there."""
     assert settings.states
-    fitted: dict[str, methods.Fitted] = {}
+    fitted: dict[str, Fitted] = {}
     for method in trained:
         fitted[method.name] = result = fit(method, cohort, settings)
         for name, weights in result.checkpoints.items():
@@ -220,8 +228,8 @@ def train_and_write(dataset: Dataset, cohort: methods.Cohort, settings: methods.
     return fitted
 
 
-def load_fitted(dataset: Dataset, cohort: methods.Cohort, trained: Container[str]
-                ) -> dict[str, methods.Fitted]:
+def load_fitted(dataset: Dataset, cohort: Cohort, trained: Container[str]
+                ) -> dict[str, Fitted]:
     """Read what earlier commands trained, unless it was trained again.
 
     Tables that were made of other statistics than today's (ComBat's) are removed, with a warning.
@@ -238,7 +246,7 @@ def load_fitted(dataset: Dataset, cohort: methods.Cohort, trained: Container[str
             dataset.discard(path)
             continue
         try:
-            earlier[name] = methods.Fitted(
+            earlier[name] = Fitted(
                 {table: pd.read_csv(dataset.root / GROUP / f"{table}.tsv", sep="\t",
                                     dtype=dict.fromkeys(TEXT, str))
                  for table in record["tables"]}, record["model"],
@@ -255,7 +263,7 @@ def group_record(name: str) -> PurePosixPath:
     return GROUP / f"log/{name}.json"
 
 
-def table_digest(cohort: methods.Cohort) -> str:
+def table_digest(cohort: Cohort) -> str:
     """SHA-256 of the measured statistics and covariates of all runs, and the reference batch."""
     used = cohort.statistics[["run", "batch", *cohort.covariates, *cohort.features]]
     content = to_json([used.to_dict("list"), cohort.reference_batch])
@@ -267,7 +275,7 @@ def write_table(transaction: Transaction, name: str, table: pd.DataFrame) -> Non
                       quality.columns(table.columns))
 
 
-def write_group(dataset: Dataset, cohort: methods.Cohort, fitted: Mapping[str, methods.Fitted]
+def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]
                 ) -> None:
     """Write the tables across participants, figures and group.html."""
     statistics, features = cohort.statistics, cohort.features
@@ -298,8 +306,8 @@ def write_group(dataset: Dataset, cohort: methods.Cohort, fitted: Mapping[str, m
             records=run_records(dataset)))
 
 
-def fit(method: Trainable, cohort: methods.Cohort, settings: methods.TrainingSettings
-        ) -> methods.Fitted:
+def fit(method: Trainable, cohort: Cohort, settings: TrainingSettings
+        ) -> Fitted:
     """Train a method and, where --folds asks for it and the method has one, cross-validate it.
 
     The cards hold the hyper-parameters that `--set` changed.

@@ -18,11 +18,12 @@ from test_synthesize import participant, standardised
 
 from bidsapp import methods
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import t1w, tissue
 from bidsapp.bids import btable, find
 from bidsapp.cli import parse
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
-from bidsapp.preprocess import anatomy, tissue
+from bidsapp.registration import rigid
 from bidsapp.simulate import mixture, unmix
 
 INTENSITY = np.array([20.0, 600.0, 250.0, 1000.0, 1000.0])  # air, grey, CSF, callosum, white
@@ -30,7 +31,7 @@ TURN, SHIFT = np.array([6.0, -4.0, 5.0]), np.array([5.0, -7.0, 4.0])  # degrees 
 SHAPE, ZOOMS = (66, 82, 60), (2.3, 2.1, 2.2)
 
 
-def move():
+def pose():
     """World of the diffusion images → world of the T1w image."""
     out = np.eye(4)
     out[:3, :3] = Rotation.from_rotvec(TURN, degrees=True).as_matrix()
@@ -43,10 +44,10 @@ def write_t1w(path, rng, bias=0.4, slices=slice(None)):
     """The head as a T1w image: moved, with a bias field and noise."""
     affine = np.eye(4)
     affine[:3, :3] = np.diag(ZOOMS)
-    affine[:3, 3] = (move() @ head.affine() @ [*(np.array(head.SHAPE) - 1) / 2, 1])[:3] \
+    affine[:3, 3] = (pose() @ head.affine() @ [*(np.array(head.SHAPE) - 1) / 2, 1])[:3] \
         - np.array(ZOOMS) * (np.array(SHAPE) - 1) / 2 + (3, -2, 4)
     index = np.indices(SHAPE).reshape(3, -1)
-    to = np.linalg.inv(move() @ head.affine()) @ affine
+    to = np.linalg.inv(pose() @ head.affine()) @ affine
     at = np.rint(to[:3, :3] @ index + to[:3, 3:]).astype(int)
     inside = np.all((at >= 0) & (at < np.array(head.SHAPE)[:, None]), axis=0)
     label = np.zeros(len(inside), int)
@@ -66,16 +67,16 @@ def scanned(tmp_path_factory):
     path = write_t1w(tmp_path_factory.mktemp("t1w") / "sub-01_T1w.nii.gz",
                      np.random.default_rng(5))
     dwi, labels, _ = participant()
-    return replace(dwi, tissue=anatomy.posteriors(dwi, path)), labels, path
+    return replace(dwi, tissue=t1w.posteriors(dwi, path)), labels, path
 
 
 def test_the_move_is_found(scanned):
     dwi, _, path = scanned
-    found = anatomy.align(dwi, *anatomy._read(path))
-    turn = Rotation.from_matrix(found[:3, :3] @ move()[:3, :3].T).magnitude()
+    found = rigid.align(dwi, *t1w._read(path))
+    turn = Rotation.from_matrix(found[:3, :3] @ pose()[:3, :3].T).magnitude()
     assert np.degrees(turn) < 1
     points = np.c_[np.argwhere(dwi.mask), np.ones(len(dwi.signal))] @ dwi.affine.T
-    error = np.linalg.norm((points @ (found - move()).T)[:, :3], axis=1)
+    error = np.linalg.norm((points @ (found - pose()).T)[:, :3], axis=1)
     assert error.max() < 1.5 and error.mean() < 0.8
 
 
@@ -98,7 +99,7 @@ def test_same_bytes_again_and_nothing_left(scanned, tmp_path):
     dwi, _, path = scanned
     work, before = tmp_path / "work", tempfile.gettempdir()
     work.mkdir()
-    again = anatomy.posteriors(replace(dwi, tissue=None), path, work_dir=work)
+    again = t1w.posteriors(replace(dwi, tissue=None), path, work_dir=work)
     np.testing.assert_array_equal(again, dwi.tissue)
     assert list(work.iterdir()) == [] and tempfile.gettempdir() == before
 
@@ -108,12 +109,12 @@ def test_given_probabilities_take_the_place_of_atropos(scanned, tmp_path):
     image = nib.load(path)
     third = np.arange(3) * 0.2 + 0.1
     maps = []
-    for label, value in zip(anatomy.TISSUES, third, strict=True):
+    for label, value in zip(t1w.TISSUES, third, strict=True):
         maps.append(tmp_path / f"sub-01_label-{label}_probseg.nii.gz")
         values = np.full(image.shape, value, np.float32)
         values[0, 0, 0] = 0
         nib.save(nib.Nifti1Image(values, image.affine), maps[-1])
-    found = anatomy.posteriors(dwi, path, maps)
+    found = t1w.posteriors(dwi, path, maps)
     np.testing.assert_allclose(np.median(found, axis=0), third, atol=1e-6)
 
 
@@ -137,7 +138,7 @@ def test_what_cannot_be_used_is_said(scanned, tmp_path, what):
                 "flat": "no volume with contrast", "series": "no volume with contrast",
                 "part": "covers only", "link": "link to a file that is not here"}[what]
     with pytest.raises(DataError, match=expected):
-        anatomy.posteriors(dwi, bad)
+        t1w.posteriors(dwi, bad)
 
 
 def test_what_diffusion_contradicts_is_not_believed(scanned):
@@ -199,7 +200,7 @@ def test_preprocessed_t1w_with_its_tissues(bids_tree, tmp_path):
     run = runs(root, "-d", f"fmriprep={other}")["sub-01"]
     assert run.t1w == other / f"{stem}desc-preproc_T1w.nii.gz"
     assert [p.name for p in run.probsegs] == [f"sub-01_label-{t}_probseg.nii.gz"
-                                              for t in anatomy.TISSUES]
+                                              for t in t1w.TISSUES]
     (other / f"{stem}label-GM_probseg.nii.gz").unlink()
     assert runs(root, "-d", f"fmriprep={other}")["sub-01"].probsegs == ()
 
@@ -322,15 +323,15 @@ def test_real_t1w(test_data, name):
     """CSF by the T1w image diffuses 1.5 times as fast as its grey matter or faster, white matter
     is more anisotropic than grey: true of no image that lies wrong."""
     from bidsapp import tensor
+    from bidsapp.anatomy.mask import median_otsu
     from bidsapp.blocks import map_voxels
-    from bidsapp.mask import median_otsu
     from bidsapp.series import Series
 
     run = next(iter(runs(test_data(name)).values()))
     acquisition = btable.acquisition_of(run)
     series = Series.of_run(run, acquisition)
     dwi = series.within(median_otsu(series.mean(acquisition.b0)))
-    p = anatomy.posteriors(dwi, run.t1w)
+    p = t1w.posteriors(dwi, run.t1w)
     chosen = tensor.volumes(acquisition)
     x = tensor.design(acquisition[chosen].btensors)
     maps = map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, "cpu")

@@ -13,8 +13,8 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import biology, crossvalidation
 from bidsapp.evaluate.biology import Ratio
-from bidsapp.methods import Harmonized
-from bidsapp.preprocess import pairs
+from bidsapp.harmonization import pairs
+from bidsapp.kinds import Harmonized
 
 AGES = np.linspace(20, 80, 12)
 
@@ -97,10 +97,11 @@ def wave_rows(change):
     dwis = [Dwi((clean + sd * rng.standard_normal(clean.shape)).astype(np.float32), mask,
                 AFFINE, Acquisition(BVALS, AXES)) for sd in (0.02, 0.02, 0)]
     source, target, truth = dwis
-    move = pairs.Move(mask, np.full(shape, 2, np.int8), np.argwhere(mask).T.astype(np.float32),
-                      np.broadcast_to(np.eye(3, dtype=np.float32), (int(mask.sum()), 3, 3)))
+    registration = pairs.Registration(
+        mask, np.full(shape, 2, np.int8), np.argwhere(mask).T.astype(np.float32),
+        np.broadcast_to(np.eye(3, dtype=np.float32), (int(mask.sum()), 3, 3)))
     made = change(source, truth)
-    rows = pd.DataFrame(crossvalidation.squares(source, made, target, move))
+    rows = pd.DataFrame(crossvalidation.squares(source, made, target, registration))
     rows = rows[(rows["tissue"] == "wm") & (rows["measure"] != "signal")].set_index("measure")
     return rows["contrast_after"] / rows["contrast_before"]
 

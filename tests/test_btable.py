@@ -20,11 +20,11 @@ from scipy.io import loadmat
 from scipy.ndimage import binary_erosion, map_coordinates
 
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy.mask import median_otsu
 from bidsapp.bids import btable
 from bidsapp.bids.inherit import read_part
 from bidsapp.dwi import Run
 from bidsapp.errors import DataError
-from bidsapp.mask import median_otsu
 
 AFFINES = {
     "axial, det < 0": truth.affine(),

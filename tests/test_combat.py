@@ -10,7 +10,7 @@ from scipy.linalg import hadamard
 
 from bidsapp import methods
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Cohort, TrainingSettings
+from bidsapp.kinds import Cohort, TrainingSettings
 
 FEATURES = tuple(f"f{i}" for i in range(12))
 SLOPE = -0.02

@@ -9,11 +9,13 @@ from test_paired import AXES, BVALS, NOISE, PEOPLE, brief, head, study
 
 from bidsapp import methods, sh, tensor
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import tissue
 from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.evaluate import biology, crossvalidation
-from bidsapp.preprocess import anatomy, pairs, tissue
+from bidsapp.harmonization import pairs
+from bidsapp.registration import rigid
 
 MANY = ("01", "02", "03", "04", "05", "06")
 
@@ -39,9 +41,9 @@ def maps(signal, bvals, axes):
     return {"signal": signal, "fa": fa, "md": md}
 
 
-def series(dwi, move, l_max, shell=slice(3, None)):
+def series(dwi, registration, l_max, shell=slice(3, None)):
     """S/S0 of a scan's series along its directions, on the target's grid."""
-    c = pairs.carried(dwi, l_max, move)[-1, 1:-1, 1:-1, 1:-1][move.where]
+    c = pairs.resample(dwi, l_max, registration)[-1, 1:-1, 1:-1, 1:-1][registration.overlap]
     return c @ sh.basis(l_max, AXES[shell]).T
 
 
@@ -65,17 +67,17 @@ def test_errors_are_those_of_their_formulae():
             assert model.card.metrics[f"{when}_fa_wm_b1000_{batch}"] == pytest.approx(
                 own[when].mean(), rel=1e-12)
     rest = known.statistics[known.statistics["participant"] != "02"]
-    (model,) = method.learn(
+    (model,) = method._fit(
         replace(known, statistics=rest), settings).checkpoints.values()
     source, target = head("02", "B"), head("02", "A")
     made = replace(source, signal=method.harmonize(source, model, "B", "cpu").signal)
-    move = pairs.register(source, target, deformable=False)
+    registration = pairs.register(source, target, deformable=False)
     fit = sh.smooth_fit(4, AXES[3:], 0.006)
     truth = (target.signal[:, 3:] / target.signal[:, :3].mean(1, keepdims=True))[
-        move.where[target.mask]] @ fit.T @ sh.basis(4, AXES[3:]).T
+        registration.overlap[target.mask]] @ fit.T @ sh.basis(4, AXES[3:]).T
     before, after, truth = (maps(s, BVALS[3:], AXES[3:]) for s in (
-        series(source, move, 4), series(made, move, 4), truth))
-    labels = move.labels[move.where]
+        series(source, registration, 4), series(made, registration, 4), truth))
+    labels = registration.labels[registration.overlap]
     rows = table[(table["participant"] == "02") & (table["batch"] == "B")]
     assert len(rows) == 6
     for row in rows.to_dict("records"):
@@ -97,10 +99,10 @@ def test_degree_of_the_series_follows_the_directions():
         source, target = (Dwi(d.signal[:, kept], d.mask, d.affine, table)
                           for d in (head("01", "B"), head("01", "A")))
         where = target.mask
-        move = pairs.Move(where, np.where(where, tissue.WHITE, 0).astype(np.int8),
+        registration = pairs.Registration(where, np.where(where, tissue.WHITE, 0).astype(np.int8),
                           np.argwhere(where).T.astype(np.float32),
                           np.broadcast_to(np.eye(3, dtype=np.float32), (int(where.sum()), 3, 3)))
-        rows = pd.DataFrame(crossvalidation.squares(source, target, target, move))
+        rows = pd.DataFrame(crossvalidation.squares(source, target, target, registration))
         white = rows[rows["tissue"] == "wm"].set_index("measure")
         assert set(white.index) == ({"signal", "fa", "md"} if l_max else {"signal"})
         basis = sh.basis(l_max, AXES[3:3 + count])
@@ -184,7 +186,7 @@ def test_pairs_are_registered_once(tmp_path, monkeypatch):
     """By folds, by a second fit from the same states, and by another method; and with no other
     result. A file that breaks off is no registration."""
     calls = [counting(monkeypatch, *where) for where in ((pairs, "displacement"),
-                                                         (anatomy, "align"))]
+                                                         (rigid, "align"))]
     warping = methods.get("harmonize_mica")
     known = study(folds=3, states=tmp_path / "states", max_steps=2)
     first = crossvalidation.fit(warping, *known).tables["desc-mica_folds"]

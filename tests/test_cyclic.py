@@ -8,21 +8,20 @@ import pytest
 import torch
 from test_paired import ZOOMS, head
 
-from bidsapp import methods, sh
+from bidsapp import kinds, methods, sh
 from bidsapp.checkpoint import pack
 from bidsapp.errors import UsageError
 from bidsapp.evaluate import agreement, crossvalidation
-from bidsapp.methods import samples
+from bidsapp.harmonization import pairs, patches
 from bidsapp.networks import cyclic
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.cyclic import Against, Cycle, Generator, invariants
-from bidsapp.preprocess import pairs
 from bidsapp.simulate import odf
 
 B0 = 3
 
 
-def patches(rng, count=40):
+def neighbourhoods(rng, count=40):
     return torch.from_numpy(rng.standard_normal((count, 27, 15)).astype(np.float32))
 
 
@@ -38,7 +37,7 @@ def lively(seed=0, fine=True):
 
 @pytest.mark.parametrize("fine", [True, False])
 def test_a_generator_turns_with_its_input(rng, fine):
-    x = patches(rng)
+    x = neighbourhoods(rng)
     turn = odf.random_rotations(1, torch.Generator().manual_seed(3))[0].float()
     generator = lively(fine=fine)
     for way in (generator.patch, generator):
@@ -49,12 +48,12 @@ def test_a_generator_turns_with_its_input(rng, fine):
 
 
 def test_a_generator_starts_as_the_identity(rng):
-    x = patches(rng)
+    x = neighbourhoods(rng)
     torch.testing.assert_close(Generator()(x), x[:, 13])
 
 
 def test_coarse_gains_go_by_means_and_are_the_same_for_all_voxels(rng):
-    x, generator = patches(rng), lively()
+    x, generator = neighbourhoods(rng), lively()
     gain = generator.patch(x) / x
     torch.testing.assert_close(gain, gain[:, :1].expand_as(gain), atol=1e-5, rtol=1e-4)
     others = x[:, torch.randperm(27)]
@@ -63,14 +62,14 @@ def test_coarse_gains_go_by_means_and_are_the_same_for_all_voxels(rng):
 
 def test_fine_gains_are_taught_by_pairs_alone(rng):
     cycle = Cycle(lively(1), lively(2), critic=8)
-    sum(cycle(patches(rng), patches(rng)).values()).backward()
+    sum(cycle(neighbourhoods(rng), neighbourhoods(rng)).values()).backward()
     assert all(p.grad is None for p in cycle.to_b.fine.parameters())
-    cycle.to_b(patches(rng)).square().mean().backward()
+    cycle.to_b(neighbourhoods(rng)).square().mean().backward()
     assert all(p.grad.abs().max() > 0 for p in cycle.to_b.parameters())
 
 
 def test_invariants_are_those_of_the_formula(rng):
-    x, scale = patches(rng, 1), torch.tensor([2.0, 0.5, 0.2])
+    x, scale = neighbourhoods(rng, 1), torch.tensor([2.0, 0.5, 0.2])
     found = invariants(x, scale)[0]
     for voxel in (0, 13):
         c = x[0, voxel]
@@ -81,7 +80,7 @@ def test_invariants_are_those_of_the_formula(rng):
 
 def test_critics_and_generators_pull_apart(rng, monkeypatch):
     """The critic's own gradient is that of the loss, the generator's its negative."""
-    x, y = patches(rng), 2 * patches(rng)
+    x, y = neighbourhoods(rng), 2 * neighbourhoods(rng)
     monkeypatch.setattr(cyclic, "BLUR", 0.0)
     cycle = Cycle(lively(1), lively(2), critic=8)
     cycle(x, y)["adversarial"].backward()
@@ -97,7 +96,7 @@ def test_critics_and_generators_pull_apart(rng, monkeypatch):
 
 def test_losses_vanish_for_the_identity(rng):
     """Two new generators: nothing is lost on the way there and back, and |∂C| is that of C."""
-    x, y = patches(rng), patches(rng)
+    x, y = neighbourhoods(rng), neighbourhoods(rng)
     cycle = Cycle(Generator(), Generator(), critic=8)
     found = cycle(x, y)
     assert found["cycle"] == found["identity"] == 0
@@ -112,11 +111,11 @@ def study(scans, **more):
     acquisition = head("01", "A").acquisition
     table = pd.DataFrame([(r[:2], r[2], r, 30.0) for r in scans],
                          columns=["participant", "batch", "run", "snr_b0"])
-    return methods.Cohort(table, reference_batch="A",
+    return kinds.Cohort(table, reference_batch="A",
                           acquisitions=dict.fromkeys(scans, acquisition),
                           load=lambda run: head(run[:2], run[2]),
                           voxel_sizes=dict.fromkeys(scans, tuple(ZOOMS))), (
-        methods.TrainingSettings(seed=1, **more))
+        kinds.TrainingSettings(seed=1, **more))
 
 
 def brief(epochs):
@@ -148,7 +147,7 @@ def test_unlike_people_teach_and_pairs_teach_more():
     assert model.card.training["pairs"] == 0 and model.card.training["scans"] == 6
     assert model.card.training["held_out"] == 0 and not model.card.metrics
     assert model.card.network["fine"] is False
-    (told,) = alone.ready(study(["01A", "02A", "03A", "04B", "05B", "06B"])[0])
+    (told,) = alone.preflight(study(["01A", "02A", "03A", "04B", "05B", "06B"])[0])
     assert told.startswith("A has 3 participants, B has 3 participants, and nobody was scanned in")
     helped = brief(10)
     (model,) = helped.fit(*study(["01A", "02A", "03A", "01B", "05B", "06B"])).checkpoints.values()
@@ -162,7 +161,7 @@ def test_unlike_people_teach_and_pairs_teach_more():
     single = old["fa"] > 0.5
     assert single.sum() > 100
     assert np.median(agreement.angle(old["direction"], new["direction"])[single]) < 1
-    assert not helped.ready(study(["01A", "02A", "03A", "01B", "05B", "06B"])[0])
+    assert not helped.preflight(study(["01A", "02A", "03A", "01B", "05B", "06B"])[0])
     assert model.card.training["pairs"] == 1 and model.card.network["fine"] is True
 
 
@@ -184,7 +183,7 @@ def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
     method, (known, settings) = brief(1), study(["01A", "01B"])
     recipe = method.settings("training")
     found = method.scans(known, "B", "A")
-    travellers = samples.Travellers(method, known, settings, found, [30], 4, False, tmp_path,
+    travellers = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path,
                                     series=True)
     own = travellers.samples[0]
     mine = [own.of(travellers.of({"01"}, kind)) for kind in pairs.KINDS]
@@ -210,11 +209,12 @@ def test_a_scan_alone_is_on_its_own_grid_and_axes():
     """Stored with axes flipped, it is brought to the world's, its coefficients as they are."""
     scan = head("01", "B")
     table = pd.DataFrame([("01", "B", "x")], columns=["participant", "batch", "run"])
-    (pair,) = pairs.alone(table, "B", "A")
+    (pair,) = pairs.unpaired(table, "B", "A")
     assert pair == pairs.Pair("01", "x", "x", pairs.SOURCE)
     found = pairs.align(scan, scan, l_max=4, deformable=False, rigid=np.eye(4))
     values, _ = pairs.coefficients(scan, 4)
-    np.testing.assert_allclose(found.image[0][1:-1, 1:-1, 1:-1][found.where], values[0], atol=2e-5)
+    inside = found.image[0][1:-1, 1:-1, 1:-1][found.overlap]
+    np.testing.assert_allclose(inside, values[0], atol=2e-5)
     flip = np.diag([-1.0, 1, 1, 1])
     flip[0, 3] = scan.mask.shape[0] - 1
     mirrored = replace(scan, mask=scan.mask[::-1].copy(), affine=scan.affine @ flip,

@@ -8,10 +8,11 @@ from test_synthesize import real
 
 from bidsapp import sh, tensor
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import tissue
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.preprocess import deconvolution, tissue
-from bidsapp.preprocess.deconvolution import densities
+from bidsapp.microstructure import deconvolution
+from bidsapp.microstructure.deconvolution import densities
 from bidsapp.simulate import forward, odf, protocols
 from bidsapp.simulate.tissue import draw_odfs
 

@@ -14,7 +14,7 @@ import torch
 from test_run import qsphere, validate
 from test_synthesize import participant
 
-from bidsapp import methods
+from bidsapp import kinds, methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
@@ -156,7 +156,7 @@ def test_corrected_tensor_is_nearer_the_truth(trained, applied):
 def test_head_is_its_own_model():
     """CSF is water, tissue is not, and what was measured is said."""
     dwi, labels, _ = participant()
-    method = methods.get("estimate_freewater", context=methods.MethodContext(sloppy=True))
+    method = methods.get("estimate_freewater", context=kinds.MethodContext(sloppy=True))
     derived = method.apply(dwi, "cpu", 3)
     fraction = derived.maps["fraction"]
     assert derived.parameters["Diffusivities"] == "measured in this run" and not derived.notices
@@ -188,7 +188,7 @@ def test_what_stands_for_the_unknown():
     """No tissue, no noise level, signals that were divided by S0, voxels without signal."""
     acq = acquisition(((0, 2), (1000, 12), (2000, 16)))
     clean, _, _ = simulate("mixture", acq, 60, 1)
-    method = methods.get("estimate_freewater", context=methods.MethodContext(sloppy=True))
+    method = methods.get("estimate_freewater", context=kinds.MethodContext(sloppy=True))
     dwi = as_dwi(clean, acq, 1)
     signal = dwi.signal.copy()
     signal[7] = 0

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import harmonization
 import harmonization_tables as tables
 
-from bidsapp.preprocess import template
+from bidsapp.registration import template
+from bidsapp.registration.image import Image
 
 DESIGN = ["--sites", "2", "--participants", "6", "--voxel-size", "8", "--directions", "12",
           "--methods", "harmonize_mica", "harmonize_mica@groups"]
@@ -156,7 +157,7 @@ def test_tables_mark_what_is_not_lowered():
 
 
 def test_registrations_with_a_template_are_kept(tmp_path):
-    images = [template.Image(np.full((2, 2, 2), k, np.float32), np.eye(4)) for k in range(3)]
+    images = [Image(np.full((2, 2, 2), k, np.float32), np.eye(4)) for k in range(3)]
     calls = []
 
     def locate(fixed, moving, work_dir=None):
@@ -165,8 +166,8 @@ def test_registrations_with_a_template_are_kept(tmp_path):
 
     with mock.patch.object(template, "locate", locate), \
             harmonization.keep_registrations(tmp_path):
-        first = [template.locate(images[0], images[k]) for k in (1, 2)]
-        again = [template.locate(images[0], images[k]) for k in (1, 2)]
+        first = [template.register(images[0], images[k]) for k in (1, 2)]
+        again = [template.register(images[0], images[k]) for k in (1, 2)]
     np.testing.assert_array_equal(first, again)
     assert len(calls) == 2 and not list(tmp_path.glob("*.part"))
 

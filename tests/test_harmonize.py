@@ -14,13 +14,15 @@ import pytest
 import torch
 from test_run import content, image, qsphere, validate
 
-from bidsapp import checkpoint, harmonize, methods
+from bidsapp import checkpoint, methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.dwi import FIXED_MEMORY, Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.evaluate.change import change
-from bidsapp.methods import Cohort, TrainingSettings, harmonizer
+from bidsapp.harmonization import harmonizer
+from bidsapp.kinds import Cohort, TrainingSettings
+from bidsapp.recipe import harmonize
 from bidsapp.recipe.steps import load_run
 
 LABELS = [f"{i:02}" for i in range(1, 7)]

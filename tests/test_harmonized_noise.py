@@ -9,7 +9,8 @@ from bidsapp import dwi as measured
 from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
-from bidsapp.methods import Derived, Harmonized, harmonizer
+from bidsapp.harmonization import harmonizer
+from bidsapp.kinds import Derived, Harmonized
 from bidsapp.methods.estimate_smt.method import powder_mean
 from bidsapp.simulate import site
 

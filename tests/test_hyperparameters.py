@@ -7,9 +7,9 @@ import tomllib
 import pandas as pd
 import pytest
 
-from bidsapp import cli, hyperparameters, methods, run, training
+from bidsapp import cli, hyperparameters, kinds, methods, run, training
 from bidsapp.errors import UsageError
-from bidsapp.methods import harmonizer
+from bidsapp.harmonization import harmonizer
 from bidsapp.networks import builder
 from bidsapp.recipe.plan import chosen_methods
 
@@ -27,7 +27,7 @@ def given(method, *texts, sloppy=False, training=True):
 
 
 def with_settings(method, *texts, **how):
-    return methods.get(method, context=methods.MethodContext(
+    return methods.get(method, context=kinds.MethodContext(
         settings={method: given(method, *texts, **how)}))
 
 
@@ -96,7 +96,7 @@ def test_settings_win_over_variants():
     plain, changed = methods.get(SHRESNET), with_settings(SHRESNET, "stages.epochs=3")
     assert [s["epochs"] for s in plain.settings("training")["stages"]] == [5, 100]
     assert [s["epochs"] for s in changed.settings("training")["stages"]] == [3, 3]
-    brief = methods.get(SHRESNET, context=methods.MethodContext(
+    brief = methods.get(SHRESNET, context=kinds.MethodContext(
         sloppy=True, settings={SHRESNET: given(SHRESNET, "stages.epochs=3", sloppy=True)}))
     (stage,) = brief.settings("training")["stages"]
     assert stage["epochs"] == 3 and brief.settings("training")["deformable"] is False
@@ -143,7 +143,7 @@ def test_refused_at_group_level(tmp_path, bids_tree, capsys, argv, message):
 def test_what_a_training_takes_from_the_runs_is_refused(text):
     method = with_settings("estimate_mlp2", text)
     with pytest.raises(UsageError, match=f"{text.partition('=')[0]}.*takes it from the runs"):
-        method.fit(methods.Cohort(pd.DataFrame({"snr_b0": [50.0]})), methods.TrainingSettings())
+        method.fit(kinds.Cohort(pd.DataFrame({"snr_b0": [50.0]})), kinds.TrainingSettings())
 
 
 def test_options_that_it_replaces(caplog):

@@ -15,18 +15,18 @@ import pytest
 import test_paired
 from torch import nn
 
-from bidsapp import methods, sh
+from bidsapp import kinds, methods, sh
 from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import agreement
-from bidsapp.methods.harmonizer import Harmonizer
-from bidsapp.methods.paired import PairedHarmonizer
+from bidsapp.harmonization.harmonizer import Harmonizer
+from bidsapp.harmonization.paired import PairedHarmonizer
 from bidsapp.networks import builder
 from bidsapp.networks.shresnet import CENTRE
 from bidsapp.simulate import site
 
 NAMES = [n for n in methods.names("harmonize_")
-         if isinstance(methods.get(n), methods.SiteHarmonizer)]
+         if isinstance(methods.get(n), kinds.SiteHarmonizer)]
 SHAPE = (8, 9, 12)
 
 
@@ -100,10 +100,10 @@ def identity(name, dwi):
         return paired(name)
     table = pd.DataFrame([(f"{p}{s}", s, f"{p}{s}", 50.0) for p in range(3) for s in "AB"],
                          columns=["participant", "batch", "run", "snr_b0"])
-    cohort = methods.Cohort(
+    cohort = kinds.Cohort(
         table, reference_batch="A", acquisitions=dict.fromkeys(table["run"], dwi.acquisition),
         load=lambda _: dwi)
-    (model,) = method.fit(cohort, methods.TrainingSettings()).checkpoints.values()
+    (model,) = method.fit(cohort, kinds.TrainingSettings()).checkpoints.values()
     return method, model
 
 

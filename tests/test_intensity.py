@@ -7,7 +7,7 @@ import pytest
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError
-from bidsapp.preprocess import intensity
+from bidsapp.harmonization import intensity
 
 ACQUISITION = Acquisition(*bids_tree.table(((0, 2), (1000, 12), (2000, 16))))
 MASK = np.ones((7, 8, 9), bool)

@@ -9,7 +9,7 @@ import pytest
 import synthetic_head
 from dipy.data import get_fnames
 
-from bidsapp.mask import median_otsu
+from bidsapp.anatomy.mask import median_otsu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from mask import dice, dipy_mask, mean_b0

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bidsapp import mask as masks
+from bidsapp.anatomy import mask as masks
 from bidsapp.bids import btable
 from bidsapp.bids.inherit import read_part
 from bidsapp.dwi import Run, open_image, peak_memory

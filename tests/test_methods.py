@@ -11,7 +11,7 @@ import torch
 from dipy.core.sphere import HemiSphere, disperse_charges
 from scipy.spatial.transform import Rotation
 
-from bidsapp import blocks, checkpoint, methods, sh
+from bidsapp import blocks, checkpoint, kinds, methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
@@ -59,9 +59,9 @@ def brain(acq, rng, rotation=None, sd=4.0, anatomy=None):
 def models(tmp_path_factory):
     """What a group level leaves: weights of the method that ships with none, for `acquisition`."""
     folder = tmp_path_factory.mktemp("models")
-    method = methods.get("estimate_mlp2", context=methods.MethodContext(sloppy=True))
-    cohort = methods.Cohort(pd.DataFrame({"snr_b0": [50.0]}), acquisitions={"one": acquisition()})
-    settings = methods.TrainingSettings(max_steps=20)
+    method = methods.get("estimate_mlp2", context=kinds.MethodContext(sloppy=True))
+    cohort = kinds.Cohort(pd.DataFrame({"snr_b0": [50.0]}), acquisitions={"one": acquisition()})
+    settings = kinds.TrainingSettings(max_steps=20)
     for name, trained in method.fit(cohort, settings).checkpoints.items():
         for file, content in checkpoint.pack(trained).items():
             (folder / name).mkdir(exist_ok=True)
@@ -72,7 +72,7 @@ def models(tmp_path_factory):
 @pytest.fixture(params=ESTIMATORS)
 def method(request, models):
     # the contract holds for networks of any quality
-    return methods.get(request.param, context=methods.MethodContext(sloppy=True, models=models))
+    return methods.get(request.param, context=kinds.MethodContext(sloppy=True, models=models))
 
 
 def close(name, a, b):
@@ -206,11 +206,11 @@ def harmonizer(request, rng):
     runs = {f"sub-{i}": person(rng) for i in range(6)}
     table = pd.DataFrame({"participant": list("012345"), "run": list(runs),
                           "batch": list("AAABBB"), "snr_b0": 100.0})
-    cohort = methods.Cohort(
+    cohort = kinds.Cohort(
         table, reference_batch="A", acquisitions=dict.fromkeys(runs, acq),
         load=lambda name: bent(runs[name]) if name > "sub-2" else runs[name])
-    found = methods.get(request.param, context=methods.MethodContext(sloppy=True))
-    (made,) = found.fit(cohort, methods.TrainingSettings()).checkpoints.values()
+    found = methods.get(request.param, context=kinds.MethodContext(sloppy=True))
+    (made,) = found.fit(cohort, kinds.TrainingSettings()).checkpoints.values()
     return found, made
 
 
@@ -289,7 +289,7 @@ def test_card_of_a_harmonizer_makes_the_round_trip(harmonizer, rng, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in ESTIMATORS
-                                  if not isinstance(methods.get(n), methods.Trainable)])
+                                  if not isinstance(methods.get(n), kinds.Trainable)])
 def test_estimators_need_no_training(name):
     with pytest.raises(UsageError, match="needs no training"):
         methods.trainable(name)

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from test_run import qsphere, validate
 from test_scnn import acquisition, coefficients, small, voxels
 
-from bidsapp import checkpoint, methods, sh, training
+from bidsapp import checkpoint, kinds, methods, sh, training
 from bidsapp.domain import TrainingDomain
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.microstructure import learn
@@ -89,11 +89,11 @@ def test_its_card_says_which_network_it_is(trained, tmp_path):
 def test_extrapolates_to_as_many_shells_as_it_takes(trained, tmp_path):
     """A perceptron has an input for every shell: others may stand there, but no more or fewer."""
     keep(trained, tmp_path / "estimate_mlp2_one")
-    method = methods.get("estimate_mlp2", context=methods.MethodContext(models=tmp_path))
+    method = methods.get("estimate_mlp2", context=kinds.MethodContext(models=tmp_path))
     near, more = acquisition(b=(900, 2500), n=(20, 40)), acquisition((700, 2000, 3000), (20,) * 3)
     with pytest.raises(Refusal, match=r"needed are 20 × b 700, 40 × b 2000.*--allow-extrapolation"):
         method.check(near)
-    method = methods.get("estimate_mlp2", context=methods.MethodContext(
+    method = methods.get("estimate_mlp2", context=kinds.MethodContext(
         models=tmp_path, allow_extrapolation=True))
     found = method.apply(voxels(near, 5), "cpu")
     assert "20 × b 900" in found.parameters["OutOfDistribution"][0]

@@ -22,7 +22,7 @@ import numpy as np
 
 from bidsapp.acquisition import Acquisition
 from bidsapp.errors import Refusal
-from bidsapp.methods import Upsampled, Upsampler
+from bidsapp.kinds import Upsampled, Upsampler
 
 
 class Toy(Upsampler):

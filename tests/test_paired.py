@@ -15,14 +15,16 @@ import pytest
 import synthetic_head
 import torch
 
-from bidsapp import cli, harmonize, methods, run, sh, tensor, training
+from bidsapp import cli, kinds, methods, run, sh, tensor, training
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import tissue
 from bidsapp.checkpoint import pack
 from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Harmonized, paired, samples
-from bidsapp.preprocess import intensity, pairs, tissue
+from bidsapp.harmonization import intensity, paired, pairs, patches
+from bidsapp.kinds import Harmonized
+from bidsapp.recipe import harmonize
 
 SCALE = {0: 0.92, 2: 0.75, 4: 1.3}
 NOISE = 0.005
@@ -55,16 +57,16 @@ def study(people=PEOPLE, sites="AB", load=None, acquisitions=None, **more):
     rows = [(p, s, f"{p}{s}", 30.0) for p in people for s in sites]
     table = pd.DataFrame(rows, columns=["participant", "batch", "run", "snr_b0"])
     known = {r: Acquisition(BVALS, AXES) for r in table["run"]} | (acquisitions or {})
-    own = {f.name for f in fields(methods.TrainingSettings)}
-    settings = methods.TrainingSettings(seed=1, **{k: more.pop(k) for k in own & more.keys()})
-    return methods.Cohort(
+    own = {f.name for f in fields(kinds.TrainingSettings)}
+    settings = kinds.TrainingSettings(seed=1, **{k: more.pop(k) for k in own & more.keys()})
+    return kinds.Cohort(
         table, reference_batch=more.pop("reference_batch", "A"), acquisitions=known,
         load=load or (lambda run: head(run[:2], run[2])),
         voxel_sizes={r: tuple(ZOOMS) for r in table["run"]}, **more), settings
 
 
 def brief(name="harmonize_shresnet", **context):
-    return methods.get(name, context=methods.MethodContext(sloppy=True, **context))
+    return methods.get(name, context=kinds.MethodContext(sloppy=True, **context))
 
 
 @cache
@@ -245,13 +247,13 @@ def test_patches_at_the_edge_hold_the_nearest_voxels(shresnet, monkeypatch):
     """As in training, and no zeros: the mean over directions is above 0 in the margin, too."""
     method, fitted = shresnet
     (checkpoint,) = fitted.checkpoints.values()
-    images, function = [], paired.over_volume
+    images, function = [], paired.apply_to_volume
 
     def watched(network, image, *more):
         images.append(image)
         return function(network, image, *more)
 
-    monkeypatch.setattr(paired, "over_volume", watched)
+    monkeypatch.setattr(paired, "apply_to_volume", watched)
     method.harmonize(head("01", "B"), checkpoint, "B", "cpu")
     assert images and all((image[..., 0] > 0).all() for image in images)
 
@@ -301,7 +303,7 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
             {"optimizer": "sgd", "learning_rate": 1e-2, "batch": 32, "epochs": 3,
              "decay": "plateau", "factor": 0.9, "plateau": 1, "patience": 5}], "epoch": 320})
     whole = method.fit(*study(PEOPLE[:2], states=tmp_path / "whole"))
-    blocks, seen = samples.Samples.blocks, []
+    blocks, seen = patches.PatchDataset.blocks, []
 
     def cut(*told):
         seen.append(1)
@@ -309,7 +311,7 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return blocks(*told)
 
-    monkeypatch.setattr(samples.Samples, "blocks", cut)
+    monkeypatch.setattr(patches.PatchDataset, "blocks", cut)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             method.fit(*study(PEOPLE[:2], states=tmp_path / "cut"))
@@ -326,7 +328,7 @@ def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
     """What is not changed has the error that errors are measured in."""
     method, (known, settings) = brief("harmonize_hybrid"), study()
     found = pairs.find(known.statistics, "A")["B"][:1]
-    own = samples.Travellers(method, known, settings, found, [30], 4, False, tmp_path).samples[0]
+    own = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path).samples[0]
     voxels = own.of({0})
     recipe = {"validation": 10**6, "loss": {"signal": 0.5, "fa": 2.0, "md": 1.0}}
     loss, batch = method.loss(own, voxels, recipe, "cpu"), own(voxels, "cpu")
@@ -338,14 +340,14 @@ def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
     """Of whom it did not learn from, before the network, against numpy."""
     method, (known, settings) = brief(), study(max_steps=1)
     found = pairs.find(known.statistics, "A")["B"][:2]
-    travellers = samples.Travellers(method, known, settings, found, [30], 4, False, tmp_path)
+    travellers = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path)
     trained = method._trained(settings, "x", [ShellRange((1000.0, 1000.0), 1.0, (30, 30))],
                               method.settings("training"), travellers, ["01", "02"], None)
     (who,) = trained.held
     metrics = method._measured(trained, travellers, ["b1000"], "cpu")
     aligned = pairs.align(head(who, "B"), head(who, "A"), l_max=4, deformable=False)
-    shown = aligned.image[0, 1:-1, 1:-1, 1:-1][aligned.where] @ sh.basis(4, AXES[3:]).T
-    labels = aligned.labels[aligned.where]
+    shown = aligned.image[0, 1:-1, 1:-1, 1:-1][aligned.overlap] @ sh.basis(4, AXES[3:]).T
+    labels = aligned.labels[aligned.overlap]
     for name, value in tissue.NAMES.items():
         error = np.square(shown - aligned.target[:, 3:])[labels == value].mean()
         assert metrics[f"mse_before_{name}_b1000"] == pytest.approx(error, rel=1e-4)
@@ -377,10 +379,11 @@ def test_fa_and_md_of_the_validation_are_those_of_the_signal(monkeypatch):
         md = values.mean(1)
         spread = np.sqrt(np.square(values - md[:, None]).sum(1))
         maps.append({"fa": np.sqrt(1.5) * spread / np.linalg.norm(values, axis=1), "md": md})
-    move = pairs.register(head(who, "B"), head(who, "A"), deformable=False)
+    registration = pairs.register(head(who, "B"), head(who, "A"), deformable=False)
     for name, label in tissue.NAMES.items():
         for key in ("fa", "md"):
-            away = (maps[0][key] - maps[1][key])[(move.labels == label)[head(who, "A").mask]]
+            inside = (registration.labels == label)[head(who, "A").mask]
+            away = (maps[0][key] - maps[1][key])[inside]
             told = {k: metrics[f"{k[0]}_{key}_{k[1]}_{name}_b1000"] for k in (
                 ("mse", "before"), ("bias", "before"), ("mse", "after"))}
             assert told["mse", "before"] == pytest.approx(np.square(away).mean(), rel=0.05)
@@ -404,7 +407,7 @@ def test_processes_that_train_together_share_registrations(tmp_path, monkeypatch
     monkeypatch.setattr(method, "register", register)
     (tmp_path / "own").mkdir()
     known, settings = study(states=tmp_path, devices=(2, 1))
-    samples.Travellers(method, known, settings, pairs.find(known.statistics, "A")["B"], [30], 4,
+    patches.PairedScans(method, known, settings, pairs.find(known.statistics, "A")["B"], [30], 4,
                        False, tmp_path / "own")
     assert asked == [*PEOPLE[1::2], *PEOPLE]
 

@@ -15,7 +15,7 @@ from test_run import content, image, qsphere, validate
 
 from bidsapp import cli_phantom
 from bidsapp.evaluate import crossvalidation
-from bidsapp.preprocess import pairs
+from bidsapp.harmonization import pairs
 
 MODEL = "harmonize_shresnet_siteB-to-siteA"
 TRAIN = ("group", "--train", "harmonize_shresnet", "--reference-batch", "siteA", "--sloppy",

@@ -14,9 +14,12 @@ from scipy.spatial.transform import Rotation
 
 from bidsapp import sh
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import tissue
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError
-from bidsapp.preprocess import pairs, tissue
+from bidsapp.harmonization import pairs
+from bidsapp.registration.deformable import rotations
+from bidsapp.registration.geometry import canonical, fill_nearest, world_points
 
 BVALS, AXES = bids_tree.table(((0, 4), (1000, 30)))
 AFFINE = np.diag([*synthetic_head.ZOOMS, 1.0])
@@ -32,11 +35,11 @@ def world():
     return index @ AFFINE[:3, :3].T + AFFINE[:3, 3]
 
 
-def head(move, rng, noise):
-    """The head after `move`, each voxel the mean of 27 points inside it, and its mask."""
+def head(pose, rng, noise):
+    """The head after `pose`, each voxel the mean of 27 points inside it, and its mask."""
     labels = synthetic_head.tissues()
-    turn = move[:3, :3]
-    back = np.linalg.inv(AFFINE) @ np.linalg.inv(move)
+    turn = pose[:3, :3]
+    back = np.linalg.inv(AFFINE) @ np.linalg.inv(pose)
     clean = np.zeros((*labels.shape, len(BVALS)))
     plain = [synthetic_head.signal(np.full((1, 1, 1), k), BVALS, AXES @ turn, np.random.default_rng(
         0), 0)[0][0, 0, 0] for k in range(5)]
@@ -82,7 +85,7 @@ def test_coefficients_after_alignment_are_those_of_the_truth(request, core, alig
                                   np.random.default_rng(0), 0)[0][0, 0, 0]
     c = fit @ (truth[4:] / synthetic_head.S0)
     sd = 10.0 / synthetic_head.S0 * np.sqrt((fit**2).sum(1) + c**2 / 4)
-    found = aligned.image[0, 1:-1, 1:-1, 1:-1][core & aligned.where]
+    found = aligned.image[0, 1:-1, 1:-1, 1:-1][core & aligned.overlap]
     assert len(found) > 200
     # axes turned by a degree change coefficients of degree l by up to l times that
     turn = np.deg2rad(1) * sh.degrees(4) * np.sqrt((c[1:]**2).sum())
@@ -96,7 +99,8 @@ def test_fibres_follow_the_head(core, aligned):
     """The axis of white matter in the source is y; in the target it is R y. Signal is least along
     it, and so is its second moment."""
     points, weights = sh.quadrature(8)
-    values = sh.basis(4, points) @ aligned.image[0, 1:-1, 1:-1, 1:-1][core & aligned.where].mean(0)
+    inside = core & aligned.overlap
+    values = sh.basis(4, points) @ aligned.image[0, 1:-1, 1:-1, 1:-1][inside].mean(0)
     moment = (points * (weights * values)[:, None]).T @ points
     axis = np.linalg.eigh(moment)[1][:, 0]
     assert abs(axis @ MOVE[:3, :3] @ [0, 1, 0]) > np.cos(np.deg2rad(1))
@@ -105,11 +109,11 @@ def test_fibres_follow_the_head(core, aligned):
 
 def test_target_and_labels_are_the_targets_own(scans, aligned):
     _, target = scans
-    rows = aligned.where[target.mask]
+    rows = aligned.overlap[target.mask]
     np.testing.assert_allclose(aligned.target, target.signal[rows] / target.mean_b0[rows, None],
                                rtol=1e-6)
-    assert not aligned.labels[~aligned.where].any()
-    assert aligned.where.sum() > 0.95 * target.mask.sum()
+    assert not aligned.labels[~aligned.overlap].any()
+    assert aligned.overlap.sum() > 0.95 * target.mask.sum()
     assert {int(k) for k in np.unique(aligned.labels)} == {0, tissue.GREY, tissue.WHITE}
 
 
@@ -122,7 +126,7 @@ def test_alignment_repeats_itself(request, scans, aligned):
 @pytest.mark.parametrize("bend", [0, 3])
 def test_a_deformation_is_kept_where_there_is_one(scans, bend):
     """SyN follows noise: heads that only moved are registered as rigid ones. A source bent by 3 mm
-    is brought nearer to the truth, M and the bend's inverse, than any rigid move brings it."""
+    is brought nearer to the truth, M and the bend's inverse, than any rigid transform brings it."""
     source, target = scans
     place = world()
 
@@ -136,9 +140,9 @@ def test_a_deformation_is_kept_where_there_is_one(scans, bend):
     source = Dwi(signal, mask, AFFINE, source.acquisition) if bend else source
     found = [pairs.register(source, target, deformable=d) for d in (True, False)]
     errors = []
-    for move in found:
-        lies = bent(np.moveaxis(move.index, 0, -1) @ AFFINE[:3, :3].T + AFFINE[:3, 3])
-        truth = (place[move.where] - MOVE[:3, 3]) @ MOVE[:3, :3]
+    for registration in found:
+        lies = bent(np.moveaxis(registration.coordinates, 0, -1) @ AFFINE[:3, :3].T + AFFINE[:3, 3])
+        truth = (place[registration.overlap] - MOVE[:3, 3]) @ MOVE[:3, :3]
         errors.append(np.sqrt(np.square(lies - truth).sum(1).mean()))
     if bend:
         assert errors[0] < 0.7 * errors[1], errors
@@ -151,8 +155,8 @@ def test_local_rotations_are_the_polar_part_of_the_jacobian(rng):
     turn = Rotation.from_euler("zyx", [30, 20, -15], degrees=True).as_matrix()
     stretch = np.eye(3) + 0.1 * (a := rng.normal(size=(3, 3))) + 0.1 * a.T
     affine = np.diag([-2.0, 2.5, 3.0, 1.0])
-    place = pairs.world((5, 6, 7), affine) @ (turn @ stretch).T
-    np.testing.assert_allclose(pairs._rotations(place, affine),
+    place = world_points((5, 6, 7), affine) @ (turn @ stretch).T
+    np.testing.assert_allclose(rotations(place, affine),
                                np.broadcast_to(turn.T, (5, 6, 7, 3, 3)), atol=1e-10)
 
 
@@ -178,7 +182,7 @@ def test_canonical_grid_is_the_same_however_an_image_is_stored(rng):
     turn = np.eye(4)[:, [2, 0, 1, 3]] @ np.eye(4)
     turn[0] *= -1
     turn[0, 3] = mask.shape[0] - 1
-    inside, world, rows = pairs.canonical(stored != 0, affine @ turn)
+    inside, world, rows = canonical(stored != 0, affine @ turn)
     np.testing.assert_array_equal(inside, mask)
     np.testing.assert_allclose(world, affine)
     np.testing.assert_array_equal(stored[stored != 0][rows], values)
@@ -190,7 +194,7 @@ def test_filled_takes_the_nearest(rng):
     values = rng.normal(size=(27, 6)).astype(np.float32)
     usable = np.ones(27, bool)
     usable[13] = False
-    wide = pairs.filled(values[usable], mask, usable, margin=1)
+    wide = fill_nearest(values[usable], mask, usable, margin=1)
     assert wide.shape == (9, 10, 11, 6)
     np.testing.assert_array_equal(wide[0, 0, 0], values[0])
     np.testing.assert_array_equal(wide[-1, -1, -1], values[-1])

@@ -10,11 +10,11 @@ import pytest
 
 from bidsapp import cli, methods
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy.mask import median_otsu, read_mask
 from bidsapp.bids import btable, find
 from bidsapp.dwi import Dwi, noise_sd
 from bidsapp.evaluate import quality
-from bidsapp.mask import median_otsu, read_mask
-from bidsapp.methods import Derived, Estimator
+from bidsapp.kinds import Derived, Estimator
 from bidsapp.series import Series
 
 SHAPE = (9, 8, 7)

@@ -10,9 +10,10 @@ import pytest
 from test_harmonize import LABELS, ROWS, other_scanner
 from test_run import content, qsphere
 
-from bidsapp import checkpoint, cli, harmonize, methods
+from bidsapp import checkpoint, cli, methods
 from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
+from bidsapp.recipe import harmonize
 from bidsapp.recipe.plan import chosen_methods, plan
 from bidsapp.recipe.steps import Context, StepReport, load_run
 from bidsapp.stage import Stage

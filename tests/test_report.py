@@ -18,7 +18,7 @@ from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import agreement, biology
-from bidsapp.methods import Cohort, Derived, Estimator, Fitted, MethodContext
+from bidsapp.kinds import Cohort, Derived, Estimator, Fitted, MethodContext
 from bidsapp.report import canvas, distributions, figures, glyphs, page
 
 SVG = "{http://www.w3.org/2000/svg}"

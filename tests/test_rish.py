@@ -15,15 +15,17 @@ import synthetic_head
 from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from bidsapp import methods, sh
+from bidsapp import kinds, methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import pack
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import harmonizer
+from bidsapp.harmonization import harmonizer
 from bidsapp.options import PhantomOptions
 from bidsapp.phantom import recruit
-from bidsapp.preprocess import pairs, template
+from bidsapp.registration import template
+from bidsapp.registration.geometry import transform_points, world_points
+from bidsapp.registration.image import Image, sample
 
 SCALE = {0: 0.92, 2: 0.8, 4: 1.2}
 SLOPE = 0.003  # per mm, from back to front
@@ -48,8 +50,8 @@ def factors():
     return np.array([SCALE[l] for l in sh.degrees(4)]) * (1 + SLOPE * (y - y.mean()))[:, None]
 
 
-def head(person, site, noise=NOISE, move=None):
-    """A scan; with `move`, of the head elsewhere in the scanner."""
+def head(person, site, noise=NOISE, pose=None):
+    """A scan; with `pose`, of the head elsewhere in the scanner."""
     clean, _ = synthetic_head.signal(LABELS, BVALS, AXES, np.random.default_rng(person), noise=0)
     weighted = clean[MASK][:, 3:] / synthetic_head.S0
     # only what degree 4 can hold, lest truth and fit differ by the degrees above
@@ -59,9 +61,9 @@ def head(person, site, noise=NOISE, move=None):
     values = np.concatenate([np.ones((len(c), 3)), c @ BASIS.T], 1)
     values += noise * np.random.default_rng([person, ord(site)]).standard_normal(values.shape)
     acquisition = Acquisition(BVALS, AXES)
-    if move is not None:
-        acquisition = acquisition.rotated(move[:3, :3])
-    return Dwi((800 * values).astype(np.float32), MASK, AFFINE if move is None else move @ AFFINE,
+    if pose is not None:
+        acquisition = acquisition.rotated(pose[:3, :3])
+    return Dwi((800 * values).astype(np.float32), MASK, AFFINE if pose is None else pose @ AFFINE,
                acquisition)
 
 
@@ -72,7 +74,7 @@ def study(rows=None, load=None, covariates=(), reference_batch="A"):
     table["run"] = [f"{p}{b}" for p, b in zip(table["participant"], table["batch"], strict=True)]
     table["snr_b0"] = 200.0
     known = Acquisition(BVALS, AXES)
-    return methods.Cohort(
+    return kinds.Cohort(
         table, (), covariates, reference_batch, dict.fromkeys(table["run"], known),
         load or (lambda run: head(int(run[:-1]), run[-1])),
         voxel_sizes={r: tuple(ZOOMS) for r in table["run"]})
@@ -81,7 +83,7 @@ def study(rows=None, load=None, covariates=(), reference_batch="A"):
 @cache
 def trained():
     method = methods.get("harmonize_rish")
-    (checkpoint,) = method.fit(study(), methods.TrainingSettings()).checkpoints.values()
+    (checkpoint,) = method.fit(study(), kinds.TrainingSettings()).checkpoints.values()
     return method, checkpoint
 
 
@@ -97,10 +99,10 @@ def test_scales_are_those_of_the_site():
     _, checkpoint = trained()
     maps = checkpoint.tensors["shell-1000"].numpy()
     affine = np.array(checkpoint.card.constants["affine"])
-    points = pairs.transformed(AFFINE, np.argwhere(MASK))
+    points = transform_points(AFFINE, np.argwhere(MASK))
     wanted = 1 / factors()[:, [0, 1, 6]]
     for i in range(3):
-        found = template.sample(maps[i], affine, points)
+        found = sample(maps[i], affine, points)
         ratio = found / wanted[:, i]
         assert abs(np.median(ratio[WHITE]) - 1) < 0.01, i
         # registered to half a voxel, or better
@@ -110,13 +112,13 @@ def test_scales_are_those_of_the_site():
     assert np.abs(wanted[CORE, 0] / np.median(wanted[CORE, 0]) - 1).mean() > 2 * SLOPE * ZOOMS[1]
 
 
-@pytest.mark.parametrize("move", [None, MOVE], ids=["in place", "moved"])
+@pytest.mark.parametrize("pose", [None, MOVE], ids=["in place", "moved"])
 @pytest.mark.slow
-def test_new_person_becomes_the_reference(move):
+def test_new_person_becomes_the_reference(pose):
     """Somebody not in the training, where the others lay and elsewhere, turned, in the scanner."""
     method, checkpoint = trained()
     truth = coefficients(head(20, "A", noise=0).signal)
-    dwi = head(20, "B", move=move)
+    dwi = head(20, "B", pose=pose)
     made = method.harmonize(dwi, checkpoint, "B", "cpu")
     before, after = (np.square(s @ np.linalg.pinv(BASIS).T - truth)[WHITE] for s in (
         dwi.signal[:, 3:] / 800, made.signal[:, 3:] / 800))
@@ -147,7 +149,7 @@ def test_shape_of_every_degree_stays():
 @pytest.mark.slow
 def test_card(caplog):
     method = methods.get("harmonize_rish")
-    fitted = method.fit(study(), methods.TrainingSettings())
+    fitted = method.fit(study(), kinds.TrainingSettings())
     (name,) = fitted.checkpoints
     card = fitted.checkpoints[name].card
     assert name == "harmonize_rish_B-to-A"
@@ -166,7 +168,7 @@ def test_card(caplog):
 def test_several_batches_share_a_template():
     rows = [(i, "ABC"[i % 3]) for i in range(9)]
     fitted = methods.get("harmonize_rish").fit(study(rows, load=lambda run: head(
-        int(run[:-1]), "B" if run[-1] == "B" else "A")), methods.TrainingSettings())
+        int(run[:-1]), "B" if run[-1] == "B" else "A")), kinds.TrainingSettings())
     b, c = (fitted.checkpoints[f"harmonize_rish_{x}-to-A"] for x in "BC")
     assert (b.tensors["template"] == c.tensors["template"]).all()
     assert abs(c.card.metrics["scale_b1000_l0"] - 1) < 0.03 < abs(
@@ -185,7 +187,7 @@ def test_groups_that_differ_are_told_or_refused():
 
     def told(rows):
         table = study(rows, covariates=("age", "sex"))
-        return harmonizer.unlike(method, table, harmonizer.members(method, table))
+        return harmonizer.group_differences(method, table, harmonizer.runs_by_site(method, table))
 
     assert told(EVEN) == []
     (text,) = told(SOME)
@@ -228,7 +230,7 @@ BAD = [
 @pytest.mark.parametrize("options,message", BAD, ids=[m[:20] for _, m in BAD])
 def test_studies_that_cannot_carry_it_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        methods.get("harmonize_rish").fit(study(**options), methods.TrainingSettings())
+        methods.get("harmonize_rish").fit(study(**options), kinds.TrainingSettings())
 
 
 @pytest.mark.slow
@@ -277,41 +279,41 @@ def blob():
     values = (values - values.min()) / np.ptp(values) * (sum(a**2 for a in axes) < 0.7)
     affine = np.diag([-3.0, 3.1, 3.2, 1.0])
     affine[:3, 3] = 40, -50, -45
-    image = template.Image(values.astype(np.float32), affine)
-    move = MOVE.copy()
-    move[:3, :3] = MOVE[:3, :3] @ np.diag([1.05, 0.95, 1.02])
-    place = pairs.transformed(np.linalg.inv(move), pairs.world(values.shape, affine))
-    return image, template.Image(image.at(place).astype(np.float32), affine), move
+    image = Image(values.astype(np.float32), affine)
+    pose = MOVE.copy()
+    pose[:3, :3] = MOVE[:3, :3] @ np.diag([1.05, 0.95, 1.02])
+    place = transform_points(np.linalg.inv(pose), world_points(values.shape, affine))
+    return image, Image(image.at(place).astype(np.float32), affine), pose
 
 
 def test_place_of_a_moved_and_stretched_image(blob):
-    image, other, move = blob
-    wanted = pairs.transformed(move, pairs.world(image.values.shape, image.affine))
+    image, other, pose = blob
+    wanted = transform_points(pose, world_points(image.values.shape, image.affine))
     inside = image.values > 0
-    apart = np.linalg.norm(wanted - pairs.world(image.values.shape, image.affine), axis=-1)[inside]
-    error = np.linalg.norm(template.locate(image, other) - wanted, axis=-1)[inside]
+    apart = np.linalg.norm(wanted - world_points(image.values.shape, image.affine), axis=-1)[inside]
+    error = np.linalg.norm(template.register(image, other) - wanted, axis=-1)[inside]
     assert np.median(apart) > 6
     assert np.median(error) < 1 and np.quantile(error, 0.95) < 2, np.quantile(error, (0.5, 0.95))
 
 
 def test_place_repeats_itself_whatever_the_order_of_the_axes(blob):
     image, other, _ = blob
-    place = template.locate(image, other)
-    np.testing.assert_array_equal(template.locate(image, other), place)
+    place = template.register(image, other)
+    np.testing.assert_array_equal(template.register(image, other), place)
     # new index (k, i, j) ← old (i, n − 1 − j, k)
     values = image.values[:, ::-1].transpose(2, 0, 1)
     order = np.zeros((4, 4))
     order[0, 1] = order[2, 0] = order[3, 3] = 1
     order[1, 2], order[1, 3] = -1, image.values.shape[1] - 1
-    other_way = template.locate(template.Image(values, image.affine @ order), other)
+    other_way = template.register(Image(values, image.affine @ order), other)
     np.testing.assert_allclose(other_way, place[:, ::-1].transpose(2, 0, 1, 3), atol=1e-6)
 
 
 def test_registrations_to_a_template_are_told(monkeypatch, caplog):
-    monkeypatch.setattr(template, "locate", lambda fixed, moving, work_dir=None: pairs.world(
+    monkeypatch.setattr(template, "register", lambda fixed, moving, work_dir=None: world_points(
         fixed.values.shape, fixed.affine))
     with caplog.at_level("INFO", "qsphere"):
-        template.build([template.Image(np.ones((4, 4, 4)), np.eye(4))] * 3)
+        template.build([Image(np.ones((4, 4, 4)), np.eye(4))] * 3)
     told = [r.getMessage().split(",")[:2] for r in caplog.records]
     assert [",".join(line) for line in told] == [
         f"template, round {r} of 2: registering {k} of 3" for r in (1, 2) for k in (1, 2, 3)]
@@ -335,9 +337,9 @@ def test_designs_of_the_phantom(design):
     rows = [(int(p.label), "AB"[p.sites[0]], p.age, p.sex) for p in people]
     table = study(rows, covariates=("age", "sex"))
     method = methods.get("harmonize_rish")
-    batches = harmonizer.members(method, table)
+    batches = harmonizer.runs_by_site(method, table)
     if design == "matched":
-        assert harmonizer.unlike(method, table, batches) == []
+        assert harmonizer.group_differences(method, table, batches) == []
     else:
         with pytest.raises(UsageError, match=r"age differs .* explains [678]\d% of it"):
-            harmonizer.unlike(method, table, batches)
+            harmonizer.group_differences(method, table, batches)

@@ -12,7 +12,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from test_run import qsphere, validate
 
-from bidsapp import checkpoint, methods, sh, training
+from bidsapp import checkpoint, kinds, methods, sh, training
 from bidsapp.acquisition import Acquisition
 from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.dwi import Dwi
@@ -410,7 +410,7 @@ def test_extrapolates_where_that_is_allowed(acq, found):
 
 
 def extrapolating():
-    return methods.get("estimate_scnn2", context=methods.MethodContext(allow_extrapolation=True))
+    return methods.get("estimate_scnn2", context=kinds.MethodContext(allow_extrapolation=True))
 
 
 def test_what_is_allowed_leaves_a_run_within_the_training_as_it_is():

@@ -12,7 +12,7 @@ import torch
 from test_run import qsphere, validate
 from test_synthesize import participant, real
 
-from bidsapp import methods
+from bidsapp import kinds, methods
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.methods.synthesize import score
@@ -94,7 +94,7 @@ def test_modes_are_told_apart(dwi):
 
 
 def test_seeds_matter_and_every_number_is_described(dwi):
-    quick = methods.get("synthesize", context=methods.MethodContext(sloppy=True))
+    quick = methods.get("synthesize", context=kinds.MethodContext(sloppy=True))
     one, again, other = (quick.synthesize(dwi, ["sample"], seed, "cpu").scores
                          for seed in (3, 3, 4))
     assert one == again != other

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from bidsapp import sh
-from bidsapp.methods import samples
+from bidsapp.harmonization import patches
 from bidsapp.networks import shresnet
-from bidsapp.preprocess import pairs
+from bidsapp.registration.geometry import fill_nearest
 from bidsapp.training import seeded
 
 
@@ -120,8 +120,8 @@ def test_over_a_volume_as_patch_by_patch(network, rng, block, slab):
     mask[0, 0, 0] = mask[-1, -1, -1] = True  # corners: patches reach into the margin
     network = network.double()  # so that rounding hides nothing
     values = rng.normal(size=(int(mask.sum()), 15))
-    image = pairs.filled(values, mask, margin=1)
-    found = samples.over_volume(network, image, mask, "cpu", block, slab)
+    image = fill_nearest(values, mask, margin=1)
+    found = patches.apply_to_volume(network, image, mask, "cpu", block, slab)
     with torch.no_grad():
         single = [network(torch.from_numpy(image[i:i + 3, j:j + 3, k:k + 3].reshape(1, 27, 15)))[0]
                   for i, j, k in np.argwhere(mask)]

@@ -13,14 +13,14 @@ import torch
 from scipy import stats
 from test_run import content, qsphere, validate
 
-from bidsapp import methods
+from bidsapp import kinds, methods
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import tissue
 from bidsapp.bids import find
 from bidsapp.cli import parse
 from bidsapp.dwi import Dwi, noise_sd
 from bidsapp.errors import Refusal
 from bidsapp.options import MODES
-from bidsapp.preprocess import tissue
 from bidsapp.recipe.steps import load_run
 from bidsapp.simulate import mixture, protocols
 
@@ -33,9 +33,9 @@ TERMS = ("dxx", "dxy", "dxz", "dyy", "dyz", "dzz")
 def quick():
     """Quality scores of briefly trained networks: they are not what is tested here."""
     with pytest.MonkeyPatch.context() as patch:
-        made = methods.Method.__init__
-        patch.setattr(methods.Method, "__init__", lambda self, context=None: made(
-            self, context or methods.MethodContext(sloppy=True)))
+        made = kinds.Method.__init__
+        patch.setattr(kinds.Method, "__init__", lambda self, context=None: made(
+            self, context or kinds.MethodContext(sloppy=True)))
         yield
 
 

@@ -2,7 +2,7 @@
 
     python tools/densities.py BIDS_DIR OUT.npy [--slices FROM TO]
 
-Multi-tissue deconvolution (`bidsapp.preprocess.deconvolution`) of the first participant's first
+Multi-tissue deconvolution (`bidsapp.microstructure.deconvolution`) of the first participant's first
 run, in its mask and in slices FROM to TO, TO left out: others then serve as a test. OUT holds
 (row, 45) coefficients. 30 ms per voxel.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bidsapp.anatomy import tissue
 from bidsapp.bids import find
 from bidsapp.cli import parse
-from bidsapp.preprocess import tissue
-from bidsapp.preprocess.deconvolution import densities
+from bidsapp.microstructure.deconvolution import densities
 from bidsapp.recipe.steps import load_run
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from bidsapp import tensor
+from bidsapp.anatomy import tissue
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate.quality import mean_volume, shell_name
-from bidsapp.preprocess import tissue
 
 Pair = tuple[np.ndarray, np.ndarray]
 """(voxel,) before and after."""

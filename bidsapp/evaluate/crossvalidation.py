@@ -29,14 +29,15 @@ import pandas as pd
 import torch
 
 from bidsapp import sh, tensor
+from bidsapp.anatomy import tissue
 from bidsapp.checkpoint import Checkpoint, load
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.evaluate import biology
-from bidsapp.methods import Cohort, Fitted, TrainingSettings
-from bidsapp.methods.harmonizer import Harmonizer
-from bidsapp.methods.scope import hash_participants
-from bidsapp.preprocess import pairs, tissue
+from bidsapp.harmonization import pairs
+from bidsapp.harmonization.harmonizer import Harmonizer
+from bidsapp.harmonization.scope import hash_participants
+from bidsapp.kinds import Cohort, Fitted, TrainingSettings
 from bidsapp.progress import track
 
 log = logging.getLogger("qsphere")
@@ -66,7 +67,7 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
             people; a scan is not harmonized.
     """
     _unseen(method, cohort, settings)
-    method.ready(cohort)  # what is wrong without folds, too, is said first
+    method.preflight(cohort)  # what is wrong without folds, too, is said first
     found = pairs.find(cohort.statistics, cohort.reference_batch or "",
                        cohort.paired_by == "session")
     parts, rows = folds(method, cohort, settings, found), []
@@ -77,7 +78,7 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
         for fold, people in enumerate(parts, 1):
             log.info("%s: fold %d of %d, without sub-%s", method.name, fold, len(parts),
                      ", sub-".join(people))
-            rest = method.learn(_without(cohort, people), settings)
+            rest = method._fit(_without(cohort, people), settings)
             for batch, model in ((b, c) for c in rest.checkpoints.values() for b in c.card.batches):
                 own = [p for p in found[batch] if p.participant in people]
                 rows += [{"batch": batch, "fold": fold, **row,
@@ -189,7 +190,7 @@ def folds(method: Harmonizer, cohort: Cohort, settings: TrainingSettings,
     parts = [sorted(mixed[k::settings.folds]) for k in range(settings.folds)]
     for part in parts:
         try:
-            method.ready(_without(cohort, part))
+            method.preflight(_without(cohort, part))
         except UsageError as error:
             raise UsageError(
                 f"--folds {settings.folds}: without sub-{', sub-'.join(part)}, of one fold, there "
@@ -208,7 +209,7 @@ def _tested(method: Harmonizer, cohort: Cohort, settings: TrainingSettings, mode
     """Rows of `squares` of some pairs, and whose they are."""
     run = None
     for pair in track(own, f"{method.name}: testing"):
-        source, target, move = method.register(
+        source, target, registration = method.register(
             cohort, pair, not method.context.sloppy, settings.states, settings.device)
         if pair.source != run:
             run = pair.source
@@ -217,11 +218,12 @@ def _tested(method: Harmonizer, cohort: Cohort, settings: TrainingSettings, mode
             except Refusal as refusal:
                 raise UsageError(f"--folds {settings.folds}: {run} is not harmonized. {refusal}") \
                     from refusal
-        for row in squares(source, replace(source, signal=signal), target, move):
+        for row in squares(source, replace(source, signal=signal), target, registration):
             yield {"participant": pair.participant, **row}
 
 
-def squares(source: Dwi, made: Dwi, target: Dwi, move: pairs.Move) -> Iterator[dict[str, Any]]:
+def squares(source: Dwi, made: Dwi, target: Dwi, registration: pairs.Registration
+            ) -> Iterator[dict[str, Any]]:
     """Sum over voxels what is to be divided (PER), for each shell (its index), tissue and measure.
 
     Yields
@@ -231,8 +233,9 @@ def squares(source: Dwi, made: Dwi, target: Dwi, move: pairs.Move) -> Iterator[d
         scale, the squares of the target; voxels; and edges, the squares of the target's steps. Of
         the signal there is no contrast.
     """
-    labels, truth = move.labels[move.where], pairs.ratios(target, move)
-    steps = biology.neighbours(move.where, move.labels)
+    inside = registration.overlap
+    labels, truth = registration.labels[inside], pairs.attenuation(target, registration)
+    steps = biology.neighbours(inside, registration.labels)
     for k, (shell, own) in enumerate(zip(target.acquisition.shells, source.acquisition.shells,
                                          strict=True)):
         bvecs = target.acquisition.bvecs[shell.indices]
@@ -242,7 +245,7 @@ def squares(source: Dwi, made: Dwi, target: Dwi, move: pairs.Move) -> Iterator[d
         basis = sh.basis(l_max, bvecs).astype(np.float32)
         fit = sh.smooth_fit(l_max, bvecs, pairs.SMOOTHING).astype(np.float32)
         series = [truth[:, shell.indices] @ fit.T,
-                  *(pairs.carried(dwi.of(own), l_max, move)[0, 1:-1, 1:-1, 1:-1][move.where]
+                  *(pairs.resample(dwi.of(own), l_max, registration)[0, 1:-1, 1:-1, 1:-1][inside]
                     for dwi in (source, made))]
         measures = [_measures(c @ basis.T, x if l_max else None) for c in series]
         for name, value in tissue.NAMES.items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from bidsapp.dwi import Dwi
-    from bidsapp.methods import Derived, Method
+    from bidsapp.kinds import Derived, Method
 
 OUTLIER = 3.5
 """Robust z beyond which a run is an outlier (Iglewicz & Hoaglin 1993)."""

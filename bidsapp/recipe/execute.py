@@ -19,14 +19,15 @@ from typing import Any
 import tomli_w
 import torch
 
-from bidsapp import __version__, harmonize
+from bidsapp import __version__
 from bidsapp.bids import names
 from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.dwi import Run
 from bidsapp.errors import DataError, Refusal, describe
 from bidsapp.evaluate import quality
-from bidsapp.methods import Estimator, FromSignal, Upsampler
+from bidsapp.kinds import Estimator, FromSignal, Upsampler
 from bidsapp.options import Options
+from bidsapp.recipe import harmonize
 from bidsapp.recipe.plan import chosen_methods, chosen_upsampler, plan
 from bidsapp.recipe.steps import Context, Step, StepReport
 from bidsapp.report import figures, page

@@ -12,7 +12,7 @@ import numpy as np
 from bidsapp.bids import btable, names, sidecar
 from bidsapp.bids.writer import Transaction
 from bidsapp.dwi import Run
-from bidsapp.methods import Derived, Method, Synthetic, SyntheticImage
+from bidsapp.kinds import Derived, Method, Synthetic, SyntheticImage
 from bidsapp.stage import Stage
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bidsapp import harmonize, methods
+from bidsapp import methods
 from bidsapp.bids.inherit import entities_of, name_of
 from bidsapp.dwi import FIELD_MAPS, FieldMap, Run, peak_memory
 from bidsapp.errors import QSphereError, Refusal
-from bidsapp.methods import Estimator, FromSignal, Upsampler
+from bidsapp.kinds import Estimator, FromSignal, MethodContext, Upsampler
 from bidsapp.options import Options
+from bidsapp.recipe import harmonize
 from bidsapp.recipe.steps import (
     PREPARATION,
     Context,
@@ -80,7 +81,7 @@ def chosen_methods(options: Options) -> list[FromSignal]:
     estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in available]
     chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
               *([methods.get("synthesize")] if options.synthesize else [])]
-    context = methods.MethodContext(
+    context = MethodContext(
         options.sloppy, options.output_dir / harmonize.MODELS,
         methods.read_settings(options.set, chosen, training=False, sloppy=options.sloppy),
         allow_extrapolation=options.allow_extrapolation)
@@ -98,7 +99,7 @@ def chosen_upsampler(options: Options) -> Upsampler | None:
     """
     if not options.upsample:
         return None
-    context = methods.MethodContext(options.sloppy, options.output_dir / harmonize.MODELS)
+    context = MethodContext(options.sloppy, options.output_dir / harmonize.MODELS)
     method = methods.get(Path(options.upsample).name, "upsample", context)
     assert isinstance(method, Upsampler), f"{method.name} is no Upsampler"
     return method

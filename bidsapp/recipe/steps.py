@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from bidsapp import __version__, harmonize
+from bidsapp import __version__
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import t1w
+from bidsapp.anatomy.mask import median_otsu, read_mask
 from bidsapp.bids import btable, names, sidecar
 from bidsapp.bids.writer import Dataset, Transaction, sha256, to_json
 from bidsapp.checkpoint import CARD
@@ -27,11 +29,10 @@ from bidsapp.dwi import Dwi, Part, Run, noise_sd, open_image
 from bidsapp.errors import DataError, Refusal
 from bidsapp.evaluate import change, gradients, plausibility, quality
 from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
-from bidsapp.mask import median_otsu, read_mask
-from bidsapp.methods import Estimator, FromSignal, Synthesizer, Upsampler
+from bidsapp.kinds import Estimator, FromSignal, Synthesizer, Upsampler
 from bidsapp.microstructure.maps import WEIGHTS
 from bidsapp.options import Options
-from bidsapp.preprocess import anatomy
+from bidsapp.recipe import harmonize
 from bidsapp.recipe.outputs import Outputs
 from bidsapp.report import boilerplate, comparison, figures
 from bidsapp.series import Series
@@ -520,7 +521,7 @@ def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None) -> tuple[np.ndarray |
     if run.t1w is None:
         return None, "No T1w image was found: tissue comes from the DWI alone."
     try:
-        tissue = anatomy.posteriors(dwi, run.t1w, run.probsegs, work_dir)
+        tissue = t1w.posteriors(dwi, run.t1w, run.probsegs, work_dir)
     except DataError as error:
         return None, f"The T1w image is not used, tissue comes from the DWI alone: {error}"
     return tissue, f"Tissue was sought in {run.t1w.name}."

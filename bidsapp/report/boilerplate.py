@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bidsapp import __version__
-from bidsapp.methods import Method
+from bidsapp.kinds import Method
 
 DOI = re.compile(r"\b(?:doi:\s*|https?://(?:dx\.)?doi\.org/)"
                  r"(10\.\d{4,9}/(?:[^\s;,()\[\]{}<>\"]|\([^\s()]*\))+)", re.I)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from bidsapp.evaluate import quality
-from bidsapp.methods import Cohort, Fitted
+from bidsapp.kinds import Cohort, Fitted
 from bidsapp.report.canvas import PALETTE, STYLE, WIDTH, figure, scaled_unit, svg
 from bidsapp.report.figures import Figure, units_of
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import quality
-from bidsapp.methods import Derived, Method
+from bidsapp.kinds import Derived, Method
 from bidsapp.report import glyphs
 from bidsapp.report.canvas import (
     PALETTE,

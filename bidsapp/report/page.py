@@ -18,7 +18,7 @@ from urllib.parse import quote
 from bidsapp import __version__, methods
 from bidsapp.errors import UsageError
 from bidsapp.evaluate import biology, quality
-from bidsapp.methods import Cohort, Fitted, Method
+from bidsapp.kinds import Cohort, Fitted, Method
 from bidsapp.report import boilerplate
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from bidsapp.acquisition import Acquisition, describe_shells
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.methods import Derived, Estimator
+from bidsapp.kinds import Derived, Estimator
 
 
 class Tensor(Estimator):

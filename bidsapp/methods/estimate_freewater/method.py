@@ -11,12 +11,12 @@ import torch
 
 from bidsapp import tensor
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import tissue
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.methods import Derived, Estimator
+from bidsapp.kinds import Derived, Estimator
 from bidsapp.methods.estimate_freewater import network
-from bidsapp.preprocess import tissue
 from bidsapp.simulate import mixture
 from bidsapp.simulate.mixture import Diffusivities
 

@@ -7,7 +7,7 @@ rotation-equivariant.
 
 from __future__ import annotations
 
-from bidsapp.methods.spherical import SphericalMethod
+from bidsapp.microstructure.estimator import SphericalMethod
 from bidsapp.simulate.tissue import TWO_COMPARTMENTS
 
 

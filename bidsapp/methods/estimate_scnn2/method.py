@@ -9,7 +9,7 @@ network serves every acquisition in its range, and it gives a posterior SD
 
 from __future__ import annotations
 
-from bidsapp.methods.spherical import SphericalMethod
+from bidsapp.microstructure.estimator import SphericalMethod
 from bidsapp.simulate.tissue import TWO_COMPARTMENTS
 
 

@@ -7,7 +7,7 @@ acquisition in its range, and gives a posterior SD (`bidsapp.microstructure`).
 
 from __future__ import annotations
 
-from bidsapp.methods.spherical import SphericalMethod
+from bidsapp.microstructure.estimator import SphericalMethod
 from bidsapp.simulate.tissue import THREE_COMPARTMENTS
 
 

@@ -27,7 +27,7 @@ from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.methods import Derived, Estimator
+from bidsapp.kinds import Derived, Estimator
 
 MAX_DIFFUSIVITY = 3.0
 """µm²/ms. The paper's prior: d ~ U(0, 3), f ~ U(0, 1)."""

@@ -61,7 +61,7 @@ def estimate(values: np.ndarray, covariates: np.ndarray, batch: np.ndarray,
     batch
         (row,) int: 0, 1, … for the batch of each row.
     reference
-        The batch that is left as it is; default: all move to the grand mean.
+        The batch that is left as it is; default: all registration to the grand mean.
 
     Returns
     -------

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from bidsapp.errors import UsageError
-from bidsapp.methods import Cohort, Fitted, GroupAnalysis, TrainingSettings
+from bidsapp.harmonization.harmonizer import CONFOUNDED, coded, known_reference, variance_explained
+from bidsapp.kinds import Cohort, Fitted, GroupAnalysis, TrainingSettings
 from bidsapp.methods.harmonize_combat.equations import BatchEffects, estimate
-from bidsapp.methods.harmonizer import CONFOUNDED, coded, explained, known_reference
 
 log = logging.getLogger("qsphere")
 
@@ -143,7 +143,7 @@ class Combat(GroupAnalysis):
         design = batch
         for name in covariates:
             columns = coded(rows[name])
-            if (share := explained(columns, by=batch)) > CONFOUNDED:
+            if (share := variance_explained(columns, by=batch)) > CONFOUNDED:
                 raise UsageError(
                     f"ComBat: {name} is confounded with the batch (batches explain "
                     f"{share:.0%} of it; up to {CONFOUNDED:.0%} is accepted), so "
@@ -162,7 +162,7 @@ class Combat(GroupAnalysis):
                 f"({', '.join(covariates)}) and {batch.shape[1]} batches are too much for "
                 f"{len(rows)} rows; at least {MIN_PARTICIPANTS} more rows than these are needed. "
                 "Take covariates out of participants.tsv, or add participants.")
-        if covariates and explained(batch, by=np.column_stack(
+        if covariates and variance_explained(batch, by=np.column_stack(
                 [np.ones(len(rows)), design[:, batch.shape[1]:]])) > CONFOUNDED:
             raise UsageError(
                 f"ComBat: {', '.join(covariates)} together are confounded with the batch (they "

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from bidsapp import sh, training
-from bidsapp.methods import Cohort
-from bidsapp.methods import harmonizer as shared
-from bidsapp.methods.paired import Learner, PairedHarmonizer, drawn
-from bidsapp.methods.samples import BLOCK, MEASURES, Samples, errors, weighed
+from bidsapp.harmonization import harmonizer as shared
+from bidsapp.harmonization import pairs
+from bidsapp.harmonization.paired import Objective, PairedHarmonizer, drawn
+from bidsapp.harmonization.patches import BLOCK, MEASURES, PatchDataset, signal_error, weighted_loss
+from bidsapp.kinds import Cohort
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.cyclic import Cycle, Generator
 from bidsapp.networks.shresnet import CENTRE
-from bidsapp.preprocess import pairs
 
 WANTED = 32
 """Participants of every batch, where nobody is in both."""
@@ -26,7 +26,7 @@ WANTED = 32
 class CyclicHarmonizer(PairedHarmonizer):
     """Generators both ways with critics, from any share of people scanned in both batches."""
 
-    fewest = 0
+    min_pairs = 0
     learns_from = "both batches, and of people in both where there are any"
     intended_use = (
         "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "
@@ -34,14 +34,14 @@ class CyclicHarmonizer(PairedHarmonizer):
         "difference between the batches for one of scanners: they must be alike in age, sex and "
         "disease. Not for diagnosis.")
 
-    def ready(self, cohort: Cohort) -> list[str]:
-        """As of `PairedHarmonizer`, without need of pairs; of `harmonizer.unlike`; and where there
-        are few people and no pair."""
-        batches = shared.members(self, cohort)
+    def preflight(self, cohort: Cohort) -> list[str]:
+        """As of `PairedHarmonizer`, without need of pairs; of `harmonizer.group_differences`; and
+        where there are few people and no pair."""
+        batches = shared.runs_by_site(self, cohort)
         reference, *targets = batches
-        told = [*super().ready(cohort), *shared.unlike(self, cohort, batches)]
+        told = [*super().preflight(cohort), *shared.group_differences(self, cohort, batches)]
         for batch in targets:
-            few = shared.scarce({b: batches[b] for b in (reference, batch)}, WANTED)
+            few = shared.small_sites({b: batches[b] for b in (reference, batch)}, WANTED)
             if few and not _paired(self.scans(cohort, batch, reference)):
                 told.append(
                     f"{few}, and nobody was scanned in {batch} and in {reference}. What so few "
@@ -56,13 +56,13 @@ class CyclicHarmonizer(PairedHarmonizer):
         return {**recipe, "network": {**recipe["network"], "fine": _paired(found)}}
 
     def scans(self, cohort: Cohort, batch: str, reference: str) -> list[pairs.Pair]:
-        return [*pairs.alone(cohort.statistics, batch, reference),
+        return [*pairs.unpaired(cohort.statistics, batch, reference),
                 *super().scans(cohort, batch, reference)]
 
-    def learner(self, network: nn.Module, samples: Samples, mine: Sequence[torch.Tensor],
-                recipe: Mapping[str, Any], device: str, fresh: bool) -> Learner:
+    def learner(self, network: nn.Module, samples: PatchDataset, mine: Sequence[torch.Tensor],
+                recipe: Mapping[str, Any], device: str, fresh: bool) -> Objective:
         """The loss is Σ_k w_k L_k of `networks.cyclic`, and of pairs the square errors of signal,
-        FA and MD (`samples.weighed`)."""
+        FA and MD (`patches.weighted_loss`)."""
         both, source, reference = mine
         assert isinstance(network, Generator)
         if fresh:
@@ -71,8 +71,8 @@ class CyclicHarmonizer(PairedHarmonizer):
         back = build_network({**recipe["network"], "fine": False})
         assert isinstance(back, Generator)
         cycle = Cycle(network, back, critic=recipe["critic"])
-        apart = weighed(dict.fromkeys(MEASURES, weight["pairs"]), samples, both,
-                        recipe["validation"], device) if len(both) else errors
+        difference = weighted_loss(dict.fromkeys(MEASURES, weight["pairs"]), samples, both,
+                                   recipe["validation"], device) if len(both) else signal_error
 
         def draw(size: int, generator: torch.Generator) -> training.Batch:
             x, y = (samples(drawn(v, size, generator), generator.device)[0]
@@ -84,17 +84,17 @@ class CyclicHarmonizer(PairedHarmonizer):
             x, y, *pair = batch
             total = sum(weight[k] * v for k, v in model(x, y).items())
             if pair:
-                total = total + apart(network(pair[0]), tuple(pair)).mean()
+                total = total + difference(network(pair[0]), tuple(pair)).mean()
             return total
 
-        return Learner(cycle, draw, loss, apart)
+        return Objective(cycle, draw, loss, difference)
 
 
 def _paired(scans: Sequence[pairs.Pair]) -> bool:
     return any(p.kind == pairs.BOTH for p in scans)
 
 
-def _scale(samples: Samples, voxels: Sequence[torch.Tensor], device: str) -> torch.Tensor:
+def _scale(samples: PatchDataset, voxels: Sequence[torch.Tensor], device: str) -> torch.Tensor:
     """(degree,) root mean square of the coefficients of both batches, each with the same weight."""
     total = torch.zeros(sh.size(samples.l_max), dtype=torch.float64)
     for own in voxels:

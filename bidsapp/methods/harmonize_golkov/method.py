@@ -3,13 +3,13 @@ to SH coefficients: the baseline of Koppers et al. 2018."""
 
 from __future__ import annotations
 
-from bidsapp.methods.paired import PairedHarmonizer
+from bidsapp.harmonization.paired import PairedHarmonizer
 
 
 class GolkovHarmonizer(PairedHarmonizer):
     """Each voxel by itself; directions are not kept."""
 
-    projects = False
+    rish_projection = False
     intended_use = (
         "Baseline for comparison with harmonize_shresnet. Fibre directions may change. Not for "
         "diagnosis.")

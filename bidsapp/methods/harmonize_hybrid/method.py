@@ -9,19 +9,19 @@ from typing import Any
 import torch
 
 from bidsapp import training
-from bidsapp.methods.paired import PairedHarmonizer
-from bidsapp.methods.samples import Samples, weighed
+from bidsapp.harmonization.paired import PairedHarmonizer
+from bidsapp.harmonization.patches import PatchDataset, weighted_loss
 
 
 class HybridHarmonizer(PairedHarmonizer):
     """Intensity warping, then a convolutional network that learns from signal, FA and MD."""
 
-    warps = True
+    warps_intensity = True
     intended_use = (
         "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "
         "and people like those under trained_for: FA and MD of each shell above all. Fibre "
         "directions may change. Not for diagnosis.")
 
-    def loss(self, samples: Samples, voxels: torch.Tensor, recipe: Mapping[str, Any], device: str
-             ) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
-        return weighed(recipe["loss"], samples, voxels, recipe["validation"], device)
+    def loss(self, samples: PatchDataset, voxels: torch.Tensor, recipe: Mapping[str, Any],
+             device: str) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
+        return weighted_loss(recipe["loss"], samples, voxels, recipe["validation"], device)

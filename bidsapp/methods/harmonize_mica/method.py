@@ -5,7 +5,7 @@ With F_i the distribution of S/S0 in a shell of scan i, and Q = F⁻¹ its quant
     Q_ref(p) = mean over participants i of the reference batch of Q_i(p),
     h_i(x) = Q_ref(F_i(x)),    S' = S0 h_i(S / S0)
 
-(Wrobel et al. 2020, doi:10.1016/j.neuroimage.2020.117242; `preprocess.intensity`).
+(Wrobel et al. 2020, doi:10.1016/j.neuroimage.2020.117242; `harmonization.intensity`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from bidsapp import __version__
 from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
-from bidsapp.methods import Cohort, Fitted, Harmonized, TrainingSettings, scope
-from bidsapp.methods import harmonizer as shared
-from bidsapp.preprocess import intensity
+from bidsapp.harmonization import harmonizer as shared
+from bidsapp.harmonization import intensity, scope
+from bidsapp.kinds import Cohort, Fitted, Harmonized, TrainingSettings
 from bidsapp.progress import track
 
 if TYPE_CHECKING:
@@ -36,24 +36,25 @@ WANTED = 16
 class Mica(shared.Harmonizer):
     """Quantiles of S/S0 in the mask, by shell, and the warp from a scan's to the reference's."""
 
-    def ready(self, cohort: Cohort) -> list[str]:
-        """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
-        batches = shared.members(self, cohort)
-        few = shared.scarce(batches, WANTED)
-        doubts = shared.unlike(self, cohort, batches)
+    def preflight(self, cohort: Cohort) -> list[str]:
+        """As of `Harmonizer.preflight` and `harmonizer.group_differences`; and where people are
+        few."""
+        batches = shared.runs_by_site(self, cohort)
+        few = shared.small_sites(batches, WANTED)
+        doubts = shared.group_differences(self, cohort, batches)
         if few:
             doubts.insert(0, f"{few}; {WANTED} or more are needed for a mean distribution that "
                              "does not hold people's differences, which the warp would remove with "
                              "the site's")
         return doubts
 
-    def learn(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
+    def _fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """The mean quantiles of the reference batch; one checkpoint serves all other batches.
 
         Raises:
             UsageError: a scan has hardly any signal above 0.
         """
-        batches = shared.members(self, cohort)
+        batches = shared.runs_by_site(self, cohort)
         reference, *targets = batches
         known = scope.training_domain(cohort, batches, targets)
         found = {batch: self._people(cohort, rows) for batch, rows in batches.items()}

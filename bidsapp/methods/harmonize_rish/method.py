@@ -27,10 +27,13 @@ from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.methods import Cohort, Fitted, Harmonized, TrainingSettings, scope
-from bidsapp.methods import harmonizer as shared
-from bidsapp.preprocess import pairs, template
+from bidsapp.harmonization import harmonizer as shared
+from bidsapp.harmonization import pairs, scope
+from bidsapp.kinds import Cohort, Fitted, Harmonized, TrainingSettings
 from bidsapp.progress import track
+from bidsapp.registration import template
+from bidsapp.registration.geometry import fill_nearest
+from bidsapp.registration.image import Image, sample
 
 WANTED = 16
 """Participants of every batch that the means needed to be stable (Cetin Karayumak et al. 2019)."""
@@ -70,7 +73,7 @@ between shells, 100 %."""
 class Rish(shared.Harmonizer):
     """Scale maps per shell and degree in a template, carried to each scan."""
 
-    least = 3
+    min_participants = 3
 
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal where there is no b0, or a shell has fewer than 8 directions."""
@@ -82,21 +85,22 @@ class Rish(shared.Harmonizer):
                           f"{LEAST_DIRECTIONS} or more directions on every shell. Leave the shell "
                           "out with --bids-filter-file, or harmonize with harmonize_mica.")
 
-    def ready(self, cohort: Cohort) -> list[str]:
-        """As of `Harmonizer.ready` and `harmonizer.unlike`; and where people are few."""
-        batches = shared.members(self, cohort)
-        few = shared.scarce(batches, WANTED)
+    def preflight(self, cohort: Cohort) -> list[str]:
+        """As of `Harmonizer.preflight` and `harmonizer.group_differences`; and where people are
+        few."""
+        batches = shared.runs_by_site(self, cohort)
+        few = shared.small_sites(batches, WANTED)
         told = [f"{few}; mean RISH was stable from {WANTED} in each batch on. With fewer the "
                 "scales hold people's differences, too."] if few else []
-        return [*told, *shared.unlike(self, cohort, batches)]
+        return [*told, *shared.group_differences(self, cohort, batches)]
 
-    def learn(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
+    def _fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """A checkpoint for every batch but the reference; all share one template.
 
         Raises:
             UsageError: a scan cannot be used, or batches show no common part of the brain.
         """
-        batches = shared.members(self, cohort)
+        batches = shared.runs_by_site(self, cohort)
         reference, *targets = batches
         degrees = [_degree(shell)
                    for shell in scope.training_domain(cohort, batches, targets).shells]
@@ -139,7 +143,7 @@ class Rish(shared.Harmonizer):
                  "Metrics": {n: dict(c.card.metrics) for n, c in checkpoints.items()}}
         return Fitted({}, model, checkpoints, doubts)
 
-    def _fa(self, cohort: Cohort, run: str, device: str) -> template.Image:
+    def _fa(self, cohort: Cohort, run: str, device: str) -> Image:
         dwi = self.load(cohort, run)
         image = _fa(dwi, device)
         if not image.volume:
@@ -147,7 +151,7 @@ class Rish(shared.Harmonizer):
                              "image and mask, or leave it out with --participant-label.")
         return image
 
-    def _alike(self, runs: Sequence[str], images: Sequence[template.Image], mean: template.Image,
+    def _alike(self, runs: Sequence[str], images: Sequence[Image], mean: Image,
                places: Sequence[np.ndarray]) -> tuple[float, list[str]]:
         """The least correlation of anyone with the template, and sentences on those in doubt."""
         found = [_correlation(i.at(p), mean.values) for i, p in zip(images, places, strict=True)]
@@ -169,15 +173,15 @@ class Rish(shared.Harmonizer):
                 signal = dwi.signal.copy("K")
                 s0, weighted = dwi.mean_b0, np.flatnonzero(~dwi.acquisition.b0)
                 signal[:, weighted] = np.clip(signal[:, weighted], 0, np.maximum(s0, 0)[:, None])
-                inside = template.sample(dwi.mask.astype(np.float32), dwi.affine, at[run])
+                inside = sample(dwi.mask.astype(np.float32), dwi.affine, at[run])
                 inside = (inside > 0.5) / len(own)
                 seen = seen + inside
                 clipped = replace(dwi, signal=signal)
                 for k, (c, usable) in enumerate(_coefficients(clipped, degrees)):
                     rish = sh.rish(torch.from_numpy(c[usable])).numpy()
-                    grid = pairs.filled(rish, dwi.mask, usable)
+                    grid = fill_nearest(rish, dwi.mask, usable)
                     total[k] = total[k] + inside * np.stack([
-                        template.sample(grid[..., i], dwi.affine, at[run])
+                        sample(grid[..., i], dwi.affine, at[run])
                         for i in range(grid.shape[-1])])
         return seen / len(people), [
             np.where(seen > 0, t / np.maximum(seen, 1e-9), 0) for t in total]
@@ -201,7 +205,7 @@ class Rish(shared.Harmonizer):
                 name = f"{shell.name}_l{2 * i}"
                 metrics[f"scale_{name}"] = float(np.median(maps[-1]))
                 metrics[f"bounded_{name}"] = float((free != maps[-1]).mean())
-            grid = pairs.filled(np.stack(maps, -1).astype(np.float32), where)
+            grid = fill_nearest(np.stack(maps, -1).astype(np.float32), where)
             tensors[shell.part] = torch.from_numpy(np.moveaxis(grid, -1, 0).copy())
         return tensors, metrics
 
@@ -220,8 +224,8 @@ class Rish(shared.Harmonizer):
         if not own.volume:
             raise Refusal(f"{self.name} found no voxel with b0 signal and an FA above 0. Check "
                           "image and mask.")
-        mean = template.Image(model.tensors["template"].numpy(), affine)
-        place = template.locate(own, mean)
+        mean = Image(model.tensors["template"].numpy(), affine)
+        place = template.register(own, mean)
         alike = _correlation(mean.at(place), own.values)
         signal, usable, clipped = _scaled(dwi, model, nearest, place)
         notices = () if alike >= ALIKE else (
@@ -247,7 +251,7 @@ def _scaled(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], place: np.ndarr
             ) -> tuple[np.ndarray, np.ndarray, int]:
     """The harmonized signal, which voxels were, and how many values were raised to 0.
 
-    nearest: the trained shell for each of the run's. place: (x, y, z, 3) of `template.locate`.
+    nearest: the trained shell for each of the run's. place: (x, y, z, 3) of `template.register`.
     """
     constants, clean = model.card.constants, _clean(dwi)
     parts = [shell.part for shell in model.card.trained_for.shells]
@@ -258,7 +262,7 @@ def _scaled(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], place: np.ndarr
     for shell, k, l_max, (c, usable) in zip(
             dwi.acquisition.shells, nearest, degrees, _coefficients(clean, degrees), strict=True):
         usable = usable & finite
-        scale = np.stack([template.sample(m, affine, points[usable], beyond="nearest")
+        scale = np.stack([sample(m, affine, points[usable], beyond="nearest")
                           for m in model.tensors[parts[k]].numpy()], -1)
         scale -= output == shared.CHANGE
         scaled = c[usable] * sh.per_coefficient(torch.from_numpy(scale)).numpy()
@@ -284,10 +288,10 @@ def _coefficients(dwi: Dwi, degrees: Sequence[int]) -> list[tuple[np.ndarray, np
     return found
 
 
-def _fa(dwi: Dwi, device: str) -> template.Image:
+def _fa(dwi: Dwi, device: str) -> Image:
     """FA within the mask, 0 without b0 signal or fit."""
     maps = pairs.tensor_maps(dwi, device)
-    return template.Image(dwi.unmask((maps["fa"] * (dwi.mean_b0 > 0) * ~maps["failed"]).astype(
+    return Image(dwi.unmask((maps["fa"] * (dwi.mean_b0 > 0) * ~maps["failed"]).astype(
         np.float32)), dwi.affine)
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from bidsapp.acquisition import Acquisition, Shell
+from bidsapp.anatomy import tissue
 from bidsapp.dwi import Dwi
-from bidsapp.methods import Derived, Synthesizer, Synthetic, SyntheticImage
+from bidsapp.kinds import Derived, Synthesizer, Synthetic, SyntheticImage
 from bidsapp.methods.synthesize import score
 from bidsapp.options import Options
-from bidsapp.preprocess import tissue
 from bidsapp.simulate import mixture
 from bidsapp.simulate.mixture import COMPARTMENTS, FIBRES, Diffusivities, Mixtures
 from bidsapp.simulate.unmix import unmix

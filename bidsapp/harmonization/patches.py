@@ -18,10 +18,10 @@ from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.blocks import map_volume
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, UsageError
-from bidsapp.methods import Cohort, TrainingSettings
-from bidsapp.methods.harmonizer import Harmonizer
+from bidsapp.harmonization import intensity, pairs
+from bidsapp.harmonization.harmonizer import Harmonizer
+from bidsapp.kinds import Cohort, TrainingSettings
 from bidsapp.networks.shresnet import CENTRE, SHResNet, neighbours, patches
-from bidsapp.preprocess import intensity, pairs
 from bidsapp.progress import track
 
 BLOCK = 1024
@@ -33,7 +33,7 @@ HALF_OF_CHI_SQUARE = 0.4549
 MEASURES = ("signal", "fa", "md")
 
 
-class Samples:
+class PatchDataset:
     """Voxels of one shell of aligned pairs.
 
     Images and targets go to files in `folder`, of which the system keeps in memory what fits.
@@ -53,13 +53,13 @@ class Samples:
         self.fits: list[np.ndarray] = []
         self.steps: list[np.ndarray] = []
 
-    def add(self, aligned: pairs.Aligned, shell: int, acquisition: Acquisition) -> None:
+    def add(self, aligned: pairs.AlignedPair, shell: int, acquisition: Acquisition) -> None:
         """A pair, and the b-table of its target."""
         image, indices = aligned.image[shell], acquisition.shells[shell].indices
-        inside = np.pad(aligned.where, 1)
+        inside = np.pad(aligned.overlap, 1)
         self.centres.append(self.rows + np.flatnonzero(inside))
         self.pairs.append(np.full(int(inside.sum()), len(self.bases)))
-        self.labels.append(aligned.labels[aligned.where])
+        self.labels.append(aligned.labels[aligned.overlap])
         self.steps.append(neighbours(inside.shape))
         basis = np.zeros((self.directions, image.shape[-1]))
         basis[:len(indices)] = sh.basis(self.l_max, acquisition.bvecs[indices])
@@ -88,7 +88,7 @@ class Samples:
         self.fit = torch.from_numpy(np.stack(self.fits)).float()
         self.count = (self.basis != 0).any(2).sum(1)
 
-    def seen_as(self, image: Path) -> Samples:
+    def seen_as(self, image: Path) -> PatchDataset:
         """The same voxels, their source in another file."""
         other = copy(self)
         other.image = _read(image, self.basis.shape[2])
@@ -120,7 +120,7 @@ def _read(path: Path, columns: int) -> torch.Tensor:
     return torch.from_file(str(path), size=path.stat().st_size // 4).view(-1, columns)
 
 
-def errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
+def signal_error(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
     """(voxel,) mean square error of the signal S/S0 that coefficients stand for."""
     _, basis, target, weight, _ = batch
     return ((basis @ found[..., None])[..., 0] - target).square().sum(1) * weight
@@ -136,11 +136,12 @@ def tensor_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
 
 def all_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
     """(measure, voxel) of MEASURES."""
-    return torch.cat([errors(found, batch)[None], tensor_errors(found, batch)])
+    return torch.cat([signal_error(found, batch)[None], tensor_errors(found, batch)])
 
 
-def weighed(weights: Mapping[str, float], samples: Samples, voxels: torch.Tensor, least: int,
-            device: str) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
+def weighted_loss(weights: Mapping[str, float], samples: PatchDataset, voxels: torch.Tensor,
+                  least: int, device: str
+                  ) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
     """(coefficients found, batch) → (voxel,) Σ_m w_m e_m / ē_m over MEASURES: square errors in
     units of their mean ē before the network, over every n-th of the voxels, one at least: n as
     large as leaves `least` of them."""
@@ -151,10 +152,10 @@ def weighed(weights: Mapping[str, float], samples: Samples, voxels: torch.Tensor
     return lambda found, batch: weight @ all_errors(found, batch)
 
 
-class Travellers:
+class PairedScans:
     """Pairs of scans (`pairs.Pair`), each brought together once.
 
-    pairs: their order is that of `Samples.pair`. samples: one for each shell.
+    pairs: their order is that of `PatchDataset.pair`. samples: one for each shell.
     """
 
     def __init__(self, method: Harmonizer, cohort: Cohort, settings: TrainingSettings,
@@ -162,10 +163,10 @@ class Travellers:
                  folder: Path, series: bool = False) -> None:
         self.method, self.cohort, self.pairs, self.folder = method, cohort, found, folder
         self.l_max = l_max
-        self.samples: list[Samples] = []
+        self.samples: list[PatchDataset] = []
         for k, most in enumerate(directions):
             (own := folder / str(k)).mkdir()
-            self.samples.append(Samples(own, most, l_max, series))
+            self.samples.append(PatchDataset(own, most, l_max, series))
         kept = settings.states or folder
         if (together := math.prod(settings.devices)) > 1:
             # each process registers its share, and finds those of the others
@@ -173,21 +174,22 @@ class Travellers:
             for pair in track(share, f"{method.name}: registering, this process:"):
                 method.register(cohort, pair, deformable, kept, settings.device)
         for i, pair in enumerate(track(found, f"{method.name}: registering")):
-            source, target, move = method.register(cohort, pair, deformable, kept,
+            source, target, registration = method.register(cohort, pair, deformable, kept,
                                                    settings.device)
-            move.save(folder / f"{i}.npz")
-            aligned = pairs.Aligned(**vars(move), image=pairs.carried(source, l_max, move),
-                                    target=pairs.ratios(target, move))
+            registration.save(folder / f"{i}.npz")
+            aligned = pairs.AlignedPair(
+                **vars(registration), image=pairs.resample(source, l_max, registration),
+                target=pairs.attenuation(target, registration))
             for k, samples in enumerate(self.samples):
                 samples.add(aligned, k, target.acquisition)
         for samples in self.samples:
             samples.close()
 
-    def move(self, pair: int) -> pairs.Move:
+    def registration(self, pair: int) -> pairs.Registration:
         """Where the target of a pair lies in its source."""
-        move = pairs.Move.load(self.folder / f"{pair}.npz")
-        assert move
-        return move
+        registration = pairs.Registration.load(self.folder / f"{pair}.npz")
+        assert registration
+        return registration
 
     def of(self, people: set[str], kind: int = pairs.BOTH) -> set[int]:
         """Indices of their pairs."""
@@ -205,7 +207,7 @@ class Travellers:
                                  if p.participant == person], axis=0)
                         for person in sorted(people)], axis=0)
 
-    def warped(self, quantiles: np.ndarray) -> list[Samples]:
+    def warped(self, quantiles: np.ndarray) -> list[PatchDataset]:
         """The samples with every source's intensities warped from the first quantiles to the
         second."""
         files = [self.folder / str(k) / "warped" for k in range(len(self.samples))]
@@ -214,7 +216,7 @@ class Travellers:
         for i, pair in enumerate(track(self.pairs, f"{self.method.name}: warping intensities")):
             dwi = self.method.load(self.cohort, pair.source)
             new = replace(dwi, signal=intensity.warped(dwi, quantiles[1], quantiles[0])[0])
-            moved = pairs.carried(new, self.l_max, self.move(i))
+            moved = pairs.resample(new, self.l_max, self.registration(i))
             for file, image in zip(files, moved, strict=True):
                 _append(file, image)
         return [s.seen_as(file) for s, file in zip(self.samples, files, strict=True)]
@@ -226,11 +228,12 @@ class Travellers:
             raise UsageError(f"--train {self.method.name}: {run} {error}") from error
 
 
-def map_differences(source: Dwi, target: Dwi, move: pairs.Move
+def map_differences(source: Dwi, target: Dwi, registration: pairs.Registration
                     ) -> Float[np.ndarray, "shell 2 voxel"]:
     """FA and MD (µm²/ms) of every shell's tensor in a source less those in the target, at the
-    voxels of `where`: of the signals as they are, not of a series."""
-    ratios = pairs.resampled(source, move), pairs.ratios(target, move)
+    voxels of `overlap`: of the signals as they are, not of a series."""
+    ratios = (pairs.resample_measurements(source, registration),
+              pairs.attenuation(target, registration))
     differences = []
     for shells in zip(source.acquisition.shells, target.acquisition.shells, strict=True):
         maps = [torch.stack(tensor.of_attenuation(
@@ -241,15 +244,16 @@ def map_differences(source: Dwi, target: Dwi, move: pairs.Move
     return np.stack(differences)
 
 
-def mean_errors(source: Dwi, target: Dwi, move: pairs.Move) -> list[float]:
+def mean_errors(source: Dwi, target: Dwi, registration: pairs.Registration) -> list[float]:
     """Per shell, the SD of a harmonized source's mean over directions of S/S0 about the target's,
     relative to it, less what the noise of both would give: the harmonizer's own error.
 
     Over the voxels of grey and white matter, by the median of squares, which edges of tissue that
     do not lie on each other leave alone.
     """
-    where = move.labels[move.where] > 0
-    ratios = pairs.resampled(source, move)[where], pairs.ratios(target, move)[where]
+    where = registration.labels[registration.overlap] > 0
+    ratios = (pairs.resample_measurements(source, registration)[where],
+              pairs.attenuation(target, registration)[where])
     found = []
     for shells in zip(source.acquisition.shells, target.acquisition.shells, strict=True):
         means = [r[:, shell.indices].mean(1) for r, shell in zip(ratios, shells, strict=True)]
@@ -275,12 +279,12 @@ class Trained:
 
     tensors: Mapping[str, torch.Tensor]
     networks: Sequence[nn.Module]
-    samples: Sequence[Samples]
+    samples: Sequence[PatchDataset]
     held: Sequence[str]
     histories: Sequence[list[list[dict[str, float]]]]
 
 
-def over_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, device: str,
+def apply_to_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, device: str,
                 block: int = BLOCK, slab: int | None = None) -> np.ndarray:
     """(voxel, coefficient): the network at each voxel of the mask, in blocks of slabs.
 

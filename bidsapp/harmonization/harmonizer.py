@@ -17,18 +17,12 @@ import numpy as np
 import pandas as pd
 
 from bidsapp.acquisition import SAME_B, Acquisition, describe_shells, same_shell
+from bidsapp.anatomy import tissue
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import (
-    Cohort,
-    Fitted,
-    Harmonized,
-    Method,
-    SiteHarmonizer,
-    TrainingSettings,
-)
-from bidsapp.methods.scope import COVARIATES, nearest
-from bidsapp.preprocess import pairs, tissue
+from bidsapp.harmonization import pairs
+from bidsapp.harmonization.scope import COVARIATES, nearest
+from bidsapp.kinds import Cohort, Fitted, Harmonized, Method, SiteHarmonizer, TrainingSettings
 
 log = logging.getLogger("qsphere")
 
@@ -50,10 +44,10 @@ size is a difference of 2/3 SD, the groups are said to differ; above the second 
 class Harmonizer(SiteHarmonizer):
     """A method that `group --train … --reference-batch` trains and `--harmonize` applies.
 
-    least: participants whom every batch must have.
+    min_participants: participants whom every batch must have.
     """
 
-    least: ClassVar[int] = MIN_PARTICIPANTS
+    min_participants: ClassVar[int] = MIN_PARTICIPANTS
 
     def check(self, acquisition: Acquisition) -> None:
         """Raises Refusal where there is no b0 to divide by, or nothing weighted."""
@@ -62,17 +56,17 @@ class Harmonizer(SiteHarmonizer):
                           f"weighting and {describe_shells(acquisition.shells)}. Needed are a b0 "
                           "and a shell. Leave the run out, or acquire them.")
 
-    def ready(self, cohort: Cohort) -> list[str]:
+    def preflight(self, cohort: Cohort) -> list[str]:
         """Sentences on what makes a training doubtful.
 
         Raises:
-            UsageError: the cohort does not allow one (`members`), as far as its tables tell.
+            UsageError: the cohort does not allow one (`runs_by_site`), as far as its tables tell.
         """
-        members(self, cohort)
+        runs_by_site(self, cohort)
         return []
 
     @abstractmethod
-    def learn(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
+    def _fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Models of a cohort that is ready.
 
         Raises:
@@ -80,15 +74,15 @@ class Harmonizer(SiteHarmonizer):
         """
 
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
-        """`learn`, where the cohort is ready; what there is to say is logged and goes into notices.
+        """`_fit`, where the cohort is ready; what there is to say is logged and goes into notices.
 
         Raises:
-            UsageError: as of `ready` and `learn`.
+            UsageError: as of `preflight` and `_fit`.
         """
-        doubts = self._tell(self.ready(cohort))
+        doubts = self._tell(self.preflight(cohort))
         if settings.states:
             settings.states.mkdir(parents=True, exist_ok=True)
-        fitted = self.learn(cohort, settings)
+        fitted = self._fit(cohort, settings)
         return replace(fitted, notices=[*doubts, *self._tell(fitted.notices)])
 
     def _tell(self, sentences: Sequence[str]) -> Sequence[str]:
@@ -113,7 +107,7 @@ class Harmonizer(SiteHarmonizer):
         return dwi
 
     def register(self, cohort: Cohort, pair: pairs.Pair, deformable: bool, folder: Path | None,
-                 device: str) -> tuple[Dwi, Dwi, pairs.Move]:
+                 device: str) -> tuple[Dwi, Dwi, pairs.Registration]:
         """Source, target, and where this lies in that; kept in the folder, if any.
 
         Raises:
@@ -122,18 +116,18 @@ class Harmonizer(SiteHarmonizer):
         source, both = self.load(cohort, pair.source), pair.kind == pairs.BOTH
         target = source if pair.target == pair.source else self.load(cohort, pair.target)
         try:
-            move = pairs.register(source, target, deformable=deformable and both,
+            registration = pairs.register(source, target, deformable=deformable and both,
                                   device=device, work_dir=folder,
                                   rigid=None if both else np.eye(4))
         except DataError as error:
             raise UsageError(f"--train {self.name}: {pair.source} and {pair.target}: {error} Or "
                              "leave one out with --participant-label.") from error
-        if min((move.labels == k).sum() for k in tissue.NAMES.values()) < tissue.MIN_VOXELS:
+        if min((registration.labels == k).sum() for k in tissue.NAMES.values()) < tissue.MIN_VOXELS:
             raise UsageError(
-                f"--train {self.name}: {pair.target} shows {int((move.labels > 0).sum())} voxels "
-                f"of grey and white matter, fewer than {tissue.MIN_VOXELS} of one of them. Check "
-                "the brain mask, or leave the participant out with --participant-label.")
-        return source, target, move
+                f"--train {self.name}: {pair.target} shows {int((registration.labels > 0).sum())} "
+                f"voxels of grey and white matter, fewer than {tissue.MIN_VOXELS} of one of them. "
+                "Check the brain mask, or leave the participant out with --participant-label.")
+        return source, target, registration
 
 
 OUTPUTS = CHANGE, SERIES = "change", "series"
@@ -226,7 +220,7 @@ def known_reference(reference: str | None, counts: Mapping[str, int]) -> None:
                          + nearest(reference, counts))
 
 
-def members(method: Harmonizer, cohort: Cohort) -> dict[str, pd.DataFrame]:
+def runs_by_site(method: Harmonizer, cohort: Cohort) -> dict[str, pd.DataFrame]:
     """The runs of each batch (rows of the statistics), the reference first, in order of names.
 
     Raises:
@@ -245,10 +239,10 @@ def members(method: Harmonizer, cohort: Cohort) -> dict[str, pd.DataFrame]:
         raise UsageError(f"--train {method.name} needs at least two batches; found one ({found}). "
                          "Process participants of another site into the same OUTPUT_DIR, or tell "
                          "the sites apart with --batch-file or --batch-column.")
-    if small := [b for b, n in counts.items() if n < method.least]:
-        raise UsageError(f"--train {method.name} needs at least {method.least} participants in "
-                         f"every batch; found {found}. Add participants to {', '.join(small)}, or "
-                         "leave it out with --participant-label.")
+    if small := [b for b, n in counts.items() if n < method.min_participants]:
+        raise UsageError(f"--train {method.name} needs at least {method.min_participants} "
+                         f"participants in every batch; found {found}. Add participants to "
+                         f"{', '.join(small)}, or leave it out with --participant-label.")
     ordered = {b: batches[b] for b in (reference, *(b for b in batches if b != reference))}
     first = cohort.acquisitions[ordered[reference]["run"].iloc[0]]
     for batch, rows in ordered.items():
@@ -271,7 +265,8 @@ def members(method: Harmonizer, cohort: Cohort) -> dict[str, pd.DataFrame]:
     return ordered
 
 
-def unlike(method: Method, cohort: Cohort, batches: Mapping[str, pd.DataFrame]) -> list[str]:
+def group_differences(method: Method, cohort: Cohort, batches: Mapping[str, pd.DataFrame]
+                      ) -> list[str]:
     """Sentences on each batch whose people differ from the reference's, the first, in age or sex:
     where groups stand for sites, that difference would be removed as the site's.
 
@@ -287,7 +282,7 @@ def unlike(method: Method, cohort: Cohort, batches: Mapping[str, pd.DataFrame]) 
         if min(map(len, groups.values())) < MIN_PARTICIPANTS or both.nunique() < 2:
             continue
         group = np.repeat(np.eye(2), [len(g) for g in groups.values()], axis=0)
-        share = explained(coded(both), by=group)
+        share = variance_explained(coded(both), by=group)
         text = (f"{name} differs between {' and '.join(map(_group, groups, groups.values()))}, so "
                 f"that the batch explains {share:.0%} of it")
         if share > UNMATCHED:
@@ -301,7 +296,7 @@ def unlike(method: Method, cohort: Cohort, batches: Mapping[str, pd.DataFrame]) 
     return told
 
 
-def scarce(batches: Mapping[str, pd.DataFrame], wanted: int) -> str:
+def small_sites(batches: Mapping[str, pd.DataFrame], wanted: int) -> str:
     """Which batches have fewer participants, as the start of a sentence; empty where none has."""
     counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
     return ", ".join(f"{b} has {n} participants" for b, n in counts.items() if n < wanted)
@@ -321,7 +316,7 @@ def coded(values: pd.Series) -> np.ndarray:
     return (columns - columns.mean(axis=0)) / np.maximum(columns.std(axis=0), 1e-12)
 
 
-def explained(values: np.ndarray, by: np.ndarray) -> float:
+def variance_explained(values: np.ndarray, by: np.ndarray) -> float:
     """The largest share, among columns, of a variance that a linear model of `by` explains."""
     residual = values - by @ np.linalg.lstsq(by, values, rcond=None)[0]
     centred = values - values.mean(axis=0)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from bidsapp.domain import TrainingDomain
-from bidsapp.methods import Cohort
+from bidsapp.kinds import Cohort
 
 COVARIATES = ("age", "sex")
 """Those whose ranges a card tells."""

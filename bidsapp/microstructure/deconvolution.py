@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 
 from bidsapp import sh
 from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import tissue
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.preprocess import tissue
 from bidsapp.progress import track
 
 log = logging.getLogger(__name__)

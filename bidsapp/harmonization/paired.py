@@ -19,24 +19,26 @@ from torch import nn
 
 from bidsapp import __version__, scratch, sh, training
 from bidsapp.acquisition import Acquisition, describe_shells
+from bidsapp.anatomy import tissue
 from bidsapp.checkpoint import Card, Checkpoint, load
 from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import Cohort, Fitted, Harmonized, TrainingSettings, scope
-from bidsapp.methods import harmonizer as shared
-from bidsapp.methods.samples import (
-    Samples,
+from bidsapp.harmonization import harmonizer as shared
+from bidsapp.harmonization import intensity, pairs, scope
+from bidsapp.harmonization.patches import (
+    PairedScans,
+    PatchDataset,
     Trained,
-    Travellers,
-    errors,
+    apply_to_volume,
     map_differences,
     mean_errors,
-    over_volume,
+    signal_error,
 )
+from bidsapp.kinds import Cohort, Fitted, Harmonized, TrainingSettings
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.shresnet import CENTRE
-from bidsapp.preprocess import intensity, pairs, tissue
+from bidsapp.registration.geometry import canonical, fill_nearest
 
 log = logging.getLogger("qsphere")
 
@@ -50,7 +52,7 @@ UNVALIDATED = ("nobody who was scanned in both batches validated the model, so t
 
 
 @dataclass(frozen=True)
-class Learner:
+class Objective:
     """How a network learns: the model around it that is optimised, draw(size, generator) → batch,
     loss(model, batch), and score(coefficients found, batch) → (voxel,), by which it is validated on
     pairs."""
@@ -64,20 +66,20 @@ class Learner:
 class PairedHarmonizer(shared.Harmonizer):
     """A network per shell from SH coefficients of S/S0 to those of the reference batch.
 
-    projects: whether what is harmonized keeps the shape of every
-    degree of the input and takes only its size from the network (RISH projection). warps: whether
-    intensities are first warped from the batch's distribution to the reference's. fewest: people
-    who must have been scanned in both batches. learns_from: whom, for the card.
+    rish_projection: whether what is harmonized keeps the shape of every degree of the input and
+    takes only its size from the network. warps_intensity: whether intensities are first warped from
+    the batch's distribution to the reference's. min_pairs: people who must have been scanned in
+    both batches. learns_from: whom, for the card.
 
     What becomes of the harmonized series is `output` of training.toml (`harmonizer.OUTPUTS`). Where
     its change is added, targets stand as their series in training, too, lest its smoothing be
     taken for a difference of scanners.
     """
 
-    fewest: ClassVar[int] = 2
+    min_pairs: ClassVar[int] = 2
     learns_from: ClassVar[str] = "people in both batches"
-    projects: ClassVar[bool] = False
-    warps: ClassVar[bool] = False
+    rish_projection: ClassVar[bool] = False
+    warps_intensity: ClassVar[bool] = False
     intended_use: ClassVar[str]
 
     def check(self, acquisition: Acquisition) -> None:
@@ -90,14 +92,14 @@ class PairedHarmonizer(shared.Harmonizer):
                           "more directions on every shell, linear encoding. Leave the shell out "
                           "with --bids-filter-file, or harmonize with harmonize_mica.")
 
-    def ready(self, cohort: Cohort) -> list[str]:
-        """As of `Harmonizer.ready`; or a batch has too few participants that the reference has,
+    def preflight(self, cohort: Cohort) -> list[str]:
+        """As of `Harmonizer.preflight`; or a batch has too few participants that the reference has,
         too."""
-        reference, *targets = shared.members(self, cohort)
+        reference, *targets = shared.runs_by_site(self, cohort)
         for batch in targets:
             people = sorted({p.participant for p in self.scans(cohort, batch, reference)
                              if p.kind == pairs.BOTH})
-            if len(people) < self.fewest:
+            if len(people) < self.min_pairs:
                 who = f"sub-{people[0]} alone was" if people else "nobody was"
                 raise UsageError(
                     f"--train {self.name} learns from people scanned in both batches, and {who} "
@@ -106,14 +108,14 @@ class PairedHarmonizer(shared.Harmonizer):
                     "or train a method that needs no pairs (harmonize_mica).")
         return []
 
-    def learn(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
+    def _fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """A checkpoint for every batch but the reference; one of `models` that was trained on the
         same scans in the same way is kept, so that a new batch costs its own training alone.
 
         Raises:
             UsageError: a scan cannot be used, or a pair not be aligned.
         """
-        batches = shared.members(self, cohort)
+        batches = shared.runs_by_site(self, cohort)
         reference, *targets = batches
         checkpoints = {}
         for batch in targets:
@@ -152,7 +154,7 @@ class PairedHarmonizer(shared.Harmonizer):
         shells = known["trained_for"].shells
         names = [shell.name for shell in shells]
         with scratch.temporary(settings.states) as folder:
-            travellers = Travellers(
+            travellers = PairedScans(
                 self, cohort, settings, list(found), [s.directions[1] for s in shells],
                 recipe["l_max"], recipe["deformable"], folder, recipe["output"] == shared.CHANGE)
             trained = self._trained(settings, name, shells, recipe, travellers, people, start)
@@ -211,7 +213,7 @@ class PairedHarmonizer(shared.Harmonizer):
         return kept if kept and kept.card.training.get("of") == of else None
 
     def _trained(self, settings: TrainingSettings, name: str, shells: Sequence[ShellRange],
-                 recipe: Mapping[str, Any], travellers: Travellers, people: Sequence[str],
+                 recipe: Mapping[str, Any], travellers: PairedScans, people: Sequence[str],
                  start: Checkpoint | None) -> Trained:
         """Networks of some people, a share of whom validate."""
         both = [p for p in people if travellers.of({p})]
@@ -219,7 +221,7 @@ class PairedHarmonizer(shared.Harmonizer):
         held = set(np.random.default_rng(settings.seed).permutation(both)[:count].tolist())
         learned = set(people) - held
         tensors, samples = {}, travellers.samples
-        if self.warps:
+        if self.warps_intensity:
             quantiles = travellers.quantiles(learned)
             tensors["quantiles"] = torch.from_numpy(quantiles.astype(np.float32))
             samples = travellers.warped(quantiles)
@@ -253,21 +255,21 @@ class PairedHarmonizer(shared.Harmonizer):
             raise UsageError(f"--init: {error}") from error
         return start
 
-    def loss(self, samples: Samples, voxels: torch.Tensor, recipe: Mapping[str, Any], device: str
-             ) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
+    def loss(self, samples: PatchDataset, voxels: torch.Tensor, recipe: Mapping[str, Any],
+             device: str) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
         """(coefficients found, batch) → (voxel,) to be made small. voxels: to learn from."""
-        return errors
+        return signal_error
 
-    def learner(self, network: nn.Module, samples: Samples, mine: Sequence[torch.Tensor],
-                recipe: Mapping[str, Any], device: str, fresh: bool) -> Learner:
+    def learner(self, network: nn.Module, samples: PatchDataset, mine: Sequence[torch.Tensor],
+                recipe: Mapping[str, Any], device: str, fresh: bool) -> Objective:
         """How the network learns. mine: voxels by kind of pair. fresh: not from given weights."""
         both = mine[pairs.BOTH]
         loss = self.loss(samples, both, recipe, device)
-        return Learner(network, lambda size, g: samples(drawn(both, size, g), g.device),
+        return Objective(network, lambda size, g: samples(drawn(both, size, g), g.device),
                        lambda model, b: loss(model(b[0]), b).mean(), loss)
 
     def _train(self, settings: TrainingSettings, name: str, recipe: Mapping[str, Any],
-               samples: Samples, mine: Sequence[torch.Tensor], others: torch.Tensor,
+               samples: PatchDataset, mine: Sequence[torch.Tensor], others: torch.Tensor,
                start: Checkpoint | None
                ) -> tuple[nn.Module, list[list[dict[str, float]]]]:
         """The stages one after another, each from the best of the one before, with voxels to learn
@@ -307,8 +309,8 @@ class PairedHarmonizer(shared.Harmonizer):
         network.load_state_dict(kept)
         return network, histories
 
-    def _measured(self, trained: Trained, travellers: Travellers, shells: Sequence[str], device: str
-                  ) -> dict[str, float]:
+    def _measured(self, trained: Trained, travellers: PairedScans, shells: Sequence[str],
+                  device: str) -> dict[str, float]:
         """Mean square error of S/S0 of those who validated, by tissue, before and after."""
         found: dict[str, float] = {}
         for k, shell in enumerate(shells if trained.held else ()):
@@ -318,9 +320,10 @@ class PairedHarmonizer(shared.Harmonizer):
                 for b, c in zip(raw.blocks(voxels, device), warped.blocks(voxels, device),
                                 strict=True):
                     made = trained.networks[k](c[0])
-                    if self.projects:
+                    if self.rish_projection:
                         made = sh.with_rish(c[0][:, CENTRE], sh.rish(made))
-                    parts.append(torch.stack([errors(b[0][:, CENTRE], b), errors(made, b)]).cpu())
+                    parts.append(torch.stack([signal_error(b[0][:, CENTRE], b),
+                                              signal_error(made, b)]).cpu())
             for when, values in zip(("before", "after"), torch.cat(parts, 1), strict=True):
                 for name, value in tissue.NAMES.items():
                     found[f"mse_{when}_{name}_{shell}"] = float(
@@ -328,7 +331,7 @@ class PairedHarmonizer(shared.Harmonizer):
         return found
 
     def _maps(self, cohort: Cohort, settings: TrainingSettings, model: Checkpoint,
-              travellers: Travellers, held: Sequence[str], shells: Sequence[str]
+              travellers: PairedScans, held: Sequence[str], shells: Sequence[str]
               ) -> dict[str, float]:
         """Mean square error and bias (mean difference) of FA and MD (µm²/ms) of those who
         validated, by tissue, before and after, as the model is applied to them; and error_SHELL,
@@ -338,14 +341,14 @@ class PairedHarmonizer(shared.Harmonizer):
         for i in sorted(travellers.of(set(held))):
             pair = travellers.pairs[i]
             source, target = (self.load(cohort, run) for run in (pair.source, pair.target))
-            move = travellers.move(i)
+            registration = travellers.registration(i)
             made = self.harmonize(source, model, model.card.batches[0], settings.device)
             harmonized = replace(source, signal=made.signal,
                                  noise_gain=shared.noise_gain(source, made))
             for when, dwi in (("before", source), ("after", harmonized)):
-                differences[when].append(map_differences(dwi, target, move))
-            labels.append(move.labels[move.where])
-            errors.append(mean_errors(harmonized, target, move))
+                differences[when].append(map_differences(dwi, target, registration))
+            labels.append(registration.labels[registration.overlap])
+            errors.append(mean_errors(harmonized, target, registration))
         found: dict[str, float] = {
             f"error_{shell}": float(np.mean(own))
             for shell, own in zip(shells, np.transpose(errors), strict=True)} if errors else {}
@@ -385,7 +388,8 @@ class PairedHarmonizer(shared.Harmonizer):
                     f"{self.short}_clipped_values": clipped},
             parameters={"SphericalHarmonicDegree": card.constants["l_max"], "Output": output,
                         "Smoothing": card.constants["smoothing"],
-                        "RISHProjection": self.projects, "IntensityWarping": self.warps},
+                        "RISHProjection": self.rish_projection,
+                        "IntensityWarping": self.warps_intensity},
             notices=(f"Harmonization: {rose} when {card.method} was trained. Do not use it; train "
                      "longer, or with more people.",) if rose else (),
             errors=errors, no_intervals=no_intervals)
@@ -396,7 +400,7 @@ class PairedHarmonizer(shared.Harmonizer):
         for each of the run's."""
         constants = model.card.constants
         l_max, smoothing, output = (constants[k] for k in ("l_max", "smoothing", "output"))
-        if self.warps:
+        if self.warps_intensity:
             start, end = model.tensors["quantiles"].numpy().astype(np.float64)[:, nearest]
             signal, _ = intensity.warped(dwi, end, start)
             dwi = replace(dwi, signal=signal)
@@ -405,24 +409,24 @@ class PairedHarmonizer(shared.Harmonizer):
         values, usable = pairs.coefficients(dwi, l_max, smoothing)
         where = dwi.mask.copy()
         where[dwi.mask] = usable
-        where, _, order = pairs.canonical(where, dwi.affine)
+        where, _, order = canonical(where, dwi.affine)
         rows = np.flatnonzero(usable)[order]
         s0, clipped = dwi.mean_b0[rows], 0
         for shell, own, k in zip(dwi.acquisition.shells, values, nearest, strict=True):
             network = model.part(model.card.trained_for.shells[k].part).into(
                 build_network(model.card.network))
             own = own[rows]
-            found = over_volume(network, pairs.filled(own, where, margin=1), where, device)
+            found = apply_to_volume(network, fill_nearest(own, where, margin=1), where, device)
             basis = sh.basis(l_max, dwi.acquisition.bvecs[shell.indices])
             if output == shared.CHANGE:
                 # what the smoothing of the series would take from its change is given back
                 fit = sh.smooth_fit(l_max, dwi.acquisition.bvecs[shell.indices], smoothing)
                 sharp = np.linalg.inv(fit @ basis).astype(np.float32).T
                 before = own @ sharp
-                c = before * _gain(found, own) if self.projects else found @ sharp
+                c = before * _gain(found, own) if self.rish_projection else found @ sharp
                 c -= before
             else:
-                c = own * _gain(found, own) if self.projects else found
+                c = own * _gain(found, own) if self.rish_projection else found
             clipped += shared.write_series(signal, rows, shell.indices, s0, c, basis, output)
         return signal, clipped
 

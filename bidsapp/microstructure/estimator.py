@@ -9,9 +9,8 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.errors import UsageError
-from bidsapp.methods import Cohort, Derived, Estimator, Fitted, Trainable, TrainingSettings
-from bidsapp.microstructure import learn, maps
-from bidsapp.preprocess import deconvolution
+from bidsapp.kinds import Cohort, Derived, Estimator, Fitted, Trainable, TrainingSettings
+from bidsapp.microstructure import deconvolution, learn, maps
 from bidsapp.simulate.tissue import Tissue
 
 FROM_RUNS = ("training.trained_for.", "training.groups", "training.network.shells")

@@ -15,8 +15,9 @@ from bidsapp.checkpoint import CARD, Checkpoint, load
 from bidsapp.domain import OVERRIDE
 from bidsapp.dwi import Dwi, Run
 from bidsapp.errors import DataError, Refusal, UsageError
-from bidsapp.methods import SiteHarmonizer, scope
-from bidsapp.methods.harmonizer import noise_gain, widening
+from bidsapp.harmonization import scope
+from bidsapp.harmonization.harmonizer import noise_gain, widening
+from bidsapp.kinds import MethodContext, SiteHarmonizer
 from bidsapp.options import Options
 
 MODELS = PurePosixPath("group/models")
@@ -103,7 +104,7 @@ def find(options: Options) -> list[Model]:
             raise UsageError(f"--harmonize {options.harmonize}: {error}") from error
         name = checkpoint.card.method
         # a method is applied with the hyper-parameters that its model was trained with
-        context = methods.MethodContext(
+        context = MethodContext(
             settings={name: checkpoint.card.training.get("settings", {})})
         method = (methods.get(name, "harmonize", context)
                   if name in methods.names("harmonize_") else None)

@@ -1,0 +1,388 @@
+"""Two scans of one participant, voxel on voxel: what a supervised harmonizer learns from.
+
+The source is moved into the target: rigidly by normalised mutual information of the attenuations
+(`registration.rigid`), then by SyN (`registration.deformable`) between FA images. FA, unlike the
+b0, has neither the coil's profile nor an echo time in it, and its edges are those of white matter.
+SyN follows noise, too: it is kept where it makes the attenuations, which it has not seen, more
+alike than the rigid transform does. The frames and the mathematics of φ and R are those of
+`registration.deformable`, the target being fixed and the source moving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from bidsapp import __version__, sh, tensor
+from bidsapp.anatomy import tissue
+from bidsapp.blocks import map_voxels, one_thread
+from bidsapp.dwi import Dwi
+from bidsapp.errors import DataError
+from bidsapp.registration import rigid as rigid_registration
+from bidsapp.registration.deformable import ITERATIONS, RADIUS, displacement, rotations
+from bidsapp.registration.geometry import (
+    canonical,
+    fill_nearest,
+    grid_coordinates,
+    transform_points,
+    world_points,
+)
+
+SMOOTHING = 0.006
+"""λ of the Laplace–Beltrami penalty (Koppers et al. 2018)."""
+
+FLOW = 20.0
+"""Of SyN between scans of one head (`displacement`): scanners distort smoothly."""
+
+BLOCK = 2**14
+"""Voxels whose coefficients are rotated at a time."""
+
+GRIDS = 16
+"""Volumes that are resampled at a time: whole grids take memory."""
+
+OVERLAP = 0.5
+"""Share of the smaller brain that both must show."""
+
+KEPT = "registration-"
+"""Prefix of the files in which registrations are kept."""
+
+KINDS = BOTH, SOURCE, REFERENCE = range(3)
+"""Kinds of `Pair`: of one participant at both sites; a scan of either alone, paired with itself,
+for methods that learn from unlike people."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Runs of one participant at the site to be harmonized and at the reference."""
+
+    participant: str
+    source: str
+    target: str
+    kind: int = BOTH
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """Where the voxels of a target, its axes as of `geometry.canonical`, lie in a source.
+
+    Parameters
+    ----------
+    overlap : (x, y, z) bool
+        Voxels of both masks.
+    labels : (x, y, z) int8
+        The target's tissue (`tissue.labels`), 0 outside `overlap`.
+    coordinates : (3, voxel) float32
+        Places of the voxels of `overlap` in the source's grid.
+    rotation : (voxel, 3, 3) float32
+        Rᵀ at the same voxels (`registration.deformable`).
+    """
+
+    overlap: np.ndarray
+    labels: np.ndarray
+    coordinates: np.ndarray
+    rotation: np.ndarray
+
+    @classmethod
+    def load(cls, path: Path) -> Registration | None:
+        """Read what `save` left; None where there is nothing that can be read."""
+        try:
+            # numpy leaves a broken file open that it opened itself
+            with path.open("rb") as file, np.load(file) as fields:
+                return cls(**fields)
+        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
+            return None
+
+    def save(self, path: Path) -> None:
+        """Write the whole file, or nothing."""
+        part = path.with_suffix(f".{uuid.uuid4()}.part")
+        with part.open("wb") as file:
+            np.savez(file, **vars(self))
+        part.replace(path)
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedPair(Registration):
+    """A source and a target on the target's grid.
+
+    Parameters
+    ----------
+    image : (shell, x + 2, y + 2, z + 2, coefficient) float32
+        The source's coefficients of S/S0, with a margin of one voxel; outside `overlap` those of
+        the nearest voxel inside.
+    target : (voxel of `overlap`, measurement) float32
+        The target's S/S0, in its own gradient table.
+    """
+
+    image: np.ndarray
+    target: np.ndarray
+
+
+def find(statistics: pd.DataFrame, reference: str, by_session: bool = False
+         ) -> dict[str, list[Pair]]:
+    """Pair the runs of participants who were scanned at two sites.
+
+    Parameters
+    ----------
+    statistics : DataFrame
+        Columns participant, batch, run, and session where `by_session`.
+    reference : str
+        The reference site.
+    by_session : bool
+        Whether only runs of one session are pairs.
+
+    Returns
+    -------
+    dict of str to list of Pair
+        By site other than the reference: every run of a participant there with each of their runs
+        at the reference. A site without pairs has an empty list.
+    """
+    keys = ["participant", *(["session"] if by_session else [])]
+    by = {key: list(rows["run"]) for key, rows in statistics.groupby([*keys, "batch"])}
+    units = sorted(set(statistics[keys].itertuples(index=False, name=None)))
+    return {batch: [Pair(unit[0], s, t) for unit in units
+                    for s, t in product(by.get((*unit, batch), ()),
+                                        by.get((*unit, reference), ()))]
+            for batch in sorted(statistics["batch"].unique()) if batch != reference}
+
+
+def unpaired(statistics: pd.DataFrame, batch: str, reference: str) -> list[Pair]:
+    """Pair every run of two sites with itself, for methods that learn from unlike people.
+
+    Parameters are those of `find`.
+    """
+    pairs = []
+    for name, kind in ((batch, SOURCE), (reference, REFERENCE)):
+        rows = statistics[statistics["batch"] == name]
+        pairs += [Pair(participant, run, run, kind)
+                  for participant, run in zip(rows["participant"], rows["run"], strict=True)]
+    return pairs
+
+
+def coefficients(dwi: Dwi, l_max: int, smoothing: float = SMOOTHING
+                 ) -> tuple[Float[np.ndarray, "shell voxel coef"], np.ndarray]:
+    """Fit spherical harmonics to S/S0 of every shell.
+
+    Parameters
+    ----------
+    dwi : Dwi
+    l_max : int
+        Highest degree.
+    smoothing : float
+        λ of the Laplace–Beltrami penalty.
+
+    Returns
+    -------
+    coefficients : (shell, voxel, coefficient) float32
+        0 where S0, the mean b0, is not positive.
+    usable : (voxel,) bool
+        Where it is positive.
+    """
+    s0 = dwi.mean_b0
+    usable = s0 > 0
+    scale = np.where(usable, 1 / np.where(usable, s0, 1), 0)
+    fits = [sh.smooth_fit(l_max, dwi.acquisition.bvecs[shell.indices], smoothing)
+            for shell in dwi.acquisition.shells]
+    return np.stack([((dwi.signal[:, shell.indices] * scale[:, None]) @ fit.T).astype(np.float32)
+                     for shell, fit in zip(dwi.acquisition.shells, fits, strict=True)]), usable
+
+
+def align(source: Dwi, target: Dwi, *, l_max: int, **options: Any) -> AlignedPair:
+    """Register two scans and bring the source's coefficients onto the target's grid.
+
+    Parameters
+    ----------
+    source, target, **options
+        As of `register`.
+    l_max : int
+        Highest degree of the coefficients.
+    """
+    registration = register(source, target, **options)
+    return AlignedPair(**vars(registration), image=resample(source, l_max, registration),
+                       target=attenuation(target, registration))
+
+
+def register(source: Dwi, target: Dwi, *, deformable: bool = True, device: str = "cpu",
+             work_dir: Path | None = None, rigid: np.ndarray | None = None) -> Registration:
+    """Find where the target lies in the source. Reproducible to the byte on a CPU.
+
+    Parameters
+    ----------
+    source, target : Dwi
+    deformable : bool
+        Whether SyN follows the rigid registration.
+    device : str
+        Of the tensor fits.
+    work_dir : Path, optional
+        Folder in which the registration is kept, and found when the same scans are registered
+        again.
+    rigid : (4, 4), optional
+        World of the target → world of the source, mm, where it is known.
+
+    Raises
+    ------
+    DataError
+        The masks hardly overlap.
+    """
+    if work_dir is None:
+        return _register(source, target, deformable, device, None, rigid)
+    known = None if rigid is None else rigid.tolist()
+    path = work_dir / f"{KEPT}{_digest(source, target, deformable, device, known)}.npz"
+    registration = Registration.load(path)
+    if registration is None:
+        registration = _register(source, target, deformable, device, work_dir, rigid)
+        registration.save(path)
+    return registration
+
+
+def _digest(source: Dwi, target: Dwi, *options: Any) -> str:
+    """Hash all that determines a registration."""
+    parameters = options, __version__, ITERATIONS, RADIUS, FLOW
+    digest = hashlib.blake2b(repr(parameters).encode(), digest_size=16)
+    for dwi in (source, target):
+        for values in (dwi.signal, dwi.mask, dwi.affine, dwi.acquisition.bvals,
+                       dwi.acquisition.btensors, dwi.tissue):
+            digest.update(repr(None if values is None else (values.shape, values.dtype)).encode())
+            if values is not None:  # signals stand by voxel or by volume, and may be large
+                digest.update(np.ascontiguousarray(
+                    values if values.flags.c_contiguous else values.T).data)
+    return digest.hexdigest()
+
+
+def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir: Path | None,
+              rigid: np.ndarray | None) -> Registration:
+    from scipy.ndimage import map_coordinates
+
+    mask, affine, rows = canonical(target.mask, target.affine)
+    target = replace(target, signal=target.signal[rows], mask=mask, affine=affine,
+                     tissue=None if target.tissue is None else target.tissue[rows])
+    usable = source.mean_b0 > 0
+    maps = tensor_maps(target, device)
+    if rigid is None:
+        rigid = rigid_registration.align(target, source.unmask(_mean_attenuation(source)),
+                                         source.affine)
+    coordinates = grid_coordinates(source.affine,
+                                   world_points(mask.shape, rigid @ target.affine))
+    rotation = np.broadcast_to(rigid[:3, :3].T, (*mask.shape, 3, 3))
+    if deformable:
+        fa = source.unmask(tensor_maps(source, device)["fa"])
+        moved = map_coordinates(fa, coordinates, order=1)
+        u = displacement(target.unmask(maps["fa"]), moved * mask, target.affine, work_dir,
+                         flow=FLOW)
+        points = transform_points(rigid, world_points(mask.shape, target.affine) + u)
+        deformed = grid_coordinates(source.affine, points)
+        before, after = _correlations(source, target, coordinates, deformed)
+        if after > before:
+            coordinates, rotation = deformed, rotations(points, target.affine)
+    inside = source.unmask(usable).astype(np.float32)
+    overlap = mask & (map_coordinates(inside, coordinates, order=1) > 0.5)
+    overlap[mask] &= target.mean_b0 > 0
+    smaller = min(source.mask.sum() * _voxel_volume(source), mask.sum() * _voxel_volume(target))
+    if overlap.sum() * _voxel_volume(target) < OVERLAP * smaller:
+        raise DataError(f"the scans of this participant share {int(overlap.sum())} voxels, less "
+                        f"than {OVERLAP:.0%} of the smaller brain mask. Check that both show the "
+                        "same part of the same head, and their masks.")
+    labels = target.unmask(tissue.labels(target, maps["md"], maps["fa"],
+                                         (target.mean_b0 > 0) & ~maps["failed"]))
+    return Registration(overlap, labels * overlap, coordinates[:, overlap].astype(np.float32),
+                        rotation[overlap].astype(np.float32))
+
+
+def _voxel_volume(dwi: Dwi) -> float:
+    """Volume of a voxel in mm³."""
+    return abs(np.linalg.det(dwi.affine[:3, :3]))
+
+
+def _correlations(source: Dwi, target: Dwi, *coordinates: Float[np.ndarray, "3 x y z"]
+                  ) -> list[float]:
+    """Correlate the attenuations by each of several registrations, in voxels where all of them
+    stay in both masks; 0 where those are fewer than three."""
+    from scipy.ndimage import map_coordinates
+
+    images = source.mask.astype(np.float32), source.unmask(_mean_attenuation(source))
+    inside, moved = (np.stack([map_coordinates(image, at[:, target.mask], order=1)
+                               for at in coordinates]) for image in images)
+    common = (inside > 0.99).all(axis=0)
+    reference = _mean_attenuation(target)[common]
+    return [float(np.corrcoef(values[common], reference)[0, 1]) if common.sum() > 2 else 0.0
+            for values in moved]
+
+
+def attenuation(target: Dwi, registration: Registration
+                ) -> Float[np.ndarray, "voxel measurement"]:
+    """Give the target's own S/S0, float32, at the voxels of `registration.overlap`."""
+    mask, _, rows = canonical(target.mask, target.affine)
+    rows = rows[registration.overlap[mask]]
+    return (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32)
+
+
+def resample(source: Dwi, l_max: int, registration: Registration
+             ) -> Float[np.ndarray, "shell x y z coef"]:
+    """Bring the source's coefficients of S/S0 onto the target's grid: `AlignedPair.image`.
+
+    By cubic splines, which smooth little: a network that learned from smoothed input would be
+    applied to input that is not.
+    """
+    shells, usable = coefficients(source, l_max)
+    moved = [_rotate(_moved(values[usable], source.mask, usable, registration),
+                     registration.rotation) for values in shells]
+    return np.stack([fill_nearest(values, registration.overlap, margin=1) for values in moved])
+
+
+def resample_measurements(source: Dwi, registration: Registration
+                          ) -> Float[np.ndarray, "voxel measurement"]:
+    """Bring the source's S/S0 to the voxels of `registration.overlap`, along its own directions.
+
+    They are not rotated: FA and MD do not depend on it. By cubic splines, as `resample`.
+    """
+    s0 = source.mean_b0
+    usable = s0 > 0
+    parts = np.array_split(np.arange(len(source.acquisition)), -(-len(source.acquisition) // GRIDS))
+    return np.concatenate([_moved(
+        (source.signal[:, part][usable] / s0[usable, None]).astype(np.float32), source.mask, usable,
+        registration) for part in parts], 1)
+
+
+def _moved(values: Float[np.ndarray, "usable k"], mask: np.ndarray, usable: np.ndarray,
+           registration: Registration) -> Float[np.ndarray, "voxel k"]:
+    """Interpolate values of the usable voxels of a source at the voxels of `overlap`."""
+    from scipy.ndimage import map_coordinates
+
+    grid = fill_nearest(values, mask, usable)
+    return np.stack([map_coordinates(component, registration.coordinates, order=3, mode="nearest")
+                     for component in np.moveaxis(grid, -1, 0)], -1)
+
+
+def tensor_maps(dwi: Dwi, device: str) -> Mapping[str, np.ndarray]:
+    """Fit the tensor (`tensor.fit`) to the measurements that serve it."""
+    chosen = tensor.volumes(dwi.acquisition)
+    x = tensor.design(dwi.acquisition[chosen].btensors)
+    return map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, device)
+
+
+def _mean_attenuation(dwi: Dwi) -> Float[np.ndarray, " voxel"]:
+    """Mean weighted signal over mean b0, between 0 and 1."""
+    s0 = dwi.mean_b0
+    weighted = dwi.signal[:, ~dwi.acquisition.b0].mean(axis=1)
+    return (weighted / np.where(s0 > 0, s0, np.inf)).clip(0, 1)
+
+
+def _rotate(values: Float[np.ndarray, "voxel coef"], rotation: Float[np.ndarray, "voxel 3 3"]
+            ) -> Float[np.ndarray, "voxel coef"]:
+    """Rotate coefficients voxel by voxel."""
+    with one_thread():
+        parts = [sh.rotate(torch.from_numpy(values[i:i + BLOCK]),
+                           torch.from_numpy(np.ascontiguousarray(rotation[i:i + BLOCK],
+                                                                 np.float32)))
+                 for i in range(0, len(values), BLOCK)]
+    return torch.cat(parts).numpy()

@@ -1,0 +1,118 @@
+"""Rigid registration of a diffusion series to an image of the same head.
+
+It maximises normalised mutual information (Studholme et al. 1999,
+doi:10.1016/S0031-3203(98)00091-0) between the image and the attenuation, the mean weighted signal
+over the mean b0: unlike the b0 it has no bias field and sets white from grey matter. It is dense
+and deterministic, and turns about the brain's centre; antspyx' and dipy's rigid registrations gave,
+on the same images, transforms that differed by degrees between runs or starts, and lost a thin
+slab.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from bidsapp.dwi import Dwi
+from bidsapp.registration.geometry import transform_points
+
+BINS = 32
+RIM = 2
+"""Voxels around the brain mask that are compared, too: the brain's edge constrains the
+registration of a slab."""
+
+COARSE, FINE = (4.0, 4.0, 0.1, 10_000), (0.0, 1.0, 0.01, 40_000)
+"""Smoothing (mm), first step (mm or degrees), tolerance of the parameters, voxels compared."""
+
+NODS = (0.0, -10.0, 10.0)
+"""Degrees about the left–right axis, in which heads nod, of the starts of the registration."""
+
+MAX_MOVE = 30.0
+"""Degrees or mm from its start beyond which no move is sought."""
+
+
+def align(dwi: Dwi, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Register a diffusion series to an image of the same head.
+
+    The best of several starts (the images as they lie, their centres together; each with the head
+    nodding) is found on smooth images and then refined.
+
+    Parameters
+    ----------
+    dwi : Dwi
+    image : (x, y, z)
+        A T1w image, or the attenuation of another series.
+    affine : (4, 4)
+        Of the image.
+
+    Returns
+    -------
+    (4, 4)
+        World of the series → world of the image, mm.
+    """
+    from scipy.ndimage import binary_dilation
+    from scipy.spatial.transform import Rotation
+
+    b0 = dwi.mean_b0
+    ratio = dwi.signal[:, ~dwi.acquisition.b0].mean(axis=1) / np.where(b0 > 0, b0, np.inf)
+    fixed = dwi.unmask(ratio.clip(0, 1))
+    region = binary_dilation(dwi.mask, iterations=RIM)
+    points = transform_points(dwi.affine, np.argwhere(dwi.mask))
+    centre = points.mean(axis=0)
+    head = np.argwhere(image > image.mean())
+    shift = transform_points(affine, head).mean(axis=0) - centre
+    starts = [np.r_[turn, 0, 0, off] for off, turn in product((np.zeros(3), shift), NODS)]
+    best = min((_climb(p, COARSE, fixed, region, dwi, centre, image, affine) for p in starts),
+               key=lambda found: found[1])[0]
+    best = _climb(best, FINE, fixed, region, dwi, centre, image, affine)[0]
+    move = np.eye(4)
+    move[:3, :3] = Rotation.from_rotvec(best[:3], degrees=True).as_matrix()
+    move[:3, 3] = centre + best[3:] - move[:3, :3] @ centre
+    return move
+
+
+def _climb(start: np.ndarray, how: tuple[float, float, float, int], fixed: np.ndarray,
+           region: np.ndarray, dwi: Dwi, centre: np.ndarray, image: np.ndarray,
+           affine: np.ndarray) -> tuple[np.ndarray, float]:
+    """Rotation vector (degrees) and translation (mm) of the least cost near `start`, and the
+    cost: minus the normalised mutual information, (H(a) + H(b)) / H(a, b)."""
+    from scipy.ndimage import gaussian_filter, map_coordinates
+    from scipy.optimize import minimize
+    from scipy.spatial.transform import Rotation
+
+    sigma, step, tolerance, most = how
+    size = np.linalg.norm(dwi.affine[:3, :3], axis=0)
+    weight = gaussian_filter(dwi.mask.astype(np.float32), sigma / size)
+    smooth = gaussian_filter(fixed, sigma / size) / np.maximum(weight, 0.05)
+    every = max(1, int(region.sum()) // most)
+    points = transform_points(dwi.affine, np.argwhere(region)[::every]) - centre
+    mine = _levels(smooth[region], smooth[dwi.mask]).astype(np.int64)[::every] * BINS
+    moving = gaussian_filter(image, max(sigma, size.mean() / 2.355)
+                             / np.linalg.norm(affine[:3, :3], axis=0))
+    moving = _levels(moving, moving[moving > moving.mean()], low=0.0)
+    to = np.linalg.inv(affine)
+
+    def cost(p: np.ndarray) -> float:
+        beyond = np.maximum(np.abs(p - start) - MAX_MOVE, 0).sum()
+        world = Rotation.from_rotvec(p[:3], degrees=True).apply(points) + centre + p[3:]
+        seen = map_coordinates(moving, transform_points(to, world).T, order=1).astype(np.int64)
+        joint = np.bincount(mine + seen, minlength=BINS**2).reshape(BINS, BINS) / len(mine)
+        return beyond - (_entropy(joint.sum(0)) + _entropy(joint.sum(1))) / _entropy(joint)
+
+    found = minimize(cost, start, method="Powell", options={
+        "xtol": tolerance, "ftol": 1e-6, "direc": step * np.eye(6)})
+    return found.x, float(found.fun)
+
+
+def _levels(values: np.ndarray, of: np.ndarray, low: float | None = None) -> np.ndarray:
+    """0 … BINS − 1 over the 1st to 99th percentile of `of`, float32."""
+    ends = np.percentile(of, (1, 98))
+    bottom = ends[0] if low is None else low
+    scaled = (values - bottom) / max(ends[1] - bottom, 1e-12) * BINS
+    return scaled.clip(0, BINS - 1).astype(np.float32)
+
+
+def _entropy(p: np.ndarray) -> float:
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
