@@ -143,7 +143,8 @@ def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.T
     """MSE by estimator and quantity on held-out voxels: of a table alone, or of `draw_bundles`."""
     generator = torch.Generator().manual_seed(seed)
     acq, tissue = acquisition(), TWO_COMPARTMENTS
-    side = protocols.of(acq, acq.shells, learn.L_SIMULATED, s0_known=True).to(torch.zeros(()))
+    side = protocols.from_acquisition(acq, acq.shells, learn.L_SIMULATED,
+                                      s0_known=True).to(torch.zeros(()))
     truth = tissue.draw(voxels, generator)
     l_max = learn.L_SIMULATED
     odfs = (draw_bundles(voxels, generator, l_max, **bundles) if table is None else

@@ -264,7 +264,7 @@ class Dwi:
         volume[self.mask] = values
         return volume
 
-    def of(self, shell: Shell) -> Dwi:
+    def select_shell(self, shell: Shell) -> Dwi:
         """The volumes of a shell, and those without weighting."""
         part = np.sort(np.r_[np.flatnonzero(self.acquisition.b0), shell.indices])
         return replace(self, signal=self.signal[:, part], acquisition=self.acquisition[part])

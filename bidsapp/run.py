@@ -39,7 +39,7 @@ from bidsapp.kinds import (
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize, plan
 from bidsapp.recipe.execute import (
-    Job,
+    Invocation,
     conflicting_model,
     mixed_harmonizers,
     process_participant,
@@ -47,7 +47,7 @@ from bidsapp.recipe.execute import (
     run_records,
     write_page,
 )
-from bidsapp.recipe.steps import Context, load_run, voxel_size
+from bidsapp.recipe.steps import RunContext, load_run, voxel_size
 from bidsapp.report import boilerplate, distributions, page
 from bidsapp.workers import pool, task
 
@@ -68,7 +68,7 @@ REPLACED = {"epochs": "stages.epochs", "blocks": "network.blocks"}
 def participant(options: Options) -> int:
     """Find runs, process each, write derivatives and a page per participant. Returns exit code."""
     chosen, upsampler = plan.chosen_methods(options), plan.chosen_upsampler(options)
-    models = harmonize.find(options)
+    models = harmonize.load_models(options)
     if options.reports_only and not options.dry_run:
         return regenerate_reports(options)
     found = find.find(options)
@@ -84,11 +84,11 @@ def participant(options: Options) -> int:
         return 0
     memory, device = available_memory(options), choose_device(options.device)
     workers, threads = share_cpus(options, found, memory, device)
-    job = Job(options, links, f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}", device,
-              memory / workers, threads)
+    invocation = Invocation(options, links, f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}",
+                            device, memory / workers, threads)
     if options.work_dir:
         make_work_dir(options.work_dir)
-    done = dict(run_all(job, found, workers))
+    done = dict(run_all(invocation, found, workers))
     dataset.participants({label: found.rows[label] for label in done}, found.columns)
     log_unknown_participants(found.unknown, options)
     if failed := [label for label, ok in done.items() if not ok]:
@@ -178,7 +178,7 @@ def replaced_options(options: Options, trained: Sequence[Trainable]) -> list[str
     return texts
 
 
-def load_cohort(options: Options, found: find.Found, statistics: pd.DataFrame,
+def load_cohort(options: Options, found: find.Inventory, statistics: pd.DataFrame,
                 covariates: Sequence[str], devices: tuple[int, int]) -> Cohort:
     """Gather what trainings need of the processed runs; their signals are loaded one by one."""
     runs = {run.name: run for label in found.participants for run in found.runs[label]
@@ -329,7 +329,7 @@ def log_unknown_participants(labels: Sequence[str], options: Options) -> None:
                   "--participant-label.", label, options.bids_dir)
 
 
-def share_cpus(options: Options, found: find.Found, memory: float, device: str
+def share_cpus(options: Options, found: find.Inventory, memory: float, device: str
                ) -> tuple[int, int]:
     """Decide how many participants are processed at a time, and on how many CPUs each.
 
@@ -376,7 +376,8 @@ def make_work_dir(path: Path) -> None:
                          "that you may write to.") from error
 
 
-def participant_statistics(dataset: Dataset, found: find.Found) -> tuple[pd.DataFrame, list[str]]:
+def participant_statistics(dataset: Dataset, found: find.Inventory
+                           ) -> tuple[pd.DataFrame, list[str]]:
     """One row per processed run: who, batch and covariates (as BIDS_DIR says now), QC and maps."""
     done: list[tuple[Run, dict[str, Any]]] = []
     for run in (run for label in found.participants for run in found.runs[label]):
@@ -400,25 +401,30 @@ def participant_statistics(dataset: Dataset, found: find.Found) -> tuple[pd.Data
     return pd.DataFrame(rows), [c for c in known if c not in measured]
 
 
-def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bool]]:
+def run_all(invocation: Invocation, found: find.Inventory, workers: int
+            ) -> Iterator[tuple[str, bool]]:
     """(label, succeeded) of each participant, `workers` of them at a time."""
     todo = found.participants
     with logging_redirect_tqdm(), tqdm(total=len(todo), desc="participants", disable=None) as bar:
         if workers == 1:
             for label in todo:
-                ok = process_participant(job, label, found.runs[label], found.problems[label])
+                ok = process_participant(invocation, label, found.runs[label],
+                                         found.problems[label])
                 bar.update()
                 yield label, ok
-                if not ok and job.options.stop_on_first_crash:
+                if not ok and invocation.options.stop_on_first_crash:
                     return
             return
         # threads of numpy's library in the new processes; fewer where the user said so
         inherited = os.environ.get("OMP_NUM_THREADS", "")
-        fewest = min(job.threads, int(inherited) if inherited.isdecimal() else job.threads)
-        os.environ["OMP_NUM_THREADS"] = str(fewest)
+        threads = invocation.threads
+        if inherited.isdecimal():
+            threads = min(threads, int(inherited))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         with pool(workers) as executor:
-            futures = {executor.submit(task, process_participant, job, label, found.runs[label],
-                                       found.problems[label]): label for label in todo}
+            futures = {executor.submit(task, process_participant, invocation, label,
+                                       found.runs[label], found.problems[label]): label
+                       for label in todo}
             for future in as_completed(futures):
                 bar.update()
                 if future.cancelled():
@@ -429,7 +435,7 @@ def run_all(job: Job, found: find.Found, workers: int) -> Iterator[tuple[str, bo
                               "cause: fewer at a time with --omp-nthreads, or --mem-mb.", label,
                               future.exception())
                 yield label, ok
-                if not ok and job.options.stop_on_first_crash:
+                if not ok and invocation.options.stop_on_first_crash:
                     for other in futures:
                         other.cancel()
 
@@ -458,14 +464,14 @@ def input_datasets(options: Options) -> dict[str, Path]:
     return {"raw": options.bids_dir, **dict(options.derivatives)}
 
 
-def dry_run(found: find.Found, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
+def dry_run(found: find.Inventory, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
             options: Options) -> str:
     """The text of --dry-run: what would be done to every run, with predicted memory."""
     dataset, lines = Dataset(options.output_dir, input_datasets(options)), []
     for label in found.participants:
         lines += [f"sub-{label}: {problem}" for problem in found.problems[label]]
         for run in found.runs[label]:
-            context = Context(options, dataset, run, "cpu", 0)
+            context = RunContext(options, dataset, run, "cpu", 0)
             if conflict := conflicting_model(dataset, run, models):
                 lines.append(f"{run.name}: refused: {conflict}")
             else:

@@ -28,7 +28,7 @@ from bidsapp.progress import time_left
 
 log = logging.getLogger("qsphere")
 
-Batch = tuple[torch.Tensor, ...]
+Minibatch = tuple[torch.Tensor, ...]
 
 LOG_EVERY = 60.0
 """Seconds between lines in the log, where no terminal shows a bar."""
@@ -107,8 +107,8 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
-          loss: Callable[[nn.Module, Batch], torch.Tensor], schedule: Schedule, *, seed: int,
+def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Minibatch]],
+          loss: Callable[[nn.Module, Minibatch], torch.Tensor], schedule: Schedule, *, seed: int,
           device: str, validate: Callable[[nn.Module], float] | None = None,
           saved: Path | None = None, devices: tuple[int, int] = (1, 1), name: str = "training"
           ) -> list[dict[str, float]]:
@@ -157,7 +157,7 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Batch]],
         with tqdm(total=schedule.steps, initial=state["step"], desc=name,
                   disable=None if fabric.is_global_zero else True) as bar:
             total = 0.0  # of the losses since the last validation
-            queue: deque[Batch] = deque()
+            queue: deque[Minibatch] = deque()
             if state["step"] > state["drawn"]:
                 queue.extend(draw(chance(state["drawn"]))[state["step"] - state["drawn"]:])
             began = time.monotonic() - (state["history"][-1]["seconds"] if state["history"] else 0)

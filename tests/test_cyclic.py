@@ -15,7 +15,7 @@ from bidsapp.evaluate import agreement, crossvalidation
 from bidsapp.harmonization import pairs, patches
 from bidsapp.networks import cyclic
 from bidsapp.networks.builder import build_network
-from bidsapp.networks.cyclic import Against, Cycle, Generator, invariants
+from bidsapp.networks.cyclic import Cycle, Generator, GradientReversal, invariants
 from bidsapp.simulate import odf
 
 B0 = 3
@@ -91,7 +91,7 @@ def test_critics_and_generators_pull_apart(rng, monkeypatch):
     (made - cycle.real_b(invariants(y, scale))).mean().backward()
     torch.testing.assert_close(turned[0], -cycle.to_b.coarse[0].weight.grad)
     torch.testing.assert_close(turned[1], cycle.real_b[0].weight.grad)
-    assert Against.apply(x) is not x and torch.equal(Against.apply(x), x)
+    assert GradientReversal.apply(x) is not x and torch.equal(GradientReversal.apply(x), x)
 
 
 def test_losses_vanish_for_the_identity(rng):

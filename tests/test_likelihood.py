@@ -21,7 +21,7 @@ def likelihood(n=6, sigma=0.03, seed=0, b=(1000, 2200, 3000), counts=(30, 60, 90
                power=POWER):
     g = np.concatenate([protocols.spread(k) for k in counts])
     acq = Acquisition(np.r_[0, np.repeat(b, counts)], np.r_[np.zeros((1, 3)), g])
-    side = protocols.of(acq, acq.shells, 8)
+    side = protocols.from_acquisition(acq, acq.shells, 8)
     generator = torch.Generator().manual_seed(seed)
     theta = TWO_COMPARTMENTS.draw(n, generator).double()
     densities = draw_odfs(n, generator, 8).double()

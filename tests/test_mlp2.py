@@ -171,7 +171,7 @@ def test_weights_from_before_there_were_cases_are_refused(first, tmp_path):
         **first.card.constants, "density_power": [0.03, 0.02, 0.01, 0.005]}))
     told = r"shape \(4,\); needed is \(case, degree\).*train again"
     with pytest.raises(UsageError, match="--init: weights of estimate_scnn2.*" + told):
-        learn.start_of("estimate_scnn2", small(), keep(old, tmp_path / "old"))
+        learn.initial_weights("estimate_scnn2", small(), keep(old, tmp_path / "old"))
     with pytest.raises(DataError, match=told):
         estimating.known_power(old.card)
 
@@ -193,17 +193,17 @@ def test_which_weights_a_training_starts_from(first, tmp_path):
     folder = keep(first, tmp_path / "first")
     own = methods.get("estimate_scnn2").recipe("one")
     shipped = estimating.bundled_weights("estimate_scnn2")
-    assert learn.start_of("estimate_scnn2", own, None).card.sha256 == shipped.card.sha256
-    assert learn.start_of("estimate_scnn2", small(), None) is None  # of another shape
-    assert learn.start_of("estimate_mlp2", of_perceptron(), None) is None  # none ship
-    given = learn.start_of("estimate_scnn2", small(), folder)
+    assert learn.initial_weights("estimate_scnn2", own, None).card.sha256 == shipped.card.sha256
+    assert learn.initial_weights("estimate_scnn2", small(), None) is None  # of another shape
+    assert learn.initial_weights("estimate_mlp2", of_perceptron(), None) is None  # none ship
+    given = learn.initial_weights("estimate_scnn2", small(), folder)
     assert given.card.constants == first.card.constants
     with pytest.raises(UsageError, match="do not fit its network"):
-        learn.start_of("estimate_scnn2", own, folder)
+        learn.initial_weights("estimate_scnn2", own, folder)
     with pytest.raises(UsageError, match="estimate_scnn2; those of estimate_noddi are needed"):
-        learn.start_of("estimate_noddi", own, folder)
+        learn.initial_weights("estimate_noddi", own, folder)
     with pytest.raises(UsageError, match="holds no checkpoint"):
-        learn.start_of("estimate_scnn2", own, tmp_path / "nothing")
+        learn.initial_weights("estimate_scnn2", own, tmp_path / "nothing")
 
 
 @pytest.mark.slow

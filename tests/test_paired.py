@@ -459,7 +459,7 @@ def test_a_degree_of_the_command_line_reaches_network_card_and_use(tmp_path):
     (tmp_path / name).mkdir()
     for file, content in pack(model).items():
         (tmp_path / name / file).write_bytes(content)
-    (found,) = harmonize.find(cli.parse(
+    (found,) = harmonize.load_models(cli.parse(
         ["/in", "/out", "participant", "--harmonize", str(tmp_path / name)]))
     scan = thinned(head("07", "B"), few)
     assert np.isfinite(found.method.harmonize(scan, found.checkpoint, "B", "cpu").signal).all()

@@ -15,7 +15,7 @@ from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.plan import chosen_methods, plan
-from bidsapp.recipe.steps import Context, StepReport, load_run
+from bidsapp.recipe.steps import RunContext, StepReport, load_run
 from bidsapp.stage import Stage
 
 
@@ -150,7 +150,7 @@ def test_fingerprints_follow_what_a_step_takes(study):
         options = cli.parse([str(bids), str(out), "participant", "--estimate", "dti", "scnn2",
                              *more])
         (run,) = find.find(options).runs["02"]
-        context = Context(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
+        context = RunContext(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
         return {s.name: s.fingerprint for s in plan(context, models, chosen_methods(options))}
 
     model = checkpoint.load(out / "group/models/harmonize_mica_toA")
@@ -194,5 +194,5 @@ def estimate(bids, out, name):
     """The last step of a plan for sub-02."""
     options = cli.parse([str(bids), str(out), "participant", "--estimate", name])
     (run,) = find.find(options).runs["02"]
-    context = Context(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
+    context = RunContext(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
     return plan(context, (), chosen_methods(options))[-1]

@@ -157,7 +157,7 @@ def test_simulated_shells_are_those_of_the_forward_model():
     densities = tissue.draw_odfs(7, generator, 12).double()
     parts = tissue.TWO_COMPARTMENTS.compartments(
         tissue.TWO_COMPARTMENTS.draw(7, generator).double())
-    side = protocols.of(acq, acq.shells, 12)
+    side = protocols.from_acquisition(acq, acq.shells, 12)
     signals = side.signals(side.coefficients(densities, parts))
     expected = forward.Protocol(acq, 12, densities).signal(densities, parts)
     x = side.fitted(signals)
@@ -177,7 +177,7 @@ def test_uneven_directions_lower_the_degree():
     g /= np.linalg.norm(g, axis=1, keepdims=True)
     g = g[g[:, 2] > np.cos(np.deg2rad(35))][:60]
     acq = Acquisition(np.r_[0, np.full(60, 1000)], np.r_[np.zeros((1, 3)), g])
-    fit = protocols.of(acq, acq.shells, 8).fit[0, 0]
+    fit = protocols.from_acquisition(acq, acq.shells, 8).fit[0, 0]
     used = int((fit != 0).any(1).sum())
     assert used < 45
     assert np.linalg.cond(sh.basis(sh.l_max_of(used), g)) ** 2 < protocols.MOST_CONDITION
@@ -187,7 +187,7 @@ def test_spherical_encoding_has_a_mean_alone():
     """Along every axis it measures the same, so that higher degrees would be noise."""
     acq = acquisition()
     acq = replace(acq, b_delta=np.where(acq.bvals == 1000, 0.0, 1.0))
-    used = (protocols.of(acq, acq.shells, 8).fit[0] != 0).any(2).sum(1)
+    used = (protocols.from_acquisition(acq, acq.shells, 8).fit[0] != 0).any(2).sum(1)
     assert int(used[0]) == 1 < int(used[1])
 
 
@@ -196,7 +196,7 @@ def test_noise_of_fitted_coefficients():
     errors, and the mean b0 has the noise that is told."""
     acq = acquisition(b=(1000,), n=(60,), b0=4)
     n, sigma = 4000, 0.05
-    side = protocols.of(acq, acq.shells, 8)
+    side = protocols.from_acquisition(acq, acq.shells, 8)
     clean = torch.full((1, n, 1, 60), 0.6, dtype=torch.float64)
     x, noise = protocols.measure(side, clean, torch.full((n,), sigma).double(),
                                  torch.Generator().manual_seed(0))
@@ -479,7 +479,7 @@ def test_noddi_is_its_integral():
     points, weights = sh.quadrature(120)
     acq = acquisition(b=(1000, 2500), n=(12, 20))
     p = tissue.NODDI.draw(6, torch.Generator().manual_seed(2)).double()
-    side = protocols.of(acq, acq.shells, 16)
+    side = protocols.from_acquisition(acq, acq.shells, 16)
     generator = torch.Generator().manual_seed(1)
     s, _ = tissue.NODDI.simulate(side, p, generator, 16)
     axis = odf.random_rotations(6, torch.Generator().manual_seed(1))[:, :, 0].numpy()
@@ -594,8 +594,8 @@ def test_a_training_for_several_acquisitions_is_refused(study):
     two = {"a": acquisition(), "b": acquisition((1000, 2000), (12, 16))}
     recipe = methods.get("estimate_scnn2").recipe("one")
     with pytest.raises(UsageError, match=r"found are 2 \(b1000n30_b2200n60: a; b1000n12_b"):
-        learn.for_one("estimate_scnn2", recipe, two, [20.0], steps=1, seed=0, device="cpu",
-                      states=None, intended_use="")
+        learn.train_for_acquisition("estimate_scnn2", recipe, two, [20.0], steps=1, seed=0,
+                                    device="cpu", states=None, intended_use="")
 
 
 def test_a_training_does_not_go_on_from_the_state_of_another(tmp_path, monkeypatch):
@@ -612,8 +612,8 @@ def test_a_training_does_not_go_on_from_the_state_of_another(tmp_path, monkeypat
 
         monkeypatch.setattr(learn, "train", train)
         with pytest.raises(InterruptedError):
-            learn.for_one("estimate_scnn2", known["recipe"], {"a": acquisition()}, known["snr"],
-                          steps=known["steps"], seed=0, device="cpu", states=tmp_path,
+            learn.train_for_acquisition(
+                "estimate_scnn2", known["recipe"], {"a": acquisition()}, known["snr"], steps=known["steps"], seed=0, device="cpu", states=tmp_path,
                           intended_use="")
         return found[0]
 

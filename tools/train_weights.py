@@ -50,7 +50,7 @@ def main() -> None:
                              ) if options.densities else None
     trained = learn.train(
         method.name, recipe, seed=options.seed, device=options.device, table=table,
-        start=learn.start_of(method.name, recipe, options.init) if options.init else None,
+        start=learn.initial_weights(method.name, recipe, options.init) if options.init else None,
         saved=options.state or options.out / "state.ckpt", intended_use=method.intended_use,
         new_hints=options.new_hints)
     for name, content in checkpoint.pack(trained).items():

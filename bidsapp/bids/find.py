@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bidsapp.acquisition import B0_MAX, Acquisition
-from bidsapp.bids import batch, corrections, foreign
+from bidsapp.bids import batch, corrections, preprocessed
 from bidsapp.bids.btable import largest_b, read_acquisition
 from bidsapp.bids.index import (
     description,
@@ -44,7 +44,7 @@ SAME_TENSOR = 0.05
 
 
 @dataclass(frozen=True)
-class Found:
+class Inventory:
     """What there is to do.
 
     name, authors: the dataset's. participants: labels with runs or problems. runs, problems: of
@@ -63,7 +63,7 @@ class Found:
     columns: Mapping[str, dict[str, Any]] = field(repr=False)
 
 
-def find(options: Options) -> Found:
+def find(options: Options) -> Inventory:
     """The runs that the options ask for; notices and the table of batches go to the log.
 
     Raises:
@@ -82,15 +82,15 @@ def find(options: Options) -> Found:
     else:
         layout = index(root, participants=asked, validate=not options.skip_bids_validation,
                        database_dir=options.bids_database_dir)
-        raw = foreign.by_label(files(layout, "dwi", filters))
-    preprocessed = [foreign.Tree.of(name, path, asked, filters) for name, path in trees]
+        raw = preprocessed.by_label(files(layout, "dwi", filters))
+    derivatives = [preprocessed.Tree.of(name, path, asked, filters) for name, path in trees]
 
-    known = participants(root).union(*(tree.labels for tree in preprocessed))
+    known = participants(root).union(*(tree.labels for tree in derivatives))
     unknown = [label for label in asked if label not in known]
     wanted = [p for p in asked if p in known] if asked else sorted(known, key=label_order)
     problems: dict[str, list[str]] = {label: [] for label in wanted}
     runs = {label: sorted(
-        _participant(label, raw.get(label, []), root, preprocessed, sessions, problems[label]),
+        _participant(label, raw.get(label, []), root, derivatives, sessions, problems[label]),
         key=lambda run: label_order(run.name)) for label in wanted}
     nothing = [label for label in runs if not runs[label] and not problems[label]]
     if len(nothing) == len(runs):
@@ -104,16 +104,16 @@ def find(options: Options) -> Found:
     labels = [label for label in runs if runs[label] or problems[label]]
     batches = batch.Batches.read(root, labels, options.batch_file, options.batch_column, problems)
     resolved = iter(batches.resolve([run for label in labels for run in runs[label]]))
-    anatomy = [*(tree.root for tree in preprocessed), root]
-    runs = {label: [foreign.with_anatomy(next(resolved), anatomy) for _ in runs[label]]
+    anatomy = [*(tree.root for tree in derivatives), root]
+    runs = {label: [preprocessed.with_anatomy(next(resolved), anatomy) for _ in runs[label]]
             for label in labels}
     authors = about.get("Authors")
-    return Found(str(about.get("Name") or root.name),
+    return Inventory(str(about.get("Name") or root.name),
                  [str(a) for a in authors] if isinstance(authors, list) else [], labels, runs,
                  problems, unknown, batches.rows(runs), batches.columns)
 
 
-def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[foreign.Tree],
+def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[preprocessed.Tree],
                  sessions: Collection[str], problems: list[str]) -> Iterator[Run]:
     """Preprocessed runs of the first tree that has any of a session; raw ones of other sessions."""
     taken: dict[str | None, str] = {}
@@ -157,7 +157,7 @@ def _with_scanner(run: Run, raw: Sequence[Path], root: Path) -> Run:
                                     for part in run.parts))
 
 
-def _with_mask(run: Run, trees: Sequence[foreign.Tree]) -> Run:
+def _with_mask(run: Run, trees: Sequence[preprocessed.Tree]) -> Run:
     masks = (tree.mask_of(run) for tree in trees)
     return run if run.mask else replace(run, mask=next((m for m in masks if m), None))
 

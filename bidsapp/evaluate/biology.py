@@ -200,7 +200,7 @@ def in_sample(statistics: pd.DataFrame, features: Sequence[str],
 
 def name_effects(found: pd.DataFrame, kind: str) -> list[str]:
     """Name the effects of one verdict, each with its ratio, for a sentence."""
-    return [f"{describe(row)} ({shown(row)})"
+    return [f"{describe(row)} ({format_ratio(row)})"
             for row in found[found["verdict"] == kind].to_dict("records")]
 
 
@@ -217,7 +217,7 @@ def place(row: Mapping[Any, Any]) -> str:
                                                                 else [])])
 
 
-def shown(row: Mapping[Any, Any]) -> str:
+def format_ratio(row: Mapping[Any, Any]) -> str:
     """`ratio 0.71, 95 % interval 0.60–0.82`, of harmonized to measured."""
     if row["ratio"] != row["ratio"]:
         return "no ratio"

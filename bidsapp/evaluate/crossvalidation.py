@@ -245,8 +245,8 @@ def squares(source: Dwi, made: Dwi, target: Dwi, registration: pairs.Registratio
         basis = sh.basis(l_max, bvecs).astype(np.float32)
         fit = sh.smooth_fit(l_max, bvecs, pairs.SMOOTHING).astype(np.float32)
         series = [truth[:, shell.indices] @ fit.T,
-                  *(pairs.resample(dwi.of(own), l_max, registration)[0, 1:-1, 1:-1, 1:-1][inside]
-                    for dwi in (source, made))]
+                  *(pairs.resample(dwi.select_shell(own), l_max, registration)
+                    [0, 1:-1, 1:-1, 1:-1][inside] for dwi in (source, made))]
         measures = [_measures(c @ basis.T, x if l_max else None) for c in series]
         for name, value in tissue.NAMES.items():
             where, edges = labels == value, steps[:, labels[steps[0]] == value]

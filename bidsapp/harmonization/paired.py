@@ -58,9 +58,9 @@ class Objective:
     pairs."""
 
     model: nn.Module
-    draw: Callable[[int, torch.Generator], training.Batch]
-    loss: Callable[[nn.Module, training.Batch], torch.Tensor]
-    score: Callable[[torch.Tensor, training.Batch], torch.Tensor]
+    draw: Callable[[int, torch.Generator], training.Minibatch]
+    loss: Callable[[nn.Module, training.Minibatch], torch.Tensor]
+    score: Callable[[torch.Tensor, training.Minibatch], torch.Tensor]
 
 
 class PairedHarmonizer(shared.Harmonizer):
@@ -256,7 +256,7 @@ class PairedHarmonizer(shared.Harmonizer):
         return start
 
     def loss(self, samples: PatchDataset, voxels: torch.Tensor, recipe: Mapping[str, Any],
-             device: str) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
+             device: str) -> Callable[[torch.Tensor, training.Minibatch], torch.Tensor]:
         """(coefficients found, batch) → (voxel,) to be made small. voxels: to learn from."""
         return signal_error
 
@@ -293,7 +293,7 @@ class PairedHarmonizer(shared.Harmonizer):
             steps = min(epochs * every, settings.max_steps or epochs * every)
             schedule = training.Schedule(steps, validate_every=every, **options)
 
-            def draw(generator: torch.Generator, size: int = size) -> list[training.Batch]:
+            def draw(generator: torch.Generator, size: int = size) -> list[training.Minibatch]:
                 return [learner.draw(size, generator)]
 
             histories.append(training.train(

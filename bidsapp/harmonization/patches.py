@@ -99,7 +99,7 @@ class PatchDataset:
         found = torch.nonzero(torch.isin(self.pair, torch.tensor(sorted(chosen))))[:, 0]
         return found[::max(1, -(-len(found) // (most or len(found) or 1)))]
 
-    def __call__(self, voxels: torch.Tensor, device: str | torch.device) -> training.Batch:
+    def __call__(self, voxels: torch.Tensor, device: str | torch.device) -> training.Minibatch:
         """Patches, the basis along each target's directions, its S/S0, 1 over their number, and
         the tensor fit along them."""
         pair = self.pair[voxels]
@@ -107,7 +107,7 @@ class PatchDataset:
             patches(self.image, self.centre[voxels], self.step[pair]), self.basis[pair],
             self.target[voxels], 1 / self.count[pair], self.fit[pair]))
 
-    def blocks(self, voxels: torch.Tensor, device: str) -> Iterator[training.Batch]:
+    def blocks(self, voxels: torch.Tensor, device: str) -> Iterator[training.Minibatch]:
         return (self(part, device) for part in voxels.split(BLOCK))
 
 
@@ -120,13 +120,13 @@ def _read(path: Path, columns: int) -> torch.Tensor:
     return torch.from_file(str(path), size=path.stat().st_size // 4).view(-1, columns)
 
 
-def signal_error(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
+def signal_error(found: torch.Tensor, batch: training.Minibatch) -> torch.Tensor:
     """(voxel,) mean square error of the signal S/S0 that coefficients stand for."""
     _, basis, target, weight, _ = batch
     return ((basis @ found[..., None])[..., 0] - target).square().sum(1) * weight
 
 
-def tensor_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
+def tensor_errors(found: torch.Tensor, batch: training.Minibatch) -> torch.Tensor:
     """(2, voxel) square errors of FA and of MD ((µm²/ms)²) of the shell's tensor."""
     _, basis, target, _, fit = batch
     signal = (basis @ found[..., None])[..., 0]
@@ -134,14 +134,14 @@ def tensor_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
         tensor.of_attenuation(signal, fit), tensor.of_attenuation(target, fit), strict=True)])
 
 
-def all_errors(found: torch.Tensor, batch: training.Batch) -> torch.Tensor:
+def all_errors(found: torch.Tensor, batch: training.Minibatch) -> torch.Tensor:
     """(measure, voxel) of MEASURES."""
     return torch.cat([signal_error(found, batch)[None], tensor_errors(found, batch)])
 
 
 def weighted_loss(weights: Mapping[str, float], samples: PatchDataset, voxels: torch.Tensor,
                   least: int, device: str
-                  ) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
+                  ) -> Callable[[torch.Tensor, training.Minibatch], torch.Tensor]:
     """(coefficients found, batch) → (voxel,) Σ_m w_m e_m / ē_m over MEASURES: square errors in
     units of their mean ē before the network, over every n-th of the voxels, one at least: n as
     large as leaves `least` of them."""

@@ -11,7 +11,7 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import UsageError
 from bidsapp.kinds import Cohort, Derived, Estimator, Fitted, Trainable, TrainingSettings
 from bidsapp.microstructure import deconvolution, learn, maps
-from bidsapp.simulate.tissue import Tissue
+from bidsapp.simulate.tissue import TissueModel
 
 FROM_RUNS = ("training.trained_for.", "training.groups", "training.network.shells")
 """Hyper-parameters, by how their paths start, that a training for one acquisition does not read."""
@@ -23,7 +23,7 @@ class SphericalMethod(Estimator, Trainable):
     tissue: the model. intended_use: of the card.
     """
 
-    tissue: ClassVar[Tissue]
+    tissue: ClassVar[TissueModel]
     intended_use: ClassVar[str]
 
     def recipe(self, *variants: str) -> learn.Recipe:
@@ -63,7 +63,7 @@ class SphericalMethod(Estimator, Trainable):
             table = deconvolution.of_study(
                 cohort.load, list(cohort.acquisitions), voxels=20 if self.context.sloppy else 2000,
                 seed=settings.seed, device=settings.device)
-        name, checkpoint = learn.for_one(
+        name, checkpoint = learn.train_for_acquisition(
             self.name, self.recipe("one"), cohort.acquisitions,
             cohort.statistics["snr_b0"].tolist(), table=table, steps=settings.max_steps,
             seed=settings.seed, device=settings.device, states=settings.states,

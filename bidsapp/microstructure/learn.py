@@ -37,7 +37,7 @@ from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import odf, protocols
 from bidsapp.simulate.likelihood import Likelihood, hint, searches
 from bidsapp.simulate.protocols import Protocols
-from bidsapp.simulate.tissue import Tissue
+from bidsapp.simulate.tissue import TissueModel
 
 L_SIMULATED = 16
 """Degree of the densities and signals that are simulated; fits and maps go to 8. What the signal of
@@ -72,7 +72,7 @@ USUAL, NOISE_BANDS = 0.995, 8
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is learned and how: a method's training.toml beside its `Tissue`.
+    """What is learned and how: a method's training.toml beside its `TissueModel`.
 
     network: `architecture` and its arguments (`networks.builder`); `shells`, where it is one of
     them, is that of the acquisition. trained_for: with `shell_count`, what protocols are drawn
@@ -85,7 +85,7 @@ class Recipe:
     many measure.
     """
 
-    tissue: Tissue
+    tissue: TissueModel
     network: Mapping[str, Any]
     schedule: training.Schedule
     trained_for: TrainingDomain
@@ -110,7 +110,7 @@ class Recipe:
                              "b and directions are the same for each b_delta")
 
 
-def read_recipe(tissue: Tissue, table: Mapping[str, Any]) -> Recipe:
+def read_recipe(tissue: TissueModel, table: Mapping[str, Any]) -> Recipe:
     """A recipe from a training.toml."""
     rest = {k: v for k, v in table.items() if k not in ("schedule", "trained_for")}
     return Recipe(tissue, schedule=training.Schedule(**table["schedule"]),
@@ -129,7 +129,7 @@ class Simulator:
         self.table = None if table is None else torch.cat(
             [odf.sharpened(table, power, L_SIMULATED) for power in SHARPENED])
         known = recipe.acquisition
-        self.fixed = None if known is None else protocols.of(
+        self.fixed = None if known is None else protocols.from_acquisition(
             known, known.shells, L_SIMULATED, s0_known=recipe.s0_known)
         self.power = density_power(recipe, self.table) if power is None else power
         self.hinted = takes_hint(recipe.network)
@@ -147,7 +147,7 @@ class Simulator:
             b=(low / 1000, high / 1000), directions=domain.shells[0].directions,
             b_delta=tuple(s.b_delta for s in domain.shells))
 
-    def __call__(self, count: int, groups: int, generator: torch.Generator) -> training.Batch:
+    def __call__(self, count: int, groups: int, generator: torch.Generator) -> training.Minibatch:
         """(x, noise, shells, hint, parameters, density up to degree 8), `count` voxels."""
         side = self.protocols(groups, generator)
         tissue = self.recipe.tissue
@@ -172,7 +172,7 @@ class Simulator:
         return torch.cat([hint(Likelihood(self.recipe.tissue, power, *part, each[i % len(each)]))
                           for i, part in enumerate(parts)])
 
-    def batches(self, generator: torch.Generator) -> list[training.Batch]:
+    def batches(self, generator: torch.Generator) -> list[training.Minibatch]:
         """Those of the next steps of a training."""
         recipe = self.recipe
         groups = recipe.groups if self.fixed is None else 1
@@ -242,7 +242,7 @@ def density_error(found: Float[torch.Tensor, "voxel size"],
     return (found - truth).square().sum(1) / (4 * math.pi)
 
 
-def start_of(method: str, recipe: Recipe, init: Path | None) -> Checkpoint | None:
+def initial_weights(method: str, recipe: Recipe, init: Path | None) -> Checkpoint | None:
     """What a training starts from: the checkpoint in the folder `init`; without one the weights
     that ship, where there are any for this network; else None, chance.
 
@@ -317,7 +317,7 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
         constants=constants, metrics=metrics))
 
 
-def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition],
+def train_for_acquisition(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition],
             snr: Sequence[float], *, steps: int | None, seed: int, device: str,
             states: Path | None, intended_use: str, init: Path | None = None,
             table: torch.Tensor | None = None, devices: tuple[int, int] = (1, 1)
@@ -326,10 +326,10 @@ def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition]
 
     snr: S0 over the noise SD of the runs; trained for half the least to twice the greatest.
     steps: at most, else the recipe's. states: folder of the state from which a training goes on.
-    init: as of `start_of`. table, devices: as of `train`.
+    init: as of `initial_weights`. table, devices: as of `train`.
 
     Raises:
-        UsageError: acquisitions differ in their shells, or have none; or as of `start_of`.
+        UsageError: acquisitions differ in their shells, or have none; or as of `initial_weights`.
     """
     kinds: dict[str, list[str]] = {}
     for run, acquisition in acquisitions.items():
@@ -353,7 +353,7 @@ def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition]
         schedule=replace(recipe.schedule, steps=steps or recipe.schedule.steps),
         acquisition=acquisition, trained_for=TrainingDomain.of_acquisitions(
             list(acquisitions.values()), snr=snr_range))
-    name, start = f"{method}_{kind}", start_of(method, recipe, init)
+    name, start = f"{method}_{kind}", initial_weights(method, recipe, init)
     if states:
         states.mkdir(parents=True, exist_ok=True)
     # the state of a training of other people, weights at the start, or recipe is not this one's
@@ -369,14 +369,14 @@ def for_one(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition]
 
 
 def _held_out(simulate: Simulator, recipe: Recipe, count: int, seed: int, device: str
-              ) -> list[training.Batch]:
+              ) -> list[training.Minibatch]:
     generator = torch.Generator(device).manual_seed(seed)
     return [simulate(1024, recipe.groups if recipe.groups == 1 else 64, generator)
             for _ in range(count // 1024)]
 
 
 @torch.no_grad()
-def predictions(network: nn.Module, batches: Sequence[training.Batch]
+def predictions(network: nn.Module, batches: Sequence[training.Minibatch]
                 ) -> tuple[Estimate, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Estimates, true parameters, density errors (voxel,) and noise (voxel, 2) over batches."""
     parts = []
@@ -387,7 +387,7 @@ def predictions(network: nn.Module, batches: Sequence[training.Batch]
     return Estimate(mean, log_sd, odfs), truth, error, noise
 
 
-def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Batch]
+def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Minibatch]
               ) -> dict[str, Any]:
     """By parameter, factors for the SD so that ± 1.645 SD cover 90 % of held-out truths (split
     conformal prediction in bands: Vovk et al. 2005; Romano et al. 2019, arXiv:1905.03222), first in
@@ -435,7 +435,7 @@ def _below(values: torch.Tensor, level: float) -> float:
 
 
 def measure(network: nn.Module, recipe: Recipe, constants: Mapping[str, Any],
-            batches: Sequence[training.Batch]) -> dict[str, Any]:
+            batches: Sequence[training.Minibatch]) -> dict[str, Any]:
     """On held-out simulation: mean square errors, and the share of truths within ± 1.645 SD."""
     found, truth, density, noise = predictions(network, batches)
     sd = calibrated(recipe.tissue, found, noise, constants)

@@ -24,7 +24,7 @@ from bidsapp.networks.builder import build_network
 from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import forward, protocols
 from bidsapp.simulate.likelihood import Likelihood, hint, searches
-from bidsapp.simulate.tissue import Tissue
+from bidsapp.simulate.tissue import TissueModel
 
 QUANTILE = 1.6448536269514722
 """A normal number is within ± this many SDs with probability LEVEL."""
@@ -49,7 +49,8 @@ BLOCK = 512
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
-def build(tissue: Tissue, description: Mapping[str, Any], *, grid: int | None = None) -> nn.Module:
+def build(tissue: TissueModel, description: Mapping[str, Any], *, grid: int | None = None
+          ) -> nn.Module:
     """Build the network that a recipe or a card describes. grid: of a spherical one, instead of its
     own."""
     if grid and description.get("architecture") == "spherical":
@@ -225,7 +226,7 @@ def bundled_weights(name: str) -> Checkpoint | None:
     return load(folder, name) if folder.is_dir() else None
 
 
-def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str, *,
+def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str, *,
              allow: bool = False
              ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, Any], np.ndarray,
                         list[str]]:
@@ -240,7 +241,7 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str, *,
     shells, violations = check(card, acquisition, allow=allow)
     domain = card.trained_for
     network = checkpoint.into(build(tissue, card.network, grid=GRID)).to(device)
-    side = protocols.of(acquisition, shells, protocols.L_FIT, s0_known=dwi.s0_known)
+    side = protocols.from_acquisition(acquisition, shells, protocols.L_FIT, s0_known=dwi.s0_known)
     fits = [side.fit[0, i, :, :len(s)].to(device, torch.float32) for i, s in enumerate(shells)]
     index = [torch.as_tensor(s.indices, device=device) for s in shells]
     b0 = torch.as_tensor(np.flatnonzero(acquisition.b0), device=device)
@@ -299,7 +300,8 @@ def estimate(checkpoint: Checkpoint, tissue: Tissue, dwi: Dwi, device: str, *,
         "TrainedFor": asdict(domain)}, usable, notices
 
 
-def clamped(tissue: Tissue, mean: Float[torch.Tensor, "voxel n"]) -> Float[torch.Tensor, "voxel n"]:
+def clamped(tissue: TissueModel, mean: Float[torch.Tensor, "voxel n"]
+            ) -> Float[torch.Tensor, "voxel n"]:
     low, high = mean.new_tensor(tissue.ranges).T
     return torch.minimum(torch.maximum(mean, low), high)
 
@@ -326,7 +328,7 @@ def sharpness(odf: Float[torch.Tensor, "voxel size"]) -> Float[torch.Tensor, " v
     return odf[:, sh.size(4):sh.size(8)].norm(dim=1) / math.sqrt((13 + 17) / (4 * math.pi))
 
 
-def calibrated(tissue: Tissue, estimate: Estimate, noise: Float[torch.Tensor, "voxel 2"],
+def calibrated(tissue: TissueModel, estimate: Estimate, noise: Float[torch.Tensor, "voxel 2"],
                constants: Mapping[str, Any]) -> Float[torch.Tensor, "voxel n"]:
     """Compute posterior SDs: those predicted times their factors by predicted SD and by estimated
     coherence and noise, at most half the range of each parameter."""
@@ -369,7 +371,7 @@ def _between(at: Float[torch.Tensor, " point"], x: Float[torch.Tensor, " voxel"]
     return right, share.clamp(0, 1)
 
 
-def misfit(tissue: Tissue, x: Float[torch.Tensor, "coef voxel shell"],
+def misfit(tissue: TissueModel, x: Float[torch.Tensor, "coef voxel shell"],
            noise: Float[torch.Tensor, "voxel 2"], shells: Float[torch.Tensor, "group shell 3"],
            estimate: Estimate) -> Float[torch.Tensor, " voxel"]:
     """Root mean square of the coefficients less those of the signal that the estimate stands for,

@@ -109,16 +109,16 @@ class Cycle(nn.Module):
         adversarial, slope = x.new_zeros(()), x.new_zeros(())
         for critic, real, fake in ((self.real_b, y, fake_y), (self.real_a, x, fake_x)):
             told, made = (_blurred(invariants(v, scale)) for v in (real, fake))
-            adversarial = adversarial + (critic(Against.apply(made)) - critic(told)).mean()
-            slope = slope + _slope(critic, told, made.detach())
+            adversarial = adversarial + (critic(GradientReversal.apply(made)) - critic(told)).mean()
+            slope = slope + gradient_penalty(critic, told, made.detach())
         return {"adversarial": adversarial, "slope": slope,
-                "cycle": _apart(self.to_a.patch(fake_y), x, each)
-                + _apart(self.to_b.patch(fake_x), y, each),
-                "identity": _apart(self.to_b.patch(y), y, each)
-                + _apart(self.to_a.patch(x), x, each)}
+                "cycle": scaled_l1(self.to_a.patch(fake_y), x, each)
+                + scaled_l1(self.to_b.patch(fake_x), y, each),
+                "identity": scaled_l1(self.to_b.patch(y), y, each)
+                + scaled_l1(self.to_a.patch(x), x, each)}
 
 
-class Against(torch.autograd.Function):
+class GradientReversal(torch.autograd.Function):
     """The identity, with the gradient turned around."""
 
     @staticmethod
@@ -134,11 +134,11 @@ def _blurred(seen: torch.Tensor) -> torch.Tensor:
     return seen + BLUR * torch.randn_like(seen)
 
 
-def _apart(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def scaled_l1(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return ((a - b) / scale).abs().mean()
 
 
-def _slope(critic: nn.Module, real: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+def gradient_penalty(critic: nn.Module, real: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     """At random points between real and generated patches."""
     with torch.enable_grad():
         share = torch.rand(len(real), 1, device=real.device)

@@ -29,7 +29,7 @@ from bidsapp.kinds import Estimator, FromSignal, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.plan import chosen_methods, chosen_upsampler, plan
-from bidsapp.recipe.steps import Context, Step, StepReport
+from bidsapp.recipe.steps import RunContext, Step, StepReport
 from bidsapp.report import figures, page
 from bidsapp.stage import Stage
 
@@ -37,13 +37,13 @@ log = logging.getLogger("qsphere")
 
 
 @dataclass(frozen=True)
-class Job:
+class Invocation:
     """What a participant's process needs to know beside the runs. memory: bytes it may use;
     threads: CPUs it may use."""
 
     options: Options
     links: Mapping[str, Path]
-    invocation: str
+    id: str
     device: str
     memory: float
     threads: int
@@ -53,15 +53,17 @@ class Job:
         return Dataset(self.options.output_dir, self.links)
 
 
-def process_participant(job: Job, label: str, runs: list[Run], problems: list[str]) -> bool:
+def process_participant(invocation: Invocation, label: str, runs: list[Run], problems: list[str]
+                        ) -> bool:
     """Process a participant's runs, note what happened, write the page. True if all succeeded."""
-    torch.set_num_threads(job.threads)
-    logging.basicConfig(level=logging.DEBUG if job.options.verbose else logging.INFO,
+    torch.set_num_threads(invocation.threads)
+    logging.basicConfig(level=logging.DEBUG if invocation.options.verbose else logging.INFO,
                         format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    dataset, started = job.dataset, time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    folder = f"sub-{label}/log/{job.invocation}"
-    models, chosen = harmonize.find(job.options), chosen_methods(job.options)
-    upsampler = chosen_upsampler(job.options)
+    options, dataset = invocation.options, invocation.dataset
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    folder = f"sub-{label}/log/{invocation.id}"
+    models, chosen = harmonize.load_models(options), chosen_methods(options)
+    upsampler = chosen_upsampler(options)
     with dataset.lock(f"sub-{label}"):
         status: dict[str, dict[str, Any]] = {}
         for problem in problems:
@@ -69,13 +71,13 @@ def process_participant(job: Job, label: str, runs: list[Run], problems: list[st
         if problems:
             dataset.write_text(f"{folder}/crash-sub-{label}.txt", "\n".join(problems) + "\n")
         for run in runs:
-            context = Context(job.options, dataset, run, job.device, job.memory)
+            context = RunContext(options, dataset, run, invocation.device, invocation.memory)
             status[run.name] = process_run(context, models, chosen, upsampler, folder)
-            if status[run.name]["status"] == "failed" and job.options.stop_on_first_crash:
+            if status[run.name]["status"] == "failed" and options.stop_on_first_crash:
                 break
-        ok = not problems and all(is_done(s, job.options) for s in status.values())
+        ok = not problems and all(is_done(s, options) for s in status.values())
         try:
-            dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(job.options.as_dict()))
+            dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(options.as_dict()))
             dataset.write_text(f"{folder}/status.json", to_json({
                 "participant": label, "status": "done" if ok else "failed",
                 "version": __version__, "started": started,
@@ -89,7 +91,7 @@ def process_participant(job: Job, label: str, runs: list[Run], problems: list[st
     return ok
 
 
-def process_run(context: Context, models: Sequence[harmonize.Model],
+def process_run(context: RunContext, models: Sequence[harmonize.Model],
                 chosen: Sequence[FromSignal], upsampler: Upsampler | None, folder: str
                 ) -> dict[str, Any]:
     """Do the steps of a run that are not complete; an error is noted, never raised."""
@@ -125,7 +127,7 @@ def process_run(context: Context, models: Sequence[harmonize.Model],
 class Execution:
     """The steps of one run, and the signals that they gave so far."""
 
-    def __init__(self, context: Context, steps: Sequence[Step]) -> None:
+    def __init__(self, context: RunContext, steps: Sequence[Step]) -> None:
         self.context, self.dataset, self.steps = context, context.dataset, steps
         self._stages: dict[str, Stage] = {}
 
@@ -335,7 +337,7 @@ def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Mod
             "model's folder to --harmonize), or remove the earlier image. Nothing was changed.")
 
 
-def draw(transaction: Transaction, context: Context, figure: figures.Figure) -> dict[str, str]:
+def draw(transaction: Transaction, context: RunContext, figure: figures.Figure) -> dict[str, str]:
     """Stage a figure; what the page needs to know of it."""
     path = context.path(figure.suffix, ".svg", "figures", **figure.entities)
     transaction.bytes(path, figure.svg)

@@ -90,7 +90,7 @@ def folders(options: Options) -> list[Path]:
     return own
 
 
-def find(options: Options) -> list[Model]:
+def load_models(options: Options) -> list[Model]:
     """The models that --harmonize names.
 
     Raises:

@@ -18,10 +18,10 @@ from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.steps import (
     PREPARATION,
-    Context,
     Estimate,
     Harmonize,
     Measure,
+    RunContext,
     Step,
     Upsample,
 )
@@ -30,13 +30,13 @@ from bidsapp.report import boilerplate
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
 
 
-def plan(context: Context, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
+def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
          upsampler: Upsampler | None = None) -> list[Step]:
     """List the steps of a run.
 
     Parameters
     ----------
-    context : Context
+    context : RunContext
         Of the run.
     models : sequence of harmonize.Model
         Those that --harmonize names.
@@ -105,7 +105,7 @@ def chosen_upsampler(options: Options) -> Upsampler | None:
     return method
 
 
-def describe(context: Context, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
+def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
              upsampler: Upsampler | None = None) -> list[str]:
     """Lines on what would be done to a run, with its predicted memory."""
     name = context.run.name

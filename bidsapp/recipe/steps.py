@@ -71,7 +71,7 @@ PREPARATION = [
 
 
 @dataclass(frozen=True)
-class Context:
+class RunContext:
     """What the steps of one run share. memory: bytes that may be used."""
 
     options: Options
@@ -115,7 +115,7 @@ class Step(ABC):
 
     Parameters
     ----------
-    context : Context
+    context : RunContext
         Of the run.
     takes : Step, optional
         The step whose signal it takes; None for the files of the run.
@@ -123,7 +123,7 @@ class Step(ABC):
 
     name: str
 
-    def __init__(self, context: Context, takes: Step | None = None) -> None:
+    def __init__(self, context: RunContext, takes: Step | None = None) -> None:
         self.context, self.takes = context, takes
 
     @property
@@ -239,7 +239,7 @@ class Harmonize(Step):
 
     name = "harmonized"
 
-    def __init__(self, context: Context, takes: Step, models: Sequence[harmonize.Model]) -> None:
+    def __init__(self, context: RunContext, takes: Step, models: Sequence[harmonize.Model]) -> None:
         super().__init__(context, takes)
         self.models = models
 
@@ -320,7 +320,7 @@ class Upsample(Step):
 
     name = "upsampled"
 
-    def __init__(self, context: Context, takes: Step, method: Upsampler) -> None:
+    def __init__(self, context: RunContext, takes: Step, method: Upsampler) -> None:
         super().__init__(context, takes)
         self.method = method
 
@@ -367,7 +367,7 @@ class Upsample(Step):
 class Estimate(Step):
     """Make the maps of an estimator, or synthetic signals, from a signal."""
 
-    def __init__(self, context: Context, takes: Step, method: FromSignal) -> None:
+    def __init__(self, context: RunContext, takes: Step, method: FromSignal) -> None:
         super().__init__(context, takes)
         self.method = method
         self.desc = "" if isinstance(takes, Measure) else takes.name
@@ -437,7 +437,7 @@ class Estimate(Step):
 
 
 
-def reload_signal(context: Context, stage: Stage, desc: str, facts: Mapping[str, Any]) -> Stage:
+def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[str, Any]) -> Stage:
     """Read back a signal that a step wrote, with what its record keeps of it."""
     image, bval, bvec, btens = (context.dataset.root / context.path("dwi", extension, desc=desc)
                                 for extension in (".nii.gz", ".bval", ".bvec", ".btens"))
@@ -457,7 +457,7 @@ def reload_signal(context: Context, stage: Stage, desc: str, facts: Mapping[str,
                    widening=facts["widening"])
 
 
-def outputs(context: Context, transaction: Transaction, stage: Stage) -> Outputs:
+def outputs(context: RunContext, transaction: Transaction, stage: Stage) -> Outputs:
     return Outputs(transaction, context.run, stage, context.like, context.mask,
                    context.options.random_seed, context.device)
 

@@ -115,7 +115,7 @@ def _between(found: pd.DataFrame, reference: str) -> dict[str, Any] | None:
 def _effects(found: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of `biology`, as text."""
     return [{"bad": row["verdict"] in biology.CHANGES, "name": biology.describe(row),
-             "people": row["people"], "verdict": row["verdict"], "ratio": biology.shown(row),
+             "people": row["people"], "verdict": row["verdict"], "ratio": biology.format_ratio(row),
              "values": [_number(row[k]) for k in ("before", "after", "reference")]}
             for row in found.to_dict("records")]
 

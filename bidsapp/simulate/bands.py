@@ -19,7 +19,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.simulate import forward, odf
 from bidsapp.simulate.protocols import spread
-from bidsapp.simulate.tissue import Tissue, draw_bundles
+from bidsapp.simulate.tissue import TissueModel, draw_bundles
 
 L_MAX = 20
 """Degree of densities and signals, above that of the training, so that the test sees its error."""
@@ -63,7 +63,7 @@ class Band:
         return (f"{self.bundles or 'fan'}, {self.kappa[0]:.0f}–{self.kappa[1]:.0f}"
                 + f" + {100 * low:.0f}–{100 * high:.0f} % isotropic" * bool(high))
 
-    def simulate(self, tissue: Tissue, voxels: int, seed: int) -> tuple[Dwi, np.ndarray]:
+    def simulate(self, tissue: TissueModel, voxels: int, seed: int) -> tuple[Dwi, np.ndarray]:
         """Draw a run of the band, with Rician noise of known SD, and its truth.
 
         Returns

@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from bidsapp import sh
 from bidsapp.simulate import forward
-from bidsapp.simulate.tissue import Tissue
+from bidsapp.simulate.tissue import TissueModel
 
 L_MAX = 8
 NODES = 10
@@ -43,7 +43,7 @@ DIFFERENCE = 1e-3
 """Of a parameter's range: step of the numerical derivative of the kernel."""
 
 
-def searches(tissue: Tissue) -> bool:
+def searches(tissue: TissueModel) -> bool:
     """Whether there are too many parameters for a lattice."""
     return len(tissue.names) > 2
 
@@ -52,7 +52,7 @@ class Likelihood:
     """log L and its derivatives for voxels with coefficients x, noise and shells (as the networks
     take them), under densities whose power (C_2, C_4, …) is any of the rows of `power`."""
 
-    def __init__(self, tissue: Tissue, power: Float[torch.Tensor, "case degree"],
+    def __init__(self, tissue: TissueModel, power: Float[torch.Tensor, "case degree"],
                  x: Float[torch.Tensor, "coef voxel shell"], noise: Float[torch.Tensor, "voxel 2"],
                  shells: Float[torch.Tensor, "group shell 3"]) -> None:
         self.tissue, self.power, self.shells = tissue, power, shells

@@ -66,7 +66,7 @@ class Person:
 
 
 @dataclass(frozen=True, eq=False)
-class Tissue:
+class TissueMaps:
     """What is at n points of a person.
 
     share: (3, n) of WM, GM, CSF. d, f: (2, n) of WM and GM. axes: (4, n, 3) unit axes of the fibre
@@ -109,7 +109,7 @@ def draw(options: PhantomOptions, atlas: Atlas, label: str, age: float, sex: str
 
 def tissue_at(person: Person, atlas: Atlas, options: PhantomOptions, pattern: SplineField,
               points: Float[np.ndarray, "n 3"], place: Float[np.ndarray, "n 3"],
-              jacobian: Float[np.ndarray, "n 3 3"]) -> Tissue:
+              jacobian: Float[np.ndarray, "n 3 3"]) -> TissueMaps:
     """Args: points: in the person. place: the same in the atlas. jacobian: ∂place/∂y at each, in
     the frame y in which axes are wanted. pattern: how d and f vary in everyone's space."""
     share = atlas.sample(atlas.tissue, place)
@@ -134,6 +134,6 @@ def tissue_at(person: Person, atlas: Atlas, options: PhantomOptions, pattern: Sp
     f[0] += options.age_slope_f * years + CALLOSAL_F * weight[SYSTEMS.index("callosal")]
     f[0] *= 1 + LESION_F * lesion
     d[0] *= 1 + LESION_D * lesion
-    return Tissue(share, np.clip(d, 0.3, 2.9), np.clip(f, 0.02, 0.95), axes, weight,
+    return TissueMaps(share, np.clip(d, 0.3, 2.9), np.clip(f, 0.02, 0.95), axes, weight,
                   atlas.sample(atlas.t1, place), lesion,
                   {t: k * math.exp(person.offset["log_kappa"]) for t, k in KAPPA.items()})

@@ -33,7 +33,7 @@ from bidsapp.simulate import noise, odf
 from bidsapp.simulate.anatomy import Atlas
 from bidsapp.simulate.fields import SplineField, stream
 from bidsapp.simulate.forward import Compartment, Protocol, two_compartments
-from bidsapp.simulate.person import Person, Tissue, tissue_at
+from bidsapp.simulate.person import Person, TissueMaps, tissue_at
 from bidsapp.simulate.site import Site, spread_matrix
 
 L_MAX = 8
@@ -216,7 +216,7 @@ def noisy(clean: np.ndarray, sigma: np.ndarray, site: Site, rng: torch.Generator
 class _Model:
     """Signal and truth of n fine cells."""
 
-    def __init__(self, tissue: Tissue, table: Acquisition) -> None:
+    def __init__(self, tissue: TissueMaps, table: Acquisition) -> None:
         self.tissue, self.table = tissue, table
         like = torch.zeros((), dtype=torch.float32)
         self.protocol = Protocol(table, L_MAX, like)

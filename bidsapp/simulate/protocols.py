@@ -96,8 +96,8 @@ def measure(protocols: Protocols, signals: Float[torch.Tensor, "group voxels she
         0, 1)[:, 0]
 
 
-def of(acquisition: Acquisition, shells: Sequence[Shell], l_max: int, *, s0_known: bool = False
-       ) -> Protocols:
+def from_acquisition(acquisition: Acquisition, shells: Sequence[Shell], l_max: int, *,
+                     s0_known: bool = False) -> Protocols:
     """One group: the given shells of an acquisition."""
     directions = torch.zeros(len(shells), max(len(s) for s in shells), 3, dtype=torch.float64)
     for i, shell in enumerate(shells):

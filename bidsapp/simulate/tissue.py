@@ -17,7 +17,7 @@ from bidsapp.simulate.protocols import Protocols
 
 
 @dataclass(frozen=True)
-class Tissue:
+class TissueModel:
     """names, ranges: of the parameters. prior: uniform numbers (voxel, n) within 0–1 → parameters
     (voxel, n). compartments: parameters → compartments along every fibre of the density.
 
@@ -61,7 +61,7 @@ class Tissue:
         return odf.watson(axis, self.watson(self.draw(count, generator)), l_max)
 
 
-TWO_COMPARTMENTS = Tissue(
+TWO_COMPARTMENTS = TissueModel(
     ("diffusivity", "neuritefraction"), ((0.0, 3.0), (0.0, 1.0)),
     lambda u: u * u.new_tensor([3.0, 1.0]),
     lambda p: forward.two_compartments(*p.unbind(1)))
@@ -78,7 +78,7 @@ def _three_parts(p: torch.Tensor) -> list[forward.Compartment]:
     return forward.three_compartments(d, f, d_sph, torch.minimum(f_sph, (1 - f) * (1 - 1e-6)))
 
 
-THREE_COMPARTMENTS = Tissue(
+THREE_COMPARTMENTS = TissueModel(
     ("diffusivity", "neuritefraction", "somadiffusivity", "somafraction"),
     ((0.0, 3.0), (0.0, 1.0), (0.0, 0.5), (0.0, 1.0)), _three_prior,
     _three_parts)
@@ -114,7 +114,7 @@ def _noddi_prior(u: torch.Tensor) -> torch.Tensor:
     return torch.stack([u[:, 0], odi, u[:, 2]], 1)
 
 
-NODDI = Tissue(
+NODDI = TissueModel(
     ("ndi", "odi", "fiso"), ((0.0, 1.0),) * 3, _noddi_prior,
     lambda p: [forward.stick((1 - p[:, 2]) * p[:, 0], torch.full_like(p[:, 0], NODDI_PARALLEL)),
                forward.ball(p[:, 2], torch.full_like(p[:, 0], NODDI_FREE))],

@@ -74,13 +74,13 @@ class CyclicHarmonizer(PairedHarmonizer):
         difference = weighted_loss(dict.fromkeys(MEASURES, weight["pairs"]), samples, both,
                                    recipe["validation"], device) if len(both) else signal_error
 
-        def draw(size: int, generator: torch.Generator) -> training.Batch:
+        def draw(size: int, generator: torch.Generator) -> training.Minibatch:
             x, y = (samples(drawn(v, size, generator), generator.device)[0]
                     for v in (source, reference))
             return (x, y, *(samples(drawn(both, size, generator), generator.device)
                             if len(both) else ()))
 
-        def loss(model: nn.Module, batch: training.Batch) -> torch.Tensor:
+        def loss(model: nn.Module, batch: training.Minibatch) -> torch.Tensor:
             x, y, *pair = batch
             total = sum(weight[k] * v for k, v in model(x, y).items())
             if pair:

@@ -23,5 +23,5 @@ class HybridHarmonizer(PairedHarmonizer):
         "directions may change. Not for diagnosis.")
 
     def loss(self, samples: PatchDataset, voxels: torch.Tensor, recipe: Mapping[str, Any],
-             device: str) -> Callable[[torch.Tensor, training.Batch], torch.Tensor]:
+             device: str) -> Callable[[torch.Tensor, training.Minibatch], torch.Tensor]:
         return weighted_loss(recipe["loss"], samples, voxels, recipe["validation"], device)

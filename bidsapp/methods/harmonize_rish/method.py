@@ -283,7 +283,7 @@ def _coefficients(dwi: Dwi, degrees: Sequence[int]) -> list[tuple[np.ndarray, np
     """Per shell, up to its degree: `pairs.coefficients`."""
     found = []
     for shell, l_max in zip(dwi.acquisition.shells, degrees, strict=True):
-        (c,), usable = pairs.coefficients(dwi.of(shell), l_max, REGULARIZATION)
+        (c,), usable = pairs.coefficients(dwi.select_shell(shell), l_max, REGULARIZATION)
         found.append((c, usable))
     return found
 
