@@ -10,18 +10,19 @@ The map of the house, in the order a run flows through it:
     report/         figures and HTML pages
     bids/           find runs and what corrects them, read b-tables and sidecars; the one writer of
                     derivatives
-    evaluate/       quality, what cannot be right, agreement of sites, cross-validation
-    harmonize.py    select, check and apply the harmonizer of a run
+    evaluate/       quality, implausible input, agreement of sites, biology, cross-validation
     methods/        one folder per published method: check, apply, outputs.json, README.md
-    microstructure/ spherical networks: trained, calibrated, applied
+    harmonization/  what harmonizers share: pairs of scans, patches, intensity, cohorts
+    microstructure/ what spherical estimators share: trained, calibrated, applied; fibre densities
+    kinds.py        the kinds of method: what each takes and returns
     training.py     the only optimisation loop
-    progress.py     how far what takes minutes is
     simulate/       forward models, noise, people, sites: signals with known truth
-    preprocess/     where tissues are, how fibres lie, one head on another
-    networks/       torch modules: tensors in, tensors out
+    anatomy/        brain mask, tissues from the T1w image or the DWI
+    registration/   rigid, affine, deformable, template; grids and their places in the world
+    networks/       torch modules: tensors in, tensors out; the one builder
     blocks.py       device choice, blocks of voxels, slabs of a grid with a halo
     checkpoint.py   trained weights and their card
-    mask.py         the brain mask of a run, given or made of its b0
+    progress.py     progress of what takes minutes
     stage.py        a signal on its way through the steps of a run
     series.py       Series: the volumes of a run on their grid, read lazily; Series → Dwi
     dwi.py          Run: paths and entities; Dwi: signal inside a mask, float32

@@ -613,8 +613,8 @@ def test_a_training_does_not_go_on_from_the_state_of_another(tmp_path, monkeypat
         monkeypatch.setattr(learn, "train", train)
         with pytest.raises(InterruptedError):
             learn.train_for_acquisition(
-                "estimate_scnn2", known["recipe"], {"a": acquisition()}, known["snr"], steps=known["steps"], seed=0, device="cpu", states=tmp_path,
-                          intended_use="")
+                "estimate_scnn2", known["recipe"], {"a": acquisition()}, known["snr"],
+                steps=known["steps"], seed=0, device="cpu", states=tmp_path, intended_use="")
         return found[0]
 
     recipe = methods.get("estimate_scnn2").recipe("one")
