@@ -1,4 +1,7 @@
-"""argv → one frozen Options. Imports neither torch nor pybids, so that --help is immediate."""
+"""The command line of qsphere: argv → one frozen Options.
+
+This module imports neither torch nor pybids, so that --help is immediate.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +25,20 @@ from bidsapp.workers import TERMINATED, sigterm_exits
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of qsphere."""
+    """Make the parser of qsphere."""
     return generate("qsphere", Options,
                     "Makes diffusion MRI from many scanners comparable and useful (BIDS-App).")
 
 
 def generate(program: str, options: type, description: str) -> argparse.ArgumentParser:
-    """Make a command line from the fields of a dataclass.
+    """Make a parser from the fields of a dataclass.
 
     Parameters
     ----------
     program : str
-        Its name.
+        Name of the program.
     options : type
-        A dataclass whose fields are made by `options.option` and `options.positional`.
+        A dataclass whose fields are declared by `options.option` and `options.positional`.
     description : str
         What the program does.
 
@@ -62,7 +65,7 @@ def generate(program: str, options: type, description: str) -> argparse.Argument
 
 
 def _argument(item: Field[Any], kind: Any) -> dict[str, Any]:
-    """Keyword arguments of argparse for an option field and its type."""
+    """Give the keyword arguments of `add_argument` for a field and its type."""
     about, text, default = item.metadata, item.metadata["help"], item.default
     given = {k: about[k] for k in ("metavar", "choices", "action") if k in about}
     if kind is bool or given.get("action") == "count":
@@ -81,10 +84,19 @@ def _argument(item: Field[Any], kind: Any) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:
-    """Command line (and --config-file beneath it) as Options.
+    """Read the command line, and the --config-file that it may name.
 
-    Raises:
-        UsageError: an option is unknown, misplaced or out of range. SystemExit: argparse's own.
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Default: the arguments of the process.
+
+    Raises
+    ------
+    UsageError
+        An option is unknown, invalid at the analysis level or out of range.
+    SystemExit
+        argparse ends the program: --help, --version, or a value of the wrong type.
     """
     given = vars(parser().parse_args(argv))
     if "config_file" in given:
@@ -95,12 +107,12 @@ def parse(argv: Sequence[str] | None = None) -> Options:
 
 
 def as_fields(given: dict[str, Any]) -> dict[str, Any]:
-    """Values of a namespace as a frozen dataclass holds them."""
+    """Turn the lists of a namespace into tuples, which a frozen dataclass holds."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The options of a TOML file, each read as if it stood on the command line."""
+    """Read the options of a TOML file as if they stood on the command line."""
     try:
         table = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -116,13 +128,13 @@ def _config(path: Path) -> dict[str, Any]:
             raise UsageError(f"--config-file {path}: no option is called {key!r}; see --help.")
         if options[name].nargs == 0:
             if not isinstance(value, bool | int):
-                raise UsageError(f"--config-file {path}: {key} = {value!r}; needed is true, false "
-                                 "or a number.")
+                raise UsageError(f"--config-file {path}: {key} = {value!r}; true, false or a "
+                                 "number is needed.")
             argv += [name] * int(value)
         elif key == "derivatives":
             if not isinstance(value, dict):
-                raise UsageError(f"--config-file {path}: {key} = {value!r}; needed is a table, "
-                                 '{ NAME = "PATH" }.')
+                raise UsageError(f"--config-file {path}: {key} = {value!r}; a table is "
+                                 'needed: { NAME = "PATH" }.')
             argv += [name, *(f"{n}={p}" for n, p in value.items())]
         else:
             argv += [name, *map(str, value if isinstance(value, list) else [value])]
@@ -131,7 +143,13 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Returns 0 all done, 1 some participant failed, 2 unusable arguments or input."""
+    """Run the program.
+
+    Returns
+    -------
+    int
+        Exit code: 0 all done, 1 some participant failed, 2 arguments or input cannot be used.
+    """
     verbose = 0
 
     def work() -> int:
@@ -149,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def log_to_stderr(verbose: int) -> None:
+    """Send log messages to standard error; with `verbose`, also those for debugging."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, force=True,
         format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -157,7 +176,17 @@ def log_to_stderr(verbose: int) -> None:
 
 
 def guarded(program: str, work: Callable[[], int], verbose: Callable[[], int]) -> int:
-    """The exit code of `work`; errors told in one line, with a traceback where verbose() > 1."""
+    """Call `work` and give its exit code; print an error in one line, or with its traceback.
+
+    Parameters
+    ----------
+    program : str
+        Name of the program, with which messages begin.
+    work : callable
+        Returns the exit code.
+    verbose : callable
+        Returns the number of -v; tracebacks are printed above 1.
+    """
     # threads that spin while they wait take busy cores from those that work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -168,20 +197,21 @@ def guarded(program: str, work: Callable[[], int], verbose: Callable[[], int]) -
             traceback.print_exc()
         print(f"{program}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except Exception as error:  # a defect: told in one line, and in full only when asked for
+    except Exception as error:  # a defect: one line, and the traceback only on request
         if verbose() > 1:
             raise
-        shown = (describe(error) if isinstance(error, MemoryError) else
-                 f"unexpected {describe(error)}. Run again with -vv for the traceback, and please "
-                 "report it.")
-        print(f"{program}: {shown}", file=sys.stderr)
+        message = (describe(error) if isinstance(error, MemoryError) else
+                   f"unexpected {describe(error)}. Run again with -vv for the traceback, and "
+                   "please report it.")
+        print(f"{program}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; run the same command again to go on.", file=sys.stderr)
+        print(f"{program}: interrupted. Run the same command again to continue.", file=sys.stderr)
         return 130
     except SystemExit as end:
         if end.code == TERMINATED:
-            print(f"{program}: terminated; run the same command again to go on.", file=sys.stderr)
+            print(f"{program}: terminated. Run the same command again to continue.",
+                  file=sys.stderr)
         raise
 
 

@@ -1,4 +1,7 @@
-"""argv of qsphere-phantom → PhantomOptions. Imports nothing heavy, so that --help is immediate."""
+"""The command line of qsphere-phantom: argv → PhantomOptions.
+
+This module imports nothing heavy, so that --help is immediate.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,22 @@ from bidsapp.options import PhantomOptions
 
 
 def parser() -> argparse.ArgumentParser:
-    """One option per field of PhantomOptions, with its own text and default."""
+    """Make the parser of qsphere-phantom from the fields of PhantomOptions."""
     p = generate("qsphere-phantom", PhantomOptions,
                  "Writes a multi-site diffusion MRI dataset (BIDS) with known truth.")
     p.add_argument("-v", "--verbose", action="count", default=0,
-                   help="more messages; -vv: tracebacks too")
+                   help="print more messages; -vv: also tracebacks")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Returns 0 done, 1 a defect, 2 unusable arguments or folder."""
+    """Run the program.
+
+    Returns
+    -------
+    int
+        Exit code: 0 done, 1 a defect, 2 arguments or folder cannot be used.
+    """
     given = vars(parser().parse_args(argv))
     verbose = given.pop("verbose")
 

@@ -1,4 +1,4 @@
-"""Every choice of one invocation, checked at birth."""
+"""The options of the command lines: frozen dataclasses that refuse invalid values at birth."""
 
 from __future__ import annotations
 
@@ -12,83 +12,88 @@ from typing import Any
 from bidsapp.errors import UsageError
 
 MODES = ("syn", "sample-mean", "sample", "random-wm")
-"""Of --synthesize."""
+"""Modes of --synthesize."""
 
 LEVELS = ("participant", "group")
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
-    """A field of an option.
+    """Declare an option as a field of a dataclass.
 
     Parameters
     ----------
     default : Any
-        Its value where the option is not given.
+        Value where the option is not given.
     text : str
-        Help; the default is added unless the text speaks of it.
+        Help text; the default is appended unless the text mentions it.
     **more
-        `group`: title of the options from this one on. `level`: the analysis level to which it
-        belongs, else both. `aliases`: other names, with their dashes. `metavar`, `choices`,
-        `action`: as of argparse. `read`: makes a value (of several, each) of a text, where the
-        field's type does not.
+        `group`: title of the group of options that begins here. `level`: the only analysis level
+        at which the option is valid. `aliases`: other names, with their dashes. `metavar`,
+        `choices`, `action`: those of argparse. `read`: function that converts the text of a value,
+        where the field's type does not.
     """
     return field(default=default, metadata={"help": text, **more})
 
 
 def positional(text: str, **more: Any) -> Any:
-    """A field of an argument without a name; as of `option`."""
+    """Declare a positional argument; the parameters are those of `option`."""
     return field(metadata={"help": text, **more})
 
 
 def participant_label(text: str) -> str:
-    """A label without its `sub-`."""
+    """Remove the `sub-` of a label."""
     return text.removeprefix("sub-")
 
 
 def session_label(text: str) -> str:
-    """A label without its `ses-`."""
+    """Remove the `ses-` of a label."""
     return text.removeprefix("ses-")
 
 
 def named_path(text: str) -> tuple[str, Path]:
-    """NAME=PATH; a path alone is named by its folder."""
+    """Split NAME=PATH; a path alone is named after its folder."""
     if named := re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", text):
         return named[1], Path(named[2])
     return Path(text).resolve().name, Path(text)
 
 
 def megabytes(text: str) -> int:
-    """MB; a unit of GB or G is understood, as in the neighbouring apps."""
+    """Read megabytes; 8GB and 8G are understood, as in fMRIPrep."""
     number = text.upper().removesuffix("B")
     return int(float(number[:-1]) * 1000) if number.endswith("G") else int(number.rstrip("M"))
 
 
 def flag(name: str) -> str:
-    """The option of a field."""
+    """Name the option of a field: `mem_mb` gives --mem-mb."""
     return f"--{name.replace('_', '-')}"
 
 
 def invalid_options(level: str) -> list[str]:
-    """Options that are invalid at this level."""
+    """List the fields of options that are invalid at an analysis level."""
     return [f.name for f in fields(Options) if f.metadata.get("level", level) != level]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Every choice of one invocation; passed explicitly to whatever needs it.
+    """Options of one invocation of `qsphere`, passed explicitly to whatever needs them.
 
-    The command line, the configuration file and the Boutiques descriptors are made from these
+    The command line, the configuration file and the Boutiques descriptors are generated from these
     fields, in this order.
+
+    Raises
+    ------
+    UsageError
+        A value is out of range, belongs to the other analysis level or contradicts another one.
     """
 
     bids_dir: Path = positional("root folder of a BIDS dataset", metavar="BIDS_DIR")
     output_dir: Path = positional("where the derivatives dataset is written", metavar="OUTPUT_DIR")
     analysis_level: str = positional(
-        "participant: one participant at a time; group: across participants and sites",
+        "participant: process each participant; group: compare and train across sites",
         choices=LEVELS)
 
     participant_label: tuple[str, ...] = option(
-        (), "participants, with or without sub-; default: all", group="which data",
+        (), "participants, with or without sub-; default: all", group="input data",
         aliases=("--participant_label",), metavar="LABEL", read=participant_label)
     session_label: tuple[str, ...] = option(
         (), "sessions, with or without ses-; default: all",
@@ -96,103 +101,105 @@ class Options:
     bids_filter_file: Path | None = option(
         None, 'pybids filters, e.g. {"dwi": {"acquisition": "x"}}', metavar="JSON")
     bids_database_dir: Path | None = option(
-        None, "keep the pybids index in this folder and use it again", metavar="DIR")
+        None, "folder in which the pybids index is kept for later runs", metavar="DIR")
     skip_bids_validation: bool = option(
         False, "also index files whose names are not valid BIDS",
         aliases=("--skip_bids_validation",))
     derivatives: tuple[tuple[str, Path], ...] = option(
-        (), "inputs preprocessed elsewhere: desc-preproc_dwi trees such as QSIPrep's, HCP-YA or UK "
-        "Biobank layouts, or masks", aliases=("-d",), metavar="NAME=PATH", read=named_path)
+        (), "preprocessed input: derivatives with desc-preproc_dwi such as QSIPrep's, HCP-YA or UK "
+        "Biobank folders, or brain masks", aliases=("-d",), metavar="NAME=PATH", read=named_path)
     batch_file: Path | None = option(
-        None, "table of participant_id, (session_id,) and the site of each", metavar="TSV")
+        None, "table with participant_id, optionally session_id, and the site", metavar="TSV")
     batch_column: str | None = option(
-        None, "column of --batch-file or participants.tsv that holds the site", metavar="NAME")
+        None, "column of --batch-file or participants.tsv that names the site", metavar="NAME")
 
     estimate: tuple[str, ...] = option(
         (), "microstructure methods; default: dti smt scnn2, where the acquisition allows",
-        group="what is done to each participant", level="participant", metavar="NAME")
+        group="participant level", level="participant", metavar="NAME")
     harmonize: str | None = option(
         None, "a trained harmonizer: its folder, its name under OUTPUT_DIR/group/models, or a "
         "method name: uses its model for the run's site", level="participant", metavar="MODEL")
     upsample: str | None = option(
-        None, "path or name of a trained network that fills in gradient directions",
+        None, "path or name of a trained network that predicts more gradient directions",
         level="participant", metavar="MODEL")
     synthesize: tuple[str, ...] = option(
-        (), f"synthetic signals with known truth: {' '.join(MODES)}", level="participant",
+        (), f"synthetic signals with known ground truth: {' '.join(MODES)}", level="participant",
         metavar="MODE", choices=MODES)
     synthesize_voxels: int = option(
-        10_000, "synthetic signals of each mode", level="participant")
+        10_000, "number of synthetic signals of each mode", level="participant")
     synthesize_image: bool = option(
-        False, "also a whole image of each mode, in the participant's own anatomy",
+        False, "also synthesize a whole image of each mode, in the participant's anatomy",
         level="participant")
     allow_extrapolation: bool = option(
-        False, "use a model outside what it was trained for; noted in every sidecar",
+        False, "apply models outside of their training domain; noted in every sidecar",
         level="participant")
 
     train: tuple[str, ...] = option(
-        (), "methods by name, e.g. harmonize_mica or mica", group="what the group level trains",
+        (), "methods to train, e.g. harmonize_shresnet or shresnet", group="group level",
         level="group", metavar="METHOD")
     reference_batch: str | None = option(
-        None, "the site that others are mapped to", level="group", metavar="NAME")
+        None, "the site to which the others are harmonized", level="group", metavar="NAME")
     folds: int | None = option(
         None, "K-fold cross-validation over participants scanned at both sites; default: none",
         level="group", metavar="K")
     epochs: int | None = option(
-        None, "epochs of each stage, as --set METHOD.stages.epochs=N; default: the method's own",
+        None, "epochs of each training stage, as --set METHOD.stages.epochs=N; default: that of "
+        "the method",
         level="group")
     blocks: int | None = option(
         None, "residual blocks of harmonize_shresnet; default: 2; replaced by --set "
         "harmonize_shresnet.network.blocks=N", level="group")
     max_steps: int | None = option(
-        None, "optimiser steps of each stage, at most; an interrupted training continues to this "
-        "number from where it was", level="group")
+        None, "maximum of optimiser steps of each training stage; an interrupted training goes on "
+        "from its last step", level="group")
     init: Path | None = option(
-        None, "folder of weights to start from; default: bundled weights, if compatible",
+        None, "folder of weights from which to start; default: bundled weights, if compatible",
         level="group", metavar="CHECKPOINT")
     paired_by: str | None = option(
-        None, "pairs for harmonizers: scans of a participant at two sites (default), or those of "
-        "one session alone", level="group", choices=("participant", "session"))
+        None, "scans that harmonizers pair: all of a participant at two sites (default), or only "
+        "those of the same session", level="group", choices=("participant", "session"))
 
     device: str = option("auto", "auto (default), cpu, cuda or cuda:N", group="resources",
                          metavar="NAME")
-    nprocs: int = option(1, "most CPUs used at a time; default: all",
+    nprocs: int = option(1, "number of CPUs to use; default: all",
                          aliases=("--nthreads", "--n-cpus"))
     omp_nthreads: int | None = option(
-        None, "CPUs per participant; nprocs / omp-nthreads participants run at a time; default: as "
-        "many participants at a time as CPUs and memory allow")
+        None, "CPUs per participant; nprocs / omp-nthreads participants are processed at a time; "
+        "default: as many participants at a time as CPUs and memory allow")
     mem_mb: int | None = option(
-        None, "memory limit, at both levels: signals that exceed it go through a file in the work "
-        "folder; default: all there is", aliases=("--mem",), metavar="MB", read=megabytes)
+        None, "memory limit in MB; signals that exceed it go through a file in the work folder; "
+        "default: all available memory", aliases=("--mem",), metavar="MB", read=megabytes)
     work_dir: Path | None = option(
-        None, "for signals that do not fit in memory; default: a temporary folder",
+        None, "folder for temporary files; default: a temporary folder",
         aliases=("-w",), metavar="DIR")
-    random_seed: int = option(0, "seed of everything that is random")
+    random_seed: int = option(0, "seed of the random numbers")
 
     set: tuple[str, ...] = option(
-        (), "hyper-parameters instead of those of a method's training.toml, e.g. "
+        (), "hyper-parameters that replace those of a method's training.toml, e.g. "
         "harmonize_shresnet.network.blocks=4; may be repeated", group="other",
         metavar="METHOD.KEY=VALUE", action="extend")
     dry_run: bool = option(
-        False, "print what would run, on what, with predicted memory; write nothing")
+        False, "print the steps of every run and the predicted memory; write nothing")
     reports_only: bool = option(
-        False, "make the pages again from what earlier runs left", level="participant")
+        False, "regenerate the reports from existing outputs", level="participant")
     boilerplate_only: bool = option(
-        False, "write only the methods text with its references", level="participant",
+        False, "write the methods text with its references, and nothing else", level="participant",
         aliases=("--boilerplate_only",))
     stop_on_first_crash: bool = option(
-        False, "do not go on with other participants after a failure")
-    sloppy: bool = option(False, "small and quick training, for tests")
+        False, "stop after the first participant that fails")
+    sloppy: bool = option(False, "train briefly, for tests")
     config_file: Path | None = option(
-        None, "options by their long names; the command line wins over it", metavar="TOML")
-    verbose: int = option(0, "more messages; -vv: tracebacks too",
+        None, "file of options by their long names; the command line takes precedence",
+        metavar="TOML")
+    verbose: int = option(0, "print more messages; -vv: also tracebacks",
                           aliases=("-v",), action="count")
-    notrack: bool = option(False, "accepted for compatibility: nothing is ever tracked")
+    notrack: bool = option(False, "accepted for compatibility; QSphere never tracks usage")
 
     def __post_init__(self) -> None:
         bids, out = self.bids_dir.resolve(), self.output_dir.resolve()
         if out == bids:
             raise UsageError(f"OUTPUT_DIR is BIDS_DIR ({out}); results would mix with the data. "
-                             f"Give another folder, e.g. {bids / 'derivatives' / 'qsphere'}.")
+                             f"Give a separate folder, e.g. {bids / 'derivatives' / 'qsphere'}.")
         if out.is_relative_to(bids) and out.relative_to(bids).parts[0] != "derivatives":
             raise UsageError(f"OUTPUT_DIR {out} lies inside BIDS_DIR. Inside it only derivatives/ "
                              f"may hold results, e.g. {bids / 'derivatives' / 'qsphere'}.")
@@ -213,17 +220,17 @@ class Options:
                                  f"{self.analysis_level} level. Leave it out, or change the level.")
         for name in ("synthesize_voxels", "synthesize_image"):
             if getattr(self, name) != defaults[name] and not self.synthesize:
-                raise UsageError(f"{flag(name)} belongs to --synthesize. Give a "
-                                 f"MODE with it ({' '.join(MODES)}), or leave it out.")
+                raise UsageError(f"{flag(name)} belongs to --synthesize. Give --synthesize a MODE "
+                                 f"({' '.join(MODES)}), or leave the option out.")
         for name in ("folds", "epochs", "blocks"):
             if getattr(self, name) and not self.train:
-                raise UsageError(f"--{name} {getattr(self, name)}: of a training. Give a METHOD "
-                                 "with --train, or leave it out.")
+                raise UsageError(f"--{name} {getattr(self, name)} belongs to a training. Give a "
+                                 "METHOD with --train, or leave the option out.")
         if self.init and not self.train:
-            raise UsageError(f"--init {self.init}: weights that a training starts from. Give a "
-                             "METHOD with --train, or leave it out.")
+            raise UsageError(f"--init {self.init} belongs to a training. Give a METHOD with "
+                             "--train, or leave the option out.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UsageError(f"--device {self.device}: needed is auto, cpu, cuda or cuda:N.")
+            raise UsageError(f"--device {self.device}: auto, cpu, cuda or cuda:N is needed.")
         for text in self.set:
             if not re.fullmatch(r"[^.=\s]+\.[^=\s]+=.+", text, re.DOTALL):
                 raise UsageError(f"--set {text}: METHOD.KEY=VALUE is needed, e.g. "
@@ -232,11 +239,11 @@ class Options:
         for name, count in names.items():
             if count > 1:
                 raise UsageError(f"--derivatives: two datasets are called {name!r}"
-                                 f"{' (BIDS_DIR itself is)' if name == 'raw' else ''}. Give each a "
-                                 "name of its own, as NAME=PATH.")
+                                 f"{' (BIDS_DIR has this name)' if name == 'raw' else ''}. "
+                                 "Give each a name of its own, as NAME=PATH.")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, without those that are unset: what --config-file can read again."""
+        """Give the options that were set as plain values, which --config-file can read again."""
         def plain(value: Any) -> Any:
             if isinstance(value, Path):
                 return str(value)
@@ -258,59 +265,69 @@ DESIGNS = {
 
 @dataclass(frozen=True)
 class PhantomOptions:
-    """Every choice of a multi-site phantom. An effect's size is the difference of a site from the
-    reference (the first site); ± U(0.75, 1.25) times it is drawn for each site.
+    """Options of a multi-site phantom.
 
-    With the defaults the mean over voxels of |site − reference| / reference of FA (tensor up to
-    b 1500, averaged over draws of each site's noise) is near 5 % in white and 10 to 15 % in grey
-    matter (benchmarks/phantom.py), as Vollmar et al. 2010 found between two scanners
+    The size of an effect is the difference of a site from the reference, which is the first site;
+    each site gets ± U(0.75, 1.25) times this size. With the defaults the mean over voxels of
+    |site − reference| / reference of FA (tensor up to b 1500, averaged
+    over draws of each site's noise) is near 5 % in white and 10 to 15 % in grey matter
+    (benchmarks/phantom.py), as Vollmar et al. 2010 found between two scanners
     (doi:10.1016/j.neuroimage.2010.03.046).
+
+    Raises
+    ------
+    UsageError
+        A value is out of range.
     """
 
     output_dir: Path = positional(
         "a new or empty folder, or an earlier phantom, which is replaced", metavar="OUTPUT_DIR")
-    participants: int = option(4, "people; in designs other than travelling, of all sites",
-                               group="who is scanned where")
-    sites: int = option(2, "scanners; the first, A, is the reference")
+    participants: int = option(4, "number of participants; unless the design is travelling, of all "
+                               "sites together", group="participants and sites")
+    sites: int = option(2, "number of sites; the first, A, is the reference")
     design: str = option("travelling", "; ".join(f"{k}: {v}" for k, v in DESIGNS.items()),
                          choices=tuple(DESIGNS))
-    random_seed: int = option(0, "same seed, same bytes")
-    sloppy: bool = option(False, "6 mm voxels and 16 directions unless given, for tests")
+    random_seed: int = option(0, "the same seed gives the same bytes")
+    sloppy: bool = option(False, "6 mm voxels and 16 directions, unless given; for tests")
 
     shells: tuple[float, ...] = option((1000.0, 2000.0), "b-values, s/mm²", group="protocol")
-    directions: int | None = option(None, "per shell; default: 30, or 16 with --sloppy")
-    voxel_size: float | None = option(None, "mm; default: 3, or 6 with --sloppy")
-    snr: float = option(25.0, "of white matter at b = 0; inf for no noise")
-    echo_time: float = option(80.0, "ms, of the reference")
-    repetition_time: float = option(6.0, "s, of the reference")
+    directions: int | None = option(None, "directions per shell; default: 30, or 16 with --sloppy")
+    voxel_size: float | None = option(None, "voxel size in mm; default: 3, or 6 with --sloppy")
+    snr: float = option(25.0, "SNR of white matter at b = 0; inf for no noise")
+    echo_time: float = option(80.0, "echo time of the reference, ms")
+    repetition_time: float = option(6.0, "repetition time of the reference, s")
 
     ages: tuple[float, float] = option(
-        (20.0, 80.0), "youngest and oldest, years", group="differences between people")
+        (20.0, 80.0), "youngest and oldest, years", group="differences between participants")
     age_slope_f: float = option(-0.001, "change of the neurite fraction of white matter per year")
     age_slope_d: float = option(0.002, "change of d in white and grey matter, um^2/ms per year")
-    person_sd: float = option(1.0, "multiplies all differences between people but age and lesions")
-    lesions: float = option(0.25, "share of people with a white-matter lesion")
-    pose_rotation: float = option(3.0, "degrees about each axis (SD) by which heads turn")
-    pose_shift: float = option(2.0, "mm along each axis (SD) by which heads lie elsewhere")
+    person_sd: float = option(
+        1.0, "factor of all differences between participants but age and lesions")
+    lesions: float = option(0.25, "share of participants with a white-matter lesion")
+    pose_rotation: float = option(3.0, "rotation of the head about each axis, SD in degrees")
+    pose_shift: float = option(2.0, "shift of the head along each axis, SD in mm")
 
-    effects: float = option(1.0, "multiplies all site effects below; 0 for none",
+    effects: float = option(1.0, "factor of all site effects below; 0 for none",
                             group="differences between sites")
     effect_gain: float = option(0.3, "log of the signal's unit")
     effect_coil: float = option(0.3, "SD of the log of the coil profile, which shapes the noise")
     effect_bias: float = option(0.1, "SD of the log of the bias field left in the images")
     effect_snr: float = option(0.2, "log of the SNR")
     effect_coils: int = option(4, "coils of every second site: non-central chi noise; 1: Rician")
-    effect_psf: float = option(1.2, "mm, full width at half maximum of the point spread")
-    effect_echo_time: float = option(15.0, "ms: weights compartments and tissues by their T2")
-    effect_repetition_time: float = option(0.6, "log of it: weights tissues by their T1")
+    effect_psf: float = option(1.2, "full width at half maximum of the point spread, mm")
+    effect_echo_time: float = option(
+        15.0, "change of the echo time, ms: weights compartments and tissues by their T2")
+    effect_repetition_time: float = option(
+        0.6, "log of the repetition time: weights tissues by their T1")
     effect_miscalibration: float = option(0.03, "relative error of b")
     effect_nonlinearity: float = option(0.03, "SD over the head of the relative change of b")
-    effect_directions: int = option(3, "directions per shell")
-    effect_voxel: float = option(0.0, "mm; 0, so that scans of a person pair voxel by voxel")
+    effect_directions: int = option(3, "change of the number of directions per shell")
+    effect_voxel: float = option(
+        0.0, "change of the voxel size, mm; 0 keeps scans of a participant paired voxel by voxel")
 
     def __post_init__(self) -> None:
         if self.design not in DESIGNS:
-            raise UsageError(f"--design {self.design}: needed is one of {', '.join(DESIGNS)}.")
+            raise UsageError(f"--design {self.design}: one of {', '.join(DESIGNS)} is needed.")
         apart = self.design != "travelling"
         for name, least in (("participants", self.sites if apart else 1), ("sites", 1),
                             ("random_seed", 0), ("directions", 6), ("effect_coils", 1),
@@ -346,14 +363,15 @@ class PhantomOptions:
 
     @property
     def voxel(self) -> float:
-        """mm."""
+        """Voxel size, mm."""
         return self.voxel_size or (6.0 if self.sloppy else 3.0)
 
     @property
     def per_shell(self) -> int:
+        """Number of directions per shell."""
         return self.directions or (16 if self.sloppy else 30)
 
     @property
     def step(self) -> float:
-        """mm, of the grid on which the anatomy is simulated."""
+        """Voxel size of the grid on which the anatomy is simulated, mm."""
         return 4.0 if self.sloppy else min(3.0, self.voxel * 2 / 3)

@@ -61,7 +61,8 @@ def test_config_file_lies_below_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("text,message", [
     ("nonsense = 1", "no option is called 'nonsense'"), ("a = [", "cannot be read as TOML"),
-    ('dry-run = "yes"', "needed is true, false"), ('derivatives = ["a=/x"]', "needed is a table")])
+    ('dry-run = "yes"', "true, false or a number is needed"),
+    ('derivatives = ["a=/x"]', "a table is needed")])
 def test_config_file_refused(tmp_path, text, message):
     path = tmp_path / "options.toml"
     path.write_text(text)
@@ -91,7 +92,7 @@ def test_numbers_below_one(capsys):
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "0"])
 def test_device_that_is_none(name, capsys):
     assert cli.main(["/in", "/out", "participant", "--device", name]) == 2
-    assert "needed is auto, cpu, cuda or cuda:N" in capsys.readouterr().err
+    assert "auto, cpu, cuda or cuda:N is needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("trees", [["a/x", "b/x"], ["raw=a"], ["x=a", "x=b"]])

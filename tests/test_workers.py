@@ -83,7 +83,7 @@ def test_sigterm_sweeps(start):
     told = process.communicate(timeout=30)[1]
     assert process.returncode == TERMINATED == 143
     assert not [*folder.iterdir()]
-    assert told == "program: terminated; run the same command again to go on.\n"
+    assert told == "program: terminated. Run the same command again to continue.\n"
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are listed in /proc")
