@@ -1,4 +1,4 @@
-"""The two recipes: participants one by one, and across participants. Read from top to bottom."""
+"""The two analysis levels: `participant` and `group`, each a linear recipe."""
 
 from __future__ import annotations
 
@@ -56,17 +56,28 @@ log = logging.getLogger("qsphere")
 GROUP = PurePosixPath("group")
 
 TEXT = ("participant", "session", "run", "batch")
-"""Columns of tables that are labels, however much like numbers they look."""
+"""Columns of tables that hold labels, even where these look like numbers."""
 
 SCANS = 2
-"""Scans that a training holds at a time: those of a pair."""
+"""Scans that a training holds in memory at a time: those of a pair."""
 
 REPLACED = {"epochs": "stages.epochs", "blocks": "network.blocks"}
-"""Options that stand for a hyper-parameter of every method which is trained and has it."""
+"""Options that stand for a hyper-parameter of every trained method that has it."""
 
 
 def participant(options: Options) -> int:
-    """Find runs, process each, write derivatives and a page per participant. Returns exit code."""
+    """Process every run and write derivatives and a page for each participant.
+
+    Returns
+    -------
+    int
+        Exit code: 0 all done, 1 something failed or a participant does not exist.
+
+    Raises
+    ------
+    UsageError
+        The options name what does not exist, or the input holds nothing to process.
+    """
     chosen, upsampler = plan.chosen_methods(options), plan.chosen_upsampler(options)
     models = harmonize.load_models(options)
     if options.reports_only and not options.dry_run:
@@ -92,8 +103,8 @@ def participant(options: Options) -> int:
     dataset.participants({label: found.rows[label] for label in done}, found.columns)
     log_unknown_participants(found.unknown, options)
     if failed := [label for label, ok in done.items() if not ok]:
-        log.error("not all was done for %s: the pages say why, and crash files where something "
-                  "failed.", ", ".join(f"sub-{label}" for label in sorted(failed)))
+        log.error("not everything was done for %s. Their pages say why; after a failure, so do the "
+                  "crash files in sub-*/log.", ", ".join(f"sub-{s}" for s in sorted(failed)))
     if mixed := mixed_harmonizers(dataset):
         log.warning("%s", mixed)
     log.info("results: %s", dataset.root)
@@ -101,7 +112,18 @@ def participant(options: Options) -> int:
 
 
 def group(options: Options) -> int:
-    """Table, distributions and outliers over what participants left; trains what is asked for."""
+    """Train methods, and write tables, figures and a page across participants.
+
+    Returns
+    -------
+    int
+        Exit code: 0 all done, 1 a participant does not exist.
+
+    Raises
+    ------
+    UsageError
+        No participant was processed, or a training is not possible.
+    """
     trained = trained_methods(options)
     found = find.find(options)
     for label, messages in found.problems.items():
@@ -120,7 +142,7 @@ def group(options: Options) -> int:
     rank, devices = training.processes()
     cohort = load_cohort(options, found, statistics, covariates, devices)
     settings = training_settings(options, devices)
-    if rank:  # of several processes that train together the first alone writes
+    if rank:  # of several processes that train together, only the first writes
         for method in trained:
             fit(method, cohort, settings)
         return 0
@@ -131,15 +153,15 @@ def group(options: Options) -> int:
         fitted |= load_fitted(dataset, cohort, fitted)
         write_group(dataset, cohort, fitted)
         assert settings.states
-        for kept in settings.states.glob(f"{pairs.KEPT}*"):
-            kept.unlink(missing_ok=True)
+        for registration in settings.states.glob(f"{pairs.KEPT}*"):
+            registration.unlink(missing_ok=True)
     log_unknown_participants(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
     return 1 if found.unknown else 0
 
 
 def trained_methods(options: Options) -> list[Trainable]:
-    """Load the methods that --train names, with the hyper-parameters that the options give.
+    """Load the methods that --train names, with the hyper-parameters of the options.
 
     Raises
     ------
@@ -155,7 +177,7 @@ def trained_methods(options: Options) -> list[Trainable]:
 
 
 def check_training_options(options: Options, trained: Sequence[Trainable]) -> None:
-    """Raise UsageError for an option that no method which is trained uses."""
+    """Raise UsageError for an option that no trained method uses."""
     uses: tuple[tuple[str, int | None, Callable[[Trainable], Any]], ...] = (
         ("folds", options.folds, lambda m: isinstance(m, Harmonizer)),
         *((option, getattr(options, option), lambda m, k=key: m.paths(k))
@@ -164,12 +186,12 @@ def check_training_options(options: Options, trained: Sequence[Trainable]) -> No
         if value and not any(map(used, trained)):
             names = [m.name for m in map(methods.get, methods.names())
                      if isinstance(m, Trainable) and used(m)]
-            raise UsageError(f"--{option} {value}: {', '.join(options.train)} has no use for "
+            raise UsageError(f"--{option} {value}: {', '.join(options.train)} does not use "
                              f"it. Leave it out, or train {', '.join(names)}.")
 
 
 def replaced_options(options: Options, trained: Sequence[Trainable]) -> list[str]:
-    """What --epochs and --blocks would be as METHOD.KEY=VALUE, for each method that has the key."""
+    """Translate --epochs and --blocks to METHOD.KEY=VALUE of each method that has the key."""
     texts = [f"{method.name}.{key}={value}" for option, key in REPLACED.items()
              if (value := getattr(options, option)) for method in trained if method.paths(key)]
     if options.blocks:
@@ -180,7 +202,7 @@ def replaced_options(options: Options, trained: Sequence[Trainable]) -> list[str
 
 def load_cohort(options: Options, found: find.Inventory, statistics: pd.DataFrame,
                 covariates: Sequence[str], devices: tuple[int, int]) -> Cohort:
-    """Gather what trainings need of the processed runs; their signals are loaded one by one."""
+    """Gather what trainings need of the processed runs; signals are loaded one by one."""
     runs = {run.name: run for label in found.participants for run in found.runs[label]
             if run.name in set(statistics["run"])}
     memory = available_memory(options) / devices[0]
@@ -194,7 +216,7 @@ def load_cohort(options: Options, found: find.Inventory, statistics: pd.DataFram
 
 
 def training_settings(options: Options, devices: tuple[int, int]) -> TrainingSettings:
-    """Gather what the options say of all trainings. devices: as of `training.processes`."""
+    """Gather the options that all trainings share. devices: those of `training.processes`."""
     return TrainingSettings(
         max_steps=options.max_steps, folds=options.folds, seed=options.random_seed,
         device=choose_device(options.device), devices=devices, init=options.init,
@@ -203,13 +225,13 @@ def training_settings(options: Options, devices: tuple[int, int]) -> TrainingSet
 
 def train_and_write(dataset: Dataset, cohort: Cohort, settings: TrainingSettings,
                     trained: Sequence[Trainable]) -> dict[str, Fitted]:
-    """Train one method after another; write what it leaves as soon as it is there."""
+    """Train one method after another; write the results of each as soon as it is trained."""
     assert settings.states
     fitted: dict[str, Fitted] = {}
     for method in trained:
         fitted[method.name] = result = fit(method, cohort, settings)
         for name, weights in result.checkpoints.items():
-            # a record of its own, so that the next training does not take this one's model away
+            # a record of its own, so that the next training does not remove this model
             with dataset.transaction(PurePosixPath(f"group/log/{name}.json")) as transaction:
                 for file, content in checkpoint.pack(weights).items():
                     transaction.bytes(harmonize.MODELS / name / file, content)
@@ -218,7 +240,7 @@ def train_and_write(dataset: Dataset, cohort: Cohort, settings: TrainingSettings
         with dataset.transaction(group_record(method.name), table_digest(cohort)) as transaction:
             for name, table in result.tables.items():
                 write_table(transaction, name, table)
-            if isinstance(method, GroupAnalysis):  # of others, the cards say more
+            if isinstance(method, GroupAnalysis):  # the cards of the others say more
                 transaction.text(GROUP / "desc-harmonizer_model.json", to_json(result.model))
             transaction.facts = {"tables": list(result.tables), "model": result.model,
                                  "models": list(result.checkpoints),
@@ -232,7 +254,7 @@ def load_fitted(dataset: Dataset, cohort: Cohort, trained: Container[str]
                 ) -> dict[str, Fitted]:
     """Read what earlier commands trained, unless it was trained again.
 
-    Tables that were made of other statistics than today's (ComBat's) are removed, with a warning.
+    Tables of a group analysis whose input has changed are removed, with a warning.
     """
     earlier = {}
     for name in methods.names():
@@ -241,8 +263,8 @@ def load_fitted(dataset: Dataset, cohort: Cohort, trained: Container[str]
             continue
         if isinstance(methods.get(name), GroupAnalysis) and not dataset.is_complete(
                 record, table_digest(cohort)):
-            log.warning("%s: its tables were made of other runs or maps than those of today, and "
-                        "are removed. Train it again: --train %s", name, name)
+            log.warning("%s: its tables are removed, since runs or maps have changed. Train it "
+                        "again: --train %s", name, name)
             dataset.discard(path)
             continue
         try:
@@ -253,30 +275,30 @@ def load_fitted(dataset: Dataset, cohort: Cohort, trained: Container[str]
                 {model: checkpoint.load(dataset.root / harmonize.MODELS / model, name)
                  for model in record["models"]}, record["notices"])
         except (OSError, ValueError, DataError) as error:
-            log.warning("%s: what an earlier command trained is left out of the page: %s", name,
-                        error)
+            log.warning("%s: an earlier training cannot be read and is left out of the page: %s",
+                        name, error)
     return earlier
 
 
 def group_record(name: str) -> PurePosixPath:
-    """Path of the record of what a method left at group level, below OUTPUT_DIR."""
+    """Name the record of a method at group level, below OUTPUT_DIR."""
     return GROUP / f"log/{name}.json"
 
 
 def table_digest(cohort: Cohort) -> str:
-    """SHA-256 of the measured statistics and covariates of all runs, and the reference batch."""
+    """Hash statistics and covariates of all runs, and the reference site (SHA-256)."""
     used = cohort.statistics[["run", "batch", *cohort.covariates, *cohort.features]]
     content = to_json([used.to_dict("list"), cohort.reference_batch])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def write_table(transaction: Transaction, name: str, table: pd.DataFrame) -> None:
+    """Write a table of the group level with its column descriptions."""
     transaction.table(GROUP / f"{name}.tsv", table.to_dict("records"),
                       quality.columns(table.columns))
 
 
-def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]
-                ) -> None:
+def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]) -> None:
     """Write the tables across participants, figures and group.html."""
     statistics, features = cohort.statistics, cohort.features
     mixed = mixed_harmonizers(dataset)
@@ -296,19 +318,18 @@ def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]
         for name, table in (("sites_agreement", between), ("insample_biology", effects)):
             if len(table):
                 write_table(transaction, f"desc-{name}", table)
-        drawn = distributions.of_group(cohort, fitted)
-        for figure in drawn:
+        figures = distributions.of_group(cohort, fitted)
+        for figure in figures:
             name = f"desc-{figure.entities['desc']}.svg"
             transaction.bytes(GROUP / "figures" / name, figure.svg)
         transaction.text(PurePosixPath("group.html"), page.group(
-            cohort, quality.outliers(statistics), between, effects, drawn, fitted,
+            cohort, quality.outliers(statistics), between, effects, figures, fitted,
             chosen=[methods.get(name) for name in fitted], notice=mixed,
             records=run_records(dataset)))
 
 
-def fit(method: Trainable, cohort: Cohort, settings: TrainingSettings
-        ) -> Fitted:
-    """Train a method and, where --folds asks for it and the method has one, cross-validate it.
+def fit(method: Trainable, cohort: Cohort, settings: TrainingSettings) -> Fitted:
+    """Train a method and, where --folds asks for it, cross-validate it (harmonizers only).
 
     The cards hold the hyper-parameters that `--set` changed.
     """
@@ -324,8 +345,9 @@ def fit(method: Trainable, cohort: Cohort, settings: TrainingSettings
 
 
 def log_unknown_participants(labels: Sequence[str], options: Options) -> None:
+    """Report participants of --participant-label that do not exist."""
     for label in labels:
-        log.error("sub-%s does not exist in %s; the others were processed. Correct "
+        log.error("sub-%s does not exist in %s. The others were processed. Correct "
                   "--participant-label.", label, options.bids_dir)
 
 
@@ -333,8 +355,8 @@ def share_cpus(options: Options, found: find.Inventory, memory: float, device: s
                ) -> tuple[int, int]:
     """Decide how many participants are processed at a time, and on how many CPUs each.
 
-    With --omp-nthreads, as it says. Without, as many at a time as CPUs and memory allow, for most
-    of the work is done voxel by voxel and gains little from several CPUs; on a GPU one at a time.
+    Without --omp-nthreads, as many at a time as CPUs and memory allow, for most of the work is
+    voxelwise and gains little from several CPUs; on a GPU, one at a time.
     """
     people = len(found.participants)
     if options.omp_nthreads:
@@ -351,24 +373,28 @@ def share_cpus(options: Options, found: find.Inventory, memory: float, device: s
 
 
 def memory_of(run: Run) -> float:
-    """Bytes at most for a run, from the headers of its images; 0 where one cannot be read."""
+    """Predict the peak memory of a run in bytes from the headers of its images.
+
+    0 where one cannot be read: the process of the participant reports that.
+    """
     try:
         shapes = [open_image(part.image).shape for part in run.parts]
         return peak_memory(math.prod(shapes[0][:3]), sum(shape[3] for shape in shapes))
-    except (DataError, IndexError):  # its own process will tell
+    except (DataError, IndexError):
         return 0.0
 
 
 def available_memory(options: Options) -> float:
-    """Bytes that may be used; warns where they are fewer than a process needs beside the signal."""
+    """Find how many bytes may be used; warn where a process may need more."""
     memory = memory_limit(options.mem_mb)
     if memory < FIXED_MEMORY:
-        log.warning("%.1f GB of memory is little: up to %.1f GB is needed beside the signal.",
-                    memory / 1e9, FIXED_MEMORY / 1e9)
+        log.warning("%.1f GB of memory may be used, and up to %.1f GB is needed beside the signal. "
+                    "If a process dies, raise --mem-mb.", memory / 1e9, FIXED_MEMORY / 1e9)
     return memory
 
 
 def make_work_dir(path: Path) -> None:
+    """Make the folder of --work-dir; raise UsageError where that is not possible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -378,32 +404,41 @@ def make_work_dir(path: Path) -> None:
 
 def participant_statistics(dataset: Dataset, found: find.Inventory
                            ) -> tuple[pd.DataFrame, list[str]]:
-    """One row per processed run: who, batch and covariates (as BIDS_DIR says now), QC and maps."""
+    """Gather one row per processed run, and the names of the covariates.
+
+    Columns are participant, session, run, batch (the site), the covariates, quality measures and
+    map statistics. Site and covariates are those that BIDS_DIR holds now.
+
+    Raises
+    ------
+    UsageError
+        No run was processed.
+    """
     done: list[tuple[Run, dict[str, Any]]] = []
     for run in (run for label in found.participants for run in found.runs[label]):
         record = dataset.record(run_record(run))
         if record.get("state") != "complete":
-            log.warning("%s: not processed (or failed), so it is not in the group", run.name)
+            log.warning("%s: not processed, or failed; it is left out of the group", run.name)
             continue
         done.append((run, record["qc"]))
     if not done:
         raise UsageError(f"{dataset.root} holds no finished run of these participants. Run the "
                          "participant level first.")
-    known = dict.fromkeys(c for run, _ in done for c in run.covariates)
+    covariates = dict.fromkeys(c for run, _ in done for c in run.covariates)
     measured = {c for _, qc in done for c in qc}
-    if taken := [c for c in known if c in measured]:
-        log.warning("participants.tsv: %s left out: the group table has measures by these names. "
-                    "Rename the columns to have them as covariates.", ", ".join(taken))
+    if taken := [c for c in covariates if c in measured]:
+        log.warning("participants.tsv: %s left out, since the group table has measures of these "
+                    "names. Rename the columns to use them as covariates.", ", ".join(taken))
     rows = [{"participant": run.participant, "session": run.session or "n/a", "run": run.name,
              "batch": run.batch,
              **{c: v for c, v in run.covariates.items() if c not in measured}, **qc}
             for run, qc in done]
-    return pd.DataFrame(rows), [c for c in known if c not in measured]
+    return pd.DataFrame(rows), [c for c in covariates if c not in measured]
 
 
 def run_all(invocation: Invocation, found: find.Inventory, workers: int
             ) -> Iterator[tuple[str, bool]]:
-    """(label, succeeded) of each participant, `workers` of them at a time."""
+    """Process participants, `workers` of them at a time; yield label and success of each."""
     todo = found.participants
     with logging_redirect_tqdm(), tqdm(total=len(todo), desc="participants", disable=None) as bar:
         if workers == 1:
@@ -415,7 +450,7 @@ def run_all(invocation: Invocation, found: find.Inventory, workers: int
                 if not ok and invocation.options.stop_on_first_crash:
                     return
             return
-        # threads of numpy's library in the new processes; fewer where the user said so
+        # threads of BLAS in the new processes; not more than the user allows
         inherited = os.environ.get("OMP_NUM_THREADS", "")
         threads = invocation.threads
         if inherited.isdecimal():
@@ -431,9 +466,9 @@ def run_all(invocation: Invocation, found: find.Inventory, workers: int
                     continue
                 label, ok = futures[future], not future.exception() and future.result()
                 if future.exception():
-                    log.error("sub-%s: its process died (%s); too little memory is the usual "
-                              "cause: fewer at a time with --omp-nthreads, or --mem-mb.", label,
-                              future.exception())
+                    log.error("sub-%s: its process died (%s). Too little memory is the usual "
+                              "cause: process fewer at a time (--omp-nthreads), or set --mem-mb.",
+                              label, future.exception())
                 yield label, ok
                 if not ok and invocation.options.stop_on_first_crash:
                     for other in futures:
@@ -441,7 +476,7 @@ def run_all(invocation: Invocation, found: find.Inventory, workers: int
 
 
 def regenerate_reports(options: Options) -> int:
-    """--reports-only: every page from what earlier runs left in OUTPUT_DIR."""
+    """Write every page again from the records in OUTPUT_DIR (--reports-only)."""
     dataset = Dataset(options.output_dir, {})
     labels = [p.parent.name.removeprefix("sub-") for p in sorted(dataset.root.glob("sub-*/log"))]
     wanted = [s for s in labels if s in options.participant_label or not options.participant_label]
@@ -455,18 +490,18 @@ def regenerate_reports(options: Options) -> int:
             write_page(dataset, label, earlier.get("problems", []))
     unknown = [label for label in options.participant_label if label not in labels]
     for label in unknown:
-        log.error("sub-%s was not processed into %s, so it has no page.", label, dataset.root)
+        log.error("sub-%s was not processed into %s and has no page.", label, dataset.root)
     return 1 if unknown else 0
 
 
 def input_datasets(options: Options) -> dict[str, Path]:
-    """Folders of the inputs, by the names that `bids:NAME:…` URIs give them."""
+    """Map the names of the input datasets in `bids:NAME:…` URIs to their folders."""
     return {"raw": options.bids_dir, **dict(options.derivatives)}
 
 
 def dry_run(found: find.Inventory, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
             options: Options) -> str:
-    """The text of --dry-run: what would be done to every run, with predicted memory."""
+    """Describe the steps of every run and its predicted memory (--dry-run)."""
     dataset, lines = Dataset(options.output_dir, input_datasets(options)), []
     for label in found.participants:
         lines += [f"sub-{label}: {problem}" for problem in found.problems[label]]

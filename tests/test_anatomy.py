@@ -266,7 +266,7 @@ def test_whole_image_end_to_end(tmp_path):
     assert qsphere(bids, out, "participant", "--estimate", "dti", "--sloppy", "--synthesize",
                    "sample", "random-wm", "--synthesize-voxels", "50", "--synthesize-image") == 0
     assert validate(out) == []
-    assert "Tissue was sought in sub-01_T1w.nii.gz" in page_and_status(out)
+    assert "Tissue was segmented in sub-01_T1w.nii.gz" in page_and_status(out)
     stem = out / "sub-01/dwi/sub-01"
     assert nib.load(f"{stem}_desc-synthsample_dwi.nii.gz").shape[0] == 50
     mask = np.asarray(nib.load(f"{stem}_desc-brain_mask.nii.gz").dataobj) > 0

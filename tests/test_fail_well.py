@@ -238,7 +238,7 @@ def test_stop_on_first_crash_with_several_at_a_time(bids_tree, tmp_path):
     done = subprocess.run([sys.executable, "-m", "bidsapp", bids, out, "participant", "--estimate",
                            "dti", "--nprocs", "2", "--omp-nthreads", "1",
                            "--stop-on-first-crash"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "not all was done for sub-01:" in done.stderr
+    assert done.returncode == 1 and "not everything was done for sub-01." in done.stderr
     ran = {p.name for p in out.glob("sub-*/")}
     listed = {line.split("\t")[0] for line in
               (out / "participants.tsv").read_text().splitlines()[1:]}

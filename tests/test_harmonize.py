@@ -136,7 +136,7 @@ def test_reference_batch_passes_unchanged(harmonized):
         assert not list(out.glob(f"sub-{label}/dwi/*desc-harmonized_dwimap*"))
         about = sidecar(out, label, "desc-harmonized_dwi")
         assert about["Unchanged"] is True
-        assert "A is the reference batch" in (out / f"sub-{label}.html").read_text()
+        assert "A is the reference site" in (out / f"sub-{label}.html").read_text()
 
 
 def test_table_of_b_stays(harmonized):

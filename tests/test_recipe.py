@@ -102,7 +102,7 @@ def test_what_was_made_of_a_signal_that_changed_is_removed(study, tmp_path, caps
     assert not times(tmp_path / "out", "*model-tensor*")
     assert not times(tmp_path / "out", "*desc-harmonized*")
     assert times(tmp_path / "out", "*model-smt*")
-    assert "made of a signal that has changed" in capsys.readouterr().err
+    assert "since its signal has changed" in capsys.readouterr().err
     assert not {c for c in columns(tmp_path / "out") if "dti" in c or "harmoni" in c}
 
 

@@ -300,7 +300,7 @@ def test_group_report_and_combat(study, capsys):
     fewer = [f"{i:02}" for i in range(1, 8)]
     assert qsphere(bids, out, "group", "--participant-label", *fewer) == 0
     assert not (out / "group/desc-combat_dwimap.tsv").exists(), "it was of other people"
-    assert "harmonize_combat: its tables were made of other runs" in capsys.readouterr().err
+    assert "harmonize_combat: its tables are removed" in capsys.readouterr().err
 
 
 def test_group_refuses_and_leaves_the_earlier_group_alone(study, capsys):
@@ -395,6 +395,6 @@ def test_options_without_use_are_refused(tmp_path, bids_tree, capsys):
     for option in ("--folds", "--epochs", "--blocks"):
         assert qsphere(bids, tmp_path / "out", "group", "--train", "harmonize_combat", option,
                        "3") == 2
-        assert re.search(f"{option} 3: harmonize_combat has no use for it.* harmonize_shresnet",
+        assert re.search(f"{option} 3: harmonize_combat does not use it.* harmonize_shresnet",
                          capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

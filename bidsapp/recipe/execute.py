@@ -1,8 +1,8 @@
 """Execute plans: one participant after another, one run after another, step by step.
 
-A step whose record is complete and of the same fingerprint is not done again; the signal that it
-gave is read back where a later step needs it. A run's own record, `sub-01_dwi.json`, gathers what
-its steps tell; the page and the group level read that.
+A step whose record is complete and has the same fingerprint is skipped; the signal that it made is
+read back where a later step needs it. The record of a run, `sub-01_dwi.json`, gathers the records
+of its steps; the page and the group level read it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,22 @@ log = logging.getLogger("qsphere")
 
 @dataclass(frozen=True)
 class Invocation:
-    """What a participant's process needs to know beside the runs. memory: bytes it may use;
-    threads: CPUs it may use."""
+    """One call of the program, as the process of each participant needs to know it.
+
+    Parameters
+    ----------
+    options : Options
+    links : mapping of str to Path
+        Folders of the input datasets, by name.
+    id : str
+        Names the folder of the log.
+    device : str
+        cpu, cuda or cuda:N.
+    memory : float
+        Bytes that the process may use.
+    threads : int
+        CPUs that the process may use.
+    """
 
     options: Options
     links: Mapping[str, Path]
@@ -50,12 +64,28 @@ class Invocation:
 
     @property
     def dataset(self) -> Dataset:
+        """OUTPUT_DIR."""
         return Dataset(self.options.output_dir, self.links)
 
 
 def process_participant(invocation: Invocation, label: str, runs: list[Run], problems: list[str]
                         ) -> bool:
-    """Process a participant's runs, note what happened, write the page. True if all succeeded."""
+    """Process the runs of a participant, and write the log and the page.
+
+    Parameters
+    ----------
+    invocation : Invocation
+    label : str
+        Participant, without sub-.
+    runs : list of Run
+    problems : list of str
+        Sentences on files of the participant that cannot be used.
+
+    Returns
+    -------
+    bool
+        Whether everything that the user asked for was done.
+    """
     torch.set_num_threads(invocation.threads)
     logging.basicConfig(level=logging.DEBUG if invocation.options.verbose else logging.INFO,
                         format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -94,7 +124,22 @@ def process_participant(invocation: Invocation, label: str, runs: list[Run], pro
 def process_run(context: RunContext, models: Sequence[harmonize.Model],
                 chosen: Sequence[FromSignal], upsampler: Upsampler | None, folder: str
                 ) -> dict[str, Any]:
-    """Do the steps of a run that are not complete; an error is noted, never raised."""
+    """Do the steps of a run that are not complete.
+
+    Parameters
+    ----------
+    context : RunContext
+    models, chosen, upsampler
+        Those of `plan.plan`.
+    folder : str
+        Folder of the log, below OUTPUT_DIR.
+
+    Returns
+    -------
+    dict
+        `status` (done, skipped, refused or failed) and the reasons. Errors are recorded, never
+        raised.
+    """
     dataset, run, start = context.dataset, context.run, time.monotonic()
     try:
         if conflict := conflicting_model(dataset, run, models):
@@ -125,14 +170,14 @@ def process_run(context: RunContext, models: Sequence[harmonize.Model],
 
 
 class Execution:
-    """The steps of one run, and the signals that they gave so far."""
+    """The steps of one run, and the signals that they have made so far."""
 
     def __init__(self, context: RunContext, steps: Sequence[Step]) -> None:
         self.context, self.dataset, self.steps = context, context.dataset, steps
         self._stages: dict[str, Stage] = {}
 
     def run(self) -> bool:
-        """Do every step that is not complete, in order. True if there was one."""
+        """Do every step that is not complete, in order; tell whether there was one."""
         changed = False
         for step in self.steps:
             if self._lacks_signal(step):
@@ -154,7 +199,7 @@ class Execution:
         return self.dataset.is_complete(self.dataset.record(step.record), step.fingerprint)
 
     def _lacks_signal(self, step: Step) -> bool:
-        """Whether the step that gives its signal was refused."""
+        """Whether the step that makes its signal was refused."""
         return step.takes is not None and "refusal" in self.dataset.record(step.takes.record)
 
     def _do(self, step: Step) -> None:
@@ -178,22 +223,29 @@ class Execution:
                 "figures": [draw(transaction, self.context, f) for f in report.figures]}
 
     def stage(self, step: Step) -> Stage:
-        """The signal that a step gave, read back where an earlier invocation made it."""
+        """Give the signal of a step, read back where an earlier invocation made it."""
         if step.name not in self._stages:
             self._stages[step.name] = step.reload(
                 self.stage(step.takes) if step.takes else None, self.dataset.record(step.record))
         return self._stages[step.name]
 
     def summarize(self, changed: bool, seconds: float) -> dict[str, str]:
-        """Gather what the steps tell into the run's record and its quality table.
+        """Gather the records of the steps into the record and the quality table of the run.
 
         Steps of earlier invocations that this one does not ask for stay, unless the signal that
         they took has changed: then their files are removed.
 
+        Parameters
+        ----------
+        changed : bool
+            Whether a step was done.
+        seconds : float
+            Duration of the steps.
+
         Returns
         -------
-        dict
-            Why steps of this plan were refused, by their names.
+        dict of str to str
+            Reasons of the steps that were refused, by their titles.
         """
         context, run, dataset = self.context, self.context.run, self.dataset
         records = {step.name: dataset.record(step.record) for step in self.steps
@@ -201,19 +253,19 @@ class Execution:
         refusals = {step.title: records[step.name]["refusal"] for step in self.steps
                     if "refusal" in records.get(step.name, ())}
         records |= self._earlier(records)
-        told = [r for r in records.values() if "refusal" not in r]
+        done = [r for r in records.values() if "refusal" not in r]
         content = {"fingerprints": [r["fingerprint"] for r in records.values()],
                    "batch": [run.batch, run.batch_source], "covariates": run.covariates}
         mark = hashlib.sha256(to_json(content).encode()).hexdigest()
         if not changed and dataset.is_complete(dataset.record(run_record(run)), mark):
             return refusals
         qc: dict[str, Any] = {}
-        for record in told:
+        for record in done:
             qc |= record["qc"]
             if records.get("harmonized", {}).get("unchanged") and _measures(record):
-                # of the reference batch, all that is made of the harmonized signal is the same
+                # at the reference site the harmonized signal is the measured one
                 qc |= {f"harmonized_{key}": value for key, value in record["qc"].items()}
-        scores = [r["scores"] for r in told if "scores" in r]
+        scores = [r["scores"] for r in done if "scores" in r]
         with dataset.transaction(run_record(run), mark) as transaction:
             transaction.table(context.path("qc", ".tsv", desc="image"), [qc], quality.columns(qc))
             transaction.facts = {
@@ -223,17 +275,17 @@ class Execution:
                 "seconds": seconds,
                 **{k: v for k, v in records["measured"].items() if k in MEASURED},
                 "qc": qc, "refusals": refusals,
-                "notices": list(dict.fromkeys(n for r in told for n in r["notices"])),
-                "methods": [*dict.fromkeys(r["method"] for r in told if "method" in r)],
-                "paragraphs": [*dict.fromkeys(tuple(p) for r in told for p in r["paragraphs"])],
+                "notices": list(dict.fromkeys(n for r in done for n in r["notices"])),
+                "methods": [*dict.fromkeys(r["method"] for r in done if "method" in r)],
+                "paragraphs": [*dict.fromkeys(tuple(p) for r in done for p in r["paragraphs"])],
                 "harmonizer": records.get("harmonized", {}).get("harmonizer"),
-                "figures": [f for r in told for f in r["figures"]],
+                "figures": [f for r in done for f in r["figures"]],
                 **({"scores": scores[-1]} if scores else {})}
         return refusals
 
     def _earlier(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Records of steps that are not in the plan and whose source is as they took it; the files
-        of others are removed."""
+        """Find records of steps that are not in the plan but still valid: the signal that they took
+        is unchanged. The files of the others are removed."""
         valid = {name: r["fingerprint"] for name, r in records.items()}
         pattern = self.context.path("step", ".json", "log", desc="x").as_posix()
         paths = [PurePosixPath(p.relative_to(self.dataset.root)) for p in sorted(
@@ -241,30 +293,30 @@ class Execution:
         planned = {step.record for step in self.steps}
         others = {p: self.dataset.record(p) for p in paths if p not in planned}
         kept: dict[str, dict[str, Any]] = {}
-        for _ in others:  # as often as one may take another
+        for _ in others:  # a step may take the signal of another one
             kept = {r["name"]: r for r in others.values() if r.get("state") == "complete"
                     and "refusal" not in r and r["takes"].items() <= valid.items()}
             valid |= {name: r["fingerprint"] for name, r in kept.items()}
         for path, record in others.items():
             if record.get("name") not in kept:
                 if record.get("outputs"):
-                    log.info("%s: %s is removed: it was made of a signal that has changed",
+                    log.info("%s: %s is removed, since its signal has changed",
                              self.context.run.name, record.get("name", path.name))
                 self.dataset.discard(path)
         return kept
 
 
 MEASURED = ("n_voxels", "n_volumes", "mask_source", "voxel_size", "shells", "n_b0")
-"""Facts of the measured signal that the run's record repeats."""
+"""Facts of the measured signal that the record of the run repeats."""
 
 
 def _measures(record: Mapping[str, Any]) -> bool:
-    """Whether a record is that of an estimator of the measured signal."""
+    """Whether a record belongs to an estimator of the measured signal."""
     return list(record["takes"]) == ["measured"] and record.get("estimates", False)
 
 
 def mixed_harmonizers(dataset: Dataset) -> str:
-    """Say which runs of OUTPUT_DIR were harmonized differently; empty where all are alike."""
+    """Say which runs of OUTPUT_DIR have different harmonizers; empty if all have the same."""
     runs: dict[str, list[str]] = {}
     for record in run_records(dataset):
         if harmonizer := record.get("harmonizer"):
@@ -279,19 +331,19 @@ def mixed_harmonizers(dataset: Dataset) -> str:
 
 
 def run_records(dataset: Dataset, label: str = "*") -> list[dict[str, Any]]:
-    """Records of the runs of a participant, or of all in OUTPUT_DIR."""
+    """Read the records of the runs of a participant, or of all participants in OUTPUT_DIR."""
     return [{"name": p.name.removesuffix("_dwi.json"),
              **dataset.record(PurePosixPath(p.relative_to(dataset.root)))}
             for p in sorted(dataset.root.glob(f"sub-{label}/log/sub-*_dwi.json"))]
 
 
 def run_record(run: Run) -> PurePosixPath:
-    """Path of a run's record below OUTPUT_DIR."""
+    """Name the record of a run, below OUTPUT_DIR."""
     return names.output(run.entities, "dwi", ".json", "log")
 
 
 def is_done(status: Mapping[str, Any], options: Options) -> bool:
-    """Tell whether a run is what the user asked for.
+    """Whether everything that the user asked for was done to a run.
 
     An estimate of the default set that the acquisition does not support may be left out; a
     harmonization, and a method that was asked for by its name, may not.
@@ -304,7 +356,7 @@ def is_done(status: Mapping[str, Any], options: Options) -> bool:
 
 
 def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Model]) -> str | None:
-    """Say by which other model the harmonized images were made that a run would replace.
+    """Say which other model made the harmonized images that a run would replace.
 
     Parameters
     ----------
@@ -338,7 +390,7 @@ def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Mod
 
 
 def draw(transaction: Transaction, context: RunContext, figure: figures.Figure) -> dict[str, str]:
-    """Stage a figure; what the page needs to know of it."""
+    """Write a figure and describe it for the page."""
     path = context.path(figure.suffix, ".svg", "figures", **figure.entities)
     transaction.bytes(path, figure.svg)
     return {"file": str(path), "title": figure.title, "caption": figure.caption,
@@ -346,9 +398,9 @@ def draw(transaction: Transaction, context: RunContext, figure: figures.Figure) 
 
 
 def write_page(dataset: Dataset, label: str, problems: list[str]) -> None:
-    """sub-LABEL.html from the records and figures in the output tree."""
+    """Write sub-LABEL.html from the records and figures in OUTPUT_DIR."""
     records = run_records(dataset, label)
     with dataset.transaction(PurePosixPath(f"sub-{label}/log/page.json")) as transaction:
         transaction.facts = {"problems": problems}
         transaction.text(PurePosixPath(f"sub-{label}.html"),
-                   page.participant(label, records, problems, dataset.root))
+                         page.participant(label, records, problems, dataset.root))

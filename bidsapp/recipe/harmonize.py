@@ -1,4 +1,4 @@
-"""Which harmonizer a run travels on, whether it may, and what comes of it."""
+"""Select, check and apply the harmonizer of a run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,24 @@ from bidsapp.kinds import MethodContext, SiteHarmonizer
 from bidsapp.options import Options
 
 MODELS = PurePosixPath("group/models")
-"""Where the group level leaves what it trains, below OUTPUT_DIR."""
-
+"""Folder of the models that the group level trains, below OUTPUT_DIR."""
 
 UNKNOWN_NOISE = ("the noise of the run could not be measured, and without it the weight of the "
                  "harmonizer's own error is unknown. Use the intervals of the measured signal")
-"""Why no interval is given where the noise level is unknown."""
+"""Reason for which no interval is given where the noise level is unknown."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained harmonizer. id: its folder's name."""
+    """A trained harmonizer.
+
+    Parameters
+    ----------
+    id : str
+        Name of its folder.
+    method : SiteHarmonizer
+    checkpoint : Checkpoint
+    """
 
     id: str
     method: SiteHarmonizer
@@ -42,10 +49,22 @@ class Model:
 class Result:
     """A harmonized run.
 
-    dwi: with the harmonized signal; the very one that came in where the run is of the reference
-    batch (`changed` is False). about: what every sidecar of it says. no_intervals: as of
-    `Harmonized`. widening: factor of all standard deviations, for the harmonizer's own error.
-    counts, parameters, notices: as of `Derived`.
+    Parameters
+    ----------
+    model : Model
+        The model that was selected.
+    dwi : Dwi
+        The harmonized signal.
+    changed : bool
+        False at the reference site, where the signal is the one that was measured.
+    about : mapping
+        Entries of every sidecar of the signal and its maps.
+    counts, parameters, notices
+        Those of `kinds.Derived`.
+    no_intervals : str
+        Reason for which no estimator can give an interval; empty where it can.
+    widening : float
+        Factor of all standard deviations, for the error of the harmonizer.
     """
 
     model: Model
@@ -60,11 +79,14 @@ class Result:
 
 
 def folders(options: Options) -> list[Path]:
-    """Folders of the checkpoints that --harmonize names: a path, a name under OUTPUT_DIR, or all
-    of one method there.
+    """Find the folders of the checkpoints that --harmonize names.
 
-    Raises:
-        UsageError: there is none; lists what there is, and the nearest.
+    It names a path, a model under OUTPUT_DIR, or a method, of which all models there are taken.
+
+    Raises
+    ------
+    UsageError
+        There is none; lists those that exist, and the nearest.
     """
     given, models = options.harmonize, options.output_dir / MODELS
     if not given:
@@ -91,10 +113,12 @@ def folders(options: Options) -> list[Path]:
 
 
 def load_models(options: Options) -> list[Model]:
-    """The models that --harmonize names.
+    """Load the models that --harmonize names.
 
-    Raises:
-        UsageError: there is none, one cannot be read, or holds no harmonizer.
+    Raises
+    ------
+    UsageError
+        There is none, one cannot be read, or one holds no harmonizer.
     """
     found = []
     for folder in folders(options):
@@ -117,10 +141,18 @@ def load_models(options: Options) -> list[Model]:
 
 
 def select(models: Sequence[Model], batch: str) -> Model:
-    """The model for a batch: the only one, or the one that knows it.
+    """Select the model of a site: the only one, or the one that was trained with this site.
 
-    Raises:
-        Refusal: several, and none or more than one knows the batch.
+    Parameters
+    ----------
+    models : sequence of Model
+    batch : str
+        The site.
+
+    Raises
+    ------
+    Refusal
+        There are several models, and none or more than one was trained with the site.
     """
     cards = [m.checkpoint.card for m in models]
     knowing = [m for m, c in zip(models, cards, strict=True) if batch in c.batches]
@@ -141,11 +173,30 @@ def select(models: Sequence[Model], batch: str) -> Model:
 
 def check(model: Model, acquisition: Acquisition, voxel_size: Sequence[float], batch: str,
           allow: bool) -> list[str]:
-    """In what a run lies outside of the training, where that is allowed. The reference batch needs
-    no check: nothing is done to it.
+    """Check that a run lies within the training domain of a model.
 
-    Raises:
-        Refusal: the run lies outside, and that is not allowed.
+    Runs of the reference site need no check: their signal stays as it is.
+
+    Parameters
+    ----------
+    model : Model
+    acquisition : Acquisition
+    voxel_size : sequence of float
+        mm.
+    batch : str
+        The site of the run.
+    allow : bool
+        Whether violations are allowed.
+
+    Returns
+    -------
+    list of str
+        Violations, where they are allowed.
+
+    Raises
+    ------
+    Refusal
+        The run violates the training domain, and that is not allowed.
     """
     card = model.checkpoint.card
     if batch == card.reference_batch:
@@ -162,10 +213,22 @@ def check(model: Model, acquisition: Acquisition, voxel_size: Sequence[float], b
 
 
 def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: str) -> Result:
-    """The run on its way to the reference batch.
+    """Harmonize a run to the reference site of its model.
 
-    Raises:
-        Refusal: no model fits, or the method cannot work on this run.
+    Parameters
+    ----------
+    models : sequence of Model
+    dwi : Dwi
+        The measured signal.
+    run : Run
+    allow : bool
+        Whether the run may lie outside of the training domain.
+    device : str
+
+    Raises
+    ------
+    Refusal
+        No model fits, or the method cannot harmonize this run.
     """
     model = select(models, run.batch)
     card = model.checkpoint.card
@@ -175,39 +238,40 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
         "TrainingRange": asdict(card.trained_for),
         **({"Warnings": list(card.warnings)} if card.warnings else {})}}
     size = np.linalg.norm(dwi.affine[:3, :3], axis=0)
-    beyond = check(model, dwi.acquisition, size, run.batch, allow)
+    violations = check(model, dwi.acquisition, size, run.batch, allow)
     if run.batch == card.reference_batch:
         return Result(model, dwi, False, {**about, "Unchanged": True}, notices=(
-            f"Harmonization: {run.batch} is the reference batch of {model.id}, so the signal stays "
-            "as it is, and maps are made once.",))
-    made = model.method.harmonize(dwi, model.checkpoint, run.batch, device)
-    new = replace(dwi, signal=made.signal, noise_gain=noise_gain(dwi, made))
+            f"Harmonization: {run.batch} is the reference site of {model.id}. The signal stays as "
+            "it is, and each map is made once.",))
+    harmonized = model.method.harmonize(dwi, model.checkpoint, run.batch, device)
+    new = replace(dwi, signal=harmonized.signal,
+                  noise_gain=noise_gain(dwi, harmonized))
     about["Noise"] = describe_noise(new)
-    no_intervals = made.no_intervals or ("" if dwi.noise_sd else UNKNOWN_NOISE)
-    factor = 1.0 if no_intervals else round(widening(new, made.errors), 3)
+    no_intervals = harmonized.no_intervals or ("" if dwi.noise_sd else UNKNOWN_NOISE)
+    factor = 1.0 if no_intervals else round(widening(new, harmonized.errors), 3)
     if not no_intervals:
         about["HarmonizationError"] = {
-            "RelativeSDByShell": list(made.errors), "UncertaintyFactor": factor,
+            "RelativeSDByShell": list(harmonized.errors), "UncertaintyFactor": factor,
             "Source": "the model's card: error of the mean over directions of the people who "
                       "validated its training, beyond what noise explains"}
     snr = None if dwi.noise_sd is None else float(np.median(dwi.mean_b0) / dwi.noise_sd)
     notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}.",
-               *made.notices, *(f"Harmonization: {warning}" for warning in card.warnings),
+               *harmonized.notices, *(f"Harmonization: {warning}" for warning in card.warnings),
                *(f"Harmonization: {warning}"
                  for warning in card.trained_for.warnings(snr, run.covariates))]
     if no_intervals:
         notices.append("Maps of the harmonized signal come without intervals (…_stat-std): "
                        f"{no_intervals}.")
-    if beyond:
-        about["OutOfDistribution"] = beyond
+    if violations:
+        about["OutOfDistribution"] = violations
         notices.append("Harmonized outside of what the model was trained for, as "
-                       f"--allow-extrapolation asks: {'; '.join(beyond)}.")
-    return Result(model, new, True, about, made.counts, made.parameters, notices,
+                       f"--allow-extrapolation asks: {'; '.join(violations)}.")
+    return Result(model, new, True, about, harmonized.counts, harmonized.parameters, notices,
                   no_intervals, factor)
 
 
 def describe_noise(dwi: Dwi) -> dict[str, Any]:
-    """The noise level of a harmonized signal and how it was obtained, for sidecars."""
+    """Describe the noise level of a harmonized signal and its derivation, for sidecars."""
     if dwi.noise_sd is None:
         return {"Level": "unknown: it could not be measured before harmonization"}
     b0 = np.flatnonzero(dwi.acquisition.b0)

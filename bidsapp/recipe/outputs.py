@@ -1,4 +1,4 @@
-"""Write what the steps of a run leave, as files with sidecars: signals, maps, synthetic data."""
+"""Write the results of steps as files with sidecars: signals, maps, synthetic data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,22 @@ from bidsapp.stage import Stage
 
 @dataclass(frozen=True)
 class Outputs:
-    """The place of a step's files (transaction), and what their sidecars share.
+    """Writer of what is computed from one signal.
 
-    stage: the signal that everything is made from. like: the run's image, whose grid all images
-    have. mask: path of the brain mask below OUTPUT_DIR.
+    Parameters
+    ----------
+    transaction : Transaction
+        Receives the files.
+    run : Run
+    stage : Stage
+        The signal from which everything is computed.
+    like : nibabel image
+        Image of the run, on whose grid all images are written.
+    mask : PurePosixPath
+        Brain mask, below OUTPUT_DIR.
+    seed : int
+    device : str
+        For the sidecars.
     """
 
     transaction: Transaction
@@ -33,7 +45,7 @@ class Outputs:
     device: str
 
     def write(self, method: Method, derived: Derived) -> None:
-        """Write everything in `derived`, each image with its sidecar."""
+        """Write the maps and synthetic data of a method, each image with its sidecar."""
         for key, values in derived.maps.items():
             self._map(method, method.outputs["maps"][key], values, derived.parameters)
         if derived.synthetic is not None:
@@ -45,12 +57,12 @@ class Outputs:
 
     def write_signal(self, method: Method, entry: Mapping[str, Any],
                      parameters: Mapping[str, Any]) -> Stage:
-        """Write the stage's own signal with its b-table.
+        """Write the signal of the stage with its gradient table.
 
         Parameters
         ----------
         method : Method
-            The one that gave the signal.
+            The method that made the signal.
         entry : mapping
             Description and units of the signal, as in outputs.json.
         parameters : mapping
@@ -59,7 +71,7 @@ class Outputs:
         Returns
         -------
         Stage
-            The same signal, whose source is the image just written.
+            The same signal, with the written image as its source.
         """
         dwi = self.stage.dwi
         about = self._about(method, entry, parameters)
@@ -77,9 +89,9 @@ class Outputs:
         return path
 
     def _signals(self, method: Method, mode: str, made: Synthetic) -> None:
-        """An image of voxels × 1 × 1 × volumes and a table of the truth.
+        """Write synthetic signals as voxels × 1 × 1 × volumes, and a table of their ground truth.
 
-        The affine is the run's, so that the .bvec is too; positions mean nothing.
+        The affine is that of the run, so that the .bvec is, too; positions have no meaning.
         """
         desc = f"synth{mode.replace('-', '')}"
         truth = names.output(self.run.entities, "truth", ".tsv", desc=desc)
@@ -90,7 +102,7 @@ class Outputs:
         self.transaction.table(truth, made.truth[mode].to_dict("records"), made.columns[mode])
 
     def _image(self, method: Method, mode: str, image: SyntheticImage, made: Synthetic) -> None:
-        """An image on the run's grid, and maps of the truth."""
+        """Write a synthetic image on the grid of the run, and maps of its ground truth."""
         desc = f"synth{mode.replace('-', '')}image"
         parameters = {"Mode": mode, **made.parameters, **image.parameters}
         truth = [self._map(method, method.outputs["truth"][key], values, parameters,
@@ -107,12 +119,12 @@ class Outputs:
                          {"mode": {"Description": outputs["mode"]}, **outputs["scores"]})
 
     def _synthetic(self, about: Mapping[str, Any], truth: Any) -> dict[str, Any]:
-        """Keys that mark all volumes as computed, and say where their truth is."""
+        """Add the keys that mark all volumes as synthetic and name their ground truth."""
         return {**about, "SynthesizedVolumes": list(range(len(self.stage.dwi.acquisition))),
                 "Truth": truth}
 
     def _dwi(self, data: np.ndarray, desc: str, about: Mapping[str, Any]) -> None:
-        """Volumes in the run's b-table."""
+        """Write volumes with the gradient table of the stage."""
         acquisition, affine = self.stage.dwi.acquisition, self.like.affine
         self.transaction.image(self._path("dwi", desc=desc), data, self.like, about)
         tables = {".bval": btable.text(acquisition.bvals[None]),

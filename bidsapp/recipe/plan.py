@@ -37,18 +37,18 @@ def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequenc
     Parameters
     ----------
     context : RunContext
-        Of the run.
+        The run and what its steps share.
     models : sequence of harmonize.Model
-        Those that --harmonize names.
+        Models that --harmonize names.
     chosen : sequence of FromSignal
-        What makes maps or synthetic signals.
+        Methods that make maps or synthetic signals.
     upsampler : Upsampler, optional
-        The one that --upsample names.
+        Method that --upsample names.
 
     Returns
     -------
     list of Step
-        In the order in which they are done; each after the one whose signal it takes.
+        In the order of execution: each step comes after the one whose signal it takes.
     """
     measured: Step = Measure(context)
     signals: list[Step] = [measured]
@@ -70,12 +70,12 @@ def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequenc
 
 
 def chosen_methods(options: Options) -> list[FromSignal]:
-    """Load what the options ask for to be made of each signal, in order.
+    """Load the estimators and the synthesizer that the options ask for, in order.
 
     Raises
     ------
     UsageError
-        A name that no folder under methods/ has, or --set names what none of them has.
+        A method does not exist, or none of them has a hyper-parameter that --set names.
     """
     available = methods.names("estimate_")
     estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in available]
@@ -95,7 +95,7 @@ def chosen_upsampler(options: Options) -> Upsampler | None:
     Raises
     ------
     UsageError
-        A name that no folder under methods/ has.
+        The method does not exist.
     """
     if not options.upsample:
         return None
@@ -107,7 +107,7 @@ def chosen_upsampler(options: Options) -> Upsampler | None:
 
 def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
              upsampler: Upsampler | None = None) -> list[str]:
-    """Lines on what would be done to a run, with its predicted memory."""
+    """Describe the steps of a run and its predicted memory, in lines."""
     name = context.run.name
     steps = plan(context, models, chosen, upsampler)
     try:
@@ -126,7 +126,7 @@ def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Seq
 
 
 def describe_corrections(run: Run) -> list[str]:
-    """Lines on what would correct a run, and by which rule; none for a preprocessed run."""
+    """Describe what would correct a run, and by which rule, in lines; none if preprocessed."""
     if run.preprocessed:
         return []
     encoding = run.phase_encoding
@@ -140,7 +140,7 @@ def describe_corrections(run: Run) -> list[str]:
         session = entities_of(run.t1w.name).get("ses")
         lines.append(f"T1w {name_of(run.t1w)}: of the "
                      f"{'same session' if session == run.session else 'participant'}")
-    return ["  for corrections, which no step makes yet:",
+    return ["  for corrections, which no step applies yet:",
             *(f"    {line}" for line in (*lines, *run.notices))]
 
 
@@ -154,7 +154,7 @@ def _describe_field_map(field_map: FieldMap) -> str:
 
 def methods_text(models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
                  upsampler: Upsampler | None = None) -> str:
-    """The methods text of everything that the plan of a run may hold, with references."""
+    """Write the methods text of all steps that a plan may hold, with references."""
     used = [*{m.method.name: m.method for m in models}.values(),
             *([upsampler] if upsampler else []), *chosen]
     return boilerplate.markdown([*PREPARATION, *map(boilerplate.of_method, used)], used)

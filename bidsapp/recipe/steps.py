@@ -1,7 +1,7 @@
-"""The steps of a run: what each depends on, what it does, and what it says of itself.
+"""The steps of a run: their dependencies, their work and their descriptions.
 
-A step takes the signal (`Stage`) of another one and writes images; some give a signal of their
-own. `plan.py` puts them in order, `execute.py` does those whose record is not complete.
+A step takes the signal (`Stage`) of another step and writes images; some steps return a signal of
+their own. `plan.py` puts them in order, and `execute.py` does those whose record is not complete.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from bidsapp.stage import Stage
 log = logging.getLogger("qsphere")
 
 MADE_MASK = "median-Otsu of the mean b0"
+"""Source of a brain mask that did not come with the data, for the sidecar."""
 
 PREPARATION = [
     ("Preparation", (
@@ -67,12 +68,24 @@ PREPARATION = [
     f"reported as corrupted where its mean signal lay {DROPOUT_LOSS:.0%} or more, and "
     f"{DROPOUT_Z:g} robust standard deviations or more, below what the other volumes of its "
     "shell predict; no slice was removed or replaced."))]
-"""The methods text on what every run goes through."""
+"""Sections of the methods text that hold for every run."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the steps of one run share. memory: bytes that may be used."""
+    """The run and what all its steps share.
+
+    Parameters
+    ----------
+    options : Options
+    dataset : Dataset
+        OUTPUT_DIR.
+    run : Run
+    device : str
+        cpu, cuda or cuda:N.
+    memory : float
+        Bytes that may be used.
+    """
 
     options: Options
     dataset: Dataset
@@ -82,27 +95,40 @@ class RunContext:
 
     @cached_property
     def acquisition(self) -> Acquisition:
+        """Gradient table of the run, read from its files."""
         return btable.acquisition_of(self.run)
 
     @cached_property
     def like(self) -> Any:
-        """The run's first image, whose grid all images have."""
+        """First image of the run, on whose grid all images are written."""
         return open_image(self.run.parts[0].image)
 
     def path(self, suffix: str, extension: str = ".nii.gz", folder: str = "dwi",
              **entities: str) -> PurePosixPath:
+        """Name an output of the run, below OUTPUT_DIR."""
         return names.output(self.run.entities, suffix, extension, folder, **entities)
 
     @property
     def mask(self) -> PurePosixPath:
+        """Path of the brain mask below OUTPUT_DIR."""
         return self.path("mask", desc="brain")
 
 
 @dataclass
 class StepReport:
-    """What a step tells beside its images: its record keeps it for the page, the quality table and
-    later runs. facts: whatever else belongs to the run, and what the step needs to give its signal
-    again."""
+    """Results of a step beside its images; its record keeps them for the page and the tables.
+
+    Parameters
+    ----------
+    qc : dict
+        Columns of the quality table.
+    figures : list of Figure
+    notices : list of str
+        Sentences for the page.
+    facts : dict
+        Further entries of the record, among them those from which `Step.reload` restores the
+        signal.
+    """
 
     qc: dict[str, Any] = field(default_factory=dict)
     figures: list[figures.Figure] = field(default_factory=list)
@@ -116,7 +142,7 @@ class Step(ABC):
     Parameters
     ----------
     context : RunContext
-        Of the run.
+        The run and what its steps share.
     takes : Step, optional
         The step whose signal it takes; None for the files of the run.
     """
@@ -129,7 +155,7 @@ class Step(ABC):
     @property
     @abstractmethod
     def parameters(self) -> Mapping[str, Any]:
-        """All that the result depends on beside the signal that it takes."""
+        """All that the result depends on, apart from the signal that the step takes."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,49 +166,71 @@ class Step(ABC):
 
     @property
     def record(self) -> PurePosixPath:
-        """Path of its record below OUTPUT_DIR."""
+        """Path of the record below OUTPUT_DIR."""
         return self.context.path("step", ".json", "log", desc=self.name.replace("_", ""))
 
     @property
     def title(self) -> str:
-        """Its name in messages."""
+        """Name of the step in messages."""
         return self.name
 
     @abstractmethod
     def describe(self) -> str:
-        """Say in a line what would be done.
+        """Describe the step in a line.
 
         Raises
         ------
         Refusal
-            The run does not allow it.
+            The run does not allow the step.
         """
 
     @property
     @abstractmethod
     def paragraphs(self) -> list[tuple[str, str]]:
-        """(heading, text) for the methods text."""
+        """Sections of the methods text: (heading, text)."""
 
     @abstractmethod
     def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport
               ) -> Stage | None:
-        """Do it: write the images, fill the report and return the signal, if it gives one.
+        """Do the step.
+
+        Parameters
+        ----------
+        stage : Stage or None
+            The signal that it takes.
+        transaction : Transaction
+            Receives the images and their sidecars.
+        report : StepReport
+            Receives quality measures, figures and notices.
+
+        Returns
+        -------
+        Stage or None
+            The signal that the step makes, if it makes one.
 
         Raises
         ------
         Refusal
-            The run does not allow it; nothing was written.
+            The run does not allow the step; nothing was written.
         DataError
             The data cannot be used.
         """
 
     def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
-        """Give the signal that an earlier run of this step left, from its images and its facts."""
-        raise NotImplementedError(f"{self.name} gives no signal")
+        """Read back the signal that this step wrote before.
+
+        Parameters
+        ----------
+        stage : Stage or None
+            The signal that the step took.
+        facts : mapping
+            Record of the step.
+        """
+        raise NotImplementedError(f"{self.name} makes no signal")
 
 
 class Measure(Step):
-    """Find the brain, load the signal inside it, estimate its noise and judge it."""
+    """Mask the brain, load the signal inside, estimate its noise and check its quality."""
 
     name = "measured"
 
@@ -207,8 +255,8 @@ class Measure(Step):
         source = context.dataset.uri(run.mask) if run.mask else MADE_MASK
         transaction.image(context.mask, dwi.mask.astype("uint8"), context.like,
                           sidecar.mask(run, context.dataset, source))
-        doubts, coherence = doubt(run, dwi, mean_b0)
-        report.notices += doubts
+        warnings, coherence = check_plausibility(run, dwi, mean_b0)
+        report.notices += warnings
         report.qc |= quality.quality(dwi) | coherence
         report.figures += figures.of_signal(dwi, mean_b0)
         acquisition = dwi.acquisition
@@ -229,7 +277,7 @@ class Measure(Step):
         return self._stage(replace(dwi, noise_sd=facts["noise_sd"]))
 
     def _stage(self, dwi: Dwi) -> Stage:
-        # once for all methods that want it
+        # cached: several methods may use it
         tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir))
         return Stage(dwi, tissue=tissue)
 
@@ -257,7 +305,7 @@ class Harmonize(Step):
 
     @property
     def changes(self) -> bool:
-        """False where the run is of the reference batch, whose signal stays, or no model fits."""
+        """Whether the signal changes: not at the reference site, and not where no model fits."""
         try:
             model = harmonize.select(self.models, self.context.run.batch)
         except Refusal:
@@ -272,7 +320,7 @@ class Harmonize(Step):
             self.context.options.allow_extrapolation)
         reference = model.checkpoint.card.reference_batch
         if run.batch == reference:
-            return f"{model.id}: unchanged, of the reference batch"
+            return f"{model.id}: unchanged, since {reference} is the reference site"
         return (f"{model.id}: {run.batch} to {reference}"
                 + (f", outside of its training: {'; '.join(violations)}" if violations else ""))
 
@@ -316,7 +364,7 @@ class Harmonize(Step):
 
 
 class Upsample(Step):
-    """Give the signal more measurements."""
+    """Predict more measurements of the signal."""
 
     name = "upsampled"
 
@@ -365,7 +413,7 @@ class Upsample(Step):
 
 
 class Estimate(Step):
-    """Make the maps of an estimator, or synthetic signals, from a signal."""
+    """Estimate maps from a signal, or synthesize signals after its model."""
 
     def __init__(self, context: RunContext, takes: Step, method: FromSignal) -> None:
         super().__init__(context, takes)
@@ -435,16 +483,14 @@ class Estimate(Step):
                                       "rows": derived.synthetic.scores}
 
 
-
-
 def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[str, Any]) -> Stage:
-    """Read back a signal that a step wrote, with what its record keeps of it."""
+    """Read back a signal that a step wrote, with the facts that its record holds."""
     image, bval, bvec, btens = (context.dataset.root / context.path("dwi", extension, desc=desc)
                                 for extension in (".nii.gz", ".bval", ".bvec", ".btens"))
     part = Part(image, bval, bvec, btens if btens.exists() else None)
     written = replace(context.run, parts=(part,))
     acquisition = btable.acquisition_of(written)
-    if len(acquisition) == len(stage.dwi.acquisition):  # without the rounding of text
+    if len(acquisition) == len(stage.dwi.acquisition):  # text files round it
         acquisition = stage.dwi.acquisition
     dwi = Series.of_run(written, acquisition).within(
         stage.dwi.mask, memory=context.memory, work_dir=context.options.work_dir)
@@ -458,13 +504,16 @@ def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[s
 
 
 def outputs(context: RunContext, transaction: Transaction, stage: Stage) -> Outputs:
+    """Make the writer of what is computed from a signal."""
     return Outputs(transaction, context.run, stage, context.like, context.mask,
                    context.options.random_seed, context.device)
 
 
 def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
              ) -> tuple[Dwi, np.ndarray]:
-    """Load a run inside its mask, the one beside it or else one made of its b0, with its noise.
+    """Load the signal of a run inside its brain mask, and estimate its noise.
+
+    The mask is the one that came with the data, else one is made from the mean b0.
 
     Parameters
     ----------
@@ -473,7 +522,7 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     memory : float
         Bytes that may be used; a signal that needs more goes to a file in `work_dir`.
     work_dir : Path, optional
-        Default: the system's temporary folder.
+        Default: the temporary folder of the system.
 
     Returns
     -------
@@ -485,7 +534,7 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     Raises
     ------
     DataError
-        A file is missing, damaged or contradicts another, or no mask can be made.
+        A file is missing or damaged, files contradict each other, or no mask can be made.
     """
     series = Series.of_run(run, btable.acquisition_of(run))
     mean_b0 = series.mean(series.acquisition.b0)
@@ -498,35 +547,54 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     return replace(dwi, noise_sd=noise_sd(dwi)), mean_b0
 
 
-def doubt(run: Run, dwi: Dwi, mean_b0: np.ndarray) -> tuple[list[str], dict[str, float | None]]:
-    """Sentences on what is probably wrong with signal or tables, logged, and QC of the b-vectors.
+def check_plausibility(run: Run, dwi: Dwi, mean_b0: np.ndarray
+                       ) -> tuple[list[str], dict[str, float | None]]:
+    """Check signal and gradient table for what is improbable or impossible.
 
-    Raises DataError where the signal cannot be right.
+    Returns
+    -------
+    warnings : list of str
+        Sentences on what is probably wrong; they are logged.
+    qc : dict
+        Fibre coherence of the b-vectors as given, and the best over flips and swaps.
+
+    Raises
+    ------
+    DataError
+        The signal is impossible.
     """
     try:
-        doubts = plausibility.check(dwi, mean_b0)
+        warnings = plausibility.check(dwi, mean_b0)
     except DataError as error:
         raise DataError(f"{', '.join(str(p.image) for p in run.parts)}: {error}") from error
-    found = gradients.coherence(dwi, btable.fsl_axes(dwi.affine))
-    if found and found.better:
-        doubts.append(gradients.notice(found))
-    for sentence in doubts:
+    coherence = gradients.coherence(dwi, btable.fsl_axes(dwi.affine))
+    if coherence and coherence.better:
+        warnings.append(gradients.notice(coherence))
+    for sentence in warnings:
         log.warning("%s: %s", run.name, sentence)
-    return doubts, {"fibre_coherence": found.given if found else None,
-                    "fibre_coherence_best": found.best if found else None}
+    return warnings, {"fibre_coherence": coherence.given if coherence else None,
+                      "fibre_coherence_best": coherence.best if coherence else None}
 
 
 def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None) -> tuple[np.ndarray | None, str]:
-    """Tissue probabilities from the run's T1w image where that can be had, and a sentence on it."""
+    """Find tissue probabilities from the T1w image of a run, and say where they come from.
+
+    Returns
+    -------
+    tissue : (voxel, 3) float32 or None
+        Grey matter, white matter and CSF; None where no T1w image can be used.
+    sentence : str
+        For the log and the page.
+    """
     if run.t1w is None:
         return None, "No T1w image was found: tissue comes from the DWI alone."
     try:
         tissue = t1w.posteriors(dwi, run.t1w, run.probsegs, work_dir)
     except DataError as error:
         return None, f"The T1w image is not used, tissue comes from the DWI alone: {error}"
-    return tissue, f"Tissue was sought in {run.t1w.name}."
+    return tissue, f"Tissue was segmented in {run.t1w.name}."
 
 
 def voxel_size(run: Run) -> tuple[float, ...]:
-    """mm, from the image's header alone."""
+    """Read the voxel size in mm from the header of the image."""
     return tuple(float(z) for z in open_image(run.parts[0].image).header.get_zooms()[:3])
