@@ -1,7 +1,7 @@
-"""Do intervals of smt and scnn2 cover what they say after harmonization? On heads of known tissue.
+"""Do intervals of smt, scnn2 and dti cover what they say after harmonization? On known heads.
 
     python benchmarks/coverage_harmonized.py [--methods harmonize_rish harmonize_mica@series ...]
-        [--estimate smt scnn2] [--seeds 0 1] [--threads 1]
+        [--estimate smt scnn2 dti] [--seeds 0 1] [--threads 1]
 
 Heads of 11 mm voxels hold the two-compartment tissue of smt (sticks in zeppelins, Watson
 densities): white matter of κ 8–32, grey matter of κ 0–2, CSF; d and f vary from voxel to voxel and
@@ -13,8 +13,9 @@ with 7 and with 1 of its b = 0 volumes. METHOD@series: the published variant.
 
 "before": the noise as measured anew from the residual of an SH fit to what came out. "travels": the
 level that travels with the signal, standard deviations widened by the method's own error. Where no
-interval is written, "(none)", it is shown what they would cover. Shares of the truths of d and f
-within ± 1.645 SD, in WM and GM, and the bias and the root mean square error of d (µm²/ms) and f.
+interval is written, "(none)", it is shown what they would cover. Shares of the truths within
+± 1.645 SD, in WM and GM, and the bias and the root mean square error: of d (µm²/ms) and f, and for
+dti of FA and MD (µm²/ms), whose truth is dti's own fit to the noise-free signal of site A.
 Rows "site A" and "site B": scans not harmonized.
 """
 
@@ -130,16 +131,24 @@ def thinned(dwi, count):
     return replace(dwi, noise_sd=measured.noise_sd(dwi))
 
 
-def covered(dwi, d, f, estimator, factor):
+def true_maps(dwi, ratio, d, f, estimator):
+    """(symbol, key of the map, factor to µm²/ms, truth) of what an estimator is judged by."""
+    if estimator == "dti":
+        free = replace(dwi, signal=(1000 * ratio).astype(np.float32), noise_sd=None)
+        maps = methods.get("estimate_dti").apply(free, "cpu").maps
+        return [("FA", "fa", 1.0, maps["fa"]), ("MD", "md", 1e3, 1e3 * maps["md"])]
+    return [("d", "diffusivity", 1.0, d), ("f", "neuritefraction", 1.0, f)]
+
+
+def covered(dwi, truths, estimator, factor):
     """Rows of tissue, parameter, share covered, bias, RMSE."""
     method = methods.get(f"estimate_{estimator}")
     maps = method.apply(dwi, "cpu").widened(factor, method.ranges).maps
     own = tissues()[tissues() > 0]
-    keys = ("diffusivity", "neuritefraction")
     for name, label in (("WM", WM), ("GM", GM)):
         at = own == label
-        for symbol, key, truth in zip("df", keys, (d, f), strict=True):
-            error, sd = maps[key][at] - truth[at], maps[f"{key}_std"][at]
+        for symbol, key, unit, truth in truths:
+            error, sd = unit * maps[key][at] - truth[at], unit * maps[f"{key}_std"][at]
             yield {"tissue": name, "of": symbol, "covered": (np.abs(error) <= Z * sd).mean(),
                    "bias": error.mean(), "rmse": np.sqrt(np.square(error).mean())}
 
@@ -169,13 +178,13 @@ def main():
     table = Acquisition(np.append(np.zeros(7), table.bvals[weighted]),
                         np.concatenate([np.zeros((7, 3)), table.bvecs[weighted]]))
     people = [person(table, i) for i in range(1 + 2 * GROUP)]
-    _, d, f = people[0]
+    ratio, d, f = people[0]
     rows = []
     for seed in options.seeds:
         def load(run, seed=seed):
             i, where = int(run[:-1]), run[-1]
-            ratio = people[i][0]
-            return scan(effect(ratio, table, seed) if where == "B" else ratio, table, where,
+            own = people[i][0]
+            return scan(effect(own, table, seed) if where == "B" else own, table, where,
                         100 * seed + i)
 
         def study(runs, load=load):
@@ -186,15 +195,16 @@ def main():
                 voxel_sizes=dict.fromkeys(runs, (ZOOM,) * 3))
 
         scans = {where: load(f"0{where}") for where in "AB"}
+        truths = {e: true_maps(scans["A"], ratio, d, f, e) for e in options.estimate}
         pairs = study([f"{i}{w}" for i in range(1, PEOPLE + 1) for w in "AB"])
         groups = study([f"{i}{'AB'[i % 2]}" for i in range(1, 2 * GROUP + 1)])
 
-        def add(label, noise, dwi, factor=1.0, seed=seed):
+        def add(label, noise, dwi, factor=1.0, seed=seed, truths=truths):
             for estimator in options.estimate:
                 b0 = int(dwi.acquisition.b0.sum())
                 rows.extend({"method": label, "noise": noise, "b0": b0, "estimator": estimator,
                              "seed": seed, **row} for row in covered(
-                                 dwi, d, f, estimator, factor))
+                                 dwi, truths[estimator], estimator, factor))
 
         for count in (7, 1):
             for where in "AB":
