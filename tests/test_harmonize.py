@@ -504,12 +504,12 @@ def test_warnings_of_the_card_are_told_where_it_is_applied(rng, tmp_path):
     name = "sub-2"
     run = SimpleNamespace(batch="B", batch_source="x", covariates={})
     result = harmonize.apply([model], study.load(name), run, allow=True, device="cpu")
-    assert f"Harmonization: {card.warnings[0]}" in result.notices
+    assert f"Harmonization: {card.warnings[0]}" in result.warnings
     assert result.about["HarmonizationModel"]["Warnings"] == list(card.warnings)
     quiet = harmonize.Model("m", model.method, made)
     result = harmonize.apply([quiet], study.load(name), run, allow=True, device="cpu")
     assert "Warnings" not in result.about["HarmonizationModel"]
-    assert not any("cross-validation" in n for n in result.notices)
+    assert not any("cross-validation" in n for n in result.warnings)
 
 
 def test_without_a_noise_level_there_are_no_intervals(rng, monkeypatch):

@@ -486,6 +486,16 @@ def test_page_of_refusals_failures_and_interruption(tmp_path):
     assert seen.text.index("sub-01.bval") < seen.text.index("Summary Run")  # failures come first
 
 
+def test_warnings_are_told_apart_from_notices(tmp_path):
+    """In the summary, before the notices, and in words, not by colour alone."""
+    text = page.participant("01", [record(warnings=["b-vectors flipped."], notices=["Tissue."])],
+                            [], tmp_path)
+    seen = check(text)
+    assert "done , 1 warning" in seen.text or "done, 1 warning" in seen.text
+    assert "Warning. b-vectors flipped." in seen.text and "Warning. Tissue." not in seen.text
+    assert seen.text.index("b-vectors flipped.") < seen.text.index("Tissue.")
+
+
 def test_page_of_nothing_but_problems(tmp_path):
     seen = check(page.participant("01", [], ["no dMRI at all"], tmp_path))
     assert "no dMRI at all" in seen.text and "No diffusion run" in seen.text

@@ -219,6 +219,7 @@ class Execution:
                 report, about["refusal"] = StepReport(), str(refusal)
             transaction.facts = {
                 **about, **report.facts, "qc": report.qc,
+                "warnings": list(dict.fromkeys(report.warnings)),
                 "notices": list(dict.fromkeys(report.notices)),
                 "figures": [draw(transaction, self.context, f) for f in report.figures]}
 
@@ -275,7 +276,8 @@ class Execution:
                 "seconds": seconds,
                 **{k: v for k, v in records["measured"].items() if k in MEASURED},
                 "qc": qc, "refusals": refusals,
-                "notices": list(dict.fromkeys(n for r in done for n in r["notices"])),
+                **{key: list(dict.fromkeys(text for r in done for text in r.get(key, ())))
+                   for key in ("warnings", "notices")},
                 "methods": [*dict.fromkeys(r["method"] for r in done if "method" in r)],
                 "paragraphs": [*dict.fromkeys(tuple(p) for r in done for p in r["paragraphs"])],
                 "harmonizer": records.get("harmonized", {}).get("harmonizer"),

@@ -61,6 +61,8 @@ class Result:
         Entries of every sidecar of the signal and its maps.
     counts, parameters, notices
         Those of `kinds.Derived`.
+    warnings : sequence of str
+        Sentences on what is probably wrong.
     no_intervals : str
         Reason for which no estimator can give an interval; empty where it can.
     widening : float
@@ -74,6 +76,7 @@ class Result:
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    warnings: Sequence[str] = ()
     no_intervals: str = ""
     widening: float = 1.0
 
@@ -255,19 +258,18 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
             "Source": "the model's card: error of the mean over directions of the people who "
                       "validated its training, beyond what noise explains"}
     snr = None if dwi.noise_sd is None else float(np.median(dwi.mean_b0) / dwi.noise_sd)
-    notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}.",
-               *harmonized.notices, *(f"Harmonization: {warning}" for warning in card.warnings),
-               *(f"Harmonization: {warning}"
-                 for warning in card.trained_for.warnings(snr, run.covariates))]
+    notices = [f"Harmonized from {run.batch} to {card.reference_batch} by {model.id}."]
+    warnings = [*harmonized.notices, *(f"Harmonization: {warning}" for warning in (
+        *card.warnings, *card.trained_for.warnings(snr, run.covariates)))]
     if no_intervals:
         notices.append("Maps of the harmonized signal come without intervals (…_stat-std): "
                        f"{no_intervals}.")
     if violations:
         about["OutOfDistribution"] = violations
-        notices.append("Harmonized outside of what the model was trained for, as "
+        warnings.append("Harmonized outside of what the model was trained for, as "
                        f"--allow-extrapolation asks: {'; '.join(violations)}.")
     return Result(model, new, True, about, harmonized.counts, harmonized.parameters, notices,
-                  no_intervals, factor)
+                  warnings, no_intervals, factor)
 
 
 def describe_noise(dwi: Dwi) -> dict[str, Any]:

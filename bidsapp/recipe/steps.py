@@ -123,8 +123,10 @@ class StepReport:
     qc : dict
         Columns of the quality table.
     figures : list of Figure
+    warnings : list of str
+        Sentences on what is probably wrong, which the page shows as such.
     notices : list of str
-        Sentences for the page.
+        Other sentences for the page.
     facts : dict
         Further entries of the record, among them those from which `Step.reload` restores the
         signal.
@@ -132,6 +134,7 @@ class StepReport:
 
     qc: dict[str, Any] = field(default_factory=dict)
     figures: list[figures.Figure] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -255,8 +258,7 @@ class Measure(Step):
         source = context.dataset.uri(run.mask) if run.mask else MADE_MASK
         transaction.image(context.mask, dwi.mask.astype("uint8"), context.like,
                           sidecar.mask(run, context.dataset, source))
-        warnings, coherence = check_plausibility(run, dwi, mean_b0)
-        report.notices += warnings
+        report.warnings, coherence = check_plausibility(run, dwi, mean_b0)
         report.qc |= quality.quality(dwi) | coherence
         report.figures += figures.of_signal(dwi, mean_b0)
         acquisition = dwi.acquisition
@@ -333,12 +335,14 @@ class Harmonize(Step):
         context, run = self.context, self.context.run
         result = harmonize.apply(self.models, stage.dwi, run, device=context.device,
                                  allow=context.options.allow_extrapolation)
-        log.info("%s: %s", run.name, result.notices[0])
-        for notice in result.notices[1:]:
-            log.warning("%s: %s", run.name, notice)
+        for notice in result.notices:
+            log.info("%s: %s", run.name, notice)
+        for warning in result.warnings:
+            log.warning("%s: %s", run.name, warning)
         compared = change.change(stage.dwi, result.dwi, context.device)
         report.qc |= {**result.counts, **change.statistics(compared, result.dwi)}
         report.notices += result.notices
+        report.warnings += result.warnings
         if result.changed:
             report.figures += comparison.of_change(compared, stage.dwi)
         method = result.model.method

@@ -174,6 +174,7 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
     return {
         **record, "state": state, "id": record.get("name", "run"), "refusals":
         record.get("refusals", {}), "notices": record.get("notices", []),
+        "warnings": record.get("warnings", []),
         "size": " × ".join(f"{s:.3g}" for s in size) + " mm" if size else "",
         "shells": [{**s, "shape": _shape(s["b_delta"])} for s in record.get("shells", ())],
         "sections": _sections(figures),
