@@ -1,4 +1,4 @@
-"""The methods text. What a method does is read from its folder (outputs.json and README.md)."""
+"""The methods text, read from the folders of the methods (outputs.json and README.md)."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ REFERENCES = {
     "10.1002/mrm.21277": "Descoteaux et al. 2007, spherical harmonics of the diffusion signal",
     "10.1016/j.neuroimage.2019.116131": "Yeh et al. 2019, neighbouring DWI correlation",
 }
-"""DOI → what it is, of what every run goes through. Methods bring their own."""
+"""References by DOI that hold for every run. Methods bring their own."""
 
 
 def acknowledge() -> str:
-    """One sentence for HowToAcknowledge."""
+    """Write the sentence for HowToAcknowledge of dataset_description.json."""
     return (f"Please cite QSphere {__version__} and the papers listed in logs/CITATION.md, which "
             "names those behind every method that was used.")
 
 
 def of_method(method: Method) -> tuple[str, str]:
-    """Heading and text of a method, read from its folder."""
+    """Write the section of a method: heading and text, read from its folder."""
     return f"Method: {method.short}", _method(method)
 
 
 def references(chosen: Sequence[Method]) -> list[tuple[str, str]]:
-    """(what, https://doi.org/…) of everything that the paragraphs cite, each once."""
+    """List the references of the paragraphs, each once: (description, https://doi.org/…)."""
     found = dict(REFERENCES)
     for method in chosen:
         readme, url = _readme(method), str(method.outputs["model"].get("URL", ""))
@@ -50,8 +50,14 @@ def references(chosen: Sequence[Method]) -> list[tuple[str, str]]:
 
 
 def markdown(paragraphs: Sequence[tuple[str, str]], chosen: Sequence[Method]) -> str:
-    """The methods text with the references of the chosen methods, to be pasted into a paper and
-    then shortened."""
+    """Write the methods text with its references, to be pasted into a paper and shortened.
+
+    Parameters
+    ----------
+    paragraphs : sequence of (heading, text)
+    chosen : sequence of Method
+        Methods whose references are listed.
+    """
     parts = ["# Methods", "_Written by QSphere to be copied as it is; it is in the public domain "
              "(CC0)._"]
     parts += [f"## {heading}\n\n{text}" for heading, text in paragraphs]
@@ -76,7 +82,7 @@ def _method(method: Method) -> str:
 
 
 def _clause(entry: Mapping[str, Any]) -> str:
-    """The first clause of a Description."""
+    """Take the first clause of a Description."""
     return re.split(r"[;:,]| \(|\. ", entry["Description"])[0].rstrip(".")
 
 
@@ -86,14 +92,14 @@ def _readme(method: Method) -> str:
 
 
 def _first_paragraph(readme: str) -> str:
-    """The first block of text that is no heading, on one line, without markup of emphasis."""
+    """Take the first block of text that is no heading, on one line, without emphasis."""
     blocks = (b.strip() for b in readme.split("\n\n"))
     found = next((b for b in blocks if b and not b.startswith("#")), "")
     return re.sub(r"\*\*|`", "", " ".join(found.split()))
 
 
 def _authors(before: str) -> str:
-    """`Johnson et al. 2007` where the text before a DOI ends with it, else nothing."""
+    """Find `Johnson et al. 2007` at the end of the text before a DOI; empty if it is not there."""
     name = r"[A-ZÀ-Þ][\w’'-]+(?: et al\.?)?(?:,? (?:and|&) )?"
     match = re.search(rf"((?:{name})+,? \(?\d{{4}})[,;:.\s(]*$", before)
     return match.group(1).replace("(", "") if match else ""

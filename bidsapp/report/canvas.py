@@ -1,8 +1,7 @@
-"""What every figure needs: slices in display orientation, mosaics of them, and an SVG with always
-the same bytes for the same input.
+"""Slices in display orientation, mosaics of them, and SVG files that are reproducible to the byte.
 
-Display is neurological (left is left): axes of the image are flipped and swapped into the order
-closest to world RAS+, never resampled. Mosaics are one RGB image each.
+The display is neurological (left is left): axes of the image are flipped and swapped into the order
+closest to world RAS+, never resampled. Each mosaic is one RGB image.
 """
 
 from __future__ import annotations
@@ -40,29 +39,30 @@ WIDTH = 10.0
 """Width of every figure, inches."""
 
 TILE = 110
-"""Most pixels along the longer side of a slice in a mosaic."""
+"""Maximum of pixels along the longer side of a slice in a mosaic."""
 
 Limits = tuple[float, float]
 LEVELS = 128
-"""Colours along a map's colour scale: fewer make smaller files, and 128 look continuous."""
+"""Number of colours of a colour scale: fewer make smaller files, and 128 look continuous."""
 
 PER_ROW = 7
+"""Slices in a row of a mosaic."""
+
 LABELS = (("P", "A"), ("L", "R"), ("L", "R"))
-"""Left and right of slices across x (sagittal), y (coronal) and z (axial)."""
+"""Labels of the left and right side of slices across x (sagittal), y (coronal), z (axial)."""
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def figure(height: float) -> Figure:
-    """An empty figure, WIDTH × height inches, outside pyplot. Draw inside `rc_context(STYLE)`."""
+    """Make an empty figure of WIDTH × height inches; draw on it inside `rc_context(STYLE)`."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height))
 
 
 def svg(drawn: Figure) -> bytes:
-    """The figure as SVG: text as text, no date, ids from a fixed salt, images of few colours as
-    palettes, lines to 0.01 pt."""
+    """Write a figure as SVG: text as text, no date, ids from a fixed salt, lines to 0.01 pt."""
     out = io.BytesIO()
     with mpl.rc_context(STYLE):
         drawn.savefig(out, format="svg",
@@ -72,7 +72,7 @@ def svg(drawn: Figure) -> bytes:
 
 
 def _smaller_png(match: re.Match[bytes]) -> bytes:
-    """The same picture, lossless: without alpha, with a palette where 256 colours are enough."""
+    """Compress an image without loss: no alpha, and a palette where 256 colours are enough."""
     from PIL import Image
 
     image: Any = Image.open(io.BytesIO(base64.b64decode(match[0])))
@@ -92,7 +92,16 @@ def _smaller_png(match: re.Match[bytes]) -> bytes:
 
 @dataclass(frozen=True)
 class View:
-    """Slices across one display axis: positions in the canonical grid, and mm per pixel."""
+    """Slices across one display axis.
+
+    Parameters
+    ----------
+    axis : int
+    positions : tuple of int
+        Indices in the canonical grid.
+    zooms : tuple of float
+        mm per pixel.
+    """
 
     axis: int
     positions: tuple[int, ...]
@@ -100,9 +109,16 @@ class View:
 
 
 class Canvas:
-    """Where the voxels of a Dwi stand on the screen.
+    """Display geometry of a Dwi.
 
-    affine: (4, 4), canonical voxel to world RAS+, mm. axes: (3, 3), its columns at unit length.
+    Attributes
+    ----------
+    affine : (4, 4)
+        Canonical voxel indices to world RAS+, mm.
+    axes : (3, 3)
+        Columns of the affine at unit length.
+    mask : (x, y, z) bool
+        Brain mask in the canonical grid.
     """
 
     def __init__(self, dwi: Dwi) -> None:
@@ -118,11 +134,11 @@ class Canvas:
         self.axes = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
 
     def canonical(self, volume: np.ndarray) -> np.ndarray:
-        """(x, y, z, …) in the order closest to RAS+."""
+        """Bring a volume (x, y, z, …) into the order of axes closest to RAS+."""
         return nib.apply_orientation(volume, self.orientation)
 
     def place(self, axis: int, index: int) -> tuple[int, int]:
-        """The canonical axis and position of slice `index` across image axis `axis`."""
+        """Find the canonical axis and position of slice `index` across image axis `axis`."""
         to, flip = int(self.orientation[axis, 0]), self.orientation[axis, 1]
         return to, index if flip > 0 else self.dwi.mask.shape[axis] - 1 - index
 
@@ -138,7 +154,7 @@ class Canvas:
 
     @cached_property
     def views(self) -> tuple[View, ...]:
-        """The widest plane of the mask in two rows; the others in one, unless the mask is thin.
+        """Choose the widest plane of the mask in two rows, and the others in one row each.
 
         A plane is shown where its shorter side is at least a quarter of its longer one.
         """
@@ -157,20 +173,20 @@ class Canvas:
         return tuple(views)
 
     def _spread(self, axis: int, count: int) -> tuple[int, ...]:
-        """At most `count` positions spread evenly over the slices that hold the mask."""
+        """Spread at most `count` positions evenly over the slices that hold the mask."""
         area = self.mask.sum(axis=tuple({0, 1, 2} - {axis}))
         there = np.flatnonzero(area >= 0.15 * area.max())
         picked = np.linspace(0, len(there) - 1, min(count, len(there)))
         return tuple(int(there[round(p)]) for p in picked)
 
     def tile(self, volume: np.ndarray, axis: int, position: int, crop: bool = True) -> np.ndarray:
-        """One slice of a canonical (x, y, z[, 3]) volume: (row, column[, 3]), bottom row first."""
+        """Cut a slice of a canonical (x, y, z[, 3]) volume: (row, column[, 3]), bottom first."""
         box: list[slice | int] = list(self.box if crop else (slice(None),) * 3)
         box[axis] = position
         return np.swapaxes(volume[tuple(box)], 0, 1)
 
     def mosaic(self, volume: np.ndarray, view: View, crop: bool = True) -> np.ndarray:
-        """Slices of a canonical volume in rows of 7 with a gap of one pixel; first at top left.
+        """Arrange slices of a canonical volume in rows one pixel apart, the first at top left.
 
         Row 0 is the bottom. Slices longer than TILE pixels are thinned out.
         """
@@ -191,10 +207,22 @@ class Canvas:
 def mosaics(canvas: Canvas, colours: Any, title: str, *, crop: bool = True,
             outline: np.ndarray | None = None, bar: tuple[Limits, str] | None = None,
             unit: str = "") -> Figure:
-    """All views of a volume below one another.
+    """Draw all views of a volume below one another.
 
-    colours: canonical (x, y, z, 3) uint8. outline: canonical bool, drawn as a line.
-    bar: (limits, cmap) of the colour bar, which `unit` labels.
+    Parameters
+    ----------
+    canvas : Canvas
+    colours : (x, y, z, 3) uint8
+        Canonical volume.
+    title : str
+    crop : bool
+        Whether only the bounding box of the mask is shown.
+    outline : (x, y, z) bool, optional
+        Canonical volume whose border is drawn as a line.
+    bar : (limits, colour map), optional
+        Colour bar.
+    unit : str
+        Label of the colour bar.
     """
     images = [canvas.mosaic(colours, v, crop) for v in canvas.views]
     heights, widths = [], []
@@ -231,14 +259,14 @@ def mosaics(canvas: Canvas, colours: Any, title: str, *, crop: bool = True,
 
 
 def show(ax: Axes, image: np.ndarray, zooms: tuple[float, float]) -> None:
-    """An RGB or grey image, row 0 at the bottom, pixels of the right shape, no frame."""
+    """Draw an RGB or grey image, row 0 at the bottom, pixels of the right shape, no frame."""
     ax.imshow(image, origin="lower", aspect=zooms[1] / zooms[0], interpolation="none",
               cmap="gray", vmin=0, vmax=255)
     ax.set_axis_off()
 
 
 def draw_outline(ax: Axes, inside: np.ndarray) -> None:
-    """The border of a boolean image, without the points that lie within straight pieces."""
+    """Draw the border of a boolean image, without the inner points of straight pieces."""
     from contourpy import contour_generator
     from matplotlib.collections import LineCollection
 
@@ -251,7 +279,7 @@ def draw_outline(ax: Axes, inside: np.ndarray) -> None:
 
 
 def colour_bar(ax: Axes, limits: Limits, cmap: str, unit: str) -> None:
-    """A vertical bar from limit to limit, as one image; powers of 1000 go to the unit."""
+    """Draw a vertical colour bar from limit to limit; powers of 1000 go to the unit."""
     low, high = limits
     scale, unit = scaled_unit(max(abs(low), abs(high)), unit)
     ax.imshow(np.linspace(0, 1, 128)[:, None], origin="lower", aspect="auto", cmap=cmap,
@@ -265,15 +293,19 @@ def colour_bar(ax: Axes, limits: Limits, cmap: str, unit: str) -> None:
 
 
 def scaled_unit(most: float, unit: str) -> tuple[float, str]:
-    """By what to multiply values up to `most` to read them as 1 to 1000, and the unit then;
-    values from 0.01 to 10 000 stay as they are."""
+    """Find the factor that brings values up to `most` to 1–1000, and the unit with its power.
+
+    Values from 0.01 to 10 000 stay as they are.
+    """
     power = 0 if 0.01 <= most < 1e4 or not most > 0 else 3 * int(np.floor(np.log10(most) / 3))
     return 10.0**-power, f"10{str(power).translate(SUPERSCRIPT)} {unit}".strip() if power else unit
 
 
 def coloured(values: np.ndarray, limits: Limits, cmap: str, mask: np.ndarray) -> np.ndarray:
-    """(x, y, z, 3) uint8 of a scalar volume, in LEVELS steps from limit to limit; black
-    outside the mask, mid-grey where not finite."""
+    """Colour a scalar volume in LEVELS steps from limit to limit: (x, y, z, 3) uint8.
+
+    Black outside the mask, mid-grey where values are not finite.
+    """
     table = (mpl.colormaps[cmap](np.linspace(0, 1, LEVELS))[:, :3] * 255).round().astype(np.uint8)
     finite = np.isfinite(values)
     low, high = limits

@@ -1,4 +1,4 @@
-"""Figures of a run before and after harmonization, and of the difference, on common scales."""
+"""Figures of a run before and after harmonization and of the difference, on common scales."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from bidsapp.report.figures import Figure
 DIFFERENCE = "RdBu_r"
 
 MAPS = {"fa": ("FA", "gray", ""), "md": ("MD", "viridis", "mm²/s")}
-"""What it is called, its colours and unit."""
+"""Title, colour map and unit of each map."""
 
 
 def of_change(change: Change, dwi: Dwi) -> list[Figure]:
-    """FA and MD, and the mean signal of each shell: before, after, difference."""
+    """Draw FA, MD and the mean signal of each shell: before, after and the difference."""
     canvas = Canvas(dwi)
     said = (f"The median angle between the principal directions before and after is "
             f"{change.median_angle:.2g}° over {len(change.angle)} single-fibre voxels."
             if change.median_angle is not None else
             f"Only {len(change.angle)} single-fibre voxels (FA above 0.7, in the corpus callosum "
-            "or deep in the brain), so the change of fibre directions is not told.")
+            "or deep in the brain), so the change of fibre directions is not reported.")
     drawn = []
     with mpl.rc_context(STYLE):
         for name, pair in change.maps.items():
@@ -80,7 +80,7 @@ def _figure(canvas: Canvas, pair: Pair, title: str, cmap: str, unit: str, suffix
     medians = [f"{np.median(v):.4g}" for v in pair]
     caption = (f"The same slices and, before and after, the same scale. Median {medians[0]} before "
                f"and {medians[1]} after{f' ({unit})' if unit else ''}; mean change "
-               f"{difference.mean():+.3g}, mean size of it {np.abs(difference).mean():.3g}. "
-               "A lesion or a fold that shows in the difference was changed with the site. ")
+               f"{difference.mean():+.3g}, mean absolute change {np.abs(difference).mean():.3g}. "
+               "Where a lesion or a fold shows in the difference, harmonization changed it. ")
     return Figure(suffix, entities, svg(drawn), f"{title} before and after harmonization",
                   (caption + said).strip(), "Harmonization")

@@ -1,4 +1,4 @@
-"""Map statistics by batch, before and after what changed them, as SVG."""
+"""Figures of map statistics by site, before and after harmonization."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from bidsapp.report.figures import Figure, units_of
 
 
 def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
-    """Map statistics by batch; once more where participants were harmonized, and for every table
-    that a method made of them."""
+    """Draw map statistics by site: as measured, of harmonized images, and of harmonized tables.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        All runs, with their map statistics.
+    fitted : mapping of str to Fitted
+        Trained methods, of which some made tables of harmonized statistics.
+    """
     features = list(cohort.features)
     if not features:
         return []
@@ -39,7 +46,7 @@ def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
                                list(pairs.values()), units),
                 "Before and after harmonization of the images",
                 "Maps of the measured signal (open circles) and of the harmonized one (filled "
-                "circles) of every run that --harmonize changed or, of the reference batch, kept.",
+                "circles) of every run that was processed with --harmonize.",
                 "Harmonization"))
         for method, result in fitted.items():
             for name, table in result.tables.items():
@@ -60,7 +67,7 @@ def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
 
 def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
                    units: Mapping[str, str]) -> bytes:
-    """A panel per feature, a row per batch; with two tables, the first above with open circles."""
+    """Draw a panel per feature and a row per site; of two tables, the first with open circles."""
     batches = sorted({str(b) for _, table in tables for b in table["batch"]})
     columns = min(2, len(features))
     rows = -(-len(features) // columns)
@@ -86,7 +93,7 @@ def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
         ax.locator_params(axis="x", nbins=5)
     for ax in axes[len(features):]:
         ax.set_axis_off()
-    room = 0.35 + 0.075 * max(map(len, labels))  # for the names of batches, inches
+    room = 0.35 + 0.075 * max(map(len, labels))  # inches, for the names of sites
     wide = (WIDTH - 0.2 - columns * room) / columns
     drawn.subplots_adjust(room / WIDTH, 0.45 / (tall * rows), 1 - 0.2 / WIDTH,
                           1 - 0.3 / (tall * rows), wspace=room / wide,
@@ -95,7 +102,7 @@ def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
 
 
 def _points(ax: Axes, values: np.ndarray, y: float, colour: str, *, filled: bool) -> None:
-    """Values along x at height y, with their quartiles and median."""
+    """Draw values along x at height y, with their quartiles and median."""
     if not len(values):
         return
     jitter = 0.09 * np.sin(7.3 * np.arange(len(values)))

@@ -1,4 +1,4 @@
-"""Figures of a run, as SVG. What a map's figure shows comes from outputs.json."""
+"""Figures of a run as SVG; outputs.json says how a map is shown."""
 
 from __future__ import annotations
 
@@ -27,17 +27,24 @@ from bidsapp.report.canvas import (
 )
 
 SHOWN_SLICES = 8
-"""At most this many suspected slices are drawn; all are counted."""
+"""Maximum of suspected slices that are drawn; all are counted."""
 
 BRIGHT_FA = 0.7
-"""FA at which colours are at their brightest."""
+"""FA at which colours are brightest."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure and what the page says of it.
+    """A figure and its description on the page.
 
-    suffix, entities: its file name's, as in BIDS. section: the heading under which it stands.
+    Parameters
+    ----------
+    suffix, entities : str, mapping
+        Parts of the file name, as in BIDS.
+    svg : bytes
+    title, caption : str
+    section : str
+        Heading under which the figure stands.
     """
 
     suffix: str
@@ -49,9 +56,14 @@ class Figure:
 
 
 def of_signal(dwi: Dwi, mean_b0: np.ndarray) -> list[Figure]:
-    """Gradient directions, mean b0 with the mask, signal and SNR, slices that look corrupted.
+    """Draw gradient directions, the mean b0 with the mask, signal and SNR, and corrupted slices.
 
-    mean_b0: (x, y, z), the whole grid.
+    Parameters
+    ----------
+    dwi : Dwi
+        The measured signal.
+    mean_b0 : (x, y, z)
+        Mean b0 on the whole grid.
     """
     canvas = Canvas(dwi)
     with mpl.rc_context(STYLE):
@@ -59,11 +71,20 @@ def of_signal(dwi: Dwi, mean_b0: np.ndarray) -> list[Figure]:
 
 
 def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
-    """One mosaic per scalar map whose entry in outputs.json says `"report": true`.
+    """Draw each map whose entry in outputs.json says `"report": true`, and the directions.
 
-    Colours run over `display`, else `range`; an end that is null is the 98th percentile (2nd for
-    the lower). A map of three components is a direction: |x| red, |y| green, |z| blue, times `fa`
-    where the method has one; it comes first. Glyphs of an ODF stand on the map `background`.
+    Colours of a scalar map run over `display`, else `range`; an end that is null is the 98th
+    percentile (2nd for the lower). A map of three components is a direction: |x| red, |y| green,
+    |z| blue, times `fa` where the method has one; it comes first. Glyphs of an ODF are drawn on the
+    map `background`.
+
+    Parameters
+    ----------
+    method : Method
+    derived : Derived
+        Maps of the method.
+    dwi : Dwi
+        The signal from which they were estimated.
     """
     canvas = Canvas(dwi)
     drawn: list[Figure] = []
@@ -137,7 +158,7 @@ def _mean_b0(canvas: Canvas, mean_b0: np.ndarray) -> Figure:
 
 
 def _levels(dwi: Dwi) -> Figure:
-    """Mean signal by volume, and the distribution of SNR over the mask by shell."""
+    """Draw the mean signal of each volume and the distribution of SNR over the mask by shell."""
     acquisition, noise = dwi.acquisition, dwi.noise_sd
     groups = [(quality.shell_name(s), s.indices) for s in acquisition.shells]
     if acquisition.b0.any():
@@ -183,7 +204,7 @@ def _levels(dwi: Dwi) -> Figure:
 
 
 def _slices(canvas: Canvas) -> Figure:
-    """Change of the signal by slice and volume; the suspected ones beside what is usual."""
+    """Draw the relative signal of each slice, and the suspected slices beside their shell mean."""
     dwi = canvas.dwi
     found = quality.slice_signal(dwi)
     worst = found.suspects
@@ -231,7 +252,7 @@ def _slices(canvas: Canvas) -> Figure:
 
 def _suspect(drawn: Any, canvas: Canvas, n: int, k: int, i: int, found: quality.Slices,
              height: float) -> None:
-    """Column n of the suspected slices: the slice above, its shell's mean below."""
+    """Draw column n of the suspected slices: the slice above, the mean of its shell below."""
     dwi = canvas.dwi
     groups = [s.indices for s in dwi.acquisition.shells] + [np.flatnonzero(dwi.acquisition.b0)]
     group = next(g for g in groups if i in g)
@@ -307,12 +328,12 @@ def _glyphs(canvas: Canvas, odf: np.ndarray, derived: Derived, outputs: Mapping[
 
 
 def units_of(entry: Mapping[str, Any]) -> str:
-    """Units with superscripts; nothing where there are none."""
+    """Format units with superscripts; empty where there are none."""
     text = str(entry["Units"])
     return "" if text in ("unitless", "1") else text.replace("^2", "²").replace("um", "µm")
 
 
 def short(text: str, most: int = 60) -> str:
-    """The first clause of a description, for a title."""
+    """Take the first clause of a description, for a title."""
     first = re.split(r"[;:,]| \(|\. ", text)[0].rstrip(".")
     return first if len(first) <= most else first[: most - 1].rstrip() + "…"

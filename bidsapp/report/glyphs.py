@@ -1,9 +1,10 @@
-"""Orientation densities as glyphs: in every voxel the surface whose distance from the centre along
-n is proportional to the density along n, as it is seen from outside, coloured by n.
+"""Glyphs of orientation densities.
 
-Each pixel is answered for itself. Along the line of sight through a pixel at (ρ, φ) from the
-centre, the visible point of the surface is the one with the least angle θ from the viewer at which
-r(θ, φ) sin θ reaches ρ: points at one ρ lie nearer the viewer the smaller θ is.
+The glyph of a voxel is the surface whose distance from the centre along n is proportional to the
+density along n, seen from outside and coloured by n. Each pixel is computed independently: along
+the line of sight through a pixel at (ρ, φ) from the centre, the visible point of the surface is the
+one with the smallest angle θ from the viewer at which r(θ, φ) sin θ reaches ρ, since points at one
+ρ are nearer to the viewer the smaller θ is.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ CELL = 32
 """Pixels along the shorter side of a voxel."""
 
 MOST = 32
-"""Voxels along a side of the cut-out, so that glyphs can be told apart."""
+"""Maximum of voxels along a side of the window, so that glyphs can be distinguished."""
 
 TILTS = 48
-"""Steps of θ from the viewer's axis to its other end."""
+"""Steps of θ from 0 to π."""
 
 BLOCK = 32
 """Voxels whose surfaces fit the cache."""
 
 PEAK = 90
-"""Percentile of the voxels' peaks that is as long as half a voxel: a single bundle's is many times
-that of a crossing, which would be a dot if the highest filled the voxel."""
+"""Percentile of the peaks that is drawn as long as half a voxel. The peak of a single bundle is
+many times that of a crossing, which would be a dot if the highest peak filled the voxel."""
 
 NAMES = ("Sagittal", "Coronal", "Axial")
 TOWARDS = (1, -1, 1)
@@ -41,16 +42,22 @@ TOWARDS = (1, -1, 1)
 
 @dataclass(frozen=True)
 class Cut:
-    """A window in one slice: axis across it, canonical index ranges along x, y and z."""
+    """A window in one slice: the axis across it, and canonical index ranges along x, y and z."""
 
     axis: int
     box: tuple[slice, slice, slice]
 
 
 def densest(amount: np.ndarray, axis: int, zooms: tuple[float, ...]) -> Cut:
-    """The square window across `axis`, at most MOST voxels wide, that holds most of `amount`.
+    """Find the square window across `axis`, at most MOST voxels wide, that holds most of `amount`.
 
-    amount: canonical (x, y, z), ≥ 0.
+    Parameters
+    ----------
+    amount : (x, y, z)
+        Canonical volume, ≥ 0.
+    axis : int
+    zooms : tuple of float
+        Voxel size, mm.
     """
     plane = [a for a in range(3) if a != axis]
     side = MOST * min(zooms[a] for a in plane)
@@ -66,12 +73,23 @@ def densest(amount: np.ndarray, axis: int, zooms: tuple[float, ...]) -> Cut:
 
 def surfaces(odf: np.ndarray, frame: np.ndarray, cell: tuple[int, int]
              ) -> tuple[np.ndarray, np.ndarray]:
-    """Glyphs as pixels: colours (voxel, row, column, 3) uint8 and where they are (voxel, row,
-    column) bool; row 0 at the bottom.
+    """Render glyphs.
 
-    odf: (voxel, coefficient), a density of 1 being as long as half the shorter side of a cell.
-    frame: (3, 3), columns the world directions of right, up and towards the viewer.
-    cell: rows and columns of pixels.
+    Parameters
+    ----------
+    odf : (voxel, coefficient)
+        Densities; 1 is as long as half the shorter side of a cell.
+    frame : (3, 3)
+        Columns are the world directions of right, up and towards the viewer.
+    cell : (int, int)
+        Rows and columns of pixels.
+
+    Returns
+    -------
+    colours : (voxel, row, column, 3) uint8
+        Row 0 is at the bottom.
+    inside : (voxel, row, column) bool
+        Pixels that the glyph covers.
     """
     up, right = ((np.arange(n) - (n - 1) / 2) / (min(cell) / 2) for n in cell)
     rho, phi = np.hypot(up[:, None], right), np.arctan2(up[:, None], right)
@@ -97,10 +115,17 @@ def surfaces(odf: np.ndarray, frame: np.ndarray, cell: tuple[int, int]
 
 def painted(canvas: Canvas, odf: np.ndarray, rows: np.ndarray, ground: np.ndarray, cut: Cut
             ) -> np.ndarray:
-    """The window with its glyphs, (row, column, 3) uint8, row 0 at the bottom.
+    """Render a window with its glyphs: (row, column, 3) uint8, row 0 at the bottom.
 
-    odf: (voxel, coefficient). rows: canonical volume of row numbers of `odf`, −1 for no glyph.
-    ground: canonical (x, y, z, 3) uint8, shown at half its brightness.
+    Parameters
+    ----------
+    canvas : Canvas
+    odf : (voxel, coefficient)
+    rows : (x, y, z) int
+        Canonical volume of row numbers of `odf`, −1 for no glyph.
+    ground : (x, y, z, 3) uint8
+        Canonical background, shown at half its brightness.
+    cut : Cut
     """
     across, up = (a for a in range(3) if a != cut.axis)
     axes = canvas.axes
@@ -123,10 +148,25 @@ def painted(canvas: Canvas, odf: np.ndarray, rows: np.ndarray, ground: np.ndarra
 
 def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
          ground: np.ndarray, title: str, what: str) -> tuple[bytes, str]:
-    """The figure as SVG, and its caption.
+    """Draw glyphs of the most anisotropic windows.
 
-    odf: (voxel, coefficient), integral 1; share: (voxel,), what it is multiplied with and `what`
-    that is; drawn: (voxel,) bool. ground: share as canonical (x, y, z, 3) uint8.
+    Parameters
+    ----------
+    canvas : Canvas
+    odf : (voxel, coefficient)
+        Densities with an integral of 1.
+    share : (voxel,)
+        Map by which they are multiplied; `what` describes it.
+    drawn : (voxel,) bool
+        Voxels that have a glyph.
+    ground : (x, y, z, 3) uint8
+        The map `share` as a canonical background.
+    title, what : str
+
+    Returns
+    -------
+    svg : bytes
+    caption : str
     """
     odf = np.where(drawn[:, None], odf * share[:, None], 0)
     basis = sh.basis(sh.l_max_of(odf.shape[1]), sh.half_grid(59)[0]).T.astype(np.float32)
@@ -137,8 +177,8 @@ def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
     rows = np.full(canvas.dwi.mask.shape, -1)
     rows[canvas.dwi.mask] = np.where(drawn, np.arange(len(odf)), -1)
     rows = canvas.canonical(rows)
-    # a flat density is nothing to see: what counts is the power above degree 0; the rest breaks
-    # the tie where there is none
+    # windows are chosen by the power above degree 0, since isotropic densities show nothing; the
+    # small constant breaks the tie where there is none
     power = np.sqrt((odf[:, 1:]**2).sum(1)) + 1e-9
     amount = canvas.canonical(canvas.dwi.unmask(power))
     axes = [v.axis for v in canvas.views if v.axis in (2, 1)] or [canvas.views[0].axis]

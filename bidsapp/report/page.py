@@ -1,4 +1,4 @@
-"""HTML pages: one per participant and one per group, each a single file that opens offline.
+"""HTML pages: one per participant and one for the group, each a single file that opens offline.
 
 Figures are embedded as data URIs, so their ids cannot clash; everything else from the data is
 escaped by the template engine.
@@ -33,11 +33,23 @@ PACKAGES = ("torch", "numpy", "scipy", "dipy", "nibabel", "pybids", "matplotlib"
 
 def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequence[str],
                 root: Path) -> str:
-    """The page of a participant.
+    """Make the page of a participant.
 
-    records: what `recipe.execute` recorded of each run, those that failed too. problems: what
-    could not even be made a run. root: OUTPUT_DIR, where figures and the latest options and status
-    lie.
+    Parameters
+    ----------
+    label : str
+        Participant, without sub-.
+    records : sequence of mapping
+        Records of the runs (`recipe.execute.run_records`), also of those that failed.
+    problems : sequence of str
+        Sentences on files that could not become a run.
+    root : Path
+        OUTPUT_DIR, which holds the figures and the options and status of the latest invocation.
+
+    Returns
+    -------
+    str
+        HTML.
     """
     runs = [_run(record, root) for record in records]
     log = _latest(root / f"sub-{label}/log")
@@ -55,8 +67,33 @@ def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects
           drawn: Sequence[Figure], fitted: Mapping[str, Fitted], *,
           chosen: Sequence[Method], notice: str = "",
           records: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page of a group: batches, distributions, outliers, agreement between sites (`between`),
-    what harmonization left of people's differences (`effects`), what was trained."""
+    """Make the page of the group.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        All runs, with their map statistics.
+    outliers : DataFrame
+        `quality.outliers` of the statistics.
+    between : DataFrame
+        Agreement between sites (`agreement.of_group`).
+    effects : DataFrame
+        Effects of covariates before and after harmonization (`biology.in_sample`).
+    drawn : sequence of Figure
+    fitted : mapping of str to Fitted
+        Results of the trained methods, by name.
+    chosen : sequence of Method
+        The trained methods, for the methods text.
+    notice : str
+        Warning about the whole group.
+    records : sequence of mapping
+        Records of the runs, whose methods texts the page repeats.
+
+    Returns
+    -------
+    str
+        HTML.
+    """
     table = cohort.statistics
     batches = [{"name": name, "participants": members["participant"].nunique(),
                 "runs": len(members)} for name, members in table.groupby("batch", sort=True)]
@@ -90,8 +127,8 @@ def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects
 
 
 def _between(found: pd.DataFrame, reference: str) -> dict[str, Any] | None:
-    """A row for each map and kind of data, with a cell for each statistic; and how well each site
-    can be told."""
+    """Arrange agreement between sites: a row for each map and kind of data, a cell for each
+    statistic; and how well a classifier separates each site."""
     if not len(found):
         return None
     maps, batches = found[found["statistic"] != "auc"], []
@@ -113,7 +150,7 @@ def _between(found: pd.DataFrame, reference: str) -> dict[str, Any] | None:
 
 
 def _effects(found: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of `biology`, as text."""
+    """Format rows of `biology`."""
     return [{"bad": row["verdict"] in biology.CHANGES, "name": biology.describe(row),
              "people": row["people"], "verdict": row["verdict"], "ratio": biology.format_ratio(row),
              "values": [_number(row[k]) for k in ("before", "after", "reference")]}
@@ -121,19 +158,19 @@ def _effects(found: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _of_folds(result: Fitted) -> dict[str, Any] | None:
-    """What a cross-validation left of people's differences."""
+    """Find the table of covariate effects of a cross-validation, and format its rows."""
     return next(({"table": name, "rows": _effects(table)} for name, table in result.tables.items()
                  if "verdict" in table), None)
 
 
 def _interval(row: Mapping[Any, Any]) -> str:
-    """A value with the ends of its interval, if it has any, to three digits."""
+    """Format a value and, if it has one, its interval, to three digits."""
     value, low, high = (f"{float(row[k]):.3g}" for k in ("value", "low", "high"))
     return f"{value} ({low} to {high})" if low != "nan" else value
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A row for each metric, with a cell for each model; of a method with one model, one."""
+    """Arrange metrics: a row for each metric, a cell for each model."""
     models = {k: v for k, v in found.items() if isinstance(v, Mapping)} or {"Value": found}
     names = list(dict.fromkeys(name for own in models.values() for name in own))
     rows = [{"name": name, "cells": [_number(own.get(name)) for own in models.values()]}
@@ -142,8 +179,8 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _folds(result: Fitted) -> dict[str, Any] | None:
-    """A cross-validation: for each batch, shell, tissue and measure the mean NMSE before and after
-    in every fold and over participants, and the mean bias."""
+    """Arrange a cross-validation: for each site, shell, tissue and measure the mean NMSE before and
+    after in every fold and over participants, and the mean bias."""
     for name, table in result.tables.items():
         if "fold" not in table:
             continue
@@ -162,7 +199,7 @@ def _folds(result: Fitted) -> dict[str, Any] | None:
 
 
 def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """A record as the template needs it, whatever it lacks."""
+    """Arrange a record for the template, with defaults for entries that it lacks."""
     figures = []
     for entry in record.get("figures", ()):
         path = root / entry["file"]
@@ -184,7 +221,8 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
 
 
 def _scores(scores: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Per mode one row for each measure: its mean error, SD, and what noise alone makes of it."""
+    """Arrange scores of synthetic signals: per mode a row for each measure with its mean error, SD
+    and the error of noise alone."""
     columns, rows = scores.get("columns", {}), scores.get("rows", {})
     measures = [name for name in columns if f"{name}_sd" in columns]
     noise = rows.get("noise", {})
@@ -195,7 +233,7 @@ def _scores(scores: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _refused(runs: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    """Runs by the method that left them out and its reason."""
+    """Group runs by the method that refused them and its reason."""
     found: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         for refusal in run["refusals"].items():
@@ -204,6 +242,7 @@ def _refused(runs: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[st
 
 
 def _sections(figures: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Group figures by the heading under which they stand."""
     sections: dict[str, list[Mapping[str, Any]]] = {}
     for figure in figures:
         sections.setdefault(figure["section"], []).append(figure)
@@ -211,12 +250,13 @@ def _sections(figures: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[st
 
 
 def _texts(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Paragraphs of the methods text that runs were recorded with, each once."""
+    """Gather the paragraphs of the methods text from the records of runs, each once."""
     return list(dict.fromkeys(tuple(p) for record in records
                               for p in record.get("paragraphs", ())))
 
 
 def _common(paragraphs: Sequence[tuple[str, str]], used: Sequence[Method]) -> dict[str, Any]:
+    """Gather the variables of the template that all pages share."""
     return {
         "style": _text(HERE / "style.css"), "version": __version__,
         "paragraphs": paragraphs, "references": boilerplate.references(used),
@@ -225,7 +265,7 @@ def _common(paragraphs: Sequence[tuple[str, str]], used: Sequence[Method]) -> di
 
 
 def _methods(names: Iterable[str]) -> list[Method]:
-    """Each named method once; one that is no longer there is left out."""
+    """Load each named method once; leave out those that no longer exist."""
     found = []
     for name in dict.fromkeys(names):
         try:
@@ -236,7 +276,7 @@ def _methods(names: Iterable[str]) -> list[Method]:
 
 
 def _latest(folder: Path) -> Path | None:
-    """The folder of the latest invocation: their names begin with the time."""
+    """Find the log folder of the latest invocation; the names begin with the time."""
     found = sorted(p for p in folder.glob("*/") if (p / "status.json").is_file())
     return found[-1] if found else None
 
@@ -253,7 +293,7 @@ def _text(path: Path) -> str:
 
 
 def _uri(svg: bytes) -> str:
-    """A data URI; percent-encoded, because the pictures inside are base64 already."""
+    """Make a data URI, percent-encoded, since the pictures inside are base64 already."""
     return "data:image/svg+xml," + quote(svg, safe=" !$'()*+,-./:;=?@[]_~")
 
 
@@ -287,7 +327,7 @@ def _templates() -> jinja2.Environment:
 
 
 def _cite(text: str) -> str:
-    """The text, escaped, its DOIs as links."""
+    """Escape a text and turn its DOIs into links."""
     from markupsafe import Markup, escape
 
     out, at = Markup(), 0
