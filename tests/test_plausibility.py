@@ -5,6 +5,7 @@ from dataclasses import replace
 import bids_tree as truth
 import numpy as np
 import pytest
+import torch
 from test_find import found as find
 
 from bidsapp.acquisition import Acquisition
@@ -213,6 +214,38 @@ def test_the_named_correction_corrects(dwi, order):
     named, = [t for t in gradients.tables() if gradients.describe(t) == found.better]
     mended = judged(with_table(wrong, named))
     assert mended.better == "" and mended.given == pytest.approx(judged(dwi).given, abs=1e-6)
+
+
+def test_agreement_with_neighbours_is_that_of_each_pair(rng):
+    """Both neighbours of a step count, and none beyond the edge of the grid or of the slab."""
+    slab = rng.random((4, 3, 3)) < 0.7
+    slab[[0, -1], 1] = True
+    weight = rng.random(slab.sum()).astype(np.float32)
+    direction = rng.standard_normal((slab.sum(), 3)).astype(np.float32)
+    agreement, weights = gradients._neighbours(slab, weight, direction)
+    at = {tuple(voxel): i for i, voxel in enumerate(np.argwhere(slab))}
+    for k, step in enumerate(gradients.STEPS):
+        for voxel, i in at.items():
+            beside = [at[n] for n in (tuple(voxel + step), tuple(voxel - step)) if n in at]
+            pairs = [weight[i] * weight[j] for j in beside]
+            assert weights[k, i] == pytest.approx(sum(pairs), rel=1e-6)
+            assert agreement[k, i] == pytest.approx(sum(
+                p * abs(direction[i] @ direction[j])
+                for p, j in zip(pairs, beside, strict=True)), rel=1e-5)
+
+
+def test_the_tensor_is_fitted_on_one_thread(dwi, monkeypatch):
+    """Several threads wait for each other at each of its many short steps."""
+    used, fit = [], gradients.tensor.fit
+    monkeypatch.setattr(gradients.tensor, "fit", lambda *args, **more: (
+        used.append(torch.get_num_threads()), fit(*args, **more))[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        judged(dwi)
+        assert used == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_few_voxels_do_not_suffice(dwi):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from bidsapp import tensor
+from bidsapp.blocks import one_thread
 from bidsapp.dwi import Dwi
 
 MIN_FA = 0.3
@@ -80,33 +81,37 @@ def coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
     slab = _slab(dwi.mask)
     if np.linalg.matrix_rank(x) < tensor.TERMS or min(map(np.ptp, np.nonzero(slab))) < 1:
         return None
-    signal = torch.from_numpy(dwi.signal[slab[dwi.mask]][:, use])
-    fit = tensor.fit(signal, x, weighted=False)
+    with one_thread():
+        signal = torch.from_numpy(dwi.signal[slab[dwi.mask]][:, use])
+        fit = tensor.fit(signal, x, weighted=False)
     fa = torch.where(fit["failed"], 0, fit["fa"]).numpy()
     keep = fa > MIN_FA
-    weight, direction = np.zeros(slab.shape, np.float32), np.zeros((*slab.shape, 3), np.float32)
     slab[slab] = keep
-    weight[slab], direction[slab] = fa[keep], fit["direction"].numpy()[keep]
+    weight, direction = fa[keep], fit["direction"].numpy()[keep]
     agreement, weights = _neighbours(slab, weight, direction)
     if not weights.any():
         return None
 
     steps = STEPS @ dwi.affine[:3, :3].T
     steps /= np.linalg.norm(steps, axis=1, keepdims=True)
-    along = direction[slab] @ axes
-    rows = np.arange(len(along))
-    scores, influence = {}, {}
+    along = direction @ axes
+    scores, nearest = {}, {}
     for table in tables():
-        nearest = np.abs(along @ (steps @ axes @ table).T).argmax(axis=1)
-        part, whole = agreement[nearest, rows], weights[nearest, rows]
-        if not (total := whole.sum()):
+        step = np.abs(along @ (steps @ axes @ table).T).argmax(axis=1)
+        nearest[table.tobytes()] = flat = step * len(along) + np.arange(len(along))
+        if not (total := weights.take(flat).sum()):
             return None
-        scores[table.tobytes()] = score = part.sum() / total
-        influence[table.tobytes()] = (part - score * whole) / total
+        scores[table.tobytes()] = agreement.take(flat).sum() / total
     usual = agreement.sum() / weights.sum()
     right, best = np.eye(3).tobytes(), max(scores, key=lambda t: scores[t])
     given, top = scores[right] - usual, scores[best] - usual
-    error = np.sqrt(np.sum((influence[best] - influence[right]) ** 2))
+
+    def influence(table: bytes) -> np.ndarray:
+        """(voxel,) what each voxel adds to a table's score."""
+        whole = weights.take(nearest[table])
+        return (agreement.take(nearest[table]) - scores[table] * whole) / whole.sum()
+
+    error = np.sqrt(np.sum((influence(best) - influence(right)) ** 2))
     wrong = (top > GAIN and scores[best] > COHERENT and given < LESS * top
              and top - given > SURE * error)
     return Coherence(float(given), float(top),
@@ -155,16 +160,23 @@ def _slab(mask: np.ndarray) -> np.ndarray:
 
 def _neighbours(slab: np.ndarray, weight: np.ndarray, direction: np.ndarray
                 ) -> tuple[np.ndarray, np.ndarray]:
-    """(13, voxel) weighted agreement with both neighbours of each step, and the weights."""
-    at = np.argwhere(slab) + 1
-    weight, direction = np.pad(weight, 1), np.pad(direction, ((1, 1), (1, 1), (1, 1), (0, 0)))
-    own, axis = weight[tuple(at.T)], direction[tuple(at.T)]
-    agreement = np.zeros((len(STEPS), len(at)))
+    """(13, voxel) weighted agreement with both neighbours of each step, and the weights.
+
+    weight (voxel,) and direction (voxel, 3) are those of the voxels of `slab`.
+    """
+    shape = tuple(n + 2 for n in slab.shape)
+    here = np.ravel_multi_index(tuple(np.argwhere(slab).T + 1), shape)
+    index = np.full(np.prod(shape), -1)
+    index[here] = np.arange(len(here))
+    agreement = np.zeros((len(STEPS), len(here)))
     weights = np.zeros_like(agreement)
     for k, step in enumerate(STEPS):
-        for sign in (1, -1):
-            there = tuple((at + sign * step).T)
-            product = own * weight[there]
-            agreement[k] += product * np.abs(np.einsum("vi,vi->v", direction[there], axis))
-            weights[k] += product
+        other = index[here + step @ (shape[1] * shape[2], shape[2], 1)]
+        first = np.flatnonzero(other >= 0)
+        second = other[first]
+        product = weight[first] * weight[second]
+        cosine = np.einsum("vi,vi->v", direction[first], direction[second])
+        for pair in first, second:  # each holds a voxel once
+            weights[k, pair] += product
+            agreement[k, pair] += product * np.abs(cosine)
     return agreement, weights
