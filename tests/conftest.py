@@ -15,8 +15,9 @@ from support.bids_tree import write_dataset
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program does, before torch is loaded
 
 # shapes in annotations are checked here, and only here
-install_import_hook("bidsapp",
-                    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+install_import_hook([".".join(file.relative_to(ROOT).with_suffix("").parts)
+                     for file in sorted(ROOT.glob("bidsapp/**/*.py"))
+                     if "from jaxtyping import" in file.read_text()], "beartype.beartype")
 
 
 @pytest.hookimpl(optionalhook=True)
