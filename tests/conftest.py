@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program does, befo
 # shapes in annotations are checked here, and only here
 install_import_hook([".".join(file.relative_to(ROOT).with_suffix("").parts)
                      for file in sorted(ROOT.glob("bidsapp/**/*.py"))
-                     if "from jaxtyping import" in file.read_text()], "beartype.beartype")
+                     if "from jaxtyping import" in file.read_text()],
+                    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.hookimpl(optionalhook=True)
