@@ -11,20 +11,27 @@ in turns; the network is trained once, and its time is given apart.
 
 import argparse
 import statistics
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
+from dipy.core.gradients import gradient_table
+from dipy.reconst.fwdti import FreeWaterTensorModel
+from simulated import (
+    FREE_WATER_KINDS,
+    add_rician_noise,
+    as_dwi,
+    simulate_free_water,
+    spiral_shells,
+)
 
+from bidsapp.dwi import Dwi
 from bidsapp.methods import get
 from bidsapp.methods.estimate_freewater import method as freewater
 from bidsapp.methods.estimate_freewater import network
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_freewater import KINDS, SNR, acquisition, as_dwi, dipy_fit, simulate
+SNR, S0 = 25.0, 500.0
 
 
 def main() -> None:
@@ -38,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    acq, method = acquisition(), get("estimate_freewater")
+    acq, method = spiral_shells(((0, 6), (1000, 30), (2000, 60))), get("estimate_freewater")
     start = time.perf_counter()
     trained = network.learn(freewater.literature(2), acq, np.array([1 / SNR]), False, options.seed,
                             "cpu", get("estimate_freewater").settings("network"))
@@ -47,10 +54,11 @@ def main() -> None:
     freewater.tissue.regions = refuse
     print(f"training {training:.1f} s; RMSE on mixtures of the training law {trained[1]:.4f}")
     print(f"{'law':<11}{'estimate':<22}{'MSE of f ± s.e.':>22}{'|FA error|':>12}{'voxels/s':>11}")
-    for kind in KINDS:
-        clean, truth, fa = simulate(kind, acq, options.voxels, 100 + options.seed)
-        dwi = as_dwi(clean, acq, 100 + options.seed)
-        few = as_dwi(clean[:options.peer_voxels], acq, 100 + options.seed)
+    for kind in FREE_WATER_KINDS:
+        clean, truth, fa = simulate_free_water(kind, acq, options.voxels, 100 + options.seed)
+        rng = np.random.default_rng([100 + options.seed, 1])
+        dwi = as_dwi(S0 * add_rician_noise(clean, 1 / SNR, rng), acq, S0 / SNR)
+        few = as_dwi(dwi.signal[:options.peer_voxels], acq, S0 / SNR)
         speeds: dict[str, list[float]] = {"network": [], "network, all maps": [],
                                           "dipy WLS": [], "dipy NLS": []}
         b0 = torch.as_tensor(acq.b0)
@@ -65,7 +73,7 @@ def main() -> None:
             speeds["network, all maps"].append(options.voxels / (time.perf_counter() - start))
             found["network, all maps"] = maps["fraction"], maps["fa"]
             for name in ("WLS", "NLS"):
-                f, f_fa, speed = dipy_fit(few, name)
+                f, f_fa, speed = fit_dipy(few, name)
                 found[f"dipy {name}"] = f, f_fa
                 speeds[f"dipy {name}"].append(speed)
         for name, (f, f_fa) in found.items():
@@ -83,6 +91,14 @@ def main() -> None:
                       f"({min(ratios):.0f}–{max(ratios):.0f})")
             print(f"{kind:<11}training is made up for after "
                   f"{training * statistics.median(peer):.0f} voxels of dipy {name}")
+
+
+def fit_dipy(dwi: Dwi, fit_method: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """Fit dipy's free-water tensor; return the fraction, FA and voxels/s."""
+    table = gradient_table(dwi.acquisition.bvals, bvecs=dwi.acquisition.bvecs)
+    start = time.perf_counter()
+    fit = FreeWaterTensorModel(table, fit_method=fit_method).fit(dwi.signal.astype(float))
+    return fit.f, fit.fa, len(dwi.signal) / (time.perf_counter() - start)
 
 
 def refuse(*args):

@@ -19,22 +19,19 @@ Direction: median angle to the axis, where FISO < 0.6 and ODI < 0.5.
 import argparse
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import peer
 import torch
+from simulated import as_dwi
 
 from bidsapp import checkpoint, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.microstructure import maps as estimating
 from bidsapp.simulate import odf, protocols
 from bidsapp.simulate.tissue import NODDI
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_smt import as_dwi
 
 PRIORS = {"whole": ((0.0, 1.0), (0.01, 0.99), (0.0, 1.0)),
           "tissue": ((0.1, 0.99), (0.03, 0.99), (0.0, 0.6))}

@@ -13,12 +13,12 @@ Rotational SD: of 100 noise-free voxels over 60 rotations, ODFs up to degree 8 (
 import argparse
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from simulated import as_dwi
 
 from bidsapp import checkpoint, methods, sh
 from bidsapp.acquisition import Acquisition
@@ -26,9 +26,6 @@ from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Published
 from bidsapp.simulate import forward, odf, protocols
 from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_bundles
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_smt import as_dwi
 
 
 def acquisition() -> Acquisition:

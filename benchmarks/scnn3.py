@@ -21,13 +21,13 @@ SD: of 100 noise-free voxels over 60 rotations, ODFs up to degree 8.
 import argparse
 import math
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from simulated import as_dwi
 
 from bidsapp import checkpoint, methods, sh
 from bidsapp.acquisition import Acquisition
@@ -36,9 +36,6 @@ from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.simulate import forward, odf, protocols
 from bidsapp.simulate.tissue import THREE_COMPARTMENTS, draw_bundles
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_smt import as_dwi
 
 B0 = 13
 LINEAR = ((500, 12), (1000, 12), (2000, 20), (3500, 20), (5000, 30))

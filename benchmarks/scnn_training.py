@@ -28,7 +28,6 @@ without any network, stands beside each.
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from scnn import acquisition
+from simulated import as_dwi
 from torch import nn
 
 from bidsapp import checkpoint, methods, sh, training
@@ -49,9 +49,6 @@ from bidsapp.networks.scnn import Estimate, Published
 from bidsapp.simulate import protocols
 from bidsapp.simulate.likelihood import Likelihood, hint
 from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_bundles, draw_odfs
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_smt import as_dwi
 
 SNR = 50.0
 POINTS = 3072

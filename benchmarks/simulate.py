@@ -12,7 +12,6 @@ difference from dense integration over the sphere in float64, over the first vox
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -20,12 +19,10 @@ import numpy as np
 import peer
 import torch
 from dipy.sims.voxel import multi_tensor
+from simulated import two_shells
 
 from bidsapp import sh
 from bidsapp.simulate import forward, odf
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_smt import acquisition
 
 BLOCK = 4096
 CHECKED = 200
@@ -67,7 +64,7 @@ def main() -> None:
     parser.add_argument("--peer-voxels", type=int, default=500)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    acq = acquisition(np.random.default_rng(7))
+    acq = two_shells(np.random.default_rng(7))
     generator = torch.Generator().manual_seed(7)
     n = options.voxels
     d = 3 * torch.rand(n, generator=generator)

@@ -9,18 +9,15 @@ one noise-free b0, 60 directions at b = 1000 and 2200 s/mm², Watson-mixture ODF
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import peer
 import torch
+from simulated import add_rician_noise, as_dwi, simulate_two_compartments, two_shells
 
 from bidsapp.methods import get
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_smt import acquisition, as_dwi, rician, simulate
 
 PEER = """
 import sys, time
@@ -53,10 +50,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rng = np.random.default_rng(7)
-    acq = acquisition(rng)
+    acq = two_shells(rng)
     d, f = rng.uniform(0, 3, options.voxels), rng.uniform(0, 1, options.voxels)
-    signal = simulate(acq, d, f, rng)
-    signal[:, 1:] = rician(signal[:, 1:], 0.02, rng)
+    signal = simulate_two_compartments(acq, d, f, rng)
+    signal[:, 1:] = add_rician_noise(signal[:, 1:], 0.02, rng)
     method, dwi = get("estimate_smt"), as_dwi(signal, acq, 0.02, s0_known=True)
     times, peers, found = [], [], None
     for _ in range(options.repeats):

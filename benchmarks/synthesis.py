@@ -8,7 +8,6 @@ voxels of the mask that have signal at b = 0. The published ones are of other pa
 """
 
 import argparse
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -16,10 +15,11 @@ from pathlib import Path
 import torch
 
 from bidsapp import methods
+from bidsapp.bids.find import find
+from bidsapp.cli import parse
+from bidsapp.dwi import Dwi
 from bidsapp.options import MODES
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_synthesize import real
+from bidsapp.recipe.steps import load_run
 
 PUBLISHED = (
     ("published, 2.4 mm: multi-tensor modes", "0.014", "0.0075", "–"),
@@ -39,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     for folder in options.datasets:
-        dwi = real(folder.resolve())
+        dwi = load_first_run(folder.resolve())
         shells = ", ".join(f"{len(s)} at b = {s.b:.0f}" for s in dwi.acquisition.shells)
         start = time.perf_counter()
         made = methods.get("synthesize").synthesize(dwi, MODES, options.seed, "cpu")
@@ -53,6 +53,12 @@ def main() -> None:
             print(f"{name:<40}{pairs[0]:>16}{pairs[1]:>16}{pairs[2]:>18}{angle:>16}")
         for name, signal, fa, angle in PUBLISHED:
             print(f"{name:<40}{signal:>16}{fa:>16}{'–':>18}{angle:>16}")
+
+
+def load_first_run(folder: Path) -> Dwi:
+    """Load the signal of the first run of the first participant of a dataset."""
+    inventory = find(parse([str(folder), str(folder.parent / "out"), "participant"]))
+    return load_run(inventory.runs[inventory.participants[0]][0])[0]
 
 
 if __name__ == "__main__":

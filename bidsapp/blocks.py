@@ -61,7 +61,7 @@ def map_voxels(
 
 def map_volume(
     function: Callable[..., Mapping[str, torch.Tensor]],
-    volumes: Sequence[Shaped[np.ndarray, "x y z *channel"]],
+    volumes: Sequence[Shaped[np.ndarray, "x y z ..."]],
     halo: int,
     device: str,
     slab: int | None = None,

@@ -7,30 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bids_tree import write_dataset
 from jaxtyping import install_import_hook
+
+from support import ROOT
+from support.bids_tree import write_dataset
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program does, before torch is loaded
 
 # shapes in annotations are checked here, and only here
-install_import_hook(["bidsapp.tensor", "bidsapp.sh", "bidsapp.bids.btable",
-                     "bidsapp.methods.estimate_smt.method", "bidsapp.simulate.mixture",
-                     "bidsapp.microstructure.deconvolution",
-                     "bidsapp.simulate.odf", "bidsapp.simulate.forward",
-                     "bidsapp.simulate.noise", "bidsapp.networks.spherical",
-                     "bidsapp.networks.scnn", "bidsapp.networks.mlp",
-                     "bidsapp.networks.shresnet", "bidsapp.harmonization.pairs",
-                     "bidsapp.registration.template", "bidsapp.evaluate.agreement",
-                     "bidsapp.simulate.protocols", "bidsapp.simulate.tissue",
-                     "bidsapp.simulate.likelihood",
-                     "bidsapp.microstructure.learn",
-                     "bidsapp.microstructure.maps",
-                     "bidsapp.simulate.anatomy",
-                     "bidsapp.simulate.fields",
-                     "bidsapp.simulate.person", "bidsapp.simulate.site",
-                     "bidsapp.simulate.phantom", "bidsapp.bids.raw"], "beartype.beartype")
-
-ROOT = Path(__file__).parent.parent
+install_import_hook([".".join(file.relative_to(ROOT).with_suffix("").parts)
+                     for file in sorted(ROOT.glob("bidsapp/**/*.py"))
+                     if "from jaxtyping import" in file.read_text()],
+                    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -73,5 +61,5 @@ def test_data():
 
 @pytest.fixture
 def bids_tree(tmp_path):
-    """Writes a synthetic dataset: `bids_tree()`, with the arguments of bids_tree.write_dataset."""
+    """Write a synthetic dataset: `bids_tree()`, with the arguments of `write_dataset`."""
     return partial(write_dataset, tmp_path / "bids")

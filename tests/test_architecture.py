@@ -1,5 +1,6 @@
 """What holds for the house as a whole; the direction of imports is import-linter's (pyproject)."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from bidsapp import __version__, methods
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
 HEAVY = {"torch", "bids", "numpy", "nibabel", "dipy", "pandas", "scipy", "matplotlib"}
 
 
@@ -35,6 +37,37 @@ def test_answers_at_once(argv):
     assert done.stdout or "OUTPUT_DIR is BIDS_DIR" in done.stderr
 
 
+def imported_modules(file):
+    """Names of the modules that a file imports, those inside of functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{a.name}" for a in node.names)}
+    return names
+
+
+def test_no_test_is_imported():
+    """What tests share lies in tests/support, and benchmarks share nothing with tests."""
+    tests = {f.stem for f in TESTS.rglob("test_*.py")} | {"conftest"}
+    for file in TESTS.rglob("*.py"):
+        parts = {part for name in imported_modules(file) for part in name.split(".")}
+        assert not parts & (tests | {"tests"}), file
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        parts = {part for name in imported_modules(file) for part in name.split(".")}
+        assert not parts & (tests | {"tests", "support"}), file
+        assert '/ "tests"' not in file.read_text(), file
+
+
+def test_tests_mirror_the_package():
+    """Each folder of tests is one of the package; no two files of tests have the same name."""
+    folders = {f.parent.relative_to(TESTS) for f in TESTS.rglob("*.py")}
+    assert len(folders) > 10
+    for folder in folders - {Path("support")}:
+        assert (ROOT / "bidsapp" / folder).is_dir(), folder
+    names = [f.name for f in TESTS.rglob("test_*.py")]
+    assert len(names) == len(set(names)) > 60
 
 
 def test_every_method_folder_is_complete():

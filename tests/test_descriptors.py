@@ -12,8 +12,8 @@ import pytest
 
 from bidsapp import cli
 from bidsapp.options import Options
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
 BOSH = Path(sys.executable).parent / "bosh"
 LEVELS = ("participant", "group")
 

@@ -3,11 +3,11 @@
 import csv
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = ("plots/", "methods/", "reference/", "benchmarks/", "contributing.md")

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 
-import bids_tree as truth
 import nibabel as nib
 import numpy as np
 import pytest
-from test_plausibility import woven
-from test_run import content, image, qsphere, validate
+
+from support import bids_tree as truth
+from support.app import content, image, qsphere, validate
+from support.stripes import simulate_stripes
 
 STEM = "sub-01/dwi/sub-01_dwi"
 
@@ -138,7 +139,7 @@ def test_one_bad_participant(name, bids_tree, tmp_path, capsys):
 def test_flipped_vectors_are_flagged(tmp_path, rng, capsys):
     """Maps are made, and log, page and QC say what is wrong and how to mend it."""
     bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
-    right = woven(rng, matrix=truth.affine())
+    right = simulate_stripes(rng, matrix=truth.affine())
     image = nib.Nifti1Image(right.unmask(right.signal), right.affine)
     image.header.set_xyzt_units("mm", "sec")
     nib.save(image, bids / f"{STEM}.nii.gz")

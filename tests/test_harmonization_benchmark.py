@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import combat_package
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from support import ROOT, combat_package
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import harmonization
 import harmonization_tables as tables
 

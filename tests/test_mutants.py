@@ -4,10 +4,11 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT
+
+from support import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-from mutants import MUTANTS
+from mutants import MUTANTS, find_tests
 
 
 def test_there_are_many():
@@ -23,4 +24,4 @@ def test_a_mutant_has_its_place_and_its_tests(mutant):
     if mutant.file.endswith(".py"):
         compile(changed, mutant.file, "exec")
     names = re.findall(r"test_\w+\.py", mutant.tests)
-    assert names and all((ROOT / "tests" / name).is_file() for name in names)
+    assert names and all(len(find_tests(name, ROOT)) == 1 for name in names)

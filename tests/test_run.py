@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import bids_tree as truth
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -20,37 +19,15 @@ from bidsapp import cli, run
 from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
 from bidsapp.run import participant_statistics
+from support import bids_tree as truth
+from support.app import content, image, qsphere, validate
 
 PARTICIPANT = "participant"
-
-
-def qsphere(*argv):
-    return cli.main([*map(str, argv), "--nprocs", "1"])
 
 
 def start(*argv, **options):
     return subprocess.Popen([sys.executable, "-m", "bidsapp", *map(str, argv), "--nprocs", "1"],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
-def content(root, *, logs=False):
-    """Bytes of every visible file by name; what ran when (log/, and pages name it) is left out."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(Path(root).rglob("*"))
-            if p.is_file() and (logs or not ({"log", "logs"} & set(p.parts)
-                                             or p.suffix == ".html"))}
-
-
-def image(path):
-    return np.asarray(nib.load(path).dataobj)
-
-
-def validate(root):
-    """Errors and warnings of the BIDS validator."""
-    validator = Path(sys.executable).with_name("bids-validator-deno")
-    done = subprocess.run([validator, str(root), "-r", "--format", "json"],
-                          capture_output=True, text=True, check=False)
-    return [i for i in json.loads(done.stdout)["issues"]["issues"]
-            if i.get("severity", "error") in ("error", "warning")]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ test_mask_load."""
 import gzip
 from dataclasses import replace
 
-import bids_tree as truth
 import nibabel as nib
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from bidsapp.bids.inherit import read_part
 from bidsapp.dwi import ImageFile, Run
 from bidsapp.errors import DataError
 from bidsapp.series import Series
+from support import bids_tree as truth
 
 SHAPE = (7, 8, 9)
 HEAD = truth.head(SHAPE)

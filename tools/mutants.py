@@ -284,6 +284,11 @@ def copy_tree(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
+def find_tests(name: str, folder: Path) -> list[str]:
+    """List the paths of the test file of this name, relative to the tree: one, or none."""
+    return [str(p.relative_to(folder)) for p in (folder / "tests").rglob(name)]
+
+
 def run_tests(tests: str, folder: Path, output: Path) -> None:
     """Run tests of the tree in a folder; this process ends with their exit code."""
     import pytest
@@ -293,7 +298,8 @@ def run_tests(tests: str, folder: Path, output: Path) -> None:
     os.environ.setdefault("QSPHERE_TEST_DATA", str(ROOT / "../shared/data"))
     sys.path.insert(0, str(folder))
     sys.dont_write_bytecode = True
-    arguments = [f"tests/{a}" if a.startswith("test_") else a for a in shlex.split(tests)]
+    arguments = [path for a in shlex.split(tests)
+                 for path in (find_tests(a, folder) if a.endswith(".py") else [a])]
     with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])
     os._exit(int(code))

@@ -4,7 +4,7 @@
 round, volumes in another order than the b-values. It flags what is wrong almost surely: many
 negative values, directions that do not belong to their volumes, a .bvec whose axes are flipped or
 swapped. The thresholds lie between what right and wrong tables of real scans gave, of heads and of
-phantoms, of three makers; `tests/test_plausibility.py` repeats that where they are at hand.
+phantoms, of three makers; `test_plausibility.py` repeats that where they are at hand.
 """
 
 from __future__ import annotations

@@ -1,0 +1,47 @@
+"""The methods text says what was done, from each method's own folder, with its references."""
+
+import re
+
+import pytest
+
+from bidsapp import methods
+from bidsapp.recipe.steps import PREPARATION
+from bidsapp.report import boilerplate
+from support.tensor_method import Tensor
+
+
+def test_methods_text_comes_from_the_folder(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "# estimate_tensor\n\nThe **tensor** of Basser et al. 1994,\ndoi:10.1016/S0006-"
+        "3495(94)80775-1. Fitted as Doe & Roe 2020 (doi:10.1000/xyz.1).\n\n"
+        "**Limits.** Not copied.\n")
+    method = Tensor(tmp_path)
+    text = boilerplate.markdown([boilerplate.of_method(method)], [method])
+    assert "Doe et al. 2020) (https://doi.org/10.1000/tensor). The tensor of Basser" in text
+    assert "Not copied" not in text
+    assert "Maps: Fractional anisotropy; Mean diffusivity;" in text
+    found = {url: what for what, url in boilerplate.references([method])}
+    assert found["https://doi.org/10.1000/xyz.1"] == "Doe & Roe 2020"
+    assert found["https://doi.org/10.1016/S0006-3495(94)80775-1"] == "Basser et al. 1994"
+    assert "https://doi.org/10.1000/tensor" in found
+    assert len(found) == len(boilerplate.references([method]))
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_brings_text_and_reference(name):
+    method = methods.get(name)
+    everything = {url for _, url in boilerplate.references([])}
+    own = [url for _, url in boilerplate.references([method]) if url not in everything]
+    assert own
+    text = boilerplate.markdown([boilerplate.of_method(method)], [method])
+    assert method.outputs["model"]["URL"] in text
+
+
+def test_what_the_text_cites_is_in_the_references():
+    cited = set(boilerplate.DOI.findall(" ".join(t for _, t in PREPARATION)))
+    listed = {url.removeprefix("https://doi.org/") for _, url in boilerplate.references([])}
+    assert {c.rstrip(".") for c in cited} == listed
+
+
+def test_acknowledgement_is_one_sentence():
+    assert re.fullmatch(r"[^\n]*CITATION\.md[^\n]*\.", boilerplate.acknowledge())

@@ -1,0 +1,6 @@
+"""What several test modules share: synthetic data with known truth, and calls of the app."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+"""The repository."""
