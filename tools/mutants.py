@@ -185,7 +185,7 @@ MUTANTS = (
     Mutant("microstructure/maps.py", "flag = torch.where(sigma > 1.001 * most, 2.0,",
            "flag = torch.where(sigma > 1001 * most, 2.0,", "noise out of range is not flagged",
            "test_scnn.py -k strange_signals"),
-    Mutant("training.py", 'better = found < state["best"]', 'better = found > state["best"]',
+    Mutant("training.py", 'better = value < state["best"]', 'better = value > state["best"]',
            "the worst weights are kept", "test_training.py -k keeps_the_best"),
     Mutant("training.py", '[state["step"] - state["drawn"]:])', "[0:])",
            "a resumed training sees samples again", "test_training.py -k resumed"),
