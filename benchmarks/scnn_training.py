@@ -114,7 +114,7 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
         start = time.perf_counter()
         history = training.train(
             network, simulate.batches,
-            lambda model, b: published_loss(model(*b[:4]), *b[4:]), recipe.schedule,
+            lambda model, b: published_loss(model(*b.inputs), b.parameters, b.odf), recipe.schedule,
             seed=options.seed, device="cpu", saved=options.state, name="published")
         seconds = time.perf_counter() - start
         print(f"loss {history[0]['loss']:.3g} → {history[-1]['loss']:.3g}")

@@ -246,7 +246,7 @@ def test_networks_are_trained_on_the_same_samples():
     for other in seen[1:]:
         for a, b in zip(seen[0][:3], other[:3], strict=True):
             torch.testing.assert_close(a, b, atol=0, rtol=0)
-    assert float(seen[0][1][:, 0].min()) == pytest.approx(1 / 50)
+    assert float(seen[0].noise[:, 0].min()) == pytest.approx(1 / 50)
 
 
 @pytest.mark.slow

@@ -291,7 +291,7 @@ def test_validation_calibration_and_measurement_are_of_different_voxels(monkeypa
     for name in ("calibrate", "measure"):
         watch(name, lambda arguments, result: arguments[-1])
     learn.train("estimate_scnn2", replace(small(2), held_out=1024), seed=3, device="cpu")
-    rows = [set(map(tuple, torch.cat([b[4] for b in used[name]]).tolist()))
+    rows = [set(map(tuple, torch.cat([b.parameters for b in used[name]]).tolist()))
             for name in ("calibrate", "measure", "_held_out")]
     assert [len(r) for r in rows] == [8 * 1024, 4 * 1024, 1024]
     assert sum(map(len, rows)) == len(set.union(*rows))
@@ -637,5 +637,5 @@ def test_batches_drawn_together_keep_voxels_with_their_protocols():
         assert torch.equal(x[0].unflatten(0, (4, 8)) != 0, there)
         likelihood = Likelihood(recipe.tissue, simulate.power.to(x), x, noise, shells)
         torch.testing.assert_close(found, hint(likelihood), atol=1e-2, rtol=1e-2)
-    counts = [tuple((b[2][..., 2] > 0).sum(1).tolist()) for b in batches]
+    counts = [tuple((b.shells[..., 2] > 0).sum(1).tolist()) for b in batches]
     assert len(set(counts)) > 1, "else nothing could be mixed up"
