@@ -135,7 +135,7 @@ def test_what_cannot_be_used_is_said(scanned, tmp_path, what):
     else:
         bad.symlink_to(tmp_path / "annexed")
     expected = {"truncated": "ends or breaks", "damaged": "is damaged",
-                "flat": "no volume with contrast", "series": "no volume with contrast",
+                "flat": "not a volume with contrast", "series": "not a volume with contrast",
                 "part": "covers only", "link": "link to a file that is not here"}[what]
     with pytest.raises(DataError, match=expected):
         t1w.posteriors(dwi, bad)

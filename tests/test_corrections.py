@@ -134,7 +134,7 @@ def test_opposite_dwis_of_a_session(tree):
     assert summary(runs["sub-01_dir-AP"]) == [("opposite", ["sub-01_dir-PA_dwi"], "session")]
     assert summary(runs["sub-01_dir-PA"]) == [("opposite", ["sub-01_dir-AP_dwi"], "session")]
     assert runs["sub-01_dir-AP"].phase_encoding == PhaseEncoding(1, -1, 0.05)
-    assert any("No sidecar says" in n for n in runs["sub-01_dir-AP"].notices)
+    assert any("No sidecar assigns" in n for n in runs["sub-01_dir-AP"].notices)
 
 
 def test_a_lone_b0_and_what_a_filter_leaves_out_correct_too(tree, tmp_path):
@@ -202,7 +202,7 @@ def test_forms_of_intended_for(tree, intended):
     gre(bids, {**GRE, "IntendedFor": intended})
     runs = runs_of(bids)
     assert summary(runs["sub-01_dir-AP"]) == [("phasediff", ["sub-01_phasediff"], "IntendedFor")]
-    assert not any("No sidecar says" in n for n in runs["sub-01_dir-AP"].notices)
+    assert not any("No sidecar assigns" in n for n in runs["sub-01_dir-AP"].notices)
     assert summary(runs["sub-01_acq-x_dir-AP"]) == [("opposite", ["sub-01_dir-PA_dwi"], "session")]
 
 
@@ -243,7 +243,7 @@ def test_a_run_may_be_part_of_its_own_field_map(tree):
 
 @pytest.mark.parametrize("sidecar,notice", [
     ({"B0FieldSource": "gone"}, "B0FieldSource names gone"),
-    ({"B0FieldSource": "same"}, "B0FieldSource names does not encode phase in the opposite")])
+    ({"B0FieldSource": "same"}, "B0FieldSource names do not have the opposite phase")])
 def test_a_source_that_does_not_serve_leaves_the_other_rules(tree, sidecar, notice):
     bids = tree()
     gre(bids, {**GRE, "IntendedFor": "dwi/sub-01_dir-AP_dwi.nii.gz"})
