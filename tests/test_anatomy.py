@@ -134,9 +134,9 @@ def test_what_cannot_be_used_is_said(scanned, tmp_path, what):
         write_t1w(bad, np.random.default_rng(5), slices=slice(40, 60))
     else:
         bad.symlink_to(tmp_path / "annexed")
-    expected = {"truncated": "ends or breaks", "damaged": "is damaged",
+    expected = {"truncated": "is damaged or truncated", "damaged": "is damaged",
                 "flat": "not a volume with contrast", "series": "not a volume with contrast",
-                "part": "covers only", "link": "link to a file that is not here"}[what]
+                "part": "covers only", "link": "link to a missing file"}[what]
     with pytest.raises(DataError, match=expected):
         t1w.posteriors(dwi, bad)
 

@@ -98,7 +98,7 @@ def test_phase_encodings_that_are_none(key, value):
 
 @pytest.mark.parametrize("axis,sign", [(3, 1), (-1, 1), (1, 0), (1, 2)])
 def test_axes_and_signs_that_do_not_exist(axis, sign):
-    with pytest.raises(DataError, match="axis 0, 1 or 2 and sign 1 or -1"):
+    with pytest.raises(DataError, match="axis must be 0, 1 or 2, and the sign 1 or -1"):
         PhaseEncoding(axis, sign)
 
 
@@ -114,11 +114,11 @@ def test_a_run_without_phase_encoding_is_a_run(tree, sidecar):
 
 @pytest.mark.parametrize("kind,sidecars,magnitudes,message", [
     ("phasediff", [GRE], 0, "no magnitude"),
-    ("phasediff", [{"EchoTime1": 0.004}], 1, "two echo times"),
-    ("phasediff", [{"EchoTime1": 0.007, "EchoTime2": 0.004}], 1, "two echo times"),
-    ("phasediff", [{"EchoTime1": "0.004", "EchoTime2": 0.007}], 1, "two echo times"),
+    ("phasediff", [{"EchoTime1": 0.004}], 1, "Two are needed"),
+    ("phasediff", [{"EchoTime1": 0.007, "EchoTime2": 0.004}], 1, "Two are needed"),
+    ("phasediff", [{"EchoTime1": "0.004", "EchoTime2": 0.007}], 1, "Two are needed"),
     ("phases", [{"EchoTime": 0.004}], 1, "other echo is missing"),
-    ("phases", [{"EchoTime": 0.007}, {"EchoTime": 0.004}], 1, "two echo times"),
+    ("phases", [{"EchoTime": 0.007}, {"EchoTime": 0.004}], 1, "Two are needed"),
     ("fieldmap", [{"Units": "ppm"}], 1, "Units are 'ppm'"),
     ("fieldmap", [{}], 1, "Units are 'None'"),
     ("opposite", [{}], 0, "PhaseEncodingDirection is missing"),

@@ -210,9 +210,9 @@ def broken_link(path):
 
 
 @pytest.mark.parametrize("damage,message", [
-    (lambda p: broken_link(p("nii.gz")), "link to a file that is not here.*datalad get"),
-    (lambda p: broken_link(p("json")), "link to a file that is not here.*datalad get"),
-    (lambda p: broken_link(p("bvec")), "link to a file that is not here.*datalad get"),
+    (lambda p: broken_link(p("nii.gz")), "link to a missing file.*datalad get"),
+    (lambda p: broken_link(p("json")), "link to a missing file.*datalad get"),
+    (lambda p: broken_link(p("bvec")), "link to a missing file.*datalad get"),
     (lambda p: p("json").write_text("{"), "cannot be read as JSON.*Correct"),
     (lambda p: p("json").write_text("[]"), "holds a list"),
     (lambda p: p("json").write_text("[" * 2000 + "]" * 2000), "nested more than 100 deep. Correct"),
@@ -223,7 +223,7 @@ def broken_link(path):
     (lambda p: p("json").write_text(r'{"a": "\ud800"}'), "cannot be read as JSON.*Correct"),
     (lambda p: p("bval").unlink(), "no .bval file belongs to it. Put"),
     (lambda p: p("bvec").unlink(), "no .bvec file belongs to it. Put"),
-    (lambda p: p("nii").write_bytes(b""), "stands beside it. Remove one"),
+    (lambda p: p("nii").write_bytes(b""), "is beside it. Remove one"),
 ], ids=["image", "sidecar", "bvec", "broken json", "json list", "nested json",
         "less nested json", "integer of 401 digits", "integer of 5000 digits", "1e400",
         "half a character", "no bval", "no bvec", "twin"])
@@ -467,7 +467,7 @@ def test_real_mask(test_data):
 
 def test_folder_without_anything_known(tree, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"Understood are.*QSIPrep.*HCP-YA.*UK Biobank"):
+    with pytest.raises(UsageError, match=r"Supported are.*QSIPrep.*HCP-YA.*UK Biobank"):
         found(tree(), "-d", tmp_path / "empty")
 
 
@@ -492,7 +492,7 @@ def test_two_processes_make_one_index(bids_tree, tmp_path):
 
 
 @pytest.mark.parametrize("query,message", [
-    ({"session": {"a": 1}}, "needed is a label"),
+    ({"session": {"a": 1}}, "a label, a list of labels"),
     ({"acquisition": "(", "regex_search": True}, "not a regular expression"),
 ])
 def test_filters_that_mean_nothing(tree, tmp_path, query, message):

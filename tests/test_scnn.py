@@ -394,7 +394,7 @@ def test_refuses_what_it_was_not_trained_for(trained, acq, message):
     (acquisition(n=(30, 5)), "30 × b 1000, 5 × b 2200 s/mm²")], ids=["one", "far", "few"])
 def test_extrapolates_where_that_is_allowed(acq, found):
     """With all shells of the run; sidecar and page say so. Else it is refused, and told how."""
-    with pytest.raises(Refusal, match="--allow-extrapolation goes on"):
+    with pytest.raises(Refusal, match="To continue, give --allow-extrapolation"):
         methods.get("estimate_scnn2").check(acq)
     method = extrapolating()
     method.check(acq)
@@ -551,7 +551,7 @@ def test_extrapolation_on_the_command_line(bids_tree, tmp_path, capsys):
     root, out = bids_tree(("01",), scheme=((0, 1), (1000, 12))), tmp_path / "out"
     argv = (root, out, "participant", "--estimate", "scnn2")
     assert qsphere(*argv) == 1
-    assert "--allow-extrapolation goes on" in capsys.readouterr().err
+    assert "To continue, give --allow-extrapolation" in capsys.readouterr().err
     assert not list(out.glob("sub-01/dwi/*scnn2*"))
     assert qsphere(*argv, "--allow-extrapolation", "--dry-run") == 0
     outside = "the run has 12 × b 1000 s/mm², needed are 2 or more shells"
