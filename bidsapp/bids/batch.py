@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bidsapp.bids.inherit import here, read_json
+from bidsapp.bids.inherit import read_json, require_file
 from bidsapp.dwi import Run
 from bidsapp.errors import DataError, UsageError
 
@@ -267,7 +267,7 @@ def _only_column(rows: Rows, path: Path) -> str:
 
 def _require_batch_file(path: Path) -> Path:
     try:
-        return here(path)
+        return require_file(path)
     except DataError as error:
         raise UsageError(f"--batch-file {error}") from error
 

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bidsapp.acquisition import B0_MAX, Acquisition, concatenate
-from bidsapp.bids.inherit import here
+from bidsapp.bids.inherit import require_file
 from bidsapp.dwi import Part, Run, open_image
 from bidsapp.errors import DataError
 
@@ -161,7 +161,7 @@ def fsl_axes(affine: np.ndarray) -> np.ndarray:
 def _rows(path: Path) -> tuple[list[np.ndarray], str]:
     """Rows of numbers, and the comments of a file."""
     try:
-        text = here(path).read_text(encoding="utf-8-sig")
+        text = require_file(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text ({error}). Copy or export it again.") \
             from error
@@ -228,7 +228,7 @@ def _encoding(path: Path, bvals: np.ndarray, axes: np.ndarray, affine: np.ndarra
         import pandas as pd
 
         try:
-            table = pd.read_csv(here(path), sep="\t")
+            table = pd.read_csv(require_file(path), sep="\t")
         except ValueError as error:
             raise DataError(f"{path}: cannot be read as a table ({error}). It must be a text file "
                             "with columns separated by tabs.") from error

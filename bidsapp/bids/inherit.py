@@ -78,7 +78,7 @@ def read_part(image: Path, root: Path) -> Part:
     except (KeyError, ValueError) as error:
         raise DataError(f"{image}: is not a BIDS name ({error}). Rename it and the files beside "
                         "it.") from error
-    here(image)
+    require_file(image)
     if image.suffix == ".nii" and (twin := image.with_name(image.name + ".gz")).exists():
         raise DataError(f"{image}: {twin.name} is beside it. Remove one of the two.")
     encodings = [files[0] for e in ENCODINGS if (files := applicable(image, root, e))]
@@ -86,7 +86,7 @@ def read_part(image: Path, root: Path) -> Part:
         raise DataError(f"{image}: has several encoding files, "
                         f"{' and '.join(str(e) for e in encodings)}. Keep one of them.")
     return Part(image, nearest(image, root, ".bval"), nearest(image, root, ".bvec"),
-                here(encodings[0]) if encodings else None, sidecar(image, root))
+                require_file(encodings[0]) if encodings else None, sidecar(image, root))
 
 
 def sidecar(image: Path, root: Path) -> dict[str, Any]:
@@ -142,10 +142,10 @@ def nearest(image: Path, root: Path, extension: str) -> Path:
     if not files:
         raise DataError(f"{image}: no {extension} file belongs to it. Add "
                         f"{stem_of(image).name}{extension} beside it, or a file that it inherits.")
-    return here(files[0])
+    return require_file(files[0])
 
 
-def here(path: Path) -> Path:
+def require_file(path: Path) -> Path:
     """Return a path if its file exists.
 
     Raises
@@ -168,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
         The file is broken, a broken link or not an object, holds a number beyond the range of
         float, or is nested too deeply.
     """
-    return dict(_json(here(path), path.stat().st_mtime_ns))
+    return dict(_json(require_file(path), path.stat().st_mtime_ns))
 
 
 def _suffix(name: str) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bidsapp.bids.index import files, index, label_order, participants
-from bidsapp.bids.inherit import entities_of, here, ordered, read_json, read_part, stem_of
+from bidsapp.bids.inherit import entities_of, ordered, read_json, read_part, require_file, stem_of
 from bidsapp.dwi import Part, Run
 from bidsapp.errors import UsageError
 
@@ -138,7 +138,7 @@ class Tree:
 
     def _fsl_run(self, entities: dict[str, str], folder: Path, image: str, mask: str) -> Run:
         sidecar = stem_of(folder / image).with_suffix(".json")
-        part = Part(here(folder / image), here(folder / "bvals"), here(folder / "bvecs"),
+        part = Part(require_file(folder / image), require_file(folder / "bvals"), require_file(folder / "bvecs"),
                     metadata=read_json(sidecar) if sidecar.exists() else {})
         t1w = folder.parent / "T1w_acpc_dc_restore.nii.gz"
         return Run(entities, (part,), folder / mask if (folder / mask).exists() else None,
