@@ -74,7 +74,7 @@ class PhaseEncoding:
                 f"{READOUT_MAX:g} is needed. Correct the sidecar: divide milliseconds by 1000.")
 
     @classmethod
-    def of_sidecar(cls, metadata: Mapping[str, Any]) -> PhaseEncoding | None:
+    def from_sidecar(cls, metadata: Mapping[str, Any]) -> PhaseEncoding | None:
         """Read PhaseEncodingDirection and TotalReadoutTime of a sidecar.
 
         Parameters

@@ -121,7 +121,7 @@ class FieldMap:
         if self.kind == "opposite":
             for part in self.images:
                 try:
-                    if PhaseEncoding.of_sidecar(part.metadata) is None:
+                    if PhaseEncoding.from_sidecar(part.metadata) is None:
                         raise DataError("PhaseEncodingDirection is missing. Add it to the sidecar.")
                 except DataError as error:
                     raise DataError(f"{part.image}: {error}") from error

@@ -123,7 +123,7 @@ def read_session(folder: Path, root: Path, parts: Iterable[Part]) -> Session:
         if _suffix(path) == "dwi" and entities_of(path.name).get("part", "mag") == "mag":
             try:
                 part = parts_by_image.get(path) or read_part(path, root)
-                if PhaseEncoding.of_sidecar(part.metadata):
+                if PhaseEncoding.from_sidecar(part.metadata):
                     candidates.append(_candidate(FieldMap("opposite", (part,)), root, notices))
             except DataError:  # reported elsewhere if it is a run
                 continue
@@ -148,7 +148,7 @@ def find_corrections(run: Run, root: Path, session: Session) -> Run:
     """
     notices = list(session.notices)
     try:
-        encoding = PhaseEncoding.of_sidecar(run.metadata)
+        encoding = PhaseEncoding.from_sidecar(run.metadata)
         run = replace(run, phase_encoding=encoding)
         if encoding is None:
             notices.append("Distortion cannot be corrected: the sidecar has no "
@@ -199,7 +199,7 @@ def _usable(group: Sequence[Candidate], parts: Sequence[Candidate], notices: lis
     yield from (c.field_map for c in group if c.field_map.kind != "opposite")
     epis = [c for c in group if c.field_map.kind == "opposite"]
     for first, second in combinations([*epis, *parts], 2):
-        one, other = (PhaseEncoding.of_sidecar(c.field_map.images[0].metadata)
+        one, other = (PhaseEncoding.from_sidecar(c.field_map.images[0].metadata)
                       for c in (first, second))
         if one and one.opposes(other):
             try:
