@@ -99,7 +99,7 @@ def recipe_of(options: argparse.Namespace) -> learn.Recipe:
         known, schedule=schedule, batch=options.batch, groups=1, network=network, passes=1,
         unbiased=0.0, odfs={"measured": options.measured} if options.table else {},
         acquisition=acquisition(), s0_known=True,
-        trained_for=TrainingDomain.of_acquisitions([acquisition()], snr=(SNR, SNR)))
+        trained_for=TrainingDomain.from_acquisitions([acquisition()], snr=(SNR, SNR)))
 
 
 def trained(options: argparse.Namespace, table: torch.Tensor | None

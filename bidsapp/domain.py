@@ -153,7 +153,7 @@ class TrainingDomain:
             raise ValueError(f"sites are {self.sites!r}, not text")
 
     @classmethod
-    def of_acquisitions(cls, acquisitions: Sequence[Acquisition], **more: Any) -> TrainingDomain:
+    def from_acquisitions(cls, acquisitions: Sequence[Acquisition], **more: Any) -> TrainingDomain:
         """Describe acquisitions that have the same shells.
 
         Parameters

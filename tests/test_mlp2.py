@@ -54,7 +54,7 @@ def of_perceptron(steps=400):
         recipe, batch=256, held_out=2048, network={**recipe.network, "widths": [64, 64]},
         schedule=training.Schedule(steps, 5e-3, validate_every=50, decay="cosine"),
         acquisition=ACQUISITION,
-        trained_for=TrainingDomain.of_acquisitions([ACQUISITION], snr=(20.0, 80.0)))
+        trained_for=TrainingDomain.from_acquisitions([ACQUISITION], snr=(20.0, 80.0)))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_without_a_training_it_refuses_and_says_how(bids_tree, tmp_path):
 def near(recipe, steps=2):
     """A training that hardly moves."""
     return replace(recipe, groups=1, held_out=1024, acquisition=ACQUISITION,
-                   trained_for=TrainingDomain.of_acquisitions([ACQUISITION], snr=(20.0, 80.0)),
+                   trained_for=TrainingDomain.from_acquisitions([ACQUISITION], snr=(20.0, 80.0)),
                    schedule=training.Schedule(
         steps, 1e-6, validate_every=1))
 

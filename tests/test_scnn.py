@@ -502,7 +502,7 @@ def test_training_for_one_acquisition():
     """Its card knows the shells; another acquisition is refused, this one is estimated."""
     acq = acquisition(b=(700, 2000), n=(20, 40))
     recipe = replace(small(20), groups=1, held_out=1024, acquisition=acq,
-                     trained_for=TrainingDomain.of_acquisitions([acq], snr=(20.0, 40.0)))
+                     trained_for=TrainingDomain.from_acquisitions([acq], snr=(20.0, 40.0)))
     trained = learn.train("estimate_scnn2", recipe, seed=0, device="cpu")
     assert trained.card.trained_for.shells == (ShellRange((700.0, 700.0), 1.0, (20, 20)),
                                                ShellRange((2000.0, 2000.0), 1.0, (40, 40)))
@@ -582,7 +582,7 @@ def test_the_network_for_just_these_directions_is_selected():
     shipped = estimating.bundled_weights("estimate_scnn2")
     runs = [acquisition((1000, 2000), (n, 60)) for n in (29, 30, 31)]
     weights = [replace(shipped, card=replace(
-        shipped.card, trained_for=TrainingDomain.of_acquisitions([run], snr=(10.0, 20.0))))
+        shipped.card, trained_for=TrainingDomain.from_acquisitions([run], snr=(10.0, 20.0))))
         for run in runs]
     for run, own in zip(runs, weights, strict=True):
         assert estimating.select_weights("scnn2", [*weights, shipped], run) is own

@@ -376,7 +376,7 @@ def train_for_acquisition(method: str, recipe: Recipe, acquisitions: Mapping[str
     recipe = replace(
         recipe, groups=1, network={**recipe.network, **shells},
         schedule=replace(recipe.schedule, steps=steps or recipe.schedule.steps),
-        acquisition=acquisition, trained_for=TrainingDomain.of_acquisitions(
+        acquisition=acquisition, trained_for=TrainingDomain.from_acquisitions(
             list(acquisitions.values()), snr=snr_range))
     name, start = f"{method}_{kind}", initial_weights(method, recipe, init)
     if states:
