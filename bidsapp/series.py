@@ -67,7 +67,7 @@ class Series:
                             "different numbers of volumes. Export both again.")
 
     @classmethod
-    def of_run(cls, run: Run, acquisition: Acquisition, *, phase: bool = False) -> Series:
+    def from_run(cls, run: Run, acquisition: Acquisition, *, phase: bool = False) -> Series:
         """Open the images of a run.
 
         Parameters

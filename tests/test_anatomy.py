@@ -329,7 +329,7 @@ def test_real_t1w(test_data, name):
 
     run = next(iter(runs(test_data(name)).values()))
     acquisition = btable.acquisition_of(run)
-    series = Series.of_run(run, acquisition)
+    series = Series.from_run(run, acquisition)
     dwi = series.within(median_otsu(series.mean(acquisition.b0)))
     p = t1w.posteriors(dwi, run.t1w)
     chosen = tensor.volumes(acquisition)

@@ -47,7 +47,7 @@ def rewrite(run, data, part=0, slope=None):
 
 
 def series_of(run, **options):
-    return Series.of_run(run, btable.acquisition_of(run), **options)
+    return Series.from_run(run, btable.acquisition_of(run), **options)
 
 
 def loaded(run, mask=HEAD, **options):
@@ -269,7 +269,7 @@ def test_three_and_five_dimensions(run):
     for data, n in ((data_of(made)[..., 0], 3), (data_of(made)[..., None, :], 5)):
         rewrite(made, data)
         with pytest.raises(DataError, match=f"has {n} dimensions, a DWI needs 4"):
-            Series.of_run(made, acquisition)
+            Series.from_run(made, acquisition)
 
 
 def test_parts_are_joined_and_levelled(run):

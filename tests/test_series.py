@@ -32,7 +32,7 @@ def run(tmp_path):
 
 
 def series_of(run, **options):
-    return Series.of_run(run, btable.acquisition_of(run), **options)
+    return Series.from_run(run, btable.acquisition_of(run), **options)
 
 
 def data_of(run):
@@ -130,7 +130,7 @@ def test_phases_that_do_not_serve(run, units, volumes, message):
 def test_images_and_measurements_must_belong_together(run):
     acquisition = btable.acquisition_of(run)
     with pytest.raises(DataError, match="32 volumes, but 31 measurements"):
-        Series.of_run(run, acquisition[:31])
+        Series.from_run(run, acquisition[:31])
     other = nib.Nifti1Image(np.zeros((7, 8, 10, 18), np.float32), truth.affine())
     with pytest.raises(DataError, match="7 × 8 × 10, that of the series is 7 × 8 × 9"):
         Series((nib.load(run.parts[0].image), other), acquisition)

@@ -224,7 +224,7 @@ class Measure(Step):
     def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
         context, like = self.context, self.context.like
         mask = read_mask(context.dataset.root / context.mask, like.shape[:3], like.affine)
-        dwi = Series.of_run(context.run, context.acquisition).within(
+        dwi = Series.from_run(context.run, context.acquisition).within(
             mask, memory=context.memory, work_dir=context.options.work_dir)
         return self._stage(replace(dwi, noise_sd=facts["noise_sd"]))
 
@@ -446,7 +446,7 @@ def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[s
     acquisition = btable.acquisition_of(written)
     if len(acquisition) == len(stage.dwi.acquisition):  # without the rounding of text
         acquisition = stage.dwi.acquisition
-    dwi = Series.of_run(written, acquisition).within(
+    dwi = Series.from_run(written, acquisition).within(
         stage.dwi.mask, memory=context.memory, work_dir=context.options.work_dir)
     gain = facts["noise_gain"]
     dwi = replace(dwi, affine=stage.dwi.affine, invalid=stage.dwi.invalid,
@@ -487,7 +487,7 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     DataError
         A file is missing, damaged or contradicts another, or no mask can be made.
     """
-    series = Series.of_run(run, btable.acquisition_of(run))
+    series = Series.from_run(run, btable.acquisition_of(run))
     mean_b0 = series.mean(series.acquisition.b0)
     try:
         mask = (read_mask(run.mask, series.shape, series.affine) if run.mask
