@@ -188,7 +188,7 @@ def load_cohort(options: Options, found: find.Inventory, statistics: pd.DataFram
     return Cohort(
         statistics, tuple(quality.map_features(statistics.columns)), covariates=tuple(covariates),
         reference_batch=options.reference_batch, paired_by=options.paired_by,
-        acquisitions={name: btable.acquisition_of(run) for name, run in runs.items()},
+        acquisitions={name: btable.load_acquisition(run) for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
         load=lambda name: load_run(runs[name], memory=per_scan, work_dir=options.work_dir)[0])
 

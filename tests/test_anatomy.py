@@ -328,7 +328,7 @@ def test_real_t1w(test_data, name):
     from bidsapp.series import Series
 
     run = next(iter(runs(test_data(name)).values()))
-    acquisition = btable.acquisition_of(run)
+    acquisition = btable.load_acquisition(run)
     series = Series.from_run(run, acquisition)
     dwi = series.within(median_otsu(series.mean(acquisition.b0)))
     p = t1w.posteriors(dwi, run.t1w)

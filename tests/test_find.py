@@ -129,7 +129,7 @@ def test_one_acquisition_split_in_runs(tree, runs, want):
 def test_joined_run_holds_all_volumes_in_order(tree):
     result = found(tree(("01",), runs={"acq-a": {"scheme": A}, "acq-b": {"scheme": B}}))
     (run,) = result.runs["01"]
-    acquisition = btable.acquisition_of(run)
+    acquisition = btable.load_acquisition(run)
     assert [round(s.b) for s in acquisition.shells] == [1000, 2000]
     assert np.flatnonzero(acquisition.b0).tolist() == [0, 13]
 
@@ -158,7 +158,7 @@ def test_b0_series_of_the_other_direction_is_left_out(tree, caplog):
 def test_lone_b0_series_fails_with_a_message(tree):
     (run,) = found(tree(("01",), scheme=((0, 3),))).runs["01"]
     with pytest.raises(DataError, match=r"sub-01_dwi\.bval: all 3 b-values are 0"):
-        btable.acquisition_of(run)
+        btable.load_acquisition(run)
 
 
 def test_complex_parts_are_left_out(tree, caplog):
@@ -171,7 +171,7 @@ def test_complex_parts_are_left_out(tree, caplog):
 def test_real_split_and_real_angled_runs(test_data):
     nyu = found(test_data("nyu_3shell"))
     assert names(nyu) == ["sub-D3"]
-    shells = btable.acquisition_of(nyu.runs["D3"][0]).shells
+    shells = btable.load_acquisition(nyu.runs["D3"][0]).shells
     assert [(round(s.b), len(s)) for s in shells] == [(250, 4), (1000, 20), (2000, 60)]
     canon = found(test_data("canon_retest"))
     assert len(names(canon)) == 11 and all(len(run.parts) == 1 for run in canon.runs["01"])
@@ -179,7 +179,7 @@ def test_real_split_and_real_angled_runs(test_data):
     hexagonal, water = (r for p in ("hex", "water")
                         for r in found(test_data("dib2019_btensor")).runs[p])
     assert len(hexagonal.parts) == 3 and len(water.parts) == 1
-    assert {s.b_delta for s in btable.acquisition_of(hexagonal).shells} == {1, -0.5}
+    assert {s.b_delta for s in btable.load_acquisition(hexagonal).shells} == {1, -0.5}
 
 
 # sidecars and tables by inheritance
@@ -199,7 +199,7 @@ def test_inheritance(tree):
     assert run.metadata == {"EchoTime": 3, "Manufacturer": "Near", "Far": True}
     assert run.parts[0].bval == bids / "dwi.bval"
     assert run.parts[0].bvec == bids / "sub-01/sub-01_dir-AP_dwi.bvec"
-    assert len(btable.acquisition_of(run)) == 30
+    assert len(btable.load_acquisition(run)) == 30
 
 
 # damage stays with its participant, and with its file
@@ -252,8 +252,8 @@ def test_unreadable_image_is_told_when_its_run_is_loaded(tree, damage):
     damage(image)
     first, second = found(bids).runs["01"]
     with pytest.raises(DataError, match=str(image)):
-        btable.acquisition_of(first)
-    assert len(btable.acquisition_of(second)) == 30
+        btable.load_acquisition(first)
+    assert len(btable.load_acquisition(second)) == 30
 
 
 def test_damaged_participant_that_was_not_asked_for(tree):
@@ -420,7 +420,7 @@ def test_damaged_preprocessed_run_is_not_replaced_by_raw_data(tree, qsiprep):
 def test_derivative_as_bids_dir(qsiprep):
     (run,) = found(qsiprep).runs["01"]
     assert run.name == "sub-01_ses-a_space-ACPC" and run.mask is not None
-    assert len(btable.acquisition_of(run)) == 30
+    assert len(btable.load_acquisition(run)) == 30
 
 
 @pytest.mark.parametrize("folder,image,mask,name", [
@@ -438,7 +438,7 @@ def test_fsl_layouts(tmp_path, folder, image, mask, name):
     result = found(bids, "--derivatives", f"other={root}")
     assert names(result) == [name]
     (run,) = result.runs[name[4:].split("_")[0]]
-    assert run.mask == mask_path and len(btable.acquisition_of(run)) == 30
+    assert run.mask == mask_path and len(btable.load_acquisition(run)) == 30
     with pytest.raises(UsageError, match=r"looks like.*--derivatives"):
         found(root)
 

@@ -47,7 +47,7 @@ def rewrite(run, data, part=0, slope=None):
 
 
 def series_of(run, **options):
-    return Series.from_run(run, btable.acquisition_of(run), **options)
+    return Series.from_run(run, btable.load_acquisition(run), **options)
 
 
 def loaded(run, mask=HEAD, **options):
@@ -237,7 +237,7 @@ def test_what_is_not_one_number_per_voxel(run, dtype, what):
     made = run()
     rewrite(made, np.zeros((*SHAPE, 30), dtype))
     with pytest.raises(DataError, match=f"{made.parts[0].image}: holds {what}"):
-        btable.acquisition_of(made)
+        btable.load_acquisition(made)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", gzip.compress(b"x" * 400)],
@@ -265,7 +265,7 @@ def test_header_that_does_not_say_where_voxels_lie(run, fields, message):
 
 def test_three_and_five_dimensions(run):
     made = run()
-    acquisition = btable.acquisition_of(made)
+    acquisition = btable.load_acquisition(made)
     for data, n in ((data_of(made)[..., 0], 3), (data_of(made)[..., None, :], 5)):
         rewrite(made, data)
         with pytest.raises(DataError, match=f"has {n} dimensions, a DWI needs 4"):

@@ -275,7 +275,7 @@ def test_outliers_take_missing_values(rng):
 
 
 def real(run):
-    series = Series.from_run(run, btable.acquisition_of(run))
+    series = Series.from_run(run, btable.load_acquisition(run))
     mean = series.mean(series.acquisition.b0)
     mask = read_mask(run.mask, series.shape, series.affine) if run.mask else median_otsu(mean)
     dwi = series.within(mask)

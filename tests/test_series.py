@@ -32,7 +32,7 @@ def run(tmp_path):
 
 
 def series_of(run, **options):
-    return Series.from_run(run, btable.acquisition_of(run), **options)
+    return Series.from_run(run, btable.load_acquisition(run), **options)
 
 
 def data_of(run):
@@ -128,7 +128,7 @@ def test_phases_that_do_not_serve(run, units, volumes, message):
 
 
 def test_images_and_measurements_must_belong_together(run):
-    acquisition = btable.acquisition_of(run)
+    acquisition = btable.load_acquisition(run)
     with pytest.raises(DataError, match="32 volumes, but 31 measurements"):
         Series.from_run(run, acquisition[:31])
     other = nib.Nifti1Image(np.zeros((7, 8, 10, 18), np.float32), truth.affine())
@@ -138,7 +138,7 @@ def test_images_and_measurements_must_belong_together(run):
 
 def test_a_series_may_be_in_memory(run):
     """As a step leaves it that changes images."""
-    acquisition = btable.acquisition_of(run)
+    acquisition = btable.load_acquisition(run)
     made = Series((nib.Nifti1Image(data_of(run), truth.affine()),), acquisition)
     read = replace(series_of(run), phase_encoding=None)
     for one, other in zip(made, read, strict=True):

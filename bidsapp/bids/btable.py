@@ -40,7 +40,7 @@ TIMES = {
 """Sidecar keys of pulse duration, pulse separation and echo time, in s."""
 
 
-def acquisition_of(run: Run) -> Acquisition:
+def load_acquisition(run: Run) -> Acquisition:
     """Read the acquisition of all parts of a run, in order.
 
     Parameters

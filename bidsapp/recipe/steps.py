@@ -82,7 +82,7 @@ class RunContext:
 
     @cached_property
     def acquisition(self) -> Acquisition:
-        return btable.acquisition_of(self.run)
+        return btable.load_acquisition(self.run)
 
     @cached_property
     def like(self) -> Any:
@@ -443,7 +443,7 @@ def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[s
                                 for extension in (".nii.gz", ".bval", ".bvec", ".btens"))
     part = Part(image, bval, bvec, btens if btens.exists() else None)
     written = replace(context.run, parts=(part,))
-    acquisition = btable.acquisition_of(written)
+    acquisition = btable.load_acquisition(written)
     if len(acquisition) == len(stage.dwi.acquisition):  # without the rounding of text
         acquisition = stage.dwi.acquisition
     dwi = Series.from_run(written, acquisition).within(
@@ -487,7 +487,7 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     DataError
         A file is missing, damaged or contradicts another, or no mask can be made.
     """
-    series = Series.from_run(run, btable.acquisition_of(run))
+    series = Series.from_run(run, btable.load_acquisition(run))
     mean_b0 = series.mean(series.acquisition.b0)
     try:
         mask = (read_mask(run.mask, series.shape, series.affine) if run.mask
