@@ -30,7 +30,7 @@ MIN_LOG_SIGNAL = 1e-6
 """Smallest eigenvalue of a tensor, times the largest entry of the design (as in dipy)."""
 
 LEAST_RATIO = 0.01
-"""Smallest S/S0 in `of_attenuation`; a lower signal is noise alone."""
+"""Smallest S/S0 in `fa_and_md`; a lower signal is noise alone."""
 
 SATURATED_FA = 0.999
 """FA above which a tensor counts as saturated."""
@@ -129,7 +129,7 @@ def attenuation_fit(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "
     return np.linalg.pinv(design(btensors)[:, :6])
 
 
-def of_attenuation(ratio: Float[torch.Tensor, "*batch n"], fit: Float[torch.Tensor, "*fits 6 n"]
+def fa_and_md(ratio: Float[torch.Tensor, "*batch n"], fit: Float[torch.Tensor, "*fits 6 n"]
                    ) -> tuple[Float[torch.Tensor, "*batch"], Float[torch.Tensor, "*batch"]]:
     """Compute FA and MD of attenuations, with finite gradients everywhere, including isotropy.
 

@@ -150,8 +150,8 @@ def tensor_errors(coefficients: torch.Tensor, minibatch: PatchMinibatch) -> torc
     """(2, voxel) square errors of FA and of MD ((µm²/ms)²) of the shell's tensor."""
     signal = (minibatch.basis @ coefficients[..., None])[..., 0]
     return torch.stack([(a - b).square() for a, b in zip(
-        tensor.of_attenuation(signal, minibatch.fit),
-        tensor.of_attenuation(minibatch.target, minibatch.fit), strict=True)])
+        tensor.fa_and_md(signal, minibatch.fit),
+        tensor.fa_and_md(minibatch.target, minibatch.fit), strict=True)])
 
 
 def all_errors(coefficients: torch.Tensor, minibatch: PatchMinibatch) -> torch.Tensor:
@@ -257,7 +257,7 @@ def map_differences(source: Dwi, target: Dwi, registration: pairs.Registration
               pairs.attenuation(target, registration))
     differences = []
     for shells in zip(source.acquisition.shells, target.acquisition.shells, strict=True):
-        maps = [torch.stack(tensor.of_attenuation(
+        maps = [torch.stack(tensor.fa_and_md(
             torch.from_numpy(values[:, shell.indices]), torch.from_numpy(tensor.attenuation_fit(
                 dwi.acquisition.btensors[shell.indices])).float()))
             for values, shell, dwi in zip(ratios, shells, (source, target), strict=True)]
