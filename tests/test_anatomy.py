@@ -86,7 +86,7 @@ def test_tissues_are_where_they_are(scanned):
     for column, label in enumerate((1, 4, 2)):  # dark rim voxels, mixed with air, pass for CSF
         inner = binary_erosion(dwi.unmask(labels == label))[dwi.mask]
         assert np.mean(dwi.tissue[inner].argmax(axis=1) == column) > 0.95, label
-    found = tissue.regions(dwi, "cpu")
+    found = tissue.find_regions(dwi, "cpu")
     assert found.source == "T1w" and not found.notices
     for name, label in (("gm", 1), ("csf", 2)):
         chosen = getattr(found, name)
@@ -144,9 +144,9 @@ def test_what_cannot_be_used_is_said(scanned, tmp_path, what):
 def test_what_diffusion_contradicts_is_not_believed(scanned):
     dwi, labels, _ = scanned
     wrong = replace(dwi, tissue=np.ascontiguousarray(dwi.tissue[:, [2, 1, 0]]))
-    found = tissue.regions(wrong, "cpu")
+    found = tissue.find_regions(wrong, "cpu")
     assert found.source == "DWI" and "T1w image" in found.notices[0]
-    alone = tissue.regions(replace(dwi, tissue=None), "cpu")
+    alone = tissue.find_regions(replace(dwi, tissue=None), "cpu")
     np.testing.assert_array_equal(found.gm, alone.gm)
     assert np.all(labels[found.csf] == 2)
 
@@ -340,4 +340,4 @@ def test_real_t1w(test_data, name):
     assert np.median(md[sure[2]]) > 1.5 * np.median(md[sure[0]])
     assert np.median(fa[sure[1]]) > 2 * np.median(fa[sure[0]])
     assert 0.25 < p[:, 0].mean() < 0.5 and 0.25 < p[:, 1].mean() < 0.5
-    assert tissue.regions(replace(dwi, tissue=p), "cpu").source == "T1w"
+    assert tissue.find_regions(replace(dwi, tissue=p), "cpu").source == "T1w"

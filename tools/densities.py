@@ -29,7 +29,7 @@ def main() -> None:
     folder = options.bids_dir.resolve()
     found = find.find(parse([str(folder), str(folder.parent / "out"), "participant"]))
     dwi, _ = load_run(found.runs[found.participants[0]][0])
-    regions = tissue.regions(dwi, "cpu")
+    regions = tissue.find_regions(dwi, "cpu")
     z = np.argwhere(dwi.mask)[:, 2]
     low, high = options.slices
     wanted = (z >= low) & (z < (dwi.mask.shape[2] if high is None else high))

@@ -80,7 +80,7 @@ class Regions:
     notices: tuple[str, ...] = ()
 
 
-def regions(dwi: Dwi, device: str) -> Regions:
+def find_regions(dwi: Dwi, device: str) -> Regions:
     """Find the voxels of grey matter, CSF and single fibres.
 
     Parameters
