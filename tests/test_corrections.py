@@ -76,12 +76,14 @@ def summary(run):
 @pytest.mark.parametrize("direction,want", [
     ("i", (0, 1)), ("j", (1, 1)), ("k", (2, 1)), ("i-", (0, -1)), ("j-", (1, -1)), ("k-", (2, -1))])
 def test_phase_encoding_of_a_sidecar(direction, want):
-    made = PhaseEncoding.from_sidecar({"PhaseEncodingDirection": direction, "TotalReadoutTime": 0.05})
+    made = PhaseEncoding.from_sidecar({"PhaseEncodingDirection": direction,
+                                       "TotalReadoutTime": 0.05})
     assert (made.axis, made.sign, made.readout, made.direction) == (*want, 0.05, direction)
 
 
 def test_phase_encodings_that_are_opposite():
-    ap, pa, lr = (PhaseEncoding.from_sidecar({"PhaseEncodingDirection": d}) for d in ("j-", "j", "i"))
+    ap, pa, lr = (PhaseEncoding.from_sidecar({"PhaseEncodingDirection": d})
+                  for d in ("j-", "j", "i"))
     assert ap.opposes(pa) and pa.opposes(ap) and ap.readout is None
     assert not (ap.opposes(ap) or ap.opposes(lr) or ap.opposes(None))
     assert PhaseEncoding.from_sidecar({"TotalReadoutTime": 0.05}) is None
