@@ -482,9 +482,10 @@ def test_derivative_that_holds_nothing_is_refused(bids_tree, tmp_path):
 def test_two_processes_make_one_index(bids_tree, tmp_path):
     """Both find the same, whoever is first."""
     bids = bids_tree()
-    code = ("import sys; from pathlib import Path; from bidsapp.bids.index import index, files\n"
-            "layout = index(Path(sys.argv[1]), participants=(), validate=True, "
-            "database_dir=Path(sys.argv[2]))\nprint(len(files(layout, 'dwi', {})))")
+    code = ("import sys; from pathlib import Path\n"
+            "from bidsapp.bids.index import build_index, find_files\n"
+            "layout = build_index(Path(sys.argv[1]), participants=(), validate=True, "
+            "database_dir=Path(sys.argv[2]))\nprint(len(find_files(layout, 'dwi', {})))")
     running = [subprocess.Popen([sys.executable, "-c", code, str(bids), str(tmp_path / "db")],
                                 stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert [p.communicate()[0].strip() for p in running] == ["2"] * 4

@@ -22,11 +22,11 @@ from bidsapp.acquisition import B0_MAX, Acquisition
 from bidsapp.bids import batch, corrections, preprocessed
 from bidsapp.bids.btable import largest_b, read_acquisition
 from bidsapp.bids.index import (
-    description,
-    files,
-    index,
+    build_index,
+    find_files,
     label_order,
-    participants,
+    list_participants,
+    read_description,
     read_filters,
 )
 from bidsapp.bids.inherit import entities_of, ordered, read_part, sidecar
@@ -90,7 +90,7 @@ def find(options: Options) -> Inventory:
         ambiguous; none of the given participants exists; or there is no dMRI at all.
     """
     root = options.bids_dir.absolute()
-    about = description(root, needed=not options.skip_bids_validation)
+    about = read_description(root, needed=not options.skip_bids_validation)
     filters = read_filters(options.bids_filter_file)
     given = list(dict.fromkeys(s.removeprefix("sub-") for s in options.participant_label))
     sessions = {s.removeprefix("ses-") for s in options.session_label}
@@ -99,12 +99,12 @@ def find(options: Options) -> Inventory:
     if about.get("DatasetType") == "derivative":
         trees.insert(0, ("raw", root))
     else:
-        layout = index(root, participants=given, validate=not options.skip_bids_validation,
-                       database_dir=options.bids_database_dir)
-        raw = preprocessed.by_label(files(layout, "dwi", filters))
+        layout = build_index(root, participants=given, validate=not options.skip_bids_validation,
+                             database_dir=options.bids_database_dir)
+        raw = preprocessed.by_label(find_files(layout, "dwi", filters))
     derivatives = [preprocessed.Tree.of(name, path, given, filters) for name, path in trees]
 
-    existing = participants(root).union(*(tree.labels for tree in derivatives))
+    existing = list_participants(root).union(*(tree.labels for tree in derivatives))
     unknown = [label for label in given if label not in existing]
     selected = [p for p in given if p in existing] if given else sorted(existing, key=label_order)
     problems: dict[str, list[str]] = {label: [] for label in selected}

@@ -33,7 +33,7 @@ SHORT = {"acq": "acquisition", "dir": "direction", "ses": "session", "sub": "sub
 """Names of entities in pybids, by short key."""
 
 
-def description(root: Path, *, needed: bool) -> dict[str, Any]:
+def read_description(root: Path, *, needed: bool) -> dict[str, Any]:
     """Read dataset_description.json.
 
     Parameters
@@ -77,8 +77,8 @@ def description(root: Path, *, needed: bool) -> dict[str, Any]:
         raise UsageError(str(error)) from error
 
 
-def index(root: Path, *, participants: Collection[str], validate: bool, derivative: bool = False,
-          database_dir: Path | None = None) -> BIDSLayout:
+def build_index(root: Path, *, participants: Collection[str], validate: bool,
+                derivative: bool = False, database_dir: Path | None = None) -> BIDSLayout:
     """Index the dwi folders of a dataset with pybids.
 
     Parameters
@@ -203,7 +203,8 @@ def read_filters(path: Path | None) -> dict[str, Any]:
     return table.get("dwi", {})
 
 
-def files(layout: BIDSLayout, suffix: str, filters: Mapping[str, Any], **more: Any) -> list[Path]:
+def find_files(layout: BIDSLayout, suffix: str, filters: Mapping[str, Any], **more: Any
+               ) -> list[Path]:
     """Find images by suffix and filters.
 
     Parameters
@@ -250,6 +251,6 @@ def label_order(text: str) -> list[tuple[int, str]]:
     return [(int(t), t) if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", text)]
 
 
-def participants(root: Path) -> set[str]:
+def list_participants(root: Path) -> set[str]:
     """List the labels of the sub-* folders."""
     return {p.name.removeprefix("sub-") for p in root.glob("sub-*/")}

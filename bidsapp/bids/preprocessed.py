@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bidsapp.bids.index import files, index, label_order, participants
+from bidsapp.bids.index import build_index, find_files, label_order, list_participants
 from bidsapp.bids.inherit import entities_of, ordered, read_json, read_part, require_file, stem_of
 from bidsapp.dwi import Part, Run
 from bidsapp.errors import UsageError
@@ -92,10 +92,10 @@ class Tree:
         if not root.is_dir():
             raise UsageError(f"--derivatives {name}={path}: is not a folder that exists.")
         fsl = _by_label(_fsl(root), lambda item: item[0])
-        labels = participants(root).union(fsl)
-        layout = index(root, participants=wanted, validate=False, derivative=True)
-        images = files(layout, "dwi", {"desc": "preproc", **filters})
-        masks = [m for m in files(layout, "mask", {}) if m.exists()
+        labels = list_participants(root).union(fsl)
+        layout = build_index(root, participants=wanted, validate=False, derivative=True)
+        images = find_files(layout, "dwi", {"desc": "preproc", **filters})
+        masks = [m for m in find_files(layout, "mask", {}) if m.exists()
                  and {"desc": "brain", **entities_of(m.name)}["desc"] == "brain"
                  and "label" not in entities_of(m.name)]
         if not wanted and not (images or masks or fsl):
