@@ -23,7 +23,7 @@ import numpy as np
 
 from bidsapp.acquisition import PhaseEncoding
 from bidsapp.bids.index import label_order
-from bidsapp.bids.inherit import entities_of, name_of, read_part, require_file, sidecar
+from bidsapp.bids.inherit import entities_of, name_of, read_part, read_sidecar, require_file
 from bidsapp.dwi import FIELD_MAPS, FieldMap, ImageFile, Part, Run, open_image
 from bidsapp.errors import DataError
 
@@ -103,7 +103,7 @@ def read_session(folder: Path, root: Path, parts: Iterable[Part]) -> Session:
     for path in _images(folder / "fmap"):
         suffix, entities = _suffix(path), tuple(sorted(entities_of(path.name).items()))
         try:
-            image = ImageFile(require_file(path), sidecar(path, root))
+            image = ImageFile(require_file(path), read_sidecar(path, root))
             if suffix == "epi":
                 candidates.append(_candidate(FieldMap("opposite", (image,)), root, notices))
             elif suffix in MAGNITUDES:
@@ -220,7 +220,7 @@ def _phase(run: Run, root: Path, notices: list[str]) -> tuple[ImageFile, ...]:
         beside = [p for p in _images(part.image.parent)
                   if _suffix(p) == "dwi" and entities_of(p.name) == entities]
         try:
-            phases += [ImageFile(require_file(p), sidecar(p, root)) for p in beside[:1]]
+            phases += [ImageFile(require_file(p), read_sidecar(p, root)) for p in beside[:1]]
         except (DataError, OSError) as error:
             notices.append(f"The phase is not used: {error}")
             return ()

@@ -29,7 +29,7 @@ from bidsapp.bids.index import (
     read_description,
     read_filters,
 )
-from bidsapp.bids.inherit import entities_of, ordered, read_part, sidecar
+from bidsapp.bids.inherit import entities_of, ordered, read_part, read_sidecar
 from bidsapp.dwi import Part, Run, open_image
 from bidsapp.errors import DataError, UsageError
 from bidsapp.options import Options
@@ -167,7 +167,7 @@ def _with_scanner(run: Run, raw: Sequence[Path], root: Path) -> Run:
     if not raw or keys & run.metadata.keys():
         return run
     try:
-        measured = [sidecar(path, root) for path in raw]
+        measured = [read_sidecar(path, root) for path in raw]
     except DataError as error:
         log.warning("%s: its scanner is not known: %s", run.name, error)
         return run

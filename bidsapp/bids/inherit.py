@@ -81,15 +81,15 @@ def read_part(image: Path, root: Path) -> Part:
     require_file(image)
     if image.suffix == ".nii" and (twin := image.with_name(image.name + ".gz")).exists():
         raise DataError(f"{image}: {twin.name} is beside it. Remove one of the two.")
-    encodings = [files[0] for e in ENCODINGS if (files := applicable(image, root, e))]
+    encodings = [files[0] for e in ENCODINGS if (files := find_applicable(image, root, e))]
     if len(encodings) > 1:
         raise DataError(f"{image}: has several encoding files, "
                         f"{' and '.join(str(e) for e in encodings)}. Keep one of them.")
-    return Part(image, nearest(image, root, ".bval"), nearest(image, root, ".bvec"),
-                require_file(encodings[0]) if encodings else None, sidecar(image, root))
+    return Part(image, find_nearest(image, root, ".bval"), find_nearest(image, root, ".bvec"),
+                require_file(encodings[0]) if encodings else None, read_sidecar(image, root))
 
 
-def sidecar(image: Path, root: Path) -> dict[str, Any]:
+def read_sidecar(image: Path, root: Path) -> dict[str, Any]:
     """Merge the JSON files that apply to an image; keys of the nearest take precedence.
 
     Parameters
@@ -109,12 +109,12 @@ def sidecar(image: Path, root: Path) -> dict[str, Any]:
         One of them is broken, a broken link, or not an object.
     """
     merged: dict[str, Any] = {}
-    for path in reversed(applicable(image, root, ".json")):
+    for path in reversed(find_applicable(image, root, ".json")):
         merged |= read_json(path)
     return merged
 
 
-def applicable(image: Path, root: Path, extension: str) -> list[Path]:
+def find_applicable(image: Path, root: Path, extension: str) -> list[Path]:
     """List the files with an extension that apply to an image, the nearest first.
 
     Within a folder, the file that shares the most entities comes first.
@@ -130,7 +130,7 @@ def applicable(image: Path, root: Path, extension: str) -> list[Path]:
     return files
 
 
-def nearest(image: Path, root: Path, extension: str) -> Path:
+def find_nearest(image: Path, root: Path, extension: str) -> Path:
     """Find the nearest file with an extension that applies to an image.
 
     Raises
@@ -138,7 +138,7 @@ def nearest(image: Path, root: Path, extension: str) -> Path:
     DataError
         There is none, or it is a broken link.
     """
-    files = applicable(image, root, extension)
+    files = find_applicable(image, root, extension)
     if not files:
         raise DataError(f"{image}: no {extension} file belongs to it. Add "
                         f"{stem_of(image).name}{extension} beside it, or a file that it inherits.")
