@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bidsapp.bids.names import ENTITIES, output
+from bidsapp.bids.names import ENTITIES, output_path
 from bidsapp.dwi import Part
 from bidsapp.errors import DataError
 
@@ -74,7 +74,7 @@ def read_part(image: Path, root: Path) -> Part:
         name.
     """
     try:
-        output(entities_of(image.name), "dwi", ".nii.gz")
+        output_path(entities_of(image.name), "dwi", ".nii.gz")
     except (KeyError, ValueError) as error:
         raise DataError(f"{image}: is not a BIDS name ({error}). Rename it and the files beside "
                         "it.") from error

@@ -15,7 +15,7 @@ BIDSIGNORE = ("*.html", "logs", "log", "figures", "group", "*_dwimap.*", "*_dwi.
 """Patterns of outputs that the schema of the BIDS validator lacks."""
 
 
-def output(entities: Mapping[str, str], suffix: str, extension: str, folder: str = "dwi",
+def output_path(entities: Mapping[str, str], suffix: str, extension: str, folder: str = "dwi",
            **more: str) -> PurePosixPath:
     """Make the path of an output.
 

@@ -91,7 +91,7 @@ class RunContext:
 
     def path(self, suffix: str, extension: str = ".nii.gz", folder: str = "dwi",
              **entities: str) -> PurePosixPath:
-        return names.output(self.run.entities, suffix, extension, folder, **entities)
+        return names.output_path(self.run.entities, suffix, extension, folder, **entities)
 
     @property
     def mask(self) -> PurePosixPath:
