@@ -102,7 +102,7 @@ def find(options: Options) -> Inventory:
         layout = build_index(root, participants=given, validate=not options.skip_bids_validation,
                              database_dir=options.bids_database_dir)
         raw = preprocessed.by_label(find_files(layout, "dwi", filters))
-    derivatives = [preprocessed.Tree.of(name, path, given, filters) for name, path in trees]
+    derivatives = [preprocessed.Tree.read(name, path, given, filters) for name, path in trees]
 
     existing = list_participants(root).union(*(tree.labels for tree in derivatives))
     unknown = [label for label in given if label not in existing]

@@ -67,7 +67,7 @@ class Tree:
     fsl: Mapping[str, Sequence[tuple[dict[str, str], Path, str, str]]]
 
     @classmethod
-    def of(cls, name: str, path: Path, wanted: Collection[str], filters: Mapping[str, Any]) -> Tree:
+    def read(cls, name: str, path: Path, wanted: Collection[str], filters: Mapping[str, Any]) -> Tree:
         """Read a dataset of --derivatives NAME=PATH.
 
         Parameters
