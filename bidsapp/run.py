@@ -71,7 +71,7 @@ def participant(options: Options) -> int:
     models = harmonize.load_models(options)
     if options.reports_only and not options.dry_run:
         return regenerate_reports(options)
-    found = find.find(options)
+    found = find.find_runs(options)
     if options.dry_run:
         print("pages only" if options.reports_only else dry_run(found, models, chosen, options))
         return 0
@@ -103,7 +103,7 @@ def participant(options: Options) -> int:
 def group(options: Options) -> int:
     """Table, distributions and outliers over what participants left; trains what is asked for."""
     trained = trained_methods(options)
-    found = find.find(options)
+    found = find.find_runs(options)
     for label, messages in found.problems.items():
         for message in messages:
             log.warning("sub-%s: %s", label, message)

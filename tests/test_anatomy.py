@@ -162,7 +162,7 @@ def test_a_dwi_refuses_what_are_no_probabilities(values):
 
 
 def runs(root, *more):
-    found = find.find(parse([str(root), str(root.parent / "out"), "participant", *more]))
+    found = find.find_runs(parse([str(root), str(root.parent / "out"), "participant", *more]))
     return {run.name: run for label in found.participants for run in found.runs[label]}
 
 

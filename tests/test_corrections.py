@@ -11,7 +11,7 @@ import pytest
 
 from bidsapp import cli
 from bidsapp.acquisition import PhaseEncoding
-from bidsapp.bids.find import find
+from bidsapp.bids.find import find_runs
 from bidsapp.dwi import FieldMap, ImageFile
 from bidsapp.errors import DataError
 
@@ -30,7 +30,7 @@ def tree(bids_tree):
 
 
 def runs_of(bids, *argv):
-    found = find(cli.parse([str(bids), str(bids.parent / "out"), "participant", *map(str, argv)]))
+    found = find_runs(cli.parse([str(bids), str(bids.parent / "out"), "participant", *map(str, argv)]))
     assert found.problems == {"01": []}
     return {run.name: run for run in found.runs["01"]}
 

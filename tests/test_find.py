@@ -13,7 +13,7 @@ import pytest
 
 from bidsapp import cli
 from bidsapp.bids import btable, sidecar
-from bidsapp.bids.find import find, repeats
+from bidsapp.bids.find import find_runs, repeats
 from bidsapp.bids.writer import Dataset
 from bidsapp.errors import DataError, UsageError
 
@@ -28,7 +28,7 @@ def tree(bids_tree):
 
 
 def found(bids, *argv):
-    return find(cli.parse([str(bids), str(bids.parent / "out"), "participant", *map(str, argv)]))
+    return find_runs(cli.parse([str(bids), str(bids.parent / "out"), "participant", *map(str, argv)]))
 
 
 def names(result):

@@ -409,7 +409,7 @@ def test_head_of_one_tensor_is_refused_and_the_rest_goes_on(bids_tree, tmp_path)
 
 def real(folder):
     options = parse([str(folder), str(folder.parent / "out"), "participant"])
-    found = find.find(options)
+    found = find.find_runs(options)
     return load_run(found.runs[found.participants[0]][0])[0]
 
 

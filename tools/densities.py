@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, nargs=2, default=(0, None))
     options = parser.parse_args()
     folder = options.bids_dir.resolve()
-    found = find.find(parse([str(folder), str(folder.parent / "out"), "participant"]))
+    found = find.find_runs(parse([str(folder), str(folder.parent / "out"), "participant"]))
     dwi, _ = load_run(found.runs[found.participants[0]][0])
     regions = tissue.find_regions(dwi, "cpu")
     z = np.argwhere(dwi.mask)[:, 2]

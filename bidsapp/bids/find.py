@@ -71,7 +71,7 @@ class Inventory:
     columns: Mapping[str, dict[str, Any]] = field(repr=False)
 
 
-def find(options: Options) -> Inventory:
+def find_runs(options: Options) -> Inventory:
     """Find the runs that the options select, and log notices and the table of batches.
 
     Parameters
@@ -109,7 +109,7 @@ def find(options: Options) -> Inventory:
     selected = [p for p in given if p in existing] if given else sorted(existing, key=label_order)
     problems: dict[str, list[str]] = {label: [] for label in selected}
     runs = {label: sorted(
-        _find_runs(label, raw.get(label, []), root, derivatives, sessions, problems[label]),
+        _participant_runs(label, raw.get(label, []), root, derivatives, sessions, problems[label]),
         key=lambda run: label_order(run.name)) for label in selected}
     empty = [label for label in runs if not runs[label] and not problems[label]]
     if len(empty) == len(runs):
@@ -132,7 +132,7 @@ def find(options: Options) -> Inventory:
                  problems, unknown, batches.rows(runs), batches.columns)
 
 
-def _find_runs(label: str, raw: Sequence[Path], root: Path, trees: Sequence[preprocessed.Tree],
+def _participant_runs(label: str, raw: Sequence[Path], root: Path, trees: Sequence[preprocessed.Tree],
                sessions: Collection[str], problems: list[str]) -> Iterator[Run]:
     """Yield a participant's preprocessed runs, from the first dataset that has any of a session,
     and the raw runs of other sessions."""
