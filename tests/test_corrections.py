@@ -30,7 +30,8 @@ def tree(bids_tree):
 
 
 def runs_of(bids, *argv):
-    found = find_runs(cli.parse([str(bids), str(bids.parent / "out"), "participant", *map(str, argv)]))
+    found = find_runs(cli.parse([str(bids), str(bids.parent / "out"), "participant",
+                                 *map(str, argv)]))
     assert found.problems == {"01": []}
     return {run.name: run for run in found.runs["01"]}
 

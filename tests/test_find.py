@@ -28,7 +28,8 @@ def tree(bids_tree):
 
 
 def found(bids, *argv):
-    return find_runs(cli.parse([str(bids), str(bids.parent / "out"), "participant", *map(str, argv)]))
+    return find_runs(cli.parse([str(bids), str(bids.parent / "out"), "participant",
+                                *map(str, argv)]))
 
 
 def names(result):

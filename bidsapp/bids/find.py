@@ -132,8 +132,9 @@ def find_runs(options: Options) -> Inventory:
                  problems, unknown, batches.rows(runs), batches.columns)
 
 
-def _participant_runs(label: str, raw: Sequence[Path], root: Path, trees: Sequence[preprocessed.Tree],
-               sessions: Collection[str], problems: list[str]) -> Iterator[Run]:
+def _participant_runs(label: str, raw: Sequence[Path], root: Path,
+                      trees: Sequence[preprocessed.Tree], sessions: Collection[str],
+                      problems: list[str]) -> Iterator[Run]:
     """Yield a participant's preprocessed runs, from the first dataset that has any of a session,
     and the raw runs of other sessions."""
     taken: dict[str | None, str] = {}

@@ -67,7 +67,8 @@ class Tree:
     fsl: Mapping[str, Sequence[tuple[dict[str, str], Path, str, str]]]
 
     @classmethod
-    def read(cls, name: str, path: Path, wanted: Collection[str], filters: Mapping[str, Any]) -> Tree:
+    def read(cls, name: str, path: Path, wanted: Collection[str], filters: Mapping[str, Any]
+             ) -> Tree:
         """Read a dataset of --derivatives NAME=PATH.
 
         Parameters
@@ -138,7 +139,8 @@ class Tree:
 
     def _fsl_run(self, entities: dict[str, str], folder: Path, image: str, mask: str) -> Run:
         sidecar = stem_of(folder / image).with_suffix(".json")
-        part = Part(*(require_file(folder / name) for name in (image, "bvals", "bvecs")),
+        part = Part(require_file(folder / image), require_file(folder / "bvals"),
+                    require_file(folder / "bvecs"),
                     metadata=read_json(sidecar) if sidecar.exists() else {})
         t1w = folder.parent / "T1w_acpc_dc_restore.nii.gz"
         return Run(entities, (part,), folder / mask if (folder / mask).exists() else None,
