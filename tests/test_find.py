@@ -397,7 +397,7 @@ def test_preprocessed_runs_replace_raw_ones_of_their_session(tree, qsiprep, capl
     assert run.dataset == ("qsiprep", qsiprep)
     assert run.mask.name == "sub-01_ses-a_space-ACPC_desc-brain_mask.nii.gz"
     assert result.runs["01"][1].mask is None
-    assert "1 raw files are left out, for qsiprep" in caplog.text
+    assert "1 raw files are left out, since qsiprep" in caplog.text
 
 
 def test_scanner_of_preprocessed_runs_is_that_of_the_raw_ones(tree, qsiprep):

@@ -137,12 +137,12 @@ def _participant_runs(label: str, raw: Sequence[Path], root: Path,
                       problems: list[str]) -> Iterator[Run]:
     """Yield a participant's preprocessed runs, from the first dataset that has any of a session,
     and the raw runs of other sessions."""
-    taken: dict[str | None, str] = {}
+    datasets: dict[str | None, str] = {}  # of the preprocessed runs, by session
     for tree in trees:
         for session, read in tree.sources(label):
-            if taken.setdefault(session, tree.name) != tree.name:
+            if datasets.setdefault(session, tree.name) != tree.name:
                 log.warning("sub-%s: %s also has session %s; %s comes first and is used.", label,
-                            tree.name, session, taken[session])
+                            tree.name, session, datasets[session])
             elif not sessions or session in sessions:
                 try:
                     run = read()
@@ -152,25 +152,25 @@ def _participant_runs(label: str, raw: Sequence[Path], root: Path,
                 measured = [path for path in raw
                             if session in (None, entities_of(path.name).get("ses"))]
                 yield _with_mask(_with_scanner(run, measured, root), trees)
-    wanted = [p for p in raw if not sessions or entities_of(p.name).get("ses") in sessions]
-    mine = [p for p in wanted if not taken.keys() & {None, entities_of(p.name).get("ses")}]
-    if len(mine) < len(wanted):
-        log.info("sub-%s: %d raw files are left out, for %s holds preprocessed ones.", label,
-                 len(wanted) - len(mine), " and ".join(dict.fromkeys(taken.values())))
-    for run in _raw_runs(mine, root, problems):
+    selected = [p for p in raw if not sessions or entities_of(p.name).get("ses") in sessions]
+    used = [p for p in selected if not datasets.keys() & {None, entities_of(p.name).get("ses")}]
+    if len(used) < len(selected):
+        log.info("sub-%s: %d raw files are left out, since %s has preprocessed ones.", label,
+                 len(selected) - len(used), " and ".join(dict.fromkeys(datasets.values())))
+    for run in _raw_runs(used, root, problems):
         yield _with_mask(run, trees)
 
 
 def _with_scanner(run: Run, raw: Sequence[Path], root: Path) -> Run:
-    """The run with what all raw sidecars of its session say of the scanner, where its own do not:
-    most preprocessing tools do not copy it."""
+    """Add the scanner of the raw sidecars, on which all of them agree, to a preprocessed run whose
+    sidecar lacks it, since most preprocessing tools do not copy it."""
     keys = {*batch.SCANNER, "InstitutionName"}
     if not raw or keys & run.metadata.keys():
         return run
     try:
         measured = [read_sidecar(path, root) for path in raw]
     except DataError as error:
-        log.warning("%s: its scanner is not known: %s", run.name, error)
+        log.warning("%s: the scanner is not known: %s", run.name, error)
         return run
     scanner = {k: v for k, v in measured[0].items()
                if k in keys and all(other.get(k) == v for other in measured)}

@@ -222,15 +222,15 @@ def find_files(layout: BIDSLayout, suffix: str, filters: Mapping[str, Any], **mo
     -------
     list of Path
     """
-    known = {entity for config in layout.config.values() for entity in config.entities}
+    entities = {entity for config in layout.config.values() for entity in config.entities}
     query: dict[str, Any] = {"suffix": suffix, "extension": [".nii", ".nii.gz"]}
     for key, value in filters.items():
         name = SHORT.get(key, key)
-        if name in known or name == "regex_search":
+        if name in entities or name == "regex_search":
             query[name] = _value(value)
         elif not layout.is_derivative:
             log.warning("--bids-filter-file: %r is not an entity and is ignored; known are %s.",
-                        key, ", ".join(sorted(known)))
+                        key, ", ".join(sorted(entities)))
     names = layout.get(return_type="filename", invalid_filters="allow", **(query | more))
     return [Path(name) for name in names]
 

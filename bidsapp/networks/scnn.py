@@ -29,7 +29,7 @@ ISOTROPIC = 1 / math.sqrt(4 * math.pi)
 
 
 class Estimate(NamedTuple):
-    """What a network estimates.
+    """The estimates of a network.
 
     mean: (voxel, parameter), posterior mean. log_sd: (voxel, parameter), logarithm of the posterior
     SD. odf: (voxel, coefficient) of the fibre density.
