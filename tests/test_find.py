@@ -153,7 +153,7 @@ def test_b0_series_of_the_other_direction_is_left_out(tree, caplog):
     bids = tree(("01",), runs={"dir-AP": {}, "dir-PA": {"scheme": ((0, 3),)}})
     result = found(bids)
     assert names(result) == ["sub-01_dir-AP"] and result.problems["01"] == []
-    assert "sub-01_dir-PA_dwi.nii.gz: left out, it holds only b0 volumes" in caplog.text
+    assert "sub-01_dir-PA_dwi.nii.gz: left out, since it has only b0 volumes" in caplog.text
 
 
 def test_lone_b0_series_fails_with_a_message(tree):
@@ -222,8 +222,8 @@ def broken_link(path):
     (lambda p: p("json").write_text(f'{{"a": {"1" * 5000}}}'), "of 5000 characters is too large"),
     (lambda p: p("json").write_text('{"a": [-1e400]}'), "the number -1e400… .* is too large"),
     (lambda p: p("json").write_text(r'{"a": "\ud800"}'), "cannot be read as JSON.*Correct"),
-    (lambda p: p("bval").unlink(), "no .bval file belongs to it. Put"),
-    (lambda p: p("bvec").unlink(), "no .bvec file belongs to it. Put"),
+    (lambda p: p("bval").unlink(), "no .bval file belongs to it. Add"),
+    (lambda p: p("bvec").unlink(), "no .bvec file belongs to it. Add"),
     (lambda p: p("nii").write_bytes(b""), "is beside it. Remove one"),
 ], ids=["image", "sidecar", "bvec", "broken json", "json list", "nested json",
         "less nested json", "integer of 401 digits", "integer of 5000 digits", "1e400",

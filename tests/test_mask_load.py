@@ -144,7 +144,7 @@ def test_truncated_inside_an_intact_gzip(run):
     path = made.parts[0].image
     whole = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(whole[:len(whole) // 2]))
-    with pytest.raises(DataError, match=r"breaks before volume 1[45] of 30"):
+    with pytest.raises(DataError, match=r"truncated before volume 1[45] of 30"):
         loaded(made)
 
 

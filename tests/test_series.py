@@ -132,7 +132,7 @@ def test_images_and_measurements_must_belong_together(run):
     with pytest.raises(DataError, match="32 volumes, but 31 measurements"):
         Series.from_run(run, acquisition[:31])
     other = nib.Nifti1Image(np.zeros((7, 8, 10, 18), np.float32), truth.affine())
-    with pytest.raises(DataError, match="7 × 8 × 10, that of the series is 7 × 8 × 9"):
+    with pytest.raises(DataError, match="7 × 8 × 10, but the series has 7 × 8 × 9"):
         Series((nib.load(run.parts[0].image), other), acquisition)
 
 
