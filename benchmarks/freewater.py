@@ -51,7 +51,7 @@ def main() -> None:
                             "cpu", get("estimate_freewater").settings("network"))
     training = time.perf_counter() - start
     network.learn = lambda *args: trained  # `apply` now takes the time of everything else
-    freewater.tissue.regions = refuse
+    freewater.tissue.find_regions = refuse
     print(f"training {training:.1f} s; RMSE on mixtures of the training law {trained[1]:.4f}")
     print(f"{'law':<11}{'estimate':<22}{'MSE of f ± s.e.':>22}{'|FA error|':>12}{'voxels/s':>11}")
     for kind in FREE_WATER_KINDS:

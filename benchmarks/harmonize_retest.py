@@ -60,7 +60,7 @@ the registration's errors; runs are raw (no correction of motion or distortion).
 def read(folder):
     """(session, angulation) → run and Dwi, of the angulations that both sessions have."""
     with tempfile.TemporaryDirectory() as out:
-        found = find.find(parse([str(folder), out, "participant"]))
+        found = find.find_runs(parse([str(folder), out, "participant"]))
     runs = {(r.session, r.entities["acq"]): r for label in found.participants
             for r in found.runs[label] if r.entities["dir"] == ENCODING}
     both = sorted(a for s, a in runs if s == NEW and (OLD, a) in runs)

@@ -104,7 +104,7 @@ def for_one(start: checkpoint.Checkpoint, name: str, acq: Acquisition,
     known = methods.get("estimate_scnn3").recipe("one")
     schedule = replace(known.schedule, steps=options.steps)
     recipe = replace(known, schedule=schedule, acquisition=acq,
-                     trained_for=TrainingDomain.of_acquisitions(
+                     trained_for=TrainingDomain.from_acquisitions(
                          [acq], snr=(options.snr, options.snr)))
     saved = options.states / f"scnn3_{name}.ckpt" if options.states else None
     found = learn.train("estimate_scnn3", recipe, seed=0, device="cpu", saved=saved, start=start)

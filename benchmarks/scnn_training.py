@@ -96,7 +96,7 @@ def recipe_of(options: argparse.Namespace) -> learn.Recipe:
         known, schedule=schedule, batch=options.batch, groups=1, network=network, passes=1,
         unbiased=0.0, odfs={"measured": options.measured} if options.table else {},
         acquisition=acquisition(), s0_known=True,
-        trained_for=TrainingDomain.of_acquisitions([acquisition()], snr=(SNR, SNR)))
+        trained_for=TrainingDomain.from_acquisitions([acquisition()], snr=(SNR, SNR)))
 
 
 def trained(options: argparse.Namespace, table: torch.Tensor | None
@@ -111,7 +111,7 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
         start = time.perf_counter()
         history = training.train(
             network, simulate.batches,
-            lambda model, b: published_loss(model(*b[:4]), *b[4:]), recipe.schedule,
+            lambda model, b: published_loss(model(*b.inputs), b.parameters, b.odf), recipe.schedule,
             seed=options.seed, device="cpu", saved=options.state, name="published")
         seconds = time.perf_counter() - start
         print(f"loss {history[0]['loss']:.3g} → {history[-1]['loss']:.3g}")

@@ -1,7 +1,8 @@
-"""Acquisition of a series: b-values, directions, b-tensor shapes and phase encoding of a series.
+"""Acquisition of a series: b-values, directions, b-tensor shapes and phase encoding.
 
-Frame: world RAS+, always; b-vectors of files are turned into it at the door (`bidsapp.bids`).
-Units: b in s/mm², times in s. An axially symmetric b-tensor with axis n, trace b and shape b_Δ is
+The frame is always world RAS+; the b-vectors of files are converted when they are read
+(`bidsapp.bids`). b is in s/mm², times are in s. An axially symmetric b-tensor with axis n, trace b
+and shape b_Δ is
 
     B = b [ (1 − b_Δ)/3 · I + b_Δ · n nᵀ ],    b_Δ = 1 linear, 0 spherical, −½ planar
 
@@ -23,19 +24,20 @@ B0_MAX = 50.0
 """Volumes with b below this (s/mm²) count as not diffusion-weighted."""
 
 B_MAX = 100_000.0
-"""No acquisition has larger b-values (s/mm²): beyond this the unit is another."""
+"""Largest b-value of any acquisition, in s/mm². Larger numbers are in another unit."""
 
-SHELL_GAP = 0.1
-"""Sorted b-values start a new shell where they step by more than max(60 s/mm², this share of b)."""
+SHELL_GAP, SHELL_GAP_MIN = 0.1, 60.0
+"""Smallest step between sorted b-values that starts a new shell, as a share of b and in s/mm²; the
+larger of the two applies."""
 
-SHELL_GAP_MIN = 60.0
 NORM_TOLERANCE = 0.02
+"""Largest deviation of a b-vector's length from 1."""
 
 SAME_B, SAME_SHAPE = 0.05, 0.05
-"""Shells are the same where b differs by at most this share, and b_delta by at most this."""
+"""Largest difference between equal shells: in b, as a share of it, and in b_delta."""
 
 READOUT_MAX = 1.0
-"""s: no EPI readout lasts longer; larger numbers are in ms."""
+"""Longest readout of an EPI, in s. Larger numbers are in ms."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,16 @@ class PhaseEncoding:
     Parameters
     ----------
     axis : int
-        Axis of the image's voxels: 0, 1 or 2 (i, j or k in BIDS).
+        Voxel axis of the image: 0, 1 or 2 (i, j or k in BIDS).
     sign : int
-        1 where lines are encoded towards larger indices, −1 towards smaller ones.
+        1 if lines are encoded towards larger indices, −1 if towards smaller ones.
     readout : float, optional
-        Total readout time as BIDS defines it, in s, below 1; None where it is unknown.
+        Total readout time as BIDS defines it, in s, below 1; None if it is unknown.
 
     Raises
     ------
     DataError
-        One of them is none of these.
+        A value is outside of these.
     """
 
     axis: int
@@ -63,17 +65,27 @@ class PhaseEncoding:
 
     def __post_init__(self) -> None:
         if self.axis not in (0, 1, 2) or self.sign not in (1, -1):
-            raise DataError(f"the phase encoding has axis {self.axis!r} and sign {self.sign!r}; "
-                            "axis 0, 1 or 2 and sign 1 or -1 are needed.")
+            raise DataError(f"the phase encoding has axis {self.axis!r} and sign {self.sign!r}. "
+                            "The axis must be 0, 1 or 2, and the sign 1 or -1.")
         if self.readout is not None and not (isinstance(self.readout, int | float)
                                              and 0 < self.readout < READOUT_MAX):
             raise DataError(
                 f"TotalReadoutTime is {str(self.readout)[:20]}; a number of seconds between 0 and "
-                f"{READOUT_MAX:g} is needed. Correct the sidecar; divide milliseconds by 1000.")
+                f"{READOUT_MAX:g} is needed. Correct the sidecar: divide milliseconds by 1000.")
 
     @classmethod
-    def of_sidecar(cls, metadata: Mapping[str, Any]) -> PhaseEncoding | None:
-        """Read PhaseEncodingDirection and TotalReadoutTime; None where there is no direction.
+    def from_sidecar(cls, metadata: Mapping[str, Any]) -> PhaseEncoding | None:
+        """Read PhaseEncodingDirection and TotalReadoutTime of a sidecar.
+
+        Parameters
+        ----------
+        metadata : mapping
+            Keys of the sidecar.
+
+        Returns
+        -------
+        PhaseEncoding or None
+            None if the sidecar has no direction.
 
         Raises
         ------
@@ -90,19 +102,26 @@ class PhaseEncoding:
 
     @property
     def direction(self) -> str:
-        """As BIDS writes it, e.g. `j-`."""
+        """The direction as BIDS writes it, such as `j-`."""
         return "ijk"[self.axis] + "-" * (self.sign < 0)
 
     def opposes(self, other: PhaseEncoding | None) -> bool:
-        """Whether the other encodes the same axis the other way."""
+        """Tell whether another phase encoding has the same axis and the opposite sign."""
         return other is not None and (other.axis, other.sign) == (self.axis, -self.sign)
 
 
 @dataclass(frozen=True)
 class Shell:
-    """Measurements that share b (s/mm², mean of the group) and b_delta.
+    """Measurements that share b and b_delta.
 
-    indices: (n,) positions in the acquisition, in order.
+    Parameters
+    ----------
+    b : float
+        Mean b-value, s/mm².
+    b_delta : float
+        Mean shape of the b-tensors.
+    indices : (n,) int
+        Positions in the acquisition, ascending.
     """
 
     b: float
@@ -115,22 +134,29 @@ class Shell:
 
 @dataclass(frozen=True, eq=False)
 class Acquisition:
-    """A b-table with tensor-valued encoding. Refuses bad state at birth.
+    """A gradient table with tensor-valued encoding, checked when it is made.
 
-    Args:
-        bvals: (n,) s/mm², 0 to 100 000.
-        bvecs: (n, 3) symmetry axes of the b-tensors in world RAS+; unit length (within 2 %,
-            then normalised) wherever b ≥ 50 and b_delta ≠ 0, anything finite elsewhere.
-        b_delta: (n,) within [−½, 1], or None for linear encoding.
-        small_delta, big_delta, echo_time: s, or None where unknown.
+    Parameters
+    ----------
+    bvals : (n,)
+        b-values, 0 to 100 000 s/mm².
+    bvecs : (n, 3)
+        Symmetry axes of the b-tensors in world RAS+. They must have unit length (within 2 %; they
+        are then normalised) if b ≥ 50 s/mm² and b_delta ≠ 0, and must be finite otherwise.
+    b_delta : (n,), optional
+        Shapes of the b-tensors, within [−½, 1]; default: linear encoding.
+    small_delta, big_delta, echo_time : float, optional
+        Pulse duration δ, pulse separation Δ and echo time, in s; None if unknown.
 
-    Raises:
-        DataError: names the first offending volume and the remedy.
+    Raises
+    ------
+    DataError
+        A value is not allowed. The message names the first such volume and a remedy.
     """
 
     bvals: np.ndarray
     bvecs: np.ndarray
-    b_delta: Any = None  # an array after birth
+    b_delta: Any = None  # an array after __post_init__
     small_delta: float | None = None
     big_delta: float | None = None
     echo_time: float | None = None
@@ -144,20 +170,20 @@ class Acquisition:
         )
         if bvals.ndim != 1 or len(bvals) == 0:
             raise DataError(
-                f"b-values have shape {bvals.shape}; one number per volume is needed. "
+                f"the b-values have the shape {bvals.shape}; one number per volume is needed. "
                 "Write them as one line of numbers in s/mm²."
             )
         if bvecs.shape != (len(bvals), 3) or b_delta.shape != bvals.shape:
             raise DataError(
-                f"{len(bvals)} b-values stand beside b-vectors of shape {bvecs.shape} and b_delta "
-                f"of shape {b_delta.shape}; one vector and one shape per volume are needed. "
-                "Export the three again from the same series."
+                f"there are {len(bvals)} b-values, b-vectors of shape {bvecs.shape} and b_delta of "
+                f"shape {b_delta.shape}; one vector and one b_delta per volume are needed. Export "
+                "the three again from the same series."
             )
         _first(~np.isfinite(bvals) | (bvals < 0), "b-value {v} of volume {i} is not a number ≥ 0 "
                "s/mm². Correct it, or remove the volume from image and table.", bvals)
         _first(bvals > B_MAX, f"b-value {{v}} of volume {{i}} is above {B_MAX:,.0f} s/mm², which "
                "no scanner reaches. b-values are needed in s/mm²: divide values in s/m² by 1 000 "
-               "000, and others by the factor that brings them to what the protocol says.", bvals)
+               "000; convert values in other units so that they agree with the protocol.", bvals)
         _first((b_delta < -0.5 - 1e-6) | (b_delta > 1 + 1e-6) | ~np.isfinite(b_delta),
                "b_delta {v} of volume {i} lies outside [-0.5, 1] (1 linear, 0 spherical, -0.5 "
                "planar). Correct the encoding file.", b_delta)
@@ -182,7 +208,7 @@ class Acquisition:
         return len(self.bvals)
 
     def __getitem__(self, index) -> Acquisition:
-        """The measurements picked by a slice, a boolean or an index array, all tables aligned."""
+        """Select measurements by a slice, a boolean array or an array of indices."""
         return replace(self, bvals=np.atleast_1d(self.bvals[index]),
                        bvecs=np.atleast_2d(self.bvecs[index]),
                        b_delta=np.atleast_1d(self.b_delta[index]))
@@ -201,7 +227,7 @@ class Acquisition:
 
     @property
     def b0(self) -> np.ndarray:
-        """(n,) bool: measurements that count as not diffusion-weighted (b < 50 s/mm²)."""
+        """(n,) bool: the measurements that are not diffusion-weighted (b < 50 s/mm²)."""
         return self.bvals < B0_MAX
 
     @property
@@ -213,9 +239,9 @@ class Acquisition:
 
     @property
     def shells(self) -> tuple[Shell, ...]:
-        """Weighted measurements grouped by b_delta (to 0.05) and b, ascending in b.
+        """Weighted measurements grouped by b_delta (rounded to 0.05) and b, ascending in b.
 
-        Sorted b-values start a new shell where the step exceeds max(60 s/mm², 10 % of b).
+        A step between sorted b-values above max(60 s/mm², 10 % of b) starts a new shell.
         """
         groups = []
         shape = np.round(self.b_delta / 0.05) * 0.05
@@ -229,10 +255,21 @@ class Acquisition:
         return tuple(sorted(groups, key=lambda g: (round(g.b), -g.b_delta)))
 
     def rotated(self, rotation: np.ndarray) -> Acquisition:
-        """The same acquisition with axes turned by a (3, 3) rotation: n → R n.
+        """Rotate the axes of all measurements, n → R n.
 
-        Raises:
-            ValueError: the matrix is not orthogonal.
+        Parameters
+        ----------
+        rotation : (3, 3)
+            Orthogonal matrix R.
+
+        Returns
+        -------
+        Acquisition
+
+        Raises
+        ------
+        ValueError
+            The matrix is not orthogonal.
         """
         rotation = np.asarray(rotation, dtype=np.float64)
         if rotation.shape != (3, 3) or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-5):
@@ -240,7 +277,7 @@ class Acquisition:
         return replace(self, bvecs=self.bvecs @ rotation.T)
 
     def to_dipy(self):
-        """dipy's GradientTable of this acquisition, b-tensors included where not all linear."""
+        """Convert to dipy's GradientTable, with b-tensors unless all are linear."""
         from dipy.core.gradients import gradient_table
 
         linear = bool(np.all(self.b_delta > 1 - 1e-6))
@@ -249,7 +286,7 @@ class Acquisition:
 
 
 def concatenate(acquisitions: list[Acquisition]) -> Acquisition:
-    """One acquisition of several parts, in order. Times that differ between parts become None."""
+    """Join acquisitions in order. A time that differs between them becomes None."""
     first = acquisitions[0]
     times = {
         name: getattr(first, name)
@@ -263,7 +300,7 @@ def concatenate(acquisitions: list[Acquisition]) -> Acquisition:
 
 
 def same_shell(a: Shell, b: Shell) -> bool:
-    """Tell whether two shells agree in b-value (within 5 % of the second's) and b-tensor shape."""
+    """Tell whether two shells have equal b (within 5 % of the second's) and b-tensor shape."""
     return abs(a.b - b.b) <= SAME_B * b.b and abs(a.b_delta - b.b_delta) <= SAME_SHAPE
 
 
@@ -274,13 +311,14 @@ def describe_shells(shells: Sequence[Shell]) -> str:
 
 
 def describe_shape(b_delta: float) -> str:
-    """Describe a b-tensor's shape for messages: nothing where it is linear, else ` (b_delta 0)`."""
+    """Describe a b-tensor's shape for messages: ` (b_delta 0)`, or empty if it is linear."""
     return "" if abs(b_delta - 1) <= SAME_SHAPE else f" (b_delta {b_delta:.2g})"
 
 
 def _first(bad: Any, message: str, values: np.ndarray) -> None:
+    """Raise DataError about the first bad volume i with its value v."""
     if bad.any():
         i = int(np.argmax(bad))
         value = values[i]
-        shown = f"{value:g}" if np.ndim(value) == 0 else np.array2string(value, precision=4)
-        raise DataError(message.format(i=i, v=shown))
+        text = f"{value:g}" if np.ndim(value) == 0 else np.array2string(value, precision=4)
+        raise DataError(message.format(i=i, v=text))

@@ -1,4 +1,4 @@
-"""Compute on voxels: choice of the device, blocks of voxels, slabs of a grid with a halo."""
+"""Computation on voxels: the device, blocks of voxels, slabs of a grid with a halo."""
 
 from __future__ import annotations
 
@@ -18,14 +18,26 @@ from bidsapp.errors import UsageError
 log = logging.getLogger(__name__)
 
 WORKERS = 16
-"""Blocks at a time, at most: each took 10 to 32 MB (smt, dti, scnn2)."""
+"""Largest number of parallel blocks. Each took 10 to 32 MB (smt, dti, scnn2)."""
 
 
 def choose_device(wanted: str) -> str:
-    """`auto`, `cpu`, `cuda` or `cuda:N` → the device to use; falls back to the CPU with a notice.
+    """Choose the device, with a warning if the CPU must replace a GPU.
 
-    Raises:
-        UsageError: a GPU of that number does not exist.
+    Parameters
+    ----------
+    wanted : str
+        `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Returns
+    -------
+    str
+        `cpu`, `cuda` or `cuda:N`.
+
+    Raises
+    ------
+    UsageError
+        There is no GPU of that number.
     """
     if wanted == "cpu":
         return "cpu"
@@ -45,13 +57,28 @@ def map_voxels(
     device: str,
     block: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Apply `function` to blocks of rows and stack what it returns, as numpy arrays.
+    """Apply a function to blocks of voxels, and join the results.
 
-    function: (block, measurement) float32 on `device` → {name: (block, …)}; each voxel must be
-    treated independently of the others, without gradients. On a CPU every thread has blocks of its
-    own: threads that share the steps of one wait for each other at each. block: voxels at a time;
-    by default as many as hold a million numbers (16 million on a GPU), so that steps are long and
-    still fit the cache. On a GPU that runs out of memory the block is halved.
+    On a CPU each thread has its own blocks, since threads that share a block wait for each other at
+    each step. On a GPU that runs out of memory the block is halved.
+
+    Parameters
+    ----------
+    function : callable
+        (block, measurement) float32 on `device` → {name: (block, …)}, without gradients. The result
+        of a voxel must not depend on other voxels.
+    signal : (voxel, measurement) float32
+        The signal.
+    device : str
+        Device of the computation.
+    block : int, optional
+        Number of voxels in a block. By default a block has a million numbers (16 million on a GPU),
+        so that steps are long and still fit in the cache.
+
+    Returns
+    -------
+    dict of (voxel, …)
+        Results by name.
     """
     size = block or max(64, (2**20 if device == "cpu" else 2**24) // signal.shape[1])
     return _map(lambda rows: function(torch.from_numpy(
@@ -66,29 +93,30 @@ def map_volume(
     device: str,
     slab: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Apply `function` to slabs of a grid and join what it returns, as if to the whole.
+    """Apply a function to slabs of a grid, and join the results as if it were applied to the whole.
 
     Parameters
     ----------
     function : callable
-        Slabs (x', y, z, …) of the volumes, on `device` → {name: (x', y, z, …)}, without gradients.
-        What it returns for a voxel may depend on voxels up to `halo` planes away and on no
-        others. At the faces of the grid a slab ends, as the whole does.
-    volumes : sequence of arrays
-        All on one grid; they stay as they are.
+        Slabs (x', y, z, …) of the volumes on `device` → {name: (x', y, z, …)}, without gradients.
+        The result of a voxel may depend only on voxels up to `halo` planes away. At the faces of
+        the grid a slab ends, as the grid does.
+    volumes : sequence of (x, y, z, …)
+        Volumes on one grid; they are not changed.
     halo : int
-        Planes that a slab has more on each side, where the grid has them; what is returned for
-        them is dropped.
+        Number of planes that are added to a slab on each side, if the grid has them. Their results
+        are dropped.
     device : str
-        Where to compute. On a GPU that runs out of memory slabs are halved.
+        Device of the computation. On a GPU that runs out of memory slabs are halved.
     slab : int, optional
-        Planes along x at a time, halo aside. Default: as many as hold a million numbers (16 million
-        on a GPU), fewer where a thread would have none, and no fewer than the halo.
+        Number of planes along x in a slab, without the halo. By default a slab has a million
+        numbers (16 million on a GPU), fewer if a thread would have no slab, but no fewer planes
+        than the halo.
 
     Returns
     -------
-    dict
-        By name: (x, y, z, …).
+    dict of (x, y, z, …)
+        Results by name.
     """
     depth = len(volumes[0])
     plane = sum(v[:1].size for v in volumes) or 1
@@ -104,10 +132,13 @@ def map_volume(
     return _map(apply, range(depth), size, 1, device, "planes")
 
 
-def _map(apply: Callable[[range], Mapping[str, torch.Tensor]], every: range, size: int, least: int,
-         device: str, unit: str) -> dict[str, np.ndarray]:
-    """Apply to parts of `size` units and stack what is returned: in parallel on a CPU; one by one
-    on a GPU, where a part that does not fit the memory is halved, down to `least`."""
+def _map(apply: Callable[[range], Mapping[str, torch.Tensor]], every: range, size: int,
+         min_size: int, device: str, unit: str) -> dict[str, np.ndarray]:
+    """Apply a function to ranges of `size` units and join the results.
+
+    Ranges are processed in parallel on a CPU, and one by one on a GPU, where a range that does not
+    fit in memory is halved, down to `min_size`.
+    """
     out: dict[str, np.ndarray] = {}
 
     @torch.inference_mode()
@@ -118,7 +149,7 @@ def _map(apply: Callable[[range], Mapping[str, torch.Tensor]], every: range, siz
             try:
                 values = apply(part)
             except torch.OutOfMemoryError:
-                if size <= least:
+                if size <= min_size:
                     raise
                 size //= 2
                 torch.cuda.empty_cache()
@@ -126,10 +157,10 @@ def _map(apply: Callable[[range], Mapping[str, torch.Tensor]], every: range, siz
                             unit)
                 continue
             for name, value in values.items():
-                found = value.cpu().numpy()
+                result = value.cpu().numpy()
                 if name not in out:
-                    out.setdefault(name, np.empty((len(every), *found.shape[1:]), found.dtype))
-                out[name][part.start:part.stop] = found
+                    out.setdefault(name, np.empty((len(every), *result.shape[1:]), result.dtype))
+                out[name][part.start:part.stop] = result
             rows = rows[len(part):]
 
     blocks = [every[i:i + size] for i in range(0, len(every), size)]
@@ -141,14 +172,16 @@ def _map(apply: Callable[[range], Mapping[str, torch.Tensor]], every: range, siz
 
 
 def _workers(device: str) -> int:
-    """How many blocks are computed at a time."""
+    """Number of blocks that are computed in parallel."""
     return min(torch.get_num_threads(), WORKERS) if device == "cpu" else 1
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread inside: over small matrices several only wait for each other, many times
-    longer where cores are busy."""
+    """Run torch on one thread inside the block.
+
+    With small matrices several threads only wait for each other, especially if cores are busy.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -158,8 +191,11 @@ def one_thread() -> Iterator[None]:
 
 
 def memory_limit(mem_mb: int | None) -> float:
-    """Bytes that may be used: --mem-mb, else the least of physical memory and the limits of the
-    control groups (containers, SLURM jobs) that this process is in."""
+    """Find the memory that may be used, in bytes.
+
+    It is --mem-mb if given; otherwise the smallest of physical memory and the limits of the control
+    groups (containers, SLURM jobs) of this process.
+    """
     if mem_mb is not None:
         return mem_mb * 1e6
     limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
@@ -170,6 +206,6 @@ def memory_limit(mem_mb: int | None) -> float:
         if "memory" in controllers.split(","):
             root, name = root / "memory", "memory.limit_in_bytes"
         for folder in (inner := root / path.lstrip("/"), *inner.parents):
-            with contextlib.suppress(OSError, ValueError):  # not here; "max"
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max"
                 limits.append(float((folder / name).read_text()))
     return min(limits)

@@ -1,7 +1,6 @@
-"""The training domain of a checkpoint: the acquisitions, voxels, sites and people it was trained
-for.
+"""The training domain of a checkpoint: acquisitions, voxel sizes, sites and participants.
 
-Every method whose weights were trained asks it before they are used. b-values are in s/mm².
+Each method with trained weights checks a run against it before it uses them. b-values are in s/mm².
 """
 
 from __future__ import annotations
@@ -22,35 +21,36 @@ from bidsapp.acquisition import (
 from bidsapp.errors import Refusal
 
 NOMINAL = 0.01
-"""Share by which the mean b of a shell may lie beyond a range, as 499.6 for 500 s/mm²."""
+"""Share by which the mean b of a shell may lie outside a range, such as 499.6 for 500 s/mm²."""
 
 DIRECTIONS = 0.1
-"""Share by which a shell may have fewer or more directions than any seen in training, as where a
-volume was dropped."""
+"""Share by which a shell may have fewer or more directions than in training, as if a volume was
+dropped."""
 
 VOXEL = 0.05
-"""Share by which an edge of the voxel may be shorter or longer than any seen in training."""
+"""Share by which an edge of the voxel may be shorter or longer than in training."""
 
-OVERRIDE = "--allow-extrapolation goes on all the same, and notes it in every sidecar."
+OVERRIDE = "To continue, give --allow-extrapolation, which is noted in every sidecar."
+"""Sentence for messages about a run outside the training domain."""
 
 
 @dataclass(frozen=True)
 class ShellRange:
-    """The range of one shell over the runs of a training, or the range that shells were drawn from.
+    """The range of one shell over the runs of a training, or the range that shells are drawn from.
 
     Parameters
     ----------
     b : tuple of float
-        Least and greatest mean b-value, s/mm².
+        Smallest and largest mean b-value, s/mm².
     b_delta : float
         Shape of the b-tensors: 1 linear, 0 spherical, −0.5 planar.
     directions : tuple of int
-        Fewest and most volumes.
+        Smallest and largest number of volumes.
 
     Raises
     ------
     ValueError
-        A range is not one, or b_delta lies outside [−0.5, 1].
+        A range is invalid, or b_delta lies outside [−0.5, 1].
     """
 
     b: tuple[float, float]
@@ -61,11 +61,11 @@ class ShellRange:
         object.__setattr__(self, "b", _range("b", self.b, float, 0))
         object.__setattr__(self, "directions", _range("directions", self.directions, int, 1))
         if not -0.5 - SAME_SHAPE <= self.b_delta <= 1 + SAME_SHAPE:
-            raise ValueError(f"b_delta is {self.b_delta!r}, needed is a number from -0.5 to 1")
+            raise ValueError(f"b_delta is {self.b_delta!r}; a number from -0.5 to 1 is needed")
 
     @property
     def middle(self) -> float:
-        """b-value in the middle of the range, s/mm²."""
+        """Middle of the range of b-values, s/mm²."""
         return sum(self.b) / 2
 
     @property
@@ -80,7 +80,15 @@ class ShellRange:
         return f"shell-{self.name.removeprefix('b')}"
 
     def holds(self, shell: Shell, tolerance: float) -> bool:
-        """Tell whether a shell has this b-tensor shape and, within a share, these b-values."""
+        """Tell whether a shell has this b-tensor shape and lies in the range of b.
+
+        Parameters
+        ----------
+        shell : Shell
+            Shell of a run.
+        tolerance : float
+            Share of b by which it may lie outside the range.
+        """
         low, high = self.b
         return ((1 - tolerance) * low <= shell.b <= (1 + tolerance) * high
                 and abs(shell.b_delta - self.b_delta) <= SAME_SHAPE)
@@ -94,19 +102,19 @@ class TrainingDomain:
     ----------
     shells : tuple of ShellRange
         Without `shell_count`: the shells that a run must have, no more and no fewer, ascending in
-        b. With it: the ranges within one of which a shell must lie to be used.
+        b. With `shell_count`: ranges of shells; a shell is used if it lies in one of them.
     b0 : tuple of int
-        Fewest and most volumes without diffusion weighting.
+        Smallest and largest number of b0 volumes.
     shell_count : tuple of int, optional
-        Fewest and most shells that lie within `shells`.
+        Smallest and largest number of shells that lie within `shells`.
     snr : tuple of float, optional
-        Least and greatest signal without weighting over its noise SD.
+        Smallest and largest SNR of the b0 signal.
     voxel_size : tuple of (float, float)
-        Least and greatest shortest, middle and longest edge of the voxel, mm; empty for any.
+        Ranges of the shortest, middle and longest edge of the voxel, mm; empty for any.
     sites : tuple of str
-        The sites of the runs that it may be applied to; empty for any.
+        Sites of the runs that the checkpoint may be applied to; empty for any.
     covariates : mapping
-        Of the participants: least and greatest of a number (`age`), the categories of others.
+        Covariates of the participants: the range of a number, such as age, or the categories.
 
     Raises
     ------
@@ -139,21 +147,25 @@ class TrainingDomain:
                            else _range(name, values, float, -math.inf)
                            for name, values in self.covariates.items()})
         if not self.shells or len(self.voxel_size) not in (0, 3):
-            raise ValueError(f"needed are one shell or more and no edge of the voxel or three; "
-                             f"found are {len(self.shells)} and {len(self.voxel_size)}")
+            raise ValueError(f"there are {len(self.shells)} shells and {len(self.voxel_size)} "
+                             "edges of the voxel; at least one shell and 0 or 3 edges are needed")
         if not all(isinstance(site, str) for site in self.sites):
             raise ValueError(f"sites are {self.sites!r}, not text")
 
     @classmethod
-    def of_acquisitions(cls, acquisitions: Sequence[Acquisition], **more: Any) -> TrainingDomain:
+    def from_acquisitions(cls, acquisitions: Sequence[Acquisition], **more: Any) -> TrainingDomain:
         """Describe acquisitions that have the same shells.
 
         Parameters
         ----------
         acquisitions : sequence of Acquisition
-            Of the runs that are learned from.
+            Acquisitions of the runs of a training.
         **more
             Other fields of the domain.
+
+        Returns
+        -------
+        TrainingDomain
         """
         shells = tuple(
             ShellRange((round(min(s.b for s in same), 1), round(max(s.b for s in same), 1)),
@@ -165,21 +177,21 @@ class TrainingDomain:
 
     def violations(self, acquisition: Acquisition, voxel_size: Sequence[float] | None = None,
                    site: str | None = None) -> list[str]:
-        """List in what a run lies outside of the training.
+        """List the violations of the training domain by a run.
 
         Parameters
         ----------
         acquisition : Acquisition
-            Of the run.
+            Acquisition of the run.
         voxel_size : sequence of float, optional
-            Edges of the voxel in any order, mm; default: they are not judged.
+            Edges of the voxel in any order, mm; default: they are not checked.
         site : str, optional
-            Of the run; default: it is not judged.
+            Site of the run; default: it is not checked.
 
         Returns
         -------
         list of str
-            Clauses that say what was found and what is needed; empty for a run within the domain.
+            Clauses that say what was found and what is needed; empty for a run in the domain.
         """
         violations = []
         if self.sites and site is not None and site not in self.sites:
@@ -210,14 +222,14 @@ class TrainingDomain:
         return violations
 
     def warnings(self, snr: float | None, covariates: Mapping[str, Any]) -> list[str]:
-        """List what else of a run the training has not seen: worth a look, no reason to refuse.
+        """List differences from the training that are worth a check but no violation.
 
         Parameters
         ----------
         snr : float, optional
-            Of the run.
+            SNR of the run.
         covariates : mapping
-            Of the participant; those that are unknown are not judged.
+            Covariates of the participant; unknown ones are not checked.
 
         Returns
         -------
@@ -242,12 +254,21 @@ class TrainingDomain:
         return warnings
 
     def usable_shells(self, acquisition: Acquisition) -> list[Shell]:
-        """Select the shells of a run that lie within those of the training.
+        """Select the shells of a run that lie in the training domain.
 
-        Where a run must have just the shells of the training, these are its shells that match
-        them one by one, whatever their directions. Else they need as many directions as the
-        smallest shell of the training, unless their b-tensors are spherical; more directions than
-        in training do no harm, since they carry less noise.
+        Without `shell_count`, these are the shells that match those of the training one by one,
+        whatever their number of directions. With it, a shell needs at least as many directions as
+        the smallest of the training, unless its b-tensors are spherical. More directions than in
+        training do no harm, since they carry less noise.
+
+        Parameters
+        ----------
+        acquisition : Acquisition
+            Acquisition of the run.
+
+        Returns
+        -------
+        list of Shell
         """
         if self.shell_count is None:
             return [shell for shell, trained in zip(acquisition.shells, self.shells, strict=False)
@@ -258,17 +279,22 @@ class TrainingDomain:
             for trained in self.shells)]
 
     def nearest_shells(self, acquisition: Acquisition) -> list[int]:
-        """Find for each shell of a run the shell of the training that is nearest to it in b.
+        """Find the nearest shell of the training, in b, for each shell of a run.
+
+        Parameters
+        ----------
+        acquisition : Acquisition
+            Acquisition of the run.
 
         Returns
         -------
         list of int
-            Indices into `shells`, of the same b-tensor shape.
+            Indices into `shells`, with the same b-tensor shape.
 
         Raises
         ------
         Refusal
-            There is none of that shape.
+            The training has no shell of that shape.
         """
         indices = []
         for shell in acquisition.shells:
@@ -277,13 +303,15 @@ class TrainingDomain:
             if not alike:
                 raise Refusal(
                     f"the run has a shell of b_delta {shell.b_delta:.2g} at b = {shell.b:.0f} "
-                    "s/mm², and the training had none of this b-tensor shape. Train on such runs.")
+                    "s/mm², but the training had none of this b-tensor shape. Train on such runs.")
             indices.append(min(alike, key=lambda i: abs(self.shells[i].middle - shell.b)))
         return indices
 
     def describe_ranges(self) -> str:
-        """Describe the ranges that shells must lie in: `b = 500–5000 s/mm², 6 or more directions,
-        b_delta 1`."""
+        """Describe the ranges of shells for messages.
+
+        An example is `b = 500–5000 s/mm², 6 or more directions, b_delta 1`.
+        """
         shapes: dict[tuple[Any, int], list[str]] = {}
         for s in self.shells:
             shapes.setdefault((s.b, s.directions[0]), []).append(f"{s.b_delta:g}")
@@ -298,18 +326,15 @@ class TrainingDomain:
 
 
 def describe_range(low: float, high: float) -> str:
-    """Describe a range for messages: `12–14`, or `12` where both ends are the same."""
+    """Describe a range for messages: `12–14`, or `12` if both ends are equal."""
     return f"{low:.3g}" if low == high else f"{low:.3g}–{high:.3g}"
 
 
 def _range(name: str, values: Any, number: Any, minimum: float) -> tuple[Any, Any]:
-    """A pair of numbers that ascend.
-
-    Raises ValueError where it is something else.
-    """
+    """Convert to an ascending pair of numbers, or raise ValueError."""
     pair = tuple(values) if isinstance(values, list | tuple) else ()
     if not (len(pair) == 2 and all(isinstance(v, int | float) and math.isfinite(v) for v in pair)
             and minimum <= pair[0] <= pair[1] and all(number(v) == v for v in pair)):
-        raise ValueError(f"{name} is {values!r}, needed are two numbers, {minimum} or more, of "
-                         "which the second is not the smaller")
+        raise ValueError(f"{name} is {values!r}; two ascending numbers of at least {minimum} are "
+                         "needed")
     return number(pair[0]), number(pair[1])

@@ -1,7 +1,7 @@
-"""Run (paths and entities), Dwi (signal inside a mask), and how images are opened and checked.
+"""Run (paths and entities) and Dwi (signal inside a mask); opening and checking of images.
 
-The signal is one float32 matrix of (voxel, measurement), so that memory is bounded by the mask and
-not by the image matrix. Voxels stand in the C order of `np.nonzero(mask)`.
+The signal is one float32 matrix of (voxel, measurement), so that memory depends on the mask and not
+on the size of the image. Voxels are in the C order of `np.nonzero(mask)`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,27 @@ from bidsapp.acquisition import Acquisition, PhaseEncoding, Shell
 from bidsapp.errors import DataError
 
 FIXED_MEMORY = 1.5e9
-"""Bytes that a process needs beside the signal: libraries, blocks, maps, figures."""
+"""Memory of a process besides the signal (libraries, blocks, maps, figures), in bytes."""
 
 DAMAGE = (OSError, EOFError, ValueError, zlib.error)
-"""Exceptions raised on reading a truncated or changed file."""
+"""Exceptions that are raised when a truncated or changed file is read."""
 
 NOISE_VOXELS = 20_000
-"""The noise level is estimated on at most this many voxels, spread evenly over the mask."""
+"""Largest number of voxels for the estimate of the noise level, spread evenly over the mask."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One DWI file with its tables and sidecar. A run holds one, or several to concatenate.
+    """One DWI file with its tables and sidecar. A run has one, or several to concatenate.
 
-    image, bval, bvec: paths; encoding: `.btens`, `.bshape` or `.tsv` with a b_delta column, or
-    None for linear encoding; metadata: the sidecars merged by inheritance.
+    Parameters
+    ----------
+    image, bval, bvec : Path
+        The files.
+    encoding : Path, optional
+        A `.btens`, a `.bshape`, or a `.tsv` with a column b_delta; None for linear encoding.
+    metadata : mapping
+        Keys of the sidecars, merged by inheritance.
     """
 
     image: Path
@@ -49,14 +55,15 @@ class Part:
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """All files of the part but its sidecars."""
         paths = (self.image, self.bval, self.bvec, self.encoding)
         return tuple(p for p in paths if p is not None)
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image beside the DWIs (an EPI, a field map, its magnitude, a phase), with its merged
-    sidecars."""
+    """An image besides the DWIs (an EPI, a field map, its magnitude, a phase), with the keys of its
+    merged sidecars."""
 
     image: Path
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -71,9 +78,10 @@ FIELD_MAPS = {
     "phases": "phases of two echoes",
     "fieldmap": "measured field",
 }
-"""Kinds of field maps, those that are trusted most first, and what they are called."""
+"""Kinds of field maps with their names, the most trusted first."""
 
 FIELD_UNITS = ("Hz", "rad/s", "T")
+"""Units that a measured field may have."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +93,19 @@ class FieldMap:
     kind : str
         A key of FIELD_MAPS.
     images : tuple of ImageFile or Part
-        opposite: EPIs or DWIs, which with the run's own encode both ways; phasediff, fieldmap:
-        one image; phases: those of the first and the second echo.
+        `opposite`: EPIs or DWIs that, with the DWIs of the run, have both directions of phase
+        encoding. `phasediff`, `fieldmap`: one image. `phases`: those of the first and of the second
+        echo.
     magnitudes : tuple of ImageFile
-        Magnitudes of the echoes, of all kinds but `opposite`.
+        Magnitudes of the echoes, for all kinds but `opposite`.
     rule : str
-        Why it is the run's: `B0FieldSource`, `IntendedFor` or `session` (nothing says so; both are
-        of one session).
+        Rule by which it belongs to the run: `B0FieldSource`, `IntendedFor`, or `session` if no
+        sidecar assigns it and both are of one session.
 
     Raises
     ------
     DataError
-        An image is missing, or a sidecar does not say what is needed to compute the field.
+        An image is missing, or a sidecar lacks what is needed to compute the field.
     """
 
     kind: str
@@ -106,23 +115,24 @@ class FieldMap:
 
     def __post_init__(self) -> None:
         if self.kind not in FIELD_MAPS or not self.images:
-            raise ValueError(f"a field map of kind {self.kind} with {len(self.images)} images")
+            raise ValueError(f"the field map has the kind {self.kind} and {len(self.images)} "
+                             "images")
         name, first = self.images[0].image, self.images[0].metadata
         if self.kind == "opposite":
             for part in self.images:
                 try:
-                    if PhaseEncoding.of_sidecar(part.metadata) is None:
+                    if PhaseEncoding.from_sidecar(part.metadata) is None:
                         raise DataError("PhaseEncodingDirection is missing. Add it to the sidecar.")
                 except DataError as error:
                     raise DataError(f"{part.image}: {error}") from error
             return
         if not self.magnitudes:
-            raise DataError(f"{name}: no magnitude image stands beside it. Add it, by the same "
-                            "name but for the suffix.")
+            raise DataError(f"{name}: has no magnitude image beside it. Add one of the same name "
+                            "with the suffix of a magnitude.")
         if self.kind == "fieldmap":
             if first.get("Units") not in FIELD_UNITS:
                 raise DataError(f"{name}: Units are {str(first.get('Units'))[:20]!r}; "
-                                f"{', '.join(FIELD_UNITS)} are understood. Correct the sidecar.")
+                                f"{', '.join(FIELD_UNITS)} are supported. Correct the sidecar.")
             return
         if self.kind == "phases" and len(self.images) < 2:
             raise DataError(f"{name}: the phase of the other echo is missing. Add it.")
@@ -130,27 +140,49 @@ class FieldMap:
                   else [image.metadata.get("EchoTime") for image in self.images])
         times = [t for t in stated if isinstance(t, int | float)]
         if len(times) != 2 or not 0 < times[0] < times[1]:
-            raise DataError(f"{name}: two echo times are needed, the second larger than the first; "
-                            f"found are {', '.join(str(t)[:20] for t in stated)}. Correct the "
-                            "sidecar.")
+            raise DataError(f"{name}: the echo times are "
+                            f"{', '.join(str(t)[:20] for t in stated)}. Two are needed, the second "
+                            "larger than the first. Correct the sidecar.")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is processed as one: paths and facts, no arrays.
+    """The images that are processed together: paths and metadata, no arrays.
 
-    entities: BIDS entities shared by all parts, by short key in BIDS order, e.g.
+    Parameters
+    ----------
+    entities : mapping
+        BIDS entities that all parts share, by short key in BIDS order, such as
         {"sub": "01", "ses": "a", "acq": "x", "dir": "AP", "run": "1"}.
-    t1w: the T1w image of the same session or, where it has none, of the participant.
-    probsegs: grey matter, white matter and CSF probabilities in its space, or nothing.
-    dataset: (name, root) of the dataset the files come from; `raw` or a derivative's name.
-    batch, batch_source: the site and where it was read from.
-    covariates: the participant's row of participants.tsv (and sessions.tsv), e.g. age, sex.
-    preprocessed: whether the images were corrected elsewhere. Of others, what corrects them:
-    phase_encoding: of all parts; None where it is unknown.
-    field_maps: those that may be used, the most trusted first.
-    phase: phase images of the parts, one for each, or nothing.
-    notices: sentences on what is missing or broken of these.
+    parts : tuple of Part
+        The DWI files, in order.
+    mask : Path, optional
+        Brain mask that comes with the data.
+    t1w : Path, optional
+        T1w image of the session or, if it has none, of the participant.
+    probsegs : tuple of Path
+        Grey matter, white matter and CSF probabilities in the space of `t1w`, or empty.
+    dataset : tuple
+        Name and root of the dataset of the files: `raw`, or the name of a derivative.
+    batch, batch_source : str
+        The site, and where it was read from.
+    covariates : mapping
+        The participant's row of participants.tsv and sessions.tsv, such as age and sex.
+    preprocessed : bool
+        Whether the images are already corrected. The fields below are set only if they are not.
+    phase_encoding : PhaseEncoding, optional
+        Phase encoding of all parts; None if it is unknown.
+    field_maps : tuple of FieldMap
+        Field maps that may be used, the most trusted first.
+    phase : tuple of ImageFile
+        Phase image of each part, or empty.
+    notices : tuple of str
+        Sentences on corrections that are missing or broken.
+
+    Raises
+    ------
+    ValueError
+        There is no part, or no `sub` entity.
     """
 
     entities: Mapping[str, str]
@@ -176,30 +208,32 @@ class Run:
 
     @property
     def name(self) -> str:
-        """`sub-01_ses-a_dir-AP`: the stem of every output of this run."""
+        """The stem of all outputs of the run, such as `sub-01_ses-a_dir-AP`."""
         return "_".join(f"{key}-{value}" for key, value in self.entities.items())
 
     @property
     def participant(self) -> str:
+        """Label of the participant."""
         return self.entities["sub"]
 
     @property
     def session(self) -> str | None:
+        """Label of the session; None if there is none."""
         return self.entities.get("ses")
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that all results depend on."""
+        """The files that all results depend on."""
         return tuple(f for p in self.parts for f in p.files) + ((self.mask,) if self.mask else ())
 
     @property
     def anatomy(self) -> tuple[Path, ...]:
-        """What tissue is read from, where a method wants it."""
+        """The files that tissue probabilities are computed from, if a method needs them."""
         return ((self.t1w,) if self.t1w else ()) + self.probsegs
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Sidecar keys on which all parts agree."""
+        """The sidecar keys that have the same value in all parts."""
         first = self.parts[0].metadata
         return {k: v for k, v in first.items()
                 if all(p.metadata.get(k) == v for p in self.parts[1:])}
@@ -207,26 +241,38 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Dwi:
-    """The signal of one run inside its mask, and how it was acquired.
+    """The signal of one run inside its mask, and its acquisition.
 
-    Args:
-        signal: (voxel, measurement) float32, in the units of the input image.
-        mask: (x, y, z) bool; as many true voxels as signal has rows, in C order.
-        affine: (4, 4) voxel to world RAS+, mm.
-        acquisition: as many measurements as signal has columns.
-        noise_sd: SD of the noise in signal units, or None where it could not be estimated.
-        noise_gain: (measurement,) by how much the noise of each is larger than noise_sd, as after
-            harmonization; None for all alike. Where noise is no longer independent between
-            measurements, it is the gain of independent noise that would move the mean over the
-            directions of their shell as much.
-        s0_known: whether the b0 volumes hold S0 without noise, as simulations may. Nothing that
-            was measured is so, not even after division by the mean b0.
-        invalid: number of NaN or infinite values that were read and set to 0.
-        tissue: (voxel, 3) float32 probabilities of grey matter, white matter and CSF from a T1w
-            image, Σ ≤ 1, or None.
+    Parameters
+    ----------
+    signal : (voxel, measurement) float32
+        Signal in the units of the input image.
+    mask : (x, y, z) bool
+        Brain mask; its voxels in C order are the rows of the signal.
+    affine : (4, 4)
+        Voxel indices to world RAS+, mm.
+    acquisition : Acquisition
+        Its measurements are the columns of the signal.
+    noise_sd : float, optional
+        SD of the noise in signal units; None if it could not be estimated.
+    invalid : int
+        Number of NaN and infinite values that were set to 0 when the signal was read.
+    tissue : (voxel, 3) float32, optional
+        Probabilities of grey matter, white matter and CSF from a T1w image, Σ ≤ 1.
+    noise_gain : (measurement,), optional
+        Factor by which the noise SD of each measurement differs from `noise_sd`, as after
+        harmonization; None if it is 1 for all. If the noise is correlated between measurements, it
+        is the gain of independent noise that changes the mean over a shell's directions as much.
+    s0_known : bool
+        Whether the b0 volumes are S0 without noise, as in simulations. Measured volumes never are,
+        not even after division by the mean b0.
 
-    Raises:
-        DataError: the mask is empty. ValueError: sizes disagree.
+    Raises
+    ------
+    DataError
+        The mask is empty.
+    ValueError
+        Shapes or types are not as above.
     """
 
     signal: np.ndarray
@@ -259,43 +305,54 @@ class Dwi:
             object.__setattr__(self, name, view)
 
     def unmask(self, values: np.ndarray) -> np.ndarray:
-        """(voxel, …) values back in the image grid, (x, y, z, …), 0 outside the mask."""
+        """Put (voxel, …) values on the grid, (x, y, z, …); they are 0 outside the mask."""
         volume = np.zeros(self.mask.shape + values.shape[1:], values.dtype)
         volume[self.mask] = values
         return volume
 
     def select_shell(self, shell: Shell) -> Dwi:
-        """The volumes of a shell, and those without weighting."""
+        """Select the volumes of a shell and the b0 volumes."""
         part = np.sort(np.r_[np.flatnonzero(self.acquisition.b0), shell.indices])
         return replace(self, signal=self.signal[:, part], acquisition=self.acquisition[part])
 
     @property
     def mean_b0(self) -> np.ndarray:
-        """(voxel,) mean over the measurements with b < 50 s/mm²."""
+        """(voxel,) mean of the b0 volumes (b < 50 s/mm²)."""
         return self.signal[:, self.acquisition.b0].mean(axis=1)
 
     def gain(self, indices: np.ndarray) -> float:
-        """Root mean square of the noise gain of some measurements."""
+        """Compute the root mean square of the noise gain of some measurements."""
         if self.noise_gain is None:
             return 1.0
         return float(np.sqrt(np.mean(np.square(self.noise_gain[indices]))))
 
     def noise_of(self, indices: np.ndarray) -> float | None:
-        """SD of the noise of some measurements, in signal units, or None where it is unknown."""
+        """Compute the noise SD of some measurements, in signal units; None if it is unknown."""
         return None if self.noise_sd is None else self.noise_sd * self.gain(indices)
 
 
 def peak_memory(voxels: int, measurements: int) -> float:
-    """Bytes at most while a signal of this size is processed: twice itself and FIXED_MEMORY."""
+    """Estimate the peak memory of processing a signal: twice its size plus FIXED_MEMORY, bytes."""
     return 2 * 4 * voxels * measurements + FIXED_MEMORY
 
 
 def noise_sd(dwi: Dwi) -> float | None:
-    """SD of the noise, in signal units: residual of an SH fit per shell, pooled, median of voxels.
+    """Estimate the noise SD from the residuals of SH fits.
 
-    A shell of n directions is fitted with the most SH coefficients p ≤ 0.75 n (and the b0 volumes
-    with their mean), and σ² = Σ residual² / Σ (n − p) per voxel; the median over voxels divided by
-    the median of χ²_ν/ν makes it unbiased for Gaussian noise. None when Σ (n − p) < 4.
+    Each shell of n directions is fitted with the largest number p ≤ 0.75 n of SH coefficients, and
+    the b0 volumes with their mean. In each voxel σ² = Σ residual² / Σ (n − p). The estimate is the
+    median over voxels, divided by the median of χ²_ν/ν, ν = Σ (n − p), so that it is unbiased for
+    Gaussian noise.
+
+    Parameters
+    ----------
+    dwi : Dwi
+        The diffusion series.
+
+    Returns
+    -------
+    float or None
+        SD in signal units; None if ν < 4.
     """
     step = max(1, len(dwi.signal) // NOISE_VOXELS)
     signal = dwi.signal[::step].astype(np.float64)
@@ -321,15 +378,26 @@ def noise_sd(dwi: Dwi) -> float | None:
 
 
 def open_image(path: Path) -> Any:
-    """A NIfTI image of real numbers, its data still on disk, its file open for reading in order.
+    """Open a NIfTI image of real numbers, without reading its data.
 
-    Raises:
-        DataError: missing, a broken link, empty, not an image, of complex numbers or colours, or
-            without a place in the world: its affine is not finite or cannot be inverted.
+    Parameters
+    ----------
+    path : Path
+        File of the image. It stays open, so that volumes can be read in order.
+
+    Returns
+    -------
+    nibabel image
+
+    Raises
+    ------
+    DataError
+        The file is missing, a broken link, empty or not an image; it holds complex numbers or
+        colours; or its affine is not finite or cannot be inverted.
     """
     if not path.exists():
-        what = "is a link to a file that is not here" if path.is_symlink() else "does not exist"
-        raise DataError(f"{path}: {what}. Fetch it (e.g. `datalad get {path.name}`) or copy it.")
+        state = "is a link to a missing file" if path.is_symlink() else "does not exist"
+        raise DataError(f"{path}: {state}. Fetch it (e.g. `datalad get {path.name}`) or copy it.")
     try:
         image: Any = nib.load(path, keep_file_open=True)
     except Exception as error:  # nibabel raises many kinds on damaged headers
@@ -337,57 +405,77 @@ def open_image(path: Path) -> Any:
                         "Copy or convert the file again.") from error
     _require_place(image, path)
     if (stored := image.get_data_dtype()).kind not in "iuf":
-        kind = f"complex numbers ({stored})" if stored.kind == "c" else "colours, not numbers"
-        raise DataError(f"{path}: holds {kind}. One real number per voxel is needed: of complex "
-                        "data, write the magnitude and the phase as two files, with part-mag and "
+        content = f"complex numbers ({stored})" if stored.kind == "c" else "colours, not numbers"
+        raise DataError(f"{path}: holds {content}. One real number per voxel is needed: write the "
+                        "magnitude and the phase of complex data as two files, with part-mag and "
                         "part-phase in their names.")
     return image
 
 
 def _require_place(image: Any, path: Path) -> None:
-    """Raise DataError unless voxel sizes, affine, qform and sform are finite, and the affine can
-    be inverted."""
+    """Raise DataError unless voxel sizes, affine, qform and sform are finite and the affine can be
+    inverted."""
     try:
         matrices = (image.affine, image.get_qform(coded=True)[0], image.get_sform(coded=True)[0])
         finite = np.isfinite(image.header.get_zooms()[:3]).all() and all(
             np.isfinite(m).all() for m in matrices if m is not None)
         invertible = finite and np.linalg.cond(image.affine[:3, :3]) < 1e6
-    except Exception as error:  # nibabel raises many kinds on quaternions that are no rotation
+    except Exception as error:  # nibabel raises many kinds on invalid quaternions
         raise DataError(f"{path}: its qform cannot be read ({error}). Convert the file again.") \
             from error
     if not finite:
         raise DataError(f"{path}: its qform, sform or voxel size holds numbers that are not "
                         "finite. Convert the file again, or correct its header.")
     if not invertible:
-        raise DataError(f"{path}: its affine cannot be inverted, so no direction is known. "
+        raise DataError(f"{path}: its affine cannot be inverted, so directions are unknown. "
                         "Convert the file again, or correct its header.")
 
 
 def read_array(image: Any, dtype: Any = None) -> np.ndarray:
-    """All values of an image from `open_image`, scaled as its header says.
+    """Read all values of an image, scaled by its header.
 
-    Raises:
-        DataError: the file is damaged: it is truncated, or its checksum or length is wrong.
+    Parameters
+    ----------
+    image : nibabel image
+        An image from `open_image`.
+    dtype : numpy dtype, optional
+        Type of the values; default: that of the image.
+
+    Returns
+    -------
+    numpy.ndarray
+
+    Raises
+    ------
+    DataError
+        The file is damaged: it is truncated, or its checksum or length is wrong.
     """
     try:
         values = np.asarray(image.dataobj, dtype)
     except DAMAGE as error:
-        raise DataError(f"{image.get_filename()}: ends or breaks before its end ({error}). Copy or "
-                        "make the file again.") from error
+        raise DataError(f"{image.get_filename()}: is damaged or truncated ({error}). Copy or "
+                        "convert the file again.") from error
     check_end(image)
     return values
 
 
 def check_end(image: Any) -> None:
-    """Read on behind the last value: there gzip keeps its checksum, and there the file must end.
+    """Check that a file ends after its last value, and its gzip checksum, which is stored there.
 
-    Call it when all values were read in order, so that nothing is read twice.
+    It should be called after all values were read in order, so that nothing is read twice.
 
-    Raises:
-        DataError: the checksum or the length is wrong, or something follows the values.
+    Parameters
+    ----------
+    image : nibabel image
+        An image from `open_image`.
+
+    Raises
+    ------
+    DataError
+        The checksum or the length is wrong, or something follows the values.
     """
     data = image.dataobj
-    if isinstance(data, np.ndarray):  # the image was made in memory
+    if isinstance(data, np.ndarray):  # an image in memory
         return
     # nibabel has no public name for the stream that it keeps open
     with data._get_fileobj() as stream:

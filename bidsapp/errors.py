@@ -1,4 +1,4 @@
-"""The few exceptions a user meets. Each message says what was found, what is needed, what to do."""
+"""Exceptions for users. Each message says what was found, what is needed and what to do."""
 
 
 class QSphereError(Exception):
@@ -6,26 +6,35 @@ class QSphereError(Exception):
 
 
 class UsageError(QSphereError):
-    """The command line, or the whole input, cannot be used: exit code 2."""
+    """The command line or the whole input cannot be used: exit code 2."""
 
 
 class DataError(QSphereError):
-    """One run or one participant cannot be processed; the others can: exit code 1."""
+    """One run or one participant cannot be processed, but others can: exit code 1."""
 
 
 class Refusal(QSphereError):
-    """A method does not apply to this acquisition: noted in the report, the rest goes on."""
+    """A method does not apply to an acquisition; the report says so, and other methods run."""
 
 
 def describe(error: BaseException) -> str:
-    """Say what an error is: its own message, after its type where it was not foreseen.
+    """Describe an error for users.
 
-    Python's MemoryError often has no message, so it gets one.
+    Parameters
+    ----------
+    error : BaseException
+        Any exception.
+
+    Returns
+    -------
+    str
+        The message of the error, with its type if it is not one of this module. MemoryError, which
+        often has no message, gets one.
     """
     if isinstance(error, QSphereError):
         return str(error)
     if isinstance(error, MemoryError):
         return ("memory ran out" + (f" ({error})" if str(error) else "") + ". Process fewer "
                 "participants at a time with --omp-nthreads, limit the memory with --mem-mb, or "
-                "use a machine with more.")
+                "use a machine with more memory.")
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

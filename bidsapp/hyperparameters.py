@@ -1,8 +1,8 @@
-"""Hyper-parameters of a method: the tables of its training.toml, and what `--set` changes there.
+"""Hyper-parameters of a method: the tables of its training.toml, and the values of `--set`.
 
-A hyper-parameter is named by its path in the file, `training.network.blocks`. Two parts may be left
-out where a user names one: `training.` at the start, and the number of an entry in a list of tables
-(`stages.epochs` are the epochs of every stage, `stages.2.epochs` those of the second).
+The name of a hyper-parameter is its path in the file, such as `training.network.blocks`. Users may
+leave out `training.` at the start, and the number of a table in a list of tables: `stages.epochs`
+are the epochs of all stages, `stages.2.epochs` those of the second.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from typing import Any
 from bidsapp.errors import UsageError
 
 TRAINING = "training"
-"""The table that the group level reads; the participant level reads all others."""
+"""Table that the group level reads; the participant level reads all others."""
 
 SLOPPY = "sloppy"
 ONE = "one"
 VARIANTS = (ONE, SLOPPY)
-"""Tables that hold other values of the tables beside them: for a network of one acquisition, and
+"""Tables with other values for the tables beside them: for a network of a single acquisition, and
 for --sloppy."""
 
 CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic"),
            "output": ("change", "series"),
            "optimizer": ("adam", "adamw", "sgd"),
            "decay": ("constant", "step", "cosine", "plateau")}
-"""Hyper-parameters that are a text, and what they may be, as of `networks.builder`,
-`methods.harmonizer` and `training`."""
+"""Hyper-parameters that are texts, with their allowed values: those of `networks.builder`,
+`harmonization.harmonizer` and `training`."""
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read the training.toml of a method's folder; empty where there is none."""
+    """Read the training.toml in the folder of a method; empty if there is none."""
     path = folder / "training.toml"
     return tomllib.loads(path.read_text()) if path.is_file() else {}
 
 
 def select(tables: Mapping[str, Any], name: str, variants: Sequence[str],
            settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Give one table as a method uses it.
+    """Select a table, with the values of variants and settings.
 
     Parameters
     ----------
     tables : mapping
-        All of a training.toml.
+        All tables of a training.toml.
     name : str
-        The table.
+        Name of the table.
     variants : sequence of str
-        Those of VARIANTS whose values replace the table's own, the last one wins.
+        Those of VARIANTS whose values replace those of the table; the last one takes precedence.
     settings : mapping
-        Values by path (`resolve`), which win over all variants.
+        Values by path (`resolve`), which take precedence over variants.
 
     Returns
     -------
@@ -63,34 +63,34 @@ def select(tables: Mapping[str, Any], name: str, variants: Sequence[str],
     table = tables[name]
     for variant in variants:
         table = _merge(table, tables[variant][name])
-    known = dict(_leaves(table, f"{name}."))
-    for path in known.keys() & settings.keys():
+    defaults = dict(_leaves(table, f"{name}."))
+    for path in defaults.keys() & settings.keys():
         table = _replace(table, path.split(".")[1:], settings[path])
     return table
 
 
 def paths(tables: Mapping[str, Any], key: str, sloppy: bool = False) -> list[str]:
-    """Find the paths that a key names.
+    """Find the paths of the hyper-parameters that a key names.
 
     Parameters
     ----------
     tables : mapping
-        All of a training.toml.
+        All tables of a training.toml.
     key : str
-        A path, or one without `training.` and the numbers of tables in lists.
+        A path, with or without `training.` and the numbers of tables in lists.
     sloppy : bool
-        Whether the variant for --sloppy holds.
+        Whether the variant for --sloppy is used.
 
     Returns
     -------
     list of str
-        Several where a key names a value of every table of a list; empty if none is named.
+        The paths: several if the key names a value of all tables of a list, none if it is unknown.
     """
     return [path for path in values(tables, sloppy) if key in _spellings(path)]
 
 
 def values(tables: Mapping[str, Any], sloppy: bool = False) -> dict[str, Any]:
-    """List every hyper-parameter by its path; tables and sloppy as of `paths`."""
+    """List the values of all hyper-parameters by path; the arguments are those of `paths`."""
     variants = [SLOPPY] if sloppy else []
     return {path: value for name in tables if name not in VARIANTS
             for path, value in _leaves(select(tables, name, variants, {}), f"{name}.")}
@@ -98,37 +98,37 @@ def values(tables: Mapping[str, Any], sloppy: bool = False) -> dict[str, Any]:
 
 def resolve(tables: Mapping[str, Any], method: str, key: str, text: str, sloppy: bool = False
             ) -> dict[str, Any]:
-    """Read a value that `--set` gives.
+    """Parse a value of `--set`.
 
     Parameters
     ----------
     tables : mapping
-        All of the method's training.toml.
+        All tables of the method's training.toml.
     method : str
-        Its name, for messages.
+        Name of the method, for messages.
     key, text : str
-        The two sides of the equals sign: a key as in `paths`, and a TOML value. A text need
-        not be quoted.
+        The two sides of the equals sign: a key as in `paths`, and a TOML value. A text need not be
+        quoted.
     sloppy : bool
-        Whether the variant for --sloppy holds.
+        Whether the variant for --sloppy is used.
 
     Returns
     -------
     dict
-        The value by every path that the key names.
+        The value by each path that the key names.
 
     Raises
     ------
     UsageError
-        There is no such hyper-parameter (says the nearest), or the value is of another type or
-        outside of what it may be.
+        There is no such hyper-parameter (the message suggests the most similar one), or the value
+        is of another type or not allowed.
     """
-    known, option = values(tables, sloppy), f"--set {method}.{key}={text}"
-    if not known:
+    defaults, option = values(tables, sloppy), f"--set {method}.{key}={text}"
+    if not defaults:
         raise UsageError(f"{option}: {method} has no hyper-parameters. Leave the option out.")
     chosen = paths(tables, key, sloppy)
     if not chosen:
-        shortest = list(dict.fromkeys(_spellings(path)[-1] for path in known))
+        shortest = list(dict.fromkeys(_spellings(path)[-1] for path in defaults))
         near = difflib.get_close_matches(key.removeprefix(f"{TRAINING}."), shortest, 1, 0.4)
         raise UsageError(f"{option}: {method} has no hyper-parameter {key}. It has "
                          f"{', '.join(shortest)}." + (f" Did you mean {near[0]}?" if near else ""))
@@ -136,33 +136,30 @@ def resolve(tables: Mapping[str, Any], method: str, key: str, text: str, sloppy:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    found = {path: _checked(option, known[path], value) for path in chosen}
+    checked = {path: _check(option, defaults[path], value) for path in chosen}
     choices = CHOICES.get(key.rpartition(".")[2], (value,))
     if value not in choices:
         raise UsageError(f"{option}: one of {', '.join(choices)} is needed.")
-    return found
+    return checked
 
 
-def _checked(option: str, default: Any, value: Any) -> Any:
-    """The value, a whole number as a float where the default is one.
-
-    Raises UsageError where it is not of the default's type, or not in the default's range.
-    """
+def _check(option: str, default: Any, value: Any) -> Any:
+    """Check that a value has the type and range of its default; convert int to float if needed."""
     if isinstance(default, list):
         if not isinstance(value, list) or not value:
             raise UsageError(f"{option}: a list is needed, such as {default}.")
-        least = min(default) if isinstance(default[0], int | float) else default[0]
-        return [_checked(option, least, v) for v in value]
+        smallest = min(default) if isinstance(default[0], int | float) else default[0]
+        return [_check(option, smallest, v) for v in value]
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(default):
-        kind = {bool: "true or false", int: "a whole number", float: "a number",
-                str: "a text"}[type(default)]
-        raise UsageError(f"{option}: {kind} is needed, such as {_toml(default)}.")
+        needed = {bool: "true or false", int: "a whole number", float: "a number",
+                  str: "a text"}[type(default)]
+        raise UsageError(f"{option}: {needed} is needed, such as {_toml(default)}.")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        least = min(1 if isinstance(default, int) else 0, default)
-        if not math.isfinite(value) or value < least:
-            raise UsageError(f"{option}: a finite number of at least {least:g} is needed.")
+        smallest = min(1 if isinstance(default, int) else 0, default)
+        if not math.isfinite(value) or value < smallest:
+            raise UsageError(f"{option}: a finite number of at least {smallest:g} is needed.")
     return value
 
 
@@ -182,13 +179,13 @@ def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _spellings(path: str) -> list[str]:
-    """A path as users may write it, the shortest last."""
+    """The forms of a path that users may write, the shortest last."""
     whole = [path, path.removeprefix(f"{TRAINING}.")]
     return [*whole, *(re.sub(r"\.\d+\.", ".", p) for p in whole)]
 
 
 def _replace(table: Any, path: Sequence[str], value: Any) -> Any:
-    """A copy with another value at the path."""
+    """Copy a table with another value at the path."""
     if not path:
         return value
     first, *rest = path

@@ -188,13 +188,13 @@ def write_scan(tree: Tree, options: PhantomOptions, who: Participant, someone: P
         "Manufacturer": "QSphere", "ManufacturersModelName": f"Phantom {where.name}",
         "DeviceSerialNumber": where.name, "InstitutionName": where.name,
         "MagneticFieldStrength": 3.0, "SoftwareVersions": __version__}
-    dwi = names.output(entities, "dwi", ".nii.gz")
+    dwi = names.output_path(entities, "dwi", ".nii.gz")
     tree.image(dwi, _stored(made.signal, options), affine, {
         **scanner, "EchoTime": round(where.echo_time / 1000, 6),
         "RepetitionTime": round(where.repetition_time, 6), "PhaseEncodingDirection": "j-",
         "TotalReadoutTime": 0.05}, where.repetition_time)
     tree.gradients(dwi, made.acquisition, affine)
-    t1w = names.output(entities, "T1w", ".nii.gz", "anat")
+    t1w = names.output_path(entities, "T1w", ".nii.gz", "anat")
     tree.image(t1w, _stored(made.t1, options), fine, {
         **scanner, "EchoTime": 0.003, "RepetitionTime": 2.3, "FlipAngle": 9})
 
@@ -203,36 +203,36 @@ def write_scan(tree: Tree, options: PhantomOptions, who: Participant, someone: P
         return {"Description": text, "Sources": [uri], "SpatialReference": uri,
                 "SkullStripped": True, **more}
 
-    tree.image(MASKS / names.output(entities, "mask", ".nii.gz", desc="brain"),
+    tree.image(MASKS / names.output_path(entities, "mask", ".nii.gz", desc="brain"),
                made.mask.astype(np.uint8), affine, keys(dwi, "Brain mask", Type="Brain"))
     brain = (made.t1_tissue.sum(0) > 0.5).astype(np.uint8)
-    tree.image(MASKS / names.output(entities, "mask", ".nii.gz", "anat", desc="brain"), brain,
+    tree.image(MASKS / names.output_path(entities, "mask", ".nii.gz", "anat", desc="brain"), brain,
                fine, keys(t1w, "Brain mask", Type="Brain"))
     for i, tissue in enumerate(TISSUES):
         label = LABELS[tissue]
         text = f"Share of {label} in a voxel, exact"
-        tree.image(TISSUE / names.output(entities, "probseg", ".nii.gz", "anat", label=label),
+        tree.image(TISSUE / names.output_path(entities, "probseg", ".nii.gz", "anat", label=label),
                    made.t1_tissue[i], fine, keys(t1w, text))
-        tree.image(TRUTH / names.output(entities, "probseg", ".nii.gz", label=label),
+        tree.image(TRUTH / names.output_path(entities, "probseg", ".nii.gz", label=label),
                    made.tissue[i], affine, keys(dwi, f"{text}, with the reference's point spread"))
-    tree.image(TISSUE / names.output(entities, "dseg", ".nii.gz", "anat"),
+    tree.image(TISSUE / names.output_path(entities, "dseg", ".nii.gz", "anat"),
                ((made.t1_tissue.argmax(0) + 1) * brain).astype(np.uint8), fine,
                keys(t1w, "Tissue of the largest share: 1 WM, 2 GM, 3 CSF"))
     if someone.lesion:
-        tree.image(TRUTH / names.output(entities, "mask", ".nii.gz", label="lesion"),
+        tree.image(TRUTH / names.output_path(entities, "mask", ".nii.gz", label="lesion"),
                    made.lesion.astype(np.uint8), affine, keys(dwi, "Lesion", Type="Lesion"))
     for name, values in made.truth.items():
         model, text, units = MAPS[name]
         orientation = ODF_KEYS if values.ndim > 3 else {}
-        tree.image(TRUTH / names.output(entities, "dwimap", ".nii.gz", model=model, param=name,
+        tree.image(TRUTH / names.output_path(entities, "dwimap", ".nii.gz", model=model, param=name,
                                         desc="truth"),
                    values, affine, keys(dwi, text, Units=units, **orientation))
-    reference = TRUTH / names.output(entities, "dwi", ".nii.gz", desc="reference")
+    reference = TRUTH / names.output_path(entities, "dwi", ".nii.gz", desc="reference")
     tree.image(reference, made.reference, affine, keys(
         dwi, "What the reference site measures without noise, on this scan's grid, in this pose, "
              "with this table"), where.repetition_time)
     tree.gradients(reference, made.acquisition, affine)
-    tree.json(TRUTH / names.output(entities, "truth", ".json"), {
+    tree.json(TRUTH / names.output_path(entities, "truth", ".json"), {
         "Site": where.name, "Pose": made.pose, "PoseDescription":
             "4x4, from the person's coordinates to the scanner's (world RAS+, mm)",
         "SmallestJacobian": made.jacobian, "Age": who.age, "Sex": who.sex,

@@ -1,4 +1,4 @@
-"""Signs of life of work that takes minutes: a bar on a terminal, else lines in the log."""
+"""Progress of work that takes minutes: a bar on a terminal, otherwise lines in the log."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ log = logging.getLogger("qsphere")
 T = TypeVar("T")
 
 
-def track(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield items, each of which takes long, and report how far the work is.
+def track(items: Sequence[T], task: str) -> Iterator[T]:
+    """Yield items that each take long to process, and report the progress.
 
     Parameters
     ----------
     items : sequence
-        One step of the work each.
-    what : str
-        Names the work, e.g. `harmonize_rish: registering`. Without a terminal a line before each
-        item says `harmonize_rish: registering 3 of 16, about 4 min left`.
+        The steps of the work.
+    task : str
+        Name of the work, such as `harmonize_rish: registering`. Without a terminal, a line before
+        each item says `harmonize_rish: registering 3 of 16, about 4 min left`.
 
     Yields
     ------
     item
     """
     began = time.monotonic()
-    with tqdm(total=len(items), desc=what, disable=None) as bar:
+    with tqdm(total=len(items), desc=task, disable=None) as bar:
         for k, item in enumerate(items):
             if bar.disable:
-                log.info("%s %d of %d%s", what, k + 1, len(items),
+                log.info("%s %d of %d%s", task, k + 1, len(items),
                          time_left(time.monotonic() - began, k, len(items)))
             yield item
             bar.update()
 
 
 def time_left(seconds: float, done: int, total: int) -> str:
-    """Say how long the rest takes at the pace so far: `, about 4 min left`; empty at the start."""
+    """Estimate the remaining time: `, about 4 min left`; empty if nothing is done yet.
+
+    >>> time_left(60, 1, 5)
+    ', about 4 min left'
+    """
     if not done:
         return ""
     rest = seconds / done * (total - done)

@@ -82,7 +82,7 @@ def participant(options: Options) -> int:
     models = harmonize.load_models(options)
     if options.reports_only and not options.dry_run:
         return regenerate_reports(options)
-    found = find.find(options)
+    found = find.find_runs(options)
     if options.dry_run:
         print("pages only" if options.reports_only else dry_run(found, models, chosen, options))
         return 0
@@ -125,7 +125,7 @@ def group(options: Options) -> int:
         No participant was processed, or a training is not possible.
     """
     trained = trained_methods(options)
-    found = find.find(options)
+    found = find.find_runs(options)
     for label, messages in found.problems.items():
         for message in messages:
             log.warning("sub-%s: %s", label, message)
@@ -210,7 +210,7 @@ def load_cohort(options: Options, found: find.Inventory, statistics: pd.DataFram
     return Cohort(
         statistics, tuple(quality.map_features(statistics.columns)), covariates=tuple(covariates),
         reference_batch=options.reference_batch, paired_by=options.paired_by,
-        acquisitions={name: btable.acquisition_of(run) for name, run in runs.items()},
+        acquisitions={name: btable.load_acquisition(run) for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
         load=lambda name: load_run(runs[name], memory=per_scan, work_dir=options.work_dir)[0])
 

@@ -1,4 +1,4 @@
-"""Temporary folders that the next process removes where the one that made them was killed."""
+"""Temporary folders that the next process removes if the one that made them was killed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 PREFIX = "qsphere-"
-"""Begins the names of temporary folders in a folder that others use, too."""
+"""Prefix of temporary folders in a folder that is shared with other programs."""
 
 
 @contextlib.contextmanager
 def folder(parent: Path, prefix: str = "") -> Iterator[Path]:
-    """Make an empty folder for the block. A lock beside it says that its owner lives."""
+    """Make an empty folder for the block, with a lock beside it while its owner is alive."""
     path = parent / f"{prefix}{uuid.uuid4().hex}"
     with FileLock(path.with_suffix(".lock")) as lock:
         path.mkdir()
@@ -29,7 +29,7 @@ def folder(parent: Path, prefix: str = "") -> Iterator[Path]:
 
 
 def sweep(parent: Path, prefix: str = "") -> None:
-    """Remove the folders that `folder` made there for processes that are dead."""
+    """Remove the folders of processes that are dead, made there by `folder`."""
     for path in parent.glob(f"{prefix}*.lock"):
         with contextlib.suppress(OSError, Timeout), FileLock(path, timeout=0):
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
@@ -38,11 +38,21 @@ def sweep(parent: Path, prefix: str = "") -> None:
 
 @contextlib.contextmanager
 def temporary(parent: Path | None) -> Iterator[Path]:
-    """Make an empty folder for the block, in the system's place for such or, swept, in `parent`."""
+    """Make an empty folder for the block.
+
+    Parameters
+    ----------
+    parent : Path or None
+        Folder to make it in, which is swept first; None: the system's temporary folder.
+
+    Yields
+    ------
+    Path
+    """
     if parent is None:
-        with tempfile.TemporaryDirectory() as made:
-            yield Path(made)
+        with tempfile.TemporaryDirectory() as path:
+            yield Path(path)
         return
     sweep(parent, PREFIX)
-    with folder(parent, PREFIX) as path:
-        yield path
+    with folder(parent, PREFIX) as new:
+        yield new

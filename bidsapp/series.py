@@ -1,6 +1,7 @@
-"""Series: the volumes of a run on their grid, read from disk when they are asked for.
+"""Series: the volumes of a run on their grid, read from disk on demand.
 
-Volumes are best read in order: a compressed file is then read once, and going back starts it anew.
+Volumes should be read in order: a compressed file is then read only once, while each step back
+reads it from its start.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ class Series:
     acquisition : Acquisition
         As many measurements as the images have volumes.
     phase_encoding : PhaseEncoding, optional
-        Of all images; None where it is unknown.
+        Phase encoding of all images; None if it is unknown.
     phases : tuple of nibabel images
-        Phase of each image, in radians; nothing where the series is of magnitudes alone.
+        Phase of each image, in radians; empty if only magnitudes are used.
 
     Raises
     ------
     DataError
-        An image is not 4-D, has another grid than the first, or the numbers of volumes differ.
+        An image is not 4-D or has another grid than the first, or the numbers of volumes differ.
     """
 
     images: tuple[Any, ...]
@@ -51,22 +52,22 @@ class Series:
         for image in (*self.images, *self.phases):
             if len(image.shape) != 4:
                 raise DataError(f"{image.get_filename()}: has {len(image.shape)} dimensions, a DWI "
-                                "needs 4 (x, y, z, volume). Convert the whole series, not one "
+                                "needs 4 (x, y, z, volume). Convert the whole series, not a single "
                                 "volume.")
             if image.shape[:3] != self.shape:
                 raise DataError(f"{image.get_filename()}: has the grid "
-                                f"{' × '.join(map(str, image.shape[:3]))}, that of the series is "
-                                f"{' × '.join(map(str, self.shape))}. Process the two apart.")
+                                f"{' × '.join(map(str, image.shape[:3]))}, but the series has "
+                                f"{' × '.join(map(str, self.shape))}. Process the two separately.")
         volumes = [image.shape[3] for image in self.images]
         if sum(volumes) != len(self.acquisition):
-            raise DataError(f"{self.images[0].get_filename()}: {sum(volumes)} volumes stand beside "
+            raise DataError(f"{self.images[0].get_filename()}: has {sum(volumes)} volumes, but "
                             f"{len(self.acquisition)} measurements. Export both again.")
         if self.phases and [image.shape[3] for image in self.phases] != volumes:
-            raise DataError(f"{self.phases[0].get_filename()}: the phase has other numbers of "
-                            "volumes than the magnitude. Export both again.")
+            raise DataError(f"{self.phases[0].get_filename()}: phase and magnitude have "
+                            "different numbers of volumes. Export both again.")
 
     @classmethod
-    def of_run(cls, run: Run, acquisition: Acquisition, *, phase: bool = False) -> Series:
+    def from_run(cls, run: Run, acquisition: Acquisition, *, phase: bool = False) -> Series:
         """Open the images of a run.
 
         Parameters
@@ -74,14 +75,15 @@ class Series:
         run : Run
             Paths of the images.
         acquisition : Acquisition
-            Of all parts.
+            Acquisition of all parts.
         phase : bool
-            Whether its phase images are used, where it has any.
+            Whether phase images are used, if there are any.
 
         Raises
         ------
         DataError
-            As of Series; or a file cannot be opened, or a phase is not in radians.
+            The images do not make a series (see the class), a file cannot be opened, or a phase is
+            not in radians.
         """
         images = tuple(open_image(part.image) for part in run.parts)
         phases = tuple(map(_open_phase, run.phase)) if phase else ()
@@ -100,21 +102,24 @@ class Series:
 
     @property
     def is_complex(self) -> bool:
+        """Whether the volumes are complex."""
         return bool(self.phases)
 
     def __len__(self) -> int:
         return len(self.acquisition)
 
     def __iter__(self) -> Iterator[Shaped[np.ndarray, "x y z"]]:
-        """Volumes in order, as `volume` gives them; damage at the end of a file raises, too."""
+        """Yield the volumes in order, as `volume` returns them, and check the end of each file."""
         for k, image in enumerate(self.images):
             for i in range(image.shape[3]):
                 yield self._volume(k, i)
-            for read in (image, *self.phases[k:k + 1]):
-                check_end(read)
+            for finished in (image, *self.phases[k:k + 1]):
+                check_end(finished)
 
     def volume(self, i: int) -> Shaped[np.ndarray, "x y z"]:
-        """Volume i: float32, or complex64 of a complex series; NaN and Inf as they are stored.
+        """Read volume i, as float32, or as complex64 if the series is complex.
+
+        NaN and Inf stay as they are stored.
 
         Raises
         ------
@@ -128,12 +133,21 @@ class Series:
         return self._volume(*next(islice(self._places(), i, None)))
 
     def mean(self, volumes: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "x y z"]:
-        """Mean magnitude of the chosen volumes, float32; NaN and Inf count as 0.
+        """Compute the mean magnitude of some volumes; NaN and Inf count as 0.
+
+        Parameters
+        ----------
+        volumes : (n,) bool
+            The volumes that are averaged.
+
+        Returns
+        -------
+        (x, y, z) float32
 
         Raises
         ------
         DataError
-            None is chosen, or a file is damaged.
+            No volume is selected, or a file is damaged.
         """
         total: np.ndarray | None = None
         for chosen, (k, i) in zip(volumes, self._places(), strict=True):
@@ -147,26 +161,31 @@ class Series:
 
     def within(self, mask: Bool[np.ndarray, "x y z"], *, memory: float = np.inf,
                work_dir: Path | None = None) -> Dwi:
-        """Read the magnitude inside a mask, volume by volume; NaN and Inf become 0, counted.
+        """Read the magnitude inside a mask, volume by volume.
 
-        Volumes are stored one after another, so that each is written in one stroke and a block of
-        voxels is a short piece of each. Parts after the first are scaled so that their mean b0 in
-        the mask equals the first part's, where both have b0 volumes.
+        NaN and Inf become 0 and are counted. Parts after the first are scaled so that their mean b0
+        in the mask equals that of the first part, if both have b0 volumes. The volumes are
+        contiguous in memory, so that each is written at once and a block of voxels is a short piece
+        of each.
 
         Parameters
         ----------
         mask : (x, y, z) bool
-            The voxels that are kept.
+            The voxels that are read.
         memory : float
-            Bytes that may be used: a signal that `peak_memory` puts above it goes to an unnamed
-            file in `work_dir`, of which the system keeps in memory what fits.
+            Bytes that may be used. A signal that needs more (`peak_memory`) is mapped from an
+            unnamed file in `work_dir`, of which the system keeps in memory what fits.
         work_dir : Path, optional
-            Default: the system's temporary folder.
+            Folder of that file; default: the system's temporary folder.
+
+        Returns
+        -------
+        Dwi
 
         Raises
         ------
         DataError
-            An image is damaged (its checksum or length is wrong), or a volume holds no finite value
+            An image is damaged (its checksum or length is wrong), a volume has no finite value
             inside the mask, or the mask is empty.
         """
         signal = _empty(int(mask.sum()), len(self), memory, work_dir)
@@ -195,7 +214,7 @@ class Series:
         return Dwi(signal, mask, self.affine, self.acquisition, invalid=invalid)
 
     def _places(self) -> Iterator[tuple[int, int]]:
-        """(image, volume in it) of every volume."""
+        """Index of the image, and of the volume in it, for each volume."""
         return ((k, i) for k, image in enumerate(self.images) for i in range(image.shape[3]))
 
     def _volume(self, k: int, i: int) -> np.ndarray:
@@ -206,29 +225,30 @@ class Series:
 
 
 def read_volume(image: Any, i: int) -> Float[np.ndarray, "x y z"]:
-    """Volume i of a 4-D image, float32, as its header scales it.
+    """Read volume i of a 4-D image as float32, scaled by its header.
 
     Raises
     ------
     DataError
-        The file ends or breaks before.
+        The file is damaged or truncated before the end of this volume.
     """
     try:
-        return np.array(image.dataobj[..., i], dtype=np.float32)  # nibabel's may be read-only
+        # copied, since the array of nibabel may be read-only
+        return np.array(image.dataobj[..., i], dtype=np.float32)
     except DAMAGE as error:
-        raise DataError(f"{image.get_filename()}: ends or breaks before volume {i} of "
+        raise DataError(f"{image.get_filename()}: is damaged or truncated before volume {i} of "
                         f"{image.shape[3]} ({error}). Copy or convert the file again.") from error
 
 
 def _open_phase(file: ImageFile) -> Any:
     if file.metadata.get("Units") != "rad":
-        raise DataError(f"{file.image}: its phase has the unit {file.metadata.get('Units')!r}, "
+        raise DataError(f"{file.image}: the phase has the unit {file.metadata.get('Units')!r}, "
                         'radians are needed. Convert it, and write "Units": "rad" in the sidecar.')
     return open_image(file.image)
 
 
 def _empty(voxels: int, measurements: int, memory: float, work_dir: Path | None) -> np.ndarray:
-    """(voxel, measurement) float32, volumes one after another, in memory or in a file."""
+    """Allocate (voxel, measurement) float32 with contiguous volumes, in memory or in a file."""
     if peak_memory(voxels, measurements) <= memory:
         return np.empty((measurements, voxels), np.float32).T
     with tempfile.TemporaryFile(dir=work_dir) as file:
@@ -237,10 +257,11 @@ def _empty(voxels: int, measurements: int, memory: float, work_dir: Path | None)
 
 
 def _reserve(descriptor: int, size: int, folder: Path | None) -> None:
-    """Take the disk space now: a full disk under a memory map would kill the process."""
+    """Reserve disk space, since a full disk under a memory map would kill the process."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
         raise DataError(f"{folder or tempfile.gettempdir()}: has no room for {size / 1e9:.1f} GB "
-                        f"({error.strerror}). Give a roomier --work-dir, or a higher --mem-mb.") \
+                        f"({error.strerror}). Give a --work-dir with more space, or a higher "
+                        "--mem-mb.") \
             from error

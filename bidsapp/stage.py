@@ -1,4 +1,4 @@
-"""Stage: a signal on its way through the steps of a run."""
+"""Stage: a signal between the steps of a run."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from bidsapp.dwi import Dwi
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A signal, and what the sidecars of all images made from it must say.
+    """A signal, with the provenance that the sidecars of all images made from it must hold.
 
     Parameters
     ----------
     dwi : Dwi
         The signal inside the brain mask.
     desc : str
-        `desc` entity of everything made from this signal; empty for the signal as measured.
+        `desc` entity of all outputs of this signal; empty for the measured signal.
     sources : tuple of str
-        `bids:` URIs of the images that hold it, beside the files of the run.
+        `bids:` URIs of the images of the signal, besides the files of the run.
     about : mapping
-        Sidecar keys of everything made from it.
+        Sidecar keys of all outputs of the signal.
     no_intervals : str
-        Why no estimator can give an interval from this signal, as a clause; empty where it can.
+        Reason why estimators can give no intervals from this signal, as a clause; empty if they
+        can.
     widening : float
-        Factor of all standard deviations, for the error of the steps before.
+        Factor of all standard deviations, which accounts for the error of the steps before.
     tissue : callable, optional
-        Gives (voxel, 3) probabilities of grey matter, white matter and CSF, or None, and a
-        sentence on them; called where a method wants them.
+        Returns (voxel, 3) probabilities of grey matter, white matter and CSF, or None, and a
+        sentence on them. It is called if a method needs them.
     """
 
     dwi: Dwi

@@ -1,15 +1,16 @@
-"""Batched, differentiable diffusion tensor fit from b-tensors of any shape.
+"""Batched, differentiable diffusion tensor fit for b-tensors of any shape.
 
     log S_i = log S0 − B_i : D = x_i · β,   x = (−B11, −2B12, −2B13, −B22, −2B23, −B33, 1)
 
-Ordinary least squares gives β_ols; weighted least squares uses w_i = exp(2 x_i·β_ols), the squared
+Ordinary least squares gives β_ols. Weighted least squares uses w_i = exp(2 x_i·β_ols), the squared
 predicted signal, because Var(log S) ≈ σ²/S² (Salvador et al. 2005, doi:10.1002/hbm.20076; Chung
-et al. 2006, doi:10.1016/j.neuroimage.2006.07.001). These are dipy's weights. Then
+et al. 2006, doi:10.1016/j.neuroimage.2006.07.001). These are the weights of dipy. Then
 
     Cov(β) = σ² (Xᵀ W X)⁻¹,   σ² = Σ w_i r_i² / (n − 7)   in signal units,
 
 and the delta method gives the standard errors of FA and MD. Measurements that are not positive and
-finite have weight 0. Inside, b is in ms/µm² and D in µm²/ms, so that all numbers are near 1.
+finite have weight 0. Inside this module b is in ms/µm² and D in µm²/ms, so that all numbers are
+near 1.
 """
 
 from __future__ import annotations
@@ -23,39 +24,53 @@ from jaxtyping import Bool, Float
 from bidsapp.acquisition import SHELL_GAP, Acquisition
 
 TERMS = 7
+"""Number of unknowns of the fit: six tensor entries and log S0."""
 
 MIN_LOG_SIGNAL = 1e-6
-"""Eigenvalues are kept at or above this divided by the largest entry of the design (as dipy)."""
+"""Smallest eigenvalue of a tensor, times the largest entry of the design (as in dipy)."""
 
 LEAST_RATIO = 0.01
-"""S/S0 at least, of `of_attenuation`: below it there is noise alone."""
+"""Smallest S/S0 in `fa_and_md`; a lower signal is noise alone."""
 
 SATURATED_FA = 0.999
+"""FA above which a tensor counts as saturated."""
 
 B_MAX = 1500.0
-"""s/mm²: highest shell to which a tensor is fitted; beyond it kurtosis lowers MD."""
+"""Highest b-value of the shells that a tensor is fitted to, in s/mm². Beyond it kurtosis lowers MD.
+"""
 
 ENOUGH = 6 * 900.0**2
-"""Sum of b² (s/mm²) over the volumes of a tensor. The variance of its entries falls with this sum;
-six directions of b = 900, the least that is used clinically, have it."""
+"""Smallest sum of b² over the volumes of a tensor, in (s/mm²)². The variance of its entries falls
+with this sum. Six directions of b = 900 s/mm², the clinical minimum, reach it."""
 
 B_TOLERANCE = 0.05
-"""Share by which the b-value of a shell may exceed the highest and count as it, for b-values that
-scanners report with their gradients' own deviations."""
+"""Share by which the b-value of a shell may exceed the highest, since scanners report b-values with
+the deviations of their gradients."""
 
 INDEPENDENT = 0.01
-"""The design's columns, scaled to unit length, need singular values above this."""
+"""Smallest singular value of linearly independent columns of the design, scaled to unit length."""
 
 
 def design(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 7"]:
-    """(n, 7) design matrix of (n, 3, 3) b-tensors in s/mm²; its entries are in ms/µm² (and 1)."""
+    """Make the design matrix x of the fit.
+
+    Parameters
+    ----------
+    btensors : (n, 3, 3)
+        b-tensors, s/mm².
+
+    Returns
+    -------
+    (n, 7)
+        Entries in ms/µm², and a column of 1.
+    """
     b = np.asarray(btensors, dtype=np.float64) / 1000
     return np.stack([-b[:, 0, 0], -2 * b[:, 0, 1], -2 * b[:, 0, 2], -b[:, 1, 1],
                      -2 * b[:, 1, 2], -b[:, 2, 2], np.ones(len(b))], axis=1)
 
 
 def rank(btensors: Float[np.ndarray, "n 3 3"]) -> int:
-    """Number of the TERMS unknowns (six tensor entries and S0) that b-tensors determine."""
+    """Count the unknowns of the fit (six tensor entries and S0) that b-tensors determine."""
     x = design(btensors)
     length = np.linalg.norm(x, axis=0)
     values = np.linalg.svd(x / np.where(length > 0, length, 1), compute_uv=False)
@@ -65,30 +80,30 @@ def rank(btensors: Float[np.ndarray, "n 3 3"]) -> int:
 def volumes(acquisition: Acquisition, b_max: float = B_MAX) -> np.ndarray:
     """Select the volumes that a tensor is fitted to.
 
-    These are the volumes without weighting and the shells up to `b_max`. If they do not determine
-    a tensor, or leave it to the noise (Σ b² below ENOUGH), as six directions of b = 200 s/mm²
-    beside a shell of 2000 would, the next higher shells are added, one by one, until they do not.
-    A measurement has the b-value of its shell unless it differs from it by more than SHELL_GAP, as
-    in acquisitions without shells.
+    These are the b0 volumes and the shells up to `b_max`. If they do not determine a tensor, or
+    determine it so poorly that noise dominates (Σ b² below ENOUGH), the next higher shells are
+    added one by one until they suffice. An example is an acquisition with six directions of
+    b = 200 s/mm² and a shell of b = 2000 s/mm². A measurement has the b-value of its shell unless
+    it differs from it by more than SHELL_GAP, as in acquisitions without shells.
 
     Parameters
     ----------
     acquisition : Acquisition
-        With b-tensors of any shape.
+        Acquisition with b-tensors of any shape.
     b_max : float
-        s/mm²; shells up to B_TOLERANCE beyond it are used, too.
+        Highest b-value, s/mm². Shells that exceed it by up to B_TOLERANCE are used as well.
 
     Returns
     -------
-    numpy.ndarray
-        Indices, in order; of all volumes if no selection determines a tensor.
+    (n,) int
+        Indices of the volumes, ascending; all volumes if no selection determines a tensor.
     """
     b = acquisition.bvals.copy()
     for shell in acquisition.shells:
         near = np.abs(acquisition.bvals[shell.indices] - shell.b) <= SHELL_GAP * shell.b
         b[shell.indices[near]] = shell.b
     limit = (1 + B_TOLERANCE) * b_max
-    # imaging gradients give volumes without weighting a tiny b-tensor, which determines nothing
+    # imaging gradients give b0 volumes a tiny b-tensor, which determines nothing
     weighted = np.where(acquisition.b0[:, None, None], 0, acquisition.btensors)
     for highest in (limit, *np.unique(b[b > limit])):
         chosen = np.flatnonzero(b <= highest)
@@ -99,44 +114,73 @@ def volumes(acquisition: Acquisition, b_max: float = B_MAX) -> np.ndarray:
 
 
 def attenuation_fit(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "6 n"]:
-    """(6, n): from log S/S0 to D11, D12, D13, D22, D23, D33 (µm²/ms), by ordinary least squares
-    with S0 known."""
+    """Make the matrix of an ordinary least squares fit with known S0.
+
+    Parameters
+    ----------
+    btensors : (n, 3, 3)
+        b-tensors, s/mm².
+
+    Returns
+    -------
+    (6, n)
+        Matrix from log S/S0 to D11, D12, D13, D22, D23, D33 (µm²/ms).
+    """
     return np.linalg.pinv(design(btensors)[:, :6])
 
 
-def of_attenuation(ratio: Float[torch.Tensor, "*batch n"], fit: Float[torch.Tensor, "*fits 6 n"]
+def fa_and_md(ratio: Float[torch.Tensor, "*batch n"], fit: Float[torch.Tensor, "*fits 6 n"]
                    ) -> tuple[Float[torch.Tensor, "*batch"], Float[torch.Tensor, "*batch"]]:
-    """FA and MD (µm²/ms) of signals S/S0, with finite gradients everywhere, at isotropy, too:
+    """Compute FA and MD of attenuations, with finite gradients everywhere, including isotropy.
 
         FA² = 3/2 ‖D − MD 1‖² / ‖D‖²,  MD = tr D / 3.
 
-    A network can learn from it; `tensor.fit` is the one that weighs, and counts what it cannot use.
-    fit: `attenuation_fit`, one for all or one for each. Signals count as LEAST_RATIO at least.
+    It serves as a loss of networks. For maps use `fit`, which weights the measurements and flags
+    those that it cannot use.
+
+    Parameters
+    ----------
+    ratio : (…, n)
+        S/S0; lower values count as LEAST_RATIO.
+    fit : (6, n) or (…, 6, n)
+        `attenuation_fit`, one for all signals or one for each.
+
+    Returns
+    -------
+    fa, md : (…,)
+        FA, and MD in µm²/ms.
     """
     d = (fit @ torch.log(ratio.clamp(min=LEAST_RATIO))[..., None])[..., 0]
     diagonal, off = d[..., [0, 3, 5]], d[..., [1, 2, 4]]
     md = diagonal.mean(-1)
-    away = (diagonal - md[..., None]).square().sum(-1) + 2 * off.square().sum(-1)
-    # the roots of both sums have infinite slopes at 0
-    return torch.sqrt(1.5 * away / (away + 3 * md.square() + 1e-6) + 1e-8), md
+    deviation = (diagonal - md[..., None]).square().sum(-1) + 2 * off.square().sum(-1)
+    # the small constants avoid the infinite slope of a root at 0
+    return torch.sqrt(1.5 * deviation / (deviation + 3 * md.square() + 1e-6) + 1e-8), md
 
 
 def fit(signal: Float[torch.Tensor, "voxel n"], x: Float[np.ndarray, "n 7"], *,
         weighted: bool = True) -> dict[str, torch.Tensor]:
-    """Fit one tensor to each row of `signal`.
+    """Fit one tensor to each row of a signal.
 
-    Args:
-        signal: (voxel, n) float32 or float64, any unit.
-        x: (n, 7) from `design`, of full rank.
-        weighted: WLS with the weights above, else OLS (then σ and errors belong to log S).
+    Parameters
+    ----------
+    signal : (voxel, n)
+        float32 or float64, in any unit.
+    x : (n, 7)
+        Matrix from `design`, of full rank.
+    weighted : bool
+        Weighted least squares with the weights of this module; otherwise ordinary least squares,
+        where sigma and the standard errors refer to log S.
 
-    Returns:
-        fa (1), md, ad, rd (mm²/s), direction (voxel, 3) (unit, the frame of the b-tensors, sign
-        free), s0 and sigma (signal units; OLS: sigma of log S), fa_std, md_std; and bool flags
-        `failed` (no tensor: everything else is 0), `clamped` (an eigenvalue was raised to the
-        smallest allowed) and `saturated` (FA ≥ 0.999). Standard errors are those of the tensor
-        before clamping; that of FA is at most ½, as of anything within 0–1. Without spare
-        measurements (n = 7) sigma and the errors are 0.
+    Returns
+    -------
+    dict of (voxel,)
+        `fa`; `md`, `ad`, `rd` (mm²/s); `direction` (voxel, 3), unit vectors of arbitrary sign in
+        the frame of the b-tensors; `s0` and `sigma` (signal units); `fa_std`, `md_std`, the
+        standard errors of the tensor before clamping, that of FA at most ½, the largest possible
+        SD of a value within 0–1. With n = 7, sigma and the standard errors are 0. The flags are
+        `failed` (no tensor: all values are 0), `clamped` (an eigenvalue was raised to the smallest
+        allowed) and `saturated` (FA ≥ 0.999).
     """
     columns = torch.as_tensor(x, dtype=signal.dtype, device=signal.device)
     signal = signal.T.contiguous()
@@ -147,7 +191,7 @@ def fit(signal: Float[torch.Tensor, "voxel n"], x: Float[np.ndarray, "n 7"], *,
         use, holes = valid.to(signal.dtype), (~valid).any(0).nonzero()[:, 0]
         signal = torch.where(valid, signal, 1)
     log_s = torch.log(signal)
-    beta = torch.linalg.pinv(columns) @ log_s  # serves all voxels in which nothing is missing
+    beta = torch.linalg.pinv(columns) @ log_s  # right for voxels without missing values
     if holes is not None:
         some = use[:, holes]
         solved = _solve(*_ldl(_normal(columns, some)), columns.T @ (some * log_s[:, holes]))
@@ -156,7 +200,7 @@ def fit(signal: Float[torch.Tensor, "voxel n"], x: Float[np.ndarray, "n 7"], *,
     residual = log_s - predicted
     top = predicted.amax(0) if weighted else torch.zeros_like(predicted[0])
     weight = (torch.exp(2 * (predicted - top)) if weighted else torch.ones_like(predicted)) * use
-    # this step solves for the change from OLS, so that float32 costs no accuracy
+    # solving for the change from OLS keeps the accuracy in float32
     pull = weight * residual
     right = columns.T @ pull
     lower, pivots, deficient = _ldl(_normal(columns, weight))
@@ -197,17 +241,17 @@ def _maps(beta: Float[torch.Tensor, "7 voxel"], error: Float[torch.Tensor, " vox
 
 def _normal(columns: Float[torch.Tensor, "n 7"], weight: Float[torch.Tensor, "n _"]
             ) -> Float[torch.Tensor, "7 7 _"]:
-    """Xᵀ W X of every voxel at once, (7, 7, voxel), for weights (n, voxel)."""
+    """Xᵀ W X of all voxels, (7, 7, voxel), for weights (n, voxel)."""
     products = columns[:, :, None] * columns[:, None, :]
     return (products.flatten(1).T @ weight).unflatten(0, (TERMS, TERMS))
 
 
 def _ldl(normal: Float[torch.Tensor, "7 7 voxel"]) -> tuple[
         list[torch.Tensor], Float[torch.Tensor, "7 voxel"], Bool[torch.Tensor, " voxel"]]:
-    """L D Lᵀ of symmetric matrices (7, 7, voxel): columns of L below its diagonal, D (7, voxel),
-    and which are singular.
+    """Factorise symmetric matrices (7, 7, voxel) as L D Lᵀ.
 
-    A pivot below 32 ε of its diagonal entry means that a column depends on the ones before it.
+    Returns the columns of L below its diagonal, D (7, voxel), and the singular matrices. A pivot
+    below 32 ε of its diagonal entry means that a column depends on those before it.
     """
     tolerance = 32 * torch.finfo(normal.dtype).eps
     least = tolerance * torch.diagonal(normal).T
@@ -226,7 +270,7 @@ def _ldl(normal: Float[torch.Tensor, "7 7 voxel"]) -> tuple[
 
 def _forward(lower: list[torch.Tensor], right: Float[torch.Tensor, "7 voxel"]
              ) -> Float[torch.Tensor, "7 voxel"]:
-    """z of L z = right, (7, voxel)."""
+    """Solve L z = right, (7, voxel)."""
     z = []
     for column in lower:
         z.append(right[0])
@@ -237,7 +281,7 @@ def _forward(lower: list[torch.Tensor], right: Float[torch.Tensor, "7 voxel"]
 def _solve(lower: list[torch.Tensor], pivots: Float[torch.Tensor, "7 voxel"],
            deficient: Bool[torch.Tensor, " voxel"], right: Float[torch.Tensor, "7 voxel"]
            ) -> Float[torch.Tensor, "7 voxel"]:
-    """β of L D Lᵀ β = right, (7, voxel); 0 where singular."""
+    """Solve L D Lᵀ β = right, (7, voxel); β is 0 if the matrix is singular."""
     scaled = _forward(lower, right) / pivots
     beta = scaled[:0]
     for column, value in zip(reversed(lower), reversed(scaled), strict=True):
@@ -252,9 +296,9 @@ def _spread(lower: list[torch.Tensor], pivots: Float[torch.Tensor, "7 voxel"],
 
 
 def _fa_gradient(d: Float[torch.Tensor, "6 voxel"]) -> Float[torch.Tensor, "7 voxel"]:
-    """∂FA/∂β, (7, voxel), from FA² = 3/2 (1 − T²/(3Q)), T = tr D, Q = ‖D‖²:
+    """∂FA/∂β, (7, voxel), from FA² = 3/2 (1 − T²/(3Q)) with T = tr D and Q = ‖D‖².
 
-    ∂FA/∂D_ij = T/(2 FA Q) (T D_ij/Q − δ_ij); entries off the diagonal count twice.
+    ∂FA/∂D_ij = T/(2 FA Q) (T D_ij/Q − δ_ij); off-diagonal entries count twice.
     """
     diagonal = torch.tensor([1, 0, 0, 1, 0, 1], dtype=d.dtype, device=d.device)[:, None]
     twice = 2 - diagonal
@@ -267,11 +311,12 @@ def _fa_gradient(d: Float[torch.Tensor, "6 voxel"]) -> Float[torch.Tensor, "7 vo
 
 def _eigen(d: Float[torch.Tensor, "6 voxel"]
            ) -> tuple[Float[torch.Tensor, "3 voxel"], Float[torch.Tensor, "3 voxel"]]:
-    """Eigenvalues in descending order (3, voxel), and the first eigenvector (3, voxel), of
-    (6, voxel) D11, D12, D13, D22, D23, D33 in float64; (1, 0, 0) where all are equal.
+    """Eigenvalues in descending order (3, voxel) and first eigenvector (3, voxel) of tensors.
 
-    Trigonometric solution of the cubic (Smith 1961, doi:10.1145/355578.366316); by Cayley–Hamilton
-    (D − e2)(D − e3) = (e1 − e2)(e1 − e3) v1 v1ᵀ, of which the longest column is taken.
+    The tensors are (6, voxel) D11, D12, D13, D22, D23, D33 in float64. The eigenvalues are the
+    trigonometric solution of the cubic (Smith 1961, doi:10.1145/355578.366316). By Cayley–Hamilton
+    (D − e2)(D − e3) = (e1 − e2)(e1 − e3) v1 v1ᵀ, whose longest column gives v1; it is (1, 0, 0) if
+    all eigenvalues are equal.
     """
     xx, xy, xz, yy, yz, zz = d
     mean = (xx + yy + zz) / 3

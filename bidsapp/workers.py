@@ -1,4 +1,4 @@
-"""Processes that work side by side, and what ends them: SIGTERM, or the end of their parent."""
+"""Worker processes that end on SIGTERM, or when their parent ends."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from typing import Any
 
 TERMINATED = 128 + signal.SIGTERM
-"""Exit code of a program that SIGTERM ended, as shells count."""
+"""Exit code of a program that SIGTERM ended, as in shells."""
 
 GRACE = 20.0
-"""Seconds in which a worker whose parent died may remove what it has half-written."""
+"""Time for a worker whose parent died to remove unfinished files, in seconds."""
 
 
 @contextmanager
 def sigterm_exits() -> Iterator[None]:
-    """Make SIGTERM raise SystemExit(143) inside, so that staged files are swept on the way out.
+    """Make SIGTERM raise SystemExit(143) inside the block, so that staged files are removed.
 
-    Python leaves SIGTERM to the system, which ends a process at once and, where the process is the
-    first of a container, ignores the signal. Threads other than the main one cannot change that.
+    By default SIGTERM ends a process at once, or is ignored if the process is the first of a
+    container. Only the main thread can change that; in other threads the block has no effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -38,7 +38,18 @@ def sigterm_exits() -> Iterator[None]:
 
 @contextmanager
 def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that end with this one, however it ends; run tasks in them by `task`."""
+    """Start worker processes that end with this one, however it ends.
+
+    Parameters
+    ----------
+    workers : int
+        Number of processes.
+
+    Yields
+    ------
+    ProcessPoolExecutor
+        Executor of the processes; functions are submitted through `task`.
+    """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_follow_parent) as executor:
         try:
@@ -50,15 +61,15 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def task(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a worker; SIGTERM ends the worker, not the call alone."""
+    """Call a function in a worker, so that SIGTERM ends the worker and not only the call."""
     try:
         return function(*args)
     except SystemExit:
-        os._exit(TERMINATED)  # the executor would note the exception and go on with the next task
+        os._exit(TERMINATED)  # the executor would catch the exception and start the next task
 
 
 def _leave(*_: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the sweeping
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal would interrupt the cleaning
     raise SystemExit(TERMINATED)
 
 
@@ -68,7 +79,7 @@ def _follow_parent() -> None:
     assert parent
 
     def watch() -> None:
-        parent.join()  # of a pipe, which the system closes when the parent ends
+        parent.join()  # waits for a pipe that the system closes when the parent ends
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
         os._exit(TERMINATED)

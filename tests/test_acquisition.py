@@ -20,8 +20,8 @@ def unit(rng, n):
 @pytest.mark.parametrize(("bvals", "bvecs", "b_delta", "message"), [
     ([], np.zeros((0, 3)), None, "one number per volume"),
     ([[0, 1]], AXES, None, "one number per volume"),
-    ([0, 1000], AXES, None, "2 b-values stand beside"),
-    ([0, 1000, 1000], AXES, [1, 1], "one shape per volume"),
+    ([0, 1000], AXES, None, "there are 2 b-values"),
+    ([0, 1000, 1000], AXES, [1, 1], "one b_delta per volume"),
     ([0, -5, 1000], AXES, None, "b-value -5 of volume 1"),
     ([0, 1000, np.nan], AXES, None, "b-value nan of volume 2"),
     ([0, 1000, 100_001], AXES, None, "b-value 100001 of volume 2 is above 100,000.*divide"),

@@ -129,7 +129,7 @@ def test_nearest_shells_have_the_same_shape():
 
 
 def test_acquisitions_give_the_ranges_of_their_shells():
-    domain = TrainingDomain.of_acquisitions(
+    domain = TrainingDomain.from_acquisitions(
         [run((1000, 12), (2000, 16), b0=2), run((1010, 11), (1990, 16), b0=5)], sites=("B",))
     assert domain.shells == (ShellRange((1000.0, 1010.0), 1.0, (11, 12)),
                              ShellRange((1990.0, 2000.0), 1.0, (16, 16)))

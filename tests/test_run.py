@@ -176,7 +176,7 @@ def test_cpus_are_shared_by_participants(bids_tree, argv, memory, device, expect
     """Six CPUs for three people, memory in units of what one of them may need."""
     bids = bids_tree(("01", "02", "03"))
     options = cli.parse([str(bids), "out", PARTICIPANT, "--nprocs", "6", *argv])
-    found = find.find(options)
+    found = find.find_runs(options)
     (need,) = {run.memory_of(r) for runs in found.runs.values() for r in runs}
     assert need > run.FIXED_MEMORY
     assert run.share_cpus(options, found, memory * need, device) == expected
@@ -311,7 +311,7 @@ def test_group_table_keeps_its_own_columns(bids_tree, tmp_path, caplog):
     (dataset.root / "sub-01/log/sub-01_dwi.json").write_text(json.dumps(
         {"state": "complete", "qc": {"n_voxels": 500, "dti_fa_mean": 0.4}}))
     options = cli.parse([str(bids), str(tmp_path / "out"), "group"])
-    table, covariates = participant_statistics(dataset, find.find(options))
+    table, covariates = participant_statistics(dataset, find.find_runs(options))
     assert covariates == ["age"]
     assert table.to_dict("records") == [{
         "participant": "01", "session": "n/a", "run": "sub-01", "batch": "A", "age": 30,

@@ -32,7 +32,7 @@ def run(tmp_path):
 
 
 def series_of(run, **options):
-    return Series.of_run(run, btable.acquisition_of(run), **options)
+    return Series.from_run(run, btable.load_acquisition(run), **options)
 
 
 def data_of(run):
@@ -119,7 +119,7 @@ def test_complex_volumes(run):
 @pytest.mark.parametrize("units,volumes,message", [
     ("arbitrary", (14, 18), "has the unit 'arbitrary', radians are needed"),
     (None, (14, 18), "has the unit None"),
-    ("rad", (14, 17), "the phase has other numbers of volumes")])
+    ("rad", (14, 17), "phase and magnitude have different numbers")])
 def test_phases_that_do_not_serve(run, units, volumes, message):
     run, _ = with_phase(run, units, volumes)
     with pytest.raises(DataError, match=f"run-1_part-phase_dwi.nii.gz: .*{message}"):
@@ -128,17 +128,17 @@ def test_phases_that_do_not_serve(run, units, volumes, message):
 
 
 def test_images_and_measurements_must_belong_together(run):
-    acquisition = btable.acquisition_of(run)
-    with pytest.raises(DataError, match="32 volumes stand beside 31 measurements"):
-        Series.of_run(run, acquisition[:31])
+    acquisition = btable.load_acquisition(run)
+    with pytest.raises(DataError, match="32 volumes, but 31 measurements"):
+        Series.from_run(run, acquisition[:31])
     other = nib.Nifti1Image(np.zeros((7, 8, 10, 18), np.float32), truth.affine())
-    with pytest.raises(DataError, match="7 × 8 × 10, that of the series is 7 × 8 × 9"):
+    with pytest.raises(DataError, match="7 × 8 × 10, but the series has 7 × 8 × 9"):
         Series((nib.load(run.parts[0].image), other), acquisition)
 
 
 def test_a_series_may_be_in_memory(run):
     """As a step leaves it that changes images."""
-    acquisition = btable.acquisition_of(run)
+    acquisition = btable.load_acquisition(run)
     made = Series((nib.Nifti1Image(data_of(run), truth.affine()),), acquisition)
     read = replace(series_of(run), phase_encoding=None)
     for one, other in zip(made, read, strict=True):

@@ -96,6 +96,6 @@ def test_fit_is_least_squares_with_laplace_beltrami(rng, smoothing):
 def test_refusals(rng):
     with pytest.raises(ValueError, match="20 directions do not determine 28"):
         sh.smooth_fit(6, directions(20, rng))
-    with pytest.raises(ValueError, match="44 coefficients belong to no even degree"):
+    with pytest.raises(ValueError, match="no even degree has 44 coefficients"):
         sh.l_max_of(44)
     assert [sh.l_max_of(sh.size(l)) for l in (0, 2, 8, 16)] == [0, 2, 8, 16]

@@ -345,7 +345,7 @@ def test_fa_and_md_of_attenuations_are_those_of_the_tensor(rng):
     acq = acquisition(rng, n_b0=0)
     d, values, _ = tensors(200, rng)
     matrix = torch.from_numpy(tensor.attenuation_fit(acq.btensors))
-    fa, md = tensor.of_attenuation(torch.from_numpy(signals(acq, d)), matrix)
+    fa, md = tensor.fa_and_md(torch.from_numpy(signals(acq, d)), matrix)
     np.testing.assert_allclose(fa, fa_of(values), atol=1e-5)
     np.testing.assert_allclose(md, 1e3 * values.mean(1), rtol=1e-9)
 
@@ -356,7 +356,7 @@ def test_fa_and_md_of_attenuations_can_be_learned_from(rng, ratio):
     """Where roots or logarithms have none, gradients are finite all the same."""
     matrix = torch.from_numpy(tensor.attenuation_fit(acquisition(rng, n_b0=0).btensors))
     signal = torch.tensor(ratio, requires_grad=True)
-    sum(tensor.of_attenuation(signal, matrix)).backward()
+    sum(tensor.fa_and_md(signal, matrix)).backward()
     assert torch.isfinite(signal.grad).all()
 
 
@@ -364,7 +364,7 @@ def test_gradients_of_fa_and_md_of_attenuations(rng):
     acq = acquisition(rng, n_b0=0)
     matrix = torch.from_numpy(tensor.attenuation_fit(acq.btensors))
     signal = torch.from_numpy(signals(acq, tensors(5, rng)[0])).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: tensor.of_attenuation(s, matrix), signal)
+    assert torch.autograd.gradcheck(lambda s: tensor.fa_and_md(s, matrix), signal)
 
 
 def test_tiny_weighting_by_imaging_gradients_determines_no_tensor():

@@ -27,9 +27,9 @@ def main() -> None:
     parser.add_argument("--slices", type=int, nargs=2, default=(0, None))
     options = parser.parse_args()
     folder = options.bids_dir.resolve()
-    found = find.find(parse([str(folder), str(folder.parent / "out"), "participant"]))
+    found = find.find_runs(parse([str(folder), str(folder.parent / "out"), "participant"]))
     dwi, _ = load_run(found.runs[found.participants[0]][0])
-    regions = tissue.regions(dwi, "cpu")
+    regions = tissue.find_regions(dwi, "cpu")
     z = np.argwhere(dwi.mask)[:, 2]
     low, high = options.slices
     wanted = (z >= low) & (z < (dwi.mask.shape[2] if high is None else high))

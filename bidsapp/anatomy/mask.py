@@ -1,4 +1,4 @@
-"""The brain mask of a run: the one given with the data, else a median-Otsu mask of the mean b0."""
+"""Brain masks: read the mask of the dataset, or make a median-Otsu mask of the mean b0."""
 
 from __future__ import annotations
 
@@ -10,30 +10,47 @@ from bidsapp.dwi import open_image, read_array
 from bidsapp.errors import DataError
 
 AFFINE_TOLERANCE = 1e-2
+"""Largest difference between entries of affines that count as equal, in mm."""
 
 RADIUS = 4
 """Radius of the median filter, in voxels."""
 
 LEVELS = 1024
-"""Grey values that the median filter tells apart."""
+"""Number of grey values of the median filter."""
 
 NO_BRAIN = ("median-Otsu found no brain in the mean b0. Check the image, or give a mask through a "
             "derivatives folder.")
+"""Message of an image in which the threshold leaves nothing."""
 
 
 def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
-    """The mask in `path`, (x, y, z) bool.
+    """Read a brain mask on the grid of the DWI.
 
-    Raises:
-        DataError: the mask cannot be read, lies on another grid than the DWI, or is empty.
+    Parameters
+    ----------
+    path : Path
+        Image of the mask; values above 0.5 are brain.
+    shape : tuple of int
+        (x, y, z) of the DWI.
+    affine : (4, 4)
+        Affine of the DWI.
+
+    Returns
+    -------
+    (x, y, z) bool
+
+    Raises
+    ------
+    DataError
+        The mask cannot be read, has another grid than the DWI, or is empty.
     """
     image = open_image(path)
     if image.shape not in (shape, (*shape, 1)):
-        raise DataError(f"{path}: the mask has the shape {image.shape}, one volume of the DWI's "
-                        f"{shape} is needed. Resample the mask to the DWI, or remove it.")
+        raise DataError(f"{path}: the mask has the shape {image.shape}, but the DWI has {shape}. "
+                        "Resample the mask to the DWI, or remove it.")
     if not np.allclose(image.affine, affine, rtol=0, atol=AFFINE_TOLERANCE):
-        raise DataError(f"{path}: the mask's affine is not that of the DWI. Resample the mask to "
-                        "the DWI, or remove it.")
+        raise DataError(f"{path}: the mask's affine differs from that of the DWI. Resample the "
+                        "mask to the DWI, or remove it.")
     mask = np.nan_to_num(read_array(image).reshape(shape)) > 0.5
     if not mask.any():
         raise DataError(f"{path}: the mask is empty. Replace it, or remove it to have one made "
@@ -44,9 +61,9 @@ def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndar
 def median_otsu(mean_b0: np.ndarray) -> np.ndarray:
     """Segment the brain in a mean b0 volume by a median filter and Otsu's threshold.
 
-    The mask is that of DIPY's `median_otsu` with one pass; its median filter sorts the window of
-    each voxel, this one moves a histogram of `LEVELS` grey values along (a median and a threshold
-    commute with the rounding to grey values).
+    The mask is that of DIPY's `median_otsu` with one pass. DIPY's median filter sorts the window of
+    each voxel. This one updates a histogram of `LEVELS` grey values as the window moves, which is
+    faster; the rounding to grey values commutes with the median and with the threshold.
 
     Parameters
     ----------
@@ -72,7 +89,7 @@ def median_otsu(mean_b0: np.ndarray) -> np.ndarray:
     if np.ptp(mean_b0) == 0:
         raise DataError(f"the mean b0 image has the same value ({mean_b0.flat[0]:g}) everywhere, "
                         "so it shows nothing. Convert the series again.")
-    # few and extreme values, which hardly ever are a median, must not coarsen the grey values
+    # a few extreme values, which are hardly ever a median, must not coarsen the grey values
     low, high = np.percentile(mean_b0, [0.1, 99.9])
     if low == high:
         raise DataError(NO_BRAIN)
@@ -84,5 +101,5 @@ def median_otsu(mean_b0: np.ndarray) -> np.ndarray:
     if not count:
         raise DataError(NO_BRAIN)
     mask = components == np.bincount(components.flat)[1:].argmax() + 1
-    # by slice: in three dimensions, dark deep grey matter in a thin slab is open above and below
+    # slice by slice, since in 3-D dark deep grey matter of a thin slab is open above and below
     return np.stack([binary_fill_holes(k) for k in np.moveaxis(mask, 2, 0)], axis=2)

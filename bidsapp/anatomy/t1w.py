@@ -1,9 +1,10 @@
 """Tissue posteriors on the grid of the diffusion images, from a T1w image of the participant.
 
-N4 bias correction and Atropos (Avants et al. 2011, doi:10.1007/s12021-011-9109-y; Tustison et al.
-2010, doi:10.1109/TMI.2010.2046908; antspyx) in T1w space, inside the brain mask of the diffusion
-images, which a rigid registration (`registration.rigid`) brings there. The posteriors come back
-averaged over voxels.
+The brain mask of the diffusion images is moved to the T1w image by a rigid registration
+(`registration.rigid`). Inside it, the bias field is corrected by N4 (Tustison et al. 2010,
+doi:10.1109/TMI.2010.2046908) and tissue is segmented by Atropos (Avants et al. 2011,
+doi:10.1007/s12021-011-9109-y), both of antspyx. The posteriors are averaged over the voxels of the
+diffusion images.
 """
 
 from __future__ import annotations
@@ -20,32 +21,34 @@ from bidsapp.registration.geometry import transform_points
 from bidsapp.registration.itk import temporary_folder, to_ants
 
 TISSUES = ("GM", "WM", "CSF")
-"""Order of the columns, and the labels of BIDS."""
+"""BIDS labels of the tissues, in the order of the posteriors' columns."""
 
 FINEST = 1.5
-"""mm: a finer T1w image is resampled to this, which no diffusion image resolves."""
+"""Smallest voxel size of the T1w image, in mm. A finer image is resampled to it, since diffusion
+images do not resolve more."""
 
-SEEN = 0.5
-"""Share of the brain mask that the T1w image must cover."""
+MIN_COVERAGE = 0.5
+"""Smallest share of the brain mask that the T1w image must cover."""
 
 SMOOTHNESS = "[0.1,1x1x1]"
-"""Of Atropos' Markov random field: weight and radius."""
+"""Weight and radius of Atropos' Markov random field."""
 
 
-def posteriors(dwi: Dwi, t1w: Path, given: Sequence[Path] = (), work_dir: Path | None = None
+def posteriors(dwi: Dwi, t1w: Path, probsegs: Sequence[Path] = (), work_dir: Path | None = None
                ) -> np.ndarray:
-    """Find the tissue probabilities of the brain's voxels.
+    """Estimate the tissue probabilities of the brain's voxels.
 
     Parameters
     ----------
     dwi : Dwi
+        The diffusion series.
     t1w : Path
         T1w image of the same head.
-    given : sequence of Path
-        Maps of the three tissues in the space of `t1w`, in the order of TISSUES, in place of
-        Atropos'.
+    probsegs : sequence of Path
+        Probability maps of the three tissues in the space of `t1w`, in the order of TISSUES, which
+        are used instead of Atropos'.
     work_dir : Path, optional
-        For temporary files.
+        Folder for temporary files.
 
     Returns
     -------
@@ -55,16 +58,16 @@ def posteriors(dwi: Dwi, t1w: Path, given: Sequence[Path] = (), work_dir: Path |
     Raises
     ------
     DataError
-        An image is unreadable, without contrast, or shows less than half of the brain.
+        An image cannot be read, has no contrast, or covers less than half of the brain.
     """
     image, affine = _read(t1w)
     transform = rigid.align(dwi, image, affine)
     at = _voxels(dwi.mask, dwi.affine, transform, affine)
-    seen = np.all((at >= 0) & (at <= np.array(image.shape)[:, None] - 1), axis=0).mean()
-    if seen < SEEN:
-        raise DataError(f"{t1w}: covers only {seen:.0%} of the brain in the diffusion images.")
-    if given:
-        maps = [_read(path) for path in given]
+    coverage = np.all((at >= 0) & (at <= np.array(image.shape)[:, None] - 1), axis=0).mean()
+    if coverage < MIN_COVERAGE:
+        raise DataError(f"{t1w}: covers only {coverage:.0%} of the brain in the diffusion images.")
+    if probsegs:
+        maps = [_read(path) for path in probsegs]
     else:
         brain = _to_anatomy(dwi, image, affine, transform)
         maps = [(m, affine) for m in _atropos(image, affine, brain, work_dir)]
@@ -76,17 +79,16 @@ def posteriors(dwi: Dwi, t1w: Path, given: Sequence[Path] = (), work_dir: Path |
 
 def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir: Path | None
              ) -> list[np.ndarray]:
-    """Posterior maps in the order of TISSUES; one thread and a constant seed (r), so that they are
-    the same each time."""
+    """Posterior maps in the order of TISSUES, reproducible by one thread and a fixed seed (r)."""
     import ants
     from scipy.ndimage import binary_erosion, binary_opening, label
 
     size = np.linalg.norm(affine[:3, :3], axis=0)
 
-    # the mask's edge holds scalp, whose fat is the brightest of a T1w image
+    # the edge of the mask holds scalp, whose fat is the brightest tissue of a T1w image
     core = binary_erosion(brain, iterations=max(1, round(5 / size.mean())))
     if not core.any():
-        raise DataError("the brain is too thin for its bias field to be found.")
+        raise DataError("the brain mask is too thin to estimate the bias field.")
     flat = ants.n4_bias_field_correction(
         to_ants(image, affine), mask=to_ants(core, affine),
         shrink_factor=max(1, round(4 / size.mean())), rescale_intensities=False,
@@ -98,11 +100,11 @@ def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir:
         classes = ants.atropos(to_ants(flat, affine), to_ants(inside, affine), i="kmeans[3]",
                                m=SMOOTHNESS, c="[5,0]", r=0)["probabilityimages"]
     maps = sorted((c.numpy() for c in classes), key=lambda p: (p * flat).sum() / max(p.sum(), 1e-9))
-    return [maps[1], maps[2], maps[0]]  # dark to bright: CSF, grey, white
+    return [maps[1], maps[2], maps[0]]  # from dark to bright: CSF, grey matter, white matter
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y, z) float32, at most as fine as FINEST, and its affine."""
+    """(x, y, z) float32 of voxels of FINEST or larger, and its affine."""
     from scipy.ndimage import gaussian_filter, zoom
 
     image = open_image(path)
@@ -110,7 +112,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if values.ndim == 4 and values.shape[3] == 1:
         values = values[..., 0]
     if values.ndim != 3 or min(values.shape) < 2 or not np.ptp(values) > 0:
-        raise DataError(f"{path}: is no volume with contrast (shape {values.shape}).")
+        raise DataError(f"{path}: is not a volume with contrast (shape {values.shape}).")
     size = np.linalg.norm(image.affine[:3, :3], axis=0)
     new = np.maximum(1, np.round(np.array(values.shape) * size / np.maximum(size, FINEST)))
     factor = new / values.shape
@@ -128,21 +130,21 @@ def _to_anatomy(dwi: Dwi, image: np.ndarray, affine: np.ndarray, transform: np.n
     """The brain mask on the T1w grid."""
     from scipy.ndimage import affine_transform
 
-    to = np.linalg.inv(transform @ dwi.affine) @ affine
-    return affine_transform(dwi.mask.astype(np.float32), to[:3, :3], to[:3, 3], image.shape,
-                            order=1) > 0.5
+    to_dwi = np.linalg.inv(transform @ dwi.affine) @ affine
+    return affine_transform(dwi.mask.astype(np.float32), to_dwi[:3, :3], to_dwi[:3, 3],
+                            image.shape, order=1) > 0.5
 
 
 def _sample(values: np.ndarray, affine: np.ndarray, at: np.ndarray, size: float) -> np.ndarray:
     """Means over voxels of `size` mm at (3, voxel) indices; 0 outside the image."""
     from scipy.ndimage import gaussian_filter, map_coordinates
 
-    own = np.linalg.norm(affine[:3, :3], axis=0)
-    smooth = gaussian_filter(values, np.sqrt(np.maximum(size**2 - own**2, 0) / 12) / own)
+    voxel = np.linalg.norm(affine[:3, :3], axis=0)
+    smooth = gaussian_filter(values, np.sqrt(np.maximum(size**2 - voxel**2, 0) / 12) / voxel)
     return map_coordinates(smooth, at, order=1)
 
 
 def _voxels(mask: np.ndarray, affine: np.ndarray, transform: np.ndarray, other: np.ndarray
             ) -> np.ndarray:
-    """(3, voxel): indices in the image of affine `other` of the voxels of the mask."""
+    """(3, voxel) coordinates of the mask's voxels in the image of affine `other`."""
     return transform_points(np.linalg.inv(other) @ transform @ affine, np.argwhere(mask)).T

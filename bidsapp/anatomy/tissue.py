@@ -1,9 +1,10 @@
-"""Where grey matter, CSF and single fibres are.
+"""Segmentation of grey matter, CSF and single-fibre voxels.
 
-Grey matter and CSF come from the posteriors of a T1w image where there is one that fits, else from
-the diffusion images alone, by a hidden Markov random field segmentation, the algorithm of FAST
-(Zhang et al. 2001, doi:10.1109/42.906424; dipy's). Its images are ratios of signals, so a bias
-field cancels: the mean diffusivity parts fluid from tissue, FA then parts white from grey matter.
+Grey matter and CSF come from the posteriors of a T1w image if there is a plausible one. Otherwise
+they come from the diffusion images alone, by a hidden Markov random field segmentation (the
+algorithm of FAST, Zhang et al. 2001, doi:10.1109/42.906424, implemented by dipy). Its inputs are
+computed from ratios of signals, so that a bias field cancels: mean diffusivity separates fluid from
+tissue, and FA separates white from grey matter.
 """
 
 from __future__ import annotations
@@ -21,41 +22,55 @@ SMOOTHNESS = 0.1
 """β of the Markov random field, as in dipy's tutorial."""
 
 SINGLE_FIBRE_FA = 0.7
-"""The paper's threshold."""
+"""FA above which a voxel counts as a single fibre, the threshold of the paper."""
 
 CALLOSUM_FA, LEFT_RIGHT = 0.4, 0.8
-"""FA and |x| of the principal direction, at least, of the region in which voxels are sought."""
+"""Smallest FA and smallest |x| of the principal direction in the region of the corpus callosum."""
 
 NEAR_MIDLINE, BELOW_CENTRE, DEPTH = 20.0, 20.0, 15.0
-"""mm: how far from the mid-sagittal plane, and below the brain's centre, the callosum may lie; how
-deep inside the mask it must lie (its noisy rim is as red as anything)."""
+"""Position of the corpus callosum, in mm: largest distance from the mid-sagittal plane, largest
+distance below the brain's centre, and smallest depth inside the mask. The depth excludes the noisy
+rim of the mask, whose principal directions are often left–right, too."""
 
 PART = 0.2
-"""Connected parts of the region that are smaller than this share of the largest are dropped."""
+"""Smallest size of a connected part of the region, as a share of the largest part."""
 
 FLUID = 1.5
-"""MD of CSF over that of tissue, at least. It is about 4, and less where noise hides the signal."""
+"""Smallest ratio of the MD of CSF to that of tissue. It is about 4, and lower if noise hides the
+signal."""
 
 MIXED = 0.1
-"""The least fluid, as a share, that the mean of the middle class of MD stands for."""
+"""Smallest share of fluid in the middle class of MD. With less, the class counts as tissue."""
 
 SURE, PURE = 0.8, 0.95
-"""Posterior of a voxel, at least: with all its neighbours, or alone where none is left so."""
+"""Smallest posteriors of a tissue's voxels: SURE for a voxel and all its neighbours; PURE for a
+voxel alone, if too few voxels have such neighbours."""
 
 GREY, WHITE = 1, 2
-"""Labels."""
+"""Labels of grey and white matter."""
 
 NAMES = {"wm": WHITE, "gm": GREY}
-"""Of labels, in tables and metrics."""
+"""Names of the labels in tables and metrics."""
 
 MIN_VOXELS = 10
-"""Fewer voxels of a kind do not describe a tissue."""
+"""Smallest number of voxels that describe a tissue."""
 
 
 @dataclass(frozen=True)
 class Regions:
-    """(voxel,) bool each; whether single fibres are from the callosum or from anywhere; what grey
-    matter and CSF come from; sentences for the report."""
+    """Voxels of grey matter, CSF and single fibres.
+
+    Parameters
+    ----------
+    gm, csf, single_fibre : (voxel,) bool
+        The voxels.
+    callosum : bool
+        Whether the single fibres are from the corpus callosum; otherwise from anywhere.
+    source : str
+        Origin of grey matter and CSF: `DWI` or `T1w`.
+    notices : tuple of str
+        Sentences for the report.
+    """
 
     gm: np.ndarray
     csf: np.ndarray
@@ -65,11 +80,24 @@ class Regions:
     notices: tuple[str, ...] = ()
 
 
-def regions(dwi: Dwi, device: str) -> Regions:
-    """Grey matter, CSF and single-fibre voxels.
+def find_regions(dwi: Dwi, device: str) -> Regions:
+    """Find the voxels of grey matter, CSF and single fibres.
 
-    Raises:
-        Refusal: fewer than MIN_VOXELS of one of them.
+    Parameters
+    ----------
+    dwi : Dwi
+        The diffusion series, with tissue probabilities if there is a T1w image.
+    device : str
+        Device of the tensor fit.
+
+    Returns
+    -------
+    Regions
+
+    Raises
+    ------
+    Refusal
+        There are fewer than MIN_VOXELS of one of them.
     """
     chosen = tensor.volumes(dwi.acquisition)
     x = tensor.design(dwi.acquisition[chosen].btensors)
@@ -83,28 +111,44 @@ def regions(dwi: Dwi, device: str) -> Regions:
             gm, csf, source = *of_t1w, "T1w"
         else:
             notices = (
-                "Tissue comes from the DWI alone: where the T1w image shows CSF, water does not "
-                f"diffuse {FLUID:g} times as fast as in its grey matter, or either lacks "
+                "Tissue comes from the DWI alone. In the CSF of the T1w image, MD is not "
+                f"{FLUID:g} times that of its grey matter, or one of the two has fewer than "
                 f"{MIN_VOXELS} voxels. Check that the T1w image is this participant's and covers "
                 "the brain.",)
-    for name, found, remedy in (
+    for name, voxels, remedy in (
             ("grey matter", gm, "Acquire more of the brain, or check the brain mask."),
-            ("CSF", csf, "The slab must cut the ventricles or sulci, and the mask hold them."),
+            ("CSF", csf, "The slab and the mask must include ventricles or sulci."),
             (f"single-fibre (FA > {SINGLE_FIBRE_FA:g})", fibre,
              "Acquire the corpus callosum, at smaller voxels or higher SNR.")):
-        if found.sum() < MIN_VOXELS:
-            raise Refusal(f"{int(found.sum())} {name} voxels were found, {MIN_VOXELS} or more are "
+        if voxels.sum() < MIN_VOXELS:
+            raise Refusal(f"{int(voxels.sum())} {name} voxels were found, {MIN_VOXELS} or more are "
                           f"needed to synthesize from this participant. {remedy}")
     return Regions(gm, csf, fibre, callosum, source, notices)
 
 
 def single_fibres(dwi: Dwi, fa: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, bool]:
-    """(voxel,) bool: FA > 0.7 in the corpus callosum, or anywhere where the slab cuts none.
+    """Find voxels of FA > 0.7 in the corpus callosum, or anywhere if the slab does not show it.
 
-    The callosum is sought as what is red on a colour FA map near the midline: left–right principal
-    directions, within 20 mm of the mid-sagittal plane of the mask, deep inside it, not far below
-    its centre (where the transverse fibres of the pons are); specks are dropped. Genu and splenium
-    may be apart, as in a slab.
+    The corpus callosum is the red region of a colour FA map near the midline. Its principal
+    directions are left–right, and it lies within 20 mm of the mid-sagittal plane of the mask, deep
+    inside the mask, and not far below its centre, where the transverse fibres of the pons are.
+    Small parts are dropped. Genu and splenium may be separate, as in a slab.
+
+    Parameters
+    ----------
+    dwi : Dwi
+        The diffusion series.
+    fa : (voxel,)
+        FA; 0 excludes a voxel.
+    direction : (voxel, 3)
+        Principal directions, world.
+
+    Returns
+    -------
+    single_fibre : (voxel,) bool
+        The voxels.
+    callosum : bool
+        Whether they are from the corpus callosum.
     """
     from scipy.ndimage import distance_transform_edt, label
 
@@ -124,11 +168,25 @@ def single_fibres(dwi: Dwi, fa: np.ndarray, direction: np.ndarray) -> tuple[np.n
 
 def from_posteriors(dwi: Dwi, md: np.ndarray, usable: np.ndarray
                     ) -> tuple[np.ndarray, np.ndarray] | None:
-    """(voxel,) bool of grey matter and of CSF by the T1w image, None where MD contradicts it.
+    """Find grey matter and CSF by the posteriors of a T1w image.
 
-    Posteriors are means over the voxel, so that a high one is an erosion by half a voxel. Distorted
-    images and a mask's rim leave some of one tissue under the other: voxels of fluid that diffuse
-    as tissue are dropped, and the reverse.
+    Posteriors are means over a voxel, so that a high threshold erodes a tissue by half a voxel.
+    Distortion and the rim of the mask mislabel some voxels: CSF voxels with the MD of tissue are
+    dropped, and grey matter voxels with that of fluid.
+
+    Parameters
+    ----------
+    dwi : Dwi
+        The diffusion series, with tissue probabilities.
+    md : (voxel,)
+        Mean diffusivity.
+    usable : (voxel,) bool
+        Voxels with a tensor.
+
+    Returns
+    -------
+    pair of (voxel,) bool, or None
+        Grey matter and CSF; None if MD contradicts the T1w image.
     """
     assert dwi.tissue is not None
     gm, csf = (_eroded(dwi, usable & (p > SURE), usable & (p > PURE)) for p in dwi.tissue.T[[0, 2]])
@@ -143,18 +201,31 @@ def from_posteriors(dwi: Dwi, md: np.ndarray, usable: np.ndarray
 
 def segment(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
             ) -> tuple[np.ndarray, np.ndarray]:
-    """(voxel,) bool of grey matter and of CSF, as `classes`, eroded by one voxel.
+    """Find grey matter and CSF by `classes`, eroded by one voxel.
 
-    The faces of the image do not erode, so that thin slabs keep their tissue; a class of which
-    erosion leaves too little stays as it is.
+    The faces of the image do not erode, so that thin slabs keep their tissue. A class is not eroded
+    if too few of its voxels would remain.
+
+    Returns
+    -------
+    pair of (voxel,) bool
+        Grey matter and CSF.
     """
     grey, _, fluid = classes(dwi, md, fa, usable)
     return _eroded(dwi, grey, grey), _eroded(dwi, fluid, fluid)
 
 
 def labels(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """(voxel,) int8, GREY, WHITE or 0 for anything else: the likelier of the two where posteriors
-    of a T1w image make them likelier than not together, else as `classes`."""
+    """Label grey and white matter.
+
+    With posteriors of a T1w image, a voxel gets the more probable of the two labels if their sum is
+    above 0.5. Otherwise labels are those of `classes`.
+
+    Returns
+    -------
+    (voxel,) int8
+        GREY, WHITE, or 0 for anything else.
+    """
     if dwi.tissue is not None:
         grey, white, _ = dwi.tissue.T
         solid = usable & (grey + white > 0.5)
@@ -166,12 +237,26 @@ def labels(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray) -> np.n
 
 def classes(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(voxel,) bool of grey matter, white matter and CSF.
+    """Segment grey matter, white matter and CSF from MD and FA.
 
-    CSF is the highest of three classes of MD (tissue, mixed, fluid), grey matter the lower of two
-    classes of FA within tissue. Where hardly a voxel is mixed the middle class is the upper part
-    of tissue, and counted to it; where the highest is not clearly fluid there is no CSF. Mixed
-    voxels are none of the three.
+    CSF is the highest of three classes of MD (tissue, mixed, fluid). Grey matter is the lower of
+    two classes of FA within tissue. If hardly any voxel is mixed, the middle class is the upper
+    part of tissue and counts as tissue. If the highest class is not clearly fluid, there is no CSF.
+    Mixed voxels belong to none of the three.
+
+    Parameters
+    ----------
+    dwi : Dwi
+        The diffusion series.
+    md, fa : (voxel,)
+        Mean diffusivity (mm²/s) and FA.
+    usable : (voxel,) bool
+        Voxels with a tensor.
+
+    Returns
+    -------
+    three of (voxel,) bool
+        Grey matter, white matter and CSF.
     """
     md = np.clip(md / 3e-3, 0, 1)
     fluid = _classes(dwi, md, usable, 3)
@@ -186,10 +271,10 @@ def classes(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
 
 
 def _classes(dwi: Dwi, values: np.ndarray, inside: np.ndarray, count: int) -> np.ndarray:
-    """(voxel,) class 1 … count in ascending order of `values` (0–1), 0 where not inside.
+    """(voxel,) class 1 … count in ascending order of `values` (0–1); 0 for voxels not inside.
 
-    The classes start evenly over 0–1, or where one stays empty so, over what `values` span; where
-    one stays empty even then, all do.
+    The classes start evenly over 0–1 or, if one of them then stays empty, over the range of
+    `values`. If one is still empty, all are.
     """
     from dipy.segment.tissue import TissueClassifierHMRF
 
@@ -197,20 +282,20 @@ def _classes(dwi: Dwi, values: np.ndarray, inside: np.ndarray, count: int) -> np
         return np.zeros(len(values))
     low, high = np.quantile(values[inside], (0.02, 0.98))
     span = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
-    # not 0: dipy would add unseeded noise there
+    # dipy would add noise without a seed to a background of 0
     image = 1e-3 + 1e-4 * np.random.default_rng(0).standard_normal(dwi.mask.shape)
     for scaled in (0.1 + 0.9 * values, 1 / count + (1 - 1 / count) * span):
         image[dwi.mask] = np.where(inside, scaled, 1e-3)
-        with np.errstate(invalid="ignore", divide="ignore"):  # of classes that are empty
-            _, found, _ = TissueClassifierHMRF(verbose=False).classify(image, count, SMOOTHNESS)
-        classes = np.where(inside, found[dwi.mask], 0)
+        with np.errstate(invalid="ignore", divide="ignore"):  # empty classes
+            _, segmented, _ = TissueClassifierHMRF(verbose=False).classify(image, count, SMOOTHNESS)
+        classes = np.where(inside, segmented[dwi.mask], 0)
         if set(range(1, count + 1)) <= set(np.unique(classes).tolist()):
             return classes
     return np.zeros(len(values))
 
 
 def _eroded(dwi: Dwi, inside: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """`inside` without its outermost voxels, or `otherwise` where that leaves too few."""
+    """`inside` without its outermost voxels, or `otherwise` if too few remain."""
     from scipy.ndimage import binary_erosion
 
     core = binary_erosion(dwi.unmask(inside), border_value=1)[dwi.mask]

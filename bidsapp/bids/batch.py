@@ -1,9 +1,13 @@
-"""The batch ("site") of every run, and the covariates of every participant.
+"""The batch (site) of each run, and the covariates of each participant.
 
-In this order: --batch-file / --batch-column; columns `site` or `scanner` of participants.tsv or
-sessions.tsv; a name of the scanner with a hash of Manufacturer, ManufacturersModelName,
-DeviceSerialNumber, StationName, ReceiveCoilName and SoftwareVersions; InstitutionName; "unknown".
-Two answers at one level that group the data differently stop the program.
+The batch is the first of the following that is available:
+1. the table and column of --batch-file and --batch-column;
+2. the column `site` or `scanner` of participants.tsv or sessions.tsv;
+3. the name of the scanner, with a hash of Manufacturer, ManufacturersModelName,
+   DeviceSerialNumber, StationName, ReceiveCoilName and SoftwareVersions;
+4. InstitutionName;
+5. "unknown".
+If two sources of the same rank group the data differently, the program stops.
 """
 
 from __future__ import annotations
@@ -21,33 +25,46 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bidsapp.bids.inherit import here, read_json
+from bidsapp.bids.inherit import read_json, require_file
 from bidsapp.dwi import Run
 from bidsapp.errors import DataError, UsageError
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("site", "scanner")
+"""Columns of participants.tsv and sessions.tsv that name the batch."""
+
 SCANNER = ("Manufacturer", "ManufacturersModelName", "DeviceSerialNumber", "StationName",
            "ReceiveCoilName", "SoftwareVersions")
+"""Sidecar keys that identify a scanner."""
+
 RESERVED = ("participant", "session", "run", "batch")
-"""Columns of the group table that say whose row it is: no covariate may have these names."""
+"""Columns of the group table that identify a row. No covariate may have one of these names."""
 
 SETTLE = "Name the column to use with --batch-column, or give a table with --batch-file."
 BATCH = {"Description": "Batch (site) of the participant's runs; several are joined by commas"}
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 
 Key = tuple[str, str | None]
-"""Participant and session label; session None: for every session."""
+"""Labels of a participant and a session; None means all sessions."""
+
 Rows = Mapping[Key, Mapping[str, str]]
+"""Cells by column, by participant and session."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Tables that a person wrote about participants and sessions.
+    """The tables of participants and sessions.
 
-    covariates: participants.tsv with sessions.tsv. named: (batch, source) from the options or the
-    columns site and scanner; the whole answer when not empty. columns: of participants.json.
+    Parameters
+    ----------
+    covariates : Rows
+        Rows of participants.tsv, joined with those of sessions.tsv.
+    named : mapping
+        Batch and its source by participant and session, from the options or the columns site and
+        scanner. If it is not empty, no other source is used.
+    columns : mapping
+        Descriptions of the columns, from participants.json.
     """
 
     covariates: Rows
@@ -57,49 +74,75 @@ class Batches:
     @classmethod
     def read(cls, root: Path, labels: Iterable[str], batch_file: Path | None,
              batch_column: str | None, problems: Mapping[str, list[str]]) -> Batches:
-        """A sessions.tsv that cannot be read is added to its participant's problems, and so is a
-        number that is too large, which then counts as missing.
+        """Read the tables of a dataset.
 
-        Raises:
-            UsageError: another table is broken or lacks the column; the batch is ambiguous.
+        Parameters
+        ----------
+        root : Path
+            Root of the dataset.
+        labels : iterable of str
+            Labels of the participants.
+        batch_file, batch_column
+            The options of these names.
+        problems : mapping
+            Messages by participant. A message is added if a sessions.tsv cannot be read, or if a
+            number is too large, which then counts as missing.
+
+        Raises
+        ------
+        UsageError
+            Another table is broken or lacks the column, or the batch is ambiguous.
         """
-        people = _table(root / "participants.tsv", "participant_id")
-        visits: dict[Key, dict[str, str]] = {}
+        participants = _read_table(root / "participants.tsv", "participant_id")
+        sessions: dict[Key, dict[str, str]] = {}
         for label in labels:
             try:
-                visits |= _table(_sessions(root, label), "session_id", label)
+                sessions |= _read_table(_sessions_tsv(root, label), "session_id", label)
             except UsageError as error:
                 problems[label].append(str(error))
-        _drop_too_large(people, problems, lambda label: root / "participants.tsv")
-        _drop_too_large(visits, problems, partial(_sessions, root))
-        tables: dict[str, Rows] = {"sessions.tsv": visits, "participants.tsv": people}
+        _drop_too_large(participants, problems, lambda label: root / "participants.tsv")
+        _drop_too_large(sessions, problems, partial(_sessions_tsv, root))
+        tables: dict[str, Rows] = {"sessions.tsv": sessions, "participants.tsv": participants}
         columns: Sequence[str] = COLUMNS
         if batch_file:
-            tables = {str(batch_file): _table(_given(batch_file), "participant_id")}
+            tables = {str(batch_file): _read_table(_require_batch_file(batch_file),
+                                                   "participant_id")}
             columns = [batch_column or _only_column(tables[str(batch_file)], batch_file)]
         elif batch_column:
             columns = [batch_column]
-        keys = {*people, *visits, *((label, None) for label in labels)}
-        settled = columns is not COLUMNS
-        found = [c for c in (_column(tables, column, keys, settled) for column in columns) if c]
-        if settled and not found:
-            there = sorted({c for rows in tables.values() for row in rows.values() for c in row})
-            raise UsageError(f"no value of {columns[0]!r}, which is to be the batch, in "
-                             f"{' or '.join(tables)}; the columns there are {', '.join(there)}. "
+        keys = {*participants, *sessions, *((label, None) for label in labels)}
+        explicit = columns is not COLUMNS
+        values = [c for c in (_column(tables, column, keys, explicit) for column in columns) if c]
+        if explicit and not values:
+            present = sorted({c for rows in tables.values() for row in rows.values() for c in row})
+            raise UsageError(f"the batch column {columns[0]!r} has no value in "
+                             f"{' or '.join(tables)}; the columns there are {', '.join(present)}. "
                              "Correct --batch-column or the table.")
-        for a, b in itertools.combinations(found, 2):
-            _same_groups(a, b)
-        named = max(found, key=len, default={})
-        return cls({k: {**people.get((k[0], None), {}), **people.get(k, {}), **visits.get(k, {})}
-                    for k in keys}, named, _descriptions(root))
+        for a, b in itertools.combinations(values, 2):
+            _require_same_groups(a, b)
+        named = max(values, key=len, default={})
+        return cls({k: {**participants.get((k[0], None), {}), **participants.get(k, {}),
+                        **sessions.get(k, {})} for k in keys}, named, _read_descriptions(root))
 
     def resolve(self, runs: Sequence[Run]) -> list[Run]:
-        """The runs with batch, batch_source and covariates; the table of batches is logged.
+        """Add batch, batch_source and covariates to runs, and log the table of batches.
 
-        Raises:
-            UsageError: some runs have a row with their batch and others have none.
+        Parameters
+        ----------
+        runs : sequence of Run
+            Runs of any participants.
+
+        Returns
+        -------
+        list of Run
+            The runs in the same order.
+
+        Raises
+        ------
+        UsageError
+            Some runs have a batch in the tables, and others have none.
         """
-        if missing := [run.name for run in runs if self.named and not _at(self.named, run)]:
+        if missing := [run.name for run in runs if self.named and not _look_up(self.named, run)]:
             source = next(iter(self.named.values()))[1]
             raise UsageError(f"{source}: {len(missing)} of {len(runs)} runs have no batch, e.g. "
                              f"{missing[0]}. Fill in their rows, leave them out with "
@@ -108,67 +151,81 @@ class Batches:
         sites = {*COLUMNS, *(source.rpartition(":")[2] for _, source in self.named.values())}
         left_out = {*RESERVED} - sites
         if taken := sorted(left_out.intersection(set().union(*self.covariates.values()))):
-            log.warning("participants.tsv or sessions.tsv: the group table has columns of its own "
-                        "called %s, so yours are left out. Rename them to have them as "
+            log.warning("participants.tsv or sessions.tsv: the columns %s are left out, since the "
+                        "group table uses these names. Rename them to have them as "
                         "covariates%s.", ", ".join(taken), "; if batch is the site, give "
                         "--batch-column batch" if "batch" in taken else "")
         out = []
         for run in runs:
-            name, source = _at(self.named, run) or _scanner(run.metadata)
-            row = _at(self.covariates, run) or {}
+            name, source = _look_up(self.named, run) or _name_scanner(run.metadata)
+            row = _look_up(self.covariates, run) or {}
             out.append(replace(run, batch=name, batch_source=source,
-                               covariates={k: _typed(v) for k, v in row.items()
+                               covariates={k: _convert(v) for k, v in row.items()
                                            if k not in sites | left_out}))
         _log_table(out)
         return out
 
     def rows(self, runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
-        """Rows of participants.tsv by label: covariates of all sessions, and the batch."""
-        return {label: {**{k: _typed(v) for k, v in self.covariates[label, None].items()},
-                        "batch": ",".join(sorted({run.batch for run in mine})) or "n/a"}
-                for label, mine in runs.items()}
+        """Make the rows of participants.tsv: covariates that hold for all sessions, and the batch.
+
+        Parameters
+        ----------
+        runs : mapping
+            Runs by label of the participant.
+
+        Returns
+        -------
+        dict
+            Cells by column, by label.
+        """
+        return {label: {**{k: _convert(v) for k, v in self.covariates[label, None].items()},
+                        "batch": ",".join(sorted({run.batch for run in group})) or "n/a"}
+                for label, group in runs.items()}
 
 
-def _at(table: Mapping[Key, Any], run: Run) -> Any:
+def _look_up(table: Mapping[Key, Any], run: Run) -> Any:
+    """The entry of the run's session or, if there is none, of its participant."""
     key = (run.participant, run.session)
     return table[key] if key in table else table.get((run.participant, None))
 
 
-def _column(tables: Mapping[str, Rows], column: str, keys: Iterable[Key], settled: bool
+def _column(tables: Mapping[str, Rows], column: str, keys: Iterable[Key], explicit: bool
             ) -> dict[Key, tuple[str, str]]:
-    """(value, source) by key, from the first table that knows it.
+    """(value, source) by key, from the first table that has a value.
 
-    Raises UsageError: another table gives another value, and nobody has `settled` it by name.
+    Raises UsageError if tables disagree and the column was not named explicitly by an option.
     """
-    found: dict[Key, tuple[str, str]] = {}
+    values: dict[Key, tuple[str, str]] = {}
     for key in keys:
         for name, rows in tables.items():
             row = {**rows.get((key[0], None), {}), **rows.get(key, {})}
             if column not in row:
                 continue
-            value, source = found.setdefault(key, (row[column], f"{name}:{column}"))
-            if value != row[column] and not settled:
+            value, source = values.setdefault(key, (row[column], f"{name}:{column}"))
+            if value != row[column] and not explicit:
                 raise UsageError(f"the batch of sub-{key[0]}{f' ses-{key[1]}' if key[1] else ''} "
                                  f"is ambiguous: {source} says {value!r}, {name}:{column} says "
                                  f"{row[column]!r}. Correct one of them. {SETTLE}")
-    return found
+    return values
 
 
-def _same_groups(a: Mapping[Key, tuple[str, str]], b: Mapping[Key, tuple[str, str]]) -> None:
-    """Raises UsageError unless values of a and b, where both are known, pair one to one."""
-    one: dict[str, Key] = {}
-    other: dict[str, Key] = {}
+def _require_same_groups(a: Mapping[Key, tuple[str, str]], b: Mapping[Key, tuple[str, str]]
+                         ) -> None:
+    """Raise UsageError unless the values of a and b correspond one to one at their common keys."""
+    first_x: dict[str, Key] = {}
+    first_y: dict[str, Key] = {}
     for key in sorted(a.keys() & b.keys(), key=str):
         (x, source), (y, second) = a[key], b[key]
-        for seen in (one.setdefault(x, key), other.setdefault(y, key)):
-            if (a[seen][0], b[seen][0]) != (x, y):
+        for earlier in (first_x.setdefault(x, key), first_y.setdefault(y, key)):
+            if (a[earlier][0], b[earlier][0]) != (x, y):
                 raise UsageError(
                     f"the batch is ambiguous: {source} and {second} group the participants "
-                    f"differently, {a[seen][0]!r} and {b[seen][0]!r} for sub-{seen[0]} but {x!r} "
-                    f"and {y!r} for sub-{key[0]}. {SETTLE}")
+                    f"differently, {a[earlier][0]!r} and {b[earlier][0]!r} for sub-{earlier[0]} "
+                    f"but {x!r} and {y!r} for sub-{key[0]}. {SETTLE}")
 
 
-def _scanner(metadata: Mapping[str, Any]) -> tuple[str, str]:
+def _name_scanner(metadata: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and source of the batch by the sidecar."""
     fields = {k: str(metadata[k]).strip() for k in SCANNER if metadata.get(k)}
     if fields:
         maker, model = (fields.get(k, "") for k in SCANNER[:2])
@@ -189,13 +246,14 @@ def _log_table(runs: Sequence[Run]) -> None:
     for run in runs:
         batches[run.batch, run.batch_source].append(run)
     for (name, source), members in sorted(batches.items()):
-        people = dict.fromkeys(f"sub-{run.participant}" for run in members)
-        shown = ", ".join(itertools.islice(people, 5)) + (" …" if len(people) > 5 else "")
-        log.info("batch %s (%s): %d run(s) of %d participant(s): %s", name, source, len(members),
-                 len(people), shown)
+        participants = dict.fromkeys(f"sub-{run.participant}" for run in members)
+        examples = ", ".join(itertools.islice(participants, 5))
+        log.info("batch %s (%s): %d run(s) of %d participant(s): %s%s", name, source, len(members),
+                 len(participants), examples, " …" if len(participants) > 5 else "")
     if any(run.batch_source == "none found" for run in runs):
-        log.warning("no site, scanner or institution is known of some runs: their batch is "
-                    "\"unknown\". Add a column `site` to participants.tsv, or give --batch-file.")
+        log.warning("the site, scanner and institution of some runs are not known, so their batch "
+                    "is \"unknown\". Add a column `site` to participants.tsv, or give "
+                    "--batch-file.")
 
 
 def _only_column(rows: Rows, path: Path) -> str:
@@ -207,15 +265,15 @@ def _only_column(rows: Rows, path: Path) -> str:
                      "the batch? Name it with --batch-column.")
 
 
-def _given(path: Path) -> Path:
+def _require_batch_file(path: Path) -> Path:
     try:
-        return here(path)
+        return require_file(path)
     except DataError as error:
         raise UsageError(f"--batch-file {error}") from error
 
 
-def _table(path: Path, identifier: str, participant: str = "") -> dict[Key, dict[str, str]]:
-    """Rows by participant and session, labels without prefix, n/a and empty cells left out."""
+def _read_table(path: Path, identifier: str, participant: str = "") -> dict[Key, dict[str, str]]:
+    """Rows by participant and session (labels without prefix), without n/a and empty cells."""
     if not path.exists():
         return {}
     try:
@@ -224,17 +282,17 @@ def _table(path: Path, identifier: str, participant: str = "") -> dict[Key, dict
             columns, records = list(reader.fieldnames or ()), list(reader)
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"{path}: cannot be read as a table ({error}). It must be a text file "
-                         "with columns apart by tabs.") from error
+                         "with columns separated by tabs.") from error
     if identifier not in columns:
-        raise UsageError(f"{path}: has no column {identifier} (found: {', '.join(columns)}). Name "
-                         "it so; columns are apart by tabs.")
-    if twice := [c for c, n in Counter(columns).items() if n > 1]:
-        raise UsageError(f"{path}: two columns are called {twice[0]!r}. Rename or remove one.")
+        raise UsageError(f"{path}: has no column {identifier} (found: {', '.join(columns)}). Add "
+                         "this column; columns must be separated by tabs.")
+    if duplicates := [c for c, n in Counter(columns).items() if n > 1]:
+        raise UsageError(f"{path}: two columns are called {duplicates[0]!r}. Rename or remove one.")
     rows: dict[Key, dict[str, str]] = {}
     for number, record in enumerate(records, 2):
         if any(cell.strip() for cell in record.pop(None, ())):
             raise UsageError(f"{path}: line {number} has more cells than there are columns "
-                             f"({len(columns)}). Correct it; columns are apart by tabs.")
+                             f"({len(columns)}). Correct it; columns must be separated by tabs.")
         row = {k: v.strip() for k, v in record.items()
                if v is not None and v.strip() not in ("", "n/a")}
         session = row.pop("session_id", None)
@@ -242,19 +300,19 @@ def _table(path: Path, identifier: str, participant: str = "") -> dict[Key, dict
         key = (person.removeprefix("sub-"), session.removeprefix("ses-") if session else None)
         if rows.setdefault(key, row) != row:
             raise UsageError(f"{path}: two rows for {person}{f' {session}' if session else ''} "
-                             "differ. Leave one, or tell them apart by session_id.")
+                             "differ. Remove one, or add a column session_id.")
     return rows
 
 
-def _sessions(root: Path, label: str) -> Path:
+def _sessions_tsv(root: Path, label: str) -> Path:
     return root / f"sub-{label}" / f"sub-{label}_sessions.tsv"
 
 
 def _drop_too_large(rows: Mapping[Key, dict[str, str]], problems: Mapping[str, list[str]],
                     table: Callable[[str], Path]) -> None:
-    """Remove numbers that no float holds, and add a message on each to its participant's problems.
+    """Remove numbers that exceed the range of float, and add a message on each to `problems`.
 
-    table: label to the file that the rows were read from.
+    table: label → file that the rows were read from.
     """
     for (label, session), row in rows.items():
         for column, value in [*row.items()]:
@@ -266,19 +324,18 @@ def _drop_too_large(rows: Mapping[Key, dict[str, str]], problems: Mapping[str, l
                     "Correct it, or write n/a.")
 
 
-def _descriptions(root: Path) -> dict[str, dict[str, Any]]:
-    path, found = root / "participants.json", {}
+def _read_descriptions(root: Path) -> dict[str, dict[str, Any]]:
+    path, descriptions = root / "participants.json", {}
     if path.exists():
         try:
-            found = {k: v for k, v in read_json(path).items() if isinstance(v, dict)}
+            descriptions = {k: v for k, v in read_json(path).items() if isinstance(v, dict)}
         except DataError as error:
             log.warning("%s Its descriptions are left out.", error)
-    return {**found, "batch": BATCH}
+    return {**descriptions, "batch": BATCH}
 
 
-def _typed(value: str) -> Any:
-    """A number where the text is one, else the text: 007 stays a label, and so does an integer that
-    no table holds in 64 bits."""
+def _convert(value: str) -> Any:
+    """Convert a text to a number if it is one; 007, and integers beyond 64 bits, stay texts."""
     match = NUMBER.fullmatch(value)
     if not match:
         return value

@@ -1,14 +1,15 @@
-"""b-tables of files to `Acquisition` and back: the one place that knows FSL's convention.
+"""Conversion of gradient tables between files and `Acquisition`, with the convention of FSL.
 
-FSL's b-vectors are relative to the image axes, with x flipped when det(affine) > 0. With Q the
-orthogonal polar factor of affine[:3, :3] (axes of the voxels without their sizes and shear, with
-the sign of the determinant) and F = diag(−1, 1, 1) when det > 0, else I,
+FSL's b-vectors are relative to the axes of the image, with x flipped if det(affine) > 0. With Q the
+orthogonal polar factor of affine[:3, :3] (the axes of the voxels without their sizes and shear,
+with the sign of the determinant), and F = diag(−1, 1, 1) if det > 0 and I otherwise,
 
     n_world = Q F n_fsl,        n_fsl = F Qᵀ n_world.
 
-`.btens`: one line per volume of 9 numbers (3×3, row after row) or 6 (xx xy xz yy yz zz), in the
-frame of the .bvec and in s/mm². Lines that start with # are comments; `# frame: world` (RAS+) and
-`# units: ms/um2` say otherwise. `.bshape`: one b_Δ per volume. `.tsv`: a column `b_delta`.
+Encoding files: a `.btens` has one line per volume with 9 numbers (3×3, row by row) or 6 (xx xy xz
+yy yz zz), in the frame of the .bvec and in s/mm². Lines that start with # are comments, of which
+`# frame: world` (RAS+) and `# units: ms/um2` change frame and unit. A `.bshape` has one b_Δ per
+volume. A `.tsv` has a column `b_delta`.
 """
 
 from __future__ import annotations
@@ -23,26 +24,39 @@ import numpy as np
 from jaxtyping import Float
 
 from bidsapp.acquisition import B0_MAX, Acquisition, concatenate
-from bidsapp.bids.inherit import here
+from bidsapp.bids.inherit import require_file
 from bidsapp.dwi import Part, Run, open_image
 from bidsapp.errors import DataError
 
 ASYMMETRY_MAX = 0.05
-"""A b-tensor is axially symmetric when its two like eigenvalues differ by less than this × b."""
+"""Largest difference between the two similar eigenvalues of an axially symmetric b-tensor, as a
+share of b."""
 
 TIMES = {
     "small_delta": ("DiffusionPulse_delta_s", "SmallDelta", "DiffusionGradientPulseDuration"),
     "big_delta": ("DiffusionTimeDelta_s", "LargeDelta", "BigDelta"),
     "echo_time": ("EchoTime",),
 }
-"""Sidecar keys of δ, Δ and TE, in s."""
+"""Sidecar keys of pulse duration, pulse separation and echo time, in s."""
 
 
-def acquisition_of(run: Run) -> Acquisition:
-    """The acquisition of all parts of a run, in order.
+def load_acquisition(run: Run) -> Acquisition:
+    """Read the acquisition of all parts of a run, in order.
 
-    Raises:
-        DataError: as `read_acquisition`; or the whole has no b0, or nothing but b0.
+    Parameters
+    ----------
+    run : Run
+        Run with one or several parts.
+
+    Returns
+    -------
+    Acquisition
+
+    Raises
+    ------
+    DataError
+        A part cannot be read (`read_acquisition`), or the run has no b0 volume, or nothing but b0
+        volumes.
     """
     bvals = np.concatenate([_numbers(part.bval) for part in run.parts])
     files = ", ".join(str(part.bval) for part in run.parts)
@@ -51,11 +65,11 @@ def acquisition_of(run: Run) -> Acquisition:
         raise DataError(f"{files}: all {len(bvals)} b-values are 0, so nothing is "
                         "diffusion-weighted. Give the table of the weighted series.")
     if 0 < largest < 20:
-        raise DataError(f"{files}: the largest b-value is {largest:g}; that looks like ms/µm². "
+        raise DataError(f"{files}: the largest b-value is {largest:g}, which looks like ms/µm². "
                         "b-values are needed in s/mm²: multiply the table by 1000.")
     if 0 < largest < B0_MAX:
         raise DataError(f"{files}: only b0 volumes (b < {B0_MAX:g} s/mm²; the largest is "
-                        f"{largest:g}). Weighted volumes are needed; leave the run out with "
+                        f"{largest:g}). Weighted volumes are needed: leave the run out with "
                         "--bids-filter-file, or join it with its weighted series.")
     if smallest >= B0_MAX:
         raise DataError(f"{files}: no b0 volume (b < {B0_MAX:g} s/mm²; the smallest is "
@@ -65,16 +79,27 @@ def acquisition_of(run: Run) -> Acquisition:
 
 
 def read_acquisition(part: Part) -> Acquisition:
-    """The b-table of one file, its directions turned into world RAS+.
+    """Read the gradient table of one file, with directions in world RAS+.
 
-    Raises:
-        DataError: a table is missing, not numeric, or of another length than the image (3-D
-            images included), or `Acquisition` refuses it; names the file and the remedy.
+    Parameters
+    ----------
+    part : Part
+        Image with its tables.
+
+    Returns
+    -------
+    Acquisition
+
+    Raises
+    ------
+    DataError
+        A table is missing, not numeric, or not of the length of the image, which must be 4-D; or
+        its values are not allowed (`Acquisition`). The message names the file and a remedy.
     """
     image = open_image(part.image)
     if len(image.shape) != 4:
         raise DataError(f"{part.image}: has {len(image.shape)} dimensions, a DWI needs 4 "
-                        "(x, y, z, volume). Convert the whole series, not one volume.")
+                        "(x, y, z, volume). Convert the whole series, not a single volume.")
     n, affine = image.shape[3], image.affine
     bvals = _numbers(part.bval)
     bvecs = _vectors(part.bvec)
@@ -94,7 +119,7 @@ def read_acquisition(part: Part) -> Acquisition:
 
 
 def largest_b(part: Part) -> float:
-    """The largest b-value of a file (s/mm²); infinite where its table cannot be read."""
+    """Find the largest b-value of a file, s/mm²; infinite if its table cannot be read."""
     try:
         return float(_numbers(part.bval).max())
     except DataError:
@@ -103,30 +128,30 @@ def largest_b(part: Part) -> float:
 
 def to_world(bvecs: Float[np.ndarray, "n 3"], affine: Float[np.ndarray, "4 4"]
              ) -> Float[np.ndarray, "n 3"]:
-    """(n, 3) b-vectors of FSL's convention → (n, 3) in world RAS+, for any invertible affine."""
+    """Convert b-vectors (n, 3) from FSL's convention to world RAS+, for any invertible affine."""
     return bvecs @ fsl_axes(affine).T
 
 
 def to_fsl(acquisition: Acquisition, affine: Float[np.ndarray, "4 4"]
            ) -> Float[np.ndarray, "3 n"]:
-    """(3, n) b-vectors in FSL's convention for an image with this affine: what a .bvec holds."""
+    """Convert directions to a .bvec (3, n), in FSL's convention for an image with an affine."""
     return fsl_axes(affine).T @ acquisition.bvecs.T
 
 
 def text(table: np.ndarray) -> str:
-    """(row, n) numbers as a .bval or .bvec file holds them."""
+    """Format numbers (row, n) as a .bval or .bvec file."""
     return "".join(" ".join(f"{v:.8g}" for v in row + 0.0) + "\n" for row in table)
 
 
 def btens_text(acquisition: Acquisition, affine: np.ndarray) -> str:
-    """The content of a .btens file: one line of 9 numbers per volume, s/mm², frame of the .bvec."""
+    """Format b-tensors as a .btens file: lines of 9 numbers, s/mm², in the frame of the .bvec."""
     axes = fsl_axes(affine)
     rows = (axes.T @ acquisition.btensors @ axes).reshape(-1, 9)
     return "".join(" ".join(f"{v:.6g}" for v in row + 0.0) + "\n" for row in rows)
 
 
 def fsl_axes(affine: np.ndarray) -> np.ndarray:
-    """(3, 3): axes of a .bvec as columns in world RAS+, Q F of this module's equation."""
+    """Compute Q F of this module's equation: axes of a .bvec as columns, (3, 3), world RAS+."""
     linear = np.asarray(affine, dtype=np.float64)[:3, :3]
     u, _, vt = np.linalg.svd(linear)
     flip = -1.0 if np.linalg.det(linear) > 0 else 1.0
@@ -134,9 +159,9 @@ def fsl_axes(affine: np.ndarray) -> np.ndarray:
 
 
 def _rows(path: Path) -> tuple[list[np.ndarray], str]:
-    """Rows of numbers, and the comments."""
+    """Rows of numbers, and the comments of a file."""
     try:
-        text = here(path).read_text(encoding="utf-8-sig")
+        text = require_file(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text ({error}). Copy or export it again.") \
             from error
@@ -149,7 +174,7 @@ def _rows(path: Path) -> tuple[list[np.ndarray], str]:
         for token in (tokens := re.findall(r"[^\s,;]+", line)):
             if not _is_number(token):
                 raise DataError(f"{path}: holds {token[:20]!r}, which is not a finite number. "
-                                "Numbers apart by spaces are needed; export the table again.")
+                                "Numbers separated by spaces are needed: export the table again.")
         rows.append(np.array(tokens, dtype=np.float64))
     if not rows:
         raise DataError(f"{path}: is empty. Copy or export the table again.")
@@ -168,7 +193,7 @@ def _numbers(path: Path) -> np.ndarray:
 
 
 def _vectors(path: Path) -> np.ndarray:
-    """(n, 3) from 3 rows of n numbers, or, when there are not 3 rows, n rows of 3."""
+    """(n, 3) from 3 rows of n numbers or, if there are not 3 rows, from n rows of 3."""
     rows, _ = _rows(path)
     lengths = {len(row) for row in rows}
     if len(lengths) == 1:
@@ -176,8 +201,8 @@ def _vectors(path: Path) -> np.ndarray:
             return np.array(rows).T
         if lengths == {3}:
             return np.array(rows)
-    shown = " or ".join(map(str, sorted(lengths)))
-    raise DataError(f"{path}: holds {len(rows)} rows of {shown} numbers; 3 rows of one number per "
+    counts = " or ".join(map(str, sorted(lengths)))
+    raise DataError(f"{path}: holds {len(rows)} rows of {counts} numbers; 3 rows of one number per "
                     "volume are needed (or one row of 3 per volume). Export the table again.")
 
 
@@ -189,12 +214,12 @@ def _times(metadata: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _encoding(path: Path, bvals: np.ndarray, axes: np.ndarray, affine: np.ndarray
               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """b (s/mm²), axes (world) and b_delta of an encoding file."""
+    """b (s/mm²), axes (world RAS+) and b_delta by an encoding file."""
     if path.suffix == ".btens":
         b, axes, b_delta = _decompose(_tensors(path, affine, len(bvals)), path)
-        differ = np.abs(b - bvals) > np.maximum(B0_MAX, 0.1 * bvals)
-        if differ.any():
-            i = int(np.argmax(differ))
+        different = np.abs(b - bvals) > np.maximum(B0_MAX, 0.1 * bvals)
+        if different.any():
+            i = int(np.argmax(different))
             raise DataError(f"{path}: the b-tensor of volume {i} has trace {b[i]:g} s/mm², the "
                             f".bval says {bvals[i]:g}. Correct one of them; if the tensors are in "
                             "ms/µm², add the line `# units: ms/um2`.")
@@ -203,13 +228,13 @@ def _encoding(path: Path, bvals: np.ndarray, axes: np.ndarray, affine: np.ndarra
         import pandas as pd
 
         try:
-            table = pd.read_csv(here(path), sep="\t")
+            table = pd.read_csv(require_file(path), sep="\t")
         except ValueError as error:
             raise DataError(f"{path}: cannot be read as a table ({error}). It must be a text file "
-                            "with columns apart by tabs.") from error
+                            "with columns separated by tabs.") from error
         if "b_delta" not in table:
             raise DataError(f"{path}: has no column b_delta. Add it (1 linear, 0 spherical, -0.5 "
-                            "planar), or remove the file if all is linear.")
+                            "planar), or remove the file if all encoding is linear.")
         b_delta = pd.to_numeric(table["b_delta"], errors="coerce").to_numpy(np.float64)
     else:
         b_delta = _numbers(path)
@@ -225,7 +250,7 @@ def _tensors(path: Path, affine: np.ndarray, n: int) -> np.ndarray:
     lengths = {len(row) for row in rows}
     if len(rows) != n or lengths not in ({6}, {9}):
         raise DataError(f"{path}: holds {len(rows)} lines of {sorted(lengths)} numbers for {n} "
-                        "volumes; one line of 9 (3×3, row after row) or 6 (xx xy xz yy yz zz) per "
+                        "volumes; one line of 9 (3×3, row by row) or 6 (xx xy xz yy yz zz) per "
                         "volume is needed.")
     table = np.array(rows)
     if table.shape[1] == 6:
@@ -237,18 +262,18 @@ def _tensors(path: Path, affine: np.ndarray, n: int) -> np.ndarray:
                     for m, default in zip(stated.values(), ("s/mm2", "bvec"), strict=True))
     scale = {"s/mm2": 1.0, "ms/um2": 1e3, "s/m2": 1e-6}.get(units)
     if scale is None or frame not in ("bvec", "world"):
-        raise DataError(f"{path}: states units {units} and frame {frame}; understood are s/mm2, "
+        raise DataError(f"{path}: states units {units} and frame {frame}; supported are s/mm2, "
                         "ms/um2, s/m2, and bvec, world.")
     if frame == "bvec":
-        turn = fsl_axes(affine)
-        tensors = turn @ tensors @ turn.T
+        rotation = fsl_axes(affine)
+        tensors = rotation @ tensors @ rotation.T
     return tensors * scale
 
 
 def _decompose(tensors: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """b (trace), symmetry axis (unit) and b_delta of axially symmetric tensors.
 
-    The axis belongs to the eigenvalue λ∥ that stands apart from the other two (mean λ⊥);
+    The axis belongs to the eigenvalue λ∥ that differs most from the other two, whose mean is λ⊥;
     b_Δ = (λ∥ − λ⊥) / b.
     """
     skew = np.abs(tensors - np.swapaxes(tensors, 1, 2)).max(axis=(1, 2))
@@ -259,7 +284,7 @@ def _decompose(tensors: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray,
     largest = upper >= lower
     single = np.where(largest, 2, 0)
     rows = np.arange(len(b))
-    for bad, what in (
+    for bad, property_ in (
         (b < -B0_MAX, "has a negative trace"),
         (skew > ASYMMETRY_MAX * np.maximum(b, B0_MAX), "is not symmetric"),
         (weighted & (np.minimum(lower, upper) > ASYMMETRY_MAX * b),
@@ -268,10 +293,10 @@ def _decompose(tensors: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray,
     ):
         if bad.any():
             i = int(np.argmax(bad))
-            raise DataError(f"{path}: the b-tensor of volume {i} {what}; its eigenvalues are "
+            raise DataError(f"{path}: the b-tensor of volume {i} {property_}; its eigenvalues are "
                             f"{np.array2string(values[i], precision=4)}. Correct the file, or "
                             "remove the volume from image and tables.")
     parallel = values[rows, single]
-    apart = (3 * parallel - b) / 2 / np.where(weighted, b, 1)
-    b_delta = np.where(weighted, np.clip(apart, -0.5, 1), 1.0)
+    shape = (3 * parallel - b) / 2 / np.where(weighted, b, 1)
+    b_delta = np.where(weighted, np.clip(shape, -0.5, 1), 1.0)
     return np.maximum(b, 0), vectors[rows, :, single], b_delta

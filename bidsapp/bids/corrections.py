@@ -1,10 +1,11 @@
-"""Find what corrects a raw run: opposite phase encodings, GRE field maps, phase images.
+"""Find the images that correct a raw run: opposite phase encodings, GRE field maps, phases.
 
 Field maps are read from the folders `fmap` and `dwi` of the run's session, not from the index of
-the dataset. Those that B0FieldSource of the run names (by B0FieldIdentifier) are taken; where there
-are none, those whose IntendedFor names the run; where there are none either, those of the session
-that are not intended for another image, with a notice. Whatever is broken costs the field map to
-which it belongs, with a notice, and nothing else.
+the dataset. The first rule that gives any is used:
+1. those that B0FieldSource of the run names, by their B0FieldIdentifier;
+2. those whose IntendedFor names the run;
+3. those of the session that are not intended for another image, with a notice.
+If a file is broken, its field map is not used, and a notice says so.
 """
 
 from __future__ import annotations
@@ -22,24 +23,33 @@ import numpy as np
 
 from bidsapp.acquisition import PhaseEncoding
 from bidsapp.bids.index import label_order
-from bidsapp.bids.inherit import entities_of, here, name_of, read_part, sidecar
+from bidsapp.bids.inherit import entities_of, name_of, read_part, read_sidecar, require_file
 from bidsapp.dwi import FIELD_MAPS, FieldMap, ImageFile, Part, Run, open_image
 from bidsapp.errors import DataError
 
 SAME_AXIS = np.cos(np.radians(10))
-"""Image axes whose directions in the world differ by less count as the same."""
+"""Cosine of the largest angle (10°) between image axes that count as equal."""
 
 GRE_KINDS = {"phasediff": "phasediff", "phase1": "phases", "phase2": "phases",
              "fieldmap": "fieldmap"}
+"""Kind of field map by BIDS suffix."""
+
 MAGNITUDES = ("magnitude", "magnitude1", "magnitude2")
+"""BIDS suffixes of magnitude images."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A field map, and what its sidecars say of the images it is for.
+    """A field map, with the images that its sidecars assign it to.
 
-    identifiers: its B0FieldIdentifier. intended: the files that its IntendedFor names and that
-    exist.
+    Parameters
+    ----------
+    field_map : FieldMap
+        The field map.
+    identifiers : frozenset of str
+        Its B0FieldIdentifier.
+    intended : frozenset of Path
+        The existing files that its IntendedFor names.
     """
 
     field_map: FieldMap
@@ -48,7 +58,7 @@ class Candidate:
 
     @cached_property
     def axes(self) -> np.ndarray:
-        """(3, 3): directions of the image axes of its first image, as columns.
+        """Directions of the axes of its first image as columns, (3, 3), world.
 
         Raises
         ------
@@ -61,39 +71,39 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Session:
-    """The candidates of a session, and notices on those that cannot be used."""
+    """The candidates of a session, with notices on field maps that cannot be used."""
 
     candidates: Sequence[Candidate]
     notices: tuple[str, ...]
 
 
 def read_session(folder: Path, root: Path, parts: Iterable[Part]) -> Session:
-    """Read every field map of a session, and its DWIs as such.
+    """Read the field maps of a session, and its DWIs as candidates for field maps.
 
     Parameters
     ----------
     folder : Path
         `sub-<label>` or `sub-<label>/ses-<label>`.
     root : Path
-        Of the dataset.
+        Root of the dataset.
     parts : iterable of Part
-        DWIs that were read already; others of the session, which a filter left out, may correct
-        them, too.
+        DWIs that were already read. Other DWIs of the session, which a filter left out, are read as
+        well, since they may correct them.
 
     Returns
     -------
     Session
-        GRE field maps as wholes; EPIs and DWIs one by one.
+        A candidate for each GRE field map, each EPI and each DWI.
     """
     candidates: list[Candidate] = []
     notices: list[str] = []
-    # phases of two echoes, and magnitudes, by the entities that all of one field map share
+    # images of GRE field maps, and magnitudes, by the entities that a field map's images share
     groups: dict[tuple[Any, ...], list[ImageFile]] = defaultdict(list)
     magnitudes: dict[tuple[tuple[str, str], ...], list[ImageFile]] = defaultdict(list)
     for path in _images(folder / "fmap"):
         suffix, entities = _suffix(path), tuple(sorted(entities_of(path.name).items()))
         try:
-            image = ImageFile(here(path), sidecar(path, root))
+            image = ImageFile(require_file(path), read_sidecar(path, root))
             if suffix == "epi":
                 candidates.append(_candidate(FieldMap("opposite", (image,)), root, notices))
             elif suffix in MAGNITUDES:
@@ -108,33 +118,37 @@ def read_session(folder: Path, root: Path, parts: Iterable[Part]) -> Session:
             candidates.append(_candidate(field_map, root, notices))
         except DataError as error:
             notices.append(f"A field map is not used: {error}")
-    known = {part.image: part for part in parts}
+    parts_by_image = {part.image: part for part in parts}
     for path in _images(folder / "dwi"):
         if _suffix(path) == "dwi" and entities_of(path.name).get("part", "mag") == "mag":
             try:
-                part = known.get(path) or read_part(path, root)
-                if PhaseEncoding.of_sidecar(part.metadata):
+                part = parts_by_image.get(path) or read_part(path, root)
+                if PhaseEncoding.from_sidecar(part.metadata):
                     candidates.append(_candidate(FieldMap("opposite", (part,)), root, notices))
-            except DataError:  # it is a run, or left out on purpose: that is told elsewhere
+            except DataError:  # reported elsewhere if it is a run
                 continue
     return Session(candidates, tuple(notices))
 
 
 def find_corrections(run: Run, root: Path, session: Session) -> Run:
-    """Add to a raw run its phase encoding, field maps and phase images, with notices.
+    """Add phase encoding, field maps, phase images and notices to a raw run.
 
     Parameters
     ----------
     run : Run
-        As measured.
+        A raw run.
     root : Path
-        Of its dataset.
+        Root of its dataset.
     session : Session
-        What `read_session` gave for the run's session.
+        The run's session, from `read_session`.
+
+    Returns
+    -------
+    Run
     """
     notices = list(session.notices)
     try:
-        encoding = PhaseEncoding.of_sidecar(run.metadata)
+        encoding = PhaseEncoding.from_sidecar(run.metadata)
         run = replace(run, phase_encoding=encoding)
         if encoding is None:
             notices.append("Distortion cannot be corrected: the sidecar has no "
@@ -147,7 +161,7 @@ def find_corrections(run: Run, root: Path, session: Session) -> Run:
 
 
 def _field_maps(run: Run, candidates: Sequence[Candidate], notices: list[str]) -> list[FieldMap]:
-    """Those of the first rule that gives any, the most trusted first."""
+    """The field maps of the first rule that gives any, the most trusted first."""
     images = {part.image for part in run.parts}
     parts = [c for c in candidates if c.field_map.images[0].image in images]
     others = [c for c in candidates if c.field_map.images[0].image not in images]
@@ -163,29 +177,29 @@ def _field_maps(run: Run, candidates: Sequence[Candidate], notices: list[str]) -
         used = [replace(m, rule=rule) for group in groups for m in _usable(group, parts, notices)]
         if used:
             if rule == "session":
-                notices.append("No sidecar says which field map belongs to this run; those of its "
-                               "session are taken. Say it by IntendedFor or B0FieldSource.")
+                notices.append("No sidecar assigns a field map to this run, so those of its "
+                               "session are used. Assign one by IntendedFor or B0FieldSource.")
             return sorted(used, key=lambda m: ([*FIELD_MAPS].index(m.kind), -_shared(m, run)))
         if rule != "session" and any(groups):
-            notices.append(f"What {rule} names does not encode phase in the opposite direction.")
+            notices.append(f"The images that {rule} names do not have the opposite phase encoding.")
     notices.append("No field map was found: no image of the session has the opposite phase "
                    "encoding, and none is a GRE field map.")
     return []
 
 
 def _shared(field_map: FieldMap, run: Run) -> int:
-    """How many entities its first image and the run share: images of one protocol share more."""
+    """Number of entities that its first image shares with the run, most within one protocol."""
     return len(run.entities.items() & entities_of(field_map.images[0].image.name).items())
 
 
 def _usable(group: Sequence[Candidate], parts: Sequence[Candidate], notices: list[str]
             ) -> Iterator[FieldMap]:
-    """GRE field maps of a group, and one of its other images where two of them, or one and a DWI
-    of the run, have opposite phase encodings."""
+    """Yield the GRE field maps of a group, and one field map of all its EPIs and DWIs if two of
+    them, or one and a DWI of the run, have opposite phase encodings."""
     yield from (c.field_map for c in group if c.field_map.kind != "opposite")
     epis = [c for c in group if c.field_map.kind == "opposite"]
     for first, second in combinations([*epis, *parts], 2):
-        one, other = (PhaseEncoding.of_sidecar(c.field_map.images[0].metadata)
+        one, other = (PhaseEncoding.from_sidecar(c.field_map.images[0].metadata)
                       for c in (first, second))
         if one and one.opposes(other):
             try:
@@ -199,14 +213,14 @@ def _usable(group: Sequence[Candidate], parts: Sequence[Candidate], notices: lis
 
 
 def _phase(run: Run, root: Path, notices: list[str]) -> tuple[ImageFile, ...]:
-    """The phase image beside each magnitude, or nothing where one is missing or broken."""
+    """The phase image beside each magnitude; empty if one is missing or broken."""
     phases: list[ImageFile] = []
     for part in run.parts:
         entities = {**entities_of(part.image.name), "part": "phase"}
         beside = [p for p in _images(part.image.parent)
                   if _suffix(p) == "dwi" and entities_of(p.name) == entities]
         try:
-            phases += [ImageFile(here(p), sidecar(p, root)) for p in beside[:1]]
+            phases += [ImageFile(require_file(p), read_sidecar(p, root)) for p in beside[:1]]
         except (DataError, OSError) as error:
             notices.append(f"The phase is not used: {error}")
             return ()
@@ -223,14 +237,14 @@ def _candidate(field_map: FieldMap, root: Path, notices: list[str]) -> Candidate
     named = [p for i in images for p in _intended(i.image, i.metadata, root)]
     intended = {p for p in named if os.path.exists(p)}  # noqa: PTH110 (Path's raises on long names)
     if named and not intended:
-        notices.append(f"{name_of(images[0].image)}: IntendedFor names no file that exists, as if "
-                       "it were not there. Correct it.")
+        notices.append(f"{name_of(images[0].image)}: IntendedFor names no file that exists, so it "
+                       "is ignored. Correct it.")
     return Candidate(field_map, frozenset(identifiers), frozenset(intended))
 
 
 def _intended(image: Path, metadata: Mapping[str, Any], root: Path) -> Iterator[Path]:
     """Files that IntendedFor may mean: a `bids::` URI, or a path relative to the participant's
-    folder or, against BIDS, to the dataset's root."""
+    folder or, which violates BIDS, to the root of the dataset."""
     participant = root / f"sub-{entities_of(image.name).get('sub')}"
     for name in _strings(metadata.get("IntendedFor")):
         if name.startswith("bids::"):
@@ -240,7 +254,7 @@ def _intended(image: Path, metadata: Mapping[str, Any], root: Path) -> Iterator[
 
 
 def _strings(value: Any) -> list[str]:
-    """A string or a list of strings, as a list; anything else is left out."""
+    """Convert a string or a list of strings to a list, without anything else."""
     return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
 
 

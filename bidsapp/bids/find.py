@@ -1,10 +1,10 @@
-"""Find what can be processed: the runs of each participant, their masks, batches and covariates.
+"""Find the runs of each participant, with their masks, batches and covariates.
 
-A run is one DWI file. Several files of one session are one run when they are one acquisition split
-in parts: they differ in acq and run alone; share grid, affine, phase encoding, readout time and
-echo time; and their b-tables complement each other. Files that repeat a b-table are repeated
-measurements and stay apart, as do directions of phase encoding. Preprocessed runs of a session
-replace its raw ones.
+A run is usually one DWI file. Several files of a session are one run if they are one acquisition
+split into parts: their names differ only in acq and run; they share grid, affine, phase encoding,
+readout time and echo time; and their gradient tables complement each other. Files that repeat a
+gradient table are repeated measurements and remain separate runs, as do files with different phase
+encoding. Preprocessed runs of a session replace its raw runs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from bidsapp.acquisition import B0_MAX, Acquisition
 from bidsapp.bids import batch, corrections, preprocessed
 from bidsapp.bids.btable import largest_b, read_acquisition
 from bidsapp.bids.index import (
-    description,
-    files,
-    index,
+    build_index,
+    find_files,
     label_order,
-    participants,
+    list_participants,
+    read_description,
     read_filters,
 )
-from bidsapp.bids.inherit import entities_of, ordered, read_part, sidecar
+from bidsapp.bids.inherit import entities_of, ordered, read_part, read_sidecar
 from bidsapp.dwi import Part, Run, open_image
 from bidsapp.errors import DataError, UsageError
 from bidsapp.options import Options
@@ -37,20 +37,28 @@ from bidsapp.options import Options
 log = logging.getLogger(__name__)
 
 AFFINE_TOLERANCE = 1e-3
-"""Files whose affines differ by less (mm) lie on one grid."""
+"""Largest difference between the affines of files on one grid, in mm."""
 
 SAME_TENSOR = 0.05
-"""b-tensors that differ by less than this share of their norm (2°, or 5 % of b) are the same."""
+"""Largest difference between equal b-tensors, as a share of their norm (about 2°, or 5 % of b)."""
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What there is to do.
+    """The runs that can be processed.
 
-    name, authors: the dataset's. participants: labels with runs or problems. runs, problems: of
-    each of them; problems are messages about files that could not be used. unknown: labels asked
-    for that do not exist. rows, columns: participants.tsv (covariates and batch) and its
-    descriptions.
+    Parameters
+    ----------
+    name, authors
+        Name and authors of the dataset.
+    participants : list of str
+        Labels of the participants with runs or problems.
+    runs, problems : mapping
+        Runs, and messages about files that could not be used, by participant.
+    unknown : list of str
+        Labels that were given as options but do not exist.
+    rows, columns : mapping
+        Rows of participants.tsv (covariates and batch), and descriptions of its columns.
     """
 
     name: str
@@ -63,44 +71,55 @@ class Inventory:
     columns: Mapping[str, dict[str, Any]] = field(repr=False)
 
 
-def find(options: Options) -> Inventory:
-    """The runs that the options ask for; notices and the table of batches go to the log.
+def find_runs(options: Options) -> Inventory:
+    """Find the runs that the options select, and log notices and the table of batches.
 
-    Raises:
-        UsageError: BIDS_DIR, a derivative, the filter or a table of batches cannot be used; the
-            batch is ambiguous; none of the participants asked for exists; there is no dMRI at all.
+    Parameters
+    ----------
+    options : Options
+        Options of the command line.
+
+    Returns
+    -------
+    Inventory
+
+    Raises
+    ------
+    UsageError
+        BIDS_DIR, a derivative, the filter or a table of batches cannot be used; the batch is
+        ambiguous; none of the given participants exists; or there is no dMRI at all.
     """
     root = options.bids_dir.absolute()
-    about = description(root, needed=not options.skip_bids_validation)
+    about = read_description(root, needed=not options.skip_bids_validation)
     filters = read_filters(options.bids_filter_file)
-    asked = list(dict.fromkeys(s.removeprefix("sub-") for s in options.participant_label))
+    given = list(dict.fromkeys(s.removeprefix("sub-") for s in options.participant_label))
     sessions = {s.removeprefix("ses-") for s in options.session_label}
 
     trees, raw = list(options.derivatives), dict[str, list[Path]]()
     if about.get("DatasetType") == "derivative":
         trees.insert(0, ("raw", root))
     else:
-        layout = index(root, participants=asked, validate=not options.skip_bids_validation,
-                       database_dir=options.bids_database_dir)
-        raw = preprocessed.by_label(files(layout, "dwi", filters))
-    derivatives = [preprocessed.Tree.of(name, path, asked, filters) for name, path in trees]
+        layout = build_index(root, participants=given, validate=not options.skip_bids_validation,
+                             database_dir=options.bids_database_dir)
+        raw = preprocessed.by_label(find_files(layout, "dwi", filters))
+    derivatives = [preprocessed.Tree.read(name, path, given, filters) for name, path in trees]
 
-    known = participants(root).union(*(tree.labels for tree in derivatives))
-    unknown = [label for label in asked if label not in known]
-    wanted = [p for p in asked if p in known] if asked else sorted(known, key=label_order)
-    problems: dict[str, list[str]] = {label: [] for label in wanted}
+    existing = list_participants(root).union(*(tree.labels for tree in derivatives))
+    unknown = [label for label in given if label not in existing]
+    selected = [p for p in given if p in existing] if given else sorted(existing, key=label_order)
+    problems: dict[str, list[str]] = {label: [] for label in selected}
     runs = {label: sorted(
-        _participant(label, raw.get(label, []), root, derivatives, sessions, problems[label]),
-        key=lambda run: label_order(run.name)) for label in wanted}
-    nothing = [label for label in runs if not runs[label] and not problems[label]]
-    if len(nothing) == len(runs):
-        raise UsageError(_nothing(root, unknown, nothing, sessions, trees))
-    if nothing and not asked:
-        log.info("without dMRI%s: %s", f" in {_sessions(sessions)}" if sessions else "",
-                 ", ".join(f"sub-{label}" for label in nothing))
-    for label in nothing:
-        problems[label] = [f"{root / f'sub-{label}'}: no DWI found. {_looked_for(sessions)}"] \
-            if asked else []
+        _participant_runs(label, raw.get(label, []), root, derivatives, sessions, problems[label]),
+        key=lambda run: label_order(run.name)) for label in selected}
+    empty = [label for label in runs if not runs[label] and not problems[label]]
+    if len(empty) == len(runs):
+        raise UsageError(_describe_nothing(root, unknown, empty, sessions, trees))
+    if empty and not given:
+        log.info("without dMRI%s: %s", f" in {_describe_sessions(sessions)}" if sessions else "",
+                 ", ".join(f"sub-{label}" for label in empty))
+    for label in empty:
+        problems[label] = [f"{root / f'sub-{label}'}: no DWI found. {_describe_search(sessions)}"] \
+            if given else []
     labels = [label for label in runs if runs[label] or problems[label]]
     batches = batch.Batches.read(root, labels, options.batch_file, options.batch_column, problems)
     resolved = iter(batches.resolve([run for label in labels for run in runs[label]]))
@@ -113,15 +132,17 @@ def find(options: Options) -> Inventory:
                  problems, unknown, batches.rows(runs), batches.columns)
 
 
-def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[preprocessed.Tree],
-                 sessions: Collection[str], problems: list[str]) -> Iterator[Run]:
-    """Preprocessed runs of the first tree that has any of a session; raw ones of other sessions."""
-    taken: dict[str | None, str] = {}
+def _participant_runs(label: str, raw: Sequence[Path], root: Path,
+                      trees: Sequence[preprocessed.Tree], sessions: Collection[str],
+                      problems: list[str]) -> Iterator[Run]:
+    """Yield a participant's preprocessed runs, from the first dataset that has any of a session,
+    and the raw runs of other sessions."""
+    datasets: dict[str | None, str] = {}  # of the preprocessed runs, by session
     for tree in trees:
         for session, read in tree.sources(label):
-            if taken.setdefault(session, tree.name) != tree.name:
-                log.warning("sub-%s: %s holds session %s, too; %s comes first and is used.", label,
-                            tree.name, session, taken[session])
+            if datasets.setdefault(session, tree.name) != tree.name:
+                log.warning("sub-%s: %s also has session %s; %s comes first and is used.", label,
+                            tree.name, session, datasets[session])
             elif not sessions or session in sessions:
                 try:
                     run = read()
@@ -131,25 +152,25 @@ def _participant(label: str, raw: Sequence[Path], root: Path, trees: Sequence[pr
                 measured = [path for path in raw
                             if session in (None, entities_of(path.name).get("ses"))]
                 yield _with_mask(_with_scanner(run, measured, root), trees)
-    wanted = [p for p in raw if not sessions or entities_of(p.name).get("ses") in sessions]
-    mine = [p for p in wanted if not taken.keys() & {None, entities_of(p.name).get("ses")}]
-    if len(mine) < len(wanted):
-        log.info("sub-%s: %d raw files are left out, for %s holds preprocessed ones.", label,
-                 len(wanted) - len(mine), " and ".join(dict.fromkeys(taken.values())))
-    for run in _raw_runs(mine, root, problems):
+    selected = [p for p in raw if not sessions or entities_of(p.name).get("ses") in sessions]
+    used = [p for p in selected if not datasets.keys() & {None, entities_of(p.name).get("ses")}]
+    if len(used) < len(selected):
+        log.info("sub-%s: %d raw files are left out, since %s has preprocessed ones.", label,
+                 len(selected) - len(used), " and ".join(dict.fromkeys(datasets.values())))
+    for run in _raw_runs(used, root, problems):
         yield _with_mask(run, trees)
 
 
 def _with_scanner(run: Run, raw: Sequence[Path], root: Path) -> Run:
-    """The run with what all raw sidecars of its session say of the scanner, where its own do not:
-    most preprocessing tools do not copy it."""
+    """Add the scanner of the raw sidecars, on which all of them agree, to a preprocessed run whose
+    sidecar lacks it, since most preprocessing tools do not copy it."""
     keys = {*batch.SCANNER, "InstitutionName"}
     if not raw or keys & run.metadata.keys():
         return run
     try:
-        measured = [sidecar(path, root) for path in raw]
+        measured = [read_sidecar(path, root) for path in raw]
     except DataError as error:
-        log.warning("%s: its scanner is not known: %s", run.name, error)
+        log.warning("%s: the scanner is not known: %s", run.name, error)
         return run
     scanner = {k: v for k, v in measured[0].items()
                if k in keys and all(other.get(k) == v for other in measured)}
@@ -163,11 +184,12 @@ def _with_mask(run: Run, trees: Sequence[preprocessed.Tree]) -> Run:
 
 
 def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterator[Run]:
-    """One run per acquisition of a participant, without complex parts and lone b0 series."""
+    """Yield one run per acquisition of a participant, without complex parts and, beside weighted
+    runs, without b0 series."""
     parts = []
     for image in sorted(images, key=lambda path: label_order(path.name)):
         if entities_of(image.name).get("part", "mag") != "mag":
-            log.info("%s: left out, only magnitude images are used.", image.name)
+            log.info("%s: left out, since only magnitude images are used.", image.name)
             continue
         try:
             parts.append(read_part(image, root))
@@ -183,7 +205,7 @@ def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterat
                 if is_weighted or not any(weighted)]
         for group in groups:
             if group not in kept:
-                log.info("%s: left out, it holds only b0 volumes (b < %g s/mm²) and stands beside "
+                log.info("%s: left out, since it has only b0 volumes (b < %g s/mm²) and there are "
                          "weighted runs.", ", ".join(p.image.name for p in group), B0_MAX)
         for entities, group in zip(_names(kept), kept, strict=True):
             if len(group) > 1:
@@ -194,7 +216,7 @@ def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterat
 
 
 def _joined(parts: Sequence[Part]) -> list[list[Part]]:
-    """Parts that are one acquisition, together and in order."""
+    """Group the parts of each acquisition, in order."""
     alike = defaultdict(list)
     for part in parts:
         alike[_key(part)].append(part)
@@ -208,7 +230,7 @@ def _joined(parts: Sequence[Part]) -> list[list[Part]]:
             try:
                 image = open_image(part.image)
                 table = read_acquisition(part)
-            except DataError:  # loading it will tell
+            except DataError:  # reported when the run is loaded
                 joined.append([part])
                 continue
             for members, tables, first in groups:
@@ -225,24 +247,24 @@ def _joined(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def _key(part: Part) -> tuple[Any, ...]:
-    """What the parts of one acquisition share, besides the grid.
+    """The properties, besides the grid, that the parts of one acquisition share.
 
-    Where neither `dir` nor the sidecar tells the phase encoding, acq may stand for it (acq-AP), so
+    If neither `dir` nor the sidecar gives the phase encoding, acq may stand for it (acq-AP), so
     that only `run` may differ.
     """
     entities = ordered(entities_of(part.image.name))
-    facts = [part.metadata.get(k)
-             for k in ("PhaseEncodingDirection", "TotalReadoutTime", "EchoTime")]
-    unsure = facts[0] is None and "dir" not in entities
-    split = ("run",) if unsure else ("acq", "run")
+    values = [part.metadata.get(k)
+              for k in ("PhaseEncodingDirection", "TotalReadoutTime", "EchoTime")]
+    unknown_direction = values[0] is None and "dir" not in entities
+    split = ("run",) if unknown_direction else ("acq", "run")
     return (tuple((k, v) for k, v in entities.items() if k not in split),
-            *(round(f, 5) if isinstance(f, int | float) else str(f) for f in facts))
+            *(round(v, 5) if isinstance(v, int | float) else str(v) for v in values))
 
 
 def repeats(a: Acquisition, b: Acquisition) -> bool:
-    """Whether most weighted volumes of the shorter table stand in the other, too.
+    """Tell whether most weighted volumes of the shorter table are also in the other.
 
-    The same volume is the same b-tensor: ‖B − B'‖ < 0.05 ‖B‖ (Frobenius).
+    Volumes are equal if their b-tensors are: ‖B − B'‖ < 0.05 ‖B‖ (Frobenius norm).
     """
     few, many = sorted((t.btensors[~t.b0] for t in (a, b)), key=len)
     if not len(few):
@@ -253,32 +275,32 @@ def repeats(a: Acquisition, b: Acquisition) -> bool:
 
 
 def _names(groups: Sequence[Sequence[Part]]) -> Iterator[dict[str, str]]:
-    """The entities on which the parts of a group agree; the first part's where another group
-    would have that name, too."""
-    own = [[ordered(entities_of(part.image.name)) for part in group] for group in groups]
-    shared = [{k: v for k, v in es[0].items() if all(e.get(k) == v for e in es)} for es in own]
-    for i, agreed in enumerate(shared):
-        others = [e for j, es in enumerate(own) if j != i for e in (es[0], shared[j])]
-        yield own[i][0] if agreed in others else agreed
+    """The entities that the parts of a group share; those of the first part if another group would
+    have the same name."""
+    parts = [[ordered(entities_of(part.image.name)) for part in group] for group in groups]
+    shared = [{k: v for k, v in es[0].items() if all(e.get(k) == v for e in es)} for es in parts]
+    for i, common in enumerate(shared):
+        others = [e for j, es in enumerate(parts) if j != i for e in (es[0], shared[j])]
+        yield parts[i][0] if common in others else common
 
 
-def _nothing(root: Path, unknown: Sequence[str], nothing: Sequence[str],
-             sessions: Collection[str], trees: Sequence[tuple[str, Path]]) -> str:
+def _describe_nothing(root: Path, unknown: Sequence[str], empty: Sequence[str],
+                      sessions: Collection[str], trees: Sequence[tuple[str, Path]]) -> str:
     places = ", ".join([str(root), *(str(path) for _, path in trees if path != root)])
-    told = [f"no participant {', '.join(f'sub-{label}' for label in unknown)} exists in {places}."
-            if unknown else ""]
-    if nothing or not unknown:
-        told.append(f"no dMRI found in {places}"
-                    + (f" for {', '.join(f'sub-{s}' for s in nothing[:5])}" if nothing else "")
-                    + f". {_looked_for(sessions)}")
-    return " ".join(filter(None, told))
+    sentences = [f"no participant {', '.join(f'sub-{label}' for label in unknown)} exists in "
+                 f"{places}." if unknown else ""]
+    if empty or not unknown:
+        sentences.append(f"no dMRI found in {places}"
+                         + (f" for {', '.join(f'sub-{s}' for s in empty[:5])}" if empty else "")
+                         + f". {_describe_search(sessions)}")
+    return " ".join(filter(None, sentences))
 
 
-def _looked_for(sessions: Collection[str]) -> str:
+def _describe_search(sessions: Collection[str]) -> str:
     return ("Looked for sub-<label>/[ses-<label>/]dwi/*_dwi.nii[.gz] with a valid BIDS name"
-            + (f" in {_sessions(sessions)}" if sessions else "")
-            + ", passing --bids-filter-file where one is given. Check names, labels and filter.")
+            + (f" in {_describe_sessions(sessions)}" if sessions else "")
+            + ", that passes --bids-filter-file if one is given. Check names, labels and filter.")
 
 
-def _sessions(sessions: Collection[str]) -> str:
+def _describe_sessions(sessions: Collection[str]) -> str:
     return " or ".join(f"ses-{s}" for s in sorted(sessions))

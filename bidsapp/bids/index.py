@@ -1,7 +1,7 @@
-"""What files a dataset holds: pybids' index of its dwi folders, and queries of it.
+"""Index of the files in the dwi folders of a dataset, made by pybids, and queries of it.
 
-Sidecars are left to `bidsapp.bids.inherit`: pybids 0.22 gives up the whole index when one JSON of
-one participant is broken or a link to nowhere.
+Sidecars are read by `bidsapp.bids.inherit`, since pybids 0.22 fails on the whole dataset if the
+JSON of a single participant is broken or a broken link.
 """
 
 from __future__ import annotations
@@ -26,17 +26,32 @@ log = logging.getLogger(__name__)
 
 IGNORED = (r"^/(?!sub-)[^/.]+(/|$)",
            r"^/sub-[^/]+/(ses-[^/]+/)?(?!ses-|dwi(/|$))[^/.]+(/|$)")
-"""All folders but sub-*/[ses-*/]dwi."""
+"""Patterns of all folders but sub-*/[ses-*/]dwi."""
 
 SHORT = {"acq": "acquisition", "dir": "direction", "ses": "session", "sub": "subject",
          "rec": "reconstruction"}
+"""Names of entities in pybids, by short key."""
 
 
-def description(root: Path, *, needed: bool) -> dict[str, Any]:
-    """The content of dataset_description.json; {} where there is none and none is needed.
+def read_description(root: Path, *, needed: bool) -> dict[str, Any]:
+    """Read dataset_description.json.
 
-    Raises:
-        UsageError: root is not a folder that can be read, or not the root of a BIDS dataset.
+    Parameters
+    ----------
+    root : Path
+        Root of the dataset.
+    needed : bool
+        Whether the file must exist.
+
+    Returns
+    -------
+    dict
+        Its content; empty if it does not exist and is not needed.
+
+    Raises
+    ------
+    UsageError
+        `root` is not a folder that can be read, or not the root of a BIDS dataset.
     """
     if not root.is_dir():
         raise UsageError(f"BIDS_DIR {root} is not a folder that exists. Give the root of a BIDS "
@@ -47,13 +62,13 @@ def description(root: Path, *, needed: bool) -> dict[str, Any]:
     if not path.exists():
         if not needed:
             return {}
-        layout = next((what for what, pattern in (("HCP-YA", "*/T1w/Diffusion"),
+        layout = next((name for name, pattern in (("HCP-YA", "*/T1w/Diffusion"),
                                                   ("UK Biobank", "*/dMRI/dMRI"))
                        if any(root.glob(pattern))), None)
         raise UsageError(
             f"BIDS_DIR {root} holds no dataset_description.json, so it is not the root of a BIDS "
             "dataset. " + (f"It looks like {layout}: give it as --derivatives NAME={root}, and as "
-                           "BIDS_DIR a folder with no more than that file" if layout else
+                           "BIDS_DIR a folder with nothing but that file" if layout else
                            "Give the root, or write the file") +
             ': {"Name": "my data", "BIDSVersion": "1.10.0"}.')
     try:
@@ -62,16 +77,33 @@ def description(root: Path, *, needed: bool) -> dict[str, Any]:
         raise UsageError(str(error)) from error
 
 
-def index(root: Path, *, participants: Collection[str], validate: bool, derivative: bool = False,
-          database_dir: Path | None = None) -> BIDSLayout:
-    """pybids' index of the dwi folders: of `participants`, or of all when there are none.
+def build_index(root: Path, *, participants: Collection[str], validate: bool,
+                derivative: bool = False, database_dir: Path | None = None) -> BIDSLayout:
+    """Index the dwi folders of a dataset with pybids.
 
-    With `database_dir` the index of all is kept there, in a folder named by a hash of the state of
-    the dataset's folders, so that a change of files never meets an old index.
+    Parameters
+    ----------
+    root : Path
+        Root of the dataset.
+    participants : collection of str
+        Labels of the participants; empty: all.
+    validate : bool
+        Whether names must be valid in BIDS.
+    derivative : bool
+        Whether the dataset is a derivative.
+    database_dir : Path, optional
+        Folder in which the index of all participants is kept. Its subfolder is named by a hash of
+        the state of the dataset's folders, so that an outdated index is never used.
 
-    Raises:
-        UsageError: pybids refuses the dataset or cannot read its description, or the database
-            cannot be written.
+    Returns
+    -------
+    BIDSLayout
+
+    Raises
+    ------
+    UsageError
+        pybids does not accept the dataset or cannot read its description, or the database cannot
+        be written.
     """
     from bids.exceptions import BIDSValidationError
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
@@ -99,15 +131,15 @@ def index(root: Path, *, participants: Collection[str], validate: bool, derivati
                 try:
                     unfinished.rename(place)
                 except OSError:
-                    if not place.exists():  # else another process was first
+                    if not place.exists():  # otherwise another process was first
                         raise
         return make(place)
     except BIDSValidationError as error:
-        raise UsageError(f"{root}: pybids does not take it for a BIDS dataset: {error}. Correct "
+        raise UsageError(f"{root}: pybids does not accept it as a BIDS dataset: {error}. Correct "
                          "it, or give --skip-bids-validation.") from error
     except DataError as error:
         raise UsageError(str(error)) from error
-    except ValueError as error:  # read_json is not as strict
+    except ValueError as error:  # pybids is stricter than read_json
         raise UsageError(f"{about}: pybids cannot read it ({error}). Save it as JSON in UTF-8 "
                          "without a byte order mark.") from error
     except OSError as error:
@@ -117,7 +149,7 @@ def index(root: Path, *, participants: Collection[str], validate: bool, derivati
 
 
 def _state(root: Path, validate: bool) -> str:
-    """Changes when a file or folder down to dwi/ is added, removed or renamed."""
+    """Hash that changes if a file or folder down to dwi/ is added, removed or renamed."""
     folders = [root]
     for pattern in ("sub-*", "sub-*/ses-*", "sub-*/dwi", "sub-*/ses-*/dwi"):
         folders += sorted(root.glob(pattern))
@@ -126,10 +158,22 @@ def _state(root: Path, validate: bool) -> str:
 
 
 def read_filters(path: Path | None) -> dict[str, Any]:
-    """The `dwi` query of --bids-filter-file, {entity: value}; {} without a file.
+    """Read the `dwi` query of --bids-filter-file.
 
-    Raises:
-        UsageError: the file is missing or not a JSON object of objects.
+    Parameters
+    ----------
+    path : Path or None
+        The file, if one is given.
+
+    Returns
+    -------
+    dict
+        Values by entity; empty without a file.
+
+    Raises
+    ------
+    UsageError
+        The file is missing, not a JSON object of objects, or has a value that is not allowed.
     """
     if path is None:
         return {}
@@ -139,13 +183,13 @@ def read_filters(path: Path | None) -> dict[str, Any]:
         raise UsageError(f"--bids-filter-file {path}: cannot be read as JSON ({error}).") \
             from error
     if not isinstance(table, dict) or not all(isinstance(v, dict) for v in table.values()):
-        raise UsageError(f"--bids-filter-file {path}: needed is an object of objects, e.g. "
+        raise UsageError(f"--bids-filter-file {path}: an object of objects is needed, e.g. "
                          '{"dwi": {"acquisition": "x"}}.')
     for entity, value in table.get("dwi", {}).items():
         values = value if isinstance(value, list) else [value]
         if not all(v is None or isinstance(v, str | int | float) for v in values):
-            raise UsageError(f"--bids-filter-file {path}: {entity} is {value!r}; needed is a "
-                             "label, a list of labels, null (absent) or \"*\" (any).")
+            raise UsageError(f"--bids-filter-file {path}: {entity} is {value!r}; a label, a "
+                             "list of labels, null (absent) or \"*\" (any) is needed.")
         if table["dwi"].get("regex_search"):
             for v in values:
                 try:
@@ -154,28 +198,45 @@ def read_filters(path: Path | None) -> dict[str, Any]:
                     raise UsageError(f"--bids-filter-file {path}: {entity} is {v!r}, which is not "
                                      f"a regular expression ({error}).") from error
     if others := sorted(set(table) - {"dwi"}):
-        log.info("--bids-filter-file: only the query \"dwi\" is used here, not %s.",
+        log.info("--bids-filter-file: only the query \"dwi\" is used, not %s.",
                  ", ".join(others))
     return table.get("dwi", {})
 
 
-def files(layout: BIDSLayout, suffix: str, filters: Mapping[str, Any], **more: Any) -> list[Path]:
-    """Images with this suffix that pass the filters; filters on unknown entities are left aside."""
-    known = {entity for config in layout.config.values() for entity in config.entities}
+def find_files(layout: BIDSLayout, suffix: str, filters: Mapping[str, Any], **more: Any
+               ) -> list[Path]:
+    """Find images by suffix and filters.
+
+    Parameters
+    ----------
+    layout : BIDSLayout
+        Index of the dataset.
+    suffix : str
+        BIDS suffix, such as `dwi`.
+    filters : mapping
+        Values by entity. Filters on unknown entities are ignored, with a warning.
+    **more
+        Further conditions of the query.
+
+    Returns
+    -------
+    list of Path
+    """
+    entities = {entity for config in layout.config.values() for entity in config.entities}
     query: dict[str, Any] = {"suffix": suffix, "extension": [".nii", ".nii.gz"]}
     for key, value in filters.items():
         name = SHORT.get(key, key)
-        if name in known or name == "regex_search":
+        if name in entities or name == "regex_search":
             query[name] = _value(value)
         elif not layout.is_derivative:
-            log.warning("--bids-filter-file: %r is not an entity and is left aside; known are %s.",
-                        key, ", ".join(sorted(known)))
-    found = layout.get(return_type="filename", invalid_filters="allow", **(query | more))
-    return [Path(name) for name in found]
+            log.warning("--bids-filter-file: %r is not an entity and is ignored; known are %s.",
+                        key, ", ".join(sorted(entities)))
+    names = layout.get(return_type="filename", invalid_filters="allow", **(query | more))
+    return [Path(name) for name in names]
 
 
 def _value(value: Any) -> Any:
-    """null: must be absent; "*": any; pybids' own names of these are understood, too."""
+    """Convert null (absent), "*" (any) and their names in pybids to values of a query."""
     from bids.layout import Query
 
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -186,10 +247,10 @@ def _value(value: Any) -> Any:
 
 
 def label_order(text: str) -> list[tuple[int, str]]:
-    """A sort key that puts run-2 before run-10."""
+    """Make a sort key that puts run-2 before run-10."""
     return [(int(t), t) if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", text)]
 
 
-def participants(root: Path) -> set[str]:
-    """Labels of the sub-* folders."""
+def list_participants(root: Path) -> set[str]:
+    """List the labels of the sub-* folders."""
     return {p.name.removeprefix("sub-") for p in root.glob("sub-*/")}

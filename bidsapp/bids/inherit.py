@@ -1,8 +1,9 @@
-"""Which files belong to an image: the inheritance principle of BIDS, read from the folders.
+"""Files that apply to an image by the inheritance principle of BIDS.
 
-A file applies to an image when it stands in the image's folder or above it (up to the dataset's
-root), has the same suffix, and no entity that the image does not share. JSON keys nearer to the
-image win; of .bval, .bvec and encoding files the nearest is used
+A file applies to an image if it is in the image's folder or above it, up to the root of the
+dataset, if it has the same suffix, and if all its entities are those of the image. JSON files are
+merged, and the keys of the file nearest to the image take precedence. The nearest .bval, .bvec and
+encoding file is used
 (https://bids-specification.readthedocs.io/en/stable/common-principles.html#the-inheritance-principle).
 """
 
@@ -15,121 +16,159 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bidsapp.bids.names import ENTITIES, output
+from bidsapp.bids.names import ENTITIES, output_path
 from bidsapp.dwi import Part
 from bidsapp.errors import DataError
 
 ENCODINGS = (".btens", ".bshape", ".tsv")
+"""Extensions of encoding files."""
 
 MAX_NESTING = 100
-"""Lists and objects nested deeper exhaust the stack where they are copied or written again."""
+"""Largest nesting of lists and objects in JSON. Deeper nesting exhausts the stack when they are
+copied or written."""
 
 
 def entities_of(name: str) -> dict[str, str]:
-    """`sub-01_dir-AP_dwi.nii.gz` → {"sub": "01", "dir": "AP"}; labels as they are written."""
+    """Parse the entities of a file name.
+
+    >>> entities_of("sub-01_dir-AP_dwi.nii.gz")
+    {'sub': '01', 'dir': 'AP'}
+    """
     return dict(part.split("-", 1) for part in name.split(".")[0].split("_") if "-" in part)
 
 
 def ordered(entities: Mapping[str, str]) -> dict[str, str]:
-    """In BIDS order, unknown ones last."""
+    """Sort entities in BIDS order, unknown ones last."""
     rank = {key: i for i, key in enumerate(ENTITIES)}
     return dict(sorted(entities.items(), key=lambda item: rank.get(item[0], len(rank))))
 
 
 def stem_of(path: Path) -> Path:
-    """The path without .nii or .nii.gz."""
+    """Remove .nii or .nii.gz from a path."""
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii"))
 
 
 def name_of(path: Path) -> str:
-    """The file's name without .nii or .nii.gz."""
+    """Name of a file without .nii or .nii.gz."""
     return stem_of(path).name
 
 
 def read_part(image: Path, root: Path) -> Part:
-    """An image with the tables, encoding file and sidecars that belong to it.
+    """Find the tables, encoding file and sidecars of a DWI.
 
-    Raises:
-        DataError: one of them is missing, a link to nowhere, broken or there twice; or the name is
-            not BIDS.
+    Parameters
+    ----------
+    image : Path
+        The DWI.
+    root : Path
+        Root of the dataset.
+
+    Returns
+    -------
+    Part
+
+    Raises
+    ------
+    DataError
+        One of the files is missing, a broken link, broken or duplicated, or the name is not a BIDS
+        name.
     """
     try:
-        output(entities_of(image.name), "dwi", ".nii.gz")
+        output_path(entities_of(image.name), "dwi", ".nii.gz")
     except (KeyError, ValueError) as error:
         raise DataError(f"{image}: is not a BIDS name ({error}). Rename it and the files beside "
                         "it.") from error
-    here(image)
+    require_file(image)
     if image.suffix == ".nii" and (twin := image.with_name(image.name + ".gz")).exists():
-        raise DataError(f"{image}: {twin.name} stands beside it. Remove one of the two.")
-    encodings = [found[0] for e in ENCODINGS if (found := applicable(image, root, e))]
+        raise DataError(f"{image}: {twin.name} is beside it. Remove one of the two.")
+    encodings = [files[0] for e in ENCODINGS if (files := find_applicable(image, root, e))]
     if len(encodings) > 1:
-        raise DataError(f"{image}: {' and '.join(str(e) for e in encodings)} all say how it was "
-                        "encoded. Keep one of them.")
-    return Part(image, nearest(image, root, ".bval"), nearest(image, root, ".bvec"),
-                here(encodings[0]) if encodings else None, sidecar(image, root))
+        raise DataError(f"{image}: has several encoding files, "
+                        f"{' and '.join(str(e) for e in encodings)}. Keep one of them.")
+    return Part(image, find_nearest(image, root, ".bval"), find_nearest(image, root, ".bvec"),
+                require_file(encodings[0]) if encodings else None, read_sidecar(image, root))
 
 
-def sidecar(image: Path, root: Path) -> dict[str, Any]:
-    """All JSON files that apply to the image, merged; keys of nearer ones win.
+def read_sidecar(image: Path, root: Path) -> dict[str, Any]:
+    """Merge the JSON files that apply to an image; keys of the nearest take precedence.
 
-    Raises:
-        DataError: one of them is broken, a link to nowhere, or no object.
+    Parameters
+    ----------
+    image : Path
+        The image.
+    root : Path
+        Root of the dataset.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    DataError
+        One of them is broken, a broken link, or not an object.
     """
     merged: dict[str, Any] = {}
-    for path in reversed(applicable(image, root, ".json")):
+    for path in reversed(find_applicable(image, root, ".json")):
         merged |= read_json(path)
     return merged
 
 
-def applicable(image: Path, root: Path, extension: str) -> list[Path]:
-    """Files with this extension that apply to the image, the nearest first.
+def find_applicable(image: Path, root: Path, extension: str) -> list[Path]:
+    """List the files with an extension that apply to an image, the nearest first.
 
-    Within one folder the file that shares most entities comes first.
+    Within a folder, the file that shares the most entities comes first.
     """
-    own = entities_of(image.name)
-    found: list[Path] = []
+    entities = entities_of(image.name).items()
+    files: list[Path] = []
     for folder in (image.parent, *image.parent.parents):
         names = [n for n in _names(folder, folder.stat().st_mtime_ns) if n.endswith(extension)
-                 and _suffix(n) == _suffix(image.name) and entities_of(n).items() <= own.items()]
-        found += [folder / n for n in sorted(names, key=lambda n: (-len(entities_of(n)), n))]
+                 and _suffix(n) == _suffix(image.name) and entities_of(n).items() <= entities]
+        files += [folder / n for n in sorted(names, key=lambda n: (-len(entities_of(n)), n))]
         if folder == root:
             break
-    return found
+    return files
 
 
-def nearest(image: Path, root: Path, extension: str) -> Path:
-    """The nearest file with this extension.
+def find_nearest(image: Path, root: Path, extension: str) -> Path:
+    """Find the nearest file with an extension that applies to an image.
 
-    Raises:
-        DataError: there is none, or it is a link to a file that is not here.
+    Raises
+    ------
+    DataError
+        There is none, or it is a broken link.
     """
-    found = applicable(image, root, extension)
-    if not found:
-        raise DataError(f"{image}: no {extension} file belongs to it. Put "
-                        f"{stem_of(image).name}{extension} beside it, or one that is inherited.")
-    return here(found[0])
+    files = find_applicable(image, root, extension)
+    if not files:
+        raise DataError(f"{image}: no {extension} file belongs to it. Add "
+                        f"{stem_of(image).name}{extension} beside it, or a file that it inherits.")
+    return require_file(files[0])
 
 
-def here(path: Path) -> Path:
-    """The path, if its file can be opened.
+def require_file(path: Path) -> Path:
+    """Return a path if its file exists.
 
-    Raises:
-        DataError: it is missing, or a link to a file that is not here (annexed, not fetched).
+    Raises
+    ------
+    DataError
+        The file is missing, or a broken link, such as an annexed file that was not fetched.
     """
     if not path.exists():
-        what = "is a link to a file that is not here" if path.is_symlink() else "does not exist"
-        raise DataError(f"{path}: {what}. Fetch it (e.g. `datalad get {path.name}`) or copy it.")
+        state = "is a link to a missing file" if path.is_symlink() else "does not exist"
+        raise DataError(f"{path}: {state}. Fetch it (e.g. `datalad get {path.name}`) or copy it.")
     return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
-    Raises:
-        DataError: it is broken, a link to nowhere, or no object; it holds a number that is too
-            large for a float, or is nested too deep.
+    Raises
+    ------
+    DataError
+        The file is broken, a broken link or not an object, holds a number beyond the range of
+        float, or is nested too deeply.
     """
-    return dict(_json(here(path), path.stat().st_mtime_ns))
+    return dict(_json(require_file(path), path.stat().st_mtime_ns))
 
 
 def _suffix(name: str) -> str:
@@ -155,19 +194,19 @@ def _json(path: Path, changed: int) -> dict[str, Any]:
         raise DataError(f"{path}: its lists and objects are nested more than {MAX_NESTING} deep. "
                         "Correct it.") from error
     if not isinstance(table, dict):
-        raise DataError(f"{path}: holds a {type(table).__name__}, an object {{...}} is needed.")
+        raise DataError(f"{path}: holds a {type(table).__name__}; an object {{...}} is needed.")
     return table
 
 
 def _number(text: str) -> float:
-    """An int where the text is one."""
+    """Convert a text to an int if it is one, otherwise to a float."""
     if not math.isfinite(value := float(text)):
         raise ValueError(f"the number {text[:12]}… of {len(text)} characters is too large")
     return value if any(c in text for c in ".eE") else int(text)
 
 
 def _not_a_number(text: str) -> None:
-    """NaN and Infinity, which JSON does not know but some converters write, count as unknown."""
+    """Convert NaN and Infinity, which some converters write although JSON lacks them, to null."""
 
 
 def _nested_within(value: Any, levels: int) -> bool:

@@ -1,4 +1,4 @@
-"""The one table of output names: which entities a name may hold, and in which order."""
+"""The table of output names: the allowed entities and their order."""
 
 from __future__ import annotations
 
@@ -8,21 +8,37 @@ from pathlib import PurePosixPath
 ENTITIES = ("sub", "ses", "sample", "task", "tracksys", "acq", "ce", "trc", "stain", "rec", "dir",
             "run", "echo", "part", "chunk", "space", "res", "label", "model", "param",
             "stat", "desc")
-"""BIDS order, with the entities of BEP016 (model, param) and `stat` before `desc`."""
+"""Entities in BIDS order, with those of BEP016 (model, param) and `stat` before `desc`."""
 
 BIDSIGNORE = ("*.html", "logs", "log", "figures", "group", "*_dwimap.*", "*_dwi.bval",
               "*_dwi.bvec", "*_dwi.b", "*_dwi.btens", "*_qc.*", "*_truth.*", "*_xfm.*")
-"""What the validator's schema does not know yet."""
+"""Patterns of outputs that the schema of the BIDS validator lacks."""
 
 
-def output(entities: Mapping[str, str], suffix: str, extension: str, folder: str = "dwi",
+def output_path(entities: Mapping[str, str], suffix: str, extension: str, folder: str = "dwi",
            **more: str) -> PurePosixPath:
-    """Path below OUTPUT_DIR, e.g. sub-01/ses-a/dwi/sub-01_ses-a_desc-brain_mask.nii.gz.
+    """Make the path of an output.
 
-    `figures` and `log` lie below the participant, other folders below the session.
+    Parameters
+    ----------
+    entities : mapping
+        Labels by entity.
+    suffix, extension : str
+        BIDS suffix, and extension with its dot.
+    folder : str
+        Folder below the session; `figures` and `log` are below the participant.
+    **more
+        Further entities.
 
-    Raises:
-        ValueError: an entity is unknown or its label is not alphanumeric.
+    Returns
+    -------
+    PurePosixPath
+        Path below OUTPUT_DIR, such as sub-01/ses-a/dwi/sub-01_ses-a_desc-brain_mask.nii.gz.
+
+    Raises
+    ------
+    ValueError
+        An entity is unknown, or its label is not alphanumeric.
     """
     labels = {**entities, **more}
     for key, value in labels.items():

@@ -1,11 +1,14 @@
-"""Data preprocessed elsewhere: BIDS derivatives (QSIPrep and others), HCP-YA, UK Biobank; masks.
+"""Preprocessed datasets: BIDS derivatives (QSIPrep and others), HCP-YA, UK Biobank; brain masks.
 
-BIDS derivatives: `sub-*/[ses-*/]dwi/*_desc-preproc_dwi.nii[.gz]`, and masks `*_mask.nii[.gz]` there
-or at the dataset's root. HCP-YA: `SUBJ/T1w/Diffusion/data.nii.gz`. UK Biobank:
-`SUBJ[_SESSION]/dMRI/dMRI/data_ud.nii.gz` (or SUBJ_20250_SESSION_0, as its bulk files are named).
-The last two hold `bvals`, `bvecs` and `nodif_brain_mask[_ud].nii.gz` in the same folder. T1w images
-are those of `anat/`, and HCP-YA's `SUBJ/T1w/T1w_acpc_dc_restore.nii.gz`; they are looked up run by
-run, for an index of anat/ would cost more than all the rest.
+- BIDS derivatives: `sub-*/[ses-*/]dwi/*_desc-preproc_dwi.nii[.gz]`, and masks `*_mask.nii[.gz]` in
+  the same folder or at the root of the dataset.
+- HCP-YA: `SUBJ/T1w/Diffusion/data.nii.gz`.
+- UK Biobank: `SUBJ[_SESSION]/dMRI/dMRI/data_ud.nii.gz`, or SUBJ_20250_SESSION_0, the name of its
+  bulk files.
+
+HCP-YA and UK Biobank have `bvals`, `bvecs` and `nodif_brain_mask[_ud].nii.gz` in the same folder.
+T1w images are in `anat/`, or are HCP-YA's `SUBJ/T1w/T1w_acpc_dc_restore.nii.gz`. They are looked up
+for each run, since an index of anat/ would take longer than everything else.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bidsapp.bids.index import files, index, label_order, participants
-from bidsapp.bids.inherit import entities_of, here, ordered, read_json, read_part, stem_of
+from bidsapp.bids.index import build_index, find_files, label_order, list_participants
+from bidsapp.bids.inherit import entities_of, ordered, read_json, read_part, require_file, stem_of
 from bidsapp.dwi import Part, Run
 from bidsapp.errors import UsageError
 
@@ -31,17 +34,29 @@ FSL_LAYOUTS = {
     "T1w/Diffusion": ("data.nii.gz", "nodif_brain_mask.nii.gz"),
     "dMRI/dMRI": ("data_ud.nii.gz", "nodif_brain_mask_ud.nii.gz"),
 }
-"""Folder below a participant's: image and mask. The tables are called bvals and bvecs."""
+"""File names of image and mask, by folder below that of a participant. The tables are called bvals
+and bvecs."""
 
 FSL_NAME = re.compile(r"(?:sub-)?([0-9A-Za-z]+?)(?:_20250_(\d+)_\d+|_(?:ses-)?([0-9A-Za-z]+))?")
 
 
 @dataclass(frozen=True)
 class Tree:
-    """One preprocessed dataset.
+    """A preprocessed dataset.
 
-    labels: the participants that it holds. images, masks, fsl: by participant; fsl holds (entities,
-    folder, image, mask) of the HCP-YA and UK Biobank layouts.
+    Parameters
+    ----------
+    name : str
+        Its name in --derivatives.
+    root : Path
+        Its root.
+    labels : frozenset of str
+        Labels of its participants.
+    images, masks : mapping
+        DWIs and masks of BIDS derivatives, by participant.
+    fsl : mapping
+        Entities, folder, image and mask of the runs in the layouts of HCP-YA and UK Biobank, by
+        participant.
     """
 
     name: str
@@ -52,44 +67,67 @@ class Tree:
     fsl: Mapping[str, Sequence[tuple[dict[str, str], Path, str, str]]]
 
     @classmethod
-    def of(cls, name: str, path: Path, wanted: Collection[str], filters: Mapping[str, Any]) -> Tree:
-        """Raises UsageError: the folder is missing, or holds none of the known layouts."""
+    def read(cls, name: str, path: Path, wanted: Collection[str], filters: Mapping[str, Any]
+             ) -> Tree:
+        """Read a dataset of --derivatives NAME=PATH.
+
+        Parameters
+        ----------
+        name, path
+            Name and root of the dataset.
+        wanted : collection of str
+            Labels of the participants; empty: all.
+        filters : mapping
+            Filters of the DWIs, from --bids-filter-file.
+
+        Returns
+        -------
+        Tree
+
+        Raises
+        ------
+        UsageError
+            The folder is missing, or has none of the known layouts.
+        """
         root = path.absolute()
         if not root.is_dir():
             raise UsageError(f"--derivatives {name}={path}: is not a folder that exists.")
         fsl = _by_label(_fsl(root), lambda item: item[0])
-        labels = participants(root).union(fsl)
-        layout = index(root, participants=wanted, validate=False, derivative=True)
-        images = files(layout, "dwi", {"desc": "preproc", **filters})
-        masks = [m for m in files(layout, "mask", {}) if m.exists()
+        labels = list_participants(root).union(fsl)
+        layout = build_index(root, participants=wanted, validate=False, derivative=True)
+        images = find_files(layout, "dwi", {"desc": "preproc", **filters})
+        masks = [m for m in find_files(layout, "mask", {}) if m.exists()
                  and {"desc": "brain", **entities_of(m.name)}["desc"] == "brain"
                  and "label" not in entities_of(m.name)]
         if not wanted and not (images or masks or fsl):
             raise UsageError(
-                f"--derivatives {name}={path}: holds no preprocessed DWI and no masks. Understood "
+                f"--derivatives {name}={path}: holds no preprocessed DWI and no masks. Supported "
                 "are sub-*/[ses-*/]dwi/*_desc-preproc_dwi.nii.gz (QSIPrep and others), "
                 "SUBJ/T1w/Diffusion/data.nii.gz (HCP-YA), SUBJ/dMRI/dMRI/data_ud.nii.gz "
                 "(UK Biobank), and sub-*_mask.nii.gz.")
         if not (images or masks or fsl):
-            log.warning("--derivatives %s: holds nothing of sub-%s.", name, ", sub-".join(wanted))
+            log.warning("--derivatives %s: has no data of sub-%s.", name, ", sub-".join(wanted))
         return cls(name, root, frozenset(labels), by_label(images), by_label(masks), fsl)
 
     def sources(self, label: str) -> list[tuple[str | None, Callable[[], Run]]]:
-        """Session and reader of each preprocessed run of a participant."""
+        """List session and reader of each preprocessed run of a participant."""
         return [*((entities_of(path.name).get("ses"), partial(self._bids_run, path))
                   for path in self.images.get(label, ())),
                 *((item[0].get("ses"), partial(self._fsl_run, *item))
                   for item in self.fsl.get(label, ()))]
 
     def mask_of(self, run: Run) -> Path | None:
-        """The mask whose entities (desc aside) are all the run's or its first part's, in the same
-        space; the one with most entities."""
-        own = entities_of(run.parts[0].image.name)
+        """Find the brain mask of a run.
+
+        All its entities, except desc, must be those of the run or of its first part, and it must be
+        in the same space. The mask with the most entities is returned, or None.
+        """
+        part_entities = entities_of(run.parts[0].image.name).items()
         matches = []
         for path in self.masks.get(run.participant, ()):
             entities = plain(entities_of(path.name))
             if entities.get("space") == run.entities.get("space") and (
-                    entities.items() <= run.entities.items() or entities.items() <= own.items()):
+                    entities.items() <= run.entities.items() or entities.items() <= part_entities):
                 matches.append((-len(entities), path))
         return min(matches)[1] if matches else None
 
@@ -101,7 +139,8 @@ class Tree:
 
     def _fsl_run(self, entities: dict[str, str], folder: Path, image: str, mask: str) -> Run:
         sidecar = stem_of(folder / image).with_suffix(".json")
-        part = Part(here(folder / image), here(folder / "bvals"), here(folder / "bvecs"),
+        part = Part(require_file(folder / image), require_file(folder / "bvals"),
+                    require_file(folder / "bvecs"),
                     metadata=read_json(sidecar) if sidecar.exists() else {})
         t1w = folder.parent / "T1w_acpc_dc_restore.nii.gz"
         return Run(entities, (part,), folder / mask if (folder / mask).exists() else None,
@@ -110,17 +149,29 @@ class Tree:
 
 
 def with_anatomy(run: Run, roots: Iterable[Path]) -> Run:
-    """The run with a T1w image, and tissue probabilities in its space where they lie beside it, of
-    the first dataset that has one: of the session, else of the participant; `desc-preproc` first.
+    """Add a T1w image to a run, with the tissue probabilities beside it if there are any.
 
-    Images in another space than the run's, with contrast agent, or of phase are left aside.
+    The image is from the first dataset that has one, of the session or else of the participant,
+    preferably a `desc-preproc`. Images in another space than the run, with a contrast agent, or of
+    phase are not used.
+
+    Parameters
+    ----------
+    run : Run
+        A run with or without a T1w image.
+    roots : iterable of Path
+        Roots of the datasets.
+
+    Returns
+    -------
+    Run
     """
     if run.t1w:
         return run
     for root in roots:
         person = root / f"sub-{run.participant}"
-        own = [person / f"ses-{run.session}/anat"] if run.session else []
-        for folder in dict.fromkeys([*own, person / "anat", *sorted(person.glob("ses-*/anat"))]):
+        first = [person / f"ses-{run.session}/anat"] if run.session else []
+        for folder in dict.fromkeys([*first, person / "anat", *sorted(person.glob("ses-*/anat"))]):
             images = [p for p in folder.glob("*_T1w.nii*") if _fits(entities_of(p.name), run)]
             if images:
                 t1w = min(images, key=lambda p: ("desc" not in entities_of(p.name),
@@ -136,17 +187,17 @@ def _fits(entities: Mapping[str, str], run: Run) -> bool:
 
 
 def _probsegs(t1w: Path) -> tuple[Path, ...]:
-    """Grey matter, white matter and CSF beside a preprocessed T1w image, or nothing."""
-    own = {k: v for k, v in entities_of(t1w.name).items() if k != "desc"}
-    found = {tuple(sorted(entities_of(p.name).items())): p
-             for p in t1w.parent.glob("*_probseg.nii*")}
-    maps = [found.get(tuple(sorted({**own, "label": label}.items())))
+    """Probabilities of grey matter, white matter and CSF beside a preprocessed T1w image, or ()."""
+    entities = {k: v for k, v in entities_of(t1w.name).items() if k != "desc"}
+    probsegs = {tuple(sorted(entities_of(p.name).items())): p
+                for p in t1w.parent.glob("*_probseg.nii*")}
+    maps = [probsegs.get(tuple(sorted({**entities, "label": label}.items())))
             for label in ("GM", "WM", "CSF")]
     return tuple(m for m in maps if m) if all(maps) else ()
 
 
 def by_label(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """BIDS files by participant."""
+    """Group BIDS files by the label of their participant."""
     return _by_label(paths, lambda path: entities_of(path.name))
 
 
@@ -158,7 +209,7 @@ def _by_label(items: Iterable[T], entities: Callable[[T], Mapping[str, str]]) ->
 
 
 def plain(entities: Mapping[str, str]) -> dict[str, str]:
-    """In BIDS order, without desc: results have a desc of their own."""
+    """Sort entities in BIDS order, without desc, since outputs have their own."""
     return {k: v for k, v in ordered(entities).items() if k != "desc"}
 
 
@@ -167,8 +218,8 @@ def _fsl(root: Path) -> Iterator[tuple[dict[str, str], Path, str, str]]:
         for folder in sorted(root.glob(f"*/{below}")):
             match = FSL_NAME.fullmatch(folder.parents[1].name)
             if match is None:
-                log.warning("%s: the participant's folder is not named SUBJ or SUBJ_SESSION; left "
-                            "out.", folder)
+                log.warning("%s: left out, since the participant's folder is not named SUBJ or "
+                            "SUBJ_SESSION.", folder)
                 continue
             session = match[2] or match[3]
             yield {"sub": match[1], **({"ses": session} if session else {})}, folder, image, mask

@@ -1,8 +1,8 @@
-"""Writer of a whole dataset that did not exist before: all of it appears at the end, or nothing.
+"""Writer of a new dataset, which appears as a whole or not at all.
 
-Files are made in a hidden folder inside the dataset, then renamed into place. A hidden record names
-the top-level entries; only these are replaced when the same dataset is made again, so that results
-which someone has put beside them (derivatives/qsphere) stay.
+Files are written in a hidden folder inside the dataset and then renamed into place. A hidden record
+lists the top-level entries. Only these are replaced if the same dataset is made again, so that
+results beside them, such as derivatives/qsphere, are kept.
 """
 
 from __future__ import annotations
@@ -26,48 +26,52 @@ from bidsapp.bids.writer import to_json, to_tsv
 from bidsapp.errors import UsageError
 
 STAGING = ".qsphere-staging"
+"""Name of the hidden folder."""
+
 SHARED = ("derivatives", "sourcedata")
-"""Top-level folders in which others may have put something too."""
+"""Top-level folders in which others may have stored files as well."""
 
 
 class Tree:
-    """Files of a dataset to be; made by `new_dataset`. Paths are relative to its root."""
+    """The files of a new dataset, made by `new_dataset`. Paths are relative to its root."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def text(self, path: PurePosixPath | str, text: str) -> None:
-        where = self.folder / path
-        where.parent.mkdir(parents=True, exist_ok=True)
-        where.write_text(text)
+        """Write a text file."""
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
 
     def json(self, path: PurePosixPath | str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file."""
         self.text(path, to_json(content))
 
     def table(self, path: PurePosixPath | str, rows: Iterable[Mapping[Any, Any]],
               columns: Mapping[str, Any]) -> None:
-        """A TSV, and the JSON that describes its columns."""
+        """Write a TSV, and the JSON that describes its columns."""
         self.text(path, to_tsv(rows))
         self.json(PurePosixPath(path).with_suffix(".json"), columns)
 
     def image(self, path: PurePosixPath, data: Shaped[np.ndarray, "*k x y z"], affine: np.ndarray,
               sidecar: Mapping[str, Any] | None = None, repetition_time: float = 0) -> None:
-        """A NIfTI image with world coordinates of the scanner, and its sidecar if given."""
-        where = self.folder / path
-        where.parent.mkdir(parents=True, exist_ok=True)
+        """Write a NIfTI image in world coordinates of the scanner, and its sidecar if given."""
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
         image = nib.Nifti1Image(np.moveaxis(data, 0, -1) if data.ndim > 3 else data, affine)
         image.set_qform(affine, 1)
         image.set_sform(affine, 1)
         image.header.set_xyzt_units("mm", "sec" if data.ndim > 3 else "unknown")
         if repetition_time:
             image.header.set_zooms((*image.header.get_zooms()[:3], repetition_time))
-        nib.save(image, where)
+        nib.save(image, file)
         if sidecar is not None:
             self.json(path.with_name(path.name.removesuffix(".nii.gz") + ".json"), sidecar)
 
     def gradients(self, path: PurePosixPath, acquisition: Acquisition,
                   affine: Float[np.ndarray, "4 4"]) -> None:
-        """.bval and .bvec beside an image …_dwi.nii.gz."""
+        """Write the .bval and .bvec of an image …_dwi.nii.gz."""
         stem = path.name.removesuffix(".nii.gz")
         self.text(path.with_name(f"{stem}.bval"), btable.text(acquisition.bvals[None]))
         self.text(path.with_name(f"{stem}.bvec"), btable.text(btable.to_fsl(acquisition, affine)))
@@ -75,10 +79,23 @@ class Tree:
 
 @contextmanager
 def new_dataset(root: Path, maker: str) -> Iterator[Tree]:
-    """A Tree whose files stand in `root` after the block; after an exception, nothing has changed.
+    """Make a dataset whose files are in place after the block; an exception leaves no change.
 
-    Raises:
-        UsageError: root holds what this maker has not made, cannot be written, or is in use.
+    Parameters
+    ----------
+    root : Path
+        Root of the dataset.
+    maker : str
+        Name of the program that makes it.
+
+    Yields
+    ------
+    Tree
+
+    Raises
+    ------
+    UsageError
+        `root` holds files that this maker has not made, cannot be written, or is in use.
     """
     root = root.absolute()
     record, staging = root / f".{maker}.json", root / STAGING
@@ -110,21 +127,21 @@ def new_dataset(root: Path, maker: str) -> Iterator[Tree]:
 
 
 def _replace(root: Path, staging: Path, record: Path) -> None:
-    """Entries of the staging folder, those of SHARED folders one by one, in place of the old."""
+    """Replace old entries by those of the staging folder, those in SHARED folders one by one."""
     entries = [p.relative_to(staging) for p in sorted(staging.iterdir()) if p.name not in SHARED]
     entries += [p.relative_to(staging) for name in SHARED
                 for p in sorted((staging / name).glob("*"))]
     try:
         old = json.loads(record.read_text()) if record.exists() else []
-    except ValueError:  # cut off when it was written; what is in the way is replaced all the same
+    except ValueError:  # truncated; entries of the new dataset are replaced in any case
         old = []
     record.write_text(to_json(sorted({*old, *map(str, entries)})))
     for name in {*old, *map(str, entries)}:
-        where = root / name
-        if where.is_dir() and not where.is_symlink():
-            shutil.rmtree(where)
+        path = root / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            where.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
     for entry in entries:
         (root / entry).parent.mkdir(exist_ok=True)
         (staging / entry).rename(root / entry)

@@ -1,4 +1,4 @@
-"""Sidecar JSON of the derivatives: what each image is, its units, what it was made from and how."""
+"""Sidecars of the derivatives: description, units, sources and processing of each image."""
 
 from __future__ import annotations
 
@@ -14,16 +14,30 @@ CARRIED = (
     "TotalReadoutTime", "EffectiveEchoSpacing", "MultibandAccelerationFactor", "PartialFourier",
     "ParallelReductionFactorInPlane", "SliceThickness", "InstitutionName",
 )
-"""Acquisition keys that every image made from a run inherits."""
+"""Acquisition keys that each image made from a run inherits."""
 
 SPATIAL = ("PhaseEncodingDirection", "TotalReadoutTime", "EffectiveEchoSpacing",
            "MultibandAccelerationFactor", "PartialFourier", "ParallelReductionFactorInPlane",
            "SliceThickness")
-"""Of these, what says how the image was encoded in space: nothing of voxels in no place."""
+"""Those of CARRIED that describe the spatial encoding, which voxels without a position lack."""
 
 
 def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
-    """The keys of every image: Description, Sources, carried acquisition keys, space."""
+    """Make the sidecar keys of any image: Description, Sources, acquisition keys and space.
+
+    Parameters
+    ----------
+    run : Run
+        Run that the image was made from.
+    dataset : Dataset
+        Output dataset.
+    description : str
+        Description of the image.
+
+    Returns
+    -------
+    dict
+    """
     metadata = run.metadata
     keys: dict[str, Any] = {
         "Description": description,
@@ -38,20 +52,40 @@ def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
 
 
 def mask(run: Run, dataset: Dataset, source: str) -> dict[str, Any]:
+    """Make the sidecar keys of a brain mask. source: its origin, a phrase."""
     return {**base(run, dataset, f"Brain mask: {source}"), "Type": "Brain"}
 
 
 def derived(run: Run, dataset: Dataset, *, model: Mapping[str, Any], output: Mapping[str, Any],
             parameters: Mapping[str, Any], more_sources: Sequence[str], seed: int, device: str
             ) -> dict[str, Any]:
-    """A map of a method. model and output are the entries of its outputs.json; more_sources are
-    URIs of what it was made from beside the run."""
+    """Make the sidecar keys of a map.
+
+    Parameters
+    ----------
+    run : Run
+        Run that the map was made from.
+    dataset : Dataset
+        Output dataset.
+    model, output : mapping
+        Entries of the method's outputs.json.
+    parameters : mapping
+        Parameters of the model.
+    more_sources : sequence of str
+        URIs of its sources besides the run.
+    seed, device
+        Seed and device of the computation.
+
+    Returns
+    -------
+    dict
+    """
     keys = base(run, dataset, output["Description"])
     keys["Sources"] = [*keys["Sources"], *more_sources]
-    shown = ("entities", "Description", "range", "cmap", "report", "display", "background")
+    for_display = ("entities", "Description", "range", "cmap", "report", "display", "background")
     return {
         **keys,
-        **{k: v for k, v in output.items() if k not in shown},
+        **{k: v for k, v in output.items() if k not in for_display},
         "Model": {"Description": model["Description"], "URL": model["URL"],
                   "Parameters": dict(parameters)},
         "ParameterURL": model["URL"],

@@ -1,9 +1,9 @@
-"""The one writer of derivatives.
+"""Writer of derivatives; no other module writes them.
 
-Files are first made in a staging folder on the same file system, then renamed into place, so a
-killed process leaves whole files or none. What belongs together is a `Transaction`: its record
-(`sub-01/log/NAME.json`) lists every file with its SHA-256 before the first rename, so that a later
-run knows its own files from anyone else's, and refuses to overwrite the latter.
+Files are written in a staging folder on the same file system and then renamed into place, so that a
+killed process leaves complete files only. Files that belong together are a `Transaction`. Its
+record (`sub-01/log/NAME.json`) lists each file with its SHA-256 before the first rename, so that a
+later run can tell its own files from those of others, which it does not overwrite.
 """
 
 from __future__ import annotations
@@ -32,18 +32,24 @@ from bidsapp.errors import DataError, UsageError
 log = logging.getLogger(__name__)
 CODE_URL = "https://github.com/qsphere/qsphere"
 STAGING, LOCKS = "logs/.staging", "logs/.locks"
+"""Folders of staged files and of locks, below OUTPUT_DIR."""
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Compute the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Dataset:
-    """OUTPUT_DIR as a BIDS derivatives dataset; `claim` it before anything is written.
+    """OUTPUT_DIR as a BIDS derivatives dataset. `claim` must be called before anything is written.
 
-    root: OUTPUT_DIR. links: dataset name → folder, for `bids:NAME:…` URIs (raw, preprocessed, …).
+    Parameters
+    ----------
+    root : Path
+        OUTPUT_DIR.
+    links : mapping
+        Folders of other datasets (raw, preprocessed, …) by the name in `bids:NAME:…` URIs.
     """
 
     def __init__(self, root: Path, links: Mapping[str, Path]) -> None:
@@ -51,10 +57,12 @@ class Dataset:
         self.links = {name: path.absolute() for name, path in links.items()}
 
     def claim(self) -> None:
-        """Make the folder, or make sure that it is ours; sweep up after processes that died.
+        """Make the folder, or check that it is a QSphere dataset; remove files of dead processes.
 
-        Raises:
-            UsageError: it cannot be written, or holds something that is not QSphere's.
+        Raises
+        ------
+        UsageError
+            The folder cannot be written, or holds files of another program.
         """
         marker = self.root / "dataset_description.json"
         try:
@@ -78,7 +86,7 @@ class Dataset:
         scratch.sweep(self.root / STAGING)
 
     def uri(self, path: Path) -> str:
-        """`bids:NAME:relative/path` of a file in this dataset or one of the linked ones."""
+        """Make the URI `bids:NAME:relative/path` of a file in this or a linked dataset."""
         absolute = Path(os.path.abspath(path))  # noqa: PTH100  # resolve() would follow annex links
         for name, place in {"": self.root, **self.links}.items():
             for root in (place, place.resolve()):
@@ -87,11 +95,11 @@ class Dataset:
         return absolute.resolve().as_uri()
 
     def lock(self, name: str) -> FileLock:
-        """A lock between processes (and nodes) that share this OUTPUT_DIR."""
+        """Make a lock between the processes and nodes that share this OUTPUT_DIR."""
         return FileLock(self.root / LOCKS / f"{name}.lock")
 
     def record(self, path: PurePosixPath) -> dict[str, Any]:
-        """The record of an earlier transaction, or {} where there is none that can be read."""
+        """Read the record of an earlier transaction; {} if there is none that can be read."""
         try:
             record = json.loads((self.root / path).read_text())
         except (OSError, ValueError, RecursionError):
@@ -99,8 +107,15 @@ class Dataset:
         return record if isinstance(record, dict) else {}
 
     def is_complete(self, record: Mapping[str, Any], fingerprint: str) -> bool:
-        """Whether a transaction with this fingerprint was finished and its files are as it left
-        them."""
+        """Tell whether a transaction of a fingerprint was completed and its files are unchanged.
+
+        Parameters
+        ----------
+        record : mapping
+            Record of the transaction.
+        fingerprint : str
+            Fingerprint that it must have.
+        """
         return (record.get("fingerprint") == fingerprint and record.get("state") == "complete"
                 and all((self.root / name).is_file() and sha256(self.root / name) in hashes
                         for name, hashes in record.get("outputs", {}).items()))
@@ -108,10 +123,23 @@ class Dataset:
     @contextlib.contextmanager
     def transaction(self, record_path: PurePosixPath, fingerprint: str = ""
                     ) -> Iterator[Transaction]:
-        """Stage files, then put all in place at the end of the block; none after an exception.
+        """Stage files in the block, and put them in place at its end unless there is an exception.
 
-        Raises:
-            DataError: the disk is full; a file in the way is not ours (see `Transaction.commit`).
+        Parameters
+        ----------
+        record_path : PurePosixPath
+            Record of the transaction, below OUTPUT_DIR.
+        fingerprint : str
+            Hash of everything that the files depend on.
+
+        Yields
+        ------
+        Transaction
+
+        Raises
+        ------
+        DataError
+            The disk is full, or a file of another program is in the way (`Transaction.commit`).
         """
         with self._staging() as folder:
             transaction = Transaction(self, folder, record_path, fingerprint)
@@ -120,11 +148,7 @@ class Dataset:
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
-        """An empty folder on the output's file system.
-
-        Raises:
-            DataError: the disk is full.
-        """
+        """Make an empty folder on the file system of the output; a full disk is a DataError."""
         try:
             with scratch.folder(self.root / STAGING) as folder:
                 yield folder
@@ -137,13 +161,13 @@ class Dataset:
     def mark(self, record_path: PurePosixPath, state: str, facts: Mapping[str, Any]) -> None:
         """Set the state of a record (`failed`, `incomplete`) and replace its facts.
 
-        Files of an earlier transaction stay, and stay known.
+        The files of an earlier transaction are kept, and remain in the record.
         """
         outputs = self.record(record_path).get("outputs", {})
         self.write_text(str(record_path), to_json({"state": state, "outputs": outputs, **facts}))
 
     def discard(self, record_path: PurePosixPath) -> None:
-        """Remove a record and those of its files that are as the transaction left them."""
+        """Remove a record and those of its files that are unchanged."""
         self._remove(self.record(record_path).get("outputs", {}))
         (self.root / record_path).unlink(missing_ok=True)
 
@@ -153,7 +177,7 @@ class Dataset:
                 (self.root / name).unlink()
 
     def write_text(self, name: str, text: str) -> None:
-        """One of the dataset's own shared files, replaced atomically where it differs."""
+        """Write a shared file of the dataset, atomically, if its content differs."""
         path = self.root / name
         with self.lock("dataset"):
             with contextlib.suppress(OSError):
@@ -165,9 +189,18 @@ class Dataset:
                 (folder / path.name).replace(path)
 
     def describe(self, name: str, authors: Sequence[str], how_to_acknowledge: str) -> None:
-        """dataset_description.json, README.md and .bidsignore, for derivatives of `name`.
+        """Write dataset_description.json, README.md and .bidsignore.
 
-        What someone has added to them stays.
+        Content that was added to them by others is kept.
+
+        Parameters
+        ----------
+        name : str
+            Name of the input dataset.
+        authors : sequence of str
+            Authors of the input dataset.
+        how_to_acknowledge : str
+            Text of HowToAcknowledge.
         """
         container = os.environ.get("QSPHERE_CONTAINER")
         by = {"Name": "QSphere", "Version": __version__, "CodeURL": CODE_URL,
@@ -186,46 +219,54 @@ class Dataset:
             if not (self.root / "README.md").exists():
                 self.write_text("README.md", README)
             ignored = self.root / ".bidsignore"
-            there = ignored.read_text().splitlines() if ignored.exists() else []
-            self.write_text(".bidsignore", "\n".join(dict.fromkeys([*there, *BIDSIGNORE])) + "\n")
+            old_lines = ignored.read_text().splitlines() if ignored.exists() else []
+            lines = dict.fromkeys([*old_lines, *BIDSIGNORE])
+            self.write_text(".bidsignore", "\n".join(lines) + "\n")
 
     def participants(self, rows: Mapping[str, Mapping[str, Any]],
                      columns: Mapping[str, Mapping[str, Any]]) -> None:
-        """Merge rows (by label without sub-) into participants.tsv; describe the columns."""
+        """Merge rows into participants.tsv, and describe its columns.
+
+        Parameters
+        ----------
+        rows : mapping
+            Cells by column, by label without sub-.
+        columns : mapping
+            Descriptions of columns.
+        """
         path = self.root / "participants.tsv"
         with self.lock("participants"):
-            known: dict[str, dict[str, str]] = {}
+            merged: dict[str, dict[str, str]] = {}
             if path.exists():
                 with path.open(newline="") as stream:
-                    known = {r["participant_id"]: {k: v for k, v in r.items() if k}
-                             for r in csv.DictReader(stream, delimiter="\t")
-                             if r.get("participant_id")}
+                    merged = {r["participant_id"]: {k: v for k, v in r.items() if k}
+                              for r in csv.DictReader(stream, delimiter="\t")
+                              if r.get("participant_id")}
             for label, row in rows.items():
-                known[f"sub-{label}"] = {"participant_id": f"sub-{label}",
-                                         **{k: _cell(v) for k, v in row.items()}}
-            self.write_text("participants.tsv", to_tsv([known[k] for k in sorted(known)]))
+                merged[f"sub-{label}"] = {"participant_id": f"sub-{label}",
+                                          **{k: _cell(v) for k, v in row.items()}}
+            self.write_text("participants.tsv", to_tsv([merged[k] for k in sorted(merged)]))
             carried = {c: {"Description": f"{c}, as in the input"}
-                       for row in known.values() for c in row if c != "participant_id"}
+                       for row in merged.values() for c in row if c != "participant_id"}
             self.write_text("participants.json", to_json({
                 "Description": "Participants: covariates and batch", **carried, **columns,
                 **self.record(PurePosixPath("participants.json"))}))
 
     def _link(self, path: Path) -> str:
-        """Relative where one dataset holds the other, so that both can be moved together."""
+        """Link to a dataset, relative if it holds this one, so that both can be moved together."""
         if self.root.is_relative_to(path.resolve()):
             return os.path.relpath(path.resolve(), self.root)
         return path.resolve().as_uri()
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file says that it is a page made by QSphere, as one does whose record was lost."""
+    """Tell whether a file is a report page of QSphere, which it states even without a record."""
     with path.open("rb") as stream:
         return b'<meta name="generator" content="QSphere ' in stream.read(500)
 
 
 class Transaction:
-    """Files that appear together. Made by `Dataset.transaction`; paths are relative to
-    OUTPUT_DIR."""
+    """Files that appear together, made by `Dataset.transaction`. Paths are below OUTPUT_DIR."""
 
     def __init__(self, dataset: Dataset, folder: Path, record_path: PurePosixPath,
                  fingerprint: str) -> None:
@@ -236,25 +277,27 @@ class Transaction:
 
     def image(self, path: PurePosixPath, data: np.ndarray, like: Any,
               sidecar: Mapping[str, Any]) -> None:
-        """A NIfTI image on the grid of `like`, and its sidecar JSON."""
+        """Stage a NIfTI image on the grid of the image `like`, and its sidecar."""
         image = nib.Nifti1Image(data, like.affine)
-        for kind in ("qform", "sform"):
-            matrix, code = getattr(like, f"get_{kind}")(coded=True)
+        for form in ("qform", "sform"):
+            matrix, code = getattr(like, f"get_{form}")(coded=True)
             if matrix is not None:
-                getattr(image, f"set_{kind}")(matrix, int(code))
+                getattr(image, f"set_{form}")(matrix, int(code))
         image.header.set_xyzt_units("mm", "sec" if data.ndim > 3 else "unknown")
         nib.save(image, self._stage(path))
         self.text(path.with_name(path.name.removesuffix(".nii.gz") + ".json"), to_json(sidecar))
 
     def text(self, path: PurePosixPath, text: str) -> None:
+        """Stage a text file."""
         self._stage(path).write_text(text)
 
     def bytes(self, path: PurePosixPath, content: bytes) -> None:
+        """Stage a binary file."""
         self._stage(path).write_bytes(content)
 
     def table(self, path: PurePosixPath, rows: Iterable[Mapping[Any, Any]],
               columns: Mapping[str, Any]) -> None:
-        """A TSV and the sidecar JSON that describes its columns."""
+        """Stage a TSV, and the JSON that describes its columns."""
         self.text(path, to_tsv(rows))
         self.text(path.with_suffix(".json"), to_json(columns))
 
@@ -266,27 +309,29 @@ class Transaction:
         return staged
 
     def commit(self) -> None:
-        """Put the files in place; remove those that the earlier transaction left and this one has
-        not.
+        """Put the files in place, and remove those of the earlier transaction that are not among
+        them.
 
-        Raises:
-            DataError: a file in the way was not written by QSphere, or was changed since.
+        Raises
+        ------
+        DataError
+            A file in the way was not written by QSphere, or was changed since.
         """
         root = self.dataset.root
-        known = self.dataset.record(self.record_path).get("outputs", {})
+        old = self.dataset.record(self.record_path).get("outputs", {})
         new = {str(p): sha256(s) for p, s in self.staged.items()}
         for name in new:
-            if ((root / name).exists() and sha256(root / name) not in (*known.get(name, ()),
+            if ((root / name).exists() and sha256(root / name) not in (*old.get(name, ()),
                                                                        new[name])
-                    and not (name not in known and is_page(root / name))):
+                    and not (name not in old and is_page(root / name))):
                 raise DataError(f"{root / name} exists and was not written by QSphere, or was "
                                 "changed since. Move it away, or give another OUTPUT_DIR.")
-        both = {n: [*known.get(n, ()), *([new[n]] if n in new else [])] for n in {**known, **new}}
+        both = {n: [*old.get(n, ()), *([new[n]] if n in new else [])] for n in {**old, **new}}
         self._write_record("incomplete", both)
         for path, staged in self.staged.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             staged.replace(root / path)
-        self.dataset._remove({name: known[name] for name in known.keys() - new.keys()})
+        self.dataset._remove({name: old[name] for name in old.keys() - new.keys()})
         self._write_record("complete", {n: [h] for n, h in new.items()})
 
     def _write_record(self, state: str, outputs: Mapping[str, Any]) -> None:
@@ -299,6 +344,7 @@ class Transaction:
 
 
 def to_json(value: Any) -> str:
+    """Format a value as JSON."""
     def plain(v: Any) -> Any:
         if isinstance(v, np.ndarray | np.generic):
             return v.tolist()
@@ -310,7 +356,10 @@ def to_json(value: Any) -> str:
 
 
 def to_tsv(rows: Iterable[Mapping[Any, Any]]) -> str:
-    """Rows as BIDS TSV; the union of their keys in order of appearance, n/a where missing."""
+    """Format rows as a BIDS TSV.
+
+    Its columns are all keys of the rows in order of appearance; missing cells are n/a.
+    """
     rows = list(rows)
     columns = list(dict.fromkeys(k for row in rows for k in row))
     out = io.StringIO()

@@ -280,7 +280,7 @@ def _measures(signal: np.ndarray, design: np.ndarray | None) -> dict[str, np.nda
     """S/S0 itself, FA and MD where it has a tensor."""
     if design is None:
         return {"signal": signal}
-    fa, md = tensor.of_attenuation(torch.from_numpy(signal),
+    fa, md = tensor.fa_and_md(torch.from_numpy(signal),
                                    torch.from_numpy(np.linalg.pinv(design)).float())
     return {"signal": signal, "fa": fa.numpy(), "md": md.numpy() / 1000}  # mm²/s
 

@@ -221,7 +221,7 @@ def slice_signal(dwi: Dwi) -> Slices:
             continue
         log = np.log(np.maximum(mean / usual, 1e-3))
         directed = not acquisition.b0[indices[0]]
-        degree = sh.degree_for(len(indices) / 3, most=2) if directed else 0
+        degree = sh.degree_for(len(indices) / 3, l_max=2) if directed else 0
         basis = (sh.independent(sh.basis(degree, acquisition.bvecs[indices])) if degree
                  else np.ones((len(indices), 1)))
         residual = log - _robust_fit(basis, log)

@@ -29,6 +29,7 @@ from bidsapp.harmonization import intensity, pairs, scope
 from bidsapp.harmonization.patches import (
     PairedScans,
     PatchDataset,
+    PatchMinibatch,
     Trained,
     apply_to_volume,
     map_differences,
@@ -37,7 +38,6 @@ from bidsapp.harmonization.patches import (
 )
 from bidsapp.kinds import Cohort, Fitted, Harmonized, TrainingSettings
 from bidsapp.networks.builder import build_network
-from bidsapp.networks.shresnet import CENTRE
 from bidsapp.registration.geometry import canonical, fill_nearest
 
 log = logging.getLogger("qsphere")
@@ -53,14 +53,14 @@ UNVALIDATED = ("nobody who was scanned in both batches validated the model, so t
 
 @dataclass(frozen=True)
 class Objective:
-    """How a network learns: the model around it that is optimised, draw(size, generator) → batch,
-    loss(model, batch), and score(coefficients found, batch) → (voxel,), by which it is validated on
-    pairs."""
+    """How a network learns: the model around it that is optimised, draw(size, generator) →
+    minibatch of any type, loss(model, minibatch), and score(coefficients, minibatch) → (voxel,), by
+    which it is validated on pairs."""
 
     model: nn.Module
-    draw: Callable[[int, torch.Generator], training.Minibatch]
-    loss: Callable[[nn.Module, training.Minibatch], torch.Tensor]
-    score: Callable[[torch.Tensor, training.Minibatch], torch.Tensor]
+    draw: Callable[[int, torch.Generator], Any]
+    loss: Callable[[nn.Module, Any], torch.Tensor]
+    score: Callable[[torch.Tensor, PatchMinibatch], torch.Tensor]
 
 
 class PairedHarmonizer(shared.Harmonizer):
@@ -256,8 +256,8 @@ class PairedHarmonizer(shared.Harmonizer):
         return start
 
     def loss(self, samples: PatchDataset, voxels: torch.Tensor, recipe: Mapping[str, Any],
-             device: str) -> Callable[[torch.Tensor, training.Minibatch], torch.Tensor]:
-        """(coefficients found, batch) → (voxel,) to be made small. voxels: to learn from."""
+             device: str) -> Callable[[torch.Tensor, PatchMinibatch], torch.Tensor]:
+        """(coefficients, minibatch) → (voxel,) to be made small. voxels: to learn from."""
         return signal_error
 
     def learner(self, network: nn.Module, samples: PatchDataset, mine: Sequence[torch.Tensor],
@@ -266,7 +266,7 @@ class PairedHarmonizer(shared.Harmonizer):
         both = mine[pairs.BOTH]
         loss = self.loss(samples, both, recipe, device)
         return Objective(network, lambda size, g: samples(drawn(both, size, g), g.device),
-                       lambda model, b: loss(model(b[0]), b).mean(), loss)
+                       lambda model, b: loss(model(b.patches), b).mean(), loss)
 
     def _train(self, settings: TrainingSettings, name: str, recipe: Mapping[str, Any],
                samples: PatchDataset, mine: Sequence[torch.Tensor], others: torch.Tensor,
@@ -281,7 +281,7 @@ class PairedHarmonizer(shared.Harmonizer):
             learner = self.learner(network, samples, mine, recipe, settings.device, not start)
 
         def validate(_: nn.Module) -> float:
-            return float(torch.cat([learner.score(network(b[0]), b)
+            return float(torch.cat([learner.score(network(b.patches), b)
                                     for b in samples.blocks(others, settings.device)]).mean())
 
         histories: list[list[dict[str, float]]] = []
@@ -293,7 +293,7 @@ class PairedHarmonizer(shared.Harmonizer):
             steps = min(epochs * every, settings.max_steps or epochs * every)
             schedule = training.Schedule(steps, validate_every=every, **options)
 
-            def draw(generator: torch.Generator, size: int = size) -> list[training.Minibatch]:
+            def draw(generator: torch.Generator, size: int = size) -> list[Any]:
                 return [learner.draw(size, generator)]
 
             histories.append(training.train(
@@ -319,10 +319,10 @@ class PairedHarmonizer(shared.Harmonizer):
             with torch.no_grad():
                 for b, c in zip(raw.blocks(voxels, device), warped.blocks(voxels, device),
                                 strict=True):
-                    made = trained.networks[k](c[0])
+                    made = trained.networks[k](c.patches)
                     if self.rish_projection:
-                        made = sh.with_rish(c[0][:, CENTRE], sh.rish(made))
-                    parts.append(torch.stack([signal_error(b[0][:, CENTRE], b),
+                        made = sh.with_rish(c.centre, sh.rish(made))
+                    parts.append(torch.stack([signal_error(b.centre, b),
                                               signal_error(made, b)]).cpu())
             for when, values in zip(("before", "after"), torch.cat(parts, 1), strict=True):
                 for name, value in tissue.NAMES.items():

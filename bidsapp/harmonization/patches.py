@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,26 @@ HALF_OF_CHI_SQUARE = 0.4549
 """Median of χ² with one degree of freedom."""
 
 MEASURES = ("signal", "fa", "md")
+
+
+class PatchMinibatch(NamedTuple):
+    """Voxels to learn from: patches of the source, and the target's signal in their centres.
+
+    patches: (voxel, 27, coefficient). basis: (voxel, direction, coefficient), along the target's
+    directions; 0 beyond their number. target: (voxel, direction) S/S0. weight: (voxel,), 1 over the
+    number of directions. fit: (voxel, 6, direction), `tensor.attenuation_fit` of the target.
+    """
+
+    patches: torch.Tensor
+    basis: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+    fit: torch.Tensor
+
+    @property
+    def centre(self) -> torch.Tensor:
+        """(voxel, coefficient) of the source's voxels themselves."""
+        return self.patches[:, CENTRE]
 
 
 class PatchDataset:
@@ -99,15 +120,14 @@ class PatchDataset:
         found = torch.nonzero(torch.isin(self.pair, torch.tensor(sorted(chosen))))[:, 0]
         return found[::max(1, -(-len(found) // (most or len(found) or 1)))]
 
-    def __call__(self, voxels: torch.Tensor, device: str | torch.device) -> training.Minibatch:
-        """Patches, the basis along each target's directions, its S/S0, 1 over their number, and
-        the tensor fit along them."""
+    def __call__(self, voxels: torch.Tensor, device: str | torch.device) -> PatchMinibatch:
+        """The minibatch of some voxels, by their indices."""
         pair = self.pair[voxels]
-        return tuple(v.to(device) for v in (
+        return PatchMinibatch(*(v.to(device) for v in (
             patches(self.image, self.centre[voxels], self.step[pair]), self.basis[pair],
-            self.target[voxels], 1 / self.count[pair], self.fit[pair]))
+            self.target[voxels], 1 / self.count[pair], self.fit[pair])))
 
-    def blocks(self, voxels: torch.Tensor, device: str) -> Iterator[training.Minibatch]:
+    def blocks(self, voxels: torch.Tensor, device: str) -> Iterator[PatchMinibatch]:
         return (self(part, device) for part in voxels.split(BLOCK))
 
 
@@ -120,36 +140,37 @@ def _read(path: Path, columns: int) -> torch.Tensor:
     return torch.from_file(str(path), size=path.stat().st_size // 4).view(-1, columns)
 
 
-def signal_error(found: torch.Tensor, batch: training.Minibatch) -> torch.Tensor:
+def signal_error(coefficients: torch.Tensor, minibatch: PatchMinibatch) -> torch.Tensor:
     """(voxel,) mean square error of the signal S/S0 that coefficients stand for."""
-    _, basis, target, weight, _ = batch
-    return ((basis @ found[..., None])[..., 0] - target).square().sum(1) * weight
+    signal = (minibatch.basis @ coefficients[..., None])[..., 0]
+    return (signal - minibatch.target).square().sum(1) * minibatch.weight
 
 
-def tensor_errors(found: torch.Tensor, batch: training.Minibatch) -> torch.Tensor:
+def tensor_errors(coefficients: torch.Tensor, minibatch: PatchMinibatch) -> torch.Tensor:
     """(2, voxel) square errors of FA and of MD ((µm²/ms)²) of the shell's tensor."""
-    _, basis, target, _, fit = batch
-    signal = (basis @ found[..., None])[..., 0]
+    signal = (minibatch.basis @ coefficients[..., None])[..., 0]
     return torch.stack([(a - b).square() for a, b in zip(
-        tensor.of_attenuation(signal, fit), tensor.of_attenuation(target, fit), strict=True)])
+        tensor.fa_and_md(signal, minibatch.fit),
+        tensor.fa_and_md(minibatch.target, minibatch.fit), strict=True)])
 
 
-def all_errors(found: torch.Tensor, batch: training.Minibatch) -> torch.Tensor:
-    """(measure, voxel) of MEASURES."""
-    return torch.cat([signal_error(found, batch)[None], tensor_errors(found, batch)])
+def all_errors(coefficients: torch.Tensor, minibatch: PatchMinibatch) -> torch.Tensor:
+    """(measure, voxel) errors of MEASURES."""
+    return torch.cat([signal_error(coefficients, minibatch)[None],
+                      tensor_errors(coefficients, minibatch)])
 
 
 def weighted_loss(weights: Mapping[str, float], samples: PatchDataset, voxels: torch.Tensor,
                   least: int, device: str
-                  ) -> Callable[[torch.Tensor, training.Minibatch], torch.Tensor]:
-    """(coefficients found, batch) → (voxel,) Σ_m w_m e_m / ē_m over MEASURES: square errors in
+                  ) -> Callable[[torch.Tensor, PatchMinibatch], torch.Tensor]:
+    """(coefficients, minibatch) → (voxel,) Σ_m w_m e_m / ē_m over MEASURES: square errors in
     units of their mean ē before the network, over every n-th of the voxels, one at least: n as
     large as leaves `least` of them."""
     few = voxels[::max(1, len(voxels) // least)]
-    before = torch.cat([all_errors(b[0][:, CENTRE], b) for b in samples.blocks(few, device)], 1)
+    before = torch.cat([all_errors(b.centre, b) for b in samples.blocks(few, device)], 1)
     weight = torch.tensor([weights[m] for m in MEASURES], device=device)
     weight = weight / before.mean(1).clamp(min=1e-12)
-    return lambda found, batch: weight @ all_errors(found, batch)
+    return lambda coefficients, minibatch: weight @ all_errors(coefficients, minibatch)
 
 
 class PairedScans:
@@ -236,7 +257,7 @@ def map_differences(source: Dwi, target: Dwi, registration: pairs.Registration
               pairs.attenuation(target, registration))
     differences = []
     for shells in zip(source.acquisition.shells, target.acquisition.shells, strict=True):
-        maps = [torch.stack(tensor.of_attenuation(
+        maps = [torch.stack(tensor.fa_and_md(
             torch.from_numpy(values[:, shell.indices]), torch.from_numpy(tensor.attenuation_fit(
                 dwi.acquisition.btensors[shell.indices])).float()))
             for values, shell, dwi in zip(ratios, shells, (source, target), strict=True)]

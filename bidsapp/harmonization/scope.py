@@ -47,7 +47,7 @@ def training_domain(cohort: Cohort, batches: Mapping[str, pd.DataFrame], sites: 
         finite = [float(v) for v in values if math.isfinite(v)]
         return (min(finite), max(finite)) if finite else ()
 
-    return TrainingDomain.of_acquisitions(
+    return TrainingDomain.from_acquisitions(
         [cohort.acquisitions[row["run"]] for row in rows], snr=seen("snr_b0") or None,
         voxel_size=tuple((round(float(min(edge)), 3), round(float(max(edge)), 3))
                          for edge in zip(*sizes, strict=True)),

@@ -95,7 +95,7 @@ def of_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels: int, se
         where = np.zeros(len(dwi.signal), bool)
         where[rng.permutation(len(where))[:max(1, voxels // len(chosen))]] = True
         try:
-            at = tissue.regions(dwi, device)
+            at = tissue.find_regions(dwi, device)
             found.append(densities(dwi, at.single_fibre, at.gm, at.csf, where))
         except Refusal as refusal:
             log.warning("%s: gives no densities to learn from: %s", run, refusal)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -117,6 +117,27 @@ def read_recipe(tissue: TissueModel, table: Mapping[str, Any]) -> Recipe:
                   trained_for=TrainingDomain(**table["trained_for"]), **rest)
 
 
+class SimulatedMinibatch(NamedTuple):
+    """Simulated voxels: what a network sees, and what it should say.
+
+    x: (coefficient, voxel, shell) of S/S0. noise: (voxel, 2). shells: (group, shell, 3). hint:
+    (voxel, value). parameters: (voxel, parameter). odf: (voxel, coefficient) of the density, up to
+    degree 8.
+    """
+
+    x: torch.Tensor
+    noise: torch.Tensor
+    shells: torch.Tensor
+    hint: torch.Tensor
+    parameters: torch.Tensor
+    odf: torch.Tensor
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The arguments of a network."""
+        return self.x, self.noise, self.shells, self.hint
+
+
 class Simulator:
     """Draws what a network sees and what it should say, from a generator and nothing else.
 
@@ -147,8 +168,8 @@ class Simulator:
             b=(low / 1000, high / 1000), directions=domain.shells[0].directions,
             b_delta=tuple(s.b_delta for s in domain.shells))
 
-    def __call__(self, count: int, groups: int, generator: torch.Generator) -> training.Minibatch:
-        """(x, noise, shells, hint, parameters, density up to degree 8), `count` voxels."""
+    def __call__(self, count: int, groups: int, generator: torch.Generator) -> SimulatedMinibatch:
+        """Draw `count` voxels."""
         side = self.protocols(groups, generator)
         tissue = self.recipe.tissue
         parameters = tissue.draw(count, generator)
@@ -160,7 +181,8 @@ class Simulator:
                                                         device=generator.device))
         x, noise = protocols.measure(side, side.signals(s), 1 / snr, generator)
         found = self.hints(x, noise, side.shells) if self.hinted else x.new_zeros(count, 0)
-        return x, noise, side.shells, found, parameters, odfs[:, :sh.size(protocols.L_FIT)]
+        return SimulatedMinibatch(x, noise, side.shells, found, parameters,
+                                  odfs[:, :sh.size(protocols.L_FIT)])
 
     def hints(self, x: torch.Tensor, noise: torch.Tensor, shells: torch.Tensor) -> torch.Tensor:
         """Hints of all voxels, in blocks of whole groups that fit the cache."""
@@ -172,14 +194,17 @@ class Simulator:
         return torch.cat([hint(Likelihood(self.recipe.tissue, power, *part, each[i % len(each)]))
                           for i, part in enumerate(parts)])
 
-    def batches(self, generator: torch.Generator) -> list[training.Minibatch]:
-        """Those of the next steps of a training."""
+    def batches(self, generator: torch.Generator) -> list[SimulatedMinibatch]:
+        """Draw the minibatches of the next steps of a training."""
         recipe = self.recipe
         groups = recipe.groups if self.fixed is None else 1
-        x, noise, shells, *rest = self(recipe.pool * recipe.batch, recipe.pool * groups, generator)
-        each = shells.split(groups) if self.fixed is None else [shells] * recipe.pool
-        return list(zip(x.split(recipe.batch, 1), noise.split(recipe.batch), each,
-                        *(v.split(recipe.batch) for v in rest), strict=True)) * recipe.passes
+        pool = self(recipe.pool * recipe.batch, recipe.pool * groups, generator)
+        size = recipe.batch
+        shells = (pool.shells.split(groups) if self.fixed is None
+                  else [pool.shells] * recipe.pool)
+        return [SimulatedMinibatch(*parts) for parts in zip(
+            pool.x.split(size, 1), pool.noise.split(size), shells, pool.hint.split(size),
+            pool.parameters.split(size), pool.odf.split(size), strict=True)] * recipe.passes
 
 
 def density_power(recipe: Recipe, table: torch.Tensor | None
@@ -285,13 +310,13 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
     def validate(model: nn.Module) -> float:
         # beta = 0, the likelihood: the loss of another beta does not fall with the error
         plain = replace(recipe, beta=0.0)
-        return float(np.mean([float(loss_of(plain, model(*b[:4]), b[4], b[5], b[1]))
+        return float(np.mean([float(loss_of(plain, model(*b.inputs), b.parameters, b.odf, b.noise))
                               for b in batches]))
 
     history = training.train(
         network, simulate.batches,
-        lambda model, b: loss_of(recipe, model(*b[:4]), b[4], b[5], b[1]), recipe.schedule,
-        seed=seed, device=device, validate=validate, saved=saved, name=method,
+        lambda model, b: loss_of(recipe, model(*b.inputs), b.parameters, b.odf, b.noise),
+        recipe.schedule, seed=seed, device=device, validate=validate, saved=saved, name=method,
         devices=devices)
     constants = calibrate(network, recipe, _held_out(
         simulate, recipe, 8 * recipe.held_out, seed + 2, device))
@@ -351,7 +376,7 @@ def train_for_acquisition(method: str, recipe: Recipe, acquisitions: Mapping[str
     recipe = replace(
         recipe, groups=1, network={**recipe.network, **shells},
         schedule=replace(recipe.schedule, steps=steps or recipe.schedule.steps),
-        acquisition=acquisition, trained_for=TrainingDomain.of_acquisitions(
+        acquisition=acquisition, trained_for=TrainingDomain.from_acquisitions(
             list(acquisitions.values()), snr=snr_range))
     name, start = f"{method}_{kind}", initial_weights(method, recipe, init)
     if states:
@@ -369,25 +394,25 @@ def train_for_acquisition(method: str, recipe: Recipe, acquisitions: Mapping[str
 
 
 def _held_out(simulate: Simulator, recipe: Recipe, count: int, seed: int, device: str
-              ) -> list[training.Minibatch]:
+              ) -> list[SimulatedMinibatch]:
     generator = torch.Generator(device).manual_seed(seed)
     return [simulate(1024, recipe.groups if recipe.groups == 1 else 64, generator)
             for _ in range(count // 1024)]
 
 
 @torch.no_grad()
-def predictions(network: nn.Module, batches: Sequence[training.Minibatch]
+def predictions(network: nn.Module, batches: Sequence[SimulatedMinibatch]
                 ) -> tuple[Estimate, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Estimates, true parameters, density errors (voxel,) and noise (voxel, 2) over batches."""
     parts = []
-    for x, noise, shells, told, truth, density in batches:
-        e = network(x, noise, shells, told)
-        parts.append((*e, truth, density_error(e.odf, density), noise))
+    for b in batches:
+        e = network(*b.inputs)
+        parts.append((*e, b.parameters, density_error(e.odf, b.odf), b.noise))
     mean, log_sd, odfs, truth, error, noise = (torch.cat(p) for p in zip(*parts, strict=True))
     return Estimate(mean, log_sd, odfs), truth, error, noise
 
 
-def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Minibatch]
+def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[SimulatedMinibatch]
               ) -> dict[str, Any]:
     """By parameter, factors for the SD so that ± 1.645 SD cover 90 % of held-out truths (split
     conformal prediction in bands: Vovk et al. 2005; Romano et al. 2019, arXiv:1905.03222), first in
@@ -397,8 +422,8 @@ def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Min
     sd = predicted_sd(found)
     score = (clamped(recipe.tissue, found.mean) - truth).abs() / sd / QUANTILE
     with torch.no_grad():
-        misfits = torch.cat([misfit(recipe.tissue, x, n, shells, network(x, n, shells, told))
-                             for x, n, shells, told, *_ in batches])
+        misfits = torch.cat([misfit(recipe.tissue, b.x, b.noise, b.shells, network(*b.inputs))
+                             for b in batches])
     by_sd = {name: _in_bands(sd[:, i], score[:, i], LEVEL, BANDS)
              for i, name in enumerate(recipe.tissue.names)}
     where = {name: _in_cells(coherence(found.odf), noise[:, 0],
@@ -435,7 +460,7 @@ def _below(values: torch.Tensor, level: float) -> float:
 
 
 def measure(network: nn.Module, recipe: Recipe, constants: Mapping[str, Any],
-            batches: Sequence[training.Minibatch]) -> dict[str, Any]:
+            batches: Sequence[SimulatedMinibatch]) -> dict[str, Any]:
     """On held-out simulation: mean square errors, and the share of truths within ± 1.645 SD."""
     found, truth, density, noise = predictions(network, batches)
     sd = calibrated(recipe.tissue, found, noise, constants)

@@ -1,4 +1,4 @@
-"""The one place where networks are made from what a recipe or a card says of them."""
+"""Build networks from the description in a recipe or a card; no other module does."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def build_network(description: Mapping[str, Any], **more: Any) -> nn.Module:
     Parameters
     ----------
     description : mapping
-        `architecture`, one of ARCHITECTURES, and arguments of its constructor: the table `network`
-        of a training.toml, or of a card.
+        `architecture`, one of ARCHITECTURES, and the arguments of its constructor: the table
+        `network` of a training.toml, or of a card.
     **more
-        Arguments beside these.
+        Further arguments of the constructor.
 
     Returns
     -------
     torch.nn.Module
-        With random weights.
+        The network, with random weights.
 
     Raises
     ------
     DataError
-        There is no such architecture.
+        The architecture is unknown.
     """
     name = description.get("architecture", "")
     if name not in ARCHITECTURES:
-        raise DataError(f"a network of architecture {name!r}; known are "
-                        f"{', '.join(ARCHITECTURES)}. The weights belong to another version; "
+        raise DataError(f"the network has the architecture {name!r}; known are "
+                        f"{', '.join(ARCHITECTURES)}. The weights belong to another version: "
                         "train again, or use that version.")
     arguments = {k: v for k, v in description.items() if k != "architecture"}
     return ARCHITECTURES[name](**arguments, **more)

@@ -1,25 +1,27 @@
-"""Two generators and two critics, that learn the way between two scanners from unlike people.
+"""A cycle-consistent adversarial network: two generators that map between scanners, two critics.
 
-What a critic sees of a patch of 3×3×3 voxels, and what a generator goes by, is what does not change
-when fibres turn: of the coefficients c_lm of every voxel, in units of their root mean square s_l,
+The participants of the two scanners may differ. Critics and generators see rotation invariants of
+patches of 3×3×3 voxels. With c_lm the coefficients of a voxel and s_l their root mean square,
 
     I_0 = c_00/s_0,   I_l = √(Σ_m c_lm²/(2l + 1))/s_l.
 
-A generator multiplies every degree by a number, so it is exactly equivariant and single fibres keep
-their directions. Its coarse gains go by the means Ī_l over the patch and are the same for all its
-voxels; the fine ones, if any, go by every voxel of the patch and are for the one in its centre:
+A generator multiplies each degree by a gain, so that it is exactly equivariant and single fibres
+keep their directions. The coarse gains g depend on the means Ī_l over the patch and are the same
+for all its voxels. The fine gains f, if any, depend on all voxels of the patch and apply to its
+central voxel:
 
     patch   c_lm exp(0.01 g_l(Ī)),      centre   c_lm exp(0.01 [g_l(Ī) + f_l(I)]).
 
-G maps from A to B, F back. Unlike people teach the coarse gains; for x of A and y of B
+G maps from A to B, and F from B to A. Scans of different participants train the coarse gains. With
+x a patch of A and y a patch of B, the losses are
 
-    adversarial   C_B(G x) − C_B(y) + C_A(F y) − C_A(x), which critics make small, generators great,
+    adversarial   C_B(G x) − C_B(y) + C_A(F y) − C_A(x), minimised by critics, maximised by G, F,
     cycle         |F G x − x| + |G F y − y|,
-    identity      |G y − y| + |F x − x|,
+    identity      |G y − y| + |F x − x|
 
-critics held to a slope of one (Gulrajani et al. 2017, arXiv:1704.00028), the rest of Zhu et al.
-2017 (arXiv:1703.10593). One loss serves both sides: on the way to the generators the gradient of a
-critic changes its sign.
+(Zhu et al. 2017, arXiv:1703.10593), with the gradient penalty of Gulrajani et al. 2017
+(arXiv:1704.00028), which keeps the slope of the critics near 1. Generators and critics share one
+loss: a gradient reversal between them changes the sign for the generators.
 """
 
 from __future__ import annotations
@@ -33,25 +35,51 @@ from bidsapp.networks.shresnet import CENTRE, PATCH
 from bidsapp.networks.spherical import by_degree
 
 BLUR = 0.1
-"""SD of the noise on what critics see: of scans with little noise they would else see too much."""
+"""SD of the noise that is added to the invariants that critics see. Without it, critics would
+separate scans with little noise too easily."""
 
 SLOW = 0.01
-"""Of the gains' logarithms: generators must move slower than critics, else both go in circles."""
+"""Factor of the gains' logarithms: generators must change more slowly than critics, or the training
+oscillates."""
 
 
 def invariants(x: Float[torch.Tensor, "voxel 27 coef"], scale: Float[torch.Tensor, " degree"]
-               ) -> Float[torch.Tensor, "voxel seen"]:
-    """I_0, I_2, … of all voxels of a patch."""
+               ) -> Float[torch.Tensor, "voxel invariant"]:
+    """Compute the invariants I_0, I_2, … of all voxels of each patch.
+
+    Parameters
+    ----------
+    x : (voxel, 27, coefficient)
+        Patches.
+    scale : (degree,)
+        Root mean square s_l of the coefficients of each degree.
+
+    Returns
+    -------
+    (voxel, 27 · degree)
+        I_0 of the 27 voxels of the patch, then I_2 of them, and so on.
+    """
     parts = x[..., 1:].split([4 * i + 1 for i in range(1, len(scale))], 2)
     powers = [(part / s).square().mean(2) for part, s in zip(parts, scale[1:], strict=True)]
     return torch.cat([x[..., 0] / scale[0], *((p + 1e-6).sqrt() for p in powers)], 1)
 
 
 class Generator(nn.Module):
-    """Gains by perceptrons. It starts as the identity.
+    """A generator: perceptrons that give the gain of each degree. It starts as the identity.
 
-    fine: whether it has fine gains, which pairs alone teach.
-    scale: (degree,) the root mean square of coefficients that was learned from, set by training.
+    Parameters
+    ----------
+    hidden : int
+        Units of each of the two hidden layers.
+    l_max : int
+        Degree of the coefficients.
+    fine : bool
+        Whether it has fine gains, which only paired scans can train.
+
+    Attributes
+    ----------
+    scale : (degree,)
+        Root mean square of the training data's coefficients; the training sets it.
     """
 
     scale: torch.Tensor
@@ -65,22 +93,22 @@ class Generator(nn.Module):
 
     def patch(self, x: Float[torch.Tensor, "voxel 27 coef"]
               ) -> Float[torch.Tensor, "voxel 27 coef"]:
-        """All voxels, by the coarse gains."""
+        """Apply the coarse gains to all voxels of each patch."""
         return x * _factors(self.coarse(self._means(invariants(x, self.scale))))[:, None]
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 coef"]) -> Float[torch.Tensor, "voxel coef"]:
-        """The voxel in the centre, by all gains, as it is applied."""
-        seen = invariants(x, self.scale)
-        g = self.coarse(self._means(seen))
-        return x[:, CENTRE] * _factors(g if self.fine is None else g + self.fine(seen))
+        """Apply all gains to the central voxel of each patch, as harmonization does."""
+        features = invariants(x, self.scale)
+        g = self.coarse(self._means(features))
+        return x[:, CENTRE] * _factors(g if self.fine is None else g + self.fine(features))
 
-    def _means(self, seen: Float[torch.Tensor, "voxel seen"]
+    def _means(self, features: Float[torch.Tensor, "voxel invariant"]
                ) -> Float[torch.Tensor, "voxel degree"]:
-        return seen.unflatten(1, (len(self.scale), PATCH)).mean(2)
+        return features.unflatten(1, (len(self.scale), PATCH)).mean(2)
 
 
-def _gain(seen: int, hidden: int, degrees: int) -> nn.Sequential:
-    layers = mlp([seen, hidden, hidden, degrees], nn.SiLU)
+def _gain(features: int, hidden: int, degrees: int) -> nn.Sequential:
+    layers = mlp([features, hidden, hidden, degrees], nn.SiLU)
     nn.init.zeros_(layers[-1].weight)  # type: ignore[arg-type]
     nn.init.zeros_(layers[-1].bias)  # type: ignore[arg-type]
     return layers
@@ -91,8 +119,15 @@ def _factors(g: Float[torch.Tensor, "voxel degree"]) -> Float[torch.Tensor, "vox
 
 
 class Cycle(nn.Module):
-    """Both ways, with their critics, (voxel, invariant) → (voxel, 1). critic: their width. The way
-    back takes the scale of the way there."""
+    """Generators in both directions with their critics, (voxel, invariant) → (voxel, 1).
+
+    Parameters
+    ----------
+    to_b, to_a : Generator
+        Generators from A to B and from B to A; `to_a` gets the scale of `to_b`.
+    critic : int
+        Units of each of the two hidden layers of a critic.
+    """
 
     def __init__(self, to_b: Generator, to_a: Generator, *, critic: int) -> None:
         super().__init__()
@@ -103,14 +138,18 @@ class Cycle(nn.Module):
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 coef"],
                 y: Float[torch.Tensor, "voxel 27 coef"]) -> dict[str, torch.Tensor]:
-        """The three losses and (|∂C| − 1)² of the critics, means over patches in units of s_l."""
+        """Compute the losses: adversarial, cycle, identity and slope, the gradient penalty.
+
+        All are means over patches; cycle and identity are in units of s_l.
+        """
         scale, each = self.to_b.scale, by_degree(self.to_b.scale)
         fake_y, fake_x = self.to_b.patch(x), self.to_a.patch(y)
         adversarial, slope = x.new_zeros(()), x.new_zeros(())
         for critic, real, fake in ((self.real_b, y, fake_y), (self.real_a, x, fake_x)):
-            told, made = (_blurred(invariants(v, scale)) for v in (real, fake))
-            adversarial = adversarial + (critic(GradientReversal.apply(made)) - critic(told)).mean()
-            slope = slope + gradient_penalty(critic, told, made.detach())
+            measured, generated = (_blurred(invariants(v, scale)) for v in (real, fake))
+            adversarial = adversarial + (critic(GradientReversal.apply(generated))
+                                         - critic(measured)).mean()
+            slope = slope + gradient_penalty(critic, measured, generated.detach())
         return {"adversarial": adversarial, "slope": slope,
                 "cycle": scaled_l1(self.to_a.patch(fake_y), x, each)
                 + scaled_l1(self.to_b.patch(fake_x), y, each),
@@ -119,7 +158,7 @@ class Cycle(nn.Module):
 
 
 class GradientReversal(torch.autograd.Function):
-    """The identity, with the gradient turned around."""
+    """The identity, whose gradient has the opposite sign."""
 
     @staticmethod
     def forward(_, x: torch.Tensor) -> torch.Tensor:
@@ -130,18 +169,20 @@ class GradientReversal(torch.autograd.Function):
         return -gradients[0]
 
 
-def _blurred(seen: torch.Tensor) -> torch.Tensor:
-    return seen + BLUR * torch.randn_like(seen)
+def _blurred(features: torch.Tensor) -> torch.Tensor:
+    return features + BLUR * torch.randn_like(features)
 
 
 def scaled_l1(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of coefficients, in units of `scale`."""
     return ((a - b) / scale).abs().mean()
 
 
-def gradient_penalty(critic: nn.Module, real: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-    """At random points between real and generated patches."""
+def gradient_penalty(critic: nn.Module, real: torch.Tensor, generated: torch.Tensor
+                     ) -> torch.Tensor:
+    """Mean of (|∂C| − 1)² at random points between measured and generated patches."""
     with torch.enable_grad():
         share = torch.rand(len(real), 1, device=real.device)
-        between = (share * real + (1 - share) * made).requires_grad_()
+        between = (share * real + (1 - share) * generated).requires_grad_()
         (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     return (gradient.norm(dim=1) - 1).square().mean()

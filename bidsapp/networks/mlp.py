@@ -1,4 +1,4 @@
-"""Multilayer perceptrons: plain layers, and the one that spherical networks are compared with."""
+"""Multilayer perceptrons: plain layers, and the baseline of the spherical networks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,22 @@ from bidsapp.networks.spherical import by_degree
 
 def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU,
         norm: Callable[[int], nn.Module] | None = None) -> nn.Sequential:
-    """Linear layers of (…, widths[0]) → … → (…, widths[-1]).
+    """Build a perceptron (…, widths[0]) → (…, widths[-1]).
 
-    After each but the last stand `norm(width)`, where one is given (nn.BatchNorm1d, nn.LayerNorm),
-    and `activation()`.
+    Parameters
+    ----------
+    widths : sequence of int
+        Sizes of the input, of each hidden layer and of the output.
+    activation : callable
+        Makes the nonlinearity after each hidden layer.
+    norm : callable, optional
+        Makes, from the width, the normalisation between a hidden layer and its nonlinearity:
+        nn.BatchNorm1d or nn.LayerNorm.
+
+    Returns
+    -------
+    torch.nn.Sequential
+        The layers in order.
     """
     layers: list[nn.Module] = []
     last = len(widths) - 2
@@ -31,12 +43,26 @@ def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU,
 
 
 class Perceptron(nn.Module):
-    """The baseline of Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415): hidden layers of 512
-    with batch normalisation and ReLU. It must learn what a rotation does: it is not equivariant.
+    """The perceptron baseline of Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415).
 
-    Coefficients up to degree 8 of a given number of shells in their order (scaled by degree to
-    about 1) and the noise → parameters with their posterior SD, and the density. `forward` takes
-    what `SphericalNetwork` takes, but leaves shells and hint unused: it serves one acquisition.
+    It has hidden layers of 512 units with batch normalisation and ReLU, and is not equivariant: it
+    must learn rotations from the data. Its inputs are the coefficients up to degree 8 of a fixed
+    number of shells in a fixed order, scaled by degree to about 1, and the noise. Its outputs are
+    those of `SphericalNetwork`. `forward` takes the arguments of `SphericalNetwork`, but does not
+    use the shells, since a perceptron serves a single acquisition.
+
+    Parameters
+    ----------
+    parameters : int
+        Number of tissue parameters.
+    shells : int
+        Number of shells.
+    widths : sequence of int
+        Units of each hidden layer.
+    l_odf : int
+        Degree of the density.
+    hinted : bool
+        Whether the network takes hints.
     """
 
     scale: torch.Tensor
@@ -57,8 +83,8 @@ class Perceptron(nn.Module):
                 hint: Float[torch.Tensor, "voxel hint"]) -> Estimate:
         flat = (x * self.scale).transpose(0, 1).flatten(1)
         level, of_mean = noise.split(1, 1)
-        told = torch.cat([flat, level.clamp(min=1e-3).log() + 4, 10 * of_mean,
-                          hint[:, :self.hints]], 1)
-        mean, log_sd, odf = self.layers(told).split(self.outputs, 1)
+        features = torch.cat([flat, level.clamp(min=1e-3).log() + 4, 10 * of_mean,
+                              hint[:, :self.hints]], 1)
+        mean, log_sd, odf = self.layers(features).split(self.outputs, 1)
         return Estimate(mean, log_sd - 2,
                         torch.cat([torch.full_like(odf[:, :1], ISOTROPIC), odf], 1))

@@ -1,7 +1,7 @@
-"""Networks from SH coefficients of the shells to tissue parameters and the density of fibres.
+"""Networks from the SH coefficients of the shells to tissue parameters and the fibre density.
 
-Input: x (coefficient, voxel, shell), the SH coefficients of S/S0 on every shell, 0 above the degree
-that a shell's directions determine. Output: `Estimate`.
+The input x (coefficient, voxel, shell) holds the SH coefficients of S/S0 on each shell. They are 0
+above the degree that the shell's directions determine. The output is an `Estimate`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from bidsapp.networks.spherical import (
 )
 
 ISOTROPIC = 1 / math.sqrt(4 * math.pi)
-"""c_00 of a density with ∫ = 1."""
+"""Coefficient c_00 of a density whose integral over the sphere is 1."""
 
 
 class Estimate(NamedTuple):
-    """mean: (voxel, parameter). log_sd: its posterior SD, log. odf: (voxel, coefficient)."""
+    """The estimates of a network.
+
+    mean: (voxel, parameter), posterior mean. log_sd: (voxel, parameter), logarithm of the posterior
+    SD. odf: (voxel, coefficient) of the fibre density.
+    """
 
     mean: torch.Tensor
     log_sd: torch.Tensor
@@ -37,12 +41,12 @@ class Estimate(NamedTuple):
 
 
 def hint_size(parameters: int) -> int:
-    """Count means, log SDs and correlations of a hint."""
+    """Size of a hint: the means, log SDs and correlations of a number of parameters."""
     return parameters * (parameters + 3) // 2
 
 
 def head(features: int, hidden: int, out: int) -> nn.Sequential:
-    """features → hidden → hidden → out with batch normalisation and ReLU."""
+    """Build a perceptron with two hidden layers, batch normalisation and ReLU."""
     return nn.Sequential(
         nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
@@ -51,15 +55,30 @@ def head(features: int, hidden: int, out: int) -> nn.Sequential:
 class Published(nn.Module):
     """The network of Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415).
 
-    Six zonal convolutions of degree 16, widths 16-32-64-32-16-1, which average over channels with
-    the factor 2π √(4π/(2l + 1)) of eq. 6 and have no bias; leaky ReLU of slope 0.1 after each;
-    means over the sphere of the first three (16 + 32 + 64) to a head of 112 → 128 → 128 → n. The
-    3072 HEALPix points give way to a half grid with exact quadrature; `grid` 59 (601 points)
-    departs by 2e-3 from the limit of all points where theirs, on which leaky ReLU's kink falls
-    as well, departs by as much. The last output is the density.
+    It has six zonal convolutions of degree 16 with widths 16-32-64-32-16-1. They average over
+    channels with the factor 2π √(4π/(2l + 1)) of eq. 6, have no bias, and are each followed by a
+    leaky ReLU of slope 0.1. The means over the sphere of the first three (16 + 32 + 64) are the
+    input of a head of 112 → 128 → 128 → n. The output of the last convolution is the density.
 
-    hinted: whether, for comparison, head and output get the hint of `SphericalNetwork`, which the
-    paper has not.
+    The paper uses 3072 HEALPix points. Here a half grid with exact quadrature replaces them: with
+    `grid` 59 (601 points) the output differs by 2e-3 from the limit of infinitely many points, as
+    much as with the paper's points, since both grids sample the kink of the leaky ReLU.
+
+    Parameters
+    ----------
+    shells : int
+        Number of shells.
+    parameters : int
+        Number of tissue parameters.
+    l_max : int
+        Degree of the convolutions.
+    grid : int
+        Degree of the half grid (`Pointwise`).
+    l_odf : int
+        Degree of the density.
+    hinted : bool
+        Whether head and output get the hint of `SphericalNetwork`, for comparison; the paper has
+        no hints.
     """
 
     WIDTHS = (16, 32, 64, 32, 16, 1)
@@ -89,24 +108,36 @@ class Published(nn.Module):
             means.append(mean(x))
         features = torch.cat(means[:3], 1)
         if self.shortcut is None or hint is None:
-            found = self.head(features)
+            values = self.head(features)
         else:
-            found = self.head(torch.cat([features, hint], 1)) + self.shortcut(hint)
-        return Estimate(found, torch.zeros_like(found), truncate(x, self.l_odf)[:, :, 0].T)
+            values = self.head(torch.cat([features, hint], 1)) + self.shortcut(hint)
+        return Estimate(values, torch.zeros_like(values), truncate(x, self.l_odf)[:, :, 0].T)
 
 
 class ShellEmbedding(nn.Module):
-    """Any set of shells → a fixed number of channels: y_lm,c = Σ_s W_l,c(shell s) x_lm,s, where the
-    weights are a smooth function, a small network, of what the shell is: b in ms/µm², b_delta,
-    1/√directions (0 where there is no shell). Likewise Σ_s V_c(shell s) log x̄_s + U_c(shell s) of
-    the logarithms of the means over the sphere, which are nearly linear in diffusivity.
+    """Embed any set of shells in a fixed number of channels, y_lm,c = Σ_s W_l,c(shell s) x_lm,s.
 
-    Shells of several protocols stand side by side, (group, shell, 3); voxels go group by group.
+    The weights W are a smooth function, a small network, of the properties of the shell: b in
+    ms/µm², b_delta, and 1/√directions (0 if there is no shell). The logarithms of the means over
+    the sphere, which are nearly linear in diffusivity, are embedded in the same way:
+    Σ_s V_c(shell s) log x̄_s + U_c(shell s).
+
+    The shells of several protocols are one array (group, shell, 3). Voxels are ordered by group,
+    with the same number of voxels in each.
+
+    Parameters
+    ----------
+    channels : int
+        Number of channels.
+    l_max : int
+        Degree of the channels.
+    hidden : int
+        Units of each hidden layer of the small network.
     """
 
     SCALE = (0.3, 2.0, 5.0, 10.0, 10.0)
-    """About the inverse of the size of signal coefficients by degree, so that channels are near 1
-    for all degrees."""
+    """Approximate inverse of the signal coefficients' size by degree, so that channels are near 1
+    at all degrees."""
 
     def __init__(self, channels: int, *, l_max: int = 8, hidden: int = 64) -> None:
         super().__init__()
@@ -121,33 +152,48 @@ class ShellEmbedding(nn.Module):
                 ) -> tuple[Float[torch.Tensor, "_ voxel channel"],
                            Float[torch.Tensor, "voxel channel"]]:
         b, b_delta, noise = shells.unbind(-1)
-        told = torch.stack([b.clamp(min=0.01).log(), b - 2, b_delta, 4 * noise,
-                            noise.clamp(min=0.01).log() + 2], -1)
-        found = self.net(told) * (noise > 0)[..., None]
-        weight = found.unflatten(-1, (-1, self.channels)).movedim(2, 0)
+        properties = torch.stack([b.clamp(min=0.01).log(), b - 2, b_delta, 4 * noise,
+                                  noise.clamp(min=0.01).log() + 2], -1)
+        weight = self.net(properties) * (noise > 0)[..., None]
+        weight = weight.unflatten(-1, (-1, self.channels)).movedim(2, 0)
         *filters, log_weight, bias = weight
         groups = x.unflatten(1, (len(shells), -1))
         log_mean = (groups[0] * ISOTROPIC).clamp(min=0.005).log()
-        told = log_mean @ log_weight + bias.sum(1, keepdim=True)
+        log_means = log_mean @ log_weight + bias.sum(1, keepdim=True)
         scaled = torch.stack([w * c for w, c in zip(filters, self.SCALE, strict=False)])
         y = truncate(groups.flatten(1, 2), 2 * self.degrees - 2).unflatten(
             1, groups.shape[1:3]) @ by_degree(scaled)
-        return y.flatten(1, 2), told.flatten(0, 1)
+        return y.flatten(1, 2), log_means.flatten(0, 1)
 
 
 def amplitudes(x: Float[torch.Tensor, "coef voxel channel"]) -> Float[torch.Tensor, "voxel _"]:
-    """√ and log of the power per degree: ratios of powers between channels, which tell the kernel
-    from the density, are differences of logarithms."""
+    """Square root and logarithm of the power of each degree.
+
+    Ratios of powers between channels separate the kernel from the density; they are differences of
+    logarithms.
+    """
     p = power(x)
     return torch.cat([*(p + 1e-3).sqrt(), *(p + 3e-3).log()], 1)
 
 
 class Encoder(nn.Module):
-    """Any set of shells → features on the sphere: the shells' embedding, then blocks of zonal
-    convolution and SiLU on a half grid.
+    """Encode any set of shells as features on the sphere.
 
-    widths, degrees: channels and degree of the embedding and of every block. grid: degree of the
-    half grids (`Pointwise`). channels: of the features. pooled: number of their invariants.
+    The embedding of the shells is followed by blocks of zonal convolution and SiLU on a half grid.
+
+    Parameters
+    ----------
+    widths, degrees : sequence of int
+        Channels and degree of the embedding and of each block.
+    grid : int
+        Degree of the half grids (`Pointwise`).
+
+    Attributes
+    ----------
+    channels : int
+        Number of channels of the features.
+    pooled : int
+        Number of rotation invariants of the features.
     """
 
     def __init__(self, widths: Sequence[int], degrees: Sequence[int], grid: int) -> None:
@@ -165,9 +211,10 @@ class Encoder(nn.Module):
     def forward(self, x: Float[torch.Tensor, "coef voxel shell"],
                 shells: Float[torch.Tensor, "group shell 3"]
                 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Features of the embedding and of the last block, and invariants of all."""
-        y, told = self.embed(x, shells)
-        parts, pools = [y], [told, mean(y), amplitudes(y)]
+        """Compute the features of the embedding and of the last block, and the invariants of
+        all blocks."""
+        y, log_means = self.embed(x, shells)
+        parts, pools = [y], [log_means, mean(y), amplitudes(y)]
         for convolution, pointwise in zip(self.convolutions, self.pointwise, strict=True):
             y = convolution(y)
             pools.append(amplitudes(y))
@@ -179,19 +226,25 @@ class Encoder(nn.Module):
 
 
 class Head(nn.Module):
-    """Features on the sphere → parameters with their posterior SD, and the density.
+    """Estimate parameters with their posterior SD, and the density, from features on the sphere.
 
-    channels: of the features. seen: number of invariants, noise and hints. grid: as of `Encoder`.
-    The others: as of `SphericalNetwork`.
+    Parameters
+    ----------
+    channels : int
+        Number of channels of the features.
+    inputs : int
+        Number of invariants and of noise values, without hints.
+    parameters, grid, hidden, tail, l_odf, hinted
+        As in `SphericalNetwork`.
     """
 
-    def __init__(self, channels: int, seen: int, parameters: int, *, grid: int, hidden: int,
+    def __init__(self, channels: int, inputs: int, parameters: int, *, grid: int, hidden: int,
                  tail: int, l_odf: int, hinted: bool) -> None:
         super().__init__()
         self.l_odf = l_odf
         hints = hint_size(parameters) * hinted
         self.trunk = nn.Sequential(
-            nn.Linear(seen + hints, hidden), nn.SiLU(),
+            nn.Linear(inputs + hints, hidden), nn.SiLU(),
             nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
         self.again = nn.Sequential(
             nn.Linear(hidden + tail * (1 + l_odf), hidden), nn.SiLU(),
@@ -210,15 +263,15 @@ class Head(nn.Module):
         level = torch.cat([noise.clamp(min=1e-3).log()[:, :1] + 4, 10 * noise], 1)
         hint = hint if self.shortcut else hint[:, :0]
         hidden = self.trunk(torch.cat([*pools, level, hint], 1))
-        odf, seen = self.density(parts, hidden)
-        found, log_sd = self.scalars(self.again(torch.cat([hidden, seen], 1))).chunk(2, 1)
+        odf, features = self.density(parts, hidden)
+        values, log_sd = self.scalars(self.again(torch.cat([hidden, features], 1))).chunk(2, 1)
         if self.shortcut:
-            found = found + self.shortcut(hint)
-        return Estimate(found, log_sd - 2, odf)
+            values = values + self.shortcut(hint)
+        return Estimate(values, log_sd - 2, odf)
 
     def density(self, parts: list[torch.Tensor], hidden: torch.Tensor
                 ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(voxel, coefficient), and the invariants of the deconvolution behind it."""
+        """Compute the density (voxel, coefficient), and the invariants of its deconvolution."""
         size = sh.size(self.l_odf)
         padded = [nn.functional.pad(truncate(y, self.l_odf), (0, 0, 0, 0, 0, max(0, size - len(y))))
                   for y in parts]
@@ -231,22 +284,32 @@ class Head(nn.Module):
 
 
 class SphericalNetwork(nn.Module):
-    """Tissue parameters with their posterior SD, and the density of fibres, from any protocol.
+    """Estimate tissue parameters with their posterior SD, and the fibre density, of any protocol.
 
-    Embedded shells pass blocks of zonal convolution and SiLU on a half grid, the encoder. Means and
-    powers per degree, which do not change with rotation, go to a head with the noise and a hint,
-    what parameters and their covariance are under normal densities (`simulate.likelihood`). The
-    density is a combination of channels whose gain per degree the head sets voxel by voxel (a
-    deconvolution with the kernel of that voxel), followed by one more block. What that
-    deconvolution looks like, again by means and powers, tells the head's last layers whether the
-    kernel was right; they give the parameters.
+    The encoder embeds the shells and applies blocks of zonal convolution and SiLU on a half grid.
+    The head takes the rotation invariants of its features (means, and powers of each degree), the
+    noise, and a hint: the parameters and their covariance if densities were normally distributed
+    (`simulate.likelihood`). The density is a combination of channels, whose gain at each degree the
+    head sets in each voxel (a deconvolution with the kernel of that voxel), followed by one more
+    block. The last layers of the head see the invariants of that deconvolution, which show whether
+    the kernel was right, and give the parameters.
 
-    Args:
-        parameters: number of scalars.
-        widths, degrees: channels and degree of the embedding and of every block.
-        grid: degree of the half grids (`Pointwise`).
-        tail: channels of the last block.
-        hinted: whether it gets hints; where not, `forward` takes none of any size.
+    Parameters
+    ----------
+    parameters : int
+        Number of tissue parameters.
+    widths, degrees : sequence of int
+        Channels and degree of the embedding and of each block.
+    grid : int
+        Degree of the half grids (`Pointwise`).
+    hidden : int
+        Units of each hidden layer of the head.
+    tail : int
+        Channels of the last block.
+    l_odf : int
+        Degree of the density.
+    hinted : bool
+        Whether the network uses hints; without, `forward` ignores them.
     """
 
     def __init__(self, parameters: int, *, widths: Sequence[int] = (32, 16),

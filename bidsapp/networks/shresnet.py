@@ -1,9 +1,10 @@
-"""Networks from SH coefficients of one scanner to those of another, for patches of 3×3×3 voxels.
+"""Networks that map SH coefficients between scanners, on patches of 3×3×3 voxels.
 
-Input: (voxel, 27, coefficient), the neighbours of each voxel in C order, itself at CENTRE. Output:
-(voxel, coefficient). A convolution with padding inside a patch is not one over the volume: beyond
-the patch lie zeros, so that nothing but the 27 voxels counts, however deep the network. It is a
-linear map from 27 × in to 27 × out numbers, and computed so, as one matrix product.
+The input (voxel, 27, coefficient) holds the neighbourhood of each voxel in C order, with the voxel
+itself at CENTRE. The output is (voxel, coefficient). Convolutions pad each patch with zeros, not
+with the voxels around it, so that the receptive field is 27 voxels however deep the network is. A
+convolution is therefore a linear map from 27 × in to 27 × out numbers, computed as one matrix
+product.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from bidsapp import sh
 from bidsapp.networks.mlp import mlp
 
 PATCH, CENTRE = 27, 13
+"""Number of voxels in a patch, and index of its central voxel."""
+
 OFFSETS = np.array(list(product((-1, 0, 1), repeat=3)))
-"""(27, 3) steps from a voxel to its neighbours."""
+"""(27, 3) offsets of the voxels of a patch from its central voxel."""
 
 
 class PatchConvolution(nn.Module):
-    """A 3×3×3 convolution with zero padding inside each patch (torch's Conv3d: same weights (out,
-    in, 3, 3, 3), same initial weights; the bias starts at 0)."""
+    """A 3×3×3 convolution with zero padding inside each patch.
+
+    Its weights (out, in, 3, 3, 3) and their initial values are those of torch's Conv3d; the bias
+    starts at 0.
+    """
 
     taps: torch.Tensor
 
@@ -34,22 +40,22 @@ class PatchConvolution(nn.Module):
         convolution = nn.Conv3d(channels_in, channels_out, 3)
         self.weight = convolution.weight
         self.bias = nn.Parameter(torch.zeros(channels_out))
-        step = OFFSETS[None] - OFFSETS[:, None] + 1  # out position, in position
+        step = OFFSETS[None] - OFFSETS[:, None] + 1  # (output voxel, input voxel, axis)
         tap = step @ [9, 3, 1]
         tap[((step < 0) | (step > 2)).any(-1)] = PATCH
         self.register_buffer("taps", torch.from_numpy(tap.T.ravel()), persistent=False)
 
     def identity(self, factor: float = 1.0) -> PatchConvolution:
-        """Starts as a multiple of the identity."""
+        """Set the weights to a multiple of the identity, and return the layer."""
         nn.init.dirac_(self.weight)
         with torch.no_grad():
             self.weight.mul_(factor)
         return self
 
     def matrix(self) -> Float[torch.Tensor, "inside outside"]:
-        """(27 in, 27 out): what it is to a flat patch."""
+        """(27 in, 27 out) matrix of the convolution of a flat patch."""
         out, inside = self.weight.shape[:2]
-        kernel = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 2).flatten(1)  # a row for each tap
+        kernel = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 2).flatten(1)  # one row per tap
         rows = nn.functional.pad(kernel, (0, 0, 0, 1)).index_select(0, self.taps)
         return rows.view(PATCH, PATCH, inside, out).transpose(1, 2).reshape(
             PATCH * inside, PATCH * out)
@@ -60,8 +66,8 @@ class PatchConvolution(nn.Module):
 
 
 class FunctionalUnit(nn.Sequential):
-    """The coefficients of one degree from those of all: three convolutions, ReLU after the first
-    two."""
+    """Three convolutions from the coefficients of all degrees to those of one, with ReLU after the
+    first two."""
 
     def __init__(self, coefficients: int, degree: int) -> None:
         super().__init__(PatchConvolution(coefficients, coefficients), nn.ReLU(),
@@ -70,7 +76,7 @@ class FunctionalUnit(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """x − (coefficients of every degree by its functional unit)."""
+    """A residual block: x minus the output of one functional unit per degree."""
 
     def __init__(self, l_max: int) -> None:
         super().__init__()
@@ -83,11 +89,20 @@ class ResBlock(nn.Module):
 
 
 class SHResNet(nn.Module):
-    """Koppers et al. 2018, fig. 1: two convolutions, residual blocks, two convolutions, from which
-    the result of the first two is subtracted, and a last one without padding, 3×3×3 → 1.
+    """The SHResNet of Koppers et al. 2018 (arXiv:1808.01595, fig. 1).
 
-    The paper says nothing of the first weights. Here the network starts as the identity, which is
-    no harmonization: the convolutions around the blocks are, the last of them 0, the final one −1.
+    It consists of two convolutions, residual blocks, two convolutions, from whose output that of
+    the first two is subtracted, and a final convolution without padding, 3×3×3 → 1. The paper does
+    not give the initial weights. Here the network starts as the identity, that is, without
+    harmonization: the convolutions around the blocks start as the identity, except the last of
+    them, which starts at 0; the final convolution starts as −1 in the centre.
+
+    Parameters
+    ----------
+    blocks : int
+        Number of residual blocks.
+    l_max : int
+        Degree of the coefficients.
     """
 
     def __init__(self, *, blocks: int = 2, l_max: int = 4) -> None:
@@ -108,41 +123,45 @@ class SHResNet(nn.Module):
         return self.final((self.post(self.blocks(x)) - x).flatten(1))
 
     def folded(self) -> Folded:
-        """The same function, quicker: for application."""
+        """Return the same function in a faster form, for application."""
         return Folded(self)
 
 
 class Affine:
-    """x ↦ x A + a, in float64."""
+    """The affine map x ↦ x A + a, in float64."""
 
     def __init__(self, matrix: torch.Tensor, shift: torch.Tensor) -> None:
         self.matrix, self.shift = matrix.detach().double(), shift.detach().double()
 
     @classmethod
-    def of(cls, layer: nn.Module) -> Affine:
-        """A convolution, or a fully connected layer, on flat patches."""
+    def from_layer(cls, layer: nn.Module) -> Affine:
+        """The affine map that a convolution or a fully connected layer is on flat patches."""
         if isinstance(layer, PatchConvolution):
             return cls(layer.matrix(), layer.bias.repeat(PATCH))
         assert isinstance(layer, nn.Linear)
         return cls(layer.weight.T, layer.bias)
 
     def then(self, other: Affine) -> Affine:
+        """This map, followed by another."""
         return Affine(self.matrix @ other.matrix, self.shift @ other.matrix + other.shift)
 
 
 class Folded:
-    """An SHResNet whose linear maps that follow each other are one. With P the first convolutions,
-    E the last, F the final one of them, and U_i the units of block i,
+    """An SHResNet in which consecutive linear maps are merged.
 
-        z_1 = P x,  z_{i+1} = z_i − U_i(z_i),  out = E z_n − E U_n(z_n) − F z_1:
+    With P the first two convolutions, E the last two and the final one together, F the final one
+    alone, and U_i the units of block i,
 
-    the first maps of U_1 take P in and the last of U_n take E in, so that of the 27 × 15 numbers
-    after the last block, only the 15 that they are for are made. Numbers of z stand by degree.
+        z_1 = P x,  z_{i+1} = z_i − U_i(z_i),  out = E z_n − E U_n(z_n) − F z_1.
+
+    The first maps of U_1 absorb P, and the last maps of U_n absorb E, so that only the 15
+    coefficients of the output are computed instead of all 27 × 15 after the last block. The values
+    of z are ordered by degree.
     """
 
     def __init__(self, network: SHResNet) -> None:
-        kind, size = network.final.weight.dtype, network.final.weight.shape[0]
-        blocks = [[[Affine.of(layer) for layer in unit.children()
+        dtype, size = network.final.weight.dtype, network.final.weight.shape[0]
+        blocks = [[[Affine.from_layer(layer) for layer in unit.children()
                     if isinstance(layer, PatchConvolution)]
                    for unit in block.get_submodule("units").children()]
                   for block in network.blocks.children()]
@@ -150,27 +169,29 @@ class Folded:
         widths = [len(three.shift) // PATCH for *_, three in blocks[0]]
         order = torch.cat([part.flatten() for part in place.split(widths, 1)])
         self.parts = [PATCH * w for w in widths]
-        pre = Affine.of(network.pre[0]).then(Affine.of(network.pre[1]))
-        final = Affine.of(network.final)
-        end = Affine.of(network.post[0]).then(Affine.of(network.post[1])).then(final)
+        pre = Affine.from_layer(network.pre[0]).then(Affine.from_layer(network.pre[1]))
+        final = Affine.from_layer(network.final)
+        end = Affine.from_layer(network.post[0]).then(
+            Affine.from_layer(network.post[1])).then(final)
         end = Affine(end.matrix[order], end.shift)
         bare = Affine(final.matrix, 0 * final.shift)
-        self.skip = _plain(pre.then(bare), kind)
-        self.pre = _plain(Affine(pre.matrix[:, order], pre.shift[order]), kind)
+        self.skip = _plain(pre.then(bare), dtype)
+        self.pre = _plain(Affine(pre.matrix[:, order], pre.shift[order]), dtype)
         self.units: list[list[list[tuple[torch.Tensor, torch.Tensor]]]] = []
-        missing = torch.zeros_like(end.matrix[:, 0])  # what z as computed has too much
+        # shifts of the blocks so far, which are not subtracted from z itself
+        missing = torch.zeros_like(end.matrix[:, 0])
         for i, block in enumerate(blocks):
             units = []
             for (one, two, three), rows in zip(block, end.matrix.split(self.parts), strict=True):
                 first = pre.then(one) if i == 0 else Affine(
                     one.matrix[order], one.shift - missing @ one.matrix[order])
                 last = three if i < len(blocks) - 1 else Affine(three.matrix @ rows, three.shift)
-                units.append([_plain(part, kind) for part in (first, two, last)])
+                units.append([_plain(part, dtype) for part in (first, two, last)])
             self.units.append(units)
             if i == len(blocks) - 1:
-                self.end = _plain(Affine(end.matrix, end.shift - missing @ end.matrix), kind)
+                self.end = _plain(Affine(end.matrix, end.shift - missing @ end.matrix), dtype)
                 self.end[1].sub_((torch.cat([three.shift for *_, three in block])
-                                  @ end.matrix).to(kind))
+                                  @ end.matrix).to(dtype))
             missing = missing + torch.cat([three.shift for *_, three in block])
 
     def __call__(self, x: Float[torch.Tensor, "voxel 27 coef"]
@@ -179,8 +200,8 @@ class Folded:
         z = _through(x, self.pre)
         for units in self.units[:-1]:
             source = z = torch.cat([
-                torch.addmm(own, hidden, matrix, alpha=-1)
-                for own, (hidden, matrix) in zip(z.split(self.parts, 1), _hidden(source, units),
+                torch.addmm(part, hidden, matrix, alpha=-1)
+                for part, (hidden, matrix) in zip(z.split(self.parts, 1), _hidden(source, units),
                                                  strict=True)], 1)
         out = _through(z, self.end) - _through(x, self.skip)
         for hidden, matrix in _hidden(source, self.units[-1]):
@@ -190,13 +211,13 @@ class Folded:
 
 def _hidden(source: torch.Tensor, units: list[list[tuple[torch.Tensor, torch.Tensor]]]
             ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each unit the second hidden layer, and the matrix that it meets next."""
+    """The second hidden layer of each unit, and the matrix of its last map."""
     return [(_through(_through(source, one).relu_(), two).relu_(), matrix)
             for one, two, (matrix, _) in units]
 
 
-def _plain(affine: Affine, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return affine.matrix.to(kind).contiguous(), affine.shift.to(kind)
+def _plain(affine: Affine, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return affine.matrix.to(dtype).contiguous(), affine.shift.to(dtype)
 
 
 def _through(x: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -205,9 +226,11 @@ def _through(x: torch.Tensor, affine: tuple[torch.Tensor, torch.Tensor]) -> torc
 
 
 class QSpacePerceptron(nn.Module):
-    """The q-space network of Golkov et al. 2016 (doi:10.1109/TMI.2016.2551324), from coefficients
-    to coefficients of the central voxel: three hidden layers of 150 units, ReLU and dropout of
-    0.1."""
+    """The q-space network of Golkov et al. 2016 (doi:10.1109/TMI.2016.2551324).
+
+    It maps the coefficients of the central voxel alone, through three hidden layers of 150 units
+    with ReLU and a dropout of 0.1.
+    """
 
     def __init__(self, *, hidden: int = 150, dropout: float = 0.1, l_max: int = 4) -> None:
         super().__init__()
@@ -220,8 +243,11 @@ class QSpacePerceptron(nn.Module):
 
 
 class HybridCNN(nn.Module):
-    """A 3×3×3 convolution without padding, then 1×1×1 ones, ReLU between them; what comes out is
-    added to the coefficients of the central voxel. Starts as the identity: the last layer is 0."""
+    """A 3×3×3 convolution without padding, then 1×1×1 convolutions, with ReLU between them.
+
+    The output is added to the coefficients of the central voxel. The network starts as the
+    identity, since its last layer starts at 0.
+    """
 
     def __init__(self, *, hidden: int = 128, layers: int = 2, l_max: int = 4) -> None:
         super().__init__()
@@ -237,15 +263,31 @@ class HybridCNN(nn.Module):
 
 
 def neighbours(shape: tuple[int, ...]) -> Int[np.ndarray, " 27"]:
-    """Steps in C order from a voxel of an image of this shape to its neighbours."""
+    """List the steps in C order from a voxel to the 27 voxels of its patch.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Shape of the image.
+    """
     return OFFSETS @ [shape[1] * shape[2], shape[2], 1]
 
 
 def patches(image: Float[torch.Tensor, "voxel coef"], centres: Int[torch.Tensor, " n"],
             steps: Int[torch.Tensor, "_ 27"]) -> Float[torch.Tensor, "n 27 coef"]:
-    """Patches about voxels of a flat image, none of them on its faces.
+    """Extract the patches around voxels of a flat image.
 
-    steps: `neighbours` of the image, one row; or a row for each centre, where several images stand
-    one after another.
+    Parameters
+    ----------
+    image : (voxel, coefficient)
+        One image, or several one after another, in C order.
+    centres : (n,)
+        Indices of the central voxels; none may lie on a face of its image.
+    steps : (1, 27) or (n, 27)
+        `neighbours` of the image, or those of the image of each centre.
+
+    Returns
+    -------
+    (n, 27, coefficient)
     """
     return image[centres[:, None] + steps]

@@ -1,9 +1,9 @@
 """Layers on the sphere: tensors (coefficient, voxel, channel) of SH coefficients (`bidsapp.sh`).
 
-A layer is equivariant where turning its input turns its output: with D_l(R) the matrix that turns
-the 2l + 1 coefficients c_lm of degree l, layer(D x) = D layer(x). Coefficients come first because
-then every step is a matrix product without a transpose: channels are mixed by one batched product,
-and the passage to points on the sphere is one product over all voxels and channels together.
+A layer is equivariant if a rotation of its input rotates its output: layer(D x) = D layer(x), with
+D_l(R) the Wigner matrix of the 2l + 1 coefficients c_lm of degree l. Coefficients are the first
+axis because each step is then a matrix product without a transpose: one batched product mixes the
+channels, and one product over all voxels and channels gives the values at points on the sphere.
 """
 
 from __future__ import annotations
@@ -18,46 +18,67 @@ from torch import nn
 from bidsapp import sh
 
 CACHE = 2**19
-"""Numbers on a grid at once, on a CPU: they stay in its cache from one product to the next."""
+"""Values on a grid that are computed at once on a CPU; so many fit in its cache."""
 
 
 def by_degree(values: Float[torch.Tensor, "degree ..."]) -> Float[torch.Tensor, "coef ..."]:
-    """One value per even degree → one per coefficient, along the first axis."""
+    """Repeat one value per even degree for each coefficient of that degree, along the first axis.
+
+    Parameters
+    ----------
+    values : (degree, …)
+        Values of the degrees 0, 2, ….
+
+    Returns
+    -------
+    (coefficient, …)
+    """
     return torch.cat([v.expand(4 * i + 1, *v.shape[1:])
                       for i, v in enumerate(values.split(1, 0))])
 
 
 def truncate(x: Float[torch.Tensor, "coef voxel channel"], l_max: int
              ) -> Float[torch.Tensor, "_ voxel channel"]:
-    """Spectral pooling: the coefficients up to degree l_max."""
+    """Keep the coefficients up to degree l_max (spectral pooling)."""
     size = sh.size(l_max)
     return x if len(x) <= size else x[:size]
 
 
 def mean(x: Float[torch.Tensor, "coef voxel channel"]) -> Float[torch.Tensor, "voxel channel"]:
-    """Mean over the sphere, c_00/√(4π): does not change with rotation."""
-    pick = x.new_zeros(1, len(x))  # a product, whose backward step is cheaper than that of a slice
+    """Compute the mean over the sphere, c_00/√(4π), a rotation invariant."""
+    # a product is used because its backward step is cheaper than that of a slice
+    pick = x.new_zeros(1, len(x))
     pick[0, 0] = 1 / math.sqrt(4 * math.pi)
     return (pick @ x.flatten(1)).view(x.shape[1:])
 
 
 def power(x: Float[torch.Tensor, "coef voxel channel"]
           ) -> Float[torch.Tensor, "degree voxel channel"]:
-    """Σ_m c_lm²/(2l + 1) of the degrees 2, 4, …: does not change with rotation. With linear layers
-    before it, it gives every quadratic invariant of two channels."""
+    """Compute the power Σ_m c_lm²/(2l + 1) of the degrees 2, 4, …, a rotation invariant.
+
+    After a linear layer it can express every quadratic invariant of two channels.
+    """
     l = torch.arange(0, sh.l_max_of(len(x)) + 1, 2, dtype=x.dtype, device=x.device)
     average = by_degree(torch.diag(1 / (2 * l + 1)))[:, 1:].T
     return (average @ (x * x).flatten(1)).unflatten(1, x.shape[1:])
 
 
 class ZonalConvolution(nn.Module):
-    """y_lm,d = Σ_c scale_l w_l,cd x_lm,c + √(4π) bias_d δ_l0: convolution with zonal filters
-    (Esteves et al. 2018, doi:10.1007/978-3-030-01261-8_4), exactly equivariant. A bias at another
-    degree would not be.
+    """Convolution with zonal filters, y_lm,d = Σ_c scale_l w_l,cd x_lm,c + √(4π) bias_d δ_l0.
 
-    Args:
-        l_max: even degree of the input that is used; higher ones are left out.
-        scale: (degree,) constants in front of the weights; by default 1/√in.
+    It is exactly equivariant (Esteves et al. 2018, doi:10.1007/978-3-030-01261-8_4). It would not
+    be with a bias at another degree.
+
+    Parameters
+    ----------
+    channels_in, channels_out : int
+        Number of channels of the input and of the output.
+    l_max : int
+        Even degree; coefficients of higher degrees are left out.
+    bias : bool
+        Whether the layer has a bias.
+    scale : (degree,), optional
+        Constant factors of the weights; default: 1/√channels_in.
     """
 
     scale: torch.Tensor
@@ -84,21 +105,31 @@ class ZonalConvolution(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """A nonlinearity applied to the function's values on an antipodal half grid.
+    """A nonlinearity σ, applied to the values of a function on an antipodal half grid.
 
     The values a = σ(f) at the points n_i are projected back, c_lm = Σ_i w_i a(n_i) Y_lm(n_i). σ(f)
-    has degrees above those of f; the grid, exact to `grid` (`sh.half_grid`), keeps those up to
-    grid − l_out out of the result, and the ones above are mirrored into it: the aliasing error,
-    the only departure from equivariance. The default, 2 l_in + l_out, is exact for a quadratic σ.
-    Relative SD of the result over rotations, for the signal of crossing fibres with mean 0 and
-    SD 1 (tested):
+    has higher degrees than f. The half grid is exact up to degree `grid` (`sh.half_grid`), so that
+    degrees of σ(f) up to grid − l_out do not change the result. Higher ones are mirrored into it:
+    this aliasing error is the only deviation from equivariance. The default degree,
+    2 l_in + l_out, is exact for a quadratic σ. The relative SD of the result over rotations, for
+    the signal of crossing fibres with mean 0 and SD 1 (tested), is
 
         degree of the grid       17       23       29       47
         points                   55       97       151      385
         SiLU, l 8 → 8            9e-3     2e-4     1e-5     7e-10
         leaky ReLU, l 8 → 8      3e-2     1e-2     7e-3     2e-3
 
-    A kink makes the error fall with a power of the degree, a smooth σ exponentially: hence SiLU.
+    The error falls exponentially with the degree for a smooth σ, such as SiLU, but only with a
+    power of it for a σ with a kink.
+
+    Parameters
+    ----------
+    l_in, l_out : int
+        Degree of the input and of the output.
+    grid : int, optional
+        Degree of the half grid.
+    function : callable
+        The nonlinearity.
     """
 
     to_grid: torch.Tensor

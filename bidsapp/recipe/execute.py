@@ -341,7 +341,7 @@ def run_records(dataset: Dataset, label: str = "*") -> list[dict[str, Any]]:
 
 def run_record(run: Run) -> PurePosixPath:
     """Name the record of a run, below OUTPUT_DIR."""
-    return names.output(run.entities, "dwi", ".json", "log")
+    return names.output_path(run.entities, "dwi", ".json", "log")
 
 
 def is_done(status: Mapping[str, Any], options: Options) -> bool:
@@ -376,8 +376,8 @@ def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Mod
     str or None
         What was found, what is needed and what to do; None if nothing is in the way.
     """
-    image = dataset.root / names.output(run.entities, "dwi", ".nii.gz", desc="harmonized")
-    about = dataset.record(names.output(run.entities, "dwi", ".json", desc="harmonized"))
+    image = dataset.root / names.output_path(run.entities, "dwi", ".nii.gz", desc="harmonized")
+    about = dataset.record(names.output_path(run.entities, "dwi", ".json", desc="harmonized"))
     earlier = about.get("HarmonizationModel")
     cards = [m.checkpoint.card for m in models]
     if (not models or not earlier or not image.is_file()

@@ -94,7 +94,7 @@ class Outputs:
         The affine is that of the run, so that the .bvec is, too; positions have no meaning.
         """
         desc = f"synth{mode.replace('-', '')}"
-        truth = names.output(self.run.entities, "truth", ".tsv", desc=desc)
+        truth = names.output_path(self.run.entities, "truth", ".tsv", desc=desc)
         about = self._about(method, method.outputs["signal"], {"Mode": mode, **made.parameters})
         self._dwi(made.signals[mode][:, None, None], desc,
                   self._synthetic({k: v for k, v in about.items() if k not in sidecar.SPATIAL},
@@ -114,7 +114,7 @@ class Outputs:
 
     def _scores(self, method: Method, made: Synthetic) -> None:
         outputs = method.outputs
-        self.transaction.table(names.output(self.run.entities, "qc", ".tsv", desc="synth"),
+        self.transaction.table(names.output_path(self.run.entities, "qc", ".tsv", desc="synth"),
                          [{"mode": mode, **values} for mode, values in made.scores.items()],
                          {"mode": {"Description": outputs["mode"]}, **outputs["scores"]})
 
@@ -132,7 +132,7 @@ class Outputs:
         if (acquisition.b_delta < 1).any():
             tables[".btens"] = btable.btens_text(acquisition, affine)
         for extension, text in tables.items():
-            path = names.output(self.run.entities, "dwi", extension, desc=desc)
+            path = names.output_path(self.run.entities, "dwi", extension, desc=desc)
             self.transaction.text(path, text)
 
     def _about(self, method: Method, entry: Mapping[str, Any], parameters: Mapping[str, Any]
@@ -145,7 +145,7 @@ class Outputs:
             **self.stage.about}
 
     def _path(self, suffix: str, **entities: str) -> PurePosixPath:
-        return names.output(self.run.entities, suffix, ".nii.gz", **entities)
+        return names.output_path(self.run.entities, suffix, ".nii.gz", **entities)
 
     def _uri(self, path: PurePosixPath) -> str:
         return self.transaction.dataset.uri(self.transaction.dataset.root / path)

@@ -96,7 +96,7 @@ class RunContext:
     @cached_property
     def acquisition(self) -> Acquisition:
         """Gradient table of the run, read from its files."""
-        return btable.acquisition_of(self.run)
+        return btable.load_acquisition(self.run)
 
     @cached_property
     def like(self) -> Any:
@@ -106,7 +106,7 @@ class RunContext:
     def path(self, suffix: str, extension: str = ".nii.gz", folder: str = "dwi",
              **entities: str) -> PurePosixPath:
         """Name an output of the run, below OUTPUT_DIR."""
-        return names.output(self.run.entities, suffix, extension, folder, **entities)
+        return names.output_path(self.run.entities, suffix, extension, folder, **entities)
 
     @property
     def mask(self) -> PurePosixPath:
@@ -274,7 +274,7 @@ class Measure(Step):
     def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
         context, like = self.context, self.context.like
         mask = read_mask(context.dataset.root / context.mask, like.shape[:3], like.affine)
-        dwi = Series.of_run(context.run, context.acquisition).within(
+        dwi = Series.from_run(context.run, context.acquisition).within(
             mask, memory=context.memory, work_dir=context.options.work_dir)
         return self._stage(replace(dwi, noise_sd=facts["noise_sd"]))
 
@@ -493,10 +493,10 @@ def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[s
                                 for extension in (".nii.gz", ".bval", ".bvec", ".btens"))
     part = Part(image, bval, bvec, btens if btens.exists() else None)
     written = replace(context.run, parts=(part,))
-    acquisition = btable.acquisition_of(written)
+    acquisition = btable.load_acquisition(written)
     if len(acquisition) == len(stage.dwi.acquisition):  # text files round it
         acquisition = stage.dwi.acquisition
-    dwi = Series.of_run(written, acquisition).within(
+    dwi = Series.from_run(written, acquisition).within(
         stage.dwi.mask, memory=context.memory, work_dir=context.options.work_dir)
     gain = facts["noise_gain"]
     dwi = replace(dwi, affine=stage.dwi.affine, invalid=stage.dwi.invalid,
@@ -540,7 +540,7 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     DataError
         A file is missing or damaged, files contradict each other, or no mask can be made.
     """
-    series = Series.of_run(run, btable.acquisition_of(run))
+    series = Series.from_run(run, btable.load_acquisition(run))
     mean_b0 = series.mean(series.acquisition.b0)
     try:
         mask = (read_mask(run.mask, series.shape, series.affine) if run.mask

@@ -1,7 +1,7 @@
-"""Affine registration of images that show different heads.
+"""Affine registration of images of different heads.
 
-Twelve parameters by mutual information (antspyx; Avants et al. 2011,
-doi:10.1016/j.neuroimage.2010.09.025), over all voxels, from the centres of mass.
+antspyx (Avants et al. 2011, doi:10.1016/j.neuroimage.2010.09.025) finds twelve parameters that
+maximise the mutual information over all voxels. It starts with the centres of mass aligned.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from bidsapp.registration.image import Image
 from bidsapp.registration.itk import FLIP, temporary_folder, to_ants
 
 SHRINK, MIN_VOXELS = (6, 4, 2, 1), 8
-"""Factors by which images shrink, less where fewer than so many voxels would remain along an
-axis."""
+"""Shrink factors of the resolution levels, and the number of voxels that must remain along each
+axis: a factor is lower if fewer would remain."""
 
 ITERATIONS = (500, 250, 100, 10)
-"""At each: at the whole resolution, which takes longest, more than ten changed nothing (one
-pair of heads)."""
+"""Iterations at each level. At full resolution, the slowest level, more than ten changed nothing
+(measured on one pair of heads)."""
 
 
 def register(fixed: Image, moving: Image, work_dir: Path | None = None
              ) -> Float[np.ndarray, "4 4"]:
-    """Register two images.
+    """Register two images by an affine transform.
 
     Parameters
     ----------
     fixed, moving : Image
+        The two images.
     work_dir : Path, optional
-        For temporary files.
+        Folder for temporary files.
 
     Returns
     -------

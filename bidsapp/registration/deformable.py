@@ -1,13 +1,14 @@
-"""Deformable registration: antspyx' SyN (Avants et al. 2008, doi:10.1016/j.media.2007.06.004).
+"""Deformable registration by SyN of antspyx (Avants et al. 2008, doi:10.1016/j.media.2007.06.004).
 
-Local cross-correlation over all voxels, on one thread, so that it repeats itself to the byte. Of a
-voxel of the fixed image at the world point p, the moving image shows what lies at
+The metric is the local cross-correlation over all voxels. It is computed on one thread, so that
+results are identical to the byte. The voxel of the fixed image at the world point p corresponds to
+the point φ(p) of the moving image,
 
     φ(p) = M(p + u(p)),   J = ∂φ/∂p = R S,
 
-M a rigid or affine transform, u the displacement found here, and R the rotation of the polar
-decomposition (finite strain: Alexander et al. 2001, doi:10.1109/42.963816): what the moving image
-has along n stands in the fixed one along Rᵀ n.
+with M a rigid or affine transform, u the displacement, and R the rotation of the polar
+decomposition (finite strain: Alexander et al. 2001, doi:10.1109/42.963816). A direction n of the
+moving image corresponds to Rᵀ n in the fixed image.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from bidsapp.dwi import open_image
 from bidsapp.registration.itk import FLIP, temporary_folder, to_ants
 
 ITERATIONS = (40, 20, 10)
-"""At a quarter, half and the whole of the resolution."""
+"""Iterations at a quarter, at half and at full resolution."""
 
 RADIUS = 3
-"""Voxels, of the local cross-correlation."""
+"""Radius of the local cross-correlation, in voxels."""
 
 
 def displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work_dir: Path | None,
@@ -36,20 +37,21 @@ def displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work
     Parameters
     ----------
     fixed, moving : (x, y, z)
+        The two images.
     affine : (4, 4)
-        Of both.
+        Voxel indices of both images to world RAS+, mm.
     work_dir : Path or None
-        For temporary files.
+        Folder for temporary files.
     iterations : sequence of int
-        At a quarter, half and the whole of the resolution.
+        Iterations at a quarter, at half and at full resolution.
     flow : float
-        Variance, in voxels², of the Gaussian that smooths every update. The default is antspyx'
-        own, which serves unlike heads.
+        Variance, in voxels², of the Gaussian that smooths each update. The default is that of
+        antspyx, which suits different heads.
 
     Returns
     -------
     (x, y, z, 3)
-        World, mm.
+        Displacement in the world, mm.
     """
     images = [to_ants(v, affine) for v in (fixed, moving)]
     import ants
@@ -67,16 +69,16 @@ def displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work
 
 def rotations(points: Float[np.ndarray, "x y z 3"], affine: np.ndarray
               ) -> Float[np.ndarray, "x y z 3 3"]:
-    """Rᵀ of the polar decomposition of ∂φ/∂p.
+    """Compute Rᵀ of the polar decomposition of ∂φ/∂p.
 
     Parameters
     ----------
     points : (x, y, z, 3)
-        φ at the voxels of a grid, world.
+        φ at the voxels of a grid: world, mm.
     affine : (4, 4)
-        Of the grid.
+        Voxel indices of the grid to world RAS+, mm.
     """
-    slopes = np.stack(np.gradient(points, axis=(0, 1, 2)), -1)  # world axis, voxel axis
+    slopes = np.stack(np.gradient(points, axis=(0, 1, 2)), -1)  # (world axis, voxel axis)
     left, _, right = np.linalg.svd(slopes @ np.linalg.inv(affine[:3, :3]))
     left[..., -1] *= np.linalg.det(left @ right)[..., None]
     return (left @ right).swapaxes(-1, -2)

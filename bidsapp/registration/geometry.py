@@ -1,4 +1,4 @@
-"""Grids and their places in the world (RAS+, mm)."""
+"""Coordinates of grids in the world (RAS+, mm)."""
 
 from __future__ import annotations
 
@@ -21,35 +21,42 @@ def world_points(shape: Sequence[int], affine: np.ndarray) -> Float[np.ndarray, 
 
 
 def grid_coordinates(affine: np.ndarray, points: Float[np.ndarray, "*grid 3"]) -> np.ndarray:
-    """Find world points on a grid: (3, …) as `scipy.ndimage.map_coordinates` asks.
+    """Convert world points to coordinates of a grid.
 
     Parameters
     ----------
     affine : (4, 4)
-        Of the grid: voxel indices to world RAS+, mm.
+        Voxel indices of the grid to world RAS+, mm.
     points : (…, 3)
-        World, mm.
+        World points, mm.
+
+    Returns
+    -------
+    (3, …)
+        Voxel coordinates, in the form that `scipy.ndimage.map_coordinates` takes.
     """
     return np.moveaxis(transform_points(np.linalg.inv(affine), points), -1, 0)
 
 
 def canonical(mask: np.ndarray, affine: np.ndarray
               ) -> tuple[np.ndarray, np.ndarray, Int[np.ndarray, " voxel"]]:
-    """Turn a mask so that its axes are as near to the world's (RAS+) as possible.
+    """Reorient a mask to the axes closest to those of the world (RAS+).
 
-    A network of patches must not depend on how an image is stored.
+    The output of a network on patches must not depend on the storage order of an image.
 
     Parameters
     ----------
     mask : (x, y, z) bool
+        Mask of an image.
     affine : (4, 4)
+        Voxel indices to world RAS+, mm.
 
     Returns
     -------
     mask, affine
-        The same in the new order of axes.
+        Mask and affine with the new axes.
     rows : (voxel,) int
-        Row of the old mask that each voxel of the new one comes from.
+        For each voxel of the new mask, its row among the voxels of the old one.
     """
     axes = orientations.io_orientation(affine)
     row = np.full(mask.shape, -1)
@@ -62,16 +69,18 @@ def canonical(mask: np.ndarray, affine: np.ndarray
 def fill_nearest(values: Float[np.ndarray, "voxel k"], mask: np.ndarray,
                  usable: np.ndarray | None = None, margin: int = 0
                  ) -> Float[np.ndarray, "x y z k"]:
-    """Put values of voxels on the grid, and the nearest of them everywhere else.
+    """Put the values of voxels on their grid, and fill the rest with the nearest of them.
 
     Parameters
     ----------
     values : (voxel, k)
-        Of the mask's voxels, or of the usable ones among them.
+        Values of the voxels of the mask, or of the usable ones among them.
     mask : (x, y, z) bool
+        Mask of the values.
     usable : (voxel of the mask,) bool, optional
+        Voxels of the mask that have a value; default: all.
     margin : int
-        Voxels by which the grid is wider on every side.
+        Voxels that are added on each side of the grid.
 
     Returns
     -------

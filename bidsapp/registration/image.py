@@ -1,4 +1,4 @@
-"""A scalar image in the world."""
+"""Scalar images in world coordinates."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def sample(values: Float[np.ndarray, "x y z"], affine: np.ndarray,
     Parameters
     ----------
     values : (x, y, z)
+        The image.
     affine : (4, 4)
         Voxel indices to world RAS+, mm.
     points : (…, 3)
-        World, mm.
+        World points, mm.
     beyond : str
-        `constant`: the image is 0 there; `nearest`: what its edge is.
+        Value outside the image: `constant`, 0; `nearest`, that of the nearest edge.
     """
     from scipy.ndimage import map_coordinates
 
@@ -37,7 +38,7 @@ class Image:
     Parameters
     ----------
     values : (x, y, z)
-        0 outside the brain.
+        Values, which are 0 outside the brain.
     affine : (4, 4)
         Voxel indices to world RAS+, mm.
     """
@@ -46,10 +47,10 @@ class Image:
     affine: np.ndarray
 
     def at(self, points: Float[np.ndarray, "*grid 3"]) -> Float[np.ndarray, "*grid"]:
-        """Interpolate linearly at world points; 0 beyond the image."""
+        """Interpolate linearly at world points (mm); the value outside the image is 0."""
         return sample(self.values, self.affine, points)
 
     @property
     def volume(self) -> float:
-        """Volume of what is not 0, in mm³."""
+        """Volume of the voxels above 0, in mm³."""
         return float((self.values > 0).sum() * abs(np.linalg.det(self.affine[:3, :3])))

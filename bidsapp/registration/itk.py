@@ -1,4 +1,4 @@
-"""antspyx: images and transforms between the world (RAS+) and ITK's (LPS+), reproducibly."""
+"""Conversion of images for antspyx, from the world frame (RAS+) to that of ITK (LPS+)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import numpy as np
 from bidsapp import scratch
 
 FLIP = np.array([-1.0, -1.0, 1.0])
-"""World RAS+ to ITK's, LPS+."""
+"""Signs that convert world points between RAS+ and LPS+, the frame of ITK."""
 
 
 def to_ants(values: np.ndarray, affine: np.ndarray) -> Any:
-    """Make an image of antspyx, which then computes on one thread and from one seed.
+    """Make an image for antspyx, which then computes on one thread with a fixed seed.
 
     Parameters
     ----------
     values : (x, y, z)
+        The image.
     affine : (4, 4)
         Voxel indices to world RAS+, mm.
     """
@@ -38,7 +39,7 @@ def to_ants(values: np.ndarray, affine: np.ndarray) -> Any:
 
 @contextmanager
 def temporary_folder(work_dir: Path | None) -> Iterator[str]:
-    """Make a folder that is removed with all that antspyx leaves in Python's temporary one."""
+    """Make a temporary folder for the block, with all temporary files of antspyx in it."""
     before = tempfile.tempdir
     with scratch.temporary(work_dir) as folder:
         tempfile.tempdir = str(folder)

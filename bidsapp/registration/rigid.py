@@ -1,11 +1,11 @@
 """Rigid registration of a diffusion series to an image of the same head.
 
-It maximises normalised mutual information (Studholme et al. 1999,
-doi:10.1016/S0031-3203(98)00091-0) between the image and the attenuation, the mean weighted signal
-over the mean b0: unlike the b0 it has no bias field and sets white from grey matter. It is dense
-and deterministic, and turns about the brain's centre; antspyx' and dipy's rigid registrations gave,
-on the same images, transforms that differed by degrees between runs or starts, and lost a thin
-slab.
+It maximises the normalised mutual information (Studholme et al. 1999,
+doi:10.1016/S0031-3203(98)00091-0) between the image and the attenuation, that is, the mean weighted
+signal over the mean b0. Unlike the b0, the attenuation has no bias field and separates white from
+grey matter. The registration is deterministic, and rotates about the centre of the brain. The rigid
+registrations of antspyx and dipy were tried on the same images: their transforms differed by
+degrees between runs or starts, and they failed on a thin slab.
 """
 
 from __future__ import annotations
@@ -18,33 +18,38 @@ from bidsapp.dwi import Dwi
 from bidsapp.registration.geometry import transform_points
 
 BINS = 32
+"""Bins of each image in the joint histogram."""
+
 RIM = 2
-"""Voxels around the brain mask that are compared, too: the brain's edge constrains the
+"""Voxels around the brain mask that are compared as well, since the brain's edge constrains the
 registration of a slab."""
 
 COARSE, FINE = (4.0, 4.0, 0.1, 10_000), (0.0, 1.0, 0.01, 40_000)
-"""Smoothing (mm), first step (mm or degrees), tolerance of the parameters, voxels compared."""
+"""Settings of the coarse and the fine search: smoothing (SD, mm), first step (mm or degrees),
+tolerance of the parameters (mm or degrees), number of voxels that are compared."""
 
-NODS = (0.0, -10.0, 10.0)
-"""Degrees about the left–right axis, in which heads nod, of the starts of the registration."""
+PITCHES = (0.0, -10.0, 10.0)
+"""Rotations about the left–right axis at the starts of the registration, in degrees."""
 
 MAX_MOVE = 30.0
-"""Degrees or mm from its start beyond which no move is sought."""
+"""Largest change of each parameter from its start, in mm or degrees."""
 
 
 def align(dwi: Dwi, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Register a diffusion series to an image of the same head.
 
-    The best of several starts (the images as they lie, their centres together; each with the head
-    nodding) is found on smooth images and then refined.
+    The coarse search runs on smoothed images from several starts: with the images as they are and
+    with their centres aligned, each at three pitch angles of the head. The fine search refines the
+    best result.
 
     Parameters
     ----------
     dwi : Dwi
+        The diffusion series.
     image : (x, y, z)
         A T1w image, or the attenuation of another series.
     affine : (4, 4)
-        Of the image.
+        Voxel indices of the image to world RAS+, mm.
 
     Returns
     -------
@@ -62,52 +67,54 @@ def align(dwi: Dwi, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
     centre = points.mean(axis=0)
     head = np.argwhere(image > image.mean())
     shift = transform_points(affine, head).mean(axis=0) - centre
-    starts = [np.r_[turn, 0, 0, off] for off, turn in product((np.zeros(3), shift), NODS)]
-    best = min((_climb(p, COARSE, fixed, region, dwi, centre, image, affine) for p in starts),
-               key=lambda found: found[1])[0]
-    best = _climb(best, FINE, fixed, region, dwi, centre, image, affine)[0]
+    starts = [np.r_[pitch, 0, 0, offset]
+              for offset, pitch in product((np.zeros(3), shift), PITCHES)]
+    best = min((_search(p, COARSE, fixed, region, dwi, centre, image, affine) for p in starts),
+               key=lambda result: result[1])[0]
+    best = _search(best, FINE, fixed, region, dwi, centre, image, affine)[0]
     move = np.eye(4)
     move[:3, :3] = Rotation.from_rotvec(best[:3], degrees=True).as_matrix()
     move[:3, 3] = centre + best[3:] - move[:3, :3] @ centre
     return move
 
 
-def _climb(start: np.ndarray, how: tuple[float, float, float, int], fixed: np.ndarray,
-           region: np.ndarray, dwi: Dwi, centre: np.ndarray, image: np.ndarray,
-           affine: np.ndarray) -> tuple[np.ndarray, float]:
-    """Rotation vector (degrees) and translation (mm) of the least cost near `start`, and the
-    cost: minus the normalised mutual information, (H(a) + H(b)) / H(a, b)."""
+def _search(start: np.ndarray, settings: tuple[float, float, float, int], fixed: np.ndarray,
+            region: np.ndarray, dwi: Dwi, centre: np.ndarray, image: np.ndarray,
+            affine: np.ndarray) -> tuple[np.ndarray, float]:
+    """Find the rotation vector (degrees) and translation (mm) of the least cost near `start`, and
+    the cost: minus the normalised mutual information, (H(a) + H(b)) / H(a, b)."""
     from scipy.ndimage import gaussian_filter, map_coordinates
     from scipy.optimize import minimize
     from scipy.spatial.transform import Rotation
 
-    sigma, step, tolerance, most = how
+    sigma, step, tolerance, max_points = settings
     size = np.linalg.norm(dwi.affine[:3, :3], axis=0)
     weight = gaussian_filter(dwi.mask.astype(np.float32), sigma / size)
     smooth = gaussian_filter(fixed, sigma / size) / np.maximum(weight, 0.05)
-    every = max(1, int(region.sum()) // most)
+    every = max(1, int(region.sum()) // max_points)
     points = transform_points(dwi.affine, np.argwhere(region)[::every]) - centre
-    mine = _levels(smooth[region], smooth[dwi.mask]).astype(np.int64)[::every] * BINS
+    rows = _levels(smooth[region], smooth[dwi.mask]).astype(np.int64)[::every] * BINS
     moving = gaussian_filter(image, max(sigma, size.mean() / 2.355)
                              / np.linalg.norm(affine[:3, :3], axis=0))
     moving = _levels(moving, moving[moving > moving.mean()], low=0.0)
-    to = np.linalg.inv(affine)
+    to_voxel = np.linalg.inv(affine)
 
     def cost(p: np.ndarray) -> float:
         beyond = np.maximum(np.abs(p - start) - MAX_MOVE, 0).sum()
         world = Rotation.from_rotvec(p[:3], degrees=True).apply(points) + centre + p[3:]
-        seen = map_coordinates(moving, transform_points(to, world).T, order=1).astype(np.int64)
-        joint = np.bincount(mine + seen, minlength=BINS**2).reshape(BINS, BINS) / len(mine)
+        columns = map_coordinates(moving, transform_points(to_voxel, world).T, order=1)
+        cells = rows + columns.astype(np.int64)
+        joint = np.bincount(cells, minlength=BINS**2).reshape(BINS, BINS) / len(rows)
         return beyond - (_entropy(joint.sum(0)) + _entropy(joint.sum(1))) / _entropy(joint)
 
-    found = minimize(cost, start, method="Powell", options={
+    result = minimize(cost, start, method="Powell", options={
         "xtol": tolerance, "ftol": 1e-6, "direc": step * np.eye(6)})
-    return found.x, float(found.fun)
+    return result.x, float(result.fun)
 
 
-def _levels(values: np.ndarray, of: np.ndarray, low: float | None = None) -> np.ndarray:
-    """0 … BINS − 1 over the 1st to 99th percentile of `of`, float32."""
-    ends = np.percentile(of, (1, 98))
+def _levels(values: np.ndarray, reference: np.ndarray, low: float | None = None) -> np.ndarray:
+    """Scale values to 0 … BINS − 1 over the 1st to 98th percentile of the reference, float32."""
+    ends = np.percentile(reference, (1, 98))
     bottom = ends[0] if low is None else low
     scaled = (values - bottom) / max(ends[1] - bottom, 1e-12) * BINS
     return scaled.clip(0, BINS - 1).astype(np.float32)

@@ -1,8 +1,9 @@
-"""A space that people share: the mean of their FA images, and where it lies in each of them.
+"""A template of several participants' FA images, and its registration to each of them.
 
-A point p of the fixed image lies in the moving one at φ(p) = A (p + u(p)): A is affine
-(`registration.affine`), u is found as between the scans of one head (`registration.deformable`),
-but at half the resolution, for what is carried over is smooth.
+The point p of the fixed image corresponds to φ(p) = A (p + u(p)) of the moving image. A is affine
+(`registration.affine`). The displacement u is found as between scans of one head
+(`registration.deformable`), but only at half the resolution, since the maps that are resampled with
+it are smooth.
 """
 
 from __future__ import annotations
@@ -20,35 +21,65 @@ from bidsapp.registration.geometry import transform_points, world_points
 from bidsapp.registration.image import Image
 
 ROUNDS = 2
-"""The first template is one person's image, each further one the mean after a registration to the
-one before."""
+"""Rounds of the template's construction. The first template is one participant's image; each round
+replaces it by the mean of the images that were registered to it."""
 
 MARGIN = 6.0
-"""mm about the brain."""
+"""Margin of the template's grid around the brain, in mm."""
 
 ITERATIONS = (40, 20, 0)
-"""Of SyN, at a quarter, half and the whole of the resolution."""
+"""Iterations of SyN at a quarter, at half and at full resolution."""
 
 
 def build(images: Sequence[Image], work_dir: Path | None = None
           ) -> tuple[Image, list[Float[np.ndarray, "x y z 3"]]]:
-    """The template of FA images, and for each of them the world points at which the template's
-    voxels lie. It begins as the image of median volume: its size is nobody's extreme."""
+    """Build a template from FA images.
+
+    It starts as the image of median volume, so that its size is not extreme.
+
+    Parameters
+    ----------
+    images : sequence of Image
+        FA images, one per participant.
+    work_dir : Path, optional
+        Folder for temporary files.
+
+    Returns
+    -------
+    template : Image
+        Mean of the registered images.
+    points : list of (x, y, z, 3)
+        For each image, the world points (mm) that correspond to the template's voxels.
+    """
     start = sorted(images, key=lambda i: i.volume)[(len(images) - 1) // 2]
     affine, shape = _grid(images, start)
     template = Image(start.at(world_points(shape, affine)).astype(np.float32), affine)
     for number in range(1, ROUNDS + 1):
-        places = [register(template, image, work_dir) for image in track(
+        points = [register(template, image, work_dir) for image in track(
             images, f"template, round {number} of {ROUNDS}: registering")]
-        mean = np.mean([image.at(p) for image, p in zip(images, places, strict=True)], axis=0)
+        mean = np.mean([image.at(p) for image, p in zip(images, points, strict=True)], axis=0)
         template = Image(mean.astype(np.float32), affine)
-    return template, places
+    return template, points
 
 
 def register(fixed: Image, moving: Image, work_dir: Path | None = None
            ) -> Float[np.ndarray, "x y z 3"]:
-    """φ at the voxels of `fixed`: world points of `moving`. The same whatever the order of the
-    axes of `fixed`."""
+    """Register two images by an affine and a deformable transform.
+
+    The result does not depend on the storage order of `fixed`.
+
+    Parameters
+    ----------
+    fixed, moving : Image
+        The two images.
+    work_dir : Path, optional
+        Folder for temporary files.
+
+    Returns
+    -------
+    (x, y, z, 3)
+        φ at the voxels of `fixed`: world points of `moving`, mm.
+    """
     import nibabel as nib
 
     order = nib.orientations.io_orientation(fixed.affine)
@@ -56,14 +87,15 @@ def register(fixed: Image, moving: Image, work_dir: Path | None = None
     affine = fixed.affine @ nib.orientations.inv_ornt_aff(order, fixed.values.shape)
     linear = affine_registration.register(Image(values, affine), moving, work_dir)
     points = world_points(values.shape, affine)
-    seen = moving.at(transform_points(linear, points))
-    u = displacement(values, seen, affine, work_dir, ITERATIONS)
+    resampled = moving.at(transform_points(linear, points))
+    u = displacement(values, resampled, affine, work_dir, ITERATIONS)
     back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], order)
     return nib.orientations.apply_orientation(transform_points(linear, points + u), back)
 
 
 def _grid(images: Sequence[Image], start: Image) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Voxels as wide as the images' are on average, along the axes of the world, about `start`."""
+    """Affine and shape of a grid around `start`, along the axes of the world, with the median voxel
+    size of the images."""
     size = float(np.median([abs(np.linalg.det(i.affine[:3, :3])) ** (1 / 3) for i in images]))
     points = transform_points(start.affine, np.argwhere(start.values > 0))
     low, high = points.min(0) - MARGIN, points.max(0) + MARGIN

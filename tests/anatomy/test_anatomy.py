@@ -85,7 +85,7 @@ def test_tissues_are_where_they_are(scanned):
     for column, label in enumerate((1, 4, 2)):  # dark rim voxels, mixed with air, pass for CSF
         inner = binary_erosion(dwi.unmask(labels == label))[dwi.mask]
         assert np.mean(dwi.tissue[inner].argmax(axis=1) == column) > 0.95, label
-    found = tissue.regions(dwi, "cpu")
+    found = tissue.find_regions(dwi, "cpu")
     assert found.source == "T1w" and not found.notices
     for name, label in (("gm", 1), ("csf", 2)):
         chosen = getattr(found, name)
@@ -133,9 +133,9 @@ def test_what_cannot_be_used_is_said(scanned, tmp_path, what):
         write_t1w(bad, np.random.default_rng(5), slices=slice(40, 60))
     else:
         bad.symlink_to(tmp_path / "annexed")
-    expected = {"truncated": "ends or breaks", "damaged": "is damaged",
-                "flat": "no volume with contrast", "series": "no volume with contrast",
-                "part": "covers only", "link": "link to a file that is not here"}[what]
+    expected = {"truncated": "is damaged or truncated", "damaged": "is damaged",
+                "flat": "not a volume with contrast", "series": "not a volume with contrast",
+                "part": "covers only", "link": "link to a missing file"}[what]
     with pytest.raises(DataError, match=expected):
         t1w.posteriors(dwi, bad)
 
@@ -143,9 +143,9 @@ def test_what_cannot_be_used_is_said(scanned, tmp_path, what):
 def test_what_diffusion_contradicts_is_not_believed(scanned):
     dwi, labels, _ = scanned
     wrong = replace(dwi, tissue=np.ascontiguousarray(dwi.tissue[:, [2, 1, 0]]))
-    found = tissue.regions(wrong, "cpu")
+    found = tissue.find_regions(wrong, "cpu")
     assert found.source == "DWI" and "T1w image" in found.notices[0]
-    alone = tissue.regions(replace(dwi, tissue=None), "cpu")
+    alone = tissue.find_regions(replace(dwi, tissue=None), "cpu")
     np.testing.assert_array_equal(found.gm, alone.gm)
     assert np.all(labels[found.csf] == 2)
 
@@ -161,7 +161,7 @@ def test_a_dwi_refuses_what_are_no_probabilities(values):
 
 
 def runs(root, *more):
-    found = find.find(parse([str(root), str(root.parent / "out"), "participant", *more]))
+    found = find.find_runs(parse([str(root), str(root.parent / "out"), "participant", *more]))
     return {run.name: run for label in found.participants for run in found.runs[label]}
 
 
@@ -327,8 +327,8 @@ def test_real_t1w(test_data, name):
     from bidsapp.series import Series
 
     run = next(iter(runs(test_data(name)).values()))
-    acquisition = btable.acquisition_of(run)
-    series = Series.of_run(run, acquisition)
+    acquisition = btable.load_acquisition(run)
+    series = Series.from_run(run, acquisition)
     dwi = series.within(median_otsu(series.mean(acquisition.b0)))
     p = t1w.posteriors(dwi, run.t1w)
     chosen = tensor.volumes(acquisition)
@@ -339,4 +339,4 @@ def test_real_t1w(test_data, name):
     assert np.median(md[sure[2]]) > 1.5 * np.median(md[sure[0]])
     assert np.median(fa[sure[1]]) > 2 * np.median(fa[sure[0]])
     assert 0.25 < p[:, 0].mean() < 0.5 and 0.25 < p[:, 1].mean() < 0.5
-    assert tissue.regions(replace(dwi, tissue=p), "cpu").source == "T1w"
+    assert tissue.find_regions(replace(dwi, tissue=p), "cpu").source == "T1w"

@@ -47,7 +47,7 @@ def rewrite(run, data, part=0, slope=None):
 
 
 def series_of(run, **options):
-    return Series.of_run(run, btable.acquisition_of(run), **options)
+    return Series.from_run(run, btable.load_acquisition(run), **options)
 
 
 def loaded(run, mask=HEAD, **options):
@@ -134,7 +134,8 @@ def test_truncated_gzip(run, kept):
     made = run()
     path = made.parts[0].image
     path.write_bytes(path.read_bytes()[:int(kept * path.stat().st_size)])
-    with pytest.raises(DataError, match=rf"{path}: ends or breaks before volume \d+ of 30.*again"):
+    message = rf"{path}: is damaged or truncated before volume \d+ of 30.*again"
+    with pytest.raises(DataError, match=message):
         loaded(made)
 
 
@@ -143,7 +144,7 @@ def test_truncated_inside_an_intact_gzip(run):
     path = made.parts[0].image
     whole = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(whole[:len(whole) // 2]))
-    with pytest.raises(DataError, match=r"breaks before volume 1[45] of 30"):
+    with pytest.raises(DataError, match=r"truncated before volume 1[45] of 30"):
         loaded(made)
 
 
@@ -154,7 +155,7 @@ def test_corrupt_gzip(run):
     data = bytearray(path.read_bytes())
     data[5000:9000] = np.random.default_rng(0).bytes(4000)
     path.write_bytes(data)
-    with pytest.raises(DataError, match="ends or breaks before volume"):
+    with pytest.raises(DataError, match="is damaged or truncated before volume"):
         loaded(made)
 
 
@@ -192,7 +193,7 @@ def tamper(path, change):
     (lambda p: p.write_bytes(p.read_bytes()[:-4] + b"\x01\0\0\0"), "is damaged"),
     (lambda p: p.write_bytes(p.read_bytes()[:-8]), "is damaged"),
     (lambda p: tamper(p, lambda d: d + bytes(4)), "longer than its header says"),
-    (lambda p: tamper(p, lambda d: d[:-4]), "ends or breaks before volume 29"),
+    (lambda p: tamper(p, lambda d: d[:-4]), "is damaged or truncated before volume 29"),
 ], ids=["garbage", "length", "no trailer", "surplus", "lacking"])
 def test_the_end_of_a_compressed_file(run, change, message):
     made = run()
@@ -212,7 +213,8 @@ def test_a_stream_of_several_members_is_one(run):
 
 
 @pytest.mark.parametrize("change,message", [
-    (lambda d: d + b"x", "longer than its header says"), (lambda d: d[:-1], "ends or breaks"),
+    (lambda d: d + b"x", "longer than its header says"),
+    (lambda d: d[:-1], "is damaged or truncated"),
 ])
 def test_the_end_of_an_uncompressed_file(run, change, message):
     made = run()
@@ -235,7 +237,7 @@ def test_what_is_not_one_number_per_voxel(run, dtype, what):
     made = run()
     rewrite(made, np.zeros((*SHAPE, 30), dtype))
     with pytest.raises(DataError, match=f"{made.parts[0].image}: holds {what}"):
-        btable.acquisition_of(made)
+        btable.load_acquisition(made)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", gzip.compress(b"x" * 400)],
@@ -263,11 +265,11 @@ def test_header_that_does_not_say_where_voxels_lie(run, fields, message):
 
 def test_three_and_five_dimensions(run):
     made = run()
-    acquisition = btable.acquisition_of(made)
+    acquisition = btable.load_acquisition(made)
     for data, n in ((data_of(made)[..., 0], 3), (data_of(made)[..., None, :], 5)):
         rewrite(made, data)
         with pytest.raises(DataError, match=f"has {n} dimensions, a DWI needs 4"):
-            Series.of_run(made, acquisition)
+            Series.from_run(made, acquisition)
 
 
 def test_parts_are_joined_and_levelled(run):
@@ -338,8 +340,8 @@ def test_given_mask_with_nan_background(tmp_path):
 @pytest.mark.parametrize("data,matrix,message", [
     (np.zeros(SHAPE, np.uint8), None, "mask is empty"),
     (np.ones((7, 8, 10), np.uint8), None, r"the shape \(7, 8, 10\).*Resample"),
-    (np.ones(SHAPE, np.uint8), truth.affine(voxel=(3, 3, 3)), "affine is not that.*Resample"),
-    (np.ones((*SHAPE, 2), np.uint8), None, r"\(7, 8, 9, 2\), one volume"),
+    (np.ones(SHAPE, np.uint8), truth.affine(voxel=(3, 3, 3)), "affine differs from that.*Resample"),
+    (np.ones((*SHAPE, 2), np.uint8), None, r"\(7, 8, 9, 2\), but the DWI"),
 ])
 def test_masks_that_do_not_serve(tmp_path, data, matrix, message):
     path = mask_file(tmp_path, data, matrix)
@@ -351,7 +353,7 @@ def test_truncated_mask(tmp_path):
     shape = (40, 41, 42)
     path = mask_file(tmp_path, np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(DataError, match=f"{path}: ends or breaks.*again"):
+    with pytest.raises(DataError, match=f"{path}: is damaged or truncated.*again"):
         masks.read_mask(path, shape, truth.affine())
 
 

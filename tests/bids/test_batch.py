@@ -143,7 +143,7 @@ def test_columns_of_the_group_table_are_no_covariates(tree, caplog, name):
     rows = {p: {**row, "age": 30, name: f"x{p}"} for p, row in SITES.items()}
     bids = tree(rows)
     assert find_runs(bids).runs["01"][0].covariates == {"age": 30}
-    assert f"called {name}, so yours are left out" in caplog.text
+    assert f"the columns {name} are left out" in caplog.text
     assert ("--batch-column batch" in caplog.text) == (name == "batch")
     caplog.clear()
     result = find_runs(bids, "--batch-column", name)
@@ -192,7 +192,7 @@ def test_column_without_values_is_no_column(tree):
     (None, [], "b.tsv: does not exist"),
     ("a\tb\n1\t2\n", [], "no column participant_id"),
     ("participant_id\ta\tb\nsub-01\t1\t2\n", [], "which of its columns a, b is the batch"),
-    ("participant_id\ta\nsub-01\t1\n", ["--batch-column", "x"], "no value of 'x'.*are a"),
+    ("participant_id\ta\nsub-01\t1\n", ["--batch-column", "x"], "'x' has no value.*are a"),
     ("participant_id\ta\nsub-01\t1\nsub-01\t2\n", [], "two rows for sub-01 differ"),
     ("participant_id\ta\nsub-01\t1\n", [], "2 of 3 runs have no batch"),
 ])
@@ -204,7 +204,7 @@ def test_batch_file_that_cannot_be_used(tree, tmp_path, text, argv, message):
 
 
 def test_unknown_batch_column(tree):
-    with pytest.raises(UsageError, match=r"no value of 'x'.*there are age, sex"):
+    with pytest.raises(UsageError, match=r"'x' has no value.*there are age, sex"):
         find_runs(tree(), "--batch-column", "x")
 
 

@@ -77,7 +77,7 @@ def principal(image, acquisition):
 def test_known_direction_in_the_world(part, matrix):
     """The tables are FSL's by definition; the tensor was simulated along a world axis."""
     made = part(matrix=matrix)
-    acquisition = btable.acquisition_of(Run({"sub": "01"}, (made,)))
+    acquisition = btable.load_acquisition(Run({"sub": "01"}, (made,)))
     assert np.allclose(acquisition.bvecs, truth.table()[1], atol=1e-6)
     direction, _ = principal(nib.load(made.image), acquisition)
     cosine = np.abs(direction[truth.head((7, 8, 9))] @ truth.AXIS)
@@ -206,7 +206,7 @@ def test_refused_tables_name_file_and_remedy(part, name):
     table = np.loadtxt(made.bvec if extension == ".bvec" else made.bval)
     broken = rewritten(made, extension, lines(np.atleast_2d(change(table))))
     with pytest.raises(DataError, match=message.format(n=30)) as caught:
-        btable.acquisition_of(Run({"sub": "01"}, (broken,)))
+        btable.load_acquisition(Run({"sub": "01"}, (broken,)))
     assert f"{made.image.name.removesuffix('.nii.gz')}{extension}" in str(caught.value)
     assert str(made.image.parent) in str(caught.value)
 
@@ -227,7 +227,7 @@ def test_b_below_50_serves_as_b0(part):
     made = part()
     table = np.maximum(np.loadtxt(made.bval), 45)
     run = Run({"sub": "01"}, (rewritten(made, ".bval", lines(table[None])),))
-    assert btable.acquisition_of(run).b0.sum() == 2
+    assert btable.load_acquisition(run).b0.sum() == 2
 
 
 def test_three_dimensions_and_singular_affine(part):

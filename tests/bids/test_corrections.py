@@ -10,7 +10,7 @@ import pytest
 
 from bidsapp import cli
 from bidsapp.acquisition import PhaseEncoding
-from bidsapp.bids.find import find
+from bidsapp.bids.find import find_runs
 from bidsapp.dwi import FieldMap, ImageFile
 from bidsapp.errors import DataError
 from support import bids_tree as truth
@@ -30,7 +30,8 @@ def tree(bids_tree):
 
 
 def runs_of(bids, *argv):
-    found = find(cli.parse([str(bids), str(bids.parent / "out"), "participant", *map(str, argv)]))
+    found = find_runs(cli.parse([str(bids), str(bids.parent / "out"), "participant",
+                                 *map(str, argv)]))
     assert found.problems == {"01": []}
     return {run.name: run for run in found.runs["01"]}
 
@@ -76,15 +77,17 @@ def summary(run):
 @pytest.mark.parametrize("direction,want", [
     ("i", (0, 1)), ("j", (1, 1)), ("k", (2, 1)), ("i-", (0, -1)), ("j-", (1, -1)), ("k-", (2, -1))])
 def test_phase_encoding_of_a_sidecar(direction, want):
-    made = PhaseEncoding.of_sidecar({"PhaseEncodingDirection": direction, "TotalReadoutTime": 0.05})
+    made = PhaseEncoding.from_sidecar({"PhaseEncodingDirection": direction,
+                                       "TotalReadoutTime": 0.05})
     assert (made.axis, made.sign, made.readout, made.direction) == (*want, 0.05, direction)
 
 
 def test_phase_encodings_that_are_opposite():
-    ap, pa, lr = (PhaseEncoding.of_sidecar({"PhaseEncodingDirection": d}) for d in ("j-", "j", "i"))
+    ap, pa, lr = (PhaseEncoding.from_sidecar({"PhaseEncodingDirection": d})
+                  for d in ("j-", "j", "i"))
     assert ap.opposes(pa) and pa.opposes(ap) and ap.readout is None
     assert not (ap.opposes(ap) or ap.opposes(lr) or ap.opposes(None))
-    assert PhaseEncoding.of_sidecar({"TotalReadoutTime": 0.05}) is None
+    assert PhaseEncoding.from_sidecar({"TotalReadoutTime": 0.05}) is None
 
 
 @pytest.mark.parametrize("key,value", [
@@ -93,12 +96,12 @@ def test_phase_encodings_that_are_opposite():
         0, -0.05, 47.5, "0.05", True, [0.05], float("nan"), float("inf"), 10**400))])
 def test_phase_encodings_that_are_none(key, value):
     with pytest.raises(DataError, match=rf"{key} is .* needed.*Correct"):
-        PhaseEncoding.of_sidecar({**AP, key: value})
+        PhaseEncoding.from_sidecar({**AP, key: value})
 
 
 @pytest.mark.parametrize("axis,sign", [(3, 1), (-1, 1), (1, 0), (1, 2)])
 def test_axes_and_signs_that_do_not_exist(axis, sign):
-    with pytest.raises(DataError, match="axis 0, 1 or 2 and sign 1 or -1"):
+    with pytest.raises(DataError, match="axis must be 0, 1 or 2, and the sign 1 or -1"):
         PhaseEncoding(axis, sign)
 
 
@@ -114,11 +117,11 @@ def test_a_run_without_phase_encoding_is_a_run(tree, sidecar):
 
 @pytest.mark.parametrize("kind,sidecars,magnitudes,message", [
     ("phasediff", [GRE], 0, "no magnitude"),
-    ("phasediff", [{"EchoTime1": 0.004}], 1, "two echo times"),
-    ("phasediff", [{"EchoTime1": 0.007, "EchoTime2": 0.004}], 1, "two echo times"),
-    ("phasediff", [{"EchoTime1": "0.004", "EchoTime2": 0.007}], 1, "two echo times"),
+    ("phasediff", [{"EchoTime1": 0.004}], 1, "Two are needed"),
+    ("phasediff", [{"EchoTime1": 0.007, "EchoTime2": 0.004}], 1, "Two are needed"),
+    ("phasediff", [{"EchoTime1": "0.004", "EchoTime2": 0.007}], 1, "Two are needed"),
     ("phases", [{"EchoTime": 0.004}], 1, "other echo is missing"),
-    ("phases", [{"EchoTime": 0.007}, {"EchoTime": 0.004}], 1, "two echo times"),
+    ("phases", [{"EchoTime": 0.007}, {"EchoTime": 0.004}], 1, "Two are needed"),
     ("fieldmap", [{"Units": "ppm"}], 1, "Units are 'ppm'"),
     ("fieldmap", [{}], 1, "Units are 'None'"),
     ("opposite", [{}], 0, "PhaseEncodingDirection is missing"),
@@ -134,7 +137,7 @@ def test_opposite_dwis_of_a_session(tree):
     assert summary(runs["sub-01_dir-AP"]) == [("opposite", ["sub-01_dir-PA_dwi"], "session")]
     assert summary(runs["sub-01_dir-PA"]) == [("opposite", ["sub-01_dir-AP_dwi"], "session")]
     assert runs["sub-01_dir-AP"].phase_encoding == PhaseEncoding(1, -1, 0.05)
-    assert any("No sidecar says" in n for n in runs["sub-01_dir-AP"].notices)
+    assert any("No sidecar assigns" in n for n in runs["sub-01_dir-AP"].notices)
 
 
 def test_a_lone_b0_and_what_a_filter_leaves_out_correct_too(tree, tmp_path):
@@ -202,7 +205,7 @@ def test_forms_of_intended_for(tree, intended):
     gre(bids, {**GRE, "IntendedFor": intended})
     runs = runs_of(bids)
     assert summary(runs["sub-01_dir-AP"]) == [("phasediff", ["sub-01_phasediff"], "IntendedFor")]
-    assert not any("No sidecar says" in n for n in runs["sub-01_dir-AP"].notices)
+    assert not any("No sidecar assigns" in n for n in runs["sub-01_dir-AP"].notices)
     assert summary(runs["sub-01_acq-x_dir-AP"]) == [("opposite", ["sub-01_dir-PA_dwi"], "session")]
 
 
@@ -243,7 +246,7 @@ def test_a_run_may_be_part_of_its_own_field_map(tree):
 
 @pytest.mark.parametrize("sidecar,notice", [
     ({"B0FieldSource": "gone"}, "B0FieldSource names gone"),
-    ({"B0FieldSource": "same"}, "B0FieldSource names does not encode phase in the opposite")])
+    ({"B0FieldSource": "same"}, "B0FieldSource names do not have the opposite phase")])
 def test_a_source_that_does_not_serve_leaves_the_other_rules(tree, sidecar, notice):
     bids = tree()
     gre(bids, {**GRE, "IntendedFor": "dwi/sub-01_dir-AP_dwi.nii.gz"})

@@ -122,7 +122,7 @@ def test_one_acquisition_split_in_runs(tree, runs, want):
 def test_joined_run_holds_all_volumes_in_order(tree):
     result = find_runs(tree(("01",), runs={"acq-a": {"scheme": A}, "acq-b": {"scheme": B}}))
     (run,) = result.runs["01"]
-    acquisition = btable.acquisition_of(run)
+    acquisition = btable.load_acquisition(run)
     assert [round(s.b) for s in acquisition.shells] == [1000, 2000]
     assert np.flatnonzero(acquisition.b0).tolist() == [0, 13]
 
@@ -145,13 +145,13 @@ def test_b0_series_of_the_other_direction_is_left_out(tree, caplog):
     bids = tree(("01",), runs={"dir-AP": {}, "dir-PA": {"scheme": ((0, 3),)}})
     result = find_runs(bids)
     assert run_names(result) == ["sub-01_dir-AP"] and result.problems["01"] == []
-    assert "sub-01_dir-PA_dwi.nii.gz: left out, it holds only b0 volumes" in caplog.text
+    assert "sub-01_dir-PA_dwi.nii.gz: left out, since it has only b0 volumes" in caplog.text
 
 
 def test_lone_b0_series_fails_with_a_message(tree):
     (run,) = find_runs(tree(("01",), scheme=((0, 3),))).runs["01"]
     with pytest.raises(DataError, match=r"sub-01_dwi\.bval: all 3 b-values are 0"):
-        btable.acquisition_of(run)
+        btable.load_acquisition(run)
 
 
 def test_complex_parts_are_left_out(tree, caplog):
@@ -164,7 +164,7 @@ def test_complex_parts_are_left_out(tree, caplog):
 def test_real_split_and_real_angled_runs(test_data):
     nyu = find_runs(test_data("nyu_3shell"))
     assert run_names(nyu) == ["sub-D3"]
-    shells = btable.acquisition_of(nyu.runs["D3"][0]).shells
+    shells = btable.load_acquisition(nyu.runs["D3"][0]).shells
     assert [(round(s.b), len(s)) for s in shells] == [(250, 4), (1000, 20), (2000, 60)]
     canon = find_runs(test_data("canon_retest"))
     assert len(run_names(canon)) == 11 and all(len(run.parts) == 1 for run in canon.runs["01"])
@@ -172,7 +172,7 @@ def test_real_split_and_real_angled_runs(test_data):
     hexagonal, water = (r for p in ("hex", "water")
                         for r in find_runs(test_data("dib2019_btensor")).runs[p])
     assert len(hexagonal.parts) == 3 and len(water.parts) == 1
-    assert {s.b_delta for s in btable.acquisition_of(hexagonal).shells} == {1, -0.5}
+    assert {s.b_delta for s in btable.load_acquisition(hexagonal).shells} == {1, -0.5}
 
 
 # sidecars and tables by inheritance
@@ -192,7 +192,7 @@ def test_inheritance(tree):
     assert run.metadata == {"EchoTime": 3, "Manufacturer": "Near", "Far": True}
     assert run.parts[0].bval == bids / "dwi.bval"
     assert run.parts[0].bvec == bids / "sub-01/sub-01_dir-AP_dwi.bvec"
-    assert len(btable.acquisition_of(run)) == 30
+    assert len(btable.load_acquisition(run)) == 30
 
 
 # damage stays with its participant, and with its file
@@ -203,9 +203,9 @@ def broken_link(path):
 
 
 @pytest.mark.parametrize("damage,message", [
-    (lambda p: broken_link(p("nii.gz")), "link to a file that is not here.*datalad get"),
-    (lambda p: broken_link(p("json")), "link to a file that is not here.*datalad get"),
-    (lambda p: broken_link(p("bvec")), "link to a file that is not here.*datalad get"),
+    (lambda p: broken_link(p("nii.gz")), "link to a missing file.*datalad get"),
+    (lambda p: broken_link(p("json")), "link to a missing file.*datalad get"),
+    (lambda p: broken_link(p("bvec")), "link to a missing file.*datalad get"),
     (lambda p: p("json").write_text("{"), "cannot be read as JSON.*Correct"),
     (lambda p: p("json").write_text("[]"), "holds a list"),
     (lambda p: p("json").write_text("[" * 2000 + "]" * 2000), "nested more than 100 deep. Correct"),
@@ -214,9 +214,9 @@ def broken_link(path):
     (lambda p: p("json").write_text(f'{{"a": {"1" * 5000}}}'), "of 5000 characters is too large"),
     (lambda p: p("json").write_text('{"a": [-1e400]}'), "the number -1e400… .* is too large"),
     (lambda p: p("json").write_text(r'{"a": "\ud800"}'), "cannot be read as JSON.*Correct"),
-    (lambda p: p("bval").unlink(), "no .bval file belongs to it. Put"),
-    (lambda p: p("bvec").unlink(), "no .bvec file belongs to it. Put"),
-    (lambda p: p("nii").write_bytes(b""), "stands beside it. Remove one"),
+    (lambda p: p("bval").unlink(), "no .bval file belongs to it. Add"),
+    (lambda p: p("bvec").unlink(), "no .bvec file belongs to it. Add"),
+    (lambda p: p("nii").write_bytes(b""), "is beside it. Remove one"),
 ], ids=["image", "sidecar", "bvec", "broken json", "json list", "nested json",
         "less nested json", "integer of 401 digits", "integer of 5000 digits", "1e400",
         "half a character", "no bval", "no bvec", "twin"])
@@ -245,8 +245,8 @@ def test_unreadable_image_is_told_when_its_run_is_loaded(tree, damage):
     damage(image)
     first, second = find_runs(bids).runs["01"]
     with pytest.raises(DataError, match=str(image)):
-        btable.acquisition_of(first)
-    assert len(btable.acquisition_of(second)) == 30
+        btable.load_acquisition(first)
+    assert len(btable.load_acquisition(second)) == 30
 
 
 def test_damaged_participant_that_was_not_asked_for(tree):
@@ -389,7 +389,7 @@ def test_preprocessed_runs_replace_raw_ones_of_their_session(tree, qsiprep, capl
     assert run.dataset == ("qsiprep", qsiprep)
     assert run.mask.name == "sub-01_ses-a_space-ACPC_desc-brain_mask.nii.gz"
     assert result.runs["01"][1].mask is None
-    assert "1 raw files are left out, for qsiprep" in caplog.text
+    assert "1 raw files are left out, since qsiprep" in caplog.text
 
 
 def test_scanner_of_preprocessed_runs_is_that_of_the_raw_ones(tree, qsiprep):
@@ -413,7 +413,7 @@ def test_damaged_preprocessed_run_is_not_replaced_by_raw_data(tree, qsiprep):
 def test_derivative_as_bids_dir(qsiprep):
     (run,) = find_runs(qsiprep).runs["01"]
     assert run.name == "sub-01_ses-a_space-ACPC" and run.mask is not None
-    assert len(btable.acquisition_of(run)) == 30
+    assert len(btable.load_acquisition(run)) == 30
 
 
 @pytest.mark.parametrize("folder,image,mask,name", [
@@ -431,7 +431,7 @@ def test_fsl_layouts(tmp_path, folder, image, mask, name):
     result = find_runs(bids, "--derivatives", f"other={root}")
     assert run_names(result) == [name]
     (run,) = result.runs[name[4:].split("_")[0]]
-    assert run.mask == mask_path and len(btable.acquisition_of(run)) == 30
+    assert run.mask == mask_path and len(btable.load_acquisition(run)) == 30
     with pytest.raises(UsageError, match=r"looks like.*--derivatives"):
         find_runs(root)
 
@@ -461,7 +461,7 @@ def test_real_mask(test_data):
 
 def test_folder_without_anything_known(tree, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"Understood are.*QSIPrep.*HCP-YA.*UK Biobank"):
+    with pytest.raises(UsageError, match=r"Supported are.*QSIPrep.*HCP-YA.*UK Biobank"):
         find_runs(tree(), "-d", tmp_path / "empty")
 
 
@@ -476,9 +476,10 @@ def test_derivative_that_holds_nothing_is_refused(bids_tree, tmp_path):
 def test_two_processes_make_one_index(bids_tree, tmp_path):
     """Both find the same, whoever is first."""
     bids = bids_tree()
-    code = ("import sys; from pathlib import Path; from bidsapp.bids.index import index, files\n"
-            "layout = index(Path(sys.argv[1]), participants=(), validate=True, "
-            "database_dir=Path(sys.argv[2]))\nprint(len(files(layout, 'dwi', {})))")
+    code = ("import sys; from pathlib import Path\n"
+            "from bidsapp.bids.index import build_index, find_files\n"
+            "layout = build_index(Path(sys.argv[1]), participants=(), validate=True, "
+            "database_dir=Path(sys.argv[2]))\nprint(len(find_files(layout, 'dwi', {})))")
     running = [subprocess.Popen([sys.executable, "-c", code, str(bids), str(tmp_path / "db")],
                                 stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert [p.communicate()[0].strip() for p in running] == ["2"] * 4
@@ -486,7 +487,7 @@ def test_two_processes_make_one_index(bids_tree, tmp_path):
 
 
 @pytest.mark.parametrize("query,message", [
-    ({"session": {"a": 1}}, "needed is a label"),
+    ({"session": {"a": 1}}, "a label, a list of labels"),
     ({"acquisition": "(", "regex_search": True}, "not a regular expression"),
 ])
 def test_filters_that_mean_nothing(tree, tmp_path, query, message):

@@ -163,11 +163,11 @@ def test_missing_values_and_order_of_columns():
     ({"sub": "01", "ses": "a", "acq": "x"}, "sub-01/ses-a/dwi/sub-01_ses-a_acq-x_dwimap.nii.gz"),
 ])
 def test_names_in_bids_order(entities, expected):
-    assert str(names.output(entities, "dwimap", ".nii.gz")) == expected
+    assert str(names.output_path(entities, "dwimap", ".nii.gz")) == expected
 
 
 def test_statistics_stand_before_descriptions():
-    path = names.output({"sub": "01"}, "dwimap", ".json", desc="harmonized", stat="std",
+    path = names.output_path({"sub": "01"}, "dwimap", ".json", desc="harmonized", stat="std",
                         param="fa", model="tensor")
     assert path.name == "sub-01_model-tensor_param-fa_stat-std_desc-harmonized_dwimap.json"
 
@@ -175,7 +175,7 @@ def test_statistics_stand_before_descriptions():
 @pytest.mark.parametrize("bad", [{"sub": "0/1"}, {"sub": "01", "colour": "x"}])
 def test_names_that_cannot_be(bad):
     with pytest.raises(ValueError):
-        names.output(bad, "dwi", ".nii.gz")
+        names.output_path(bad, "dwi", ".nii.gz")
 
 
 KILLED = """
@@ -242,7 +242,7 @@ def test_killed_at_random_moments(tmp_path, rng):
 def test_names_as_long_as_bids_allows(tmp_path, like):
     dataset = claimed(tmp_path / "out")
     entities = dict.fromkeys(("sub", "ses", "acq", "dir"), 45 * "x")
-    path = names.output(entities, "dwimap", ".nii.gz", param="fa")
+    path = names.output_path(entities, "dwimap", ".nii.gz", param="fa")
     assert len(path.name) < 255 < len(str(path))
     with dataset.transaction(RECORD) as batch:
         batch.image(path, np.zeros((7, 8, 9), np.float32), like, {})

@@ -275,7 +275,7 @@ def test_outliers_take_missing_values(rng):
 
 
 def real(run):
-    series = Series.of_run(run, btable.acquisition_of(run))
+    series = Series.from_run(run, btable.load_acquisition(run))
     mean = series.mean(series.acquisition.b0)
     mask = read_mask(run.mask, series.shape, series.affine) if run.mask else median_otsu(mean)
     dwi = series.within(mask)
@@ -289,6 +289,6 @@ def real(run):
 def test_real_data_has_few_suspected_slices(test_data, folder, most):
     """Of 1560 and 5280 slices; those of canon_retest hold voids that are plain to see."""
     options = cli.parse([str(test_data(folder)), "unused", "participant"])
-    there = find.find(options).runs.values()
+    there = find.find_runs(options).runs.values()
     found = [quality.slice_signal(real(run)) for run in itertools.chain(*there)]
     assert found and sum(len(f.suspects) for f in found) <= most

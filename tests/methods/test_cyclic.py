@@ -12,6 +12,7 @@ from bidsapp.checkpoint import pack
 from bidsapp.errors import UsageError
 from bidsapp.evaluate import agreement, crossvalidation
 from bidsapp.harmonization import pairs, patches
+from bidsapp.methods.harmonize_cyclic.method import CyclicMinibatch
 from bidsapp.networks import cyclic
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.cyclic import Cycle, Generator, GradientReversal, invariants
@@ -190,13 +191,13 @@ def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
     learner = method.learner(build_network({**recipe["network"], "fine": True}), own, mine,
                              {**recipe, "validation": 10**6}, "cpu", True)
     batch = own(mine[pairs.BOTH], "cpu")
-    x, y = (own(v[:8], "cpu")[0] for v in mine[1:])
+    x, y = (own(v[:8], "cpu").patches for v in mine[1:])
     losses = []
-    for pair in ((), batch):
+    for pair in (None, batch):
         torch.manual_seed(0)  # of the noise on what critics see
-        losses.append(float(learner.loss(learner.model, (x, y, *pair)).detach()))
+        losses.append(float(learner.loss(learner.model, CyclicMinibatch(x, y, pair)).detach()))
     assert losses[1] - losses[0] == pytest.approx(3 * recipe["loss"]["pairs"], rel=1e-4)
-    assert float(learner.score(batch[0][:, 13], batch).mean()) == pytest.approx(
+    assert float(learner.score(batch.centre, batch).mean()) == pytest.approx(
         3 * recipe["loss"]["pairs"], rel=1e-4)
 
 

@@ -54,7 +54,7 @@ def of_perceptron(steps=400):
         recipe, batch=256, held_out=2048, network={**recipe.network, "widths": [64, 64]},
         schedule=training.Schedule(steps, 5e-3, validate_every=50, decay="cosine"),
         acquisition=ACQUISITION,
-        trained_for=TrainingDomain.of_acquisitions([ACQUISITION], snr=(20.0, 80.0)))
+        trained_for=TrainingDomain.from_acquisitions([ACQUISITION], snr=(20.0, 80.0)))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_without_a_training_it_refuses_and_says_how(bids_tree, tmp_path):
 def near(recipe, steps=2):
     """A training that hardly moves."""
     return replace(recipe, groups=1, held_out=1024, acquisition=ACQUISITION,
-                   trained_for=TrainingDomain.of_acquisitions([ACQUISITION], snr=(20.0, 80.0)),
+                   trained_for=TrainingDomain.from_acquisitions([ACQUISITION], snr=(20.0, 80.0)),
                    schedule=training.Schedule(
         steps, 1e-6, validate_every=1))
 
@@ -247,7 +247,7 @@ def test_networks_are_trained_on_the_same_samples():
     for other in seen[1:]:
         for a, b in zip(seen[0][:3], other[:3], strict=True):
             torch.testing.assert_close(a, b, atol=0, rtol=0)
-    assert float(seen[0][1][:, 0].min()) == pytest.approx(1 / 50)
+    assert float(seen[0].noise[:, 0].min()) == pytest.approx(1 / 50)
 
 
 @pytest.mark.slow

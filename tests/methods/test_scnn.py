@@ -261,7 +261,7 @@ def test_validation_calibration_and_measurement_are_of_different_voxels(monkeypa
     for name in ("calibrate", "measure"):
         watch(name, lambda arguments, result: arguments[-1])
     learn.train("estimate_scnn2", replace(small_recipe(2), held_out=1024), seed=3, device="cpu")
-    rows = [set(map(tuple, torch.cat([b[4] for b in used[name]]).tolist()))
+    rows = [set(map(tuple, torch.cat([b.parameters for b in used[name]]).tolist()))
             for name in ("calibrate", "measure", "_held_out")]
     assert [len(r) for r in rows] == [8 * 1024, 4 * 1024, 1024]
     assert sum(map(len, rows)) == len(set.union(*rows))
@@ -351,7 +351,7 @@ def test_refuses_what_it_was_not_trained_for(trained, acq, message):
     (acquisition(n=(30, 5)), "30 × b 1000, 5 × b 2200 s/mm²")], ids=["one", "far", "few"])
 def test_extrapolates_where_that_is_allowed(acq, found):
     """With all shells of the run; sidecar and page say so. Else it is refused, and told how."""
-    with pytest.raises(Refusal, match="--allow-extrapolation goes on"):
+    with pytest.raises(Refusal, match="To continue, give --allow-extrapolation"):
         methods.get("estimate_scnn2").check(acq)
     method = extrapolating()
     method.check(acq)
@@ -459,7 +459,7 @@ def test_training_for_one_acquisition():
     """Its card knows the shells; another acquisition is refused, this one is estimated."""
     acq = acquisition(b=(700, 2000), n=(20, 40))
     recipe = replace(small_recipe(20), groups=1, held_out=1024, acquisition=acq,
-                     trained_for=TrainingDomain.of_acquisitions([acq], snr=(20.0, 40.0)))
+                     trained_for=TrainingDomain.from_acquisitions([acq], snr=(20.0, 40.0)))
     trained = learn.train("estimate_scnn2", recipe, seed=0, device="cpu")
     assert trained.card.trained_for.shells == (ShellRange((700.0, 700.0), 1.0, (20, 20)),
                                                ShellRange((2000.0, 2000.0), 1.0, (40, 40)))
@@ -508,7 +508,7 @@ def test_extrapolation_on_the_command_line(bids_tree, tmp_path, capsys):
     root, out = bids_tree(("01",), scheme=((0, 1), (1000, 12))), tmp_path / "out"
     argv = (root, out, "participant", "--estimate", "scnn2")
     assert qsphere(*argv) == 1
-    assert "--allow-extrapolation goes on" in capsys.readouterr().err
+    assert "To continue, give --allow-extrapolation" in capsys.readouterr().err
     assert not list(out.glob("sub-01/dwi/*scnn2*"))
     assert qsphere(*argv, "--allow-extrapolation", "--dry-run") == 0
     outside = "the run has 12 × b 1000 s/mm², needed are 2 or more shells"
@@ -539,7 +539,7 @@ def test_the_network_for_just_these_directions_is_selected():
     shipped = estimating.bundled_weights("estimate_scnn2")
     runs = [acquisition((1000, 2000), (n, 60)) for n in (29, 30, 31)]
     weights = [replace(shipped, card=replace(
-        shipped.card, trained_for=TrainingDomain.of_acquisitions([run], snr=(10.0, 20.0))))
+        shipped.card, trained_for=TrainingDomain.from_acquisitions([run], snr=(10.0, 20.0))))
         for run in runs]
     for run, own in zip(runs, weights, strict=True):
         assert estimating.select_weights("scnn2", [*weights, shipped], run) is own
@@ -594,5 +594,5 @@ def test_batches_drawn_together_keep_voxels_with_their_protocols():
         assert torch.equal(x[0].unflatten(0, (4, 8)) != 0, there)
         likelihood = Likelihood(recipe.tissue, simulate.power.to(x), x, noise, shells)
         torch.testing.assert_close(found, hint(likelihood), atol=1e-2, rtol=1e-2)
-    counts = [tuple((b[2][..., 2] > 0).sum(1).tolist()) for b in batches]
+    counts = [tuple((b.shells[..., 2] > 0).sum(1).tolist()) for b in batches]
     assert len(set(counts)) > 1, "else nothing could be mixed up"

@@ -20,8 +20,8 @@ def phantom(test_data, tmp_path, label):
     """The inside of five slices in the middle."""
     options = cli.parse([str(test_data("dib2019_btensor")), str(tmp_path / "out"), "participant",
                          "--participant-label", label])
-    (run,) = find.find(options).runs[label]
-    series = Series.of_run(run, btable.acquisition_of(run))
+    (run,) = find.find_runs(options).runs[label]
+    series = Series.from_run(run, btable.load_acquisition(run))
     mean = series.mean(series.acquisition.b0)
     mask = binary_erosion(mean > 0.5 * np.percentile(mean, 99), iterations=3)
     mask[:, :, :10] = mask[:, :, 15:] = False

@@ -79,7 +79,7 @@ def tensors(truth, b, name="wm1"):
 
 def test_regions_are_where_the_tissues_are():
     dwi, labels, _ = head.participant()
-    found = tissue.regions(dwi, "cpu")
+    found = tissue.find_regions(dwi, "cpu")
     assert found.callosum
     for name, label, least in (("gm", 1, 0.4), ("csf", 2, 0.15), ("single_fibre", 3, 0.99)):
         chosen = getattr(found, name)
@@ -249,7 +249,7 @@ def test_every_column_is_described(made):
 
 def test_no_callosum_takes_other_single_fibres_and_says_so():
     dwi, labels, _ = head.participant(callosum=False)
-    found = tissue.regions(dwi, "cpu")
+    found = tissue.find_regions(dwi, "cpu")
     assert not found.callosum and np.all(labels[found.single_fibre] == 4)
     result = methods.get("synthesize").synthesize(dwi, ["syn"], 0, "cpu")
     assert result.parameters["SingleFibreRegion"] == "brain"
@@ -396,7 +396,7 @@ def test_real_participants(test_data, name):
     0.5–0.9 µm²/ms, CSF above grey matter, each falling with b."""
     dwi = load_first_run(test_data(name))
     synth = methods.get("synthesize")
-    found = tissue.regions(dwi, "cpu")
+    found = tissue.find_regions(dwi, "cpu")
     assert found.callosum
     measured = mixture.measure(dwi, found.gm, found.csf, found.single_fibre, "cpu")
     assert np.all((measured.axial.mean(0) > 1.4) & (measured.axial.mean(0) < 2.2))

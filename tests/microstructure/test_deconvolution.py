@@ -130,7 +130,7 @@ def test_a_study_gives_densities_of_its_own(tmp_path, caplog):
 def test_real_densities_follow_the_tensor(test_data):
     """In callosal voxels of one direction the density points where the tensor does."""
     dwi = load_first_run(test_data("mdt_multishell"))
-    regions = tissue.regions(dwi, "cpu")
+    regions = tissue.find_regions(dwi, "cpu")
     one = regions.single_fibre
     found = densities(dwi, one, regions.gm, regions.csf, one)
     assert len(found) == one.sum()

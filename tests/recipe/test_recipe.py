@@ -149,7 +149,7 @@ def test_fingerprints_follow_what_a_step_takes(study):
     def fingerprints(*more, models=()):
         options = cli.parse([str(bids), str(out), "participant", "--estimate", "dti", "scnn2",
                              *more])
-        (run,) = find.find(options).runs["02"]
+        (run,) = find.find_runs(options).runs["02"]
         context = RunContext(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
         return {s.name: s.fingerprint for s in plan(context, models, chosen_methods(options))}
 
@@ -193,6 +193,6 @@ def test_intervals_are_widened_by_the_error_of_the_steps_before(study, tmp_path,
 def estimate(bids, out, name):
     """The last step of a plan for sub-02."""
     options = cli.parse([str(bids), str(out), "participant", "--estimate", name])
-    (run,) = find.find(options).runs["02"]
+    (run,) = find.find_runs(options).runs["02"]
     context = RunContext(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
     return plan(context, (), chosen_methods(options))[-1]

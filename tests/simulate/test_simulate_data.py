@@ -27,8 +27,8 @@ def phantom(test_data, tmp_path, label, erosions):
     """
     options = cli.parse([str(test_data("dib2019_btensor")), str(tmp_path / "out"), "participant",
                          "--participant-label", label])
-    (run,) = find.find(options).runs[label]
-    series = Series.of_run(run, acq := btable.acquisition_of(run))
+    (run,) = find.find_runs(options).runs[label]
+    series = Series.from_run(run, acq := btable.load_acquisition(run))
     mean = series.mean(acq.b0)
     mask = binary_erosion(mean > 0.5 * np.percentile(mean, 99), iterations=erosions)
     dwi = series.within(mask)

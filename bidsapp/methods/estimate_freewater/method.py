@@ -48,7 +48,7 @@ class FreeWater(Estimator):
         self.check(acquisition)
         notices: list[str] = []
         try:
-            found = tissue.regions(dwi, device)
+            found = tissue.find_regions(dwi, device)
             measured = mixture.measure(dwi, found.gm, found.csf, found.single_fibre, device)
             source = "measured in this run"
             notices += found.notices

@@ -4,23 +4,37 @@ both batches help, and are not needed."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from bidsapp import sh, training
+from bidsapp import sh
 from bidsapp.harmonization import harmonizer as shared
 from bidsapp.harmonization import pairs
 from bidsapp.harmonization.paired import Objective, PairedHarmonizer, drawn
-from bidsapp.harmonization.patches import BLOCK, MEASURES, PatchDataset, signal_error, weighted_loss
+from bidsapp.harmonization.patches import (
+    BLOCK,
+    MEASURES,
+    PatchDataset,
+    PatchMinibatch,
+    signal_error,
+    weighted_loss,
+)
 from bidsapp.kinds import Cohort
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.cyclic import Cycle, Generator
-from bidsapp.networks.shresnet import CENTRE
 
 WANTED = 32
 """Participants of every batch, where nobody is in both."""
+
+
+class CyclicMinibatch(NamedTuple):
+    """Patches (voxel, 27, coefficient) of either batch, and aligned pairs if there are any."""
+
+    source: torch.Tensor
+    reference: torch.Tensor
+    pairs: PatchMinibatch | None
 
 
 class CyclicHarmonizer(PairedHarmonizer):
@@ -74,17 +88,17 @@ class CyclicHarmonizer(PairedHarmonizer):
         difference = weighted_loss(dict.fromkeys(MEASURES, weight["pairs"]), samples, both,
                                    recipe["validation"], device) if len(both) else signal_error
 
-        def draw(size: int, generator: torch.Generator) -> training.Minibatch:
-            x, y = (samples(drawn(v, size, generator), generator.device)[0]
+        def draw(size: int, generator: torch.Generator) -> CyclicMinibatch:
+            x, y = (samples(drawn(v, size, generator), generator.device).patches
                     for v in (source, reference))
-            return (x, y, *(samples(drawn(both, size, generator), generator.device)
-                            if len(both) else ()))
+            return CyclicMinibatch(x, y, samples(drawn(both, size, generator), generator.device)
+                                   if len(both) else None)
 
-        def loss(model: nn.Module, batch: training.Minibatch) -> torch.Tensor:
-            x, y, *pair = batch
-            total = sum(weight[k] * v for k, v in model(x, y).items())
-            if pair:
-                total = total + difference(network(pair[0]), tuple(pair)).mean()
+        def loss(model: nn.Module, minibatch: CyclicMinibatch) -> torch.Tensor:
+            losses = model(minibatch.source, minibatch.reference)
+            total = sum(weight[k] * v for k, v in losses.items())
+            if pair := minibatch.pairs:
+                total = total + difference(network(pair.patches), pair).mean()
             return total
 
         return Objective(cycle, draw, loss, difference)
@@ -99,7 +113,7 @@ def _scale(samples: PatchDataset, voxels: Sequence[torch.Tensor], device: str) -
     total = torch.zeros(sh.size(samples.l_max), dtype=torch.float64)
     for own in voxels:
         few = own[::max(1, len(own) // (20 * BLOCK))]
-        total += torch.cat([b[0][:, CENTRE].double().square().cpu()
+        total += torch.cat([b.centre.double().square().cpu()
                             for b in samples.blocks(few, device)]).mean(0) / len(voxels)
     degrees = [total[sh.size(l - 2) if l else 0:sh.size(l)].mean().sqrt()
                for l in range(0, samples.l_max + 1, 2)]

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from bidsapp import training
 from bidsapp.harmonization.paired import PairedHarmonizer
-from bidsapp.harmonization.patches import PatchDataset, weighted_loss
+from bidsapp.harmonization.patches import PatchDataset, PatchMinibatch, weighted_loss
 
 
 class HybridHarmonizer(PairedHarmonizer):
@@ -23,5 +22,5 @@ class HybridHarmonizer(PairedHarmonizer):
         "directions may change. Not for diagnosis.")
 
     def loss(self, samples: PatchDataset, voxels: torch.Tensor, recipe: Mapping[str, Any],
-             device: str) -> Callable[[torch.Tensor, training.Minibatch], torch.Tensor]:
+             device: str) -> Callable[[torch.Tensor, PatchMinibatch], torch.Tensor]:
         return weighted_loss(recipe["loss"], samples, voxels, recipe["validation"], device)

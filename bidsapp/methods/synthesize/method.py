@@ -55,7 +55,7 @@ class Synthesis(Synthesizer):
         """
         self.check(dwi.acquisition)
         shells = dwi.acquisition.shells
-        found = tissue.regions(dwi, device)
+        found = tissue.find_regions(dwi, device)
         measured = mixture.measure(dwi, found.gm, found.csf, found.single_fibre, device)
         s0 = float(np.median(dwi.mean_b0))
         sd = dwi.noise_sd or s0 / ASSUMED_SNR
