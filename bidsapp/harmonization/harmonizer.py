@@ -212,7 +212,7 @@ def _slab(dwi: Dwi) -> Dwi:
                    tissue=None if dwi.tissue is None else dwi.tissue[rows])
 
 
-def known_reference(reference: str | None, counts: Mapping[str, int]) -> None:
+def check_reference(reference: str | None, counts: Mapping[str, int]) -> None:
     """Raises UsageError where the reference is given and no batch. counts: people by batch."""
     if reference is not None and reference not in counts:
         found = ", ".join(f"{b}: {n}" for b, n in counts.items())
@@ -231,7 +231,7 @@ def runs_by_site(method: Harmonizer, cohort: Cohort) -> dict[str, pd.DataFrame]:
     counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
     found = ", ".join(f"{b}: {n}" for b, n in counts.items())
     reference = cohort.reference_batch
-    known_reference(reference, counts)
+    check_reference(reference, counts)
     if reference is None:
         raise UsageError(f"--train {method.name} maps the other batches to one; found {found}. "
                          "Name it with --reference-batch.")

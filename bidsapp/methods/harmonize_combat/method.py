@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bidsapp.errors import UsageError
-from bidsapp.harmonization.harmonizer import CONFOUNDED, coded, known_reference, variance_explained
+from bidsapp.harmonization.harmonizer import CONFOUNDED, check_reference, coded, variance_explained
 from bidsapp.kinds import Cohort, Fitted, GroupAnalysis, TrainingSettings
 from bidsapp.methods.harmonize_combat.equations import BatchEffects, estimate
 
@@ -169,7 +169,7 @@ class Combat(GroupAnalysis):
                 f"explain more than {CONFOUNDED:.0%} of it), so removing the batch would remove "
                 "their effects too. Add participants that overlap, or take covariates out of "
                 "participants.tsv.")
-        known_reference(reference, {str(b): int(n) for b, n in counts.items()})
+        check_reference(reference, {str(b): int(n) for b, n in counts.items()})
 
 
 def _design(rows: pd.DataFrame, covariates: Sequence[str]) -> pd.DataFrame:
