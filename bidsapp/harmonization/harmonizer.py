@@ -282,7 +282,7 @@ def group_differences(method: Method, cohort: Cohort, batches: Mapping[str, pd.D
         if min(map(len, groups.values())) < MIN_PARTICIPANTS or both.nunique() < 2:
             continue
         group = np.repeat(np.eye(2), [len(g) for g in groups.values()], axis=0)
-        share = variance_explained(coded(both), by=group)
+        share = variance_explained(encode_covariate(both), by=group)
         text = (f"{name} differs between {' and '.join(map(_group, groups, groups.values()))}, so "
                 f"that the batch explains {share:.0%} of it")
         if share > UNMATCHED:
@@ -308,7 +308,7 @@ def _group(batch: str, values: pd.Series) -> str:
     return f"{batch} ({', '.join(f'{n} {v}' for v, n in values.value_counts().items())})"
 
 
-def coded(values: pd.Series) -> np.ndarray:
+def encode_covariate(values: pd.Series) -> np.ndarray:
     """Standardised columns of a covariate: numbers as they are, others as categories, of which the
     first has no column."""
     columns = (values.to_numpy(float)[:, None] if pd.api.types.is_numeric_dtype(values)

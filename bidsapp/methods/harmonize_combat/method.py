@@ -9,7 +9,12 @@ import numpy as np
 import pandas as pd
 
 from bidsapp.errors import UsageError
-from bidsapp.harmonization.harmonizer import CONFOUNDED, check_reference, coded, variance_explained
+from bidsapp.harmonization.harmonizer import (
+    CONFOUNDED,
+    check_reference,
+    encode_covariate,
+    variance_explained,
+)
 from bidsapp.kinds import Cohort, Fitted, GroupAnalysis, TrainingSettings
 from bidsapp.methods.harmonize_combat.equations import BatchEffects, estimate
 
@@ -142,7 +147,7 @@ class Combat(GroupAnalysis):
         batch = pd.get_dummies(rows["batch"], dtype=float).to_numpy()
         design = batch
         for name in covariates:
-            columns = coded(rows[name])
+            columns = encode_covariate(rows[name])
             if (share := variance_explained(columns, by=batch)) > CONFOUNDED:
                 raise UsageError(
                     f"ComBat: {name} is confounded with the batch (batches explain "
