@@ -21,7 +21,7 @@ from bidsapp.anatomy import tissue
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.harmonization import pairs
-from bidsapp.harmonization.scope import COVARIATES, nearest
+from bidsapp.harmonization.scope import COVARIATES, suggest_name
 from bidsapp.kinds import Cohort, Fitted, Harmonized, Method, SiteHarmonizer, TrainingSettings
 
 log = logging.getLogger("qsphere")
@@ -217,7 +217,7 @@ def check_reference(reference: str | None, counts: Mapping[str, int]) -> None:
     if reference is not None and reference not in counts:
         found = ", ".join(f"{b}: {n}" for b, n in counts.items())
         raise UsageError(f"--reference-batch {reference}: no such batch; found {found}."
-                         + nearest(reference, counts))
+                         + suggest_name(reference, counts))
 
 
 def runs_by_site(method: Harmonizer, cohort: Cohort) -> dict[str, pd.DataFrame]:

@@ -63,7 +63,7 @@ def hash_participants(batches: Mapping[str, pd.DataFrame]) -> dict[str, list[str
             for batch, rows in batches.items()}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """` Did you mean …?`, or nothing where no known name is like it."""
     known = list(known)
     near = (difflib.get_close_matches(name, known, 1, 0.4)
