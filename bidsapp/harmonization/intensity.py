@@ -53,7 +53,7 @@ def quantiles_to_warp(dwi: Dwi) -> np.ndarray:
     return np.stack([_quantiles(_some_ratios(dwi, s0, shell)) for shell in dwi.acquisition.shells])
 
 
-def warped(dwi: Dwi, reference: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, int]:
+def warp(dwi: Dwi, reference: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, int]:
     """The signal warped from one distribution to another in every shell, and how many values
     stayed as they are for not being above 0, or in a voxel whose S0 is not. b0 volumes stay.
 

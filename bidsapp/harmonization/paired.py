@@ -402,7 +402,7 @@ class PairedHarmonizer(shared.Harmonizer):
         l_max, smoothing, output = (constants[k] for k in ("l_max", "smoothing", "output"))
         if self.warps_intensity:
             start, end = model.tensors["quantiles"].numpy().astype(np.float64)[:, nearest]
-            signal, _ = intensity.warped(dwi, end, start)
+            signal, _ = intensity.warp(dwi, end, start)
             dwi = replace(dwi, signal=signal)
         else:
             signal = dwi.signal.copy("K")

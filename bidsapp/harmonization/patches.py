@@ -215,7 +215,7 @@ class PairedScans:
             file.unlink(missing_ok=True)
         for i, pair in enumerate(track(self.pairs, f"{self.method.name}: warping intensities")):
             dwi = self.method.load(self.cohort, pair.source)
-            new = replace(dwi, signal=intensity.warped(dwi, quantiles[1], quantiles[0])[0])
+            new = replace(dwi, signal=intensity.warp(dwi, quantiles[1], quantiles[0])[0])
             moved = pairs.resample(new, self.l_max, self.registration(i))
             for file, image in zip(files, moved, strict=True):
                 _append(file, image)

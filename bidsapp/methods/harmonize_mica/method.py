@@ -110,9 +110,9 @@ class Mica(shared.Harmonizer):
         own = intensity.quantiles_to_warp(dwi)
 
         def again(other: Dwi) -> np.ndarray:
-            return intensity.warped(other, reference[nearest], own)[0]
+            return intensity.warp(other, reference[nearest], own)[0]
 
-        signal, kept = intensity.warped(dwi, reference[nearest], own)
+        signal, kept = intensity.warp(dwi, reference[nearest], own)
         return Harmonized(signal, again, {"mica_unchanged_values": kept},
                           {"GridPoints": intensity.GRID,
                            "Distribution": "S/S0 within the mask, by shell"},
