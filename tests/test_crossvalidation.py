@@ -173,7 +173,7 @@ def test_people_of_every_batch_are_dealt_evenly():
     table = whole.statistics
     left = (table["batch"] == "A") | ((table["batch"] == "B") == (table["participant"] < "05"))
     known = replace(whole, statistics=table[left])
-    found = pairs.find(known.statistics, "A")
+    found = pairs.pair_runs(known.statistics, "A")
     parts = crossvalidation.folds(brief("harmonize_golkov"), known, settings, found)
     assert sorted(p for part in parts for p in part) == [*MANY, "07", "08"]
     assert [sum(p < "05" for p in part) for part in parts] == [2, 2]

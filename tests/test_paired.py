@@ -327,7 +327,7 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
 def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
     """What is not changed has the error that errors are measured in."""
     method, (known, settings) = brief("harmonize_hybrid"), study()
-    found = pairs.find(known.statistics, "A")["B"][:1]
+    found = pairs.pair_runs(known.statistics, "A")["B"][:1]
     own = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path).samples[0]
     voxels = own.of({0})
     recipe = {"validation": 10**6, "loss": {"signal": 0.5, "fa": 2.0, "md": 1.0}}
@@ -339,7 +339,7 @@ def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
 def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
     """Of whom it did not learn from, before the network, against numpy."""
     method, (known, settings) = brief(), study(max_steps=1)
-    found = pairs.find(known.statistics, "A")["B"][:2]
+    found = pairs.pair_runs(known.statistics, "A")["B"][:2]
     travellers = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path)
     trained = method._trained(settings, "x", [ShellRange((1000.0, 1000.0), 1.0, (30, 30))],
                               method.settings("training"), travellers, ["01", "02"], None)
@@ -407,8 +407,8 @@ def test_processes_that_train_together_share_registrations(tmp_path, monkeypatch
     monkeypatch.setattr(method, "register", register)
     (tmp_path / "own").mkdir()
     known, settings = study(states=tmp_path, devices=(2, 1))
-    patches.PairedScans(method, known, settings, pairs.find(known.statistics, "A")["B"], [30], 4,
-                       False, tmp_path / "own")
+    patches.PairedScans(method, known, settings, pairs.pair_runs(known.statistics, "A")["B"],
+                       [30], 4, False, tmp_path / "own")
     assert asked == [*PEOPLE[1::2], *PEOPLE]
 
 

@@ -207,7 +207,7 @@ def test_pairs_are_every_run_with_every_run():
     table = pd.DataFrame([("01", "A", "a1"), ("01", "A", "a2"), ("01", "B", "b1"),
                           ("02", "A", "a3"), ("03", "B", "b3"), ("03", "C", "c3")],
                          columns=["participant", "batch", "run"])
-    found = pairs.find(table, "B")
+    found = pairs.pair_runs(table, "B")
     assert found == {"A": [pairs.Pair("01", "a1", "b1"), pairs.Pair("01", "a2", "b1")],
                      "C": [pairs.Pair("03", "c3", "b3")]}
 
@@ -217,9 +217,9 @@ def test_pairs_of_one_session():
     table = pd.DataFrame([("01", "x", "A", "a1"), ("01", "x", "B", "b1"), ("01", "y", "A", "a2"),
                           ("01", "y", "B", "b2"), ("01", "z", "B", "b3")],
                          columns=["participant", "session", "batch", "run"])
-    assert pairs.find(table, "A", by_session=True) == {
+    assert pairs.pair_runs(table, "A", by_session=True) == {
         "B": [pairs.Pair("01", "b1", "a1"), pairs.Pair("01", "b2", "a2")]}
-    assert len(pairs.find(table, "A")["B"]) == 6
+    assert len(pairs.pair_runs(table, "A")["B"]) == 6
 
 
 def test_labels_of_a_t1w_image_are_the_likelier():

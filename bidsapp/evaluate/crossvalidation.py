@@ -68,7 +68,7 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
     """
     _unseen(method, cohort, settings)
     method.preflight(cohort)  # what is wrong without folds, too, is said first
-    found = pairs.find(cohort.statistics, cohort.reference_batch or "",
+    found = pairs.pair_runs(cohort.statistics, cohort.reference_batch or "",
                        cohort.paired_by == "session")
     parts, rows = folds(method, cohort, settings, found), []
     with tempfile.TemporaryDirectory() as folder:

@@ -139,7 +139,7 @@ class PairedHarmonizer(shared.Harmonizer):
 
     def scans(self, cohort: Cohort, batch: str, reference: str) -> list[pairs.Pair]:
         """What is learned from."""
-        return pairs.find(cohort.statistics, reference, cohort.paired_by == "session")[batch]
+        return pairs.pair_runs(cohort.statistics, reference, cohort.paired_by == "session")[batch]
 
     def _one(self, cohort: Cohort, settings: TrainingSettings, name: str,
              found: Sequence[pairs.Pair], known: Mapping[str, Any]) -> Checkpoint:

@@ -128,7 +128,7 @@ class AlignedPair(Registration):
     target: np.ndarray
 
 
-def find(statistics: pd.DataFrame, reference: str, by_session: bool = False
+def pair_runs(statistics: pd.DataFrame, reference: str, by_session: bool = False
          ) -> dict[str, list[Pair]]:
     """Pair the runs of participants who were scanned at two sites.
 
@@ -159,7 +159,7 @@ def find(statistics: pd.DataFrame, reference: str, by_session: bool = False
 def unpaired(statistics: pd.DataFrame, batch: str, reference: str) -> list[Pair]:
     """Pair every run of two sites with itself, for methods that learn from unlike people.
 
-    Parameters are those of `find`.
+    Parameters are those of `pair_runs`.
     """
     pairs = []
     for name, kind in ((batch, SOURCE), (reference, REFERENCE)):
