@@ -131,7 +131,7 @@ def group(options: Options) -> int:
         fitted |= load_fitted(dataset, cohort, fitted)
         write_group(dataset, cohort, fitted)
         assert settings.states
-        for kept in settings.states.glob(f"{pairs.KEPT}*"):
+        for kept in settings.states.glob(f"{pairs.PREFIX}*"):
             kept.unlink(missing_ok=True)
     log_unknown_participants(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")

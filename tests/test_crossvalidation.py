@@ -192,7 +192,7 @@ def test_pairs_are_registered_once(tmp_path, monkeypatch):
     first = crossvalidation.fit(warping, *known).tables["desc-mica_folds"]
     assert [len(c) for c in calls] == [3, 3]
     kept = sorted((tmp_path / "states").iterdir())
-    assert len(kept) == 3 and all(p.name.startswith(pairs.KEPT) for p in kept)
+    assert len(kept) == 3 and all(p.name.startswith(pairs.PREFIX) for p in kept)
     second = crossvalidation.fit(methods.get("harmonize_mica"), *known).tables["desc-mica_folds"]
     recipe = {**brief("harmonize_golkov").settings("training"), "deformable": True}
     network = methods.get("harmonize_golkov")

@@ -54,7 +54,7 @@ GRIDS = 16
 OVERLAP = 0.5
 """Share of the smaller brain that both must show."""
 
-KEPT = "registration-"
+PREFIX = "registration-"
 """Prefix of the files in which registrations are kept."""
 
 KINDS = BOTH, SOURCE, REFERENCE = range(3)
@@ -237,7 +237,7 @@ def register(source: Dwi, target: Dwi, *, deformable: bool = True, device: str =
     if work_dir is None:
         return _register(source, target, deformable, device, None, rigid)
     known = None if rigid is None else rigid.tolist()
-    path = work_dir / f"{KEPT}{_digest(source, target, deformable, device, known)}.npz"
+    path = work_dir / f"{PREFIX}{_digest(source, target, deformable, device, known)}.npz"
     registration = Registration.load(path)
     if registration is None:
         registration = _register(source, target, deformable, device, work_dir, rigid)
