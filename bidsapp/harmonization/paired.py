@@ -216,7 +216,7 @@ class PairedHarmonizer(shared.Harmonizer):
                  recipe: Mapping[str, Any], travellers: PairedScans, people: Sequence[str],
                  start: Checkpoint | None) -> Trained:
         """Networks of some people, a share of whom validate."""
-        both = [p for p in people if travellers.of({p})]
+        both = [p for p in people if travellers.indices({p})]
         count = min(max(1, round(recipe["held_out"] * len(both))), len(both) // 2)
         held = set(np.random.default_rng(settings.seed).permutation(both)[:count].tolist())
         learned = set(people) - held
@@ -224,7 +224,7 @@ class PairedHarmonizer(shared.Harmonizer):
         if self.warps_intensity:
             quantiles = travellers.quantiles(learned)
             tensors["quantiles"] = torch.from_numpy(quantiles.astype(np.float32))
-            samples = travellers.warped(quantiles)
+            samples = travellers.warp(quantiles)
         # how long a training lasts may change while it is interrupted
         lasting = {**recipe, "stages": [{k: v for k, v in stage.items() if k != "epochs"}
                                         for stage in recipe["stages"]]}
@@ -236,8 +236,8 @@ class PairedHarmonizer(shared.Harmonizer):
                                          settings.init, __version__)).encode()).hexdigest()[:8]
             network, history = self._train(
                 settings, f"{name}.{shell.name}.{state}", recipe, own,
-                [own.of(travellers.of(learned, kind)) for kind in pairs.KINDS],
-                own.of(travellers.of(held), recipe["validation"]),
+                [own.of(travellers.indices(learned, kind)) for kind in pairs.KINDS],
+                own.of(travellers.indices(held), recipe["validation"]),
                 start and _part(start, shell))
             tensors |= {f"{shell.part}.{n}": v for n, v in network.state_dict().items()}
             networks.append(network)
@@ -315,7 +315,7 @@ class PairedHarmonizer(shared.Harmonizer):
         found: dict[str, float] = {}
         for k, shell in enumerate(shells if trained.held else ()):
             raw, warped = travellers.samples[k], trained.samples[k]
-            voxels, parts = raw.of(travellers.of(set(trained.held))), []
+            voxels, parts = raw.of(travellers.indices(set(trained.held))), []
             with torch.no_grad():
                 for b, c in zip(raw.blocks(voxels, device), warped.blocks(voxels, device),
                                 strict=True):
@@ -338,7 +338,7 @@ class PairedHarmonizer(shared.Harmonizer):
         by how much the mean over directions still errs in them, relative to it."""
         differences: dict[str, list[np.ndarray]] = {"before": [], "after": []}
         labels, errors = [], []
-        for i in sorted(travellers.of(set(held))):
+        for i in sorted(travellers.indices(set(held))):
             pair = travellers.pairs[i]
             source, target = (self.load(cohort, run) for run in (pair.source, pair.target))
             registration = travellers.registration(i)

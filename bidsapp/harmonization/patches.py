@@ -191,7 +191,7 @@ class PairedScans:
         assert registration
         return registration
 
-    def of(self, people: set[str], kind: int = pairs.BOTH) -> set[int]:
+    def indices(self, people: set[str], kind: int = pairs.BOTH) -> set[int]:
         """Indices of their pairs."""
         return {i for i, pair in enumerate(self.pairs)
                 if pair.participant in people and pair.kind == kind}
@@ -207,7 +207,7 @@ class PairedScans:
                                  if p.participant == person], axis=0)
                         for person in sorted(people)], axis=0)
 
-    def warped(self, quantiles: np.ndarray) -> list[PatchDataset]:
+    def warp(self, quantiles: np.ndarray) -> list[PatchDataset]:
         """The samples with every source's intensities warped from the first quantiles to the
         second."""
         files = [self.folder / str(k) / "warped" for k in range(len(self.samples))]
