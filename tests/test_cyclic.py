@@ -186,7 +186,7 @@ def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
     travellers = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path,
                                     series=True)
     own = travellers.samples[0]
-    mine = [own.of(travellers.indices({"01"}, kind)) for kind in pairs.KINDS]
+    mine = [own.select(travellers.indices({"01"}, kind)) for kind in pairs.KINDS]
     learner = method.learner(build_network({**recipe["network"], "fine": True}), own, mine,
                              {**recipe, "validation": 10**6}, "cpu", True)
     batch = own(mine[pairs.BOTH], "cpu")

@@ -329,7 +329,7 @@ def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
     method, (known, settings) = brief("harmonize_hybrid"), study()
     found = pairs.pair_runs(known.statistics, "A")["B"][:1]
     own = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path).samples[0]
-    voxels = own.of({0})
+    voxels = own.select({0})
     recipe = {"validation": 10**6, "loss": {"signal": 0.5, "fa": 2.0, "md": 1.0}}
     loss, batch = method.loss(own, voxels, recipe, "cpu"), own(voxels, "cpu")
     assert float(loss(batch[0][:, 13], batch).mean()) == pytest.approx(3.5, rel=1e-4)

@@ -236,8 +236,8 @@ class PairedHarmonizer(shared.Harmonizer):
                                          settings.init, __version__)).encode()).hexdigest()[:8]
             network, history = self._train(
                 settings, f"{name}.{shell.name}.{state}", recipe, own,
-                [own.of(travellers.indices(learned, kind)) for kind in pairs.KINDS],
-                own.of(travellers.indices(held), recipe["validation"]),
+                [own.select(travellers.indices(learned, kind)) for kind in pairs.KINDS],
+                own.select(travellers.indices(held), recipe["validation"]),
                 start and _part(start, shell))
             tensors |= {f"{shell.part}.{n}": v for n, v in network.state_dict().items()}
             networks.append(network)
@@ -315,7 +315,7 @@ class PairedHarmonizer(shared.Harmonizer):
         found: dict[str, float] = {}
         for k, shell in enumerate(shells if trained.held else ()):
             raw, warped = travellers.samples[k], trained.samples[k]
-            voxels, parts = raw.of(travellers.indices(set(trained.held))), []
+            voxels, parts = raw.select(travellers.indices(set(trained.held))), []
             with torch.no_grad():
                 for b, c in zip(raw.blocks(voxels, device), warped.blocks(voxels, device),
                                 strict=True):

@@ -88,13 +88,13 @@ class PatchDataset:
         self.fit = torch.from_numpy(np.stack(self.fits)).float()
         self.count = (self.basis != 0).any(2).sum(1)
 
-    def seen_as(self, image: Path) -> PatchDataset:
+    def with_source(self, image: Path) -> PatchDataset:
         """The same voxels, their source in another file."""
         other = copy(self)
         other.image = _read(image, self.basis.shape[2])
         return other
 
-    def of(self, chosen: set[int], most: int | None = None) -> torch.Tensor:
+    def select(self, chosen: set[int], most: int | None = None) -> torch.Tensor:
         """Indices of the voxels of some pairs, every n-th where there are more than `most`."""
         found = torch.nonzero(torch.isin(self.pair, torch.tensor(sorted(chosen))))[:, 0]
         return found[::max(1, -(-len(found) // (most or len(found) or 1)))]
@@ -219,7 +219,7 @@ class PairedScans:
             moved = pairs.resample(new, self.l_max, self.registration(i))
             for file, image in zip(files, moved, strict=True):
                 _append(file, image)
-        return [s.seen_as(file) for s, file in zip(self.samples, files, strict=True)]
+        return [s.with_source(file) for s, file in zip(self.samples, files, strict=True)]
 
     def _quantiles(self, run: str) -> np.ndarray:
         try:
