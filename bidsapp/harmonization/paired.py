@@ -265,7 +265,7 @@ class PairedHarmonizer(shared.Harmonizer):
         """How the network learns. mine: voxels by kind of pair. fresh: not from given weights."""
         both = mine[pairs.BOTH]
         loss = self.loss(samples, both, recipe, device)
-        return Objective(network, lambda size, g: samples(drawn(both, size, g), g.device),
+        return Objective(network, lambda size, g: samples(draw_voxels(both, size, g), g.device),
                        lambda model, b: loss(model(b[0]), b).mean(), loss)
 
     def _train(self, settings: TrainingSettings, name: str, recipe: Mapping[str, Any],
@@ -442,7 +442,7 @@ def _part(start: Checkpoint, shell: ShellRange) -> Checkpoint:
                           key=lambda known: abs(known.middle - shell.middle)).part)
 
 
-def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+def draw_voxels(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
     """`size` of the voxels, at random."""
     return voxels[torch.randint(len(voxels), (size,), generator=generator,
                                 device=generator.device).cpu()]

@@ -12,7 +12,7 @@ from torch import nn
 from bidsapp import sh, training
 from bidsapp.harmonization import harmonizer as shared
 from bidsapp.harmonization import pairs
-from bidsapp.harmonization.paired import Objective, PairedHarmonizer, drawn
+from bidsapp.harmonization.paired import Objective, PairedHarmonizer, draw_voxels
 from bidsapp.harmonization.patches import BLOCK, MEASURES, PatchDataset, signal_error, weighted_loss
 from bidsapp.kinds import Cohort
 from bidsapp.networks.builder import build_network
@@ -75,9 +75,9 @@ class CyclicHarmonizer(PairedHarmonizer):
                                    recipe["validation"], device) if len(both) else signal_error
 
         def draw(size: int, generator: torch.Generator) -> training.Minibatch:
-            x, y = (samples(drawn(v, size, generator), generator.device)[0]
+            x, y = (samples(draw_voxels(v, size, generator), generator.device)[0]
                     for v in (source, reference))
-            return (x, y, *(samples(drawn(both, size, generator), generator.device)
+            return (x, y, *(samples(draw_voxels(both, size, generator), generator.device)
                             if len(both) else ()))
 
         def loss(model: nn.Module, batch: training.Minibatch) -> torch.Tensor:
