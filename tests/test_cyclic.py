@@ -187,7 +187,7 @@ def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
                                     series=True)
     own = travellers.samples[0]
     mine = [own.select(travellers.indices({"01"}, kind)) for kind in pairs.KINDS]
-    learner = method.learner(build_network({**recipe["network"], "fine": True}), own, mine,
+    learner = method.objective(build_network({**recipe["network"], "fine": True}), own, mine,
                              {**recipe, "validation": 10**6}, "cpu", True)
     batch = own(mine[pairs.BOTH], "cpu")
     x, y = (own(v[:8], "cpu")[0] for v in mine[1:])

@@ -260,7 +260,7 @@ class PairedHarmonizer(shared.Harmonizer):
         """(coefficients found, batch) → (voxel,) to be made small. voxels: to learn from."""
         return signal_error
 
-    def learner(self, network: nn.Module, samples: PatchDataset, mine: Sequence[torch.Tensor],
+    def objective(self, network: nn.Module, samples: PatchDataset, mine: Sequence[torch.Tensor],
                 recipe: Mapping[str, Any], device: str, fresh: bool) -> Objective:
         """How the network learns. mine: voxels by kind of pair. fresh: not from given weights."""
         both = mine[pairs.BOTH]
@@ -278,7 +278,7 @@ class PairedHarmonizer(shared.Harmonizer):
             network = build_network(recipe["network"])
             if start:
                 start.into(network)
-            learner = self.learner(network, samples, mine, recipe, settings.device, not start)
+            learner = self.objective(network, samples, mine, recipe, settings.device, not start)
 
         def validate(_: nn.Module) -> float:
             return float(torch.cat([learner.score(network(b[0]), b)

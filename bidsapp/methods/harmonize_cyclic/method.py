@@ -59,7 +59,7 @@ class CyclicHarmonizer(PairedHarmonizer):
         return [*pairs.unpaired(cohort.statistics, batch, reference),
                 *super().scans(cohort, batch, reference)]
 
-    def learner(self, network: nn.Module, samples: PatchDataset, mine: Sequence[torch.Tensor],
+    def objective(self, network: nn.Module, samples: PatchDataset, mine: Sequence[torch.Tensor],
                 recipe: Mapping[str, Any], device: str, fresh: bool) -> Objective:
         """The loss is Σ_k w_k L_k of `networks.cyclic`, and of pairs the square errors of signal,
         FA and MD (`patches.weighted_loss`)."""
