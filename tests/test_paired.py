@@ -343,7 +343,7 @@ def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
     travellers = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path)
     trained = method._trained(settings, "x", [ShellRange((1000.0, 1000.0), 1.0, (30, 30))],
                               method.settings("training"), travellers, ["01", "02"], None)
-    (who,) = trained.held
+    (who,) = trained.held_out
     metrics = method._measured(trained, travellers, ["b1000"], "cpu")
     aligned = pairs.align(head(who, "B"), head(who, "A"), l_max=4, deformable=False)
     shown = aligned.image[0, 1:-1, 1:-1, 1:-1][aligned.overlap] @ sh.basis(4, AXES[3:]).T

@@ -160,7 +160,8 @@ class PairedHarmonizer(shared.Harmonizer):
             trained = self._trained(settings, name, shells, recipe, travellers, people, start)
             checkpoint = self._checkpoint(settings, recipe, trained, known, found, start, began)
             metrics = {**self._measured(trained, travellers, names, settings.device),
-                       **self._maps(cohort, settings, checkpoint, travellers, trained.held, names)}
+                       **self._maps(cohort, settings, checkpoint, travellers, trained.held_out,
+                                    names)}
         return replace(checkpoint, card=replace(checkpoint.card, metrics=metrics))
 
     def _checkpoint(self, settings: TrainingSettings, recipe: Mapping[str, Any], trained: Trained,
@@ -169,13 +170,13 @@ class PairedHarmonizer(shared.Harmonizer):
         """Without metrics."""
         return Checkpoint(trained.tensors, Card(
             method=self.name, network=dict(recipe["network"]), trained_for=known["trained_for"],
-            training={"participants": known["hashed"], "held_out": len(trained.held),
+            training={"participants": known["hashed"], "held_out": len(trained.held_out),
                       "pairs": sum(p.kind == pairs.BOTH for p in found), "scans": len(
                           {r for p in found for r in (p.source, p.target)}), "of": known["of"],
                       "steps": [[int(h[-1]["step"]) for h in own] for own in trained.histories],
                       "validation": [[min(row.get("validation", math.nan) for row in h)
                                       for h in own] for own in trained.histories
-                                     ] if trained.held else [],
+                                     ] if trained.held_out else [],
                       "seconds": round(time.monotonic() - began), "device": settings.device,
                       "data": "the brain mask of " + self.learns_from,
                       "start": start.card.sha256 if start else "identity or chance"},
@@ -313,9 +314,9 @@ class PairedHarmonizer(shared.Harmonizer):
                   device: str) -> dict[str, float]:
         """Mean square error of S/S0 of those who validated, by tissue, before and after."""
         found: dict[str, float] = {}
-        for k, shell in enumerate(shells if trained.held else ()):
+        for k, shell in enumerate(shells if trained.held_out else ()):
             raw, warped = travellers.samples[k], trained.samples[k]
-            voxels, parts = raw.select(travellers.indices(set(trained.held))), []
+            voxels, parts = raw.select(travellers.indices(set(trained.held_out))), []
             with torch.no_grad():
                 for b, c in zip(raw.blocks(voxels, device), warped.blocks(voxels, device),
                                 strict=True):

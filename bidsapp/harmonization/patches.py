@@ -280,7 +280,7 @@ class Trained:
     tensors: Mapping[str, torch.Tensor]
     networks: Sequence[nn.Module]
     samples: Sequence[PatchDataset]
-    held: Sequence[str]
+    held_out: Sequence[str]
     histories: Sequence[list[list[dict[str, float]]]]
 
 
