@@ -65,7 +65,7 @@ class Derived:
 class Harmonized:
     """A Dwi as the reference batch would have measured it.
 
-    signal: (voxel, measurement) float32, in the Dwi's own b-table and units. again: the same map,
+    signal: (voxel, measurement) float32, in the Dwi's own b-table and units. reapply: the same map,
     with everything that was found for this run (a registration, say) held fixed, of another signal
     of the run or of a part of its voxels. errors: per shell of the run, SD of the method's own
     error of the mean over directions, relative to that mean. no_intervals: why no estimator can
@@ -77,7 +77,7 @@ class Harmonized:
     """
 
     signal: np.ndarray
-    again: Callable[[Dwi], np.ndarray]
+    reapply: Callable[[Dwi], np.ndarray]
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()

@@ -178,7 +178,7 @@ def noise_gain(dwi: Dwi, made: Harmonized, seed: int = 0) -> np.ndarray:
     weighted = ~dwi.acquisition.b0
     noise = np.random.default_rng(seed).standard_normal(slab.signal.shape) * weighted
     noise = (HALF * dwi.noise_sd * noise).astype(np.float32)
-    change = made.again(replace(slab, signal=slab.signal + noise)) - made.again(slab)
+    change = made.reapply(replace(slab, signal=slab.signal + noise)) - made.reapply(slab)
     for shell in dwi.acquisition.shells:
         before, after = (np.square(v[:, shell.indices].mean(axis=1), dtype=np.float64).mean()
                          for v in (noise, change))

@@ -384,7 +384,7 @@ class PairedHarmonizer(shared.Harmonizer):
                         else "" if errors else UNVALIDATED)
         rose = _rose(card.metrics)
         return Harmonized(
-            signal, again=lambda other: self._applied(other, model, nearest, device)[0],
+            signal, reapply=lambda other: self._applied(other, model, nearest, device)[0],
             counts={f"{self.short}_unchanged": int((~usable).sum()),
                     f"{self.short}_clipped_values": clipped},
             parameters={"SphericalHarmonicDegree": card.constants["l_max"], "Output": output,
