@@ -133,7 +133,7 @@ def thinned(dwi, count):
 def covered(dwi, d, f, estimator, factor):
     """Rows of tissue, parameter, share covered, bias, RMSE."""
     method = methods.get(f"estimate_{estimator}")
-    maps = method.apply(dwi, "cpu").widened(factor, method.ranges).maps
+    maps = method.apply(dwi, "cpu").widen_intervals(factor, method.ranges).maps
     own = tissues()[tissues() > 0]
     keys = ("diffusivity", "neuritefraction")
     for name, label in (("WM", WM), ("GM", GM)):

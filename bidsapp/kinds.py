@@ -52,7 +52,8 @@ class Derived:
         return replace(self, maps={k: v for k, v in self.maps.items() if not k.endswith("_std")},
                        parameters={**self.parameters, "Uncertainty": f"not told: {reason}"})
 
-    def widened(self, factor: float, ranges: Mapping[str, Sequence[float | None]]) -> Derived:
+    def widen_intervals(self, factor: float, ranges: Mapping[str, Sequence[float | None]]
+                        ) -> Derived:
         """Multiply standard deviations by a factor, up to the end of the range of their map."""
         most = {k: np.inf if ranges[k][1] is None else ranges[k][1] for k in self.maps
                 if k.endswith("_std")}

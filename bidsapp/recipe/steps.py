@@ -419,7 +419,7 @@ class Estimate(Step):
         if stage.no_intervals:
             derived = derived.without_intervals(stage.no_intervals)
         elif stage.widening > 1:
-            derived = derived.widened(stage.widening, method.ranges)
+            derived = derived.widen_intervals(stage.widening, method.ranges)
         outputs(context, transaction, stage).write(method, derived)
         prefix = f"{self.desc}_" if self.desc else ""
         report.qc |= {f"{prefix}{key}": value for key, value in
