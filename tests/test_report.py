@@ -528,7 +528,7 @@ def test_group_page(rng):
     outliers = pd.DataFrame([{"run": "sub-03", "batch": "Site A", "measure": "snr_b0", "z": -4.2,
                               "value": 1.0, "median": 2.0, "why": "1 lies below"}])
     chosen = [methods.get("harmonize_combat")]
-    between = agreement.of_group(study.statistics, list(study.features), {"combat": after},
+    between = agreement.compare_tables(study.statistics, list(study.features), {"combat": after},
                                  "Site A")
     effects = biology.in_sample(study.statistics, list(study.features), {})
     seen = check(page.group(study, outliers, between, effects, drawn, fitted, chosen=chosen))
@@ -551,7 +551,7 @@ def test_group_page_tells_what_is_doubtful(rng):
     model = {"Model": {"Description": "Warp"}, "Batches": ["B"], "ReferenceBatch": "A"}
     fitted = Fitted({}, model, {"harmonize_mica_toA": None}, ["A has <3> participants."])
     study = make_study(rng)
-    between = agreement.of_group(study.statistics, list(study.features), {})
+    between = agreement.compare_tables(study.statistics, list(study.features), {})
     effects = biology.in_sample(study.statistics, list(study.features), {})
     seen = check(page.group(study, pd.DataFrame(), between, effects, [],
                             {"harmonize_mica": fitted}, chosen=[]))
@@ -581,8 +581,8 @@ def test_group_page_tells_what_is_left_of_peoples_differences(rng):
     fitted = Fitted({"desc-mica_folds": folds, "desc-mica_biology": found}, model,
                     {"harmonize_mica_toA": None}, ["age is lost"])
     tables = pd.DataFrame([effect(0.5, 0.4, 0.6, measure="dti_md_mean", data="combat")])
-    text = page.group(study, pd.DataFrame(), agreement.of_group(study.statistics, [], {}), tables,
-                      [], {"harmonize_mica": fitted}, chosen=[])
+    text = page.group(study, pd.DataFrame(), agreement.compare_tables(study.statistics, [], {}),
+                      tables, [], {"harmonize_mica": fitted}, chosen=[])
     seen = check(text)
     for words in ("slope over age of MD in white matter, b1000, B 8 2e-06 1.42e-06 2e-06 lost "
                   "(ratio 0.71, 95 % interval 0.60 to 0.82)",

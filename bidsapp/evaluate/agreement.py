@@ -255,7 +255,7 @@ def contrast(values: Float[np.ndarray, " voxel"], lesion: Bool[np.ndarray, " vox
     return float(values[lesion].mean() / values[around].mean() - 1)
 
 
-def of_sites(table: pd.DataFrame, features: Sequence[str], reference: str | None = None
+def compare_sites(table: pd.DataFrame, features: Sequence[str], reference: str | None = None
              ) -> Iterator[dict[str, Any]]:
     """Measure how far sites agree, and by how much each differs.
 
@@ -326,10 +326,29 @@ def _row(statistic: str, of: str, batch: str, people: int, found: Estimate) -> d
             **found._asdict()}
 
 
-def of_group(statistics: pd.DataFrame, features: Sequence[str],
-             tables: Mapping[str, pd.DataFrame], reference: str | None = None) -> pd.DataFrame:
-    """`of_sites` with a column `data`: measured; harmonized, beside the measured maps of just those
-    runs where not all were harmonized; and every other table by its name."""
+def compare_tables(statistics: pd.DataFrame, features: Sequence[str],
+                   tables: Mapping[str, pd.DataFrame], reference: str | None = None
+                   ) -> pd.DataFrame:
+    """Compare sites (`compare_sites`) in the measured and in the harmonized maps.
+
+    Parameters
+    ----------
+    statistics
+        A row for each run: participant, batch, the features, and `harmonized_…` of them, if any.
+    features
+        Columns of map statistics.
+    tables
+        Other tables of harmonized features, by name.
+    reference
+        The site from which differences are taken.
+
+    Returns
+    -------
+    DataFrame
+        The rows of `compare_sites` with a column `data`: `measured`, `harmonized`, or the name of
+        a table. Where only some runs were harmonized, the measured maps of just those runs come,
+        too.
+    """
     after = quality.harmonized(statistics, features)
     both = statistics.dropna(subset=[*after]) if after else statistics
     known = list(after.values()) or list(features)
@@ -340,6 +359,6 @@ def of_group(statistics: pd.DataFrame, features: Sequence[str],
             kinds["measured, of the runs harmonized"] = both, known
         kinds["harmonized"] = both[["participant", "batch", *after]].rename(columns=after), known
     return pd.DataFrame([{"data": kind, **row} for kind, (table, names) in kinds.items()
-                         for row in of_sites(table, names, reference)],
+                         for row in compare_sites(table, names, reference)],
                         columns=["data", "statistic", "of", "batch", "people", "value", "low",
                                  "high"])
