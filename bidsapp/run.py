@@ -288,7 +288,7 @@ def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]
             name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
             for name, table in result.tables.items() if set(features) & set(table)}
         between = agreement.compare_tables(statistics, features, harmonized, cohort.reference_batch)
-        effects = biology.in_sample(statistics, features, harmonized)
+        effects = biology.judge_in_sample(statistics, features, harmonized)
         for kind, what in biology.CHANGES.items():
             for effect in biology.name_effects(effects, kind):
                 log.warning("more than %.0f %% was %s an effect by harmonization: %s. Do not study "

@@ -315,7 +315,7 @@ def test_models_that_make_it_worse_say_so():
             "batch": "B", "shell": "b1000", "tissue": "wm", "measure": measure, "fold": 1,
             "participant": "01", "nmse_before": 0.1, "nmse_after": nmse_after,
             "bias_before": 0.001, "bias_after": bias_after, "mean_before": 0.401,
-            "mean_after": 0.4 + bias_after} for measure in ("signal", "fa")]), biology.of_folds(
+            "mean_after": 0.4 + bias_after} for measure in ("signal", "fa")]), biology.judge_folds(
                 pd.DataFrame(columns=crossvalidation.ROW), pd.DataFrame()))
 
     assert doubts(-0.003, 0.05) == []

@@ -530,7 +530,7 @@ def test_group_page(rng):
     chosen = [methods.get("harmonize_combat")]
     between = agreement.compare_tables(study.statistics, list(study.features), {"combat": after},
                                  "Site A")
-    effects = biology.in_sample(study.statistics, list(study.features), {})
+    effects = biology.judge_in_sample(study.statistics, list(study.features), {})
     seen = check(page.group(study, outliers, between, effects, drawn, fitted, chosen=chosen))
     assert "AUC: Site A: measured" in seen.text or "AUC: Site <B>: measured" in seen.text
     difference = between[(between["data"] == "combat") & (between["of"] == "dti_fa_mean")].iloc[0]
@@ -552,7 +552,7 @@ def test_group_page_tells_what_is_doubtful(rng):
     fitted = Fitted({}, model, {"harmonize_mica_toA": None}, ["A has <3> participants."])
     study = make_study(rng)
     between = agreement.compare_tables(study.statistics, list(study.features), {})
-    effects = biology.in_sample(study.statistics, list(study.features), {})
+    effects = biology.judge_in_sample(study.statistics, list(study.features), {})
     seen = check(page.group(study, pd.DataFrame(), between, effects, [],
                             {"harmonize_mica": fitted}, chosen=[]))
     assert "A has <3> participants." in seen.text

@@ -130,7 +130,7 @@ def verdict(found: Ratio, reference: float = math.nan) -> str:
     return KEPT if found.low >= 1 - LOSS else OPEN
 
 
-def of_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
+def judge_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
     """Judge what a cross-validation left of FA and MD of people not learned from.
 
     Parameters
@@ -162,7 +162,7 @@ def of_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["batch", "shell", "tissue", "measure", *COLUMNS])
 
 
-def in_sample(statistics: pd.DataFrame, features: Sequence[str],
+def judge_in_sample(statistics: pd.DataFrame, features: Sequence[str],
               tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Judge what harmonization left of FA and MD over the brain mask, of people from whom may have
     been learned.

@@ -85,7 +85,7 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
                           "shell": cards[batch].trained_for.shells[row["shell"]].name}
                          for row in _tested(method, cohort, settings, model, batch, own)]
     table = _divided(pd.DataFrame(rows).groupby(ROW, sort=False, as_index=False).sum())
-    effects = biology.of_folds(table, cohort.statistics)
+    effects = biology.judge_folds(table, cohort.statistics)
     checkpoints, notices = {}, list(whole.notices)
     for name, checkpoint in whole.checkpoints.items():
         batches = checkpoint.card.batches
@@ -111,7 +111,7 @@ def doubts(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     table
         Rows of a cross-validation, of the model's batches.
     found
-        `biology.of_folds` of them.
+        `biology.judge_folds` of them.
 
     Returns
     -------
