@@ -143,7 +143,7 @@ def shell_name(shell: Shell) -> str:
     return f"b{shell.b:.0f}{shape}"
 
 
-def quality(dwi: Dwi) -> dict[str, Any]:
+def measure_quality(dwi: Dwi) -> dict[str, Any]:
     """Flat QC numbers of one run; None where one cannot be computed."""
     acquisition, signal = dwi.acquisition, dwi.signal
     slices = slice_signal(dwi).suspects
@@ -234,7 +234,7 @@ def slice_signal(dwi: Dwi) -> Slices:
     return Slices(change, z)
 
 
-def statistics(method: Method, derived: Derived) -> dict[str, float | None]:
+def summarize_maps(method: Method, derived: Derived) -> dict[str, float | None]:
     """Mean, SD and median over the voxels with an estimate of each scalar map: `dti_fa_mean`, …
     (labels have none)."""
     found: dict[str, float | None] = {}

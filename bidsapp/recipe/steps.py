@@ -209,7 +209,7 @@ class Measure(Step):
                           sidecar.mask(run, context.dataset, source))
         doubts, coherence = doubt(run, dwi, mean_b0)
         report.notices += doubts
-        report.qc |= quality.quality(dwi) | coherence
+        report.qc |= quality.measure_quality(dwi) | coherence
         report.figures += figures.of_signal(dwi, mean_b0)
         acquisition = dwi.acquisition
         report.facts = {
@@ -423,7 +423,7 @@ class Estimate(Step):
         outputs(context, transaction, stage).write(method, derived)
         prefix = f"{self.desc}_" if self.desc else ""
         report.qc |= {f"{prefix}{key}": value for key, value in
-                      {**derived.counts, **quality.statistics(method, derived)}.items()}
+                      {**derived.counts, **quality.summarize_maps(method, derived)}.items()}
         for notice in derived.notices:
             log.info("%s: %s", context.run.name, notice)
         report.notices += derived.notices
