@@ -272,7 +272,7 @@ def table_digest(cohort: Cohort) -> str:
 
 def write_table(transaction: Transaction, name: str, table: pd.DataFrame) -> None:
     transaction.table(GROUP / f"{name}.tsv", table.to_dict("records"),
-                      quality.columns(table.columns))
+                      quality.describe_columns(table.columns))
 
 
 def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]

@@ -220,7 +220,7 @@ def test_every_key_is_described(dwi):
     keys = [*quality.measure_quality(dwi),
             *quality.measure_quality(replace(dwi, acquisition=planar)),
             "participant", "session", "run", "batch", "age"]
-    described = quality.columns(keys)
+    described = quality.describe_columns(keys)
     assert set(described) == set(keys)
     assert all(d["Description"] and d["Units"] for d in described.values())
     assert "2500" in described["b2500_planar_signal"]["Description"]
@@ -235,7 +235,7 @@ def test_map_features_are_the_means_of_maps():
     columns = ["age", "noise_sd", "b1000_signal", "other_mean", f"{short}_{key}_mean",
                f"{short}_{key}_sd", f"{short}_{key}_median", f"{short}_{key}_std_mean"]
     assert quality.map_features(columns) == [f"{short}_{key}_mean"]
-    entry = quality.columns(columns)[f"{short}_{key}_mean"]
+    entry = quality.describe_columns(columns)[f"{short}_{key}_mean"]
     assert entry["Units"] == outputs["maps"][key]["Units"]
     assert outputs["maps"][key]["Description"] in entry["Description"]
 

@@ -1,6 +1,6 @@
 """Quality of a run in numbers: the signal, slices that look corrupted, statistics of the maps.
 
-Every key that these functions make has a Description and Units in `columns`.
+Every key that these functions make has a Description and Units in `describe_columns`.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def summarize_maps(method: Method, derived: Derived) -> dict[str, float | None]:
     return found
 
 
-def columns(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+def describe_columns(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     """Description and Units of each column of a QC table, for its JSON sidecar."""
     return {str(key): _describe(str(key)) for key in keys}
 

@@ -21,7 +21,7 @@ def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
     features = list(cohort.features)
     if not features:
         return []
-    units = {f: units_of(d) for f, d in quality.columns(features).items()}
+    units = {f: units_of(d) for f, d in quality.describe_columns(features).items()}
     runs = len(cohort.statistics)
     with mpl.rc_context(STYLE):
         drawn = [Figure(

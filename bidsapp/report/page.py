@@ -62,7 +62,7 @@ def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects
                 "runs": len(members)} for name, members in table.groupby("batch", sort=True)]
     estimates = _methods(name for name in methods.names("estimate_") if any(
         c.startswith(f"{name.removeprefix('estimate_')}_") for c in cohort.features))
-    units = quality.columns(table.columns)
+    units = quality.describe_columns(table.columns)
     statistics = [
         {"name": feature.removesuffix("_mean"), "units": units[feature]["Units"], "cells": [
             f"{_number(float(v.mean()))} ± {_number(float(v.std()))}"
@@ -168,7 +168,7 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
         path = root / entry["file"]
         figures.append({**entry, "uri": _uri(path.read_bytes()) if path.is_file() else None})
     qc = record.get("qc", {})
-    described = quality.columns(qc)
+    described = quality.describe_columns(qc)
     state = record.get("state", "incomplete")
     size = record.get("voxel_size")
     return {
