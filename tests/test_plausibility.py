@@ -173,7 +173,7 @@ def test_liquids_pass(rng, diffusivity, b_delta):
     liquid = Dwi(noisy, HEAD, truth.affine(), Acquisition(
         bvals, vectors, np.where(bvals < 50, 1, b_delta)))
     assert check(liquid) == []
-    found = gradients.coherence(liquid, btable.fsl_axes(liquid.affine))
+    found = gradients.measure_coherence(liquid, btable.fsl_axes(liquid.affine))
     assert found is None or not found.better
 
 
@@ -187,7 +187,7 @@ def with_table(dwi, table):
 
 
 def judged(dwi):
-    return gradients.coherence(dwi, btable.fsl_axes(dwi.affine))
+    return gradients.measure_coherence(dwi, btable.fsl_axes(dwi.affine))
 
 
 @pytest.mark.parametrize("matrix", [
@@ -201,7 +201,7 @@ def test_the_right_table_is_found(rng, matrix):
     wrong = judged(with_table(dwi, flip))
     assert wrong.best == pytest.approx(right.best, abs=1e-6) and wrong.given < 0
     assert "row negated" in wrong.better
-    assert gradients.notice(wrong).startswith(
+    assert gradients.describe_mismatch(wrong).startswith(
         f"The b-vectors are probably wrong: with {wrong.better} in the .bvec")
 
 
@@ -210,7 +210,7 @@ def test_the_named_correction_corrects(dwi, order):
     """A cyclic exchange of axes is not its own inverse."""
     wrong = with_table(dwi, np.diag([1.0, -1, 1]) @ np.eye(3)[list(order)])
     found = judged(wrong)
-    named, = [t for t in gradients.tables() if gradients.describe(t) == found.better]
+    named, = [t for t in gradients.list_tables() if gradients.describe(t) == found.better]
     mended = judged(with_table(wrong, named))
     assert mended.better == "" and mended.given == pytest.approx(judged(dwi).given, abs=1e-6)
 
@@ -224,7 +224,7 @@ def test_a_few_voxels_do_not_suffice(dwi):
 
 
 def test_all_tables_differ_by_more_than_a_sign():
-    tables = gradients.tables()
+    tables = gradients.list_tables()
     assert len(tables) == 24
     products = {tuple((np.kron(t, t)).ravel()) for t in tables}
     assert len(products) == 24
@@ -241,12 +241,12 @@ def test_a_single_slice_and_few_directions_are_not_judged(dwi, rng):
 
 
 def test_large_masks_are_judged_by_their_middle(dwi, monkeypatch):
-    monkeypatch.setattr(gradients, "MOST_VOXELS", 700)
+    monkeypatch.setattr(gradients, "MAX_VOXELS", 700)
     slab = gradients._slab(dwi.mask)
     depth = np.flatnonzero(slab.any((0, 1)))
     assert 350 < slab.sum() <= 700 and abs(depth.mean() - 10.5) <= 1
     assert "negated" in judged(with_table(dwi, np.diag([-1.0, 1, 1]))).better
-    monkeypatch.setattr(gradients, "MOST_VOXELS", 1)
+    monkeypatch.setattr(gradients, "MAX_VOXELS", 1)
     assert gradients._slab(dwi.mask).any((0, 1)).sum() == 3
 
 

@@ -25,7 +25,7 @@ from bidsapp.dwi import Dwi
 
 MIN_FA = 0.3
 
-MOST_VOXELS = 100_000
+MAX_VOXELS = 100_000
 """Slices about the middle of the mask are judged, as many as hold no more voxels."""
 
 COHERENT = 0.75
@@ -59,7 +59,7 @@ class Coherence:
     better: str
 
 
-def coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
+def measure_coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
     """Compare the given table with those whose axes are flipped or swapped.
 
     Parameters
@@ -96,7 +96,7 @@ def coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
     along = direction[slab] @ axes
     rows = np.arange(len(along))
     scores, influence = {}, {}
-    for table in tables():
+    for table in list_tables():
         nearest = np.abs(along @ (steps @ axes @ table).T).argmax(axis=1)
         part, whole = agreement[nearest, rows], weights[nearest, rows]
         if not (total := whole.sum()):
@@ -113,7 +113,7 @@ def coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
                      describe(np.frombuffer(best).reshape(3, 3)) if wrong else "")
 
 
-def tables() -> list[np.ndarray]:
+def list_tables() -> list[np.ndarray]:
     """(3, 3) flips and swaps of axes; of those that differ by a sign of all three, one."""
     flips = (np.ones(3), *(1 - 2 * np.eye(3)))
     return [flip[:, None] * np.eye(3)[list(order)]
@@ -130,7 +130,7 @@ def describe(table: np.ndarray) -> str:
     return ", ".join(words)
 
 
-def notice(found: Coherence) -> str:
+def describe_mismatch(found: Coherence) -> str:
     """The sentence on the page and in the log where a better table was found."""
     return (f"The b-vectors are probably wrong: with {found.better} in the .bvec, neighbouring "
             f"voxels agree far better along the fibres (coherence {found.best:.3f}; as given, "
@@ -140,12 +140,12 @@ def notice(found: Coherence) -> str:
 
 
 def _slab(mask: np.ndarray) -> np.ndarray:
-    """The mask in slices about its middle that hold MOST_VOXELS at most, but three in any case."""
+    """The mask in slices about its middle that hold MAX_VOXELS at most, but three in any case."""
     sizes = mask.sum(axis=(0, 1))
     low = high = int(np.searchsorted(np.cumsum(sizes), mask.sum() / 2))
     while low > 0 or high < len(sizes) - 1:
         wider = (max(low - 1, 0), min(high + 1, len(sizes) - 1))
-        if sizes[wider[0]:wider[1] + 1].sum() > MOST_VOXELS and high > low:
+        if sizes[wider[0]:wider[1] + 1].sum() > MAX_VOXELS and high > low:
             break
         low, high = wider
     slab = np.zeros_like(mask)

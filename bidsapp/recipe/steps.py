@@ -507,9 +507,9 @@ def doubt(run: Run, dwi: Dwi, mean_b0: np.ndarray) -> tuple[list[str], dict[str,
         doubts = plausibility.check(dwi, mean_b0)
     except DataError as error:
         raise DataError(f"{', '.join(str(p.image) for p in run.parts)}: {error}") from error
-    found = gradients.coherence(dwi, btable.fsl_axes(dwi.affine))
+    found = gradients.measure_coherence(dwi, btable.fsl_axes(dwi.affine))
     if found and found.better:
-        doubts.append(gradients.notice(found))
+        doubts.append(gradients.describe_mismatch(found))
     for sentence in doubts:
         log.warning("%s: %s", run.name, sentence)
     return doubts, {"fibre_coherence": found.given if found else None,
