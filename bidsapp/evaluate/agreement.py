@@ -349,7 +349,7 @@ def compare_tables(statistics: pd.DataFrame, features: Sequence[str],
         a table. Where only some runs were harmonized, the measured maps of just those runs come,
         too.
     """
-    after = quality.harmonized(statistics, features)
+    after = quality.harmonized_columns(statistics, features)
     both = statistics.dropna(subset=[*after]) if after else statistics
     known = list(after.values()) or list(features)
     kinds = {"measured": (statistics, list(features)), **{

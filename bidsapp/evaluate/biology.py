@@ -180,7 +180,7 @@ def judge_in_sample(statistics: pd.DataFrame, features: Sequence[str],
     DataFrame
         data, batch, measure (the feature) and COLUMNS, of the batches that were changed.
     """
-    after = quality.harmonized(statistics, features)
+    after = quality.harmonized_columns(statistics, features)
     both = statistics.dropna(subset=[*after])  # a person's runs that were not harmonized stay out
     kinds = {"harmonized": (both, both[["participant", "batch", *after]].rename(columns=after)),
              **{name: (statistics, table) for name, table in tables.items()}}

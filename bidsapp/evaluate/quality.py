@@ -255,7 +255,7 @@ def describe_columns(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     return {str(key): _describe(str(key)) for key in keys}
 
 
-def harmonized(table: pd.DataFrame, features: Iterable[str]) -> dict[str, str]:
+def harmonized_columns(table: pd.DataFrame, features: Iterable[str]) -> dict[str, str]:
     """Columns of a table that hold a feature after harmonization, and the feature of each."""
     return {f"harmonized_{f}": f for f in features if f"harmonized_{f}" in table.columns}
 

@@ -31,7 +31,7 @@ def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
             f"Mean of each map over the brain mask; a point per run ({runs} in all), a line from "
             "the lower to the upper quartile and a bar at the median of each batch.",
             "Distributions")]
-        if pairs := quality.harmonized(cohort.statistics, features):
+        if pairs := quality.harmonized_columns(cohort.statistics, features):
             after = cohort.statistics[["batch", *pairs]].rename(columns=pairs)
             drawn.append(Figure(
                 "dwimap", {"desc": "harmonized"},

@@ -67,7 +67,7 @@ def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects
         {"name": feature.removesuffix("_mean"), "units": units[feature]["Units"], "cells": [
             f"{_number(float(v.mean()))} ± {_number(float(v.std()))}"
             for _, v in table.groupby("batch", sort=True)[feature]]}
-        for feature in (*cohort.features, *quality.harmonized(table, cohort.features))]
+        for feature in (*cohort.features, *quality.harmonized_columns(table, cohort.features))]
     return _templates().get_template("group.html").render(
         title="Group", notice=notice, batches=batches, statistics=statistics, n_runs=len(table),
         min_runs=quality.MIN_RUNS, threshold=quality.OUTLIER, covariates=cohort.covariates,
