@@ -301,7 +301,7 @@ def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]
             name = f"desc-{figure.entities['desc']}.svg"
             transaction.bytes(GROUP / "figures" / name, figure.svg)
         transaction.text(PurePosixPath("group.html"), page.group(
-            cohort, quality.outliers(statistics), between, effects, drawn, fitted,
+            cohort, quality.find_outliers(statistics), between, effects, drawn, fitted,
             chosen=[methods.get(name) for name in fitted], notice=mixed,
             records=run_records(dataset)))
 

@@ -252,7 +252,7 @@ def test_outliers_are_sought_within_batches(rng):
     table["age"] = table["age"].where(table.index != 2, 500)
     table.loc[3, "snr_b0"] = 60.0  # usual in batch B, not in A
     table.loc[15, "n_dropout_slices"] = 9
-    found = quality.outliers(table)
+    found = quality.find_outliers(table)
     assert set(zip(found["run"], found["measure"], strict=True)) == {
         ("sub-03", "snr_b0"), ("sub-15", "n_dropout_slices")}
     row = found[found["measure"] == "snr_b0"].iloc[0]
@@ -262,9 +262,9 @@ def test_outliers_are_sought_within_batches(rng):
 def test_outliers_of_small_batches_use_all_runs(rng):
     table = study_table(rng, 3)
     table["snr_b0"] = [30.0, 30.5, 29.5, 30.2, 29.9, 90.0]
-    found = quality.outliers(table)
+    found = quality.find_outliers(table)
     assert list(found["run"]) == ["sub-05"] and "all 6 runs" in found["why"][0]
-    assert quality.outliers(table[:4]).empty
+    assert quality.find_outliers(table[:4]).empty
 
 
 def test_outliers_take_missing_values(rng):
@@ -272,7 +272,7 @@ def test_outliers_take_missing_values(rng):
     table["snr_b0"] = table["snr_b0"].astype(object)
     table.loc[0, "snr_b0"] = None
     table["ndc"] = None
-    assert quality.outliers(table).empty
+    assert quality.find_outliers(table).empty
 
 
 def real(run):

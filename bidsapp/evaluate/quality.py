@@ -266,7 +266,7 @@ def map_features(keys: Iterable[str]) -> list[str]:
     return [k for k in keys if k in known and k.endswith("_mean") and not k.endswith("_std_mean")]
 
 
-def outliers(table: pd.DataFrame) -> pd.DataFrame:
+def find_outliers(table: pd.DataFrame) -> pd.DataFrame:
     """Measures of runs that stand out: columns run, batch, measure, value, median, z, why.
 
     z = (x - median) / (1.4826 MAD), or / (1.2533 mean absolute deviation) where the MAD is 0
