@@ -19,7 +19,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.dwi import FIXED_MEMORY, Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.evaluate.change import change
+from bidsapp.evaluate.change import compare_signals
 from bidsapp.harmonization import harmonizer
 from bidsapp.kinds import Cohort, TrainingSettings
 from bidsapp.recipe import harmonize
@@ -564,10 +564,10 @@ def test_change_of_directions_is_measured(rng):
 
     angle = np.radians(10)
     before, after = dwi(np.array([1.0, 0, 0])), dwi(np.array([np.cos(angle), np.sin(angle), 0]))
-    found = change(before, after, "cpu")
+    found = compare_signals(before, after, "cpu")
     assert found.median_angle == pytest.approx(10, abs=0.01)
     np.testing.assert_allclose(found.maps["fa"][0], found.maps["fa"][1], atol=1e-4)
-    assert change(before, before, "cpu").median_angle == pytest.approx(0, abs=0.05)
+    assert compare_signals(before, before, "cpu").median_angle == pytest.approx(0, abs=0.05)
 
 
 def test_values_without_a_ratio_stay(rng):

@@ -39,7 +39,7 @@ class Change:
         return float(np.median(self.angle)) if enough else None
 
 
-def change(before: Dwi, after: Dwi, device: str) -> Change:
+def compare_signals(before: Dwi, after: Dwi, device: str) -> Change:
     """Compare two signals of one run."""
     acquisition = before.acquisition
     signal = {}
@@ -63,7 +63,7 @@ def change(before: Dwi, after: Dwi, device: str) -> Change:
                   np.degrees(np.arccos(np.clip(cosine, 0, 1))))
 
 
-def statistics(found: Change, after: Dwi) -> dict[str, Any]:
+def summarize_change(found: Change, after: Dwi) -> dict[str, Any]:
     """For the QC table: signal by shell and noise after harmonization, and the angular change."""
     levels = {f"harmonized_{shell_name(s)}_signal": float(np.median(mean_volume(after, s.indices)))
               for s in after.acquisition.shells}

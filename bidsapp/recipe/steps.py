@@ -288,8 +288,8 @@ class Harmonize(Step):
         log.info("%s: %s", run.name, result.notices[0])
         for notice in result.notices[1:]:
             log.warning("%s: %s", run.name, notice)
-        compared = change.change(stage.dwi, result.dwi, context.device)
-        report.qc |= {**result.counts, **change.statistics(compared, result.dwi)}
+        compared = change.compare_signals(stage.dwi, result.dwi, context.device)
+        report.qc |= {**result.counts, **change.summarize_change(compared, result.dwi)}
         report.notices += result.notices
         if result.changed:
             report.figures += comparison.of_change(compared, stage.dwi)
