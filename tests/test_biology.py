@@ -101,7 +101,7 @@ def wave_rows(change):
         mask, np.full(shape, 2, np.int8), np.argwhere(mask).T.astype(np.float32),
         np.broadcast_to(np.eye(3, dtype=np.float32), (int(mask.sum()), 3, 3)))
     made = change(source, truth)
-    rows = pd.DataFrame(crossvalidation.squares(source, made, target, registration))
+    rows = pd.DataFrame(crossvalidation.sum_squares(source, made, target, registration))
     rows = rows[(rows["tissue"] == "wm") & (rows["measure"] != "signal")].set_index("measure")
     return rows["contrast_after"] / rows["contrast_before"]
 

@@ -102,7 +102,7 @@ def test_degree_of_the_series_follows_the_directions():
         registration = pairs.Registration(where, np.where(where, tissue.WHITE, 0).astype(np.int8),
                           np.argwhere(where).T.astype(np.float32),
                           np.broadcast_to(np.eye(3, dtype=np.float32), (int(where.sum()), 3, 3)))
-        rows = pd.DataFrame(crossvalidation.squares(source, target, target, registration))
+        rows = pd.DataFrame(crossvalidation.sum_squares(source, target, target, registration))
         white = rows[rows["tissue"] == "wm"].set_index("measure")
         assert set(white.index) == ({"signal", "fa", "md"} if l_max else {"signal"})
         basis = sh.basis(l_max, AXES[3:3 + count])
@@ -174,10 +174,10 @@ def test_people_of_every_batch_are_dealt_evenly():
     left = (table["batch"] == "A") | ((table["batch"] == "B") == (table["participant"] < "05"))
     known = replace(whole, statistics=table[left])
     found = pairs.pair_runs(known.statistics, "A")
-    parts = crossvalidation.folds(brief("harmonize_golkov"), known, settings, found)
+    parts = crossvalidation.split_folds(brief("harmonize_golkov"), known, settings, found)
     assert sorted(p for part in parts for p in part) == [*MANY, "07", "08"]
     assert [sum(p < "05" for p in part) for part in parts] == [2, 2]
-    again = crossvalidation.folds(brief("harmonize_mica"), known, settings, found)
+    again = crossvalidation.split_folds(brief("harmonize_mica"), known, settings, found)
     assert again == parts, "the same for every method"
 
 
@@ -311,7 +311,7 @@ def test_models_that_make_it_worse_say_so():
     """A bias of FA that grows by 2 % of its mean is told, one by 0.5 % is not; and errors that
     rise, whatever the tissue."""
     def doubts(bias_after, nmse_after):
-        return crossvalidation.doubts(pd.DataFrame([{
+        return crossvalidation.describe_losses(pd.DataFrame([{
             "batch": "B", "shell": "b1000", "tissue": "wm", "measure": measure, "fold": 1,
             "participant": "01", "nmse_before": 0.1, "nmse_after": nmse_after,
             "bias_before": 0.001, "bias_after": bias_after, "mean_before": 0.401,

@@ -49,7 +49,7 @@ L_MAX = 4
 ROW = ["batch", "fold", "participant", "shell", "tissue", "measure"]
 
 PER = {"nmse": "scale", "bias": "voxels", "mean": "voxels", "contrast": "edges"}
-"""What a sum of `squares` is divided by."""
+"""What a sum of `sum_squares` is divided by."""
 
 SHOWN = 3
 """Measures that a warning names; the table holds all."""
@@ -70,7 +70,7 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
     method.preflight(cohort)  # what is wrong without folds, too, is said first
     found = pairs.pair_runs(cohort.statistics, cohort.reference_batch or "",
                        cohort.paired_by == "session")
-    parts, rows = folds(method, cohort, settings, found), []
+    parts, rows = split_folds(method, cohort, settings, found), []
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, states=settings.states or Path(folder))
         whole = method.fit(cohort, settings)
@@ -90,7 +90,7 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
     for name, checkpoint in whole.checkpoints.items():
         batches = checkpoint.card.batches
         left = effects[effects["batch"].isin(batches)]
-        warnings = doubts(table[table["batch"].isin(batches)], left)
+        warnings = describe_losses(table[table["batch"].isin(batches)], left)
         for warning in warnings:
             log.warning("%s: %s", name, warning)
         notices += [f"{name}: {warning}" for warning in warnings]
@@ -103,7 +103,7 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
         **whole.tables, **{k: t for k, t in tables.items() if len(t)}})
 
 
-def doubts(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
+def describe_losses(table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     """Say in sentences what a model does worse than nothing to people not learned from.
 
     Parameters
@@ -163,7 +163,7 @@ def _unseen(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> N
                          "--init out, or these people with --participant-label.")
 
 
-def folds(method: Harmonizer, cohort: Cohort, settings: TrainingSettings,
+def split_folds(method: Harmonizer, cohort: Cohort, settings: TrainingSettings,
           found: Mapping[str, Sequence[pairs.Pair]]) -> list[list[str]]:
     """The people of each fold, of every batch as many as may be.
 
@@ -206,7 +206,7 @@ def _without(cohort: Cohort, people: Sequence[str]) -> Cohort:
 
 def _tested(method: Harmonizer, cohort: Cohort, settings: TrainingSettings, model: Checkpoint,
             batch: str, own: Sequence[pairs.Pair]) -> Iterator[dict[str, Any]]:
-    """Rows of `squares` of some pairs, and whose they are."""
+    """Rows of `sum_squares` of some pairs, and whose they are."""
     run = None
     for pair in track(own, f"{method.name}: testing"):
         source, target, registration = method.register(
@@ -218,11 +218,11 @@ def _tested(method: Harmonizer, cohort: Cohort, settings: TrainingSettings, mode
             except Refusal as refusal:
                 raise UsageError(f"--folds {settings.folds}: {run} is not harmonized. {refusal}") \
                     from refusal
-        for row in squares(source, replace(source, signal=signal), target, registration):
+        for row in sum_squares(source, replace(source, signal=signal), target, registration):
             yield {"participant": pair.participant, **row}
 
 
-def squares(source: Dwi, made: Dwi, target: Dwi, registration: pairs.Registration
+def sum_squares(source: Dwi, made: Dwi, target: Dwi, registration: pairs.Registration
             ) -> Iterator[dict[str, Any]]:
     """Sum over voxels what is to be divided (PER), for each shell (its index), tissue and measure.
 
@@ -267,7 +267,7 @@ def squares(source: Dwi, made: Dwi, target: Dwi, registration: pairs.Registratio
 
 
 def _divided(sums: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `squares`, added up by ROW, as means."""
+    """Rows of `sum_squares`, added up by ROW, as means."""
     found = sums[ROW].copy()
     for name, by in PER.items():
         for when in ("before", "after"):
