@@ -94,7 +94,7 @@ def test_integers_that_wrapped_round(dwi, largest, slope):
     bright = ramp * dwi.unmask(dwi.mean_b0) / dwi.mean_b0.max() * largest
     assert (bright > 32_767).sum() > 20
     wrapped = bright.astype(np.int64).astype(np.int16) * slope
-    with pytest.raises(DataError, match=r"amid the brightest.*unsigned 16-bit"):
+    with pytest.raises(DataError, match=r"next to the brightest.*unsigned 16-bit"):
         check(dwi, wrapped)
     assert check(dwi, bright * slope) == []
 
@@ -104,7 +104,7 @@ def test_undershoot_of_interpolation_has_not_wrapped(dwi, depth, wrapped):
     mean = dwi.unmask(dwi.mean_b0).astype(np.float64)
     mean[8:10, 8:10, 8:10] = -depth * mean.max()
     if wrapped:
-        with pytest.raises(DataError, match="amid the brightest"):
+        with pytest.raises(DataError, match="next to the brightest"):
             check(dwi, mean)
     else:
         assert check(dwi, mean) == []
@@ -129,7 +129,8 @@ def test_a_b0_that_lost_signal_is_told(dwi):
     np.r_[0, 1, 25, 3:25, 2, 26:38],
 ], ids=["reversed", "rolled", "b0 last", "one b0 exchanged"])
 def test_b0_volumes_elsewhere(dwi, order):
-    with pytest.raises(DataError, match=r"another order.*weighted \(b = .*same order"):
+    with pytest.raises(
+            DataError, match=r"another order.*weighted according to the table \(b = .*same order"):
         check(reordered(dwi, order))
 
 
@@ -159,7 +160,7 @@ def test_dropout_is_no_other_order(dwi):
     assert check(changed(dwi, lambda s: s * np.where(np.isin(np.arange(38), [6, 9, 30]), .3, 1))
                  ) == []
     (notice,) = check(changed(dwi, lambda s: s * np.where(np.arange(38) == 1, 0.5, 1)))
-    assert "Volumes without weighting differ" in notice
+    assert "The b0 volumes differ" in notice
 
 
 @pytest.mark.parametrize("diffusivity", [0.05e-3, 3e-3])
@@ -202,7 +203,7 @@ def test_the_right_table_is_found(rng, matrix):
     assert wrong.best == pytest.approx(right.best, abs=1e-6) and wrong.given < 0
     assert "row negated" in wrong.better
     assert gradients.describe_mismatch(wrong).startswith(
-        f"The b-vectors are probably wrong: with {wrong.better} in the .bvec")
+        f"The b-vectors are probably wrong. With {wrong.better} in the .bvec")
 
 
 @pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1), (1, 0, 2)])
