@@ -128,6 +128,7 @@ class Combat(GroupAnalysis):
 
     def _refuse(self, rows: pd.DataFrame, features: list[str], covariates: list[str],
                 reference: str | None) -> None:
+        """Refuse a cohort that does not allow ComBat."""
         counts = rows["batch"].value_counts().sort_index()
         sites = ", ".join(f"{b}: {n}" for b, n in counts.items())
         if not features:
@@ -147,6 +148,11 @@ class Combat(GroupAnalysis):
                              f"of {', '.join(f'sub-{p}' for p in people[:5])} are NaN. Leave them "
                              "out with --participant-label, or process all participants with "
                              "--estimate and methods that all acquisitions support.")
+        self._refuse_covariates(rows, covariates)
+        check_reference(reference, {str(b): int(n) for b, n in counts.items()})
+
+    def _refuse_covariates(self, rows: pd.DataFrame, covariates: list[str]) -> None:
+        """Refuse covariates that are confounded with the site, redundant or too many."""
         batch = pd.get_dummies(rows["batch"], dtype=float).to_numpy()
         design = batch
         for name in covariates:
@@ -176,7 +182,6 @@ class Combat(GroupAnalysis):
                 f"explain more than {CONFOUNDED:.0%} of it). Their effects would be removed with "
                 "the site's. Add participants so that the sites overlap, or take covariates out "
                 "of participants.tsv.")
-        check_reference(reference, {str(b): int(n) for b, n in counts.items()})
 
 
 def _design(rows: pd.DataFrame, covariates: Sequence[str]) -> pd.DataFrame:
