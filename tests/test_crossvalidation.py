@@ -242,12 +242,13 @@ def test_another_scan_is_another_registration(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name,people,folds,message", [
-    ("shresnet", PEOPLE, 4, "--folds 4: 3 people were scanned in B and in A.* Up to 3 folds"),
-    ("shresnet", PEOPLE[:2], 2, "--folds 2: without sub-0[12], .* needs at least 2 participants"),
-    ("shresnet", PEOPLE, 2, "without sub-0., sub-0., of one fold, .* needs at least 2 .*"
-                            " Up to 3 folds leave more"),
-    ("mica", PEOPLE, 2, "needs at least 2 participants in every batch; found A: 1, B: 1"),
-    ("rish", PEOPLE, 3, "needs at least 3 participants in every batch; found A: 2, B: 2")])
+    ("shresnet", PEOPLE, 4, "--folds 4: 3 participants were scanned at B and at A.* up to 3 folds"),
+    ("shresnet", PEOPLE[:2], 2,
+     "--folds 2: without .* sub-0[12], .* needs at least 2 participants"),
+    ("shresnet", PEOPLE, 2, "without .* of one fold, sub-0., sub-0., .* needs at least 2 .*"
+                            " More folds, up to 3, hold fewer"),
+    ("mica", PEOPLE, 2, "needs at least 2 participants at every site; found A: 1, B: 1"),
+    ("rish", PEOPLE, 3, "needs at least 3 participants at every site; found A: 2, B: 2")])
 def test_folds_that_leave_nobody_are_refused(name, people, folds, message):
     """Before anything is read."""
     def load(run):
@@ -262,7 +263,7 @@ def test_groups_of_unlike_people_have_no_folds(name):
     whole, settings = study(MANY, folds=2)
     table = whole.statistics
     alone = table[(table["batch"] == "A") == (table["participant"] < "04")]
-    with pytest.raises(UsageError, match="--folds 2: 0 people were scanned in B and in A"):
+    with pytest.raises(UsageError, match="--folds 2: 0 participants were scanned at B and at A"):
         crossvalidation.fit(brief(f"harmonize_{name}"), replace(whole, statistics=alone),
                             settings)
 
@@ -272,7 +273,7 @@ def test_weights_that_know_the_people_are_refused(tmp_path):
     (model,) = method.fit(*study(PEOPLE[:2], max_steps=2)).checkpoints.values()
     for file, content in pack(model).items():
         (tmp_path / file).write_bytes(content)
-    with pytest.raises(UsageError, match=r"have learned from sub-01, sub-02, who would be tested"):
+    with pytest.raises(UsageError, match=r"have learned from sub-01, sub-02\. The test needs"):
         crossvalidation.fit(method, *study(folds=3, init=tmp_path))
     with pytest.raises(UsageError, match="harmonize_shresnet are needed"):
         crossvalidation.fit(brief("harmonize_shresnet"), *study(folds=3, init=tmp_path))
@@ -287,7 +288,7 @@ def test_scans_that_are_not_harmonized_are_named(monkeypatch):
         raise Refusal("no signal above 0 was found.")
 
     monkeypatch.setattr(method, "harmonize", refuse)
-    with pytest.raises(UsageError, match=r"--folds 3: 0.B is not harmonized\. no signal"):
+    with pytest.raises(UsageError, match=r"--folds 3: 0.B cannot be harmonized\. no signal"):
         crossvalidation.fit(method, *study(folds=3))
 
 
@@ -320,8 +321,8 @@ def test_models_that_make_it_worse_say_so():
 
     assert doubts(-0.003, 0.05) == []
     (bias,) = doubts(-0.009, 0.05)
-    assert ("the mean bias grew for 1 of 1 measures of people not learned from, most for FA in "
+    assert ("the mean bias in held-out participants grew for 1 of 1 measures, most for FA in "
             "white matter, b1000, B (from +0.001 to -0.009). Do not use this model.") in bias
     (error,) = doubts(0.0, 0.11)
-    assert ("error grew for 2 of 2 measures of people not learned from, most for signal in white "
+    assert ("error in held-out participants grew for 2 of 2 measures, most for signal in white "
             "matter, b1000, B (+10 %); FA") in error

@@ -588,7 +588,7 @@ def test_group_page_tells_what_is_left_of_peoples_differences(rng):
                   "(ratio 0.71, 95 % interval 0.60 to 0.82)",
                   "cannot be told (ratio 0.9, 95 % interval 0.30 to 1.60)",
                   "cannot be told (ratio 0.9, 95 % interval without ends)", "-0.02 → +0.01",
-                  "More than 10 % was lost of: slope over age of dti_md in the brain, B, combat",
+                  "More than 10 % was lost from: slope over age of dti_md in the brain, B, combat",
                   "slope over age of dti_md in the brain, B, combat 8 2e-06 1e-06 lost"):
         assert words in seen.text
     assert text.count('<span class="bad">lost') == 2

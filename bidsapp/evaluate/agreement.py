@@ -145,7 +145,7 @@ def better_than_second(errors: Mapping[str, Float[np.ndarray, " participant"]]
     best, second : str
         The two methods.
     p : float
-        Of the two-sided signed-rank test of Wilcoxon between them over participants. With n
+        p value of Wilcoxon's two-sided signed-rank test between them over participants. With n
         participants it is at least 2^(1 − n). It is 1 if all errors are equal.
     """
     from scipy.stats import wilcoxon

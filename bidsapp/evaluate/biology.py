@@ -125,13 +125,13 @@ def neighbours(inside: Bool[np.ndarray, "x y z"], labels: Integer[np.ndarray, "x
     """
     row = np.full(inside.shape, -1)
     row[inside] = np.arange(inside.sum())
-    found = []
+    pairs = []
     for axis in range(inside.ndim):
         (first, second), (one, other) = (
             (v[:-1], v[1:]) for v in (np.moveaxis(row, axis, 0), np.moveaxis(labels, axis, 0)))
         same = (first >= 0) & (second >= 0) & (one == other) & (one > 0)
-        found.append(np.stack([first[same], second[same]]))
-    return np.concatenate(found, axis=1)
+        pairs.append(np.stack([first[same], second[same]]))
+    return np.concatenate(pairs, axis=1)
 
 
 def verdict(ratio: Ratio, reference: float = math.nan) -> str:
