@@ -175,7 +175,7 @@ def test_sidecars_tell_noise_and_why_there_are_no_intervals(harmonized):
     assert names and not any("harmonized" in n for n in names)
     parameters = sidecar(out, "02", "model-tensor_param-fa_desc-harmonized_dwimap")["Model"][
         "Parameters"]
-    assert "a warp of whole scans errs" in parameters["Uncertainty"]
+    assert "the error of a warp of whole scans" in parameters["Uncertainty"]
     assert "come without intervals" in (out / "sub-02.html").read_text()
 
 
@@ -372,7 +372,7 @@ def test_short_names_of_methods():
     assert methods.get("rish", "harmonize").name == "harmonize_rish"
     with pytest.raises(UsageError, match=r"Available to estimate are.*Did you mean estimate_smt\?"):
         methods.get("smtt", "estimate")
-    with pytest.raises(UsageError, match=r"no such method yet: rihs.*Did you mean rish\?"):
+    with pytest.raises(UsageError, match=r"no such method: rihs.*Did you mean rish\?"):
         methods.get("rihs")
 
 
@@ -405,11 +405,11 @@ def test_model_that_was_changed(fresh, capsys):
 
 
 @pytest.mark.parametrize("reference,rows,message", [
-    ("Aa", ROWS, "no such batch; found A: 3, B: 3. Did you mean A?"),
-    (None, ROWS, "Name it with --reference-batch"),
-    ("A", {p: {**r, "site": "A"} for p, r in ROWS.items()}, "needs at least two batches"),
+    ("Aa", ROWS, "no such site; found A: 3, B: 3. Did you mean A?"),
+    (None, ROWS, "Name the reference with --reference-batch"),
+    ("A", {p: {**r, "site": "A"} for p, r in ROWS.items()}, "needs at least two sites"),
     ("A", {p: {**r, "site": "B" if p == "02" else "A"} for p, r in ROWS.items()},
-     "at least 2 participants in every batch; found A: 5, B: 1. Add participants to B")])
+     "at least 2 participants at every site; found A: 5, B: 1. Add participants to B")])
 def test_studies_that_carry_no_training(fresh, tmp_path, capsys, reference, rows, message):
     bids, out = fresh
     shutil.copytree(bids, tmp_path / "bids")
@@ -472,7 +472,7 @@ def test_mean_of_quantiles_is_that_of_the_people(rng, caplog):
     assert made.card.metrics["distance_b1000_B"] == pytest.approx(0.1)
     assert made.card.metrics["distance_b2000_A"] == pytest.approx(0.4)
     assert made.card.trained_for.snr == (20, 30)
-    assert "scans of B lie no further from A than its own people" in caplog.text
+    assert "scans of B differ no more from those of A than the participants" in caplog.text
     caplog.clear()
     methods.get("harmonize_mica").fit(replace(study, load=lambda name: replace(
         load(name), signal=load(name).signal * np.r_[1, 1, np.full(28, 1 + 2 * (name > "sub-1"))]
