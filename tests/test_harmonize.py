@@ -478,7 +478,7 @@ def test_mean_of_quantiles_is_that_of_the_people(rng, caplog):
         load(name), signal=load(name).signal * np.r_[1, 1, np.full(28, 1 + 2 * (name > "sub-1"))]
         .astype(np.float32))), TrainingSettings())
     (few,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert "A has 2 participants, B has 2 participants; 16 or more are needed" in few
+    assert "A has 2 participants, B has 2 participants. In smaller groups than 16" in few
 
 
 def card_of(batches, reference="A"):

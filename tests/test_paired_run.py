@@ -130,7 +130,7 @@ def test_cross_validation_of_a_method_without_training(harmonized, tmp_path):
 
 @pytest.mark.parametrize("argv,message", [
     (("--train", "harmonize_combat", "--folds", "3"), "harmonize_combat has no use for it"),
-    (("--train", "harmonize_rish", "--folds", "3"), "without sub-0"),
+    (("--train", "harmonize_rish", "--folds", "3"), "of one fold, sub-0"),
     (("--folds", "3"), "Give a METHOD with --train"), (("--folds", "1"), "at least 2")])
 def test_folds_of_what_has_none(study, capsys, argv, message):
     assert qsphere(*study, "group", *argv, "--reference-batch", "siteA") == 2
