@@ -341,10 +341,10 @@ def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
     method, (known, settings) = brief(), study(max_steps=1)
     found = pairs.pair_runs(known.statistics, "A")["B"][:2]
     travellers = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path)
-    trained = method._trained(settings, "x", [ShellRange((1000.0, 1000.0), 1.0, (30, 30))],
+    trained = method._train_shells(settings, "x", [ShellRange((1000.0, 1000.0), 1.0, (30, 30))],
                               method.settings("training"), travellers, ["01", "02"], None)
     (who,) = trained.held_out
-    metrics = method._measured(trained, travellers, ["b1000"], "cpu")
+    metrics = method._signal_metrics(trained, travellers, ["b1000"], "cpu")
     aligned = pairs.align(head(who, "B"), head(who, "A"), l_max=4, deformable=False)
     shown = aligned.image[0, 1:-1, 1:-1, 1:-1][aligned.overlap] @ sh.basis(4, AXES[3:]).T
     labels = aligned.labels[aligned.overlap]
@@ -421,15 +421,16 @@ def test_a_model_that_made_things_worse_says_so(monkeypatch, caplog):
     good = replace(good, card=replace(good.card, metrics=better))
     assert method.harmonize(dwi, good, "B", "cpu").notices == ()
     method = brief("harmonize_golkov")
-    monkeypatch.setattr(method, "_measured", lambda *_: {
+    monkeypatch.setattr(method, "_signal_metrics", lambda *_: {
         "mse_before_wm_b1000": 1.0, "mse_after_wm_b1000": 1.1,
         "mse_before_gm_b1000": 1.0, "mse_after_gm_b1000": 0.9})
-    monkeypatch.setattr(method, "_maps", lambda *_: {
+    monkeypatch.setattr(method, "_map_metrics", lambda *_: {
         "mse_fa_before_gm_b1000": 1.0, "mse_fa_after_gm_b1000": 1.1,
         "mse_md_before_gm_b1000": 1.0, "mse_md_after_gm_b1000": 1.0})
     fitted = method.fit(*study(max_steps=2))
     (bad,), (told,) = fitted.checkpoints.values(), fitted.notices
-    assert "learned from rose (signal in white matter, b1000; FA in grey matter, b1000)" in told
+    assert ("held out of the training rose (signal in white matter, b1000; FA in grey matter, "
+            "b1000)") in told
     assert told in caplog.text
     (notice,) = method.harmonize(dwi, bad, "B", "cpu").notices
     assert "FA in grey matter, b1000) when harmonize_golkov was trained" in notice
@@ -492,7 +493,7 @@ def test_blocks_of_the_command_line_win():
                      for n in (3, 1))
     (model,) = method.fit(cohort, settings).checkpoints.values()
     assert model.card.network["blocks"] == 3
-    assert len({m._of(settings, [], cohort.statistics) for m in (method, other, brief())}) == 3
+    assert len({m._digest(settings, [], cohort.statistics) for m in (method, other, brief())}) == 3
     assert np.isfinite(method.harmonize(head("01", "B"), model, "B", "cpu").signal).all()
 
 
@@ -507,10 +508,10 @@ def broken(run):
 
 OTHER = Acquisition(2 * BVALS, AXES)
 BAD = [
-    ({"people": ("01",)}, "at least 2 participants in every batch"),
-    ({"sites": "A"}, "at least two batches"),
+    ({"people": ("01",)}, "at least 2 participants at every site"),
+    ({"sites": "A"}, "at least two sites"),
     ({"reference_batch": None}, "--reference-batch"),
-    ({"reference_batch": "a"}, "no such batch; found A: 3, B: 3"),
+    ({"reference_batch": "a"}, "no such site; found A: 3, B: 3"),
     ({"acquisitions": {"02B": OTHER}}, "shells differ. 02B of B has 30 × b 2000"),
     ({"load": broken}, r"values of 02B are NaN or infinite \(3\.0%"),
 ]
@@ -522,8 +523,8 @@ def test_studies_that_cannot_carry_it_are_refused(options, message):
         brief().fit(*study(**options))
 
 
-@pytest.mark.parametrize("shared,message", [([], "nobody was scanned in B and in A"),
-                                            (["02"], "sub-02 alone was scanned in B and in A")])
+@pytest.mark.parametrize("shared,message", [([], "nobody was scanned at B and at A"),
+                                            (["02"], "only sub-02 was scanned at B and at A")])
 def test_batches_without_pairs_are_refused(shared, message):
     whole, settings = study(("01", "02", "03", "04"))
     table = whole.statistics

@@ -133,7 +133,7 @@ def test_a_deformation_is_kept_where_there_is_one(scans, bend):
     def bent(points):
         return points + bend * np.sin(points[..., 1:2] / 15) * [0, 1, 0]
 
-    at = pairs.indices(np.linalg.inv(AFFINE), bent(place))
+    at = pairs.grid_coordinates(np.linalg.inv(AFFINE), bent(place))
     mask = map_coordinates(source.mask.astype(float), at, order=1) > 0.5
     signal = np.stack([map_coordinates(source.unmask(v), at, order=3)[mask]
                        for v in source.signal.T], 1).astype(np.float32)
@@ -165,7 +165,7 @@ def test_scans_that_share_nothing_are_refused(scans, how):
     source, target = scans
     lower, upper = (np.zeros_like(m) for m in (source.mask, target.mask))
     lower[:, :, :8], upper[:, :, 24:] = source.mask[:, :, :8], target.mask[:, :, 24:]
-    with pytest.raises(DataError, match=r"share .* voxels, less than 50 %".replace(" %", "%")):
+    with pytest.raises(DataError, match=r"overlap in .* voxels, less than 50 %".replace(" %", "%")):
         pairs.align(Dwi(source.signal[lower[source.mask]], lower, AFFINE, source.acquisition),
                     Dwi(target.signal[upper[target.mask]], upper, AFFINE, target.acquisition),
                     l_max=2, **how)
