@@ -143,7 +143,7 @@ def true_maps(dwi, ratio, d, f, estimator):
 def covered(dwi, truths, estimator, factor):
     """Rows of tissue, parameter, share covered, bias, RMSE."""
     method = methods.get(f"estimate_{estimator}")
-    maps = method.apply(dwi, "cpu").widened(factor, method.ranges).maps
+    maps = method.apply(dwi, "cpu").widen_intervals(factor, method.ranges).maps
     own = tissues()[tissues() > 0]
     for name, label in (("WM", WM), ("GM", GM)):
         at = own == label

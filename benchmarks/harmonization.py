@@ -138,7 +138,7 @@ class Site:
         return self.travelling[fold::self.arguments.folds]
 
     def pairs(self):
-        return pairs.find(self.table, self.reference)[self.name]
+        return pairs.pair_runs(self.table, self.reference)[self.name]
 
 
 def uncorrelated_with_age(people):

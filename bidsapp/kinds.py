@@ -1,7 +1,7 @@
-"""The kinds of method: what each takes and what it returns.
+"""The kinds of method, with their inputs and results.
 
 A method is a folder of `bidsapp.methods` with one class, which derives from one of the kinds here:
-`Estimator`, `Synthesizer`, `Upsampler`, `SiteHarmonizer` or `GroupAnalysis`; `Trainable` adds
+`Estimator`, `Synthesizer`, `Upsampler`, `SiteHarmonizer` or `GroupAnalysis`. `Trainable` adds
 `fit`.
 """
 
@@ -31,13 +31,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Derived:
-    """What a method makes of one Dwi.
+    """Result of a method for one Dwi.
 
-    maps: (voxel,) or (voxel, k) float32 per key of the method's outputs.json.
-    counts: voxels that were handled in a special way, and the shells used, for the QC table.
-    parameters: what the sidecar's Model.Parameters should say.
-    valid: (voxel,) bool, where there is an estimate (maps are 0 elsewhere); None for everywhere.
-    notices: sentences for the report. synthetic: signals that were computed, not measured.
+    Parameters
+    ----------
+    maps : mapping of str to ndarray
+        (voxel,) or (voxel, k) float32, by key of the method's outputs.json.
+    counts : mapping
+        Numbers of voxels with special treatment, and the shells used, for the QC table.
+    parameters : mapping
+        Content of Model.Parameters in the sidecar.
+    valid : (voxel,) bool, optional
+        Voxels with an estimate; the maps are 0 elsewhere. None for all voxels.
+    notices : sequence of str
+        Sentences for the report.
+    synthetic : Synthetic, optional
+        Signals that were computed, not measured.
     """
 
     maps: Mapping[str, np.ndarray]
@@ -48,12 +57,24 @@ class Derived:
     synthetic: Synthetic | None = None
 
     def without_intervals(self, reason: str) -> Derived:
-        """The same without maps of standard deviations, which the reason forbids."""
+        """Remove the maps of standard deviations, and record the reason."""
         return replace(self, maps={k: v for k, v in self.maps.items() if not k.endswith("_std")},
-                       parameters={**self.parameters, "Uncertainty": f"not told: {reason}"})
+                       parameters={**self.parameters, "Uncertainty": f"not given: {reason}"})
 
-    def widened(self, factor: float, ranges: Mapping[str, Sequence[float | None]]) -> Derived:
-        """Multiply standard deviations by a factor, up to the end of the range of their map."""
+    def widen_intervals(self, factor: float, ranges: Mapping[str, Sequence[float | None]]
+                        ) -> Derived:
+        """Multiply the standard deviations by a factor, up to the maximum of their map's range.
+
+        Parameters
+        ----------
+        factor : float
+        ranges : mapping
+            Minimum and maximum of each map (`Method.ranges`).
+
+        Returns
+        -------
+        Derived
+        """
         most = {k: np.inf if ranges[k][1] is None else ranges[k][1] for k in self.maps
                 if k.endswith("_std")}
         return replace(self, maps={k: np.minimum(v * np.float32(factor), np.float32(most[k]))
@@ -63,21 +84,32 @@ class Derived:
 
 @dataclass(frozen=True)
 class Harmonized:
-    """A Dwi as the reference batch would have measured it.
+    """A signal as the reference site would have measured it.
 
-    signal: (voxel, measurement) float32, in the Dwi's own b-table and units. again: the same map,
-    with everything that was found for this run (a registration, say) held fixed, of another signal
-    of the run or of a part of its voxels. errors: per shell of the run, SD of the method's own
-    error of the mean over directions, relative to that mean. no_intervals: why no estimator can
-    give an interval from this signal, as a clause; empty where it can. counts, parameters,
-    notices: as of `Derived`.
+    Parameters
+    ----------
+    signal : (voxel, measurement) float32
+        In the gradient table and units of the run.
+    reapply : callable
+        Applies the same harmonization to another signal of the run, or to a part of its voxels.
+        What was determined for this run, as a registration, stays fixed.
+    counts, parameters, notices
+        As in `Derived`.
+    errors : sequence of float
+        For each shell of the run, SD of the method's own error of the mean over directions,
+        relative to that mean.
+    no_intervals : str
+        Reason, as a clause, why no estimator can give an interval from this signal; empty if
+        estimators can.
 
-    Raises:
-        ValueError: neither errors nor a reason for no intervals.
+    Raises
+    ------
+    ValueError
+        There are neither errors nor a reason for no intervals.
     """
 
     signal: np.ndarray
-    again: Callable[[Dwi], np.ndarray]
+    reapply: Callable[[Dwi], np.ndarray]
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
@@ -97,13 +129,14 @@ class Upsampled:
     Parameters
     ----------
     dwi : Dwi
-        With its own acquisition; the voxels are those of the signal it was made of.
+        The signal with its own acquisition, in the same voxels as before.
     synthesized : sequence of int
-        Its measurements that were computed.
+        Indices of the measurements that were computed.
     no_intervals : str
-        Why no estimator can give an interval from it, as a clause; empty where it can.
+        Reason, as a clause, why no estimator can give an interval from this signal; empty if
+        estimators can.
     counts, parameters, notices
-        As of `Derived`.
+        As in `Derived`.
     """
 
     dwi: Dwi
@@ -116,26 +149,26 @@ class Upsampled:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The participants of the group level: who was scanned where, and how to load a scan.
+    """The participants and runs of the group level.
 
     Parameters
     ----------
     statistics : DataFrame
-        One row per run: participant, session, run, batch, the covariates, then features.
+        One row per run: participant, session, run, batch (the site), the covariates, features.
     features : tuple of str
-        Its columns of map statistics.
+        Columns of `statistics` with map statistics.
     covariates : tuple of str
-        Its columns of age, sex, ….
+        Columns of `statistics` with covariates (age, sex, …).
     reference_batch : str, optional
-        The batch that others are mapped to.
+        Site that the others are mapped to.
     acquisitions : mapping
         Acquisition of every run, by its name.
     load : callable, optional
-        Reads a run by its name.
+        Reads a run, given its name.
     voxel_sizes : mapping
         Voxel size in mm of every run, by its name.
     paired_by : str, optional
-        `session` where only scans of one session are pairs.
+        `session` if only scans of the same session are paired.
     """
 
     statistics: pd.DataFrame
@@ -150,20 +183,20 @@ class Cohort:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings that all trainings of a command share; a method's own are in its training.toml.
+    """Settings that all trainings of a command share. Those of a method are in its training.toml.
 
     Parameters
     ----------
     max_steps : int, optional
-        Optimiser steps of each stage, at most.
+        Maximum number of optimiser steps of each stage.
     folds : int, optional
-        Parts of the cross-validation; None for no cross-validation.
+        Number of folds of the cross-validation; None for no cross-validation.
     seed : int
-        Of whatever is random.
+        Seed of all random numbers.
     device : str
         cpu, cuda or cuda:N.
     devices : tuple of int
-        Devices per node, and nodes, of the processes that train together.
+        Number of devices per node, and of nodes, that train together.
     states : Path, optional
         Folder in which the state of an interrupted training is kept.
     init : Path, optional
@@ -181,8 +214,19 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` leaves: tables by output name (`desc-combat_dwimap`), what it learned, and weights
-    by the folder of group/models they belong in. notices: as of `Derived`."""
+    """Result of `Trainable.fit`.
+
+    Parameters
+    ----------
+    tables : mapping of str to DataFrame
+        Tables by output name (`desc-combat_dwimap`).
+    model : mapping
+        Description of the model, for its JSON file.
+    checkpoints : mapping of str to Checkpoint
+        Checkpoints by their folder under group/models.
+    notices : sequence of str
+        Sentences for the report.
+    """
 
     tables: Mapping[str, pd.DataFrame]
     model: Mapping[str, Any]
@@ -192,10 +236,17 @@ class Fitted:
 
 @dataclass(frozen=True)
 class SyntheticImage:
-    """One synthetic image in a run's own anatomy.
+    """One synthetic image in the anatomy of a run.
 
-    signal: (voxel, measurement) float32. truth: (voxel, k) per key of `truth` in outputs.json;
-    volumes: what the k are. parameters: as of `Derived`.
+    Parameters
+    ----------
+    signal : (voxel, measurement) float32
+    truth : mapping of str to (voxel, k) ndarray
+        Ground truth by key of `truth` in outputs.json.
+    volumes : mapping of str to sequence of str
+        Names of the k volumes of each ground truth.
+    parameters : mapping
+        As in `Derived`.
     """
 
     signal: np.ndarray
@@ -206,14 +257,25 @@ class SyntheticImage:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Signals that were computed, not measured, and their truth, by mode.
+    """Signals that were computed, not measured, with their ground truth, by mode.
 
-    signals: (voxel, measurement) float32 in the run's own b-table. truth: one row per voxel.
-    columns: Description and Units of each column of truth. derived: maps that show what of the
-    run served as a model. parameters: as of `Derived`. notices: sentences for the report.
-    images: whole images by mode, where they were asked for.
-    scores: how well the signals of each mode stand for the run, by mode and key of "scores" in
-    outputs.json.
+    Parameters
+    ----------
+    signals : mapping of str to (voxel, measurement) ndarray
+        float32, in the gradient table of the run.
+    truth : mapping of str to DataFrame
+        Ground truth, one row per voxel.
+    columns : mapping
+        Description and Units of each column of the ground truth.
+    derived : Derived
+        Maps of the run's properties that the signals are modelled on.
+    parameters, notices
+        As in `Derived`.
+    images : mapping of str to SyntheticImage
+        Whole images, if they were requested.
+    scores : mapping
+        Similarity of the signals of each mode to the run, by mode and key of "scores" in
+        outputs.json.
     """
 
     signals: Mapping[str, np.ndarray]
@@ -228,19 +290,19 @@ class Synthetic:
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a command tells its methods.
+    """Settings of a command for its methods.
 
     Parameters
     ----------
     sloppy : bool
-        What is trained is trained too briefly, to try everything else.
+        Whether trainings are cut short, in order to test everything else.
     models : Path, optional
-        Folder of the checkpoints that the group level left.
+        Folder of the checkpoints that the group level wrote.
     settings : mapping
         Hyper-parameters that differ from those of training.toml, by their paths there
         (`hyperparameters.resolve`), by the method's name.
     allow_extrapolation : bool
-        Weights may be used for a run outside of what they were trained for.
+        Whether weights may be used for a run outside their training domain.
     """
 
     sloppy: bool = False
@@ -250,12 +312,12 @@ class MethodContext:
 
 
 class Method(ABC):
-    """A method of the literature: a folder of this package. `get(name)` makes one.
+    """A published method, which is a folder of `bidsapp.methods` (`methods.get` loads it).
 
     Parameters
     ----------
-    context : MethodContext
-        What the command tells its methods.
+    context : MethodContext, optional
+        Settings of the command.
     """
 
     def __init__(self, context: MethodContext | None = None) -> None:
@@ -268,19 +330,19 @@ class Method(ABC):
 
     @property
     def short(self) -> str:
-        """The name without its kind: `dti` of `estimate_dti`."""
+        """The name without its kind: `dti` for `estimate_dti`."""
         return self.name.partition("_")[2] or self.name
 
     @property
     def outputs(self) -> dict[str, Any]:
-        """outputs.json: {"model": {...}, "maps": {key: {"entities", "Description", "Units",
-        "range", …}}}; of a harmonizer also "signal": {"Description", "Units"}."""
+        """Content of outputs.json: {"model": {...}, "maps": {key: {"entities", "Description",
+        "Units", "range", …}}}; for a harmonizer also "signal": {"Description", "Units"}."""
         return json.loads((self.folder / "outputs.json").read_text())
 
     @property
     def ranges(self) -> dict[str, tuple[float | None, float | None]]:
-        """Least and greatest value of every map, None for no limit."""
-        return {key: tuple(of["range"]) for key, of in self.outputs["maps"].items()}
+        """Minimum and maximum of every map; None for no limit."""
+        return {key: tuple(entry["range"]) for key, entry in self.outputs["maps"].items()}
 
     @property
     def changed_settings(self) -> dict[str, Any]:
@@ -288,12 +350,15 @@ class Method(ABC):
         return dict(self.context.settings.get(self.name, {}))
 
     def paths(self, key: str) -> list[str]:
-        """The hyper-parameters of training.toml that a key names (`hyperparameters.paths`)."""
+        """List the hyper-parameters of training.toml that a key names (`hyperparameters.paths`)."""
         return hyperparameters.paths(hyperparameters.read(self.folder), key, self.context.sloppy)
 
     def settings(self, table: str, *variants: str) -> dict[str, Any]:
-        """A table of training.toml, with what VARIANT.TABLE says instead, sloppy last, and then
-        what `--set` says."""
+        """Read a table of training.toml.
+
+        Values of VARIANT.TABLE replace those of the table, in the order of the variants and the
+        sloppy variant last. Values of `--set` replace all others.
+        """
         if self.context.sloppy:
             variants = (*variants, hyperparameters.SLOPPY)
         return hyperparameters.select(hyperparameters.read(self.folder), table, variants,
@@ -301,51 +366,80 @@ class Method(ABC):
 
     @abstractmethod
     def check(self, acquisition: Acquisition) -> None:
-        """Raises Refusal, with what was found and what is needed, where the method cannot apply."""
+        """Refuse an acquisition that the method does not support.
+
+        Raises
+        ------
+        Refusal
+            The method cannot be applied; the message says what was found and what is needed.
+        """
 
 
 class FromSignal(Method):
-    """A method that makes images of one signal and leaves the signal as it is.
+    """A method that computes images from a signal without changing the signal.
 
-    wants_tissue: whether it uses `Dwi.tissue`, which is made only then.
+    Attributes
+    ----------
+    wants_tissue : bool
+        Whether the method uses `Dwi.tissue`, which is computed only then.
     """
 
     wants_tissue: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, dwi: Dwi, options: Options, device: str) -> Derived:
-        """Process one Dwi as the options of the participant level say. Never modifies it."""
+        """Process one Dwi, unmodified, as the options of the participant level request."""
 
 
 class Estimator(FromSignal):
-    """A method that makes maps of a signal."""
+    """A method that estimates maps from a signal."""
 
     def run(self, dwi: Dwi, options: Options, device: str) -> Derived:
         return self.apply(dwi, device, options.random_seed)
 
     def violations(self, acquisition: Acquisition) -> list[str]:
-        """List in what an acquisition that `check` lets pass lies outside of the training."""
+        """List the properties of a supported acquisition that lie outside the training domain."""
         return []
 
     @abstractmethod
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
-        """Process one Dwi, in blocks of voxels, on `device`. Never modifies it.
+        """Estimate maps from one Dwi, unmodified, in blocks of voxels.
 
-        seed: of whatever is random, as the training of a network for this Dwi alone.
+        Parameters
+        ----------
+        dwi : Dwi
+        device : str
+            cpu, cuda or cuda:N.
+        seed : int
+            Seed of all random numbers, such as those of a training for this Dwi alone.
         """
 
 
 class Synthesizer(FromSignal):
-    """A method that makes signals with known truth in the manner of a measured one."""
+    """A method that synthesizes signals with known ground truth, modelled on a measured run."""
 
     @abstractmethod
     def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str, *,
                    voxels: int = 10_000, image: bool = False) -> Synthetic:
-        """`voxels` signals with known truth in the manner of one Dwi, and a whole image of it.
-        Never modifies it.
+        """Synthesize signals modelled on one Dwi, which is not modified.
 
-        Raises:
-            Refusal: the Dwi cannot serve as a model; says what was found and what is needed.
+        Parameters
+        ----------
+        dwi : Dwi
+        modes : sequence of str
+            Modes of the synthesis.
+        seed : int
+        device : str
+            cpu, cuda or cuda:N.
+        voxels : int
+            Number of signals of each mode.
+        image : bool
+            Whether a whole image is synthesized, too.
+
+        Raises
+        ------
+        Refusal
+            The Dwi cannot serve as a model; the message says what was found and what is needed.
         """
 
 
@@ -361,7 +455,7 @@ class Trainable(Method):
         cohort : Cohort
             The participants and their scans.
         settings : TrainingSettings
-            How long, on which device, from which weights.
+            Length, device and initial weights of the training.
 
         Returns
         -------
@@ -370,25 +464,26 @@ class Trainable(Method):
         Raises
         ------
         UsageError
-            The cohort does not allow it; says what was found and what is needed.
+            The cohort does not allow a training; the message says what was found and what is
+            needed.
         """
 
 
 class SignalStep(Method):
-    """A method that gives a signal made of another one. Its outputs.json has a "signal"."""
+    """A method that computes a signal from another one. Its outputs.json has a "signal"."""
 
 
 class Upsampler(SignalStep):
-    """A method that gives a signal more measurements."""
+    """A method that adds measurements to a signal."""
 
     @abstractmethod
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Upsampled:
-        """Compute the signal of an acquisition that holds more. Never modifies `dwi`.
+        """Compute the signal of an acquisition with more measurements. `dwi` is not modified.
 
         Raises
         ------
         Refusal
-            The signal cannot serve; says what was found and what is needed.
+            The signal cannot be used; the message says what was found and what is needed.
         """
 
 
@@ -397,17 +492,30 @@ class SiteHarmonizer(SignalStep, Trainable):
 
     @abstractmethod
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
-        """The Dwi, of a batch that the model knows, mapped to the model's reference batch. Never
-        modifies it. Whether the model may be used at all, its card's TrainingDomain says.
+        """Map a Dwi to the reference site of a model. The Dwi is not modified.
 
-        Raises:
-            Refusal: this Dwi cannot be harmonized whatever is allowed; says what is needed.
+        The caller checks that the Dwi is within the TrainingDomain of the model's card.
+
+        Parameters
+        ----------
+        dwi : Dwi
+        model : Checkpoint
+        batch : str
+            Site of the Dwi, one of those of the model.
+        device : str
+            cpu, cuda or cuda:N.
+
+        Raises
+        ------
+        Refusal
+            The Dwi cannot be harmonized, even if extrapolation is allowed; the message says what
+            is needed.
         """
 
 
 class GroupAnalysis(Trainable):
-    """A method that works on the tables of all participants, and on no image."""
+    """A method that works on the tables of all participants, not on images."""
 
     def check(self, acquisition: Acquisition) -> None:
         raise Refusal(f"{self.name} works on tables of map statistics, not on images. Use "
-                      f"`group --train {self.name}` after the participants.")
+                      f"`group --train {self.name}` after the participant level.")

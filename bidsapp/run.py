@@ -153,7 +153,7 @@ def group(options: Options) -> int:
         fitted |= load_fitted(dataset, cohort, fitted)
         write_group(dataset, cohort, fitted)
         assert settings.states
-        for registration in settings.states.glob(f"{pairs.KEPT}*"):
+        for registration in settings.states.glob(f"{pairs.PREFIX}*"):
             registration.unlink(missing_ok=True)
     log_unknown_participants(found.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
@@ -295,7 +295,7 @@ def table_digest(cohort: Cohort) -> str:
 def write_table(transaction: Transaction, name: str, table: pd.DataFrame) -> None:
     """Write a table of the group level with its column descriptions."""
     transaction.table(GROUP / f"{name}.tsv", table.to_dict("records"),
-                      quality.columns(table.columns))
+                      quality.describe_columns(table.columns))
 
 
 def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]) -> None:
@@ -309,8 +309,8 @@ def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]) 
         harmonized = {
             name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
             for name, table in result.tables.items() if set(features) & set(table)}
-        between = agreement.of_group(statistics, features, harmonized, cohort.reference_batch)
-        effects = biology.in_sample(statistics, features, harmonized)
+        between = agreement.compare_tables(statistics, features, harmonized, cohort.reference_batch)
+        effects = biology.judge_in_sample(statistics, features, harmonized)
         for kind, what in biology.CHANGES.items():
             for effect in biology.name_effects(effects, kind):
                 log.warning("more than %.0f %% was %s an effect by harmonization: %s. Do not study "
@@ -323,7 +323,7 @@ def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]) 
             name = f"desc-{figure.entities['desc']}.svg"
             transaction.bytes(GROUP / "figures" / name, figure.svg)
         transaction.text(PurePosixPath("group.html"), page.group(
-            cohort, quality.outliers(statistics), between, effects, figures, fitted,
+            cohort, quality.find_outliers(statistics), between, effects, figures, fitted,
             chosen=[methods.get(name) for name in fitted], notice=mixed,
             records=run_records(dataset)))
 

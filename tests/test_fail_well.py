@@ -148,7 +148,7 @@ def test_flipped_vectors_are_flagged(tmp_path, rng, capsys):
     for sign, alarm in ((1, False), (-1, True)):
         np.savetxt(bids / f"{STEM}.bvec", vectors * [[sign], [1], [1]], fmt="%.9f")
         assert qsphere(bids, out, "participant", "--estimate", "dti") == 0
-        told = "b-vectors are probably wrong: with the " in capsys.readouterr().err
+        told = "b-vectors are probably wrong. With the " in capsys.readouterr().err
         record = json.loads((out / "sub-01/log/sub-01_dwi.json").read_text())
         qc = record["qc"]
         assert told == alarm and (qc["fibre_coherence_best"] > qc["fibre_coherence"]) == alarm

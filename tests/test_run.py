@@ -286,7 +286,7 @@ def test_group_refuses_and_leaves_the_earlier_group_alone(study, capsys):
     before = content(out)
     truth.write_participants(bids, {f"{i:02}": {"site": "A"} for i in range(1, 9)})
     assert qsphere(bids, out, "group", "--train", "harmonize_combat") == 2
-    assert "at least two batches" in capsys.readouterr().err
+    assert "at least two sites" in capsys.readouterr().err
     assert content(out) == before
 
 

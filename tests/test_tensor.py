@@ -13,7 +13,7 @@ from bidsapp import tensor
 from bidsapp.acquisition import Acquisition, concatenate
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
-from bidsapp.evaluate.change import change
+from bidsapp.evaluate.change import compare_signals
 from bidsapp.methods import get
 
 UPPER = np.triu_indices(3)
@@ -336,7 +336,7 @@ def test_figures_of_a_page_show_one_tensor(rng):
     dwi = Dwi((150 * (signals(acq, slow) + signals(acq, fast))).astype(np.float32),
               np.ones((50, 1, 1), bool), np.eye(4), acq)
     found, every = get("estimate_dti").apply(dwi, "cpu").maps, fit(dwi.signal.copy(), acq)
-    for name, (before, _) in change(dwi, dwi, "cpu").maps.items():
+    for name, (before, _) in compare_signals(dwi, dwi, "cpu").maps.items():
         np.testing.assert_array_equal(found[name], before)
         assert (np.abs(every[name] - before) > 0.05 * before).mean() > 0.5
 

@@ -1,7 +1,7 @@
-"""How well harmonization did: against a target, between sites, and for what is biology.
+"""Measures of harmonization: errors against a target, agreement between sites, group effects.
 
-Pure functions of arrays. `found` is what was harmonized, `truth` what it should be: the scan of the
-reference site, with its noise or without.
+The functions are pure functions of arrays. `estimate` is the harmonized image, and `truth` its
+target: the scan at the reference site, with its noise or without.
 """
 
 from __future__ import annotations
@@ -21,72 +21,87 @@ from bidsapp.blocks import map_voxels
 from bidsapp.evaluate import quality
 
 WINDOW = 1.5
-"""Voxels, SD of the Gaussian window of SSIM (Wang et al. 2004)."""
+"""SD in voxels of the Gaussian window of SSIM (Wang et al. 2004)."""
 
 K1, K2 = 0.01, 0.03
-"""Of SSIM: constants as shares of the range."""
+"""Constants of SSIM, as shares of the range (Wang et al. 2004)."""
 
-LEAST = 3
-"""People, below which nothing is said of sites."""
+MIN_PARTICIPANTS = 3
+"""Minimum number of participants for a comparison of sites."""
 
-LEAST_ATTENUATION = 1e-3
-"""S/S0 below this is raised to it before its logarithm is taken."""
+MIN_ATTENUATION = 1e-3
+"""Minimum S/S0: lower values are raised to it before the logarithm."""
 
 CONFIDENCE = 0.95
-"""Of every interval."""
+"""Level of every confidence interval."""
 
 
 class Estimate(NamedTuple):
-    """A number with the ends of its 95 % confidence interval."""
+    """A value with the ends of its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
 
 
-def mse(found: np.ndarray, truth: np.ndarray) -> float:
-    """Mean of (found − truth)²."""
-    return float(np.square(found - truth, dtype=np.float64).mean())
+def mse(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Compute the mean square error, the mean of (estimate − truth)²."""
+    return float(np.square(estimate - truth, dtype=np.float64).mean())
 
 
-def nmse(found: np.ndarray, truth: np.ndarray) -> float:
-    """Σ (found − truth)² / Σ truth² (Koppers et al. 2018, eq. 2)."""
-    return mse(found, truth) / float(np.square(truth, dtype=np.float64).mean())
+def nmse(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Compute the normalised mean square error (Koppers et al. 2018, eq. 2):
+
+    Σ (estimate − truth)² / Σ truth²
+    """
+    return mse(estimate, truth) / float(np.square(truth, dtype=np.float64).mean())
 
 
 def shell_maps(ratio: Float[np.ndarray, "voxel direction"], acquisition: Acquisition,
                device: str = "cpu") -> dict[str, np.ndarray]:
-    """fa (1), md (mm²/s) and direction (voxel, 3) of the tensor of one shell's S/S0.
+    """Fit the tensor to the S/S0 of one shell, and to S/S0 = 1 at b = 0.
 
-    acquisition: that shell's. S/S0 = 1 at b = 0 joins them as one measurement.
+    Parameters
+    ----------
+    ratio
+        (voxel, direction) S/S0.
+    acquisition
+        Acquisition of the shell alone.
+    device
+        cpu, cuda or cuda:N.
+
+    Returns
+    -------
+    dict
+        fa (1), md (mm²/s), and direction, (voxel, 3) unit vectors.
     """
     x = np.concatenate([tensor.design(acquisition.btensors), tensor.design(np.zeros((1, 3, 3)))])
     values = np.ones((len(ratio), len(x)), np.float32)
-    values[:, :-1] = np.maximum(ratio, LEAST_ATTENUATION)
+    values[:, :-1] = np.maximum(ratio, MIN_ATTENUATION)
 
     def fit(signal: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = tensor.fit(signal, x)
-        return {k: found[k] for k in ("fa", "md", "direction")}
+        maps = tensor.fit(signal, x)
+        return {k: maps[k] for k in ("fa", "md", "direction")}
 
     return map_voxels(fit, values, device)
 
 
 def angle(one: Float[np.ndarray, "voxel 3"], other: Float[np.ndarray, "voxel 3"]
           ) -> Float[np.ndarray, " voxel"]:
-    """Degrees between axes of length 1."""
+    """Compute the angles in degrees between axes of unit length, whatever their signs."""
     return np.degrees(np.arccos(np.clip(np.abs((one * other).sum(1)), 0, 1)))
 
 
-def ssim(found: Float[np.ndarray, "x y z"], truth: Float[np.ndarray, "x y z"],
+def ssim(estimate: Float[np.ndarray, "x y z"], truth: Float[np.ndarray, "x y z"],
          mask: Bool[np.ndarray, "x y z"]) -> float:
-    """Mean structural similarity of two volumes over the mask (Wang et al. 2004,
-    doi:10.1109/TIP.2003.819861, eq. 13), with a Gaussian window of 1.5 voxels.
+    """Compute the mean structural similarity of two volumes over a mask.
 
-    The range L is that of the truth within the mask; both are 0 outside.
+    (Wang et al. 2004, doi:10.1109/TIP.2003.819861, eq. 13, with a Gaussian window.) The range L is
+    that of the truth within the mask. Both volumes are set to 0 outside.
     """
     from scipy.ndimage import gaussian_filter
 
-    a, b = (np.where(mask, v, 0).astype(np.float64) for v in (found, truth))
+    a, b = (np.where(mask, v, 0).astype(np.float64) for v in (estimate, truth))
     c1, c2 = ((k * np.ptp(truth[mask])) ** 2 for k in (K1, K2))
 
     def mean(values: np.ndarray) -> np.ndarray:
@@ -99,25 +114,39 @@ def ssim(found: Float[np.ndarray, "x y z"], truth: Float[np.ndarray, "x y z"],
     return float(local[mask].mean())
 
 
-def sharpness(found: Float[np.ndarray, "x y z"], truth: Float[np.ndarray, "x y z"],
+def sharpness(estimate: Float[np.ndarray, "x y z"], truth: Float[np.ndarray, "x y z"],
               mask: Bool[np.ndarray, "x y z"]) -> float:
-    """Σ ∇found · ∇truth / Σ |∇truth|² inside the mask, central differences: 1 where edges are as
-    steep as the truth's, less where they are blurred; noise, which has no part in the truth's
-    edges, does not count."""
+    """Compare the steepness of edges inside a mask, with gradients by central differences:
+
+    Σ ∇estimate · ∇truth / Σ |∇truth|²
+
+    It is 1 if edges are as steep as those of the truth, and less if they are blurred. Noise does
+    not count, because it does not correlate with the edges of the truth.
+    """
     from scipy.ndimage import binary_erosion
 
     inner = binary_erosion(mask)
-    one, other = (np.stack(np.gradient(v.astype(np.float64)))[:, inner] for v in (found, truth))
+    one, other = (np.stack(np.gradient(v.astype(np.float64)))[:, inner]
+                  for v in (estimate, truth))
     return float((one * other).sum() / (other**2).sum())
 
 
 def better_than_second(errors: Mapping[str, Float[np.ndarray, " participant"]]
                        ) -> tuple[str, str, float]:
-    """The method of the least mean error, the second, and p of Wilcoxon's signed-rank test,
-    two-sided, between the two over participants.
+    """Compare the two methods with the smallest mean errors.
 
-    errors: one per participant, in one order, by method (two or more). With n participants p is at
-    least 2^(1 − n). Errors that are equal throughout give p = 1.
+    Parameters
+    ----------
+    errors
+        One error per participant, in the same order, for each of two or more methods.
+
+    Returns
+    -------
+    best, second : str
+        The two methods.
+    p : float
+        p value of Wilcoxon's two-sided signed-rank test between them over participants. With n
+        participants it is at least 2^(1 − n). It is 1 if all errors are equal.
     """
     from scipy.stats import wilcoxon
 
@@ -129,19 +158,19 @@ def better_than_second(errors: Mapping[str, Float[np.ndarray, " participant"]]
 
 
 def icc(values: Float[np.ndarray, "participant site"]) -> float:
-    """`icc_consistency` without its interval."""
+    """Estimate ICC(3,1), consistency, without an interval (`icc_consistency`)."""
     return icc_consistency(values).value
 
 
 def icc_consistency(values: Float[np.ndarray, "participant site"]) -> Estimate:
-    """Estimate ICC(3,1), consistency, of travelling participants.
+    """Estimate ICC(3,1), consistency, from travelling participants.
 
     With MSR, MSC and MSE, the mean squares of n participants, of k sites and of the residual,
 
         ICC(3,1) = (MSR − MSE) / (MSR + (k − 1) MSE)
 
     (Shrout & Fleiss 1979, doi:10.1037/0033-2909.86.2.420). A shift of a site that is the same for
-    everybody does not lower it. The interval is that of McGraw & Wong 1996
+    all participants does not lower it. The interval is that of McGraw & Wong 1996
     (doi:10.1037/1082-989X.1.1.30), table 7, case C,1.
     """
     n, k, between, _, error = _mean_squares(values)
@@ -153,9 +182,9 @@ def icc_consistency(values: Float[np.ndarray, "participant site"]) -> Estimate:
 
 
 def icc_agreement(values: Float[np.ndarray, "participant site"]) -> Estimate:
-    """Estimate ICC(2,1), absolute agreement, of travelling participants.
+    """Estimate ICC(2,1), absolute agreement, from travelling participants.
 
-    In the terms of `icc_consistency`,
+    With the symbols of `icc_consistency`,
 
         ICC(2,1) = (MSR − MSE) / (MSR + (k − 1) MSE + k (MSC − MSE) / n)
 
@@ -177,7 +206,7 @@ def icc_agreement(values: Float[np.ndarray, "participant site"]) -> Estimate:
 
 
 def _mean_squares(values: np.ndarray) -> tuple[float, float, float, float, float]:
-    """n, k, and the mean squares of participants, of sites, and of the residual."""
+    """Compute n, k, and the mean squares of participants, of sites, and of the residual."""
     n, k = map(float, values.shape)
     rows, columns = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
     between = k * ((rows - values.mean()) ** 2).sum() / (n - 1)
@@ -187,7 +216,7 @@ def _mean_squares(values: np.ndarray) -> tuple[float, float, float, float, float
 
 
 def _f_quantile(one: float, other: float) -> float:
-    """Upper limit of the F distribution, two-sided."""
+    """Compute the upper two-sided quantile of the F distribution."""
     from scipy.stats import f
 
     return float(f.ppf((1 + CONFIDENCE) / 2, one, other))
@@ -195,20 +224,24 @@ def _f_quantile(one: float, other: float) -> float:
 
 def paired_difference(values: Float[np.ndarray, "participant site"],
                       weights: Float[np.ndarray, " site"]) -> Estimate:
-    """Estimate Σ_j w_j μ_j, where μ_j is the mean of a site, from people scanned at every site:
-    the mean of everyone's own Σ_j w_j x_j, with Student's t interval over people."""
+    """Estimate Σ_j w_j μ_j, with μ_j the mean of site j, from participants scanned at every site.
+
+    It is the mean over participants of Σ_j w_j x_j, with Student's t interval.
+    """
     from scipy.stats import t
 
-    own = values @ weights
-    half = t.ppf((1 + CONFIDENCE) / 2, len(own) - 1) * own.std(ddof=1) / math.sqrt(len(own))
-    return Estimate(float(own.mean()), float(own.mean() - half), float(own.mean() + half))
+    sums = values @ weights
+    half = t.ppf((1 + CONFIDENCE) / 2, len(sums) - 1) * sums.std(ddof=1) / math.sqrt(len(sums))
+    return Estimate(float(sums.mean()), float(sums.mean() - half), float(sums.mean() + half))
 
 
 def unpaired_difference(groups: Sequence[Float[np.ndarray, " _"]],
                         weights: Float[np.ndarray, " site"]) -> Estimate:
-    """Estimate Σ_j w_j μ_j from different people at every site, of unequal variances: with the
-    degrees of freedom of Welch 1947 (doi:10.1093/biomet/34.1-2.28), which for two sites and
-    w = (1, −1) is Welch's interval of a difference."""
+    """Estimate Σ_j w_j μ_j from different participants at every site, with unequal variances.
+
+    The degrees of freedom are those of Welch 1947 (doi:10.1093/biomet/34.1-2.28). For two sites and
+    w = (1, −1) the interval is Welch's interval of a difference.
+    """
     from scipy.stats import t
 
     counts = np.array([len(g) for g in groups])
@@ -222,14 +255,23 @@ def unpaired_difference(groups: Sequence[Float[np.ndarray, " _"]],
 
 
 def variation(values: Float[np.ndarray, "participant site"]) -> float:
-    """Mean over participants of the SD over sites (n − 1) relative to their mean. Shifts count."""
+    """Compute the coefficient of variation between sites: SD (n − 1) over mean, averaged over
+    participants. A shift of a site raises it."""
     return float((values.std(1, ddof=1) / np.abs(values.mean(1))).mean())
 
 
 def site_auc(features: Float[np.ndarray, "scan feature"], sites: np.ndarray,
              participants: np.ndarray) -> dict[str, float]:
-    """Area under the ROC curve with which standardised features tell each site from the others, by
-    logistic regression, leaving one participant out in turn. 0.5: sites cannot be told."""
+    """Measure how well a classifier separates each site from the others.
+
+    The classifier is a logistic regression on standardised features, with one participant left out
+    in turn.
+
+    Returns
+    -------
+    dict of str to float
+        Area under the ROC curve by site; 0.5 if it cannot be separated.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
@@ -245,38 +287,40 @@ def site_auc(features: Float[np.ndarray, "scan feature"], sites: np.ndarray,
 
 def slope(ages: Float[np.ndarray, " participant"], values: Float[np.ndarray, " participant"]
           ) -> float:
-    """Of the least-squares line through values over ages, per year."""
+    """Compute the slope per year of the least-squares line of values over ages."""
     return float(np.polyfit(ages, values, 1)[0])
 
 
 def contrast(values: Float[np.ndarray, " voxel"], lesion: Bool[np.ndarray, " voxel"],
              around: Bool[np.ndarray, " voxel"]) -> float:
-    """Mean in the lesion relative to that of the tissue around it, minus 1."""
+    """Compute the contrast of a lesion: its mean over that of the surrounding tissue, minus 1."""
     return float(values[lesion].mean() / values[around].mean() - 1)
 
 
-def of_sites(table: pd.DataFrame, features: Sequence[str], reference: str | None = None
+def compare_sites(table: pd.DataFrame, features: Sequence[str], reference: str | None = None
              ) -> Iterator[dict[str, Any]]:
-    """Measure how far sites agree, and by how much each differs.
+    """Measure the agreement between sites and the difference of each site.
 
     Parameters
     ----------
     table
-        A row for each run; those of one participant in one batch are averaged, and rows that lack
-        a feature left out.
+        A row for each run. Runs of one participant at one site are averaged. Rows that lack a
+        feature are left out.
     features
         Columns of the table.
     reference
-        The batch from which differences are taken; None for the mean of all batches' means.
+        The site from which differences are taken; None for the mean of the means of all sites.
 
     Yields
     ------
     dict
-        statistic, of, batch, people, value, low and high (95 % interval, NaN where there is none).
-        Of each feature, over people scanned in every batch: `icc_consistency`, `icc_agreement` and
-        `cov`. `difference` of the batch: `paired_difference` over people scanned in both (without
-        a reference: in every batch), `unpaired_difference` where those are fewer than three.
-        `auc` of each batch from all features. Nothing is said of fewer than three people.
+        statistic, of, batch, people, value, low and high (95 % interval, NaN if there is none).
+
+        For each feature, over participants scanned at every site: `icc_consistency`,
+        `icc_agreement` and `cov`. For each feature and site: `paired_difference`, over participants
+        scanned at the site and at the reference (without a reference: at every site), or
+        `unpaired_difference` if those are fewer than MIN_PARTICIPANTS. For each site: `auc` from
+        all features. A statistic of fewer than MIN_PARTICIPANTS is left out.
     """
     means = table.dropna(subset=[*features]).groupby(["participant", "batch"])[[*features]].mean()
     batches = sorted(means.index.unique("batch"))
@@ -284,17 +328,17 @@ def of_sites(table: pd.DataFrame, features: Sequence[str], reference: str | None
         return
     for feature in features:
         wide = means[feature].unstack("batch")
-        whole = wide.dropna().to_numpy()
-        if len(whole) >= LEAST and np.ptp(whole) > 0:
-            for name, value in (("icc_consistency", icc_consistency(whole)),
-                                ("icc_agreement", icc_agreement(whole)),
-                                ("cov", Estimate(variation(whole), math.nan, math.nan))):
-                yield _row(name, feature, "", len(whole), value)
+        complete = wide.dropna().to_numpy()
+        if len(complete) >= MIN_PARTICIPANTS and np.ptp(complete) > 0:
+            for name, value in (("icc_consistency", icc_consistency(complete)),
+                                ("icc_agreement", icc_agreement(complete)),
+                                ("cov", Estimate(variation(complete), math.nan, math.nan))):
+                yield _row(name, feature, "", len(complete), value)
         yield from _differences(wide, feature, reference)
     people = means.index.get_level_values("participant").to_numpy()
     sites = means.index.get_level_values("batch").to_numpy()
-    # without any one person, every batch must still be there to be learned
-    if features and all(len(set(people[sites == b])) >= LEAST for b in batches):
+    # after one participant is left out, every site must still have some
+    if features and all(len(set(people[sites == b])) >= MIN_PARTICIPANTS for b in batches):
         for name, auc in site_auc(means.to_numpy(), sites, people).items():
             yield _row("auc", "all features", name, len(set(people)),
                        Estimate(auc, math.nan, math.nan))
@@ -302,44 +346,64 @@ def of_sites(table: pd.DataFrame, features: Sequence[str], reference: str | None
 
 def _differences(wide: pd.DataFrame, feature: str, reference: str | None
                  ) -> Iterator[dict[str, Any]]:
-    """Of each batch but the reference. wide: a row for each person, a column for each batch."""
+    """Estimate the difference of each site, given a row per participant and a column per site."""
     for batch in wide.columns:
         if batch == reference:
             continue
-        concerned = wide if reference not in wide.columns else wide[[batch, reference]]
-        weights = (concerned.columns == batch).astype(float)
-        weights -= (1 / len(weights) if concerned is wide
-                    else (concerned.columns == reference).astype(float))
-        both = concerned.dropna().to_numpy()
-        groups = [column.dropna().to_numpy() for _, column in concerned.items()]
-        if len(both) >= LEAST:
-            yield _row("paired_difference", feature, batch, len(both),
-                       paired_difference(both, weights))
-        elif min(map(len, groups)) >= LEAST:
+        compared = wide if reference not in wide.columns else wide[[batch, reference]]
+        weights = (compared.columns == batch).astype(float)
+        weights -= (1 / len(weights) if compared is wide
+                    else (compared.columns == reference).astype(float))
+        paired = compared.dropna().to_numpy()
+        groups = [column.dropna().to_numpy() for _, column in compared.items()]
+        if len(paired) >= MIN_PARTICIPANTS:
+            yield _row("paired_difference", feature, batch, len(paired),
+                       paired_difference(paired, weights))
+        elif min(map(len, groups)) >= MIN_PARTICIPANTS:
             yield _row("unpaired_difference", feature, batch,
-                       int(concerned.notna().any(axis=1).sum()),
+                       int(compared.notna().any(axis=1).sum()),
                        unpaired_difference(groups, weights))
 
 
-def _row(statistic: str, of: str, batch: str, people: int, found: Estimate) -> dict[str, Any]:
-    return {"statistic": statistic, "of": of, "batch": batch or "n/a", "people": people,
-            **found._asdict()}
+def _row(statistic: str, feature: str, batch: str, people: int, estimate: Estimate
+         ) -> dict[str, Any]:
+    return {"statistic": statistic, "of": feature, "batch": batch or "n/a", "people": people,
+            **estimate._asdict()}
 
 
-def of_group(statistics: pd.DataFrame, features: Sequence[str],
-             tables: Mapping[str, pd.DataFrame], reference: str | None = None) -> pd.DataFrame:
-    """`of_sites` with a column `data`: measured; harmonized, beside the measured maps of just those
-    runs where not all were harmonized; and every other table by its name."""
-    after = quality.harmonized(statistics, features)
+def compare_tables(statistics: pd.DataFrame, features: Sequence[str],
+                   tables: Mapping[str, pd.DataFrame], reference: str | None = None
+                   ) -> pd.DataFrame:
+    """Compare sites (`compare_sites`) in the measured and in the harmonized maps.
+
+    Parameters
+    ----------
+    statistics
+        A row for each run: participant, batch, the features, and `harmonized_…` of them, if any.
+    features
+        Columns of map statistics.
+    tables
+        Other tables of harmonized features, by name.
+    reference
+        The site from which differences are taken.
+
+    Returns
+    -------
+    DataFrame
+        The rows of `compare_sites` with a column `data`: `measured`, `harmonized`, or the name of
+        a table. Where only some runs were harmonized, the measured maps of just those runs come,
+        too.
+    """
+    after = quality.harmonized_columns(statistics, features)
     both = statistics.dropna(subset=[*after]) if after else statistics
-    known = list(after.values()) or list(features)
-    kinds = {"measured": (statistics, list(features)), **{
+    compared = list(after.values()) or list(features)
+    data = {"measured": (statistics, list(features)), **{
         k: (t, [f for f in features if f in t]) for k, t in tables.items()}}
     if after:
         if len(both) < len(statistics):
-            kinds["measured, of the runs harmonized"] = both, known
-        kinds["harmonized"] = both[["participant", "batch", *after]].rename(columns=after), known
-    return pd.DataFrame([{"data": kind, **row} for kind, (table, names) in kinds.items()
-                         for row in of_sites(table, names, reference)],
+            data["measured, of the runs harmonized"] = both, compared
+        data["harmonized"] = both[["participant", "batch", *after]].rename(columns=after), compared
+    return pd.DataFrame([{"data": name, **row} for name, (table, names) in data.items()
+                         for row in compare_sites(table, names, reference)],
                         columns=["data", "statistic", "of", "batch", "people", "value", "low",
                                  "high"])

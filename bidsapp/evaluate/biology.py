@@ -1,21 +1,23 @@
-"""What harmonization leaves of differences between people, and of contrast within a brain.
+"""Preservation of biological effects by harmonization.
 
 An effect is the slope of a tissue's mean FA or MD over age, the difference of its mean between the
-sexes, or local contrast. With b the effect in the measured maps and a that in the harmonized maps
-of the same people, a / b should be 1. Its 95 % interval is Fieller's (1954, doi:10.1111/
-j.2517-6161.1954.tb00159.x), all θ with
+sexes, or local contrast. With b the effect in the measured maps and a the effect in the harmonized
+maps of the same participants, a / b should be 1. Its 95 % interval is that of Fieller (1954,
+doi:10.1111/j.2517-6161.1954.tb00159.x), all θ with
 
     (a − θ b)² ≤ t² c (s_aa − 2 θ s_ab + θ² s_bb),
 
-where s is the covariance of the residuals of the two fits, on the same people, and c s_bb the
-variance of b. It has no ends where b itself may be 0: then nothing can be said.
+where s is the covariance of the residuals of the two fits, on the same participants, and c s_bb the
+variance of b. The interval has no ends if b itself may be 0; the effect is then undetermined.
 
-Local contrast of a map x against r, the map of the same person's scan in the reference batch, is
+Local contrast of a map x against r, the map of the same participant's scan at the reference site,
+is
 
     Σ (x_i − x_j)(r_i − r_j) / Σ (r_i − r_j)²
 
-over neighbouring voxels i, j of one tissue. The noise of x has no part in r, so it adds nothing to
-the sum and its removal takes nothing away, but what blurs the steps that both scans show does.
+over neighbouring voxels i, j of one tissue. The noise of x is independent of r, so that neither
+noise nor its removal changes the expected sum. Blurring of the steps that both scans show lowers
+it.
 """
 
 from __future__ import annotations
@@ -32,28 +34,35 @@ from bidsapp.evaluate import quality
 from bidsapp.evaluate.agreement import CONFIDENCE
 
 LOSS = 0.1
-"""Share of an effect that may be lost, or added to it, without a warning."""
+"""Maximum share of an effect that may be lost, or added to it, without a warning."""
 
 MAPS = {"fa": "FA", "md": "MD"}
+"""Names of the maps in text, by their keys."""
+
 EFFECTS = {"age": "slope over age", "sex": "difference between the sexes",
            "contrast": "local contrast"}
+"""Names of the effects in text, by their keys."""
+
 TISSUES = {"wm": "white matter", "gm": "grey matter"}
+"""Names of the tissues in text, by their keys."""
+
 KEPT, LOST, GROWN = "not lost", "lost", "exaggerated"
 REFERENCE, OPEN = "as at the reference", "cannot be told"
-"""Verdicts."""
+"""Verdicts of `verdict`."""
 
-CHANGES = {LOST: "lost of", GROWN: "added to"}
-"""Verdicts that warn, as words of a sentence."""
+CHANGES = {LOST: "lost from", GROWN: "added to"}
+"""Verdicts that give a warning, as words of a sentence."""
 
 CONTRAST_OF_REFERENCE = 1.0
 """Local contrast of the reference scan against itself."""
 
 COLUMNS = ["effect", "people", "before", "after", "reference", "ratio", "low", "high", "verdict"]
+"""Columns of the tables of effects."""
 
 
 class Ratio(NamedTuple):
-    """An effect before and after, after / before, and the ends of its 95 % interval; NaN where it
-    has none."""
+    """An effect before and after harmonization, the ratio after / before, and the ends of its 95 %
+    interval; NaN if the interval has none."""
 
     before: float
     after: float
@@ -65,14 +74,17 @@ class Ratio(NamedTuple):
 def ratio_of_effects(before: Float[np.ndarray, " participant"],
                      after: Float[np.ndarray, " participant"],
                      covariate: Float[np.ndarray, " participant"] | None = None) -> Ratio:
-    """Compare the slopes over a covariate, or without one the means, of two values of each person.
+    """Compare an effect in two values of each participant.
+
+    The effect is the slope over the covariate, or the mean without one.
 
     Parameters
     ----------
     before, after
-        Of the same people, in one order; more people than coefficients (2, or 1 without covariate).
+        Values of the same participants in the same order. There are more participants than
+        coefficients (2, or 1 without covariate).
     covariate
-        Not the same for all.
+        Must differ between participants.
     """
     from scipy.stats import t
 
@@ -86,7 +98,7 @@ def ratio_of_effects(before: Float[np.ndarray, " participant"],
     spread = (residual.T @ residual / free / (design[:, -1] ** 2).sum()
               * t.ppf((1 + CONFIDENCE) / 2, free) ** 2)
     b, a = coefficients[-1]
-    # the parabola in θ, which is below 0 between the ends where it opens upwards
+    # the parabola in θ is below 0 between the ends of the interval if it opens upwards
     outer, middle, inner = b * b - spread[0, 0], a * b - spread[0, 1], a * a - spread[1, 1]
     low = high = math.nan
     if outer > 0:
@@ -97,49 +109,72 @@ def ratio_of_effects(before: Float[np.ndarray, " participant"],
 
 def neighbours(inside: Bool[np.ndarray, "x y z"], labels: Integer[np.ndarray, "x y z"]
                ) -> Int[np.ndarray, "2 pair"]:
-    """Find the pairs of voxels that share a face and a label above 0, as rows among the voxels
-    inside."""
+    """Find the pairs of voxels that share a face and a label above 0.
+
+    Parameters
+    ----------
+    inside
+        Mask of the voxels.
+    labels
+        Tissue labels.
+
+    Returns
+    -------
+    (2, pair) int
+        Rows of both voxels among the voxels of the mask.
+    """
     row = np.full(inside.shape, -1)
     row[inside] = np.arange(inside.sum())
-    found = []
+    pairs = []
     for axis in range(inside.ndim):
         (first, second), (one, other) = (
             (v[:-1], v[1:]) for v in (np.moveaxis(row, axis, 0), np.moveaxis(labels, axis, 0)))
         same = (first >= 0) & (second >= 0) & (one == other) & (one > 0)
-        found.append(np.stack([first[same], second[same]]))
-    return np.concatenate(found, axis=1)
+        pairs.append(np.stack([first[same], second[same]]))
+    return np.concatenate(pairs, axis=1)
 
 
-def verdict(found: Ratio, reference: float = math.nan) -> str:
-    """Judge what became of an effect.
+def verdict(ratio: Ratio, reference: float = math.nan) -> str:
+    """Judge how harmonization changed an effect.
 
-    `lost`: the ratio lies below 1 − LOSS, and its interval below 1. `exaggerated`: the ratio lies
-    above 1 + LOSS, and its interval above 1. Instead of either `as at the reference` where the
-    effect in the same people's scans of the reference batch is no more than LOSS beyond: then it
-    was corrected. `not lost`: the interval lies above 1 − LOSS. Else `cannot be told`.
+    Parameters
+    ----------
+    ratio
+        The effect before and after.
+    reference
+        The effect in the same participants' scans at the reference site; NaN if unknown.
+
+    Returns
+    -------
+    str
+        `lost`: the ratio lies below 1 − LOSS, and its interval below 1. `exaggerated`: the ratio
+        lies above 1 + LOSS, and its interval above 1. `as at the reference` replaces either of them
+        if the effect went no more than LOSS beyond the effect at the reference, that is, if it was
+        corrected. `not lost`: the interval lies above 1 − LOSS. `cannot be told`: none of these.
     """
-    if not math.isfinite(found.low):
+    if not math.isfinite(ratio.low):
         return OPEN
-    same_sign = math.isfinite(reference) and reference * found.after > 0
-    if found.ratio < 1 - LOSS and found.high < 1:
-        corrected = same_sign and abs(found.after) >= (1 - LOSS) * abs(reference)
+    same_sign = math.isfinite(reference) and reference * ratio.after > 0
+    if ratio.ratio < 1 - LOSS and ratio.high < 1:
+        corrected = same_sign and abs(ratio.after) >= (1 - LOSS) * abs(reference)
         return REFERENCE if corrected else LOST
-    if found.ratio > 1 + LOSS and found.low > 1:
-        corrected = same_sign and abs(found.after) <= (1 + LOSS) * abs(reference)
+    if ratio.ratio > 1 + LOSS and ratio.low > 1:
+        corrected = same_sign and abs(ratio.after) <= (1 + LOSS) * abs(reference)
         return REFERENCE if corrected else GROWN
-    return KEPT if found.low >= 1 - LOSS else OPEN
+    return KEPT if ratio.low >= 1 - LOSS else OPEN
 
 
-def of_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
-    """Judge what a cross-validation left of FA and MD of people not learned from.
+def judge_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
+    """Judge the effects on FA and MD in a cross-validation, in participants held out of the
+    training.
 
     Parameters
     ----------
     table
-        As `crossvalidation.fit` makes it: of every batch, participant, shell, tissue and measure
-        the means and contrasts before and after.
+        The table of `crossvalidation.fit`: means and contrasts before and after, for every batch,
+        participant, shell, tissue and measure.
     statistics
-        Columns participant, batch, and age and sex where they are known.
+        Columns participant, batch, and age and sex if they are known.
 
     Returns
     -------
@@ -147,70 +182,82 @@ def of_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
         batch, shell, tissue, measure and COLUMNS.
     """
     rows = []
-    for key, own in table[table["measure"].isin([*MAPS])].groupby(
+    for key, group in table[table["measure"].isin([*MAPS])].groupby(
             ["batch", "shell", "tissue", "measure"], sort=False):
-        people = own.set_index("participant")
+        people = group.set_index("participant")
         values = people.assign(before=people["mean_before"], after=people["mean_after"],
                                reference=people["mean_before"] - people["bias_before"])
-        known = dict(zip(["batch", "shell", "tissue", "measure"], map(str, key), strict=True))
-        rows += [{**known, **row} for row in _of_covariates(
-            values, _covariates(statistics, known["batch"]))]
-        sharp = people[["contrast_before", "contrast_after"]].dropna().to_numpy()
-        if len(sharp) > 1:
-            rows.append({**known, **_row("contrast", len(sharp), ratio_of_effects(*sharp.T),
-                                         CONTRAST_OF_REFERENCE)})
+        labels = dict(zip(["batch", "shell", "tissue", "measure"], map(str, key), strict=True))
+        rows += [{**labels, **row} for row in _judge_covariates(
+            values, _covariates(statistics, labels["batch"]))]
+        contrasts = people[["contrast_before", "contrast_after"]].dropna().to_numpy()
+        if len(contrasts) > 1:
+            rows.append({**labels, **_row("contrast", len(contrasts),
+                                          ratio_of_effects(*contrasts.T),
+                                          CONTRAST_OF_REFERENCE)})
     return pd.DataFrame(rows, columns=["batch", "shell", "tissue", "measure", *COLUMNS])
 
 
-def in_sample(statistics: pd.DataFrame, features: Sequence[str],
+def judge_in_sample(statistics: pd.DataFrame, features: Sequence[str],
               tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Judge what harmonization left of FA and MD over the brain mask, of people from whom may have
-    been learned.
+    """Judge the effects on FA and MD over the brain mask, in participants of whom some may be those
+    of the training.
 
     Parameters
     ----------
     statistics
-        A row for each run: participant, batch, age and sex where they are known, features, and
-        those of the harmonized images, if any.
+        A row for each run: participant, batch, age and sex if they are known, features, and those
+        of the harmonized images, if any.
+    features
+        Columns of map statistics.
     tables
         Other tables of harmonized features, by name: participant, batch, features.
 
     Returns
     -------
     DataFrame
-        data, batch, measure (the feature) and COLUMNS, of the batches that were changed.
+        data, batch, measure (the feature) and COLUMNS, for the sites that harmonization changed.
     """
-    after = quality.harmonized(statistics, features)
-    both = statistics.dropna(subset=[*after])  # a person's runs that were not harmonized stay out
-    kinds = {"harmonized": (both, both[["participant", "batch", *after]].rename(columns=after)),
-             **{name: (statistics, table) for name, table in tables.items()}}
+    after = quality.harmonized_columns(statistics, features)
+    both = statistics.dropna(subset=[*after])  # runs that were not harmonized are left out
+    data = {"harmonized": (both, both[["participant", "batch", *after]].rename(columns=after)),
+            **{name: (statistics, table) for name, table in tables.items()}}
     rows = []
-    for (kind, (measured, table)), feature in (
-            (k, f) for k in kinds.items() for f in features
-            if f in k[1][1] and f.endswith(("_fa_mean", "_md_mean"))):
+    for (name, (measured, table)), feature in (
+            (d, f) for d in data.items() for f in features
+            if f in d[1][1] and f.endswith(("_fa_mean", "_md_mean"))):
         for batch in sorted(statistics["batch"].unique()):
             values = pd.DataFrame({when: t[t["batch"] == batch].groupby("participant")[
                 feature].mean() for when, t in (("before", measured), ("after", table))}).dropna()
             if np.allclose(values["before"], values["after"], rtol=1e-9, atol=0):
                 continue
-            rows += [{"data": kind, "batch": batch, "measure": feature, **row}
-                     for row in _of_covariates(values, _covariates(statistics, batch))]
+            rows += [{"data": name, "batch": batch, "measure": feature, **row}
+                     for row in _judge_covariates(values, _covariates(statistics, batch))]
     return pd.DataFrame(rows, columns=["data", "batch", "measure", *COLUMNS])
 
 
-def name_effects(found: pd.DataFrame, kind: str) -> list[str]:
-    """Name the effects of one verdict, each with its ratio, for a sentence."""
+def name_effects(effects: pd.DataFrame, verdict: str) -> list[str]:
+    """Name the effects with one verdict, each with its ratio, for a sentence.
+
+    Parameters
+    ----------
+    effects
+        Table of `judge_folds` or `judge_in_sample`.
+    verdict
+        One of the verdicts.
+    """
     return [f"{describe(row)} ({format_ratio(row)})"
-            for row in found[found["verdict"] == kind].to_dict("records")]
+            for row in effects[effects["verdict"] == verdict].to_dict("records")]
 
 
 def describe(row: Mapping[Any, Any]) -> str:
-    """`slope over age of MD in white matter, b1000, siteB`."""
+    """Describe an effect: `slope over age of MD in white matter, b1000, siteB`."""
     return f"{EFFECTS[row['effect']]} of {place(row)}"
 
 
 def place(row: Mapping[Any, Any]) -> str:
-    """`MD in white matter, b1000, siteB`, or `dti_md in the brain, siteB, combat` of a table."""
+    """Describe a measure and its place: `MD in white matter, b1000, siteB`, or `dti_md in the
+    brain, siteB, combat` for a table of `judge_in_sample`."""
     measure = MAPS.get(row["measure"], row["measure"].removesuffix("_mean"))
     inside = f"{TISSUES[row['tissue']]}, {row['shell']}" if "tissue" in row else "the brain"
     return ", ".join([f"{measure} in {inside}", row["batch"], *([row["data"]] if "data" in row
@@ -218,7 +265,7 @@ def place(row: Mapping[Any, Any]) -> str:
 
 
 def format_ratio(row: Mapping[Any, Any]) -> str:
-    """`ratio 0.71, 95 % interval 0.60–0.82`, of harmonized to measured."""
+    """Format the ratio of an effect: `ratio 0.71, 95 % interval 0.60 to 0.82`."""
     if row["ratio"] != row["ratio"]:
         return "no ratio"
     interval = (f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
@@ -226,33 +273,35 @@ def format_ratio(row: Mapping[Any, Any]) -> str:
     return f"ratio {row['ratio']:.3g}, {interval}"
 
 
-def _of_covariates(values: pd.DataFrame, covariates: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Rows of COLUMNS. values: before, after and maybe reference, by participant."""
+def _judge_covariates(values: pd.DataFrame, covariates: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield a row of COLUMNS for each covariate, given the columns before, after and possibly
+    reference by participant."""
     for name, covariate in covariates.items():
-        own = values.join(covariate.rename("covariate"), how="inner").dropna()
-        x = own["covariate"].to_numpy(float)
-        if len(own) < 3 or np.ptp(x) == 0:
+        table = values.join(covariate.rename("covariate"), how="inner").dropna()
+        x = table["covariate"].to_numpy(float)
+        if len(table) < 3 or np.ptp(x) == 0:
             continue
-        found = ratio_of_effects(own["before"].to_numpy(float), own["after"].to_numpy(float), x)
-        reference = (float(np.polyfit(x, own["reference"].to_numpy(float), 1)[0])
-                     if "reference" in own else math.nan)
-        yield _row(str(name), len(own), found, reference)
+        ratio = ratio_of_effects(table["before"].to_numpy(float), table["after"].to_numpy(float),
+                                 x)
+        reference = (float(np.polyfit(x, table["reference"].to_numpy(float), 1)[0])
+                     if "reference" in table else math.nan)
+        yield _row(str(name), len(table), ratio, reference)
 
 
-def _row(effect: str, people: int, found: Ratio, reference: float = math.nan) -> dict[str, Any]:
-    return {"effect": effect, "people": people, **found._asdict(), "reference": reference,
-            "verdict": verdict(found, reference)}
+def _row(effect: str, people: int, ratio: Ratio, reference: float = math.nan) -> dict[str, Any]:
+    return {"effect": effect, "people": people, **ratio._asdict(), "reference": reference,
+            "verdict": verdict(ratio, reference)}
 
 
 def _covariates(statistics: pd.DataFrame, batch: str) -> pd.DataFrame:
-    """Age, and sex as 0 and 1 where there are two, of the people of a batch, by participant."""
+    """Collect the age of a site's participants, and their sex as 0 and 1 if there are two."""
     people = statistics[statistics["batch"] == batch].groupby("participant")
-    found = pd.DataFrame(index=list(people.groups))
+    covariates = pd.DataFrame(index=list(people.groups))
     if "age" in statistics:
-        found["age"] = pd.to_numeric(people["age"].first(), errors="coerce")
+        covariates["age"] = pd.to_numeric(people["age"].first(), errors="coerce")
     if "sex" in statistics:
         sex = people["sex"].first()
         codes = sex.astype("category").cat
         if len(codes.categories) == 2:
-            found["sex"] = codes.codes.where(sex.notna())
-    return found
+            covariates["sex"] = codes.codes.where(sex.notna())
+    return covariates

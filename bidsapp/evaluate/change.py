@@ -1,4 +1,4 @@
-"""What harmonization did to a run: signal by shell, FA, MD and fibre directions."""
+"""Change of a run by harmonization: signal by shell, FA, MD and fibre directions."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from bidsapp.dwi import Dwi
 from bidsapp.evaluate.quality import mean_volume, shell_name
 
 Pair = tuple[np.ndarray, np.ndarray]
-"""(voxel,) before and after."""
+"""Values, (voxel,), before and after."""
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """Before and after, voxel by voxel.
+    """Voxel values before and after harmonization.
 
-    signal: mean over the volumes of each shell, over the mean b0, by the shell's name. maps: fa
-    (1) and md (mm²/s) of the tensor of volumes up to b = 1500 s/mm², none where they determine no
-    tensor. angle: (voxel,) degrees between the principal directions, in the single-fibre voxels
-    of the signal before.
+    Parameters
+    ----------
+    signal : mapping of str to Pair
+        Mean over the volumes of each shell, divided by the mean b0, by the shell's name.
+    maps : mapping of str to Pair
+        fa (1) and md (mm²/s) of the tensor of the volumes up to b = 1500 s/mm²; empty if they do
+        not determine a tensor.
+    angle : (voxel,)
+        Angle in degrees between the principal directions before and after, in the voxels that had
+        a single fibre before.
     """
 
     signal: Mapping[str, Pair]
@@ -34,13 +40,24 @@ class Change:
 
     @property
     def median_angle(self) -> float | None:
-        """None where there are too few single-fibre voxels."""
+        """Median angle in degrees; None if there are too few single-fibre voxels."""
         enough = len(self.angle) >= tissue.MIN_VOXELS
         return float(np.median(self.angle)) if enough else None
 
 
-def change(before: Dwi, after: Dwi, device: str) -> Change:
-    """Compare two signals of one run."""
+def compare_signals(before: Dwi, after: Dwi, device: str) -> Change:
+    """Compare the signals of a run before and after harmonization.
+
+    Parameters
+    ----------
+    before, after : Dwi
+    device : str
+        Device of the tensor fits.
+
+    Returns
+    -------
+    Change
+    """
     acquisition = before.acquisition
     signal = {}
     for shell in acquisition.shells:
@@ -63,10 +80,22 @@ def change(before: Dwi, after: Dwi, device: str) -> Change:
                   np.degrees(np.arccos(np.clip(cosine, 0, 1))))
 
 
-def statistics(found: Change, after: Dwi) -> dict[str, Any]:
-    """For the QC table: signal by shell and noise after harmonization, and the angular change."""
+def summarize_change(change: Change, after: Dwi) -> dict[str, Any]:
+    """Summarize a change for the QC table.
+
+    Parameters
+    ----------
+    change : Change
+    after : Dwi
+        The harmonized run.
+
+    Returns
+    -------
+    dict
+        Signal by shell and noise after harmonization, and the median angle.
+    """
     levels = {f"harmonized_{shell_name(s)}_signal": float(np.median(mean_volume(after, s.indices)))
               for s in after.acquisition.shells}
     weighted = np.flatnonzero(~after.acquisition.b0)
     return {"harmonized_noise_sd": after.noise_of(weighted), **levels,
-            "harmonization_angle": found.median_angle, "harmonization_voxels": len(found.angle)}
+            "harmonization_angle": change.median_angle, "harmonization_voxels": len(change.angle)}

@@ -1,10 +1,11 @@
-"""Refuse or flag a signal that cannot be what its tables say it is.
+"""Plausibility of a signal and of its gradient table.
 
-`check` refuses what no scanner measures: constant volumes, a negative mean, integers that wrapped
-round, volumes in another order than the b-values. It flags what is wrong almost surely: many
-negative values, directions that do not belong to their volumes, a .bvec whose axes are flipped or
-swapped. The thresholds lie between what right and wrong tables of real scans gave, of heads and of
-phantoms, of three makers; `test_plausibility.py` repeats that where they are at hand.
+`check` refuses signals that no scanner measures: constant volumes, a negative mean, integers that
+overflowed, volumes in another order than the b-values. It warns of what is very probably wrong:
+many negative values, or directions that do not belong to their volumes. (`gradients` looks for
+flipped or swapped axes.) The thresholds separate correct from wrong tables of real scans of heads
+and phantoms from three vendors; `tests/evaluate/test_plausibility.py` repeats that where the scans
+are available.
 """
 
 from __future__ import annotations
@@ -20,58 +21,61 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError
 
 NEGATIVE_MEAN = -0.05
-"""Noise about 0 can bring the mean of a strongly weighted volume this far down (of the mean b0)."""
+"""Minimum mean of a volume, as a share of the mean b0: noise about 0 can lower the mean of a
+strongly weighted volume this far."""
 
 NEGATIVE_SHARE = 0.05
-"""Interpolation leaves fewer negative values in the mask than this share."""
+"""Maximum share of negative values in the mask: interpolation leaves fewer."""
 
 WRAPPED = -0.25
-"""Values of the mean b0 below this share of its largest have wrapped round: noise and the
-undershoot of interpolation are smaller."""
+"""Share of the largest mean b0 below which a value has overflowed: noise and the undershoot of
+interpolation are smaller."""
 
 WEIGHTED = 400.0
-"""s/mm²: from here on the mean signal of any tissue or liquid is clearly below that of b = 0."""
+"""b in s/mm² from which the mean signal of any tissue or liquid is clearly below that of b = 0."""
 
 BRIGHTER = 1.15
-"""A volume counts as brighter than another where their means differ by more than this factor."""
+"""Factor between two mean signals from which a volume counts as brighter than another."""
 
 B0_SPREAD = 1.3
-"""Factor by which the mean signals of volumes without weighting may differ."""
+"""Maximum ratio between the mean signals of b0 volumes."""
 
 MIN_VOLUMES = 6
-"""Fewest volumes of a shell whose median is compared with another's."""
+"""Minimum number of volumes of a shell for its median to be compared with another's."""
 
 MIN_DIRECTIONS = 12
-"""Fewest directions of a shell whose order is judged: with fewer, chance explains much."""
+"""Minimum number of directions of a shell for its order to be judged: with fewer, chance explains
+much."""
 
 STRUCTURE = 0.1
-"""SD of the correlations between volumes from which a shell has contrast between directions: 0.2
-to 0.45 in heads and a liquid crystal, 0.01 to 0.05 in water."""
+"""SD of the correlations between volumes from which a shell has contrast between directions. It is
+0.2 to 0.45 in heads and a liquid crystal, and 0.01 to 0.05 in water."""
 
 DIRECTED = 1.0
-"""Share of that contrast which the directions explain, over its SD: noise lessens both alike. 2 or
-more in heads and a liquid crystal, up to 0.8 in 97.5 % of 200 other orders of 12 directions."""
+"""Minimum share of the contrast that the directions explain, divided by the SD of the correlations:
+noise lowers both alike. The ratio is 2 or more in heads and a liquid crystal, and up to 0.8 in
+97.5 % of 200 wrong orders of 12 directions."""
 
 
 def check(dwi: Dwi, mean_b0: np.ndarray) -> list[str]:
-    """Refuse a signal that cannot be right; return sentences on what is probably wrong.
+    """Refuse an impossible signal, and describe in sentences what is probably wrong.
 
     Parameters
     ----------
     dwi
         The signal within the mask.
     mean_b0
-        (x, y, z) mean of the volumes without weighting, outside of the mask, too.
+        (x, y, z) mean of the b0 volumes, inside and outside the mask.
 
     Returns
     -------
     list of str
-        What was found, what it means and what to do; nothing where all is plausible.
+        What was found, what it means and what to do; empty if the signal is plausible.
 
     Raises
     ------
     DataError
-        The signal is constant, negative, wrapped or does not fall with b.
+        The signal is constant or negative, has overflowed, or does not fall with b.
     """
     acquisition = dwi.acquisition
     _refuse_wrapped(mean_b0)
@@ -89,38 +93,41 @@ def check(dwi: Dwi, mean_b0: np.ndarray) -> list[str]:
                         "image, .bval and .bvec, or convert the series again.")
     if len(means) > 1 and np.ptp(means) == 0:
         raise DataError(f"all {len(means)} volumes have the same mean signal in the mask "
-                        f"({means[0]:g}): they are copies of one. Convert the series again.")
+                        f"({means[0]:g}): they are copies of one volume. Convert the series "
+                        "again.")
     level = float(np.median(means[acquisition.b0]))
     if level <= 0 or means.min() < NEGATIVE_MEAN * level:
         i = int(means.argmin())
         raise DataError(f"the mean signal in the mask of volume {i} is negative ({means[i]:.4g}). "
-                        "Magnitudes are needed, which have no sign: convert the series again, with "
-                        "the magnitude images alone and as unsigned or real numbers.")
+                        "Magnitude images are needed, which are not negative. Convert the "
+                        "series again from the magnitude images alone, as unsigned integers or "
+                        "floating point.")
     _refuse_order(means, acquisition)
     notices = []
     if dwi.invalid:
         notices.append(
             f"{dwi.invalid} values in the mask ({dwi.invalid / dwi.signal.size:.2g} of all) are "
-            "NaN or infinite. They were read as 0, which biases maps where they are. Convert or "
-            "preprocess the series again.")
+            "NaN or infinite. They were read as 0, which biases the maps in these voxels. Convert "
+            "or preprocess the series again.")
     b0 = np.flatnonzero(acquisition.b0)
     if means[b0].max() > B0_SPREAD * means[b0].min():
         low, high = b0[means[b0].argmin()], b0[means[b0].argmax()]
         notices.append(
-            f"Volumes without weighting differ: the mean signal in the mask is {means[low]:.4g} in "
-            f"volume {low} and {means[high]:.4g} in volume {high}. S/S0 is wrong if one of them "
-            "lost signal or is of another series. Look at both, and remove the wrong one from "
+            f"The b0 volumes differ: the mean signal in the mask is {means[low]:.4g} in volume "
+            f"{low} and {means[high]:.4g} in volume {high}. S/S0 is wrong if one of them lost "
+            "signal or belongs to another series. Inspect both, and remove the wrong one from "
             "image, .bval and .bvec.")
     if (share := negative / dwi.signal.size) > NEGATIVE_SHARE:
         notices.append(
-            f"{share:.0%} of the values in the mask are negative; magnitudes have no sign, and "
-            "interpolation leaves fewer. Maps are biased where they are: give the magnitude "
-            "images.")
-    return notices + _unordered(dwi, means)
+            f"{share:.0%} of the values in the mask are negative. Magnitude images are not "
+            "negative, and interpolation leaves fewer negative values. The maps are biased in "
+            "these voxels. Use the magnitude images.")
+    return notices + _check_directions(dwi, means)
 
 
 def _refuse_wrapped(mean_b0: np.ndarray) -> None:
-    """Integers above 32 767 that were read as signed: strongly negative voxels amid bright ones."""
+    """Refuse integers above 32 767 that were read as signed: strongly negative voxels next to
+    bright ones."""
     from scipy.ndimage import binary_dilation
 
     if not (mean_b0 > 0).any():
@@ -133,16 +140,16 @@ def _refuse_wrapped(mean_b0: np.ndarray) -> None:
     if len(beside) and np.percentile(beside, 75) > top / 2:  # some lie beside air
         raise DataError(
             f"{int(wrapped.sum())} voxels of the mean b0 are strongly negative (down to "
-            f"{mean_b0.min():.4g}) amid the brightest ones: integers above 32 767 were stored or "
-            "read as signed 16-bit ones. Convert the series again as unsigned 16-bit integers or "
-            "floating point.")
+            f"{mean_b0.min():.4g}) next to the brightest ones: integers above 32 767 were stored "
+            "or read as signed 16-bit integers. Convert the series again as unsigned 16-bit "
+            "integers or floating point.")
 
 
 def _refuse_order(means: np.ndarray, acquisition: Acquisition) -> None:
-    """Volumes without weighting are the brightest, and shells darken as b grows.
+    """Refuse volumes in a wrong order: b0 volumes are the brightest, and shells darken with b.
 
-    The k brightest volumes, where the next is clearly darker, must be the k without weighting:
-    that holds for one volume, too, and one whose signal dropped out does not look misplaced.
+    If volume k + 1 is clearly darker, the k brightest volumes must be the k b0 volumes. This also
+    holds for a single b0 volume, and a volume with signal dropout does not look misplaced.
     """
     b0, weighted = acquisition.b0, acquisition.bvals >= WEIGHTED
     ranked = np.flatnonzero(b0 | weighted)
@@ -156,10 +163,10 @@ def _refuse_order(means: np.ndarray, acquisition: Acquisition) -> None:
         dark = sorted(set(np.flatnonzero(b0).tolist()) - set(ranked[:k].tolist()))
         raise DataError(
             f"the volumes are in another order than the table: the brightest include "
-            f"{_listed(bright)}, of which the table says that they are weighted (b = "
-            f"{acquisition.bvals[bright[0]]:g} s/mm²), but not {_listed(dark)}, of which it says "
-            f"b = 0. {remedy}")
-    # an oriented sample's few volumes may point along its fibres in one shell, across in the next
+            f"{_listed(bright)}, which should be weighted according to the table (b = "
+            f"{acquisition.bvals[bright[0]]:g} s/mm²), but not {_listed(dark)}, for which the "
+            f"table says b = 0. {remedy}")
+    # few directions may lie along the fibres of an oriented sample in one shell, across in another
     shells = [(s, float(np.median(means[s.indices]))) for s in acquisition.shells
               if s.b >= WEIGHTED and len(s) >= MIN_VOLUMES]
     for (low, before), (high, after) in permutations(shells, 2):
@@ -171,13 +178,13 @@ def _refuse_order(means: np.ndarray, acquisition: Acquisition) -> None:
                 f"the table. {remedy}")
 
 
-def _unordered(dwi: Dwi, means: np.ndarray) -> list[str]:
-    """A sentence where directions do not explain how the volumes of a shell differ.
+def _check_directions(dwi: Dwi, means: np.ndarray) -> list[str]:
+    """Warn if the directions do not explain how the volumes of a shell differ.
 
-    Each volume is divided by its mean, so that one that lost signal does not count, and of Σ (S −
-    mean of the shell)² over voxels and volumes spherical harmonics of degree 2 explain a share R².
-    Of that, 5 / (n − 1) are chance in any order, and are taken off. No flip and no rotation of the
-    table changes R².
+    Each volume is divided by its mean, so that signal dropout does not count. Spherical harmonics
+    of degree 2 explain a share R² of Σ (S − mean of the shell)² over voxels and volumes. A share
+    5 / (n − 1) is expected by chance in any order, and R² is corrected for it. R² does not depend
+    on flips and rotations of the table.
     """
     step = max(1, len(dwi.signal) // 20_000)
     for shell in dwi.acquisition.shells:
@@ -197,9 +204,9 @@ def _unordered(dwi: Dwi, means: np.ndarray) -> list[str]:
         if structure > STRUCTURE and explained < DIRECTED * structure:
             usual = min(2 * structure, 0.9)
             return [f"At b = {shell.b:.0f} s/mm², the directions hardly explain how the volumes "
-                    f"differ (R² {explained:.2f}; {usual:.2f} or more is usual). The volumes are "
-                    "in another order than the .bvec, or the head moved far. Export image and "
-                    "tables from the same series again, or correct motion first."]
+                    f"differ (R² {explained:.2f}; {usual:.2f} or more is usual). Either the "
+                    "volumes are in another order than the .bvec, or the head moved far. Export "
+                    "image and tables from the same series again, or correct motion first."]
     return []
 
 

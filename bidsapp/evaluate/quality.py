@@ -1,6 +1,6 @@
-"""Quality of a run in numbers: the signal, slices that look corrupted, statistics of the maps.
+"""Quality measures of a run: the signal, slices that look corrupted, statistics of the maps.
 
-Every key that these functions make has a Description and Units in `columns`.
+`describe_columns` has a Description and Units for every key of these functions.
 """
 
 from __future__ import annotations
@@ -23,26 +23,31 @@ if TYPE_CHECKING:
     from bidsapp.kinds import Derived, Method
 
 OUTLIER = 3.5
-"""Robust z beyond which a run is an outlier (Iglewicz & Hoaglin 1993)."""
+"""Absolute robust z above which a run is an outlier (Iglewicz & Hoaglin 1993)."""
 
 MIN_RUNS = 5
-"""Fewest runs of a batch that are compared among themselves; else all runs are."""
+"""Minimum number of runs of a site for them to be compared among themselves; below it, a run is
+compared with the runs of all sites."""
 
 DROPOUT_Z = 6.0
+"""A slice looks corrupted if its robust z is below the negative of this number, and its loss of
+signal is above DROPOUT_LOSS."""
+
 DROPOUT_LOSS = 0.1
-"""A slice looks corrupted at a robust z beyond -6 and 10 % or more of its signal gone."""
+"""Share of the signal that a slice must have lost to look corrupted."""
 
 MIN_VOLUMES = 6
-"""Fewest volumes of a shell in which one can stand out."""
+"""Minimum number of volumes of a shell for its slices to be assessed."""
 
 STATISTICS = {"mean": "Mean", "sd": "Standard deviation", "median": "Median"}
+"""Statistics of a map, by the end of their column's name."""
 
 FIXED: dict[str, tuple[str, str]] = {
     "n_voxels": ("Voxels in the brain mask", "voxels"),
     "mask_volume": ("Volume of the brain mask", "mL"),
-    "n_volumes": ("Volumes, b = 0 included", "volumes"),
+    "n_volumes": ("Number of volumes, including b = 0", "volumes"),
     "n_b0": ("Volumes with b < 50 s/mm²", "volumes"),
-    "n_shells": ("Shells: volumes that share b and b-tensor shape", "shells"),
+    "n_shells": ("Number of shells, each with one b and one b-tensor shape", "shells"),
     "n_invalid": ("NaN or infinite values inside the mask, set to 0", "values"),
     "n_negative": ("Values below 0 inside the mask", "values"),
     "noise_sd": ("Standard deviation of the noise: residual of a spherical harmonics fit per "
@@ -54,71 +59,77 @@ FIXED: dict[str, tuple[str, str]] = {
                          f"{DROPOUT_Z:g} robust standard deviations or more, below what the other "
                          "volumes of the shell predict", "slices"),
     "n_dropout_volumes": ("Volumes with such a slice", "volumes"),
-    "fibre_coherence": ("How much more principal directions agree with the neighbour that lies "
-                        "along them than with neighbours at large: mean |cos| over voxels of FA > "
-                        "0.3 (after Schilling et al. 2019)", "1"),
-    "fibre_coherence_best": ("The same with the best of the 24 b-vector tables whose axes are "
-                             "flipped or swapped", "1"),
+    "fibre_coherence": ("Fibre coherence: agreement of principal directions with the neighbour "
+                        "along them, minus that with all neighbours; mean |cos| over voxels of FA "
+                        "> 0.3 (after Schilling et al. 2019)", "1"),
+    "fibre_coherence_best": ("Fibre coherence with the best of the 24 b-vector tables with flipped "
+                             "or swapped axes", "1"),
     "harmonization_angle": ("Median angle between the principal directions before and after "
                             "harmonization, in single-fibre voxels", "degrees"),
-    "harmonization_voxels": ("Single-fibre voxels: FA > 0.7 in the corpus callosum, or deep in the "
-                             "brain", "voxels"),
+    "harmonization_voxels": ("Number of single-fibre voxels: FA > 0.7 in the corpus callosum, or "
+                             "deep in the brain", "voxels"),
 }
-_AGAINST = "the scan in the reference batch, brought together, over voxels of the tissue"
+"""Description and Units of the columns of desc-image_qc.tsv that no method determines."""
+
+_AGAINST = "the registered scan at the reference site, over voxels of the tissue"
 _MAP = "S/S0 and FA: 1; MD: mm²/s"
 GROUP: dict[str, tuple[str, str]] = {
     f"{key}_{when}": (f"{what}; {how}, as spherical harmonics", units)
     for key, what, units in (
-        ("nmse", f"Square error against {_AGAINST}, over that scan's squares: Σ (y − ŷ)² / Σ y²",
-         "1"),
+        ("nmse", f"Normalised mean square error against {_AGAINST}: Σ (y − ŷ)² / Σ y²", "1"),
         ("bias", f"Mean difference from {_AGAINST}", _MAP),
         ("mean", "Mean over voxels of the tissue", _MAP),
         ("contrast", "Local contrast: Σ (x_i − x_j)(r_i − r_j) / Σ (r_i − r_j)² over neighbouring "
-                     "voxels of the tissue, r the map of the scan in the reference batch", "1"))
+                     "voxels of the tissue, r the map of the scan at the reference site", "1"))
     for when, how in (("before", "as measured"), ("after", "harmonized"))} | {
     "value": ("The statistic", "as the column, or 1"),
-    "before": ("The effect in measured maps", "as the measure, per year where of age"),
-    "after": ("The effect in harmonized maps of the same people", "as before"),
-    "reference": ("The effect in the same people's scans in the reference batch", "as before"),
+    "before": ("The effect in measured maps", "as the measure, per year for age"),
+    "after": ("The effect in harmonized maps of the same participants", "as before"),
+    "reference": ("The effect in the same participants' scans at the reference site", "as before"),
     "ratio": ("after / before", "1"),
     "low": ("Lower end of the 95 % confidence interval", "as the number"),
     "high": ("Upper end of the 95 % confidence interval", "as the number")}
-"""Columns of group tables that are no measures of a run."""
+"""Description and Units of the columns of group tables that are not measures of a run."""
 
 IDENTIFIERS = {
     "participant": "Participant label, without sub-", "session": "Session label, without ses-",
-    "run": "Name of the run", "batch": "Site or scanner that the run is counted to",
+    "run": "Name of the run", "batch": "Site or scanner of the run",
     "shell": "Shell of the signal, by its b in s/mm²",
     "tissue": "wm: white matter, gm: grey matter",
-    "measure": "What the error is of: signal, S/S0; fa and md, of the shell's tensor",
+    "measure": "Measure that the error refers to: signal, S/S0; fa and md, of the shell's tensor",
     "dti_shells": "Shells that the diffusion tensor was fitted to, by their b in s/mm²",
-    "fold": "Number of the training, of which this participant was no part",
-    "data": "What of: measured, harmonized, or the table of that name",
-    "statistic": "icc_consistency: ICC(3,1) of people scanned in every batch, which a shift of a "
-                 "batch does not lower; icc_agreement: ICC(2,1) of them, which it does; cov: SD "
-                 "between batches over the mean, mean over those people; paired_difference and "
-                 "unpaired_difference: the batch's mean less the reference's (or, without a "
-                 "reference, the mean of all), of the same or of different people; auc: area under "
-                 "the ROC curve with which the means of all maps tell the batch, leaving one "
-                 "person out in turn",
+    "fold": "Number of the fold: the training that held this participant out",
+    "data": "Maps that were compared: measured, harmonized, or the table of that name",
+    "statistic": "icc_consistency: ICC(3,1) of participants scanned at every site, which a shift "
+                 "of a site does not lower; icc_agreement: ICC(2,1) of the same, which it lowers; "
+                 "cov: coefficient of variation between sites, mean over the same participants; "
+                 "paired_difference and unpaired_difference: the site's mean minus the reference's "
+                 "(without a reference, minus the mean of all sites), of the same or of different "
+                 "participants; auc: area under the ROC curve of a classifier that separates the "
+                 "site by the means of all maps, leaving one participant out in turn",
     "of": "Column of desc-image_qc.tsv, or all features",
-    "people": "Number of people it rests on",
+    "people": "Number of participants that the value is based on",
     "effect": "age: slope of the mean over age; sex: difference of the means between the sexes, "
-              "the second in alphabetical order less the first; contrast: mean local contrast",
+              "the second in alphabetical order minus the first; contrast: mean local contrast",
     "verdict": "not lost: the interval of the ratio lies above 0.9; lost: the ratio lies below "
                "0.9 and its interval below 1; exaggerated: the ratio lies above 1.1 and its "
-               "interval above 1; as at the reference: either of the two, but the effect in the "
-               "reference batch is no more than 10 % beyond; cannot be told: anything else",
+               "interval above 1; as at the reference: lost or exaggerated, but no more than "
+               "10 % beyond the effect at the reference site; cannot be told: none of these",
 }
+"""Descriptions of the columns that identify a row, and of those with words."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """Slice-wise signal against what the other volumes of the shell predict.
+    """Signal of each slice relative to the prediction from the other volumes of the shell.
 
-    change: (slice, volume) observed / expected - 1; NaN where it was not assessed.
-    z: (slice, volume) robust z of log(observed / expected); NaN likewise.
-    Slices are those of the third image axis.
+    Parameters
+    ----------
+    change : (slice, volume)
+        observed / expected − 1, NaN if the slice was not assessed. Slices are those of the third
+        image axis.
+    z : (slice, volume)
+        Robust z of log(observed / expected), NaN if the slice was not assessed.
     """
 
     change: np.ndarray
@@ -126,15 +137,16 @@ class Slices:
 
     @property
     def suspects(self) -> list[tuple[int, int]]:
-        """(slice, volume) that look corrupted, the worst first."""
+        """(slice, volume) of the slices that look corrupted, the worst first."""
         with np.errstate(invalid="ignore"):
-            bad = (self.z < -DROPOUT_Z) & (self.change < -DROPOUT_LOSS)
-        return sorted(((int(k), int(i)) for k, i in np.argwhere(bad)),
+            corrupted = (self.z < -DROPOUT_Z) & (self.change < -DROPOUT_LOSS)
+        return sorted(((int(k), int(i)) for k, i in np.argwhere(corrupted)),
                       key=lambda ki: self.change[ki])
 
 
 def shell_name(shell: Shell) -> str:
-    """`b1000`; `b1000_planar`, `b1000_spherical` or `b1000_bdelta0p5` for other encodings."""
+    """Name a shell: `b1000`, or `b1000_planar`, `b1000_spherical` or `b1000_bdelta0p5` if its
+    encoding is not linear."""
     shapes = {1.0: "", 0.0: "_spherical", -0.5: "_planar"}
     rounded = round(shell.b_delta / 0.05) * 0.05
     shape = next((s for d, s in shapes.items() if abs(rounded - d) < 0.01), None)
@@ -143,8 +155,14 @@ def shell_name(shell: Shell) -> str:
     return f"b{shell.b:.0f}{shape}"
 
 
-def quality(dwi: Dwi) -> dict[str, Any]:
-    """Flat QC numbers of one run; None where one cannot be computed."""
+def measure_quality(dwi: Dwi) -> dict[str, Any]:
+    """Compute the quality measures of the signal of a run.
+
+    Returns
+    -------
+    dict
+        Values by column of desc-image_qc.tsv; None if a value cannot be computed.
+    """
     acquisition, signal = dwi.acquisition, dwi.signal
     slices = slice_signal(dwi).suspects
     noise = dwi.noise_sd
@@ -167,7 +185,12 @@ def quality(dwi: Dwi) -> dict[str, Any]:
 
 
 def mean_volume(dwi: Dwi, indices: np.ndarray) -> np.ndarray:
-    """(voxel,) mean signal over some volumes, one at a time so that none is copied."""
+    """Average the signal over some volumes, one at a time to save memory.
+
+    Returns
+    -------
+    (voxel,) ndarray
+    """
     total = np.zeros(len(dwi.signal))
     for i in indices:
         total += dwi.signal[:, i]
@@ -175,10 +198,17 @@ def mean_volume(dwi: Dwi, indices: np.ndarray) -> np.ndarray:
 
 
 def neighbouring_correlation(dwi: Dwi) -> float | None:
-    """Mean over weighted volumes of Pearson's r, over the mask, with the nearest weighted volume.
+    """Compute the neighbouring DWI correlation (Yeh et al. 2019,
+    doi:10.1016/j.neuroimage.2019.116131).
 
-    Nearest in the Frobenius distance of b-tensors, which makes n and -n one direction (Yeh et al.
-    2019, doi:10.1016/j.neuroimage.2019.116131). None with fewer than two weighted volumes.
+    It is the mean over weighted volumes of the correlation, over the mask, with the nearest
+    weighted volume. The distance is the Frobenius distance of b-tensors, so that n and −n are the
+    same direction.
+
+    Returns
+    -------
+    float or None
+        None with fewer than two weighted volumes, or if a correlation is undefined.
     """
     weighted = np.flatnonzero(~dwi.acquisition.b0)
     if len(weighted) < 2:
@@ -187,39 +217,39 @@ def neighbouring_correlation(dwi: Dwi) -> float | None:
     distance = ((tensors[:, None] - tensors[None]) ** 2).sum(axis=2)
     np.fill_diagonal(distance, np.inf)
     pairs = zip(weighted, weighted[distance.argmin(axis=1)], strict=True)
-    found = {frozenset((int(i), int(j))): 0.0 for i, j in pairs}
-    for i, j in map(sorted, found):
-        found[frozenset((i, j))] = _pearson(dwi.signal[:, i], dwi.signal[:, j])
-    each = [found[frozenset((int(i), int(weighted[distance[k].argmin()])))]
-            for k, i in enumerate(weighted)]
-    return float(np.mean(each)) if np.isfinite(each).all() else None
+    correlations = {frozenset((int(i), int(j))): 0.0 for i, j in pairs}
+    for i, j in map(sorted, correlations):
+        correlations[frozenset((i, j))] = _pearson(dwi.signal[:, i], dwi.signal[:, j])
+    by_volume = [correlations[frozenset((int(i), int(weighted[distance[k].argmin()])))]
+                 for k, i in enumerate(weighted)]
+    return float(np.mean(by_volume)) if np.isfinite(by_volume).all() else None
 
 
 def slice_signal(dwi: Dwi) -> Slices:
-    """Compare every slice of every volume with what its shell predicts.
+    """Compare every slice of every volume with the prediction from its shell.
 
-    m is the mean signal of a slice inside the mask. Per slice and shell, log m is modelled over
-    the volumes by spherical harmonics in the direction (degree 2 from 18 volumes up, else a
-    constant), fitted robustly; from the residual the median over the slices of the volume is
-    taken, where there are 5 slices or more, so that a change of the whole volume does not count.
-    z = residual / max(SD of that slice, SD of all slices), both SDs as 1.4826 MAD.
-    Slices with fewer voxels than 20, or a tenth of the largest slice, and shells of fewer than
+    With m the mean signal of a slice inside the mask, log m is modelled, for each slice and shell,
+    by spherical harmonics of the direction (degree 2 for 18 or more volumes, otherwise a constant),
+    which are fitted robustly over the volumes. With 5 or more slices, the median over the slices of
+    a volume is subtracted from the residuals, so that a change of the whole volume does not count.
+    Then z = residual / max(SD of that slice, SD of all slices), with both SDs as 1.4826 MAD. Slices
+    with fewer than 20 voxels, or less than a tenth of the largest slice, and shells with fewer than
     MIN_VOLUMES volumes are not assessed.
     """
     acquisition = dwi.acquisition
-    where = np.nonzero(dwi.mask)[2]
+    slices = np.nonzero(dwi.mask)[2]
     depth = dwi.mask.shape[2]
-    size = np.bincount(where, minlength=depth)
+    size = np.bincount(slices, minlength=depth)
     use = np.flatnonzero(size >= max(20, 0.1 * size.max()))
     change, z = np.full((2, depth, len(acquisition)), np.nan)
     groups = [s.indices for s in acquisition.shells] + [np.flatnonzero(acquisition.b0)]
     for indices in (g for g in groups if len(g) >= MIN_VOLUMES and len(use)):
-        mean = np.stack([np.bincount(where, dwi.signal[:, i], depth)[use] / size[use]
+        mean = np.stack([np.bincount(slices, dwi.signal[:, i], depth)[use] / size[use]
                          for i in indices], axis=1)
-        usual = np.median(mean, axis=1, keepdims=True)
-        if (usual <= 0).any():
+        median = np.median(mean, axis=1, keepdims=True)
+        if (median <= 0).any():
             continue
-        log = np.log(np.maximum(mean / usual, 1e-3))
+        log = np.log(np.maximum(mean / median, 1e-3))
         directed = not acquisition.b0[indices[0]]
         degree = sh.degree_for(len(indices) / 3, l_max=2) if directed else 0
         basis = (sh.independent(sh.basis(degree, acquisition.bvecs[indices])) if degree
@@ -227,17 +257,22 @@ def slice_signal(dwi: Dwi) -> Slices:
         residual = log - _robust_fit(basis, log)
         if len(use) >= 5:
             residual = residual - np.median(residual, axis=0)
-        own = 1.4826 * np.median(np.abs(residual), axis=1, keepdims=True)
-        every = 1.4826 * np.median(np.abs(residual))
-        z[np.ix_(use, indices)] = residual / np.maximum(np.maximum(own, every), 1e-6)
+        slice_sd = 1.4826 * np.median(np.abs(residual), axis=1, keepdims=True)
+        overall_sd = 1.4826 * np.median(np.abs(residual))
+        z[np.ix_(use, indices)] = residual / np.maximum(np.maximum(slice_sd, overall_sd), 1e-6)
         change[np.ix_(use, indices)] = np.expm1(residual)
     return Slices(change, z)
 
 
-def statistics(method: Method, derived: Derived) -> dict[str, float | None]:
-    """Mean, SD and median over the voxels with an estimate of each scalar map: `dti_fa_mean`, …
-    (labels have none)."""
-    found: dict[str, float | None] = {}
+def summarize_maps(method: Method, derived: Derived) -> dict[str, float | None]:
+    """Compute mean, SD and median of each scalar map over the voxels with an estimate.
+
+    Returns
+    -------
+    dict
+        Values by column (`dti_fa_mean`, …); None without voxels. Maps of labels are left out.
+    """
+    columns: dict[str, float | None] = {}
     maps = method.outputs["maps"]
     for key, values in derived.maps.items():
         if values.ndim != 1 or maps[key]["Units"] == "label":
@@ -245,44 +280,72 @@ def statistics(method: Method, derived: Derived) -> dict[str, float | None]:
         finite = values[np.isfinite(values) & (True if derived.valid is None else derived.valid)]
         finite = finite.astype(np.float64)
         numbers = (finite.mean(), finite.std(), np.median(finite)) if len(finite) else (None,) * 3
-        found |= {f"{method.short}_{key}_{statistic}": None if n is None else float(n)
-                  for statistic, n in zip(STATISTICS, numbers, strict=True)}
-    return found
+        columns |= {f"{method.short}_{key}_{statistic}": None if n is None else float(n)
+                    for statistic, n in zip(STATISTICS, numbers, strict=True)}
+    return columns
 
 
-def columns(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Description and Units of each column of a QC table, for its JSON sidecar."""
+def describe_columns(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Describe the columns of a table for its JSON sidecar.
+
+    Parameters
+    ----------
+    keys : iterable of str
+        Names of the columns.
+
+    Returns
+    -------
+    dict
+        Description and Units of each column.
+    """
     return {str(key): _describe(str(key)) for key in keys}
 
 
-def harmonized(table: pd.DataFrame, features: Iterable[str]) -> dict[str, str]:
-    """Columns of a table that hold a feature after harmonization, and the feature of each."""
+def harmonized_columns(table: pd.DataFrame, features: Iterable[str]) -> dict[str, str]:
+    """Find the columns of a table that hold features after harmonization.
+
+    Returns
+    -------
+    dict of str to str
+        The feature, by the name of its harmonized column.
+    """
     return {f"harmonized_{f}": f for f in features if f"harmonized_{f}" in table.columns}
 
 
 def map_features(keys: Iterable[str]) -> list[str]:
-    """The columns that ComBat works on: means of maps, those of uncertainty maps left out."""
-    known = _map_columns()
-    return [k for k in keys if k in known and k.endswith("_mean") and not k.endswith("_std_mean")]
+    """Select the columns that ComBat works on: means of maps, without uncertainty maps."""
+    of_maps = _map_columns()
+    return [k for k in keys
+            if k in of_maps and k.endswith("_mean") and not k.endswith("_std_mean")]
 
 
-def outliers(table: pd.DataFrame) -> pd.DataFrame:
-    """Measures of runs that stand out: columns run, batch, measure, value, median, z, why.
+def find_outliers(table: pd.DataFrame) -> pd.DataFrame:
+    """Find outliers among the runs.
 
-    z = (x - median) / (1.4826 MAD), or / (1.2533 mean absolute deviation) where the MAD is 0
-    (Iglewicz & Hoaglin 1993), among the runs of the batch where it has MIN_RUNS values, else among
-    all runs where those are enough. |z| > 3.5 stands out; the furthest come first.
+    z = (x − median) / (1.4826 MAD), or / (1.2533 mean absolute deviation) if the MAD is 0
+    (Iglewicz & Hoaglin 1993), among the runs of the site if it has MIN_RUNS values, otherwise among
+    all runs if these have. |z| > OUTLIER is an outlier.
+
+    Parameters
+    ----------
+    table
+        A row for each run: run, batch, and quality measures.
+
+    Returns
+    -------
+    DataFrame
+        Columns run, batch, measure, value, median, z, why; the largest |z| first.
     """
     import pandas as pd
 
-    found = []
-    known = _map_columns()
-    for measure in (c for c in table.columns if _is_signal(c) or c in known):
+    rows = []
+    of_maps = _map_columns()
+    for measure in (c for c in table.columns if _is_signal(c) or c in of_maps):
         values = pd.to_numeric(table[measure], errors="coerce")
-        for batch, members in values.groupby(table["batch"]):
-            members = members.dropna()
-            enough = len(members) >= MIN_RUNS
-            peers = members if enough else values.dropna()
+        for batch, of_site in values.groupby(table["batch"]):
+            of_site = of_site.dropna()
+            enough = len(of_site) >= MIN_RUNS
+            peers = of_site if enough else values.dropna()
             if len(peers) < MIN_RUNS:
                 continue
             median = peers.median()
@@ -290,17 +353,17 @@ def outliers(table: pd.DataFrame) -> pd.DataFrame:
             scale = 1.4826 * distance.median() or 1.2533 * distance.mean()
             if not scale > 1e-9 * abs(median):
                 continue
-            z = (members - median) / scale
+            z = (of_site - median) / scale
             for row in z.index[z.abs() > OUTLIER]:
-                side = "above" if z[row] > 0 else "below"
-                whom = f"{len(peers)} runs of {batch}" if enough else f"all {len(peers)} runs"
-                found.append({
+                direction = "above" if z[row] > 0 else "below"
+                group = f"{len(peers)} runs of {batch}" if enough else f"all {len(peers)} runs"
+                rows.append({
                     "run": table.loc[row, "run"], "batch": batch, "measure": measure,
-                    "value": float(members[row]), "median": float(median), "z": float(z[row]),
-                    "why": f"{members[row]:.4g} lies {abs(z[row]):.1f} robust standard deviations "
-                           f"{side} the median {median:.4g} of {whom}"})
+                    "value": float(of_site[row]), "median": float(median), "z": float(z[row]),
+                    "why": f"{of_site[row]:.4g} lies {abs(z[row]):.1f} robust standard deviations "
+                           f"{direction} the median {median:.4g} of {group}"})
     names = ["run", "batch", "measure", "value", "median", "z", "why"]
-    return pd.DataFrame(found, columns=names).sort_values(
+    return pd.DataFrame(rows, columns=names).sort_values(
         "z", key=abs, ascending=False, kind="stable", ignore_index=True)
 
 
@@ -312,21 +375,21 @@ def _describe(key: str) -> dict[str, str]:
     if entry := _map_columns().get(key):
         return entry
     if shell := re.fullmatch(r"b(\d+)(?:_(planar|spherical|bdelta\w+))?_(signal|snr)", key):
-        b, shape, what = shell.groups()
-        of = f"the mean signal of the shell b = {b} s/mm²" + (f" ({shape})" if shape else "")
-        return ({"Description": f"Median over the mask of {of}", "Units": "as the input signal"}
-                if what == "signal" else
-                {"Description": f"Median over the mask of {of} divided by noise_sd", "Units": "1"})
+        b, shape, measure = shell.groups()
+        level = ("Median over the mask of the mean signal of the shell b = "
+                 f"{b} s/mm²" + (f" ({shape})" if shape else ""))
+        return ({"Description": level, "Units": "as the input signal"} if measure == "signal" else
+                {"Description": f"{level} divided by noise_sd", "Units": "1"})
     signal, _, rest = key.partition("_")
     if signal in ("harmonized", "upsampled"):
         entry = _describe(rest)
         return {**entry, "Description": f"{entry['Description']}; of the {signal} signal"}
     for short in _short_names():
         if key.startswith(f"{short}_"):
-            what = key.removeprefix(f"{short}_").removeprefix("n_").replace("_", " ")
-            return {"Description": f"{short}: voxels handled in a special way: {what}",
+            event = key.removeprefix(f"{short}_").removeprefix("n_").replace("_", " ")
+            return {"Description": f"{short}: number of voxels with special treatment: {event}",
                     "Units": "voxels"}
-    return {"Description": f"{key}, as participants.tsv, sessions.tsv or the method gives it",
+    return {"Description": f"{key}, from participants.tsv, sessions.tsv or the method",
             "Units": "n/a"}
 
 
@@ -337,13 +400,13 @@ def _short_names() -> tuple[str, ...]:
 
 @cache
 def _map_columns() -> Mapping[str, dict[str, str]]:
-    """Description and Units of every statistic of every scalar map that a method can make."""
-    found: dict[str, dict[str, str]] = {}
+    """Describe every statistic of every scalar map of the estimators."""
+    columns: dict[str, dict[str, str]] = {}
     for name in methods.names("estimate_"):
         method = methods.get(name)
         for key, entry in method.outputs["maps"].items():
-            found |= dict(_map_statistics(method.short, key, entry))
-    return found
+            columns |= dict(_map_statistics(method.short, key, entry))
+    return columns
 
 
 def _map_statistics(method: str, key: str, entry: Mapping[str, Any]
@@ -355,8 +418,8 @@ def _map_statistics(method: str, key: str, entry: Mapping[str, Any]
 
 
 def _is_signal(key: str) -> bool:
-    own = key in FIXED and not key.startswith("harmonization_")
-    return own or bool(re.fullmatch(r"b\d+\w*_(signal|snr)", key))
+    fixed = key in FIXED and not key.startswith("harmonization_")
+    return fixed or bool(re.fullmatch(r"b\d+\w*_(signal|snr)", key))
 
 
 def _ratio(value: float, noise: float | None) -> float | None:
@@ -370,9 +433,9 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _robust_fit(basis: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Fitted values of (row, n) on an (n, p) basis: least squares with Tukey's weights, 10 steps.
+    """Fit values, (row, n), on a basis, (n, p), by 10 steps of least squares with Tukey's weights.
 
-    It starts from the median of each row, so that one gross outlier does not pull the fit.
+    The fit starts from the median of each row, so that a gross outlier does not bias it.
     """
     fitted = np.broadcast_to(np.median(values, axis=1, keepdims=True), values.shape)
     if basis.shape[1] == 1:

@@ -1,5 +1,8 @@
-"""What the methods that map a batch to a reference batch share: which cohorts allow a training, and
-how scans are read and brought together for one."""
+"""Base class of the methods that map the signal of a site to that of a reference site.
+
+It checks whether a cohort allows a training, reads and registers the scans that a method learns
+from, writes harmonized series, and measures what harmonization does to noise.
+"""
 
 from __future__ import annotations
 
@@ -21,97 +24,135 @@ from bidsapp.anatomy import tissue
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.harmonization import pairs
-from bidsapp.harmonization.scope import COVARIATES, nearest
+from bidsapp.harmonization.scope import COVARIATES, suggest_name
 from bidsapp.kinds import Cohort, Fitted, Harmonized, Method, SiteHarmonizer, TrainingSettings
 
 log = logging.getLogger("qsphere")
 
 MIN_PARTICIPANTS = 2
-"""Of every batch: with one, a site is a person."""
+"""Minimum number of participants per site: with one, site and participant are confounded."""
 
-INVALID = 0.01
-"""Share of NaN or infinite values in a scan to learn from, at most."""
+MAX_INVALID = 0.01
+"""Maximum share of NaN or infinite values in a scan that a method learns from."""
 
 CONFOUNDED = 0.9
-"""Share of a covariate's variance that batches may explain before ComBat, which keeps it, would
-remove it with the batch."""
+"""Maximum share of a covariate's variance that sites may explain for ComBat, which keeps the
+covariate. Above it, the covariate would be removed with the site."""
 
-UNLIKE, UNMATCHED = 0.1, 0.5
-"""The same share where nothing keeps the covariate: above the first, which for two groups of one
-size is a difference of 2/3 SD, the groups are said to differ; above the second they are refused."""
+WARN_DIFFERENCE, MAX_DIFFERENCE = 0.1, 0.5
+"""The same share for methods that keep no covariate: they warn above the first and refuse above the
+second. 0.1 is a difference of 2/3 SD between two groups of equal size."""
 
 
 class Harmonizer(SiteHarmonizer):
     """A method that `group --train … --reference-batch` trains and `--harmonize` applies.
 
-    min_participants: participants whom every batch must have.
+    Attributes
+    ----------
+    min_participants : int
+        Minimum number of participants per site.
     """
 
     min_participants: ClassVar[int] = MIN_PARTICIPANTS
 
     def check(self, acquisition: Acquisition) -> None:
-        """Raises Refusal where there is no b0 to divide by, or nothing weighted."""
+        """Refuse an acquisition without a b0 or without a shell.
+
+        Raises
+        ------
+        Refusal
+            There is no b0 to divide by, or no diffusion-weighted volume.
+        """
         if not acquisition.b0.any() or not acquisition.shells:
-            raise Refusal(f"{self.name} found {int(acquisition.b0.sum())} volumes without "
-                          f"weighting and {describe_shells(acquisition.shells)}. Needed are a b0 "
-                          "and a shell. Leave the run out, or acquire them.")
+            raise Refusal(f"{self.name} found {int(acquisition.b0.sum())} b0 volumes and "
+                          f"{describe_shells(acquisition.shells)}. Needed are a b0 and a shell. "
+                          "Leave the run out, or acquire them.")
 
     def preflight(self, cohort: Cohort) -> list[str]:
-        """Sentences on what makes a training doubtful.
+        """Check from its tables whether a cohort allows a training, before any scan is read.
 
-        Raises:
-            UsageError: the cohort does not allow one (`runs_by_site`), as far as its tables tell.
+        Returns
+        -------
+        list of str
+            Sentences on what makes the training doubtful.
+
+        Raises
+        ------
+        UsageError
+            The cohort does not allow a training (`runs_by_site`).
         """
         runs_by_site(self, cohort)
         return []
 
     @abstractmethod
     def _fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
-        """Models of a cohort that is ready.
-
-        Raises:
-            UsageError: a scan cannot be used.
-        """
+        """Train on a cohort that passed `preflight`; raise UsageError if a scan cannot be used."""
 
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
-        """`_fit`, where the cohort is ready; what there is to say is logged and goes into notices.
+        """Check the cohort and train; warnings are logged and returned as notices.
 
-        Raises:
-            UsageError: as of `preflight` and `_fit`.
+        Raises
+        ------
+        UsageError
+            The cohort does not allow a training (`preflight`), or a scan cannot be used.
         """
-        doubts = self._tell(self.preflight(cohort))
+        doubts = self._log_warnings(self.preflight(cohort))
         if settings.states:
             settings.states.mkdir(parents=True, exist_ok=True)
         fitted = self._fit(cohort, settings)
-        return replace(fitted, notices=[*doubts, *self._tell(fitted.notices)])
+        return replace(fitted, notices=[*doubts, *self._log_warnings(fitted.notices)])
 
-    def _tell(self, sentences: Sequence[str]) -> Sequence[str]:
+    def _log_warnings(self, sentences: Sequence[str]) -> Sequence[str]:
         for sentence in sentences:
             log.warning("%s: %s", self.name, sentence)
         return sentences
 
     def load(self, cohort: Cohort, run: str) -> Dwi:
-        """A scan to learn from.
+        """Load a scan that the method learns from.
 
-        Raises:
-            UsageError: more than INVALID of its values were not finite, or any still is.
+        Raises
+        ------
+        UsageError
+            More than MAX_INVALID of its values were not finite, or a value still is not.
         """
         assert cohort.load is not None
         dwi = cohort.load(run)
-        bad = dwi.invalid + int((~np.isfinite(dwi.signal)).sum())
-        if bad > INVALID * dwi.signal.size or not np.isfinite(dwi.signal).all():
+        invalid = dwi.invalid + int((~np.isfinite(dwi.signal)).sum())
+        if invalid > MAX_INVALID * dwi.signal.size or not np.isfinite(dwi.signal).all():
             raise UsageError(
-                f"--train {self.name}: {bad} values of {run} are NaN or infinite "
-                f"({bad / dwi.signal.size:.1%}; up to {INVALID:.0%} is accepted, read as 0). "
-                "Convert or preprocess the scan again, or leave it out with --participant-label.")
+                f"--train {self.name}: {invalid} values of {run} are NaN or infinite "
+                f"({invalid / dwi.signal.size:.1%}; up to {MAX_INVALID:.0%} is accepted and read "
+                "as 0). Convert or preprocess the scan again, or leave it out with "
+                "--participant-label.")
         return dwi
 
     def register(self, cohort: Cohort, pair: pairs.Pair, deformable: bool, folder: Path | None,
                  device: str) -> tuple[Dwi, Dwi, pairs.Registration]:
-        """Source, target, and where this lies in that; kept in the folder, if any.
+        """Load the two scans of a pair and register the target to the source.
 
-        Raises:
-            UsageError: a scan cannot be used, they show not the same, or hardly any tissue.
+        Parameters
+        ----------
+        cohort : Cohort
+            Loads the scans.
+        pair : Pair
+            The runs. An unpaired run gets the identity.
+        deformable : bool
+            Whether SyN follows the rigid registration.
+        folder : Path, optional
+            Folder in which registrations are kept.
+        device : str
+            Device of the tensor fits.
+
+        Returns
+        -------
+        source, target : Dwi
+        registration : Registration
+
+        Raises
+        ------
+        UsageError
+            A scan cannot be used, the two do not overlap, or they show too little grey or white
+            matter.
         """
         source, both = self.load(cohort, pair.source), pair.kind == pairs.BOTH
         target = source if pair.target == pair.source else self.load(cohort, pair.target)
@@ -120,31 +161,49 @@ class Harmonizer(SiteHarmonizer):
                                   device=device, work_dir=folder,
                                   rigid=None if both else np.eye(4))
         except DataError as error:
-            raise UsageError(f"--train {self.name}: {pair.source} and {pair.target}: {error} Or "
-                             "leave one out with --participant-label.") from error
+            raise UsageError(f"--train {self.name}: {pair.source} and {pair.target}: {error} "
+                             "Otherwise leave one of them out with --participant-label."
+                             ) from error
         if min((registration.labels == k).sum() for k in tissue.NAMES.values()) < tissue.MIN_VOXELS:
             raise UsageError(
                 f"--train {self.name}: {pair.target} shows {int((registration.labels > 0).sum())} "
-                f"voxels of grey and white matter, fewer than {tissue.MIN_VOXELS} of one of them. "
+                f"voxels of grey and white matter. Needed are {tissue.MIN_VOXELS} of each. "
                 "Check the brain mask, or leave the participant out with --participant-label.")
         return source, target, registration
 
 
 OUTPUTS = CHANGE, SERIES = "change", "series"
-"""What becomes of a harmonized SH series: what it changes is added to the signal, which keeps what
-no series holds; or, as published, it takes the signal's place."""
+"""How a harmonized SH series becomes a signal. `change`: its change is added to the signal, which
+keeps what the series does not represent. `series`: it replaces the signal, as published."""
 
-SMOOTHED = ("an SH series stands in the signal's place, so its noise is correlated over directions "
-            "and what the series does not hold of the signal is missing")
-"""Why no interval can be told from a series."""
+SMOOTHED = ("an SH series replaces the signal, so that its noise is correlated over directions and "
+            "the part of the signal that the series does not represent is missing")
+"""Reason why no interval is given after a series replaced the signal."""
 
 
 def write_series(signal: np.ndarray, rows: np.ndarray, indices: np.ndarray, s0: np.ndarray,
                  coefficients: np.ndarray, basis: np.ndarray, output: str) -> int:
-    """Write S0 times a series of S/S0, or add S0 times its change, never below 0.
+    """Write S0 times a series of S/S0 into a signal, or add S0 times its change, never below 0.
 
-    rows, indices: of the signal. coefficients: (row, coefficient) of the series, or of its change.
-    basis: (index, coefficient). Returns how many values were raised to 0.
+    Parameters
+    ----------
+    signal : (voxel, measurement) float32
+        Modified in place.
+    rows, indices : (row,) and (index,) int
+        Voxels and measurements of the signal to write.
+    s0 : (row,)
+        Mean b0.
+    coefficients : (row, coefficient)
+        SH coefficients of the series, or of its change.
+    basis : (index, coefficient)
+        SH basis along the directions of the measurements.
+    output : str
+        One of OUTPUTS.
+
+    Returns
+    -------
+    int
+        Number of values that were raised to 0.
     """
     clipped = 0
     for i, direction in zip(indices, basis.astype(np.float32), strict=True):
@@ -155,21 +214,35 @@ def write_series(signal: np.ndarray, rows: np.ndarray, indices: np.ndarray, s0: 
 
 
 NOISE_VOXELS = 10_000
-"""The noise after harmonization is measured on a slab of about this many voxels."""
+"""Approximate number of voxels of the slab on which the noise after harmonization is measured."""
 
-HALF = 0.5
-"""SD of the noise added to measure what becomes of noise, as a share of the noise's own: enough to
-be seen beside rounding, too little to change what a nonlinear map does."""
+ADDED_NOISE = 0.5
+"""SD of the noise that is added to measure the noise gain, as a share of the SD of the run's noise.
+It is well above rounding, and too small to change how a nonlinear map acts."""
 
 
-def noise_gain(dwi: Dwi, made: Harmonized, seed: int = 0) -> np.ndarray:
-    """(measurement,) SD of the noise of each, after harmonization, in units of dwi.noise_sd.
+def noise_gain(dwi: Dwi, harmonized: Harmonized, seed: int = 0) -> np.ndarray:
+    """Measure the noise after harmonization.
 
-    The map is applied again to a slab of the run with independent Gaussian noise added to the
-    weighted volumes. By how much the mean of a shell over directions then changes, root mean square
-    over voxels, against how much it changed before harmonization, is the gain of the shell. So it
-    holds for means over directions, whatever the noise has become between them: a series keeps
-    that of its own degrees and takes away the rest.
+    The method is applied again to a slab of the run, with independent Gaussian noise added to the
+    weighted volumes. The gain of a shell is the root mean square over voxels of the change of its
+    mean over directions, relative to the same before harmonization. It holds for means over
+    directions, but not for the correlation of noise between directions: a series keeps the noise
+    of its own degrees and removes the rest.
+
+    Parameters
+    ----------
+    dwi : Dwi
+        The run before harmonization.
+    harmonized : Harmonized
+        Its harmonized signal.
+    seed : int
+        Seed of the added noise.
+
+    Returns
+    -------
+    (measurement,) ndarray
+        SD of the noise of each measurement, in units of `dwi.noise_sd`.
     """
     gain = dwi.noise_gain.copy() if dwi.noise_gain is not None else np.ones(len(dwi.acquisition))
     if not dwi.noise_sd:
@@ -177,8 +250,9 @@ def noise_gain(dwi: Dwi, made: Harmonized, seed: int = 0) -> np.ndarray:
     slab = _slab(dwi)
     weighted = ~dwi.acquisition.b0
     noise = np.random.default_rng(seed).standard_normal(slab.signal.shape) * weighted
-    noise = (HALF * dwi.noise_sd * noise).astype(np.float32)
-    change = made.again(replace(slab, signal=slab.signal + noise)) - made.again(slab)
+    noise = (ADDED_NOISE * dwi.noise_sd * noise).astype(np.float32)
+    change = (harmonized.reapply(replace(slab, signal=slab.signal + noise))
+              - harmonized.reapply(slab))
     for shell in dwi.acquisition.shells:
         before, after = (np.square(v[:, shell.indices].mean(axis=1), dtype=np.float64).mean()
                          for v in (noise, change))
@@ -187,10 +261,22 @@ def noise_gain(dwi: Dwi, made: Harmonized, seed: int = 0) -> np.ndarray:
 
 
 def widening(dwi: Dwi, errors: Sequence[float]) -> float:
-    """By how much intervals of a harmonized Dwi are wider for the method's own errors.
+    """Compute the factor by which the harmonizer's error widens the intervals of a harmonized run.
 
-    √(1 + mean over shells of (error / noise)²), both relative to the median over voxels of the mean
-    over directions. errors: as of `Harmonized`. 1 where the noise is not known.
+    It is √(1 + mean over shells of (error / noise)²), where error and noise are relative to the
+    median over voxels of the mean over directions.
+
+    Parameters
+    ----------
+    dwi : Dwi
+        The harmonized run.
+    errors : sequence of float
+        `Harmonized.errors`.
+
+    Returns
+    -------
+    float
+        1 if the noise is unknown.
     """
     ratios = []
     for shell, error in zip(dwi.acquisition.shells, errors, strict=True):
@@ -201,7 +287,7 @@ def widening(dwi: Dwi, errors: Sequence[float]) -> float:
 
 
 def _slab(dwi: Dwi) -> Dwi:
-    """Whole slices about the middle of the mask, along the last axis."""
+    """Select whole slices about the middle of the mask, along the last axis."""
     count = np.cumsum(dwi.mask.sum(axis=(0, 1)))
     middle, half = count[-1] / 2, NOISE_VOXELS / 2
     low, high = np.searchsorted(count, [middle - half, middle + half])
@@ -212,68 +298,111 @@ def _slab(dwi: Dwi) -> Dwi:
                    tissue=None if dwi.tissue is None else dwi.tissue[rows])
 
 
-def known_reference(reference: str | None, counts: Mapping[str, int]) -> None:
-    """Raises UsageError where the reference is given and no batch. counts: people by batch."""
+def check_reference(reference: str | None, counts: Mapping[str, int]) -> None:
+    """Check that the reference site exists.
+
+    Parameters
+    ----------
+    reference : str or None
+        Value of `--reference-batch`.
+    counts : mapping of str to int
+        Number of participants by site.
+
+    Raises
+    ------
+    UsageError
+        A reference is given, and no site has its name.
+    """
     if reference is not None and reference not in counts:
-        found = ", ".join(f"{b}: {n}" for b, n in counts.items())
-        raise UsageError(f"--reference-batch {reference}: no such batch; found {found}."
-                         + nearest(reference, counts))
+        sites = ", ".join(f"{b}: {n}" for b, n in counts.items())
+        raise UsageError(f"--reference-batch {reference}: no such site; found {sites}."
+                         + suggest_name(reference, counts))
 
 
 def runs_by_site(method: Harmonizer, cohort: Cohort) -> dict[str, pd.DataFrame]:
-    """The runs of each batch (rows of the statistics), the reference first, in order of names.
+    """Group the runs by site, after checking that the method can be trained on them.
 
-    Raises:
-        UsageError: no reference batch is given, or no batch has its name; fewer than two batches,
-            or people in one; runs differ in their shells, or the method refuses one.
+    Returns
+    -------
+    dict of str to DataFrame
+        Rows of the statistics by site: the reference first, then the others in alphabetical order.
+
+    Raises
+    ------
+    UsageError
+        The reference site is missing or unknown, there are too few sites or too few participants
+        at one, the shells of runs differ, or the method refuses a run.
     """
     batches = {str(b): rows for b, rows in cohort.statistics.groupby("batch", sort=True)}
     counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
-    found = ", ".join(f"{b}: {n}" for b, n in counts.items())
+    sites = ", ".join(f"{b}: {n}" for b, n in counts.items())
     reference = cohort.reference_batch
-    known_reference(reference, counts)
+    check_reference(reference, counts)
     if reference is None:
-        raise UsageError(f"--train {method.name} maps the other batches to one; found {found}. "
-                         "Name it with --reference-batch.")
+        raise UsageError(f"--train {method.name} maps the other sites to a reference site; found "
+                         f"{sites}. Name the reference with --reference-batch.")
     if len(counts) < 2:
-        raise UsageError(f"--train {method.name} needs at least two batches; found one ({found}). "
-                         "Process participants of another site into the same OUTPUT_DIR, or tell "
-                         "the sites apart with --batch-file or --batch-column.")
+        raise UsageError(f"--train {method.name} needs at least two sites; found one ({sites}). "
+                         "Process participants of another site into the same OUTPUT_DIR, or "
+                         "assign runs to sites with --batch-file or --batch-column.")
     if small := [b for b, n in counts.items() if n < method.min_participants]:
         raise UsageError(f"--train {method.name} needs at least {method.min_participants} "
-                         f"participants in every batch; found {found}. Add participants to "
-                         f"{', '.join(small)}, or leave it out with --participant-label.")
+                         f"participants at every site; found {sites}. Add participants to "
+                         f"{', '.join(small)}, or leave the site out with --participant-label.")
     ordered = {b: batches[b] for b in (reference, *(b for b in batches if b != reference))}
-    first = cohort.acquisitions[ordered[reference]["run"].iloc[0]]
-    for batch, rows in ordered.items():
+    _check_runs(method, cohort, ordered, reference)
+    return ordered
+
+
+def _check_runs(method: Harmonizer, cohort: Cohort, batches: Mapping[str, pd.DataFrame],
+                reference: str) -> None:
+    """Refuse runs whose shells differ from the first of the reference, or that `check` refuses."""
+    first_run = batches[reference]["run"].iloc[0]
+    first = cohort.acquisitions[first_run]
+    for batch, rows in batches.items():
         for run in rows["run"]:
             shells = cohort.acquisitions[run].shells
             if len(shells) != len(first.shells) or not all(
                     map(same_shell, shells, first.shells)):
                 raise UsageError(
                     f"--train {method.name}: shells differ. {run} of {batch} has "
-                    f"{describe_shells(shells)}; "
-                    f"{ordered[reference]['run'].iloc[0]} of {reference} has "
+                    f"{describe_shells(shells)}; {first_run} of {reference} has "
                     f"{describe_shells(first.shells)}. Needed are the same b-values (within "
                     f"{SAME_B:.0%}) and b-tensor shapes. Leave runs out with --participant-label, "
-                    "or choose them with --bids-filter-file.")
+                    "or select them with --bids-filter-file.")
             try:
                 method.check(cohort.acquisitions[run])
             except Refusal as refusal:
                 raise UsageError(f"--train {method.name}: {run} cannot be used. {refusal}") \
                     from refusal
-    return ordered
 
 
 def group_differences(method: Method, cohort: Cohort, batches: Mapping[str, pd.DataFrame]
                       ) -> list[str]:
-    """Sentences on each batch whose people differ from the reference's, the first, in age or sex:
-    where groups stand for sites, that difference would be removed as the site's.
+    """Describe the sites whose participants differ from those of the reference in age or sex.
 
-    Raises:
-        UsageError: they differ too much.
+    A method that compares groups would remove that difference as a difference of sites.
+
+    Parameters
+    ----------
+    method : Method
+        Named in messages.
+    cohort : Cohort
+        Names the covariates.
+    batches : mapping of str to DataFrame
+        Rows of the statistics by site, the reference first.
+
+    Returns
+    -------
+    list of str
+        A sentence for each site and covariate with a difference above WARN_DIFFERENCE.
+
+    Raises
+    ------
+    UsageError
+        A difference is above MAX_DIFFERENCE.
     """
-    told: list[str] = []
+    sentences: list[str] = []
     reference, *targets = batches
     for batch, name in product(targets, (c for c in COVARIATES if c in cohort.covariates)):
         groups = {b: batches[b].dropna(subset=name).groupby("participant")[name].first()
@@ -282,50 +411,87 @@ def group_differences(method: Method, cohort: Cohort, batches: Mapping[str, pd.D
         if min(map(len, groups.values())) < MIN_PARTICIPANTS or both.nunique() < 2:
             continue
         group = np.repeat(np.eye(2), [len(g) for g in groups.values()], axis=0)
-        share = variance_explained(coded(both), by=group)
-        text = (f"{name} differs between {' and '.join(map(_group, groups, groups.values()))}, so "
-                f"that the batch explains {share:.0%} of it")
-        if share > UNMATCHED:
+        share = variance_explained(encode_covariate(both), by=group)
+        text = (f"{name} differs between "
+                f"{' and '.join(map(_describe_group, groups, groups.values()))}, so that the site "
+                f"explains {share:.0%} of its variance")
+        if share > MAX_DIFFERENCE:
             raise UsageError(
-                f"--train {method.name}: {text}; up to {UNMATCHED:.0%} is accepted, for the effect "
-                f"of {name} would be removed with the site's. Add participants, or leave out with "
-                "--participant-label those who have nobody like them in the other batch.")
-        if share > UNLIKE:
-            told.append(f"{text}. Part of the effect of {name} is removed with the site's; groups "
-                        f"that are alike ({UNLIKE:.0%} or less) are needed to keep it.")
-    return told
+                f"--train {method.name}: {text}. Up to {MAX_DIFFERENCE:.0%} is accepted, because "
+                f"the effect of {name} would be removed with that of the site. Add participants, "
+                "or leave out those without a match at the other site with --participant-label.")
+        if share > WARN_DIFFERENCE:
+            sentences.append(
+                f"{text}. Part of the effect of {name} is removed with that of the site. To keep "
+                f"it, matched groups ({WARN_DIFFERENCE:.0%} or less) are needed.")
+    return sentences
 
 
-def small_sites(batches: Mapping[str, pd.DataFrame], wanted: int) -> str:
-    """Which batches have fewer participants, as the start of a sentence; empty where none has."""
+def small_sites(batches: Mapping[str, pd.DataFrame], minimum: int) -> str:
+    """List the sites with too few participants.
+
+    Parameters
+    ----------
+    batches : mapping of str to DataFrame
+        Rows of the statistics by site.
+    minimum : int
+        Number of participants below which a site is listed.
+
+    Returns
+    -------
+    str
+        The start of a sentence; empty if every site has enough participants.
+    """
     counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
-    return ", ".join(f"{b} has {n} participants" for b, n in counts.items() if n < wanted)
+    return ", ".join(f"{b} has {n} participants" for b, n in counts.items() if n < minimum)
 
 
-def _group(batch: str, values: pd.Series) -> str:
+def _describe_group(batch: str, values: pd.Series) -> str:
     if pd.api.types.is_numeric_dtype(values):
-        return f"{batch} ({values.mean():.3g} ± {values.std():.2g}, {len(values)} people)"
+        return f"{batch} ({values.mean():.3g} ± {values.std():.2g}, {len(values)} participants)"
     return f"{batch} ({', '.join(f'{n} {v}' for v, n in values.value_counts().items())})"
 
 
-def coded(values: pd.Series) -> np.ndarray:
-    """Standardised columns of a covariate: numbers as they are, others as categories, of which the
-    first has no column."""
+def encode_covariate(values: pd.Series) -> np.ndarray:
+    """Encode a covariate as standardised columns for a linear model.
+
+    Numbers give one column. Categories give an indicator column each, except for the first.
+
+    Returns
+    -------
+    (row, column) ndarray
+    """
     columns = (values.to_numpy(float)[:, None] if pd.api.types.is_numeric_dtype(values)
                else pd.get_dummies(values, dtype=float).to_numpy()[:, 1:])
     return (columns - columns.mean(axis=0)) / np.maximum(columns.std(axis=0), 1e-12)
 
 
 def variance_explained(values: np.ndarray, by: np.ndarray) -> float:
-    """The largest share, among columns, of a variance that a linear model of `by` explains."""
+    """Compute the largest share of a column's variance that a linear model explains.
+
+    Parameters
+    ----------
+    values : (row, column)
+        Variables to explain.
+    by : (row, regressor)
+        Design of the linear model.
+
+    Returns
+    -------
+    float
+        Maximum over the columns of R².
+    """
     residual = values - by @ np.linalg.lstsq(by, values, rcond=None)[0]
     centred = values - values.mean(axis=0)
     return float((1 - (residual**2).sum(0) / np.maximum((centred**2).sum(0), 1e-300)).max())
 
 
 def model_name(method: Method, *batches: str) -> str:
-    """The folder of a model under group/models: method and batches. What a file's name cannot hold
-    is left out, and a digest of the batch's whole name added."""
+    """Name the folder of a model under group/models by its method and sites.
+
+    A site's name loses all characters but letters and digits. If it loses any, a digest of the
+    whole name is appended.
+    """
     def plain(batch: str) -> str:
         short = re.sub(r"[^A-Za-z0-9]", "", batch)
         return short if short == batch else (

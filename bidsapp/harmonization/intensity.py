@@ -1,11 +1,11 @@
-"""Distributions of S/S0 in a shell of a scan, and the warp from one to another.
+"""Distributions of S/S0 in the shells of a scan, and the warp from one distribution to another.
 
-With F the distribution of a scan, and Q = F⁻¹ the quantiles of a reference,
+With F the distribution of a scan, Q = F⁻¹ its quantiles, and Q_ref the quantiles of a reference,
 
     h(x) = Q_ref(F(x)),    S' = S0 h(S / S0)
 
-(Wrobel et al. 2020, doi:10.1016/j.neuroimage.2020.117242). h is monotone: order within a shell
-stays.
+(Wrobel et al. 2020, doi:10.1016/j.neuroimage.2020.117242). h is monotone, so it keeps the order of
+the values in a shell.
 """
 
 from __future__ import annotations
@@ -17,76 +17,97 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal
 
 GRID = 1000
-"""Probabilities (k + ½) / GRID at which quantiles are taken."""
+"""Number of quantiles, at the probabilities (k + ½) / GRID."""
 
-LEAST_VALID = 0.5
-"""Share of the values of a shell that must be above 0, S0 too, in a scan to learn from."""
+MIN_VALID = 0.5
+"""Minimum share of the values of a shell with S > 0 and S0 > 0, in a scan that a method learns
+from."""
 
 
 def quantiles(dwi: Dwi) -> np.ndarray:
-    """(shell, GRID) of S/S0 in the mask.
+    """Compute the quantiles of S/S0 in the mask, by shell, for a scan to learn from.
 
-    Raises:
-        DataError: hardly any value of a shell is above 0.
+    Returns
+    -------
+    (shell, GRID) ndarray
+
+    Raises
+    ------
+    DataError
+        Less than MIN_VALID of the values of a shell are above 0.
     """
-    s0, found = dwi.mean_b0, []
+    s0, by_shell = dwi.mean_b0, []
     for shell in dwi.acquisition.shells:
         values = _ratios(dwi, s0, shell)
         share = float(np.isfinite(values).mean())
-        if share < LEAST_VALID:
+        if share < MIN_VALID:
             raise DataError(
                 f"has a signal above 0 in only {share:.0%} of the values at b = {shell.b:.0f} "
-                f"s/mm² ({dwi.invalid} values of the run are NaN or infinite); needed are "
-                f"{LEAST_VALID:.0%}. Check image and mask, or leave it out with "
+                f"s/mm² ({dwi.invalid} values of the run are NaN or infinite). Needed are "
+                f"{MIN_VALID:.0%}. Check image and mask, or leave it out with "
                 "--participant-label.")
-        found.append(_quantiles(values))
-    return np.stack(found)
+        by_shell.append(_quantiles(values))
+    return np.stack(by_shell)
 
 
 def quantiles_to_warp(dwi: Dwi) -> np.ndarray:
-    """As `quantiles`, of a scan to apply a warp to.
+    """Compute the quantiles of S/S0 in the mask, by shell, for a scan to be warped.
 
-    Raises:
-        Refusal: no value of a shell is above 0.
+    Returns
+    -------
+    (shell, GRID) ndarray
+
+    Raises
+    ------
+    Refusal
+        A shell has no value above 0.
     """
     s0 = dwi.mean_b0
     return np.stack([_quantiles(_some_ratios(dwi, s0, shell)) for shell in dwi.acquisition.shells])
 
 
-def warped(dwi: Dwi, reference: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, int]:
-    """The signal warped from one distribution to another in every shell, and how many values
-    stayed as they are for not being above 0, or in a voxel whose S0 is not. b0 volumes stay.
+def warp(dwi: Dwi, reference: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, int]:
+    """Warp the signal of every shell from one distribution of S/S0 to another.
 
-    reference, source: (shell, GRID) quantiles, in the order of the scan's shells.
+    Parameters
+    ----------
+    dwi : Dwi
+    reference, source : (shell, GRID)
+        Quantiles of the target and of the present distribution, in the order of the scan's shells.
 
-    Raises:
-        Refusal: no value of a shell is above 0.
+    Returns
+    -------
+    signal : (voxel, measurement) float32
+        b0 volumes are unchanged.
+    unchanged : int
+        Number of weighted values that are unchanged, because S or S0 is not above 0.
+
+    Raises
+    ------
+    Refusal
+        A shell has no value above 0.
     """
-    s0, signal, kept = dwi.mean_b0, dwi.signal.copy("K"), 0
+    s0, signal, unchanged = dwi.mean_b0, dwi.signal.copy("K"), 0
     for k, shell in enumerate(dwi.acquisition.shells):
         values = _some_ratios(dwi, s0, shell)
-        good = np.isfinite(values)
-        for i, x, here in zip(shell.indices, values.T, good.T, strict=True):
-            signal[here, i] = s0[here] * _warp(x[here], source[k], reference[k])
-        kept += int((~good).sum())
-    return signal, kept
+        valid = np.isfinite(values)
+        for i, x, rows in zip(shell.indices, values.T, valid.T, strict=True):
+            signal[rows, i] = s0[rows] * _warp(x[rows], source[k], reference[k])
+        unchanged += int((~valid).sum())
+    return signal, unchanged
 
 
 def _ratios(dwi: Dwi, s0: np.ndarray, shell: Shell) -> np.ndarray:
-    """(voxel, direction) float32 S/S0 of a shell, NaN where S or S0 is not above 0."""
+    """Compute S/S0 of a shell, (voxel, direction) float32; NaN if S or S0 is not above 0."""
     signal = dwi.signal[:, shell.indices]
-    good = (signal > 0) & (s0[:, None] > 0)
+    valid = (signal > 0) & (s0[:, None] > 0)
     signal /= np.where(s0 > 0, s0, 1)[:, None]
-    signal[~good] = np.nan
+    signal[~valid] = np.nan
     return signal
 
 
 def _some_ratios(dwi: Dwi, s0: np.ndarray, shell: Shell) -> np.ndarray:
-    """`_ratios`, of which one at least is there.
-
-    Raises:
-        Refusal: none is.
-    """
+    """Compute `_ratios`; raise Refusal if all of them are NaN."""
     values = _ratios(dwi, s0, shell)
     if not np.isfinite(values).any():
         raise Refusal(f"no signal above 0 was found at b = {shell.b:.0f} s/mm². Check image and "
@@ -95,15 +116,15 @@ def _some_ratios(dwi: Dwi, s0: np.ndarray, shell: Shell) -> np.ndarray:
 
 
 def _quantiles(values: np.ndarray) -> np.ndarray:
-    """(GRID,) of those that are not NaN."""
-    there = values[np.isfinite(values)].astype(np.float64)
-    return np.quantile(there, (np.arange(GRID) + 0.5) / GRID)
+    """Compute the quantiles, (GRID,), of the values that are not NaN."""
+    finite = values[np.isfinite(values)].astype(np.float64)
+    return np.quantile(finite, (np.arange(GRID) + 0.5) / GRID)
 
 
-def _warp(x: np.ndarray, own: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Q_ref(F(x)) by linear interpolation between the quantiles; in proportion beyond them."""
-    at, where = np.unique(own, return_inverse=True)
-    to = np.bincount(where, reference) / np.bincount(where)
-    out = np.interp(x, at, to)
-    out = np.where(x < at[0], x * (to[0] / at[0]), out)
-    return np.where(x > at[-1], x * (to[-1] / at[-1]), out)
+def _warp(x: np.ndarray, source: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Compute Q_ref(F(x)): linear between the quantiles, proportional beyond them."""
+    knots, group = np.unique(source, return_inverse=True)
+    targets = np.bincount(group, reference) / np.bincount(group)
+    warped = np.interp(x, knots, targets)
+    warped = np.where(x < knots[0], x * (targets[0] / knots[0]), warped)
+    return np.where(x > knots[-1], x * (targets[-1] / knots[-1]), warped)

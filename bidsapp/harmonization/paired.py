@@ -1,5 +1,7 @@
-"""What the methods share that learn a voxel of the reference from the patch around it in another
-batch, of people who were scanned in both (Koppers et al. 2018, arXiv:1808.01595)."""
+"""Base class of the methods that predict a reference site's voxel from a patch of another site.
+
+They learn from participants who were scanned at both sites (Koppers et al. 2018, arXiv:1808.01595).
+"""
 
 from __future__ import annotations
 
@@ -43,19 +45,29 @@ from bidsapp.registration.geometry import canonical, fill_nearest
 log = logging.getLogger("qsphere")
 
 SCAN = ("run", "n_voxels", "n_volumes", "noise_sd", "snr_b0", "ndc")
-"""Columns of a cohort's statistics that change where a scan does."""
+"""Columns of a cohort's statistics that change if a scan changes."""
 
 
-UNVALIDATED = ("nobody who was scanned in both batches validated the model, so that its own error "
-               "is not known")
-"""Why no interval can be given."""
+UNVALIDATED = ("no participant scanned at both sites validated the model, so that its own error is "
+               "unknown")
+"""Reason why no interval is given."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How a network learns: the model around it that is optimised, draw(size, generator) →
-    minibatch of any type, loss(model, minibatch), and score(coefficients, minibatch) → (voxel,), by
-    which it is validated on pairs."""
+    """Objective of the training of a network.
+
+    Parameters
+    ----------
+    model : Module
+        The model that is optimised, with the network in it.
+    draw : callable
+        (size, generator) → minibatch.
+    loss : callable
+        (model, minibatch) → loss.
+    score : callable
+        (coefficients, minibatch) → (voxel,) error by which the network is validated on pairs.
+    """
 
     model: nn.Module
     draw: Callable[[int, torch.Generator], Any]
@@ -64,159 +76,177 @@ class Objective:
 
 
 class PairedHarmonizer(shared.Harmonizer):
-    """A network per shell from SH coefficients of S/S0 to those of the reference batch.
+    """A network per shell from SH coefficients of S/S0 to those of the reference site.
 
-    rish_projection: whether what is harmonized keeps the shape of every degree of the input and
-    takes only its size from the network. warps_intensity: whether intensities are first warped from
-    the batch's distribution to the reference's. min_pairs: people who must have been scanned in
-    both batches. learns_from: whom, for the card.
+    `output` of training.toml (`harmonizer.OUTPUTS`) says how the harmonized series becomes a
+    signal. If its change is added, the targets of the training are replaced by their series, too:
+    otherwise the network would learn the smoothing of the series as a difference of scanners.
 
-    What becomes of the harmonized series is `output` of training.toml (`harmonizer.OUTPUTS`). Where
-    its change is added, targets stand as their series in training, too, lest its smoothing be
-    taken for a difference of scanners.
+    Attributes
+    ----------
+    min_pairs : int
+        Minimum number of participants scanned at both sites.
+    learns_from : str
+        Participants that the method learns from, for the card.
+    rish_projection : bool
+        Whether only the size of every degree is taken from the network, and its shape from the
+        input.
+    warps_intensity : bool
+        Whether intensities are first warped from the site's distribution to the reference's.
+    intended_use : str
+        For the card.
     """
 
     min_pairs: ClassVar[int] = 2
-    learns_from: ClassVar[str] = "people in both batches"
+    learns_from: ClassVar[str] = "participants at both sites"
     rish_projection: ClassVar[bool] = False
     warps_intensity: ClassVar[bool] = False
     intended_use: ClassVar[str]
 
     def check(self, acquisition: Acquisition) -> None:
-        """Raises Refusal where there is no b0, or a shell is not linear or has fewer directions
-        than coefficients."""
+        """Refuse an acquisition without a b0, or with an unsuitable shell.
+
+        Raises
+        ------
+        Refusal
+            There is no b0, or a shell has no linear encoding or fewer directions than coefficients.
+        """
         super().check(acquisition)
-        least = sh.size(self.settings("training")["l_max"])
-        if bad := [s for s in acquisition.shells if len(s) < least or s.b_delta < 0.95]:
-            raise Refusal(f"{self.name} found {describe_shells(bad)}. Needed are {least} or "
-                          "more directions on every shell, linear encoding. Leave the shell out "
-                          "with --bids-filter-file, or harmonize with harmonize_mica.")
+        minimum = sh.size(self.settings("training")["l_max"])
+        if refused := [s for s in acquisition.shells if len(s) < minimum or s.b_delta < 0.95]:
+            raise Refusal(f"{self.name} found {describe_shells(refused)}. Needed are {minimum} or "
+                          "more directions on every shell, with linear encoding. Leave the shell "
+                          "out with --bids-filter-file, or harmonize with harmonize_mica.")
 
     def preflight(self, cohort: Cohort) -> list[str]:
-        """As of `Harmonizer.preflight`; or a batch has too few participants that the reference has,
-        too."""
+        """Check the cohort, and that enough participants were scanned at each site and at the
+        reference."""
         reference, *targets = shared.runs_by_site(self, cohort)
         for batch in targets:
             people = sorted({p.participant for p in self.scans(cohort, batch, reference)
                              if p.kind == pairs.BOTH})
             if len(people) < self.min_pairs:
-                who = f"sub-{people[0]} alone was" if people else "nobody was"
+                scanned = f"only sub-{people[0]} was" if people else "nobody was"
                 raise UsageError(
-                    f"--train {self.name} learns from people scanned in both batches, and {who} "
-                    f"scanned in {batch} and in {reference}. Needed are two or more: one to learn "
-                    "from, one to validate. Give scans of one person the same participant label, "
-                    "or train a method that needs no pairs (harmonize_mica).")
+                    f"--train {self.name} learns from participants scanned at both sites, but "
+                    f"{scanned} scanned at {batch} and at {reference}. Needed are two or more: one "
+                    "to learn from, one to validate. Give the scans of one person the same "
+                    "participant label, or train a method that needs no pairs (harmonize_mica).")
         return []
 
     def _fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
-        """A checkpoint for every batch but the reference; one of `models` that was trained on the
-        same scans in the same way is kept, so that a new batch costs its own training alone.
+        """Train a checkpoint for every site but the reference.
 
-        Raises:
-            UsageError: a scan cannot be used, or a pair not be aligned.
+        A checkpoint in `models` that was trained on the same scans in the same way is kept, so that
+        a new site costs its own training alone. Raise UsageError if a scan cannot be used or a pair
+        cannot be registered.
         """
         batches = shared.runs_by_site(self, cohort)
         reference, *targets = batches
         checkpoints = {}
         for batch in targets:
-            found = self.scans(cohort, batch, reference)
+            scans = self.scans(cohort, batch, reference)
             name = (f"{shared.model_name(self, batch)}-to-"
                     + shared.model_name(self, reference).removeprefix(f"{self.name}_"))
             rows = {b: batches[b][batches[b]["run"].isin(
-                [r for p in found for r in (p.source, p.target)])] for b in (reference, batch)}
-            checkpoints[name] = self._one(cohort, settings, name, found, {
+                [r for p in scans for r in (p.source, p.target)])] for b in (reference, batch)}
+            checkpoints[name] = self._train_site(cohort, settings, name, scans, {
                 "trained_for": scope.training_domain(cohort, rows, (batch,)),
                 "reference_batch": reference, "hashed": scope.hash_participants(rows),
-                "of": self._of(settings, found, pd.concat(rows.values()))})
+                "of": self._digest(settings, scans, pd.concat(rows.values()))})
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
                  "Metrics": {n: {k: v for k, v in c.card.metrics.items() if k.startswith("mse")}
                              for n, c in checkpoints.items()}}
         return Fitted({}, model, checkpoints, [
-            f"{name}: {rose} (mse_… in model.json). Pages say so wherever it is applied. Train "
-            "longer, or with more people."
-            for name, c in checkpoints.items() if (rose := _rose(c.card.metrics))])
+            f"{name}: {worse} (mse_… in model.json). The report of every run that the model is "
+            "applied to says so. Train longer, or with more participants."
+            for name, c in checkpoints.items() if (worse := _describe_worse(c.card.metrics))])
 
     def scans(self, cohort: Cohort, batch: str, reference: str) -> list[pairs.Pair]:
-        """What is learned from."""
-        return pairs.find(cohort.statistics, reference, cohort.paired_by == "session")[batch]
+        """List the pairs of scans to learn from."""
+        return pairs.pair_runs(cohort.statistics, reference, cohort.paired_by == "session")[batch]
 
-    def _one(self, cohort: Cohort, settings: TrainingSettings, name: str,
-             found: Sequence[pairs.Pair], known: Mapping[str, Any]) -> Checkpoint:
-        """The model of a batch."""
-        if kept := self._kept(name, known["of"]):
-            log.info("%s: was trained on these scans before, and is kept", name)
+    def _train_site(self, cohort: Cohort, settings: TrainingSettings, name: str,
+                    scans: Sequence[pairs.Pair], facts: Mapping[str, Any]) -> Checkpoint:
+        """Train the model of a site."""
+        if kept := self._load_kept(name, facts["of"]):
+            log.info("%s: was already trained on these scans; it is kept", name)
             return kept
-        recipe = self._recipe(found)
+        recipe = self._recipe(scans)
         start = self._start(settings, recipe)
-        people = sorted({p.participant for p in found})
+        people = sorted({p.participant for p in scans})
         began = time.monotonic()
-        shells = known["trained_for"].shells
+        shells = facts["trained_for"].shells
         names = [shell.name for shell in shells]
         with scratch.temporary(settings.states) as folder:
             travellers = PairedScans(
-                self, cohort, settings, list(found), [s.directions[1] for s in shells],
+                self, cohort, settings, list(scans), [s.directions[1] for s in shells],
                 recipe["l_max"], recipe["deformable"], folder, recipe["output"] == shared.CHANGE)
-            trained = self._trained(settings, name, shells, recipe, travellers, people, start)
-            checkpoint = self._checkpoint(settings, recipe, trained, known, found, start, began)
-            metrics = {**self._measured(trained, travellers, names, settings.device),
-                       **self._maps(cohort, settings, checkpoint, travellers, trained.held, names)}
+            trained = self._train_shells(settings, name, shells, recipe, travellers, people, start)
+            checkpoint = self._checkpoint(settings, recipe, trained, facts, scans, start, began)
+            metrics = {**self._signal_metrics(trained, travellers, names, settings.device),
+                       **self._map_metrics(cohort, settings, checkpoint, travellers,
+                                           trained.held_out, names)}
         return replace(checkpoint, card=replace(checkpoint.card, metrics=metrics))
 
     def _checkpoint(self, settings: TrainingSettings, recipe: Mapping[str, Any], trained: Trained,
-                    known: Mapping[str, Any], found: Sequence[pairs.Pair],
+                    facts: Mapping[str, Any], scans: Sequence[pairs.Pair],
                     start: Checkpoint | None, began: float) -> Checkpoint:
-        """Without metrics."""
+        """Create the checkpoint, without metrics."""
         return Checkpoint(trained.tensors, Card(
-            method=self.name, network=dict(recipe["network"]), trained_for=known["trained_for"],
-            training={"participants": known["hashed"], "held_out": len(trained.held),
-                      "pairs": sum(p.kind == pairs.BOTH for p in found), "scans": len(
-                          {r for p in found for r in (p.source, p.target)}), "of": known["of"],
-                      "steps": [[int(h[-1]["step"]) for h in own] for own in trained.histories],
+            method=self.name, network=dict(recipe["network"]), trained_for=facts["trained_for"],
+            training={"participants": facts["hashed"], "held_out": len(trained.held_out),
+                      "pairs": sum(p.kind == pairs.BOTH for p in scans), "scans": len(
+                          {r for p in scans for r in (p.source, p.target)}), "of": facts["of"],
+                      "steps": [[int(h[-1]["step"]) for h in stages]
+                                for stages in trained.histories],
                       "validation": [[min(row.get("validation", math.nan) for row in h)
-                                      for h in own] for own in trained.histories
-                                     ] if trained.held else [],
+                                      for h in stages] for stages in trained.histories
+                                     ] if trained.held_out else [],
                       "seconds": round(time.monotonic() - began), "device": settings.device,
-                      "data": "the brain mask of " + self.learns_from,
+                      "data": "brain mask of " + self.learns_from,
                       "start": start.card.sha256 if start else "identity or chance"},
             intended_use=self.intended_use, seed=settings.seed,
             versions={"qsphere": __version__, "torch": torch.__version__},
             constants={"smoothing": pairs.SMOOTHING, "l_max": recipe["l_max"],
                        "output": recipe["output"]},
-            reference_batch=known["reference_batch"]))
+            reference_batch=facts["reference_batch"]))
 
-    def _recipe(self, found: Sequence[pairs.Pair]) -> dict[str, Any]:
+    def _recipe(self, scans: Sequence[pairs.Pair]) -> dict[str, Any]:
+        """Read the settings of the training, given the pairs to learn from."""
         recipe = self.settings("training")
         if recipe["l_max"] % 2:
-            raise UsageError(f"--set {self.name}.l_max={recipe['l_max']}: an even degree is "
-                             "needed.")
+            raise UsageError(f"--set {self.name}.l_max={recipe['l_max']}: the degree is odd; an "
+                             "even degree is needed.")
         if "training.l_max" in self.changed_settings:
             recipe["network"] = {**recipe["network"], "l_max": recipe["l_max"]}
         return recipe
 
-    def _of(self, settings: TrainingSettings, found: Sequence[pairs.Pair], rows: pd.DataFrame
-            ) -> str:
-        """What tells one training from another: pairs, what is known of their scans, recipe."""
-        scans = rows[[c for c in SCAN if c in rows]].sort_values("run").to_csv(index=False)
-        recipe = self._recipe(found)
+    def _digest(self, settings: TrainingSettings, scans: Sequence[pairs.Pair], rows: pd.DataFrame
+                ) -> str:
+        """Hash everything that determines a training: pairs, statistics of the scans, recipe."""
+        table = rows[[c for c in SCAN if c in rows]].sort_values("run").to_csv(index=False)
+        recipe = self._recipe(scans)
         start = self._start(settings, recipe)
         return hashlib.sha256(repr((
-            found, scans, recipe, settings.seed, settings.max_steps,
+            scans, table, recipe, settings.seed, settings.max_steps,
             start and start.card.sha256, __version__)).encode()).hexdigest()[:16]
 
-    def _kept(self, name: str, of: str) -> Checkpoint | None:
+    def _load_kept(self, name: str, digest: str) -> Checkpoint | None:
+        """Load an earlier checkpoint of the same training; None if there is none."""
         try:
             folder = self.context.models
             kept = load(folder / name, self.name) if folder else None
         except DataError:
             return None
-        return kept if kept and kept.card.training.get("of") == of else None
+        return kept if kept and kept.card.training.get("of") == digest else None
 
-    def _trained(self, settings: TrainingSettings, name: str, shells: Sequence[ShellRange],
-                 recipe: Mapping[str, Any], travellers: PairedScans, people: Sequence[str],
-                 start: Checkpoint | None) -> Trained:
-        """Networks of some people, a share of whom validate."""
-        both = [p for p in people if travellers.of({p})]
+    def _train_shells(self, settings: TrainingSettings, name: str, shells: Sequence[ShellRange],
+                      recipe: Mapping[str, Any], travellers: PairedScans, people: Sequence[str],
+                      start: Checkpoint | None) -> Trained:
+        """Train a network for each shell, and validate it on a share of the participants."""
+        both = [p for p in people if travellers.indices({p})]
         count = min(max(1, round(recipe["held_out"] * len(both))), len(both) // 2)
         held = set(np.random.default_rng(settings.seed).permutation(both)[:count].tolist())
         learned = set(people) - held
@@ -224,20 +254,19 @@ class PairedHarmonizer(shared.Harmonizer):
         if self.warps_intensity:
             quantiles = travellers.quantiles(learned)
             tensors["quantiles"] = torch.from_numpy(quantiles.astype(np.float32))
-            samples = travellers.warped(quantiles)
-        # how long a training lasts may change while it is interrupted
+            samples = travellers.warp(quantiles)
+        # the number of epochs may change when an interrupted training continues
         lasting = {**recipe, "stages": [{k: v for k, v in stage.items() if k != "epochs"}
                                         for stage in recipe["stages"]]}
         networks, histories = [], []
-        for shell, own in zip(shells, samples, strict=True):
-            # the state of another training, of other people, with another recipe or by another
-            # version's loss, is not this one's
+        for shell, dataset in zip(shells, samples, strict=True):
+            # a state belongs to one split of the participants, one recipe and one version
             state = hashlib.sha256(repr((sorted(learned), sorted(held), travellers.pairs, lasting,
                                          settings.init, __version__)).encode()).hexdigest()[:8]
             network, history = self._train(
-                settings, f"{name}.{shell.name}.{state}", recipe, own,
-                [own.of(travellers.of(learned, kind)) for kind in pairs.KINDS],
-                own.of(travellers.of(held), recipe["validation"]),
+                settings, f"{name}.{shell.name}.{state}", recipe, dataset,
+                [dataset.select(travellers.indices(learned, kind)) for kind in pairs.KINDS],
+                dataset.select(travellers.indices(held), recipe["validation"]),
                 start and _part(start, shell))
             tensors |= {f"{shell.part}.{n}": v for n, v in network.state_dict().items()}
             networks.append(network)
@@ -257,31 +286,48 @@ class PairedHarmonizer(shared.Harmonizer):
 
     def loss(self, samples: PatchDataset, voxels: torch.Tensor, recipe: Mapping[str, Any],
              device: str) -> Callable[[torch.Tensor, PatchMinibatch], torch.Tensor]:
-        """(coefficients, minibatch) → (voxel,) to be made small. voxels: to learn from."""
+        """Create the loss of pairs, (coefficients, minibatch) → (voxel,), given the voxels to
+        learn from."""
         return signal_error
 
-    def learner(self, network: nn.Module, samples: PatchDataset, mine: Sequence[torch.Tensor],
-                recipe: Mapping[str, Any], device: str, fresh: bool) -> Objective:
-        """How the network learns. mine: voxels by kind of pair. fresh: not from given weights."""
-        both = mine[pairs.BOTH]
+    def objective(self, network: nn.Module, samples: PatchDataset, voxels: Sequence[torch.Tensor],
+                  recipe: Mapping[str, Any], device: str, fresh: bool) -> Objective:
+        """Create the objective of a training.
+
+        Parameters
+        ----------
+        network : Module
+        samples : PatchDataset
+        voxels : sequence of (voxel,) tensor
+            Voxels to learn from, by kind of pair (`pairs.KINDS`).
+        recipe : mapping
+            Settings of the training.
+        device : str
+        fresh : bool
+            Whether the network starts from its first weights rather than from `--init`.
+        """
+        both = voxels[pairs.BOTH]
         loss = self.loss(samples, both, recipe, device)
-        return Objective(network, lambda size, g: samples(drawn(both, size, g), g.device),
+        return Objective(network, lambda size, g: samples(draw_voxels(both, size, g), g.device),
                        lambda model, b: loss(model(b.patches), b).mean(), loss)
 
     def _train(self, settings: TrainingSettings, name: str, recipe: Mapping[str, Any],
-               samples: PatchDataset, mine: Sequence[torch.Tensor], others: torch.Tensor,
+               samples: PatchDataset, voxels: Sequence[torch.Tensor], others: torch.Tensor,
                start: Checkpoint | None
                ) -> tuple[nn.Module, list[list[dict[str, float]]]]:
-        """The stages one after another, each from the best of the one before, with voxels to learn
-        from, by kind of pair, and others to validate, if any. start: weights of this shell."""
+        """Train the stages one after another, each from the best weights of the one before.
+
+        `voxels` are those to learn from, by kind of pair; `others` are those to validate on.
+        """
         with training.seeded(settings.seed):
             network = build_network(recipe["network"])
             if start:
                 start.into(network)
-            learner = self.learner(network, samples, mine, recipe, settings.device, not start)
+            objective = self.objective(network, samples, voxels, recipe, settings.device,
+                                       not start)
 
         def validate(_: nn.Module) -> float:
-            return float(torch.cat([learner.score(network(b.patches), b)
+            return float(torch.cat([objective.score(network(b.patches), b)
                                     for b in samples.blocks(others, settings.device)]).mean())
 
         histories: list[list[dict[str, float]]] = []
@@ -289,33 +335,33 @@ class PairedHarmonizer(shared.Harmonizer):
         for number, stage in enumerate(recipe["stages"], 1):
             options = dict(stage)
             size, epochs = options.pop("batch"), options.pop("epochs")
-            every = math.ceil(min(max(map(len, mine)), recipe["epoch"]) / size)
+            every = math.ceil(min(max(map(len, voxels)), recipe["epoch"]) / size)
             steps = min(epochs * every, settings.max_steps or epochs * every)
             schedule = training.Schedule(steps, validate_every=every, **options)
 
             def draw(generator: torch.Generator, size: int = size) -> list[Any]:
-                return [learner.draw(size, generator)]
+                return [objective.draw(size, generator)]
 
             histories.append(training.train(
-                learner.model, draw, learner.loss, schedule, seed=settings.seed,
+                objective.model, draw, objective.loss, schedule, seed=settings.seed,
                 device=settings.device, validate=validate if len(others) else None,
                 saved=settings.states / f"{name}.{number}.ckpt" if settings.states else None,
                 name=f"{name}, stage {number} of {len(recipe['stages'])}",
                 devices=settings.devices))
-            found = min(row.get("validation", -math.inf) for row in histories[-1])
-            if found < best or not len(others):
-                best = found
+            error = min(row.get("validation", -math.inf) for row in histories[-1])
+            if error < best or not len(others):
+                best = error
                 kept = {k: v.detach().clone() for k, v in network.state_dict().items()}
         network.load_state_dict(kept)
         return network, histories
 
-    def _measured(self, trained: Trained, travellers: PairedScans, shells: Sequence[str],
-                  device: str) -> dict[str, float]:
-        """Mean square error of S/S0 of those who validated, by tissue, before and after."""
-        found: dict[str, float] = {}
-        for k, shell in enumerate(shells if trained.held else ()):
+    def _signal_metrics(self, trained: Trained, travellers: PairedScans, shells: Sequence[str],
+                        device: str) -> dict[str, float]:
+        """Compute the mean square error of S/S0 in the validation, by tissue, before and after."""
+        metrics: dict[str, float] = {}
+        for k, shell in enumerate(shells if trained.held_out else ()):
             raw, warped = travellers.samples[k], trained.samples[k]
-            voxels, parts = raw.of(travellers.of(set(trained.held))), []
+            voxels, parts = raw.select(travellers.indices(set(trained.held_out))), []
             with torch.no_grad():
                 for b, c in zip(raw.blocks(voxels, device), warped.blocks(voxels, device),
                                 strict=True):
@@ -326,48 +372,57 @@ class PairedHarmonizer(shared.Harmonizer):
                                               signal_error(made, b)]).cpu())
             for when, values in zip(("before", "after"), torch.cat(parts, 1), strict=True):
                 for name, value in tissue.NAMES.items():
-                    found[f"mse_{when}_{name}_{shell}"] = float(
+                    metrics[f"mse_{when}_{name}_{shell}"] = float(
                         values[raw.tissue[voxels] == value].mean())
-        return found
+        return metrics
 
-    def _maps(self, cohort: Cohort, settings: TrainingSettings, model: Checkpoint,
-              travellers: PairedScans, held: Sequence[str], shells: Sequence[str]
-              ) -> dict[str, float]:
-        """Mean square error and bias (mean difference) of FA and MD (µm²/ms) of those who
-        validated, by tissue, before and after, as the model is applied to them; and error_SHELL,
-        by how much the mean over directions still errs in them, relative to it."""
+    def _map_metrics(self, cohort: Cohort, settings: TrainingSettings, model: Checkpoint,
+                     travellers: PairedScans, held: Sequence[str], shells: Sequence[str]
+                     ) -> dict[str, float]:
+        """Apply the model to the scans of the validation and compare them with the reference.
+
+        The metrics are the mean square error and the bias (mean difference) of FA and MD (µm²/ms)
+        by tissue, before and after, and error_SHELL, the relative error of the mean over
+        directions that remains (`mean_errors`).
+        """
         differences: dict[str, list[np.ndarray]] = {"before": [], "after": []}
         labels, errors = [], []
-        for i in sorted(travellers.of(set(held))):
+        for i in sorted(travellers.indices(set(held))):
             pair = travellers.pairs[i]
             source, target = (self.load(cohort, run) for run in (pair.source, pair.target))
             registration = travellers.registration(i)
-            made = self.harmonize(source, model, model.card.batches[0], settings.device)
-            harmonized = replace(source, signal=made.signal,
-                                 noise_gain=shared.noise_gain(source, made))
+            result = self.harmonize(source, model, model.card.batches[0], settings.device)
+            harmonized = replace(source, signal=result.signal,
+                                 noise_gain=shared.noise_gain(source, result))
             for when, dwi in (("before", source), ("after", harmonized)):
                 differences[when].append(map_differences(dwi, target, registration))
             labels.append(registration.labels[registration.overlap])
             errors.append(mean_errors(harmonized, target, registration))
-        found: dict[str, float] = {
-            f"error_{shell}": float(np.mean(own))
-            for shell, own in zip(shells, np.transpose(errors), strict=True)} if errors else {}
-        for when, values in differences.items():
+        metrics: dict[str, float] = {
+            f"error_{shell}": float(np.mean(values))
+            for shell, values in zip(shells, np.transpose(errors), strict=True)} if errors else {}
+        for when, maps in differences.items():
             for (k, shell), (m, measure), (name, label) in product(
                     enumerate(shells), enumerate(("fa", "md")),
                     tissue.NAMES.items() if labels else ()):
-                own = np.concatenate(values, 2)[k, m, np.concatenate(labels) == label]
-                found[f"mse_{measure}_{when}_{name}_{shell}"] = float(np.square(own).mean())
-                found[f"bias_{measure}_{when}_{name}_{shell}"] = float(own.mean())
-        return found
+                difference = np.concatenate(maps, 2)[k, m, np.concatenate(labels) == label]
+                metrics[f"mse_{measure}_{when}_{name}_{shell}"] = float(
+                    np.square(difference).mean())
+                metrics[f"bias_{measure}_{when}_{name}_{shell}"] = float(difference.mean())
+        return metrics
 
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
-        """The signal with S0 times the change of the SH series of every shell added, or that series
-        in its place, at the run's directions and not below 0. b0 volumes stay, and voxels without
-        S0.
+        """Add S0 times the change of each shell's SH series to the signal, or replace the signal by
+        the harmonized series (`output`).
 
-        Raises:
-            Refusal: as of `check`, or a shell of another b-tensor shape.
+        The result has the run's directions and is not below 0. b0 volumes and voxels without S0
+        are unchanged.
+
+        Raises
+        ------
+        Refusal
+            `check` refuses the acquisition, a shell has another b-tensor shape than in the
+            training, or no voxel has a b0 signal.
         """
         self.check(dwi.acquisition)
         card = model.card
@@ -375,90 +430,92 @@ class PairedHarmonizer(shared.Harmonizer):
         usable = dwi.mean_b0 > 0
         if not usable.any():
             raise Refusal(f"{self.name} found no b0 signal above 0. Check image and mask.")
-        signal, clipped = self._applied(dwi, model, nearest, device)
+        signal, clipped = self._apply(dwi, model, nearest, device)
         output, names = card.constants["output"], [
             f"error_{shell.name}" for shell in card.trained_for.shells]
         errors = [card.metrics[names[k]] for k in nearest] if names[0] in card.metrics else []
         no_intervals = (shared.SMOOTHED if output == shared.SERIES
                         else "" if errors else UNVALIDATED)
-        rose = _rose(card.metrics)
+        worse = _describe_worse(card.metrics)
         return Harmonized(
-            signal, again=lambda other: self._applied(other, model, nearest, device)[0],
+            signal, reapply=lambda other: self._apply(other, model, nearest, device)[0],
             counts={f"{self.short}_unchanged": int((~usable).sum()),
                     f"{self.short}_clipped_values": clipped},
             parameters={"SphericalHarmonicDegree": card.constants["l_max"], "Output": output,
                         "Smoothing": card.constants["smoothing"],
                         "RISHProjection": self.rish_projection,
                         "IntensityWarping": self.warps_intensity},
-            notices=(f"Harmonization: {rose} when {card.method} was trained. Do not use it; train "
-                     "longer, or with more people.",) if rose else (),
+            notices=(f"Harmonization: {worse} when {card.method} was trained. Do not use this "
+                     "model. Train longer, or with more participants.",) if worse else (),
             errors=errors, no_intervals=no_intervals)
 
-    def _applied(self, dwi: Dwi, model: Checkpoint, nearest: Sequence[int], device: str
-                 ) -> tuple[np.ndarray, int]:
-        """The harmonized signal, and how many values were raised to 0. nearest: the trained shell
-        for each of the run's."""
+    def _apply(self, dwi: Dwi, model: Checkpoint, nearest: Sequence[int], device: str
+               ) -> tuple[np.ndarray, int]:
+        """Compute the harmonized signal and the number of values raised to 0, given the index of
+        the trained shell for each shell of the run."""
         constants = model.card.constants
         l_max, smoothing, output = (constants[k] for k in ("l_max", "smoothing", "output"))
         if self.warps_intensity:
             start, end = model.tensors["quantiles"].numpy().astype(np.float64)[:, nearest]
-            signal, _ = intensity.warped(dwi, end, start)
+            signal, _ = intensity.warp(dwi, end, start)
             dwi = replace(dwi, signal=signal)
         else:
             signal = dwi.signal.copy("K")
         values, usable = pairs.coefficients(dwi, l_max, smoothing)
-        where = dwi.mask.copy()
-        where[dwi.mask] = usable
-        where, _, order = canonical(where, dwi.affine)
+        mask = dwi.mask.copy()
+        mask[dwi.mask] = usable
+        mask, _, order = canonical(mask, dwi.affine)
         rows = np.flatnonzero(usable)[order]
         s0, clipped = dwi.mean_b0[rows], 0
-        for shell, own, k in zip(dwi.acquisition.shells, values, nearest, strict=True):
+        for shell, of_shell, k in zip(dwi.acquisition.shells, values, nearest, strict=True):
             network = model.part(model.card.trained_for.shells[k].part).into(
                 build_network(model.card.network))
-            own = own[rows]
-            found = apply_to_volume(network, fill_nearest(own, where, margin=1), where, device)
+            source = of_shell[rows]
+            predicted = apply_to_volume(network, fill_nearest(source, mask, margin=1), mask, device)
             basis = sh.basis(l_max, dwi.acquisition.bvecs[shell.indices])
             if output == shared.CHANGE:
-                # what the smoothing of the series would take from its change is given back
+                # undo the smoothing of the series in its change
                 fit = sh.smooth_fit(l_max, dwi.acquisition.bvecs[shell.indices], smoothing)
-                sharp = np.linalg.inv(fit @ basis).astype(np.float32).T
-                before = own @ sharp
-                c = before * _gain(found, own) if self.rish_projection else found @ sharp
+                sharpen = np.linalg.inv(fit @ basis).astype(np.float32).T
+                before = source @ sharpen
+                c = (before * _gain(predicted, source) if self.rish_projection
+                     else predicted @ sharpen)
                 c -= before
             else:
-                c = own * _gain(found, own) if self.rish_projection else found
+                c = source * _gain(predicted, source) if self.rish_projection else predicted
             clipped += shared.write_series(signal, rows, shell.indices, s0, c, basis, output)
         return signal, clipped
 
 
-def _gain(found: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Of every coefficient, by RISH projection."""
-    return sh.rish_gain(torch.from_numpy(own), sh.rish(torch.from_numpy(found))).numpy()
+def _gain(predicted: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Compute the gain of every coefficient by RISH projection."""
+    return sh.rish_gain(torch.from_numpy(source), sh.rish(torch.from_numpy(predicted))).numpy()
 
 
 def _part(start: Checkpoint, shell: ShellRange) -> Checkpoint:
     """Select the weights of the shell that is nearest in b."""
     return start.part(min(start.card.trained_for.shells,
-                          key=lambda known: abs(known.middle - shell.middle)).part)
+                          key=lambda trained: abs(trained.middle - shell.middle)).part)
 
 
-def drawn(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """`size` of the voxels, at random."""
+def draw_voxels(voxels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw voxels at random, with replacement."""
     return voxels[torch.randint(len(voxels), (size,), generator=generator,
                                 device=generator.device).cpu()]
 
 
-def _rose(metrics: Mapping[str, float]) -> str:
-    """Where signal, FA or MD of those who validated lay further from the reference's than before,
-    as the start of a sentence; empty where nowhere."""
+def _describe_worse(metrics: Mapping[str, float]) -> str:
+    """Describe, as the start of a sentence, which errors of signal, FA or MD rose in the
+    validation; empty if none did."""
     after = [k for k in metrics if k.startswith("mse_") and "after_" in k]
     worse = [_describe_metric(k) for k in after
              if metrics[k] > metrics[k.replace("after_", "before_")]]
-    return f"the error of people not learned from rose ({'; '.join(worse)})" if worse else ""
+    return (f"the error in participants held out of the training rose ({'; '.join(worse)})"
+            if worse else "")
 
 
 def _describe_metric(key: str) -> str:
-    """`FA in white matter, b1000` of `mse_fa_after_wm_b1000`."""
+    """Describe a metric: `FA in white matter, b1000` for `mse_fa_after_wm_b1000`."""
     *measure, tissue, shell = key.removeprefix("mse_").replace("after_", "").split("_")
     tissue_name = {"wm": "white matter", "gm": "grey matter"}[tissue]
     return f"{'_'.join(measure).upper() or 'signal'} in {tissue_name}, {shell}"

@@ -1,11 +1,11 @@
-"""Two scans of one participant, voxel on voxel: what a supervised harmonizer learns from.
+"""Registration of two scans of one participant, from which a supervised harmonizer learns.
 
-The source is moved into the target: rigidly by normalised mutual information of the attenuations
+The source is registered to the target: rigidly by normalised mutual information of the attenuations
 (`registration.rigid`), then by SyN (`registration.deformable`) between FA images. FA, unlike the
-b0, has neither the coil's profile nor an echo time in it, and its edges are those of white matter.
-SyN follows noise, too: it is kept where it makes the attenuations, which it has not seen, more
-alike than the rigid transform does. The frames and the mathematics of φ and R are those of
-`registration.deformable`, the target being fixed and the source moving.
+b0, does not depend on the coil's profile or the echo time, and its edges are those of white matter.
+SyN also follows noise. Its result is therefore kept only if the attenuations, which SyN does not
+use, correlate better than after the rigid registration. The frames and the mathematics of φ and R
+are those of `registration.deformable`, with the target fixed and the source moving.
 """
 
 from __future__ import annotations
@@ -43,28 +43,38 @@ SMOOTHING = 0.006
 """λ of the Laplace–Beltrami penalty (Koppers et al. 2018)."""
 
 FLOW = 20.0
-"""Of SyN between scans of one head (`displacement`): scanners distort smoothly."""
+"""Variance, in voxels², of the Gaussian that smooths every update of SyN (`displacement`) between
+scans of one head: the distortions of scanners are smooth."""
 
 BLOCK = 2**14
-"""Voxels whose coefficients are rotated at a time."""
+"""Number of voxels whose coefficients are rotated at a time."""
 
 GRIDS = 16
-"""Volumes that are resampled at a time: whole grids take memory."""
+"""Number of volumes that are resampled at a time, to limit memory."""
 
 OVERLAP = 0.5
-"""Share of the smaller brain that both must show."""
+"""Minimum share of the smaller brain mask that the overlap of both masks covers."""
 
-KEPT = "registration-"
-"""Prefix of the files in which registrations are kept."""
+PREFIX = "registration-"
+"""Prefix of the names of the files in which registrations are kept."""
 
 KINDS = BOTH, SOURCE, REFERENCE = range(3)
-"""Kinds of `Pair`: of one participant at both sites; a scan of either alone, paired with itself,
-for methods that learn from unlike people."""
+"""Kinds of `Pair`: a participant scanned at both sites; a scan of the source site or of the
+reference site, paired with itself, for methods that learn without paired scans."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Runs of one participant at the site to be harmonized and at the reference."""
+    """Runs of one participant at the site to be harmonized and at the reference site.
+
+    Parameters
+    ----------
+    participant : str
+    source, target : str
+        Names of the runs.
+    kind : int
+        One of KINDS.
+    """
 
     participant: str
     source: str
@@ -74,16 +84,16 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """Where the voxels of a target, its axes as of `geometry.canonical`, lie in a source.
+    """Location of the voxels of a target, in the axes of `geometry.canonical`, in a source.
 
     Parameters
     ----------
     overlap : (x, y, z) bool
-        Voxels of both masks.
+        Voxels inside both masks.
     labels : (x, y, z) int8
-        The target's tissue (`tissue.labels`), 0 outside `overlap`.
+        Tissue of the target (`tissue.labels`), 0 outside `overlap`.
     coordinates : (3, voxel) float32
-        Places of the voxels of `overlap` in the source's grid.
+        Coordinates of the voxels of `overlap` in the source's grid.
     rotation : (voxel, 3, 3) float32
         Rᵀ at the same voxels (`registration.deformable`).
     """
@@ -95,16 +105,16 @@ class Registration:
 
     @classmethod
     def load(cls, path: Path) -> Registration | None:
-        """Read what `save` left; None where there is nothing that can be read."""
+        """Read a file of `save`; None if it is missing or broken."""
         try:
-            # numpy leaves a broken file open that it opened itself
+            # numpy does not close a broken file that it opened itself
             with path.open("rb") as file, np.load(file) as fields:
                 return cls(**fields)
         except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
             return None
 
     def save(self, path: Path) -> None:
-        """Write the whole file, or nothing."""
+        """Write the file atomically."""
         part = path.with_suffix(f".{uuid.uuid4()}.part")
         with part.open("wb") as file:
             np.savez(file, **vars(self))
@@ -113,39 +123,39 @@ class Registration:
 
 @dataclass(frozen=True, eq=False)
 class AlignedPair(Registration):
-    """A source and a target on the target's grid.
+    """Source and target on the target's grid.
 
     Parameters
     ----------
     image : (shell, x + 2, y + 2, z + 2, coefficient) float32
-        The source's coefficients of S/S0, with a margin of one voxel; outside `overlap` those of
-        the nearest voxel inside.
+        SH coefficients of the source's S/S0, with a margin of one voxel. Voxels outside `overlap`
+        hold the coefficients of the nearest voxel inside.
     target : (voxel of `overlap`, measurement) float32
-        The target's S/S0, in its own gradient table.
+        S/S0 of the target, in its own gradient table.
     """
 
     image: np.ndarray
     target: np.ndarray
 
 
-def find(statistics: pd.DataFrame, reference: str, by_session: bool = False
+def pair_runs(statistics: pd.DataFrame, reference: str, by_session: bool = False
          ) -> dict[str, list[Pair]]:
     """Pair the runs of participants who were scanned at two sites.
 
     Parameters
     ----------
     statistics : DataFrame
-        Columns participant, batch, run, and session where `by_session`.
+        Columns participant, batch, run, and session if `by_session`.
     reference : str
         The reference site.
     by_session : bool
-        Whether only runs of one session are pairs.
+        Whether only runs of the same session are paired.
 
     Returns
     -------
     dict of str to list of Pair
-        By site other than the reference: every run of a participant there with each of their runs
-        at the reference. A site without pairs has an empty list.
+        For each site but the reference: every run of a participant there with each run of the same
+        participant at the reference. A site without pairs has an empty list.
     """
     keys = ["participant", *(["session"] if by_session else [])]
     by = {key: list(rows["run"]) for key, rows in statistics.groupby([*keys, "batch"])}
@@ -157,9 +167,19 @@ def find(statistics: pd.DataFrame, reference: str, by_session: bool = False
 
 
 def unpaired(statistics: pd.DataFrame, batch: str, reference: str) -> list[Pair]:
-    """Pair every run of two sites with itself, for methods that learn from unlike people.
+    """Pair every run of two sites with itself, for methods that learn without paired scans.
 
-    Parameters are those of `find`.
+    Parameters
+    ----------
+    statistics : DataFrame
+        Columns participant, batch, run.
+    batch, reference : str
+        The two sites.
+
+    Returns
+    -------
+    list of Pair
+        Their kind is SOURCE or REFERENCE.
     """
     pairs = []
     for name, kind in ((batch, SOURCE), (reference, REFERENCE)):
@@ -184,9 +204,9 @@ def coefficients(dwi: Dwi, l_max: int, smoothing: float = SMOOTHING
     Returns
     -------
     coefficients : (shell, voxel, coefficient) float32
-        0 where S0, the mean b0, is not positive.
+        0 if S0, the mean b0, is not positive.
     usable : (voxel,) bool
-        Where it is positive.
+        Whether S0 is positive.
     """
     s0 = dwi.mean_b0
     usable = s0 > 0
@@ -198,14 +218,18 @@ def coefficients(dwi: Dwi, l_max: int, smoothing: float = SMOOTHING
 
 
 def align(source: Dwi, target: Dwi, *, l_max: int, **options: Any) -> AlignedPair:
-    """Register two scans and bring the source's coefficients onto the target's grid.
+    """Register two scans and resample the source's coefficients on the target's grid.
 
     Parameters
     ----------
     source, target, **options
-        As of `register`.
+        Arguments of `register`.
     l_max : int
         Highest degree of the coefficients.
+
+    Returns
+    -------
+    AlignedPair
     """
     registration = register(source, target, **options)
     return AlignedPair(**vars(registration), image=resample(source, l_max, registration),
@@ -214,7 +238,7 @@ def align(source: Dwi, target: Dwi, *, l_max: int, **options: Any) -> AlignedPai
 
 def register(source: Dwi, target: Dwi, *, deformable: bool = True, device: str = "cpu",
              work_dir: Path | None = None, rigid: np.ndarray | None = None) -> Registration:
-    """Find where the target lies in the source. Reproducible to the byte on a CPU.
+    """Register a target to a source. The result is identical to the byte on a CPU.
 
     Parameters
     ----------
@@ -222,22 +246,26 @@ def register(source: Dwi, target: Dwi, *, deformable: bool = True, device: str =
     deformable : bool
         Whether SyN follows the rigid registration.
     device : str
-        Of the tensor fits.
+        Device of the tensor fits.
     work_dir : Path, optional
-        Folder in which the registration is kept, and found when the same scans are registered
+        Folder in which the registration is kept, to be read when the same scans are registered
         again.
     rigid : (4, 4), optional
-        World of the target → world of the source, mm, where it is known.
+        Transform from the target's to the source's world coordinates in mm; computed if None.
+
+    Returns
+    -------
+    Registration
 
     Raises
     ------
     DataError
-        The masks hardly overlap.
+        The overlap of the masks is less than OVERLAP of the smaller one.
     """
     if work_dir is None:
         return _register(source, target, deformable, device, None, rigid)
-    known = None if rigid is None else rigid.tolist()
-    path = work_dir / f"{KEPT}{_digest(source, target, deformable, device, known)}.npz"
+    matrix = None if rigid is None else rigid.tolist()
+    path = work_dir / f"{PREFIX}{_digest(source, target, deformable, device, matrix)}.npz"
     registration = Registration.load(path)
     if registration is None:
         registration = _register(source, target, deformable, device, work_dir, rigid)
@@ -246,14 +274,14 @@ def register(source: Dwi, target: Dwi, *, deformable: bool = True, device: str =
 
 
 def _digest(source: Dwi, target: Dwi, *options: Any) -> str:
-    """Hash all that determines a registration."""
+    """Hash everything that determines a registration."""
     parameters = options, __version__, ITERATIONS, RADIUS, FLOW
     digest = hashlib.blake2b(repr(parameters).encode(), digest_size=16)
     for dwi in (source, target):
         for values in (dwi.signal, dwi.mask, dwi.affine, dwi.acquisition.bvals,
                        dwi.acquisition.btensors, dwi.tissue):
             digest.update(repr(None if values is None else (values.shape, values.dtype)).encode())
-            if values is not None:  # signals stand by voxel or by volume, and may be large
+            if values is not None:  # avoid a copy: signals may be large, in either memory order
                 digest.update(np.ascontiguousarray(
                     values if values.flags.c_contiguous else values.T).data)
     return digest.hexdigest()
@@ -276,8 +304,8 @@ def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir:
     rotation = np.broadcast_to(rigid[:3, :3].T, (*mask.shape, 3, 3))
     if deformable:
         fa = source.unmask(tensor_maps(source, device)["fa"])
-        moved = map_coordinates(fa, coordinates, order=1)
-        u = displacement(target.unmask(maps["fa"]), moved * mask, target.affine, work_dir,
+        resampled = map_coordinates(fa, coordinates, order=1)
+        u = displacement(target.unmask(maps["fa"]), resampled * mask, target.affine, work_dir,
                          flow=FLOW)
         points = transform_points(rigid, world_points(mask.shape, target.affine) + u)
         deformed = grid_coordinates(source.affine, points)
@@ -289,9 +317,9 @@ def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir:
     overlap[mask] &= target.mean_b0 > 0
     smaller = min(source.mask.sum() * _voxel_volume(source), mask.sum() * _voxel_volume(target))
     if overlap.sum() * _voxel_volume(target) < OVERLAP * smaller:
-        raise DataError(f"the scans of this participant share {int(overlap.sum())} voxels, less "
-                        f"than {OVERLAP:.0%} of the smaller brain mask. Check that both show the "
-                        "same part of the same head, and their masks.")
+        raise DataError(f"the brain masks of these scans overlap in {int(overlap.sum())} voxels, "
+                        f"less than {OVERLAP:.0%} of the smaller one. Check that both scans show "
+                        "the same part of the same head, and check their masks.")
     labels = target.unmask(tissue.labels(target, maps["md"], maps["fa"],
                                          (target.mean_b0 > 0) & ~maps["failed"]))
     return Registration(overlap, labels * overlap, coordinates[:, overlap].astype(np.float32),
@@ -299,28 +327,28 @@ def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir:
 
 
 def _voxel_volume(dwi: Dwi) -> float:
-    """Volume of a voxel in mm³."""
+    """Compute the volume of a voxel in mm³."""
     return abs(np.linalg.det(dwi.affine[:3, :3]))
 
 
 def _correlations(source: Dwi, target: Dwi, *coordinates: Float[np.ndarray, "3 x y z"]
                   ) -> list[float]:
-    """Correlate the attenuations by each of several registrations, in voxels where all of them
-    stay in both masks; 0 where those are fewer than three."""
+    """Correlate the attenuations after each of several registrations, over the voxels that all of
+    them map into both masks; 0 if there are fewer than three."""
     from scipy.ndimage import map_coordinates
 
     images = source.mask.astype(np.float32), source.unmask(_mean_attenuation(source))
-    inside, moved = (np.stack([map_coordinates(image, at[:, target.mask], order=1)
-                               for at in coordinates]) for image in images)
+    inside, resampled = (np.stack([map_coordinates(image, points[:, target.mask], order=1)
+                                   for points in coordinates]) for image in images)
     common = (inside > 0.99).all(axis=0)
     reference = _mean_attenuation(target)[common]
     return [float(np.corrcoef(values[common], reference)[0, 1]) if common.sum() > 2 else 0.0
-            for values in moved]
+            for values in resampled]
 
 
 def attenuation(target: Dwi, registration: Registration
                 ) -> Float[np.ndarray, "voxel measurement"]:
-    """Give the target's own S/S0, float32, at the voxels of `registration.overlap`."""
+    """Compute the target's S/S0, float32, at the voxels of `registration.overlap`."""
     mask, _, rows = canonical(target.mask, target.affine)
     rows = rows[registration.overlap[mask]]
     return (target.signal[rows] / target.mean_b0[rows, None]).astype(np.float32)
@@ -328,33 +356,33 @@ def attenuation(target: Dwi, registration: Registration
 
 def resample(source: Dwi, l_max: int, registration: Registration
              ) -> Float[np.ndarray, "shell x y z coef"]:
-    """Bring the source's coefficients of S/S0 onto the target's grid: `AlignedPair.image`.
+    """Resample the source's coefficients of S/S0 on the target's grid (`AlignedPair.image`).
 
-    By cubic splines, which smooth little: a network that learned from smoothed input would be
-    applied to input that is not.
+    Cubic splines smooth little. A network that learned from smoothed input would be applied to
+    input that is not smoothed.
     """
     shells, usable = coefficients(source, l_max)
-    moved = [_rotate(_moved(values[usable], source.mask, usable, registration),
-                     registration.rotation) for values in shells]
-    return np.stack([fill_nearest(values, registration.overlap, margin=1) for values in moved])
+    rotated = [_rotate(_interpolate(values[usable], source.mask, usable, registration),
+                       registration.rotation) for values in shells]
+    return np.stack([fill_nearest(values, registration.overlap, margin=1) for values in rotated])
 
 
 def resample_measurements(source: Dwi, registration: Registration
                           ) -> Float[np.ndarray, "voxel measurement"]:
-    """Bring the source's S/S0 to the voxels of `registration.overlap`, along its own directions.
+    """Resample the source's S/S0 at the voxels of `registration.overlap` by cubic splines.
 
-    They are not rotated: FA and MD do not depend on it. By cubic splines, as `resample`.
+    The directions are not rotated, because FA and MD do not depend on rotation.
     """
     s0 = source.mean_b0
     usable = s0 > 0
     parts = np.array_split(np.arange(len(source.acquisition)), -(-len(source.acquisition) // GRIDS))
-    return np.concatenate([_moved(
+    return np.concatenate([_interpolate(
         (source.signal[:, part][usable] / s0[usable, None]).astype(np.float32), source.mask, usable,
         registration) for part in parts], 1)
 
 
-def _moved(values: Float[np.ndarray, "usable k"], mask: np.ndarray, usable: np.ndarray,
-           registration: Registration) -> Float[np.ndarray, "voxel k"]:
+def _interpolate(values: Float[np.ndarray, "usable k"], mask: np.ndarray, usable: np.ndarray,
+                 registration: Registration) -> Float[np.ndarray, "voxel k"]:
     """Interpolate values of the usable voxels of a source at the voxels of `overlap`."""
     from scipy.ndimage import map_coordinates
 
@@ -364,14 +392,20 @@ def _moved(values: Float[np.ndarray, "usable k"], mask: np.ndarray, usable: np.n
 
 
 def tensor_maps(dwi: Dwi, device: str) -> Mapping[str, np.ndarray]:
-    """Fit the tensor (`tensor.fit`) to the measurements that serve it."""
+    """Fit the tensor (`tensor.fit`) to the measurements that `tensor.volumes` selects.
+
+    Returns
+    -------
+    mapping
+        fa, md, direction, failed, … by voxel.
+    """
     chosen = tensor.volumes(dwi.acquisition)
     x = tensor.design(dwi.acquisition[chosen].btensors)
     return map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, device)
 
 
 def _mean_attenuation(dwi: Dwi) -> Float[np.ndarray, " voxel"]:
-    """Mean weighted signal over mean b0, between 0 and 1."""
+    """Compute the mean weighted signal over the mean b0, clipped to 0–1."""
     s0 = dwi.mean_b0
     weighted = dwi.signal[:, ~dwi.acquisition.b0].mean(axis=1)
     return (weighted / np.where(s0 > 0, s0, np.inf)).clip(0, 1)
@@ -379,7 +413,7 @@ def _mean_attenuation(dwi: Dwi) -> Float[np.ndarray, " voxel"]:
 
 def _rotate(values: Float[np.ndarray, "voxel coef"], rotation: Float[np.ndarray, "voxel 3 3"]
             ) -> Float[np.ndarray, "voxel coef"]:
-    """Rotate coefficients voxel by voxel."""
+    """Rotate the coefficients of each voxel."""
     with one_thread():
         parts = [sh.rotate(torch.from_numpy(values[i:i + BLOCK]),
                            torch.from_numpy(np.ascontiguousarray(rotation[i:i + BLOCK],

@@ -1,4 +1,4 @@
-"""Voxels that a network of patches learns from and is applied to."""
+"""Patches of aligned scans, from which a network learns, and its application to a volume."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from bidsapp.networks.shresnet import CENTRE, SHResNet, neighbours, patches
 from bidsapp.progress import track
 
 BLOCK = 1024
-"""Voxels that pass a network at a time: what they become stays in the cache."""
+"""Number of voxels that pass a network at a time: few enough to stay in the processor's cache."""
 
 HALF_OF_CHI_SQUARE = 0.4549
 """Median of χ² with one degree of freedom."""
 
 MEASURES = ("signal", "fa", "md")
+"""Measures whose square errors the losses combine."""
 
 
 class PatchMinibatch(NamedTuple):
@@ -57,10 +58,27 @@ class PatchMinibatch(NamedTuple):
 class PatchDataset:
     """Voxels of one shell of aligned pairs.
 
-    Images and targets go to files in `folder`, of which the system keeps in memory what fits.
-    directions: most of any target. series: whether a target's signal is that of its SH series,
-    smoothed as the source's. tissue: (voxel,) label, 0 of neither grey nor white matter: those
-    serve, too, since a network is applied in the whole mask. pair: (voxel,) which it is of.
+    Images and targets are mapped from files, so that they need not fit in memory. All voxels of
+    the overlap serve, not grey and white matter alone, because a network is applied in the whole
+    mask.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the files.
+    directions : int
+        Maximum number of directions of a target.
+    l_max : int
+        Highest degree of the coefficients.
+    series : bool
+        Whether a target's signal is replaced by its SH series, smoothed as the source's is.
+
+    Attributes
+    ----------
+    tissue : (voxel,) tensor
+        Tissue label, 0 for neither grey nor white matter.
+    pair : (voxel,) tensor
+        Index of the pair that the voxel is of.
     """
 
     def __init__(self, folder: Path, directions: int, l_max: int, series: bool = False) -> None:
@@ -75,7 +93,16 @@ class PatchDataset:
         self.steps: list[np.ndarray] = []
 
     def add(self, aligned: pairs.AlignedPair, shell: int, acquisition: Acquisition) -> None:
-        """A pair, and the b-table of its target."""
+        """Add a shell of a pair.
+
+        Parameters
+        ----------
+        aligned : AlignedPair
+        shell : int
+            Index of the shell.
+        acquisition : Acquisition
+            Gradient table of the target.
+        """
         image, indices = aligned.image[shell], acquisition.shells[shell].indices
         inside = np.pad(aligned.overlap, 1)
         self.centres.append(self.rows + np.flatnonzero(inside))
@@ -99,7 +126,7 @@ class PatchDataset:
         self.rows += inside.size
 
     def close(self) -> None:
-        """No more pairs: from now on voxels can be drawn."""
+        """Map the files after the last pair was added; voxels can be drawn from then on."""
         self.image = _read(self.folder / "image", self.bases[0].shape[1])
         self.target = _read(self.folder / "target", self.directions)
         self.centre, self.pair, self.tissue = (torch.from_numpy(np.concatenate(v)) for v in (
@@ -109,25 +136,39 @@ class PatchDataset:
         self.fit = torch.from_numpy(np.stack(self.fits)).float()
         self.count = (self.basis != 0).any(2).sum(1)
 
-    def seen_as(self, image: Path) -> PatchDataset:
-        """The same voxels, their source in another file."""
+    def with_source(self, image: Path) -> PatchDataset:
+        """Copy the dataset with the source's coefficients in another file."""
         other = copy(self)
         other.image = _read(image, self.basis.shape[2])
         return other
 
-    def of(self, chosen: set[int], most: int | None = None) -> torch.Tensor:
-        """Indices of the voxels of some pairs, every n-th where there are more than `most`."""
-        found = torch.nonzero(torch.isin(self.pair, torch.tensor(sorted(chosen))))[:, 0]
-        return found[::max(1, -(-len(found) // (most or len(found) or 1)))]
+    def select(self, chosen: set[int], most: int | None = None) -> torch.Tensor:
+        """Select the voxels of some pairs.
+
+        Parameters
+        ----------
+        chosen : set of int
+            Indices of the pairs.
+        most : int, optional
+            Maximum number of voxels: every n-th is selected if there are more.
+
+        Returns
+        -------
+        (voxel,) tensor
+            Indices of the voxels.
+        """
+        voxels = torch.nonzero(torch.isin(self.pair, torch.tensor(sorted(chosen))))[:, 0]
+        return voxels[::max(1, -(-len(voxels) // (most or len(voxels) or 1)))]
 
     def __call__(self, voxels: torch.Tensor, device: str | torch.device) -> PatchMinibatch:
-        """The minibatch of some voxels, by their indices."""
+        """Load voxels by their indices."""
         pair = self.pair[voxels]
         return PatchMinibatch(*(v.to(device) for v in (
             patches(self.image, self.centre[voxels], self.step[pair]), self.basis[pair],
             self.target[voxels], 1 / self.count[pair], self.fit[pair])))
 
     def blocks(self, voxels: torch.Tensor, device: str) -> Iterator[PatchMinibatch]:
+        """Load voxels in blocks of BLOCK."""
         return (self(part, device) for part in voxels.split(BLOCK))
 
 
@@ -141,13 +182,13 @@ def _read(path: Path, columns: int) -> torch.Tensor:
 
 
 def signal_error(coefficients: torch.Tensor, minibatch: PatchMinibatch) -> torch.Tensor:
-    """(voxel,) mean square error of the signal S/S0 that coefficients stand for."""
+    """Compute the mean square error of S/S0, (voxel,), of predicted SH coefficients."""
     signal = (minibatch.basis @ coefficients[..., None])[..., 0]
     return (signal - minibatch.target).square().sum(1) * minibatch.weight
 
 
 def tensor_errors(coefficients: torch.Tensor, minibatch: PatchMinibatch) -> torch.Tensor:
-    """(2, voxel) square errors of FA and of MD ((µm²/ms)²) of the shell's tensor."""
+    """Compute the square errors, (2, voxel), of FA and of MD ((µm²/ms)²) of the shell's tensor."""
     signal = (minibatch.basis @ coefficients[..., None])[..., 0]
     return torch.stack([(a - b).square() for a, b in zip(
         tensor.fa_and_md(signal, minibatch.fit),
@@ -155,7 +196,7 @@ def tensor_errors(coefficients: torch.Tensor, minibatch: PatchMinibatch) -> torc
 
 
 def all_errors(coefficients: torch.Tensor, minibatch: PatchMinibatch) -> torch.Tensor:
-    """(measure, voxel) errors of MEASURES."""
+    """Compute the square errors, (measure, voxel), of MEASURES."""
     return torch.cat([signal_error(coefficients, minibatch)[None],
                       tensor_errors(coefficients, minibatch)])
 
@@ -163,9 +204,26 @@ def all_errors(coefficients: torch.Tensor, minibatch: PatchMinibatch) -> torch.T
 def weighted_loss(weights: Mapping[str, float], samples: PatchDataset, voxels: torch.Tensor,
                   least: int, device: str
                   ) -> Callable[[torch.Tensor, PatchMinibatch], torch.Tensor]:
-    """(coefficients, minibatch) → (voxel,) Σ_m w_m e_m / ē_m over MEASURES: square errors in
-    units of their mean ē before the network, over every n-th of the voxels, one at least: n as
-    large as leaves `least` of them."""
+    """Create a loss Σ_m w_m e_m / ē_m over MEASURES.
+
+    e_m is the square error of a measure, and ē_m its mean before the network.
+
+    Parameters
+    ----------
+    weights : mapping of str to float
+        w_m by measure.
+    samples : PatchDataset
+    voxels : (voxel,) tensor
+        Voxels to learn from.
+    least : int
+        Minimum number of voxels over which ē_m is taken, if there are as many.
+    device : str
+
+    Returns
+    -------
+    callable
+        (coefficients, minibatch) → (voxel,) loss.
+    """
     few = voxels[::max(1, len(voxels) // least)]
     before = torch.cat([all_errors(b.centre, b) for b in samples.blocks(few, device)], 1)
     weight = torch.tensor([weights[m] for m in MEASURES], device=device)
@@ -174,29 +232,52 @@ def weighted_loss(weights: Mapping[str, float], samples: PatchDataset, voxels: t
 
 
 class PairedScans:
-    """Pairs of scans (`pairs.Pair`), each brought together once.
+    """Registered pairs of scans, and their voxels by shell.
 
-    pairs: their order is that of `PatchDataset.pair`. samples: one for each shell.
+    Parameters
+    ----------
+    method : Harmonizer
+        Loads and registers the scans.
+    cohort : Cohort
+    settings : TrainingSettings
+    scans : list of Pair
+    directions : list of int
+        Maximum number of directions of each shell.
+    l_max : int
+        Highest degree of the coefficients.
+    deformable : bool
+        Whether SyN follows the rigid registration.
+    folder : Path
+        Folder of the files.
+    series : bool
+        Whether a target's signal is replaced by its SH series.
+
+    Attributes
+    ----------
+    pairs : list of Pair
+        In the order of `PatchDataset.pair`.
+    samples : list of PatchDataset
+        One for each shell.
     """
 
     def __init__(self, method: Harmonizer, cohort: Cohort, settings: TrainingSettings,
-                 found: list[pairs.Pair], directions: list[int], l_max: int, deformable: bool,
+                 scans: list[pairs.Pair], directions: list[int], l_max: int, deformable: bool,
                  folder: Path, series: bool = False) -> None:
-        self.method, self.cohort, self.pairs, self.folder = method, cohort, found, folder
+        self.method, self.cohort, self.pairs, self.folder = method, cohort, scans, folder
         self.l_max = l_max
         self.samples: list[PatchDataset] = []
         for k, most in enumerate(directions):
-            (own := folder / str(k)).mkdir()
-            self.samples.append(PatchDataset(own, most, l_max, series))
-        kept = settings.states or folder
-        if (together := math.prod(settings.devices)) > 1:
-            # each process registers its share, and finds those of the others
-            share = found[training.processes()[0]::together]
+            (subfolder := folder / str(k)).mkdir()
+            self.samples.append(PatchDataset(subfolder, most, l_max, series))
+        states = settings.states or folder
+        if (processes := math.prod(settings.devices)) > 1:
+            # each process registers its share, and then reads the registrations of the others
+            share = scans[training.processes()[0]::processes]
             for pair in track(share, f"{method.name}: registering, this process:"):
-                method.register(cohort, pair, deformable, kept, settings.device)
-        for i, pair in enumerate(track(found, f"{method.name}: registering")):
-            source, target, registration = method.register(cohort, pair, deformable, kept,
-                                                   settings.device)
+                method.register(cohort, pair, deformable, states, settings.device)
+        for i, pair in enumerate(track(scans, f"{method.name}: registering")):
+            source, target, registration = method.register(cohort, pair, deformable, states,
+                                                           settings.device)
             registration.save(folder / f"{i}.npz")
             aligned = pairs.AlignedPair(
                 **vars(registration), image=pairs.resample(source, l_max, registration),
@@ -207,40 +288,55 @@ class PairedScans:
             samples.close()
 
     def registration(self, pair: int) -> pairs.Registration:
-        """Where the target of a pair lies in its source."""
+        """Read the registration of a pair, given its index."""
         registration = pairs.Registration.load(self.folder / f"{pair}.npz")
         assert registration
         return registration
 
-    def of(self, people: set[str], kind: int = pairs.BOTH) -> set[int]:
-        """Indices of their pairs."""
+    def indices(self, people: set[str], kind: int = pairs.BOTH) -> set[int]:
+        """List the indices of the pairs of some participants, of one kind."""
         return {i for i, pair in enumerate(self.pairs)
                 if pair.participant in people and pair.kind == kind}
 
     def quantiles(self, people: set[str]) -> np.ndarray:
-        """(2, shell, GRID): mean over people of those of their scans in the batch, and in the
-        reference."""
-        own = [p for p in self.pairs if p.participant in people]
-        runs = {run for p in own for run in (p.source, p.target)}
-        of = {run: self._quantiles(run)
-              for run in track(sorted(runs), f"{self.method.name}: intensities")}
-        return np.mean([np.mean([(of[p.source], of[p.target]) for p in own
+        """Compute the mean quantiles of S/S0 of some participants.
+
+        Returns
+        -------
+        (2, shell, GRID) ndarray
+            Mean over the participants, at the site and at the reference site.
+        """
+        chosen = [p for p in self.pairs if p.participant in people]
+        runs = {run for p in chosen for run in (p.source, p.target)}
+        by_run = {run: self._quantiles(run)
+                  for run in track(sorted(runs), f"{self.method.name}: intensities")}
+        return np.mean([np.mean([(by_run[p.source], by_run[p.target]) for p in chosen
                                  if p.participant == person], axis=0)
                         for person in sorted(people)], axis=0)
 
-    def warped(self, quantiles: np.ndarray) -> list[PatchDataset]:
-        """The samples with every source's intensities warped from the first quantiles to the
-        second."""
+    def warp(self, quantiles: np.ndarray) -> list[PatchDataset]:
+        """Warp the intensities of every source from the first quantiles to the second.
+
+        Parameters
+        ----------
+        quantiles : (2, shell, GRID)
+            Quantiles of the site and of the reference site.
+
+        Returns
+        -------
+        list of PatchDataset
+            The samples with the warped sources.
+        """
         files = [self.folder / str(k) / "warped" for k in range(len(self.samples))]
         for file in files:
             file.unlink(missing_ok=True)
         for i, pair in enumerate(track(self.pairs, f"{self.method.name}: warping intensities")):
             dwi = self.method.load(self.cohort, pair.source)
-            new = replace(dwi, signal=intensity.warped(dwi, quantiles[1], quantiles[0])[0])
-            moved = pairs.resample(new, self.l_max, self.registration(i))
-            for file, image in zip(files, moved, strict=True):
+            warped = replace(dwi, signal=intensity.warp(dwi, quantiles[1], quantiles[0])[0])
+            images = pairs.resample(warped, self.l_max, self.registration(i))
+            for file, image in zip(files, images, strict=True):
                 _append(file, image)
-        return [s.seen_as(file) for s, file in zip(self.samples, files, strict=True)]
+        return [s.with_source(file) for s, file in zip(self.samples, files, strict=True)]
 
     def _quantiles(self, run: str) -> np.ndarray:
         try:
@@ -251,8 +347,11 @@ class PairedScans:
 
 def map_differences(source: Dwi, target: Dwi, registration: pairs.Registration
                     ) -> Float[np.ndarray, "shell 2 voxel"]:
-    """FA and MD (µm²/ms) of every shell's tensor in a source less those in the target, at the
-    voxels of `overlap`: of the signals as they are, not of a series."""
+    """Compute the differences of FA and MD (µm²/ms) between a source and a target.
+
+    They are those of the tensor of each shell, fitted to the signals themselves rather than to an
+    SH series, at the voxels of `overlap`.
+    """
     ratios = (pairs.resample_measurements(source, registration),
               pairs.attenuation(target, registration))
     differences = []
@@ -266,28 +365,29 @@ def map_differences(source: Dwi, target: Dwi, registration: pairs.Registration
 
 
 def mean_errors(source: Dwi, target: Dwi, registration: pairs.Registration) -> list[float]:
-    """Per shell, the SD of a harmonized source's mean over directions of S/S0 about the target's,
-    relative to it, less what the noise of both would give: the harmonizer's own error.
+    """Estimate the harmonizer's own error of the mean over directions of S/S0, for each shell.
 
-    Over the voxels of grey and white matter, by the median of squares, which edges of tissue that
-    do not lie on each other leave alone.
+    It is the SD of the difference between the harmonized source and the target, without the part
+    that the noise of both explains, relative to the target. The SD is estimated by the median of
+    squares over the voxels of grey and white matter, which is robust against misregistered edges of
+    tissue.
     """
-    where = registration.labels[registration.overlap] > 0
-    ratios = (pairs.resample_measurements(source, registration)[where],
-              pairs.attenuation(target, registration)[where])
-    found = []
+    grey_or_white = registration.labels[registration.overlap] > 0
+    ratios = (pairs.resample_measurements(source, registration)[grey_or_white],
+              pairs.attenuation(target, registration)[grey_or_white])
+    errors = []
     for shells in zip(source.acquisition.shells, target.acquisition.shells, strict=True):
         means = [r[:, shell.indices].mean(1) for r, shell in zip(ratios, shells, strict=True)]
         level = float(np.median(means[1]))
         noise = sum(_noise_of_ratio(dwi, shell, level)
                     for dwi, shell in zip((source, target), shells, strict=True))
         square = float(np.median(np.square(means[0] - means[1]))) / HALF_OF_CHI_SQUARE
-        found.append(math.sqrt(max(square - noise, 0)) / level)
-    return found
+        errors.append(math.sqrt(max(square - noise, 0)) / level)
+    return errors
 
 
 def _noise_of_ratio(dwi: Dwi, shell: Shell, level: float) -> float:
-    """Variance of the mean over directions of S/S0, which is about `level`."""
+    """Compute the variance due to noise of the mean over directions of S/S0, given that mean."""
     b0 = np.flatnonzero(dwi.acquisition.b0)
     s0 = float(np.median(dwi.mean_b0))
     return ((dwi.noise_of(shell.indices) or 0.0) ** 2 / len(shell)
@@ -296,29 +396,55 @@ def _noise_of_ratio(dwi: Dwi, shell: Shell, level: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A network per shell, what it saw, who validated, and each stage's history."""
+    """Result of a training.
+
+    Parameters
+    ----------
+    tensors : mapping of str to tensor
+        Tensors of the checkpoint.
+    networks, samples : sequence
+        A network, and the dataset that it learned from, for each shell.
+    held_out : sequence of str
+        Participants on whom the training was validated.
+    histories : sequence
+        For each shell, the history of every stage.
+    """
 
     tensors: Mapping[str, torch.Tensor]
     networks: Sequence[nn.Module]
     samples: Sequence[PatchDataset]
-    held: Sequence[str]
+    held_out: Sequence[str]
     histories: Sequence[list[list[dict[str, float]]]]
 
 
 def apply_to_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, device: str,
                 block: int = BLOCK, slab: int | None = None) -> np.ndarray:
-    """(voxel, coefficient): the network at each voxel of the mask, in blocks of slabs.
+    """Apply a network at each voxel of a mask, in blocks of slabs.
 
-    image: (x + 2, y + 2, z + 2, coefficient), the mask's grid with a margin of one voxel. Every
-    voxel sees its 3×3×3 patch and nothing else, so that blocks give what single patches give.
-    slab: of `map_volume`.
+    The output of a voxel depends on its 3×3×3 patch alone, so that blocks do not change it.
+
+    Parameters
+    ----------
+    network : Module
+    image : (x + 2, y + 2, z + 2, coefficient)
+        The mask's grid with a margin of one voxel.
+    mask : (x, y, z) bool
+    device : str
+    block : int
+        Number of voxels at a time.
+    slab : int, optional
+        Argument of `map_volume`.
+
+    Returns
+    -------
+    (voxel, coefficient) ndarray
     """
     with torch.inference_mode():
         network = network.to(device)
         function = network.folded() if isinstance(network, SHResNet) else network
 
-    def of_slab(values: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
-        inside[[0, -1]] = False  # halo, or the margin of the grid
+    def apply_to_slab(values: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
+        inside[[0, -1]] = False  # halo of the slab, or margin of the grid
         steps = torch.from_numpy(neighbours(values.shape))[None].to(device)
         flat = values.flatten(0, 2)
         out = torch.zeros_like(flat)
@@ -327,4 +453,4 @@ def apply_to_volume(network: nn.Module, image: np.ndarray, mask: np.ndarray, dev
         return {"c": out.view_as(values)}
 
     inside = np.pad(mask, 1)
-    return map_volume(of_slab, (image, inside), 1, device, slab)["c"][inside]
+    return map_volume(apply_to_slab, (image, inside), 1, device, slab)["c"][inside]

@@ -1,4 +1,4 @@
-"""What harmonizers know of the runs that they learn from, for their cards."""
+"""Description of the runs that a harmonizer learned from, for its card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bidsapp.domain import TrainingDomain
 from bidsapp.kinds import Cohort
 
 COVARIATES = ("age", "sex")
-"""Those whose ranges a card tells."""
+"""Covariates whose ranges a card holds."""
 
 
 def training_domain(cohort: Cohort, batches: Mapping[str, pd.DataFrame], sites: Iterable[str]
@@ -34,13 +34,13 @@ def training_domain(cohort: Cohort, batches: Mapping[str, pd.DataFrame], sites: 
     Returns
     -------
     TrainingDomain
-        Of just the shells that all these runs have, with their voxel sizes, the SNR of b0, and the
-        ages and sexes of the participants.
+        The shells that all these runs have, their voxel sizes, the SNR of their b0, and the ages
+        and sexes of their participants.
     """
     rows = [row for table in batches.values() for row in table.to_dict("records")]
     sizes = [sorted(cohort.voxel_sizes[r["run"]]) for r in rows if r["run"] in cohort.voxel_sizes]
 
-    def seen(key: str) -> tuple[Any, ...]:
+    def values_of(key: str) -> tuple[Any, ...]:
         values = [r[key] for r in rows if r.get(key) == r.get(key) and r.get(key) is not None]
         if not all(isinstance(v, int | float | np.number) for v in values):
             return tuple(sorted(set(map(str, values))))
@@ -48,24 +48,48 @@ def training_domain(cohort: Cohort, batches: Mapping[str, pd.DataFrame], sites: 
         return (min(finite), max(finite)) if finite else ()
 
     return TrainingDomain.from_acquisitions(
-        [cohort.acquisitions[row["run"]] for row in rows], snr=seen("snr_b0") or None,
+        [cohort.acquisitions[row["run"]] for row in rows], snr=values_of("snr_b0") or None,
         voxel_size=tuple((round(float(min(edge)), 3), round(float(max(edge)), 3))
                          for edge in zip(*sizes, strict=True)),
         sites=tuple(sites),
         covariates={c: values for c in COVARIATES
-                    if c in cohort.covariates and (values := seen(c))})
+                    if c in cohort.covariates and (values := values_of(c))})
 
 
 def hash_participants(batches: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
-    """Name the participants of each site by the first 16 digits of SHA-256."""
+    """Hash the participants of each site.
+
+    Parameters
+    ----------
+    batches : mapping of str to DataFrame
+        Rows of the statistics by site.
+
+    Returns
+    -------
+    dict of str to list of str
+        The first 16 hexadecimal digits of SHA-256 of `sub-LABEL`, sorted, by site.
+    """
     return {batch: sorted(hashlib.sha256(f"sub-{p}".encode()).hexdigest()[:16]
                           for p in rows["participant"].unique())
             for batch, rows in batches.items()}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean …?`, or nothing where no known name is like it."""
-    known = list(known)
-    near = (difflib.get_close_matches(name, known, 1, 0.4)
-            or [k for k in known if name and name.lower() in k.lower()])
-    return f" Did you mean {near[0]}?" if near else ""
+def suggest_name(name: str, names: Iterable[str]) -> str:
+    """Suggest a similar name, for the end of a message.
+
+    Parameters
+    ----------
+    name : str
+        The name that does not exist.
+    names : iterable of str
+        Those that do.
+
+    Returns
+    -------
+    str
+        ` Did you mean …?` with a space before it, or an empty string if no name is similar.
+    """
+    names = list(names)
+    similar = (difflib.get_close_matches(name, names, 1, 0.4)
+               or [n for n in names if name and name.lower() in n.lower()])
+    return f" Did you mean {similar[0]}?" if similar else ""

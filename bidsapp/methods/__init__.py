@@ -1,8 +1,8 @@
-"""One folder per published method; this module is the only list of them (a scan of folder names).
+"""The published methods, one folder each; the list of methods is the list of folders.
 
 A folder holds `method.py` (one subclass of a kind of `bidsapp.kinds`), `outputs.json` (entities,
-units, range and description of each output), `training.toml` where something is trained, and
-`README.md`.
+units, range and description of each output), `README.md`, and `training.toml` if the method is
+trained.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ FOLDER = Path(__file__).parent
 
 
 def names(kind: str = "") -> list[str]:
-    """Folder names of the methods, e.g. all that start with `estimate_`."""
+    """List the folder names of the methods, or those that start with a kind such as
+    `estimate_`."""
     return sorted(p.parent.name for p in FOLDER.glob(f"{kind}*/method.py"))
 
 
@@ -31,7 +32,7 @@ def trainable(name: str, context: MethodContext | None = None) -> Trainable:
     Raises
     ------
     UsageError
-        There is none of this name, or it learns nothing.
+        No method has this name, or the method needs no training.
     """
     method = get(name, context=context)
     if not isinstance(method, Trainable):
@@ -46,13 +47,14 @@ def read_settings(texts: Sequence[str], used: Sequence[Method], training: bool,
     Parameters
     ----------
     texts : sequence of str
-        What stands after the option; of two values for one hyper-parameter the last one holds.
+        Values of the option; the last value of a hyper-parameter holds.
     used : sequence of Method
         The methods of the command.
     training : bool
-        Whether the command trains them: then the table `training` may be changed, else all others.
+        Whether the command trains them. If so, only the table `training` may be changed; if not,
+        only the other tables.
     sloppy : bool
-        As of `MethodContext`.
+        As in `MethodContext`.
 
     Returns
     -------
@@ -62,8 +64,8 @@ def read_settings(texts: Sequence[str], used: Sequence[Method], training: bool,
     Raises
     ------
     UsageError
-        The method does not exist or is not used, it has no such hyper-parameter, the value is not
-        one that it may have, or it is of the other analysis level.
+        The method does not exist or is not used, it has no such hyper-parameter, the value is
+        invalid, or the hyper-parameter belongs to the other analysis level.
     """
     settings: dict[str, dict[str, Any]] = {}
     for text in texts:
@@ -77,14 +79,14 @@ def read_settings(texts: Sequence[str], used: Sequence[Method], training: bool,
                                          value, sloppy)
         if any((path.split(".")[0] == hyperparameters.TRAINING) != training for path in values):
             raise UsageError(
-                f"--set {text}: {key} does not matter in a training. Give the option to the "
+                f"--set {text}: {key} has no effect on a training. Give the option to the "
                 "participant level." if training else
-                f"--set {text}: {key} matters in the training of {method.name} alone, and this "
-                f"command trains nothing. Give the option to group --train {method.name}.")
+                f"--set {text}: {key} affects only the training of {method.name}, and this "
+                f"command does not train it. Give the option to group --train {method.name}.")
         if method.name not in [m.name for m in used]:
-            there = ", ".join(m.name for m in used) or "none"
+            names_used = ", ".join(m.name for m in used) or "none"
             raise UsageError(f"--set {text}: this command does not use {method.name}; its methods "
-                             f"are: {there}. Leave the option out, or ask for the method.")
+                             f"are: {names_used}. Leave the option out, or add the method.")
         settings.setdefault(method.name, {}).update(values)
     return settings
 
@@ -95,9 +97,9 @@ def find(name: str, kind: str = "") -> str:
     Parameters
     ----------
     name : str
-        Of the folder (`harmonize_rish`), or what follows its kind (`rish`).
+        Name of the folder (`harmonize_rish`), or the part after its kind (`rish`).
     kind : str
-        `estimate`, `harmonize`, …: only methods of this kind; default: of any.
+        `estimate`, `harmonize`, …: only methods of this kind; default: all kinds.
 
     Returns
     -------
@@ -107,21 +109,23 @@ def find(name: str, kind: str = "") -> str:
     Raises
     ------
     UsageError
-        No method has this name (lists those there are, and the nearest), or several have.
+        No method has this name, or several have.
     """
-    found = names(f"{kind}_" if kind else "")
-    fitting = [n for n in found if n == name] or [n for n in found if n.partition("_")[2] == name]
-    if len(fitting) > 1:
-        raise UsageError(f"{name} is the short name of {' and '.join(fitting)}. Needed is one of "
-                         "them: give its whole name.")
-    if not fitting:
+    available = names(f"{kind}_" if kind else "")
+    matches = ([n for n in available if n == name]
+               or [n for n in available if n.partition("_")[2] == name])
+    if len(matches) > 1:
+        raise UsageError(f"{name} is the short name of {' and '.join(matches)}. Give the full "
+                         "name of one of them.")
+    if not matches:
         folder = name if not kind or name.startswith(f"{kind}_") else f"{kind}_{name}"
-        short = [n.partition("_")[2] or n for n in found] if "_" not in folder else found
-        near = difflib.get_close_matches(folder, short, 1, 0.5)
+        short = [n.partition("_")[2] or n for n in available] if "_" not in folder else available
+        similar = difflib.get_close_matches(folder, short, 1, 0.5)
         raise UsageError(
-            f"no such method yet: {name}. Available{f' to {kind}' if kind else ''} are: "
-            f"{', '.join(found) or 'none'}." + (f" Did you mean {near[0]}?" if near else ""))
-    return fitting[0]
+            f"no such method: {name}. Available{f' to {kind}' if kind else ''} are: "
+            f"{', '.join(available) or 'none'}."
+            + (f" Did you mean {similar[0]}?" if similar else ""))
+    return matches[0]
 
 
 def get(name: str, kind: str = "", context: MethodContext | None = None) -> Method:
@@ -130,9 +134,9 @@ def get(name: str, kind: str = "", context: MethodContext | None = None) -> Meth
     Parameters
     ----------
     name, kind : str
-        As of `find`.
+        Arguments of `find`.
     context : MethodContext, optional
-        What the command tells its methods.
+        Settings of the command.
 
     Returns
     -------
@@ -141,7 +145,7 @@ def get(name: str, kind: str = "", context: MethodContext | None = None) -> Meth
     Raises
     ------
     UsageError
-        As of `find`.
+        No method has this name, or several have.
     """
     module = importlib.import_module(f"bidsapp.methods.{find(name, kind)}.method")
     (cls,) = [c for c in vars(module).values()

@@ -268,7 +268,8 @@ class Execution:
                 qc |= {f"harmonized_{key}": value for key, value in record["qc"].items()}
         scores = [r["scores"] for r in done if "scores" in r]
         with dataset.transaction(run_record(run), mark) as transaction:
-            transaction.table(context.path("qc", ".tsv", desc="image"), [qc], quality.columns(qc))
+            transaction.table(context.path("qc", ".tsv", desc="image"), [qc],
+                              quality.describe_columns(qc))
             transaction.facts = {
                 "name": run.name, "entities": run.entities, "batch": run.batch,
                 "batch_source": run.batch_source, "covariates": run.covariates,

@@ -104,7 +104,7 @@ def folders(options: Options) -> list[Path]:
         raise UsageError(
             f"--harmonize {given}: no such folder, model or method. Available under {models} are: "
             f"{', '.join(there) or 'none'}; methods to train: {', '.join(kinds)}."
-            + scope.nearest(given, [*there, *kinds, *(k.removeprefix("harmonize_")
+            + scope.suggest_name(given, [*there, *kinds, *(k.removeprefix("harmonize_")
                                                      for k in kinds)]))
     if not isinstance(methods.get(name), SiteHarmonizer):
         raise UsageError(f"{name} is not applied to images, but trained at group level: "
@@ -169,7 +169,7 @@ def select(models: Sequence[Model], batch: str) -> Model:
                       f"batch {batch}. Give one of them to --harmonize.")
     known = sorted({b for c in cards for b in (*c.batches, str(c.reference_batch))})
     raise Refusal(f"{models[0].method.name} has no model for the batch {batch}; there are models "
-                  f"for {', '.join(known)}.{scope.nearest(batch, known)} Train one with this "
+                  f"for {', '.join(known)}.{scope.suggest_name(batch, known)} Train one with this "
                   "batch, or leave the run out; one given by its name can be used all the same "
                   "with --allow-extrapolation.")
 
@@ -207,7 +207,7 @@ def check(model: Model, acquisition: Acquisition, voxel_size: Sequence[float], b
     model.method.check(acquisition)
     violations = card.trained_for.violations(acquisition, voxel_size, batch)
     if violations and not allow:
-        hint = scope.nearest(batch, card.batches) if batch not in card.batches else ""
+        hint = scope.suggest_name(batch, card.batches) if batch not in card.batches else ""
         raise Refusal(f"{card.method}, trained to map {', '.join(card.batches)} to "
                       f"{card.reference_batch}, does not fit: {'; '.join(violations)}.{hint} Train "
                       f"on such runs (group --train {card.method} --reference-batch "

@@ -259,7 +259,7 @@ class Measure(Step):
         transaction.image(context.mask, dwi.mask.astype("uint8"), context.like,
                           sidecar.mask(run, context.dataset, source))
         report.warnings, coherence = check_plausibility(run, dwi, mean_b0)
-        report.qc |= quality.quality(dwi) | coherence
+        report.qc |= quality.measure_quality(dwi) | coherence
         report.figures += figures.of_signal(dwi, mean_b0)
         acquisition = dwi.acquisition
         report.facts = {
@@ -339,8 +339,8 @@ class Harmonize(Step):
             log.info("%s: %s", run.name, notice)
         for warning in result.warnings:
             log.warning("%s: %s", run.name, warning)
-        compared = change.change(stage.dwi, result.dwi, context.device)
-        report.qc |= {**result.counts, **change.statistics(compared, result.dwi)}
+        compared = change.compare_signals(stage.dwi, result.dwi, context.device)
+        report.qc |= {**result.counts, **change.summarize_change(compared, result.dwi)}
         report.notices += result.notices
         report.warnings += result.warnings
         if result.changed:
@@ -471,11 +471,11 @@ class Estimate(Step):
         if stage.no_intervals:
             derived = derived.without_intervals(stage.no_intervals)
         elif stage.widening > 1:
-            derived = derived.widened(stage.widening, method.ranges)
+            derived = derived.widen_intervals(stage.widening, method.ranges)
         outputs(context, transaction, stage).write(method, derived)
         prefix = f"{self.desc}_" if self.desc else ""
         report.qc |= {f"{prefix}{key}": value for key, value in
-                      {**derived.counts, **quality.statistics(method, derived)}.items()}
+                      {**derived.counts, **quality.summarize_maps(method, derived)}.items()}
         for notice in derived.notices:
             log.info("%s: %s", context.run.name, notice)
         report.notices += derived.notices
@@ -571,9 +571,9 @@ def check_plausibility(run: Run, dwi: Dwi, mean_b0: np.ndarray
         warnings = plausibility.check(dwi, mean_b0)
     except DataError as error:
         raise DataError(f"{', '.join(str(p.image) for p in run.parts)}: {error}") from error
-    coherence = gradients.coherence(dwi, btable.fsl_axes(dwi.affine))
+    coherence = gradients.measure_coherence(dwi, btable.fsl_axes(dwi.affine))
     if coherence and coherence.better:
-        warnings.append(gradients.notice(coherence))
+        warnings.append(gradients.describe_mismatch(coherence))
     for sentence in warnings:
         log.warning("%s: %s", run.name, sentence)
     return warnings, {"fibre_coherence": coherence.given if coherence else None,

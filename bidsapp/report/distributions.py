@@ -28,7 +28,7 @@ def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
     features = list(cohort.features)
     if not features:
         return []
-    units = {f: units_of(d) for f, d in quality.columns(features).items()}
+    units = {f: units_of(d) for f, d in quality.describe_columns(features).items()}
     runs = len(cohort.statistics)
     with mpl.rc_context(STYLE):
         drawn = [Figure(
@@ -38,7 +38,7 @@ def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
             f"Mean of each map over the brain mask; a point per run ({runs} in all), a line from "
             "the lower to the upper quartile and a bar at the median of each batch.",
             "Distributions")]
-        if pairs := quality.harmonized(cohort.statistics, features):
+        if pairs := quality.harmonized_columns(cohort.statistics, features):
             after = cohort.statistics[["batch", *pairs]].rename(columns=pairs)
             drawn.append(Figure(
                 "dwimap", {"desc": "harmonized"},

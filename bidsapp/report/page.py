@@ -76,9 +76,9 @@ def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects
     outliers : DataFrame
         `quality.outliers` of the statistics.
     between : DataFrame
-        Agreement between sites (`agreement.of_group`).
+        Agreement between sites (`agreement.compare_tables`).
     effects : DataFrame
-        Effects of covariates before and after harmonization (`biology.in_sample`).
+        Effects of covariates before and after harmonization (`biology.judge_in_sample`).
     drawn : sequence of Figure
     fitted : mapping of str to Fitted
         Results of the trained methods, by name.
@@ -99,12 +99,12 @@ def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects
                 "runs": len(members)} for name, members in table.groupby("batch", sort=True)]
     estimates = _methods(name for name in methods.names("estimate_") if any(
         c.startswith(f"{name.removeprefix('estimate_')}_") for c in cohort.features))
-    units = quality.columns(table.columns)
+    units = quality.describe_columns(table.columns)
     statistics = [
         {"name": feature.removesuffix("_mean"), "units": units[feature]["Units"], "cells": [
             f"{_number(float(v.mean()))} ± {_number(float(v.std()))}"
             for _, v in table.groupby("batch", sort=True)[feature]]}
-        for feature in (*cohort.features, *quality.harmonized(table, cohort.features))]
+        for feature in (*cohort.features, *quality.harmonized_columns(table, cohort.features))]
     return _templates().get_template("group.html").render(
         title="Group", notice=notice, batches=batches, statistics=statistics, n_runs=len(table),
         min_runs=quality.MIN_RUNS, threshold=quality.OUTLIER, covariates=cohort.covariates,
@@ -205,7 +205,7 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
         path = root / entry["file"]
         figures.append({**entry, "uri": _uri(path.read_bytes()) if path.is_file() else None})
     qc = record.get("qc", {})
-    described = quality.columns(qc)
+    described = quality.describe_columns(qc)
     state = record.get("state", "incomplete")
     size = record.get("voxel_size")
     return {

@@ -211,7 +211,7 @@ def test_sites_before_and_after(rng):
              "harmonized_fa": people[i] if i < 5 else np.nan}
             for i in range(6) for b in "AB" if (i, b) != (4, "B")]
     rows.append(rows[0])  # a second run, which is averaged
-    found = agreement.of_group(pd.DataFrame(rows), ["fa"], {}, "A")
+    found = agreement.compare_tables(pd.DataFrame(rows), ["fa"], {}, "A")
     of = found.set_index(["data", "statistic"])
     same = "measured, of the runs harmonized"
     assert list(of["people"].loc["measured"]) == [5, 5, 5, 5, 6, 6]
@@ -231,8 +231,8 @@ def test_sites_before_and_after(rng):
     auc = found[(found["statistic"] == "auc") & (found["batch"] == "B")].set_index("data")["value"]
     assert auc["measured"] > auc["harmonized"]
     few = pd.DataFrame(rows[:4])
-    assert agreement.of_group(few, ["fa"], {}).empty
-    assert agreement.of_group(pd.DataFrame(rows).assign(batch="A"), ["fa"], {}).empty
+    assert agreement.compare_tables(few, ["fa"], {}).empty
+    assert agreement.compare_tables(pd.DataFrame(rows).assign(batch="A"), ["fa"], {}).empty
 
 
 def test_sites_of_different_people(rng):
@@ -241,7 +241,7 @@ def test_sites_of_different_people(rng):
     table = pd.DataFrame([
         {"participant": f"{b}{i}", "batch": b, "fa": rng.normal(2 * (b == "B"), 0.1)}
         for b in "ABC" for i in range(20)])
-    found = {k: agreement.of_group(table, ["fa"], {}, k).set_index(["statistic", "batch"])
+    found = {k: agreement.compare_tables(table, ["fa"], {}, k).set_index(["statistic", "batch"])
              for k in ("A", None)}
     assert set(found["A"].index) == {("unpaired_difference", b) for b in "BC"} | {
         ("auc", b) for b in "ABC"}

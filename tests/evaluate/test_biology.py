@@ -101,7 +101,7 @@ def wave_rows(change):
         mask, np.full(shape, 2, np.int8), np.argwhere(mask).T.astype(np.float32),
         np.broadcast_to(np.eye(3, dtype=np.float32), (int(mask.sum()), 3, 3)))
     made = change(source, truth)
-    rows = pd.DataFrame(crossvalidation.squares(source, made, target, registration))
+    rows = pd.DataFrame(crossvalidation.sum_squares(source, made, target, registration))
     rows = rows[(rows["tissue"] == "wm") & (rows["measure"] != "signal")].set_index("measure")
     return rows["contrast_after"] / rows["contrast_before"]
 
@@ -215,18 +215,18 @@ def test_tables_of_people_who_may_have_taught(rng):
         "participant": [f"{i}" for i in range(40)], "batch": batch, "age": age, "dti_md_mean": md,
         "harmonized_dti_md_mean": np.where(batch == "A", md, md - 1e-6 * age)})
     combat = table[["participant", "batch", "dti_md_mean"]]
-    found = biology.in_sample(table, ["dti_md_mean"], {"combat": combat})
+    found = biology.judge_in_sample(table, ["dti_md_mean"], {"combat": combat})
     (row,) = found.to_dict("records")
     assert (row["data"], row["batch"], row["effect"]) == ("harmonized", "B", "age")
     assert row["ratio"] == pytest.approx(0.5, abs=0.05) and row["verdict"] == biology.LOST
     (told,) = biology.name_effects(found, biology.LOST)
     assert told.startswith("slope over age of dti_md in the brain, B, harmonized (ratio 0.")
     other = combat.assign(dti_md_mean=combat["dti_md_mean"] * 1.01)
-    found = biology.in_sample(table, ["dti_md_mean"], {"combat": other})
+    found = biology.judge_in_sample(table, ["dti_md_mean"], {"combat": other})
     assert list(found["data"] + found["batch"]) == ["harmonizedB", "combatA", "combatB"]
     assert set(found["verdict"][1:]) == {biology.KEPT}
     # a second run of everyone that was not harmonized, at twice the diffusivity, counts nowhere
     again = table.assign(dti_md_mean=2 * md, harmonized_dti_md_mean=np.nan)
-    twice = biology.in_sample(pd.concat([table, again]), ["dti_md_mean"], {})
+    twice = biology.judge_in_sample(pd.concat([table, again]), ["dti_md_mean"], {})
     assert twice["ratio"].iloc[0] == pytest.approx(row["ratio"])
-    assert biology.in_sample(table.drop(columns="age"), ["dti_md_mean"], {}).empty
+    assert biology.judge_in_sample(table.drop(columns="age"), ["dti_md_mean"], {}).empty

@@ -102,7 +102,7 @@ def test_degree_of_the_series_follows_the_directions():
         registration = pairs.Registration(where, np.where(where, tissue.WHITE, 0).astype(np.int8),
                           np.argwhere(where).T.astype(np.float32),
                           np.broadcast_to(np.eye(3, dtype=np.float32), (int(where.sum()), 3, 3)))
-        rows = pd.DataFrame(crossvalidation.squares(source, target, target, registration))
+        rows = pd.DataFrame(crossvalidation.sum_squares(source, target, target, registration))
         white = rows[rows["tissue"] == "wm"].set_index("measure")
         assert set(white.index) == ({"signal", "fa", "md"} if l_max else {"signal"})
         basis = sh.basis(l_max, AXES[3:3 + count])
@@ -173,11 +173,11 @@ def test_people_of_every_batch_are_dealt_evenly():
     table = whole.statistics
     left = (table["batch"] == "A") | ((table["batch"] == "B") == (table["participant"] < "05"))
     known = replace(whole, statistics=table[left])
-    found = pairs.find(known.statistics, "A")
-    parts = crossvalidation.folds(sloppy_method("harmonize_golkov"), known, settings, found)
+    found = pairs.pair_runs(known.statistics, "A")
+    parts = crossvalidation.split_folds(sloppy_method("harmonize_golkov"), known, settings, found)
     assert sorted(p for part in parts for p in part) == [*MANY, "07", "08"]
     assert [sum(p < "05" for p in part) for part in parts] == [2, 2]
-    again = crossvalidation.folds(sloppy_method("harmonize_mica"), known, settings, found)
+    again = crossvalidation.split_folds(sloppy_method("harmonize_mica"), known, settings, found)
     assert again == parts, "the same for every method"
 
 
@@ -192,7 +192,7 @@ def test_pairs_are_registered_once(tmp_path, monkeypatch):
     first = crossvalidation.fit(warping, *known).tables["desc-mica_folds"]
     assert [len(c) for c in calls] == [3, 3]
     kept = sorted((tmp_path / "states").iterdir())
-    assert len(kept) == 3 and all(p.name.startswith(pairs.KEPT) for p in kept)
+    assert len(kept) == 3 and all(p.name.startswith(pairs.PREFIX) for p in kept)
     second = crossvalidation.fit(methods.get("harmonize_mica"), *known).tables["desc-mica_folds"]
     recipe = {**sloppy_method("harmonize_golkov").settings("training"), "deformable": True}
     network = methods.get("harmonize_golkov")
@@ -242,12 +242,13 @@ def test_another_scan_is_another_registration(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name,people,folds,message", [
-    ("shresnet", PEOPLE, 4, "--folds 4: 3 people were scanned in B and in A.* Up to 3 folds"),
-    ("shresnet", PEOPLE[:2], 2, "--folds 2: without sub-0[12], .* needs at least 2 participants"),
-    ("shresnet", PEOPLE, 2, "without sub-0., sub-0., of one fold, .* needs at least 2 .*"
-                            " Up to 3 folds leave more"),
-    ("mica", PEOPLE, 2, "needs at least 2 participants in every batch; found A: 1, B: 1"),
-    ("rish", PEOPLE, 3, "needs at least 3 participants in every batch; found A: 2, B: 2")])
+    ("shresnet", PEOPLE, 4, "--folds 4: 3 participants were scanned at B and at A.* up to 3 folds"),
+    ("shresnet", PEOPLE[:2], 2,
+     "--folds 2: without .* sub-0[12], .* needs at least 2 participants"),
+    ("shresnet", PEOPLE, 2, "without .* of one fold, sub-0., sub-0., .* needs at least 2 .*"
+                            " More folds, up to 3, hold fewer"),
+    ("mica", PEOPLE, 2, "needs at least 2 participants at every site; found A: 1, B: 1"),
+    ("rish", PEOPLE, 3, "needs at least 3 participants at every site; found A: 2, B: 2")])
 def test_folds_that_leave_nobody_are_refused(name, people, folds, message):
     """Before anything is read."""
     def load(run):
@@ -263,7 +264,7 @@ def test_groups_of_unlike_people_have_no_folds(name):
     whole, settings = study(MANY, folds=2)
     table = whole.statistics
     alone = table[(table["batch"] == "A") == (table["participant"] < "04")]
-    with pytest.raises(UsageError, match="--folds 2: 0 people were scanned in B and in A"):
+    with pytest.raises(UsageError, match="--folds 2: 0 participants were scanned at B and at A"):
         crossvalidation.fit(sloppy_method(f"harmonize_{name}"), replace(whole, statistics=alone),
                             settings)
 
@@ -273,7 +274,7 @@ def test_weights_that_know_the_people_are_refused(tmp_path):
     (model,) = method.fit(*study(PEOPLE[:2], max_steps=2)).checkpoints.values()
     for file, content in pack(model).items():
         (tmp_path / file).write_bytes(content)
-    with pytest.raises(UsageError, match=r"have learned from sub-01, sub-02, who would be tested"):
+    with pytest.raises(UsageError, match=r"have learned from sub-01, sub-02\. The test needs"):
         crossvalidation.fit(method, *study(folds=3, init=tmp_path))
     with pytest.raises(UsageError, match="harmonize_shresnet are needed"):
         crossvalidation.fit(sloppy_method("harmonize_shresnet"), *study(folds=3, init=tmp_path))
@@ -288,7 +289,7 @@ def test_scans_that_are_not_harmonized_are_named(monkeypatch):
         raise Refusal("no signal above 0 was found.")
 
     monkeypatch.setattr(method, "harmonize", refuse)
-    with pytest.raises(UsageError, match=r"--folds 3: 0.B is not harmonized\. no signal"):
+    with pytest.raises(UsageError, match=r"--folds 3: 0.B cannot be harmonized\. no signal"):
         crossvalidation.fit(method, *study(folds=3))
 
 
@@ -312,17 +313,17 @@ def test_models_that_make_it_worse_say_so():
     """A bias of FA that grows by 2 % of its mean is told, one by 0.5 % is not; and errors that
     rise, whatever the tissue."""
     def doubts(bias_after, nmse_after):
-        return crossvalidation.doubts(pd.DataFrame([{
+        return crossvalidation.describe_losses(pd.DataFrame([{
             "batch": "B", "shell": "b1000", "tissue": "wm", "measure": measure, "fold": 1,
             "participant": "01", "nmse_before": 0.1, "nmse_after": nmse_after,
             "bias_before": 0.001, "bias_after": bias_after, "mean_before": 0.401,
-            "mean_after": 0.4 + bias_after} for measure in ("signal", "fa")]), biology.of_folds(
+            "mean_after": 0.4 + bias_after} for measure in ("signal", "fa")]), biology.judge_folds(
                 pd.DataFrame(columns=crossvalidation.ROW), pd.DataFrame()))
 
     assert doubts(-0.003, 0.05) == []
     (bias,) = doubts(-0.009, 0.05)
-    assert ("the mean bias grew for 1 of 1 measures of people not learned from, most for FA in "
+    assert ("the mean bias in held-out participants grew for 1 of 1 measures, most for FA in "
             "white matter, b1000, B (from +0.001 to -0.009). Do not use this model.") in bias
     (error,) = doubts(0.0, 0.11)
-    assert ("error grew for 2 of 2 measures of people not learned from, most for signal in white "
+    assert ("error in held-out participants grew for 2 of 2 measures, most for signal in white "
             "matter, b1000, B (+10 %); FA") in error

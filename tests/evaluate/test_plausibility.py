@@ -78,7 +78,7 @@ def test_integers_that_wrapped_round(dwi, largest, slope):
     bright = ramp * dwi.unmask(dwi.mean_b0) / dwi.mean_b0.max() * largest
     assert (bright > 32_767).sum() > 20
     wrapped = bright.astype(np.int64).astype(np.int16) * slope
-    with pytest.raises(DataError, match=r"amid the brightest.*unsigned 16-bit"):
+    with pytest.raises(DataError, match=r"next to the brightest.*unsigned 16-bit"):
         check(dwi, wrapped)
     assert check(dwi, bright * slope) == []
 
@@ -88,7 +88,7 @@ def test_undershoot_of_interpolation_has_not_wrapped(dwi, depth, wrapped):
     mean = dwi.unmask(dwi.mean_b0).astype(np.float64)
     mean[8:10, 8:10, 8:10] = -depth * mean.max()
     if wrapped:
-        with pytest.raises(DataError, match="amid the brightest"):
+        with pytest.raises(DataError, match="next to the brightest"):
             check(dwi, mean)
     else:
         assert check(dwi, mean) == []
@@ -113,7 +113,8 @@ def test_a_b0_that_lost_signal_is_told(dwi):
     np.r_[0, 1, 25, 3:25, 2, 26:38],
 ], ids=["reversed", "rolled", "b0 last", "one b0 exchanged"])
 def test_b0_volumes_elsewhere(dwi, order):
-    with pytest.raises(DataError, match=r"another order.*weighted \(b = .*same order"):
+    with pytest.raises(
+            DataError, match=r"another order.*weighted according to the table \(b = .*same order"):
         check(reordered(dwi, order))
 
 
@@ -143,7 +144,7 @@ def test_dropout_is_no_other_order(dwi):
     assert check(changed(dwi, lambda s: s * np.where(np.isin(np.arange(38), [6, 9, 30]), .3, 1))
                  ) == []
     (notice,) = check(changed(dwi, lambda s: s * np.where(np.arange(38) == 1, 0.5, 1)))
-    assert "Volumes without weighting differ" in notice
+    assert "The b0 volumes differ" in notice
 
 
 @pytest.mark.parametrize("diffusivity", [0.05e-3, 3e-3])
@@ -157,7 +158,7 @@ def test_liquids_pass(rng, diffusivity, b_delta):
     liquid = Dwi(noisy, HEAD, truth.affine(), Acquisition(
         bvals, vectors, np.where(bvals < 50, 1, b_delta)))
     assert check(liquid) == []
-    found = gradients.coherence(liquid, btable.fsl_axes(liquid.affine))
+    found = gradients.measure_coherence(liquid, btable.fsl_axes(liquid.affine))
     assert found is None or not found.better
 
 
@@ -171,7 +172,7 @@ def with_table(dwi, table):
 
 
 def judged(dwi):
-    return gradients.coherence(dwi, btable.fsl_axes(dwi.affine))
+    return gradients.measure_coherence(dwi, btable.fsl_axes(dwi.affine))
 
 
 @pytest.mark.parametrize("matrix", [
@@ -185,8 +186,8 @@ def test_the_right_table_is_found(rng, matrix):
     wrong = judged(with_table(dwi, flip))
     assert wrong.best == pytest.approx(right.best, abs=1e-6) and wrong.given < 0
     assert "row negated" in wrong.better
-    assert gradients.notice(wrong).startswith(
-        f"The b-vectors are probably wrong: with {wrong.better} in the .bvec")
+    assert gradients.describe_mismatch(wrong).startswith(
+        f"The b-vectors are probably wrong. With {wrong.better} in the .bvec")
 
 
 @pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1), (1, 0, 2)])
@@ -194,7 +195,7 @@ def test_the_named_correction_corrects(dwi, order):
     """A cyclic exchange of axes is not its own inverse."""
     wrong = with_table(dwi, np.diag([1.0, -1, 1]) @ np.eye(3)[list(order)])
     found = judged(wrong)
-    named, = [t for t in gradients.tables() if gradients.describe(t) == found.better]
+    named, = [t for t in gradients.list_tables() if gradients.describe(t) == found.better]
     mended = judged(with_table(wrong, named))
     assert mended.better == "" and mended.given == pytest.approx(judged(dwi).given, abs=1e-6)
 
@@ -240,7 +241,7 @@ def test_a_few_voxels_do_not_suffice(dwi):
 
 
 def test_all_tables_differ_by_more_than_a_sign():
-    tables = gradients.tables()
+    tables = gradients.list_tables()
     assert len(tables) == 24
     products = {tuple((np.kron(t, t)).ravel()) for t in tables}
     assert len(products) == 24
@@ -257,12 +258,12 @@ def test_a_single_slice_and_few_directions_are_not_judged(dwi, rng):
 
 
 def test_large_masks_are_judged_by_their_middle(dwi, monkeypatch):
-    monkeypatch.setattr(gradients, "MOST_VOXELS", 700)
+    monkeypatch.setattr(gradients, "MAX_VOXELS", 700)
     slab = gradients._slab(dwi.mask)
     depth = np.flatnonzero(slab.any((0, 1)))
     assert 350 < slab.sum() <= 700 and abs(depth.mean() - 10.5) <= 1
     assert "negated" in judged(with_table(dwi, np.diag([-1.0, 1, 1]))).better
-    monkeypatch.setattr(gradients, "MOST_VOXELS", 1)
+    monkeypatch.setattr(gradients, "MAX_VOXELS", 1)
     assert gradients._slab(dwi.mask).any((0, 1)).sum() == 3
 
 

@@ -80,7 +80,7 @@ def changed(dwi, volume, k, factor):
 def test_counts_and_levels(dwi):
     signal = dwi.signal.copy()
     signal[:3, 5] = -1
-    qc = quality.quality(replace(dwi, signal=signal))
+    qc = quality.measure_quality(replace(dwi, signal=signal))
     assert qc["n_voxels"] == 8 * 8 * 7
     assert qc["mask_volume"] == pytest.approx(8 * 8 * 7 * 15 / 1000)
     assert (qc["n_volumes"], qc["n_b0"], qc["n_shells"]) == (47, 3, 2)
@@ -103,7 +103,7 @@ def test_noise_level_is_unbiased_with_few_directions(rng):
 
 
 def test_unknown_noise_gives_no_snr(dwi):
-    qc = quality.quality(replace(dwi, noise_sd=None))
+    qc = quality.measure_quality(replace(dwi, noise_sd=None))
     assert qc["snr_b0"] is None and qc["b1000_snr"] is None and qc["b1000_signal"] > 0
 
 
@@ -134,7 +134,7 @@ def test_dropout_of_every_other_slice(dwi):
     for k in (0, 2, 4):
         bad = changed(bad, 12, k, 0.5)
     assert sorted(quality.slice_signal(bad).suspects) == [(0, 12), (2, 12), (4, 12)]
-    qc = quality.quality(bad)
+    qc = quality.measure_quality(bad)
     assert (qc["n_dropout_slices"], qc["n_dropout_volumes"]) == (3, 1)
 
 
@@ -202,7 +202,7 @@ def test_statistics_skip_what_is_not_finite_or_not_scalar():
     values[0] = np.nan
     derived = Derived({"half": values, "half_std": np.full(10, np.nan, np.float32),
                        "direction": np.ones((10, 3), np.float32)})
-    found = quality.statistics(Halves(), derived)
+    found = quality.summarize_maps(Halves(), derived)
     assert found == {
         "halves_half_mean": 5, "halves_half_sd": pytest.approx(np.arange(1, 10).std()),
         "halves_half_median": 5, "halves_half_std_mean": None, "halves_half_std_sd": None,
@@ -211,15 +211,16 @@ def test_statistics_skip_what_is_not_finite_or_not_scalar():
 
 def test_statistics_leave_out_voxels_without_an_estimate():
     values = np.arange(10, dtype=np.float32)
-    found = quality.statistics(Halves(), Derived({"half": values}, valid=values > 5))
+    found = quality.summarize_maps(Halves(), Derived({"half": values}, valid=values > 5))
     assert found["halves_half_mean"] == 7.5
 
 
 def test_every_key_is_described(dwi):
     planar = replace(dwi.acquisition, b_delta=np.where(dwi.acquisition.bvals > 2000, -0.5, 1))
-    keys = [*quality.quality(dwi), *quality.quality(replace(dwi, acquisition=planar)),
+    keys = [*quality.measure_quality(dwi),
+            *quality.measure_quality(replace(dwi, acquisition=planar)),
             "participant", "session", "run", "batch", "age"]
-    described = quality.columns(keys)
+    described = quality.describe_columns(keys)
     assert set(described) == set(keys)
     assert all(d["Description"] and d["Units"] for d in described.values())
     assert "2500" in described["b2500_planar_signal"]["Description"]
@@ -234,7 +235,7 @@ def test_map_features_are_the_means_of_maps():
     columns = ["age", "noise_sd", "b1000_signal", "other_mean", f"{short}_{key}_mean",
                f"{short}_{key}_sd", f"{short}_{key}_median", f"{short}_{key}_std_mean"]
     assert quality.map_features(columns) == [f"{short}_{key}_mean"]
-    entry = quality.columns(columns)[f"{short}_{key}_mean"]
+    entry = quality.describe_columns(columns)[f"{short}_{key}_mean"]
     assert entry["Units"] == outputs["maps"][key]["Units"]
     assert outputs["maps"][key]["Description"] in entry["Description"]
 
@@ -251,7 +252,7 @@ def test_outliers_are_sought_within_batches(rng):
     table["age"] = table["age"].where(table.index != 2, 500)
     table.loc[3, "snr_b0"] = 60.0  # usual in batch B, not in A
     table.loc[15, "n_dropout_slices"] = 9
-    found = quality.outliers(table)
+    found = quality.find_outliers(table)
     assert set(zip(found["run"], found["measure"], strict=True)) == {
         ("sub-03", "snr_b0"), ("sub-15", "n_dropout_slices")}
     row = found[found["measure"] == "snr_b0"].iloc[0]
@@ -261,9 +262,9 @@ def test_outliers_are_sought_within_batches(rng):
 def test_outliers_of_small_batches_use_all_runs(rng):
     table = study_table(rng, 3)
     table["snr_b0"] = [30.0, 30.5, 29.5, 30.2, 29.9, 90.0]
-    found = quality.outliers(table)
+    found = quality.find_outliers(table)
     assert list(found["run"]) == ["sub-05"] and "all 6 runs" in found["why"][0]
-    assert quality.outliers(table[:4]).empty
+    assert quality.find_outliers(table[:4]).empty
 
 
 def test_outliers_take_missing_values(rng):
@@ -271,7 +272,7 @@ def test_outliers_take_missing_values(rng):
     table["snr_b0"] = table["snr_b0"].astype(object)
     table.loc[0, "snr_b0"] = None
     table["ndc"] = None
-    assert quality.outliers(table).empty
+    assert quality.find_outliers(table).empty
 
 
 def real(run):

@@ -139,7 +139,7 @@ def test_own_errors_widen_intervals(rng):
     assert harmonizer.widening(replace(flat, noise_sd=None), [1, 1]) == 1
     derived = Derived({"fa": np.ones(3, np.float32), "fa_std": np.ones(3, np.float32)})
     for range_, sd in (((0, None), 1.5), ((0, 1.25), 1.25)):
-        wide = derived.widened(1.5, {"fa_std": range_})
+        wide = derived.widen_intervals(1.5, {"fa_std": range_})
         assert wide.maps["fa_std"].tolist() == [sd] * 3 and wide.maps["fa"].tolist() == [1] * 3
     none = derived.without_intervals("nobody knows")
     assert list(none.maps) == ["fa"] and "nobody knows" in none.parameters["Uncertainty"]

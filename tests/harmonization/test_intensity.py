@@ -35,12 +35,12 @@ def test_one_warp_for_all_keeps_who_is_different(rng):
     learned = [intensity.quantiles(scan(np.random.default_rng(1), 0.1, power))
                for power in (1.3, 1.0)]
     bent, straight = (scan(np.random.default_rng(2), 0.4, power) for power in (1.3, 1.0))
-    found, kept = intensity.warped(bent, learned[1], learned[0])
+    found, kept = intensity.warp(bent, learned[1], learned[0])
     assert kept == 0
     np.testing.assert_array_equal(found[:, :2], bent.signal[:, :2])
     before = np.abs(bent.signal - straight.signal).max()
     assert np.abs(found - straight.signal).max() < 0.01 * before
-    alike, _ = intensity.warped(bent, learned[1], intensity.quantiles_to_warp(bent))
+    alike, _ = intensity.warp(bent, learned[1], intensity.quantiles_to_warp(bent))
     assert np.abs(alike - straight.signal).max() > before
 
 

@@ -294,9 +294,9 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
 def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
     """What is not changed has the error that errors are measured in."""
     method, (known, settings) = sloppy_method("harmonize_hybrid"), study()
-    found = pairs.find(known.statistics, "A")["B"][:1]
+    found = pairs.pair_runs(known.statistics, "A")["B"][:1]
     own = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path).samples[0]
-    voxels = own.of({0})
+    voxels = own.select({0})
     recipe = {"validation": 10**6, "loss": {"signal": 0.5, "fa": 2.0, "md": 1.0}}
     loss, batch = method.loss(own, voxels, recipe, "cpu"), own(voxels, "cpu")
     assert float(loss(batch.centre, batch).mean()) == pytest.approx(3.5, rel=1e-4)
@@ -306,12 +306,12 @@ def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
 def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
     """Of whom it did not learn from, before the network, against numpy."""
     method, (known, settings) = sloppy_method(), study(max_steps=1)
-    found = pairs.find(known.statistics, "A")["B"][:2]
+    found = pairs.pair_runs(known.statistics, "A")["B"][:2]
     travellers = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path)
-    trained = method._trained(settings, "x", [ShellRange((1000.0, 1000.0), 1.0, (30, 30))],
+    trained = method._train_shells(settings, "x", [ShellRange((1000.0, 1000.0), 1.0, (30, 30))],
                               method.settings("training"), travellers, ["01", "02"], None)
-    (who,) = trained.held
-    metrics = method._measured(trained, travellers, ["b1000"], "cpu")
+    (who,) = trained.held_out
+    metrics = method._signal_metrics(trained, travellers, ["b1000"], "cpu")
     aligned = pairs.align(head(who, "B"), head(who, "A"), l_max=4, deformable=False)
     shown = aligned.image[0, 1:-1, 1:-1, 1:-1][aligned.overlap] @ sh.basis(4, AXES[3:]).T
     labels = aligned.labels[aligned.overlap]
@@ -374,8 +374,8 @@ def test_processes_that_train_together_share_registrations(tmp_path, monkeypatch
     monkeypatch.setattr(method, "register", register)
     (tmp_path / "own").mkdir()
     known, settings = study(states=tmp_path, devices=(2, 1))
-    patches.PairedScans(method, known, settings, pairs.find(known.statistics, "A")["B"], [30], 4,
-                       False, tmp_path / "own")
+    patches.PairedScans(method, known, settings, pairs.pair_runs(known.statistics, "A")["B"],
+                       [30], 4, False, tmp_path / "own")
     assert asked == [*PEOPLE[1::2], *PEOPLE]
 
 
@@ -388,15 +388,16 @@ def test_a_model_that_made_things_worse_says_so(monkeypatch, caplog):
     good = replace(good, card=replace(good.card, metrics=better))
     assert method.harmonize(dwi, good, "B", "cpu").notices == ()
     method = sloppy_method("harmonize_golkov")
-    monkeypatch.setattr(method, "_measured", lambda *_: {
+    monkeypatch.setattr(method, "_signal_metrics", lambda *_: {
         "mse_before_wm_b1000": 1.0, "mse_after_wm_b1000": 1.1,
         "mse_before_gm_b1000": 1.0, "mse_after_gm_b1000": 0.9})
-    monkeypatch.setattr(method, "_maps", lambda *_: {
+    monkeypatch.setattr(method, "_map_metrics", lambda *_: {
         "mse_fa_before_gm_b1000": 1.0, "mse_fa_after_gm_b1000": 1.1,
         "mse_md_before_gm_b1000": 1.0, "mse_md_after_gm_b1000": 1.0})
     fitted = method.fit(*study(max_steps=2))
     (bad,), (told,) = fitted.checkpoints.values(), fitted.notices
-    assert "learned from rose (signal in white matter, b1000; FA in grey matter, b1000)" in told
+    assert ("held out of the training rose (signal in white matter, b1000; FA in grey matter, "
+            "b1000)") in told
     assert told in caplog.text
     (notice,) = method.harmonize(dwi, bad, "B", "cpu").notices
     assert "FA in grey matter, b1000) when harmonize_golkov was trained" in notice
@@ -460,7 +461,7 @@ def test_blocks_of_the_command_line_win():
                      for n in (3, 1))
     (model,) = method.fit(cohort, settings).checkpoints.values()
     assert model.card.network["blocks"] == 3
-    assert len({m._of(settings, [], cohort.statistics)
+    assert len({m._digest(settings, [], cohort.statistics)
                 for m in (method, other, sloppy_method())}) == 3
     assert np.isfinite(method.harmonize(head("01", "B"), model, "B", "cpu").signal).all()
 
@@ -476,10 +477,10 @@ def broken(run):
 
 OTHER = Acquisition(2 * BVALS, AXES)
 BAD = [
-    ({"people": ("01",)}, "at least 2 participants in every batch"),
-    ({"sites": "A"}, "at least two batches"),
+    ({"people": ("01",)}, "at least 2 participants at every site"),
+    ({"sites": "A"}, "at least two sites"),
     ({"reference_batch": None}, "--reference-batch"),
-    ({"reference_batch": "a"}, "no such batch; found A: 3, B: 3"),
+    ({"reference_batch": "a"}, "no such site; found A: 3, B: 3"),
     ({"acquisitions": {"02B": OTHER}}, "shells differ. 02B of B has 30 × b 2000"),
     ({"load": broken}, r"values of 02B are NaN or infinite \(3\.0%"),
 ]
@@ -491,8 +492,8 @@ def test_studies_that_cannot_carry_it_are_refused(options, message):
         sloppy_method().fit(*study(**options))
 
 
-@pytest.mark.parametrize("shared,message", [([], "nobody was scanned in B and in A"),
-                                            (["02"], "sub-02 alone was scanned in B and in A")])
+@pytest.mark.parametrize("shared,message", [([], "nobody was scanned at B and at A"),
+                                            (["02"], "only sub-02 was scanned at B and at A")])
 def test_batches_without_pairs_are_refused(shared, message):
     whole, settings = study(("01", "02", "03", "04"))
     table = whole.statistics

@@ -132,7 +132,7 @@ def test_a_deformation_is_kept_where_there_is_one(scans, bend):
     def bent(points):
         return points + bend * np.sin(points[..., 1:2] / 15) * [0, 1, 0]
 
-    at = pairs.indices(np.linalg.inv(AFFINE), bent(place))
+    at = pairs.grid_coordinates(np.linalg.inv(AFFINE), bent(place))
     mask = map_coordinates(source.mask.astype(float), at, order=1) > 0.5
     signal = np.stack([map_coordinates(source.unmask(v), at, order=3)[mask]
                        for v in source.signal.T], 1).astype(np.float32)
@@ -164,7 +164,7 @@ def test_scans_that_share_nothing_are_refused(scans, how):
     source, target = scans
     lower, upper = (np.zeros_like(m) for m in (source.mask, target.mask))
     lower[:, :, :8], upper[:, :, 24:] = source.mask[:, :, :8], target.mask[:, :, 24:]
-    with pytest.raises(DataError, match=r"share .* voxels, less than 50 %".replace(" %", "%")):
+    with pytest.raises(DataError, match=r"overlap in .* voxels, less than 50 %".replace(" %", "%")):
         pairs.align(Dwi(source.signal[lower[source.mask]], lower, AFFINE, source.acquisition),
                     Dwi(target.signal[upper[target.mask]], upper, AFFINE, target.acquisition),
                     l_max=2, **how)
@@ -206,7 +206,7 @@ def test_pairs_are_every_run_with_every_run():
     table = pd.DataFrame([("01", "A", "a1"), ("01", "A", "a2"), ("01", "B", "b1"),
                           ("02", "A", "a3"), ("03", "B", "b3"), ("03", "C", "c3")],
                          columns=["participant", "batch", "run"])
-    found = pairs.find(table, "B")
+    found = pairs.pair_runs(table, "B")
     assert found == {"A": [pairs.Pair("01", "a1", "b1"), pairs.Pair("01", "a2", "b1")],
                      "C": [pairs.Pair("03", "c3", "b3")]}
 
@@ -216,9 +216,9 @@ def test_pairs_of_one_session():
     table = pd.DataFrame([("01", "x", "A", "a1"), ("01", "x", "B", "b1"), ("01", "y", "A", "a2"),
                           ("01", "y", "B", "b2"), ("01", "z", "B", "b3")],
                          columns=["participant", "session", "batch", "run"])
-    assert pairs.find(table, "A", by_session=True) == {
+    assert pairs.pair_runs(table, "A", by_session=True) == {
         "B": [pairs.Pair("01", "b1", "a1"), pairs.Pair("01", "b2", "a2")]}
-    assert len(pairs.find(table, "A")["B"]) == 6
+    assert len(pairs.pair_runs(table, "A")["B"]) == 6
 
 
 def test_labels_of_a_t1w_image_are_the_likelier():

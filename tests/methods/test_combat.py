@@ -168,11 +168,12 @@ def few(table):
 
 
 @pytest.mark.parametrize("spoil,message", [
-    (lambda t: t[t["batch"] == "A"], "at least two batches; found one"),
-    (few, "at least 3 participants in every batch; found A: 100, B: 2"),
+    (lambda t: t[t["batch"] == "A"], "at least two sites; found one"),
+    (few, "at least 3 participants at every site; found A: 100, B: 2"),
     (with_hole, "f3 of sub-007 are NaN"),
-    (confounded, "age is confounded with the batch"),
-    (lambda t: t.assign(**dict.fromkeys(FEATURES[1:], 1.0)), "1 that vary.*two are needed .f1,"),
+    (confounded, "age is confounded with the site"),
+    (lambda t: t.assign(**dict.fromkeys(FEATURES[1:], 1.0)),
+     "1 that vary.*.f1, for example.*Needed are two"),
 ])
 def test_refusals(table, spoil, message):
     with pytest.raises(UsageError, match=message):
@@ -198,10 +199,10 @@ def small(table):
 
 
 @pytest.mark.parametrize("spoil,names,message", [
-    (together, ("a", "b"), "b follows from the batch and the covariates before it .a."),
-    (nearly_together, ("a", "b"), "a, b together are confounded with the batch"),
-    (lambda t: t.assign(months=12 * t["age"]), ("age", "months"), "months follows from"),
-    (small, ("a", "b", "c", "d"), "are too much for 8 rows"),
+    (together, ("a", "b"), "b is determined by the site and the covariates before it .a."),
+    (nearly_together, ("a", "b"), "a, b together are confounded with the site"),
+    (lambda t: t.assign(months=12 * t["age"]), ("age", "months"), "months is determined by"),
+    (small, ("a", "b", "c", "d"), "are too many for 8 rows"),
 ])
 def test_covariates_that_cannot_be_told_apart(table, spoil, names, message):
     with pytest.raises(UsageError, match=message):
@@ -277,7 +278,7 @@ def test_cross_validation_applies_what_others_teach(table, rng, reference):
 
 def test_cross_validation_without_a_batch_is_refused(table):
     table = pd.concat([table, table[:3].assign(batch="C", participant=["c0", "c1", "c2"])])
-    with pytest.raises(UsageError, match="nobody of batch C is left to learn from"):
+    with pytest.raises(UsageError, match="no participant of site C is left to learn from"):
         methods.get("harmonize_combat").cross_validate(
             Cohort(table, FEATURES, ("age",)), [["c0", "c1", "c2"]])
     with pytest.raises(UsageError, match="found A: 100, B: 100, C: 2"):

@@ -149,7 +149,7 @@ def test_unlike_people_teach_and_pairs_teach_more():
     assert model.card.training["held_out"] == 0 and not model.card.metrics
     assert model.card.network["fine"] is False
     (told,) = alone.preflight(study(["01A", "02A", "03A", "04B", "05B", "06B"])[0])
-    assert told.startswith("A has 3 participants, B has 3 participants, and nobody was scanned in")
+    assert told.startswith("A has 3 participants, B has 3 participants, and nobody was scanned at")
     helped = brief(10)
     (model,) = helped.fit(*study(["01A", "02A", "03A", "01B", "05B", "06B"])).checkpoints.values()
     assert error(helped, model)[1] < after
@@ -187,8 +187,8 @@ def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
     travellers = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path,
                                     series=True)
     own = travellers.samples[0]
-    mine = [own.of(travellers.of({"01"}, kind)) for kind in pairs.KINDS]
-    learner = method.learner(build_network({**recipe["network"], "fine": True}), own, mine,
+    mine = [own.select(travellers.indices({"01"}, kind)) for kind in pairs.KINDS]
+    learner = method.objective(build_network({**recipe["network"], "fine": True}), own, mine,
                              {**recipe, "validation": 10**6}, "cpu", True)
     batch = own(mine[pairs.BOTH], "cpu")
     x, y = (own(v[:8], "cpu").patches for v in mine[1:])
@@ -202,7 +202,7 @@ def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
 
 
 def test_folds_need_people_in_both_batches():
-    with pytest.raises(UsageError, match="--folds 2: 0 people were scanned in B and in A"):
+    with pytest.raises(UsageError, match="--folds 2: 0 participants were scanned at B and at A"):
         crossvalidation.fit(brief(1), *study(["01A", "02A", "03B", "04B"], folds=2))
 
 
@@ -242,7 +242,7 @@ def test_bad_scans_are_named():
 def test_unlike_groups_are_refused():
     known, settings = study(["01A", "02A", "03A", "04B", "05B", "06B"])
     table = known.statistics.assign(age=[21.0, 24.0, 22.0, 61.0, 66.0, 64.0])
-    with pytest.raises(UsageError, match=r"age differs between A.* the batch explains 99%"):
+    with pytest.raises(UsageError, match=r"age differs between A.* the site explains 99%"):
         brief(1).fit(replace(known, statistics=table, covariates=("age",)), settings)
 
 

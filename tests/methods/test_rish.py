@@ -193,9 +193,9 @@ def test_groups_that_differ_are_told_or_refused():
     ages = np.array([r[2] for r in SOME]).reshape(-1, 2).T
     gap = (ages[1].mean() - ages[0].mean())**2 / 4
     share = gap / (gap + ages.var(axis=1).mean())
-    assert f"the batch explains {share:.0%} of it" in text
-    assert f"A ({ages[0].mean():.3g} ± {ages[0].std(ddof=1):.2g}, 4 people)" in text
-    with pytest.raises(UsageError, match=r"age differs between A \(33 .* explains 9\d% of it"):
+    assert f"the site explains {share:.0%} of its variance" in text
+    assert f"A ({ages[0].mean():.3g} ± {ages[0].std(ddof=1):.2g}, 4 participants)" in text
+    with pytest.raises(UsageError, match=r"age differs between A \(33 .* explains 9\d% of its "):
         told(OLD)
     with pytest.raises(UsageError, match=r"sex differs between A \(4 F\) and B \(4 M\)"):
         told([(*r[:3], "FM"[r[0] % 2]) for r in EVEN])
@@ -218,10 +218,10 @@ def dark(run):
 
 
 BAD = [
-    ({"rows": [(0, "A"), (1, "B")]}, "at least 3 participants in every batch; found A: 1, B: 1"),
+    ({"rows": [(0, "A"), (1, "B")]}, "at least 3 participants at every site; found A: 1, B: 1"),
     ({"rows": [(i, "AB"[i % 2]) for i in range(5)]}, "found A: 3, B: 2. Add participants to B"),
     ({"rows": OLD, "covariates": ("age", "sex")}, "age differs between A"),
-    ({"reference_batch": "a"}, "no such batch; found A: 3, B: 3"),
+    ({"reference_batch": "a"}, "no such site; found A: 3, B: 3"),
     ({"load": broken}, r"values of 2B are NaN or infinite \(3\.0%"),
     ({"load": dark}, "no voxel of 2B has an FA above 0")]
 
@@ -267,7 +267,7 @@ def test_scan_unlike_the_template_is_told():
     shuffled = dwi.signal[np.random.default_rng(1).permutation(len(dwi.signal))]
     (text,) = method.harmonize(Dwi(shuffled, MASK, AFFINE, dwi.acquisition), checkpoint, "B",
                                "cpu").notices
-    assert "correlates with the template of harmonize_rish by" in text
+    assert "correlation of FA with the template of harmonize_rish is only" in text
 
 
 @pytest.fixture(scope="module")
@@ -340,5 +340,5 @@ def test_designs_of_the_phantom(design):
     if design == "matched":
         assert harmonizer.group_differences(method, table, batches) == []
     else:
-        with pytest.raises(UsageError, match=r"age differs .* explains [678]\d% of it"):
+        with pytest.raises(UsageError, match=r"age differs .* explains [678]\d% of its variance"):
             harmonizer.group_differences(method, table, batches)

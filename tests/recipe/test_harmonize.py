@@ -16,7 +16,7 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.dwi import FIXED_MEMORY, Dwi
 from bidsapp.errors import Refusal, UsageError
-from bidsapp.evaluate.change import change
+from bidsapp.evaluate.change import compare_signals
 from bidsapp.harmonization import harmonizer
 from bidsapp.kinds import Cohort, TrainingSettings
 from bidsapp.recipe import harmonize
@@ -161,7 +161,7 @@ def test_sidecars_tell_noise_and_why_there_are_no_intervals(harmonized):
     assert names and not any("harmonized" in n for n in names)
     parameters = sidecar(out, "02", "model-tensor_param-fa_desc-harmonized_dwimap")["Model"][
         "Parameters"]
-    assert "a warp of whole scans errs" in parameters["Uncertainty"]
+    assert "the error of a warp of whole scans" in parameters["Uncertainty"]
     assert "come without intervals" in (out / "sub-02.html").read_text()
 
 
@@ -358,7 +358,7 @@ def test_short_names_of_methods():
     assert methods.get("rish", "harmonize").name == "harmonize_rish"
     with pytest.raises(UsageError, match=r"Available to estimate are.*Did you mean estimate_smt\?"):
         methods.get("smtt", "estimate")
-    with pytest.raises(UsageError, match=r"no such method yet: rihs.*Did you mean rish\?"):
+    with pytest.raises(UsageError, match=r"no such method: rihs.*Did you mean rish\?"):
         methods.get("rihs")
 
 
@@ -391,11 +391,11 @@ def test_model_that_was_changed(fresh, capsys):
 
 
 @pytest.mark.parametrize("reference,rows,message", [
-    ("Aa", ROWS, "no such batch; found A: 3, B: 3. Did you mean A?"),
-    (None, ROWS, "Name it with --reference-batch"),
-    ("A", {p: {**r, "site": "A"} for p, r in ROWS.items()}, "needs at least two batches"),
+    ("Aa", ROWS, "no such site; found A: 3, B: 3. Did you mean A?"),
+    (None, ROWS, "Name the reference with --reference-batch"),
+    ("A", {p: {**r, "site": "A"} for p, r in ROWS.items()}, "needs at least two sites"),
     ("A", {p: {**r, "site": "B" if p == "02" else "A"} for p, r in ROWS.items()},
-     "at least 2 participants in every batch; found A: 5, B: 1. Add participants to B")])
+     "at least 2 participants at every site; found A: 5, B: 1. Add participants to B")])
 def test_studies_that_carry_no_training(fresh, tmp_path, capsys, reference, rows, message):
     bids, out = fresh
     shutil.copytree(bids, tmp_path / "bids")
@@ -458,13 +458,13 @@ def test_mean_of_quantiles_is_that_of_the_people(rng, caplog):
     assert made.card.metrics["distance_b1000_B"] == pytest.approx(0.1)
     assert made.card.metrics["distance_b2000_A"] == pytest.approx(0.4)
     assert made.card.trained_for.snr == (20, 30)
-    assert "scans of B lie no further from A than its own people" in caplog.text
+    assert "scans of B differ no more from those of A than the participants" in caplog.text
     caplog.clear()
     methods.get("harmonize_mica").fit(replace(study, load=lambda name: replace(
         load(name), signal=load(name).signal * np.r_[1, 1, np.full(28, 1 + 2 * (name > "sub-1"))]
         .astype(np.float32))), TrainingSettings())
     (few,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert "A has 2 participants, B has 2 participants; 16 or more are needed" in few
+    assert "A has 2 participants, B has 2 participants. In smaller groups than 16" in few
 
 
 def card_of(batches, reference="A"):
@@ -550,10 +550,10 @@ def test_change_of_directions_is_measured(rng):
 
     angle = np.radians(10)
     before, after = dwi(np.array([1.0, 0, 0])), dwi(np.array([np.cos(angle), np.sin(angle), 0]))
-    found = change(before, after, "cpu")
+    found = compare_signals(before, after, "cpu")
     assert found.median_angle == pytest.approx(10, abs=0.01)
     np.testing.assert_allclose(found.maps["fa"][0], found.maps["fa"][1], atol=1e-4)
-    assert change(before, before, "cpu").median_angle == pytest.approx(0, abs=0.05)
+    assert compare_signals(before, before, "cpu").median_angle == pytest.approx(0, abs=0.05)
 
 
 def test_values_without_a_ratio_stay(rng):

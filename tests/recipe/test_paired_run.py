@@ -43,11 +43,11 @@ def harmonized(study):
         assert qsphere(bids, out, *TRAIN) == 130
     assert not (out / "group/models").exists() and not (out / "group.html").exists()
     assert len(list(out.glob(f"group/log/{MODEL}.b1000.*.ckpt"))) == 4, "of all, and three folds"
-    assert len(list(out.glob(f"group/log/{pairs.KEPT}*.npz"))) == 3
+    assert len(list(out.glob(f"group/log/{pairs.PREFIX}*.npz"))) == 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "_register", interrupt)  # is not done again
         assert qsphere(bids, out, *TRAIN) == 0
-    assert not list(out.glob("group/log/*.ckpt")) + list(out.glob(f"group/log/{pairs.KEPT}*"))
+    assert not list(out.glob("group/log/*.ckpt")) + list(out.glob(f"group/log/{pairs.PREFIX}*"))
     assert qsphere(bids, out, "participant", "--estimate", "dti", "--harmonize", "shresnet") == 0
     return bids, out
 
@@ -130,7 +130,7 @@ def test_cross_validation_of_a_method_without_training(harmonized, tmp_path):
 
 @pytest.mark.parametrize("argv,message", [
     (("--train", "harmonize_combat", "--folds", "3"), "harmonize_combat does not use it"),
-    (("--train", "harmonize_rish", "--folds", "3"), "without sub-0"),
+    (("--train", "harmonize_rish", "--folds", "3"), "of one fold, sub-0"),
     (("--folds", "3"), "Give a METHOD with --train"), (("--folds", "1"), "at least 2")])
 def test_folds_of_what_has_none(study, capsys, argv, message):
     assert qsphere(*study, "group", *argv, "--reference-batch", "siteA") == 2

@@ -502,9 +502,9 @@ def test_group_page(rng):
     outliers = pd.DataFrame([{"run": "sub-03", "batch": "Site A", "measure": "snr_b0", "z": -4.2,
                               "value": 1.0, "median": 2.0, "why": "1 lies below"}])
     chosen = [methods.get("harmonize_combat")]
-    between = agreement.of_group(study.statistics, list(study.features), {"combat": after},
+    between = agreement.compare_tables(study.statistics, list(study.features), {"combat": after},
                                  "Site A")
-    effects = biology.in_sample(study.statistics, list(study.features), {})
+    effects = biology.judge_in_sample(study.statistics, list(study.features), {})
     seen = check(page.group(study, outliers, between, effects, drawn, fitted, chosen=chosen))
     assert "AUC: Site A: measured" in seen.text or "AUC: Site <B>: measured" in seen.text
     difference = between[(between["data"] == "combat") & (between["of"] == "dti_fa_mean")].iloc[0]
@@ -525,8 +525,8 @@ def test_group_page_tells_what_is_doubtful(rng):
     model = {"Model": {"Description": "Warp"}, "Batches": ["B"], "ReferenceBatch": "A"}
     fitted = Fitted({}, model, {"harmonize_mica_toA": None}, ["A has <3> participants."])
     study = make_study(rng)
-    between = agreement.of_group(study.statistics, list(study.features), {})
-    effects = biology.in_sample(study.statistics, list(study.features), {})
+    between = agreement.compare_tables(study.statistics, list(study.features), {})
+    effects = biology.judge_in_sample(study.statistics, list(study.features), {})
     seen = check(page.group(study, pd.DataFrame(), between, effects, [],
                             {"harmonize_mica": fitted}, chosen=[]))
     assert "A has <3> participants." in seen.text
@@ -555,14 +555,14 @@ def test_group_page_tells_what_is_left_of_peoples_differences(rng):
     fitted = Fitted({"desc-mica_folds": folds, "desc-mica_biology": found}, model,
                     {"harmonize_mica_toA": None}, ["age is lost"])
     tables = pd.DataFrame([effect(0.5, 0.4, 0.6, measure="dti_md_mean", data="combat")])
-    text = page.group(study, pd.DataFrame(), agreement.of_group(study.statistics, [], {}), tables,
-                      [], {"harmonize_mica": fitted}, chosen=[])
+    text = page.group(study, pd.DataFrame(), agreement.compare_tables(study.statistics, [], {}),
+                      tables, [], {"harmonize_mica": fitted}, chosen=[])
     seen = check(text)
     for words in ("slope over age of MD in white matter, b1000, B 8 2e-06 1.42e-06 2e-06 lost "
                   "(ratio 0.71, 95 % interval 0.60 to 0.82)",
                   "cannot be told (ratio 0.9, 95 % interval 0.30 to 1.60)",
                   "cannot be told (ratio 0.9, 95 % interval without ends)", "-0.02 → +0.01",
-                  "More than 10 % was lost of: slope over age of dti_md in the brain, B, combat",
+                  "More than 10 % was lost from: slope over age of dti_md in the brain, B, combat",
                   "slope over age of dti_md in the brain, B, combat 8 2e-06 1e-06 lost"):
         assert words in seen.text
     assert text.count('<span class="bad">lost') == 2

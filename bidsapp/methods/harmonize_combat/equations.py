@@ -2,8 +2,9 @@
 
     y_ijg = α_g + x_ij β_g + σ_g (γ_ig + √δ_ig ε_ijg)
 
-Batch i shifts feature g by γ_ig and scales its variance by δ_ig, in units of the residual standard
-deviation σ_g. Over features, γ_ig is normal and δ_ig inverse gamma: empirical Bayes shrinks both.
+Site (batch) i shifts feature g by γ_ig and scales its variance by δ_ig, in units of the residual
+standard deviation σ_g. Over features, γ_ig is normal and δ_ig inverse gamma: empirical Bayes
+shrinks both.
 """
 
 from __future__ import annotations
@@ -13,15 +14,23 @@ from dataclasses import dataclass
 import numpy as np
 
 TOLERANCE = 1e-8
-"""Change of γ, and relative change of δ, at which their iteration ends."""
+"""Change of γ, and relative change of δ, below which the iteration ends."""
 
 
 @dataclass(frozen=True)
 class BatchEffects:
-    """What ComBat estimates.
+    """Estimates of ComBat.
 
-    alpha: (feature,) grand mean, or mean of the reference batch, where covariates are 0. beta:
-    (covariate, feature). sigma: (feature,). gamma, delta: (batch, feature).
+    Parameters
+    ----------
+    alpha : (feature,)
+        Grand mean, or mean of the reference site, at covariates of 0.
+    beta : (covariate, feature)
+        Effects of the covariates.
+    sigma : (feature,)
+        Residual standard deviation.
+    gamma, delta : (batch, feature)
+        Shift, and factor of the variance, of each site.
     """
 
     alpha: np.ndarray
@@ -31,12 +40,12 @@ class BatchEffects:
     delta: np.ndarray
 
     def remove(self, values: np.ndarray, covariates: np.ndarray, batch: np.ndarray) -> np.ndarray:
-        """Remove the effect of each row's batch and keep that of its covariates.
+        """Remove the effect of each row's site and keep the effects of its covariates.
 
         Parameters
         ----------
         values, covariates, batch
-            As of `estimate`; the rows may be those of other participants.
+            Arguments of `estimate`; the rows may be those of other participants.
 
         Returns
         -------
@@ -50,18 +59,18 @@ class BatchEffects:
 
 def estimate(values: np.ndarray, covariates: np.ndarray, batch: np.ndarray,
              reference: int | None = None) -> BatchEffects:
-    """Estimate batch effects by least squares and parametric empirical Bayes.
+    """Estimate site effects by least squares and parametric empirical Bayes.
 
     Parameters
     ----------
     values
-        (row, feature), finite, at least two features. The residuals of each vary in every batch.
+        (row, feature), finite, at least two features. The residuals of each vary at every site.
     covariates
-        (row, covariate), of full rank beside the batches.
+        (row, covariate), of full rank together with the indicators of the sites.
     batch
-        (row,) int: 0, 1, … for the batch of each row.
+        (row,) int: index of each row's site, from 0.
     reference
-        The batch that is left as it is; default: all registration to the grand mean.
+        Index of the site that is left as it is; default: all sites move to the grand mean.
 
     Returns
     -------
@@ -83,13 +92,14 @@ def estimate(values: np.ndarray, covariates: np.ndarray, batch: np.ndarray,
 
 
 def _shrink(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """γ and δ of one batch, (feature,): the means of their posteriors given each other."""
+    """Estimate γ and δ, (feature,), of one site: the mean of each one's posterior given the
+    other."""
     n = len(z)
     gamma_hat, delta_hat = z.mean(axis=0), z.var(axis=0, ddof=1)
-    # the priors γ ~ N(γ̄, τ²) and δ ~ inverse gamma(λ, θ), by moments over features
+    # priors γ ~ N(γ̄, τ²) and δ ~ inverse gamma(λ, θ), from moments over the features
     gamma_bar, tau2 = gamma_hat.mean(), gamma_hat.var(ddof=1)
     m, s2 = delta_hat.mean(), delta_hat.var(ddof=1)
-    # λ = m² / s² + 2, θ = m³ / s² + m; both stand times s² below, as s² may be 0
+    # λ = m² / s² + 2 and θ = m³ / s² + m; both are multiplied by s² below, because s² may be 0
     gamma, delta, change = gamma_hat, delta_hat, np.inf
     while change > TOLERANCE:
         before = gamma, delta

@@ -1,4 +1,4 @@
-"""ComBat on map statistics: location and scale of each batch, shrunk by empirical Bayes."""
+"""ComBat on map statistics: location and scale of each site, shrunk by empirical Bayes."""
 
 from __future__ import annotations
 
@@ -9,32 +9,40 @@ import numpy as np
 import pandas as pd
 
 from bidsapp.errors import UsageError
-from bidsapp.harmonization.harmonizer import CONFOUNDED, coded, known_reference, variance_explained
+from bidsapp.harmonization.harmonizer import (
+    CONFOUNDED,
+    check_reference,
+    encode_covariate,
+    variance_explained,
+)
 from bidsapp.kinds import Cohort, Fitted, GroupAnalysis, TrainingSettings
 from bidsapp.methods.harmonize_combat.equations import BatchEffects, estimate
 
 log = logging.getLogger("qsphere")
 
 MIN_PARTICIPANTS = 3
+"""Minimum number of participants per site, and of rows in excess of the coefficients."""
 
 CONSTANT = 1e-10
-"""Standard deviation in a batch, relative to the mean, up to which a feature is constant."""
+"""Standard deviation at a site, relative to the mean, up to which a feature counts as constant."""
 
 
 class Combat(GroupAnalysis):
-    """ComBat over one row per participant and batch (runs of a batch are averaged first)."""
+    """ComBat on one row per participant and site, the mean over the participant's runs there."""
 
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
-        """Harmonize the statistics and estimate the batch effects.
+        """Harmonize the statistics and estimate the site effects.
 
-        Covariates are used where every participant has them: numeric as they are, others as
-        categories; those that are the same for all, or a text of one's own for each, are left out.
-        So are features that are constant in a batch, with a notice.
+        A covariate is used if every participant has it: numbers as they are, others as categories.
+        It is left out if it is the same for all participants, or a different text for each.
+        Features that are constant at a site are left out with a notice.
 
-        Raises:
-            UsageError: one batch; fewer than 3 participants in a batch; NaN; fewer than two
-                features that vary; a covariate confounded with the batch; covariates that depend
-                on each other, or too many for the participants; an unknown reference batch.
+        Raises
+        ------
+        UsageError
+            There are too few sites, participants or varying features, values are missing, a
+            covariate is confounded with the site, covariates depend on each other or are too many,
+            or the reference site is unknown.
         """
         rows, kept = self._rows(cohort)
         self._refuse(rows, list(cohort.features), kept, cohort.reference_batch)
@@ -54,33 +62,33 @@ class Combat(GroupAnalysis):
             "Delta": dict(zip(batches, effects.delta.tolist(), strict=True)),
         }
         constant = [f for f in cohort.features if f not in features]
-        notices = [f"ComBat left out {', '.join(constant)}: the value is the same for everyone in "
-                   "a batch, or follows there from the covariates, so it cannot be scaled. Check "
-                   "that the participants are different scans."] if constant else []
+        notices = [f"ComBat left out {', '.join(constant)}: at one site the value is the same for "
+                   "all participants, or is determined by the covariates, so that it cannot be "
+                   "scaled. Check that the participants are different scans."] if constant else []
         for notice in notices:
             log.warning("%s: %s", self.name, notice)
         return Fitted({"desc-combat_dwimap": harmonized}, model, notices=notices)
 
     def cross_validate(self, cohort: Cohort, parts: Sequence[Sequence[str]]) -> pd.DataFrame:
-        """Harmonize everyone by what ComBat learns from the people of the other parts.
+        """Harmonize each part of the participants with site effects learned from the other parts.
 
         Parameters
         ----------
         cohort
-            As of `fit`.
+            The participants, as for `fit`.
         parts
-            Participants of each part; together everyone, nobody twice.
+            Participants of each part. Every participant is in exactly one part.
 
         Returns
         -------
         DataFrame
-            As the table of `fit`: participant, batch, covariates and harmonized features.
+            Participant, batch, covariates and harmonized features, as in the table of `fit`.
 
         Raises
         ------
         UsageError
-            As of `fit`, of the people left to learn from; nobody of a batch, or of a category of a
-            covariate, is left among them.
+            `fit` would refuse the participants of the other parts, or they lack a site or a
+            category of a covariate.
         """
         rows, kept = self._rows(cohort)
         features, harmonized = list(cohort.features), rows.copy()
@@ -92,9 +100,9 @@ class Combat(GroupAnalysis):
                                       pd.api.types.is_numeric_dtype(rows[c]))):
                 if lacking := sorted(set(rows[column]) - set(rest[column])):
                     raise UsageError(
-                        f"ComBat: without sub-{', sub-'.join(part)} nobody of {column} "
-                        f"{', '.join(map(str, lacking))} is left to learn from. Give fewer people "
-                        "to a part.")
+                        f"ComBat: without sub-{', sub-'.join(part)}, no participant of "
+                        f"{'site' if column == 'batch' else column} "
+                        f"{', '.join(map(str, lacking))} is left to learn from. Use smaller parts.")
             self._refuse(rest, features, kept, cohort.reference_batch)
             features = _varying(rest, features, design[~tested])
         for tested in tests:
@@ -105,7 +113,7 @@ class Combat(GroupAnalysis):
         return harmonized[["participant", "batch", *kept, *features]]
 
     def _rows(self, cohort: Cohort) -> tuple[pd.DataFrame, list[str]]:
-        """A row for each participant and batch, and the covariates that are kept."""
+        """Average the runs of each participant at each site, and select the covariates."""
         table = cohort.statistics
         kept = [c for c in cohort.covariates if table[c].notna().all() and table[c].nunique() > 1
                 and not self._is_label(table, c)]
@@ -114,76 +122,79 @@ class Combat(GroupAnalysis):
         return pd.concat([means, runs[kept].first()], axis=1).reset_index(), kept
 
     def _is_label(self, table: pd.DataFrame, column: str) -> bool:
-        """Whether a text differs for every participant, as dates and names do."""
+        """Check whether a text differs for every participant, as dates and names do."""
         return (not pd.api.types.is_numeric_dtype(table[column])
                 and table[column].nunique() >= table["participant"].nunique())
 
     def _refuse(self, rows: pd.DataFrame, features: list[str], covariates: list[str],
                 reference: str | None) -> None:
+        """Refuse a cohort that does not allow ComBat."""
         counts = rows["batch"].value_counts().sort_index()
-        found = ", ".join(f"{b}: {n}" for b, n in counts.items())
+        sites = ", ".join(f"{b}: {n}" for b, n in counts.items())
         if not features:
             raise UsageError("ComBat: no map statistics were found. Run the participant level "
                              "with --estimate first.")
         if len(counts) < 2:
-            raise UsageError(f"ComBat needs at least two batches; found one ({found}). Process "
-                             "participants of another site into the same OUTPUT_DIR, or tell the "
-                             "sites apart with --batch-file or --batch-column.")
+            raise UsageError(f"ComBat needs at least two sites; found one ({sites}). Process "
+                             "participants of another site into the same OUTPUT_DIR, or assign "
+                             "runs to sites with --batch-file or --batch-column.")
         if (small := counts[counts < MIN_PARTICIPANTS]).size:
-            raise UsageError(f"ComBat needs at least {MIN_PARTICIPANTS} participants in every "
-                             f"batch; found {found}. Add participants to {', '.join(small.index)}, "
-                             "or leave it out with --participant-label.")
-        if (holes := rows.columns[rows.isna().any()].intersection(features)).size:
-            who = rows.loc[rows[holes].isna().any(axis=1), "participant"].unique()
-            raise UsageError(f"ComBat cannot use missing values: {', '.join(holes[:5])} "
-                             f"of {', '.join(f'sub-{w}' for w in who[:5])} are NaN. Leave them out "
-                             "with --participant-label, or process everybody with --estimate and "
-                             "the methods that all acquisitions allow.")
+            raise UsageError(f"ComBat needs at least {MIN_PARTICIPANTS} participants at every "
+                             f"site; found {sites}. Add participants to {', '.join(small.index)}, "
+                             "or leave the site out with --participant-label.")
+        if (missing := rows.columns[rows.isna().any()].intersection(features)).size:
+            people = rows.loc[rows[missing].isna().any(axis=1), "participant"].unique()
+            raise UsageError(f"ComBat cannot use missing values: {', '.join(missing[:5])} "
+                             f"of {', '.join(f'sub-{p}' for p in people[:5])} are NaN. Leave them "
+                             "out with --participant-label, or process all participants with "
+                             "--estimate and methods that all acquisitions support.")
+        self._refuse_covariates(rows, covariates)
+        check_reference(reference, {str(b): int(n) for b, n in counts.items()})
+
+    def _refuse_covariates(self, rows: pd.DataFrame, covariates: list[str]) -> None:
+        """Refuse covariates that are confounded with the site, redundant or too many."""
         batch = pd.get_dummies(rows["batch"], dtype=float).to_numpy()
         design = batch
         for name in covariates:
-            columns = coded(rows[name])
+            columns = encode_covariate(rows[name])
             if (share := variance_explained(columns, by=batch)) > CONFOUNDED:
                 raise UsageError(
-                    f"ComBat: {name} is confounded with the batch (batches explain "
-                    f"{share:.0%} of it; up to {CONFOUNDED:.0%} is accepted), so "
-                    "removing the batch would remove its effect too. Add participants that "
-                    "overlap, or "
-                    f"take {name} out of participants.tsv if it must not be kept.")
+                    f"ComBat: {name} is confounded with the site (sites explain {share:.0%} of its "
+                    f"variance; up to {CONFOUNDED:.0%} is accepted). Its effect would be removed "
+                    "with the site's. Add participants so that the sites overlap, or take "
+                    f"{name} out of participants.tsv if its effect need not be kept.")
             design = np.column_stack([design, columns])
             if np.linalg.matrix_rank(design, tol=1e-6 * np.sqrt(len(rows))) < design.shape[1]:
                 raise UsageError(
-                    f"ComBat: {name} follows from the batch and the covariates before it "
-                    f"({', '.join(covariates[:covariates.index(name)]) or 'none'}), so their "
-                    "effects cannot be told apart. Take one of them out of participants.tsv.")
+                    f"ComBat: {name} is determined by the site and the covariates before it "
+                    f"({', '.join(covariates[:covariates.index(name)]) or 'none'}), so that their "
+                    "effects cannot be separated. Take one of them out of participants.tsv.")
         if len(rows) - design.shape[1] < MIN_PARTICIPANTS:
             raise UsageError(
                 f"ComBat: {design.shape[1] - batch.shape[1]} columns of covariates "
-                f"({', '.join(covariates)}) and {batch.shape[1]} batches are too much for "
-                f"{len(rows)} rows; at least {MIN_PARTICIPANTS} more rows than these are needed. "
-                "Take covariates out of participants.tsv, or add participants.")
+                f"({', '.join(covariates)}) and {batch.shape[1]} sites are too many for "
+                f"{len(rows)} rows. Needed are at least {MIN_PARTICIPANTS} more rows than the sum "
+                "of both. Take covariates out of participants.tsv, or add participants.")
         if covariates and variance_explained(batch, by=np.column_stack(
                 [np.ones(len(rows)), design[:, batch.shape[1]:]])) > CONFOUNDED:
             raise UsageError(
-                f"ComBat: {', '.join(covariates)} together are confounded with the batch (they "
-                f"explain more than {CONFOUNDED:.0%} of it), so removing the batch would remove "
-                "their effects too. Add participants that overlap, or take covariates out of "
-                "participants.tsv.")
-        known_reference(reference, {str(b): int(n) for b, n in counts.items()})
+                f"ComBat: {', '.join(covariates)} together are confounded with the site (they "
+                f"explain more than {CONFOUNDED:.0%} of it). Their effects would be removed with "
+                "the site's. Add participants so that the sites overlap, or take covariates out "
+                "of participants.tsv.")
 
 
 def _design(rows: pd.DataFrame, covariates: Sequence[str]) -> pd.DataFrame:
-    """A column for each numeric covariate and for each category but the first of the others."""
+    """Create a column for each numeric covariate, and for each category but the first of others."""
     columns = [rows[[c]] if pd.api.types.is_numeric_dtype(rows[c])
                else pd.get_dummies(rows[[c]], drop_first=True) for c in covariates]
     return pd.concat([rows[[]], *columns], axis=1).astype(float)
 
 
 def _varying(rows: pd.DataFrame, features: Sequence[str], design: pd.DataFrame) -> list[str]:
-    """Features that vary in every batch, with and without what covariates explain of them.
+    """Select the features that vary at every site, with and without the effects of covariates.
 
-    Raises:
-        UsageError: fewer than two are left, of which no prior can be learned.
+    Raise UsageError if fewer than two are left, from which no prior can be estimated.
     """
     values = rows[features].to_numpy(float)
     x = np.column_stack([pd.get_dummies(rows["batch"], dtype=float), design])
@@ -194,10 +205,10 @@ def _varying(rows: pd.DataFrame, features: Sequence[str], design: pd.DataFrame) 
     if varies.sum() < 2:
         constant = [f for f, v in zip(features, varies, strict=True) if not v]
         raise UsageError(
-            f"ComBat learns from the spread of batch effects over map statistics; {varies.sum()} "
-            "that vary in every batch were found and two are needed"
-            f"{f' ({constant[0]}, for one, does not vary)' if constant else ''}. Check that the "
-            "participants are different scans, or give more to --estimate.")
+            f"ComBat learns from the spread of site effects over map statistics; found "
+            f"{varies.sum()} that vary at every site"
+            f"{f' ({constant[0]}, for example, does not vary)' if constant else ''}. Needed are "
+            "two. Check that the participants are different scans, or add methods to --estimate.")
     return [f for f, v in zip(features, varies, strict=True) if v]
 
 
@@ -217,5 +228,5 @@ def _codes(rows: pd.DataFrame, batches: Sequence[str]) -> np.ndarray:
 
 
 def _mean(values: pd.Series) -> float:
-    """NaN where any is, so that it is refused rather than skipped."""
+    """Average values; NaN if any is NaN, so that it is refused rather than skipped."""
     return values.mean(skipna=False)

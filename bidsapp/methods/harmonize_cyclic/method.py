@@ -1,5 +1,8 @@
-"""Cyclic network (Sadegheih et al. 2023, doi:10.1007/s13218-023-00811-y, WP1): people scanned in
-both batches help, and are not needed."""
+"""Cyclic network (Sadegheih et al. 2023, doi:10.1007/s13218-023-00811-y, WP1).
+
+It learns from participants of either site. Participants scanned at both sites help, but are not
+needed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import nn
 from bidsapp import sh
 from bidsapp.harmonization import harmonizer as shared
 from bidsapp.harmonization import pairs
-from bidsapp.harmonization.paired import Objective, PairedHarmonizer, drawn
+from bidsapp.harmonization.paired import Objective, PairedHarmonizer, draw_voxels
 from bidsapp.harmonization.patches import (
     BLOCK,
     MEASURES,
@@ -25,8 +28,8 @@ from bidsapp.kinds import Cohort
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.cyclic import Cycle, Generator
 
-WANTED = 32
-"""Participants of every batch, where nobody is in both."""
+RECOMMENDED_PARTICIPANTS = 32
+"""Recommended number of participants per site if nobody was scanned at both sites."""
 
 
 class CyclicMinibatch(NamedTuple):
@@ -38,46 +41,48 @@ class CyclicMinibatch(NamedTuple):
 
 
 class CyclicHarmonizer(PairedHarmonizer):
-    """Generators both ways with critics, from any share of people scanned in both batches."""
+    """Two generators, one each way, with critics; any share of participants has paired scans."""
 
     min_pairs = 0
-    learns_from = "both batches, and of people in both where there are any"
+    learns_from = "participants at either site, some of them at both"
     intended_use = (
-        "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "
-        "and people like those under trained_for. Without people in both batches it takes every "
-        "difference between the batches for one of scanners: they must be alike in age, sex and "
-        "disease. Not for diagnosis.")
+        "Maps the diffusion signal of one site to that of the reference site, for acquisitions "
+        "and participants like those under trained_for. Without participants scanned at both "
+        "sites, it takes every difference between the sites for one of scanners: the groups must "
+        "be matched in age, sex and disease. Not for diagnosis.")
 
     def preflight(self, cohort: Cohort) -> list[str]:
-        """As of `PairedHarmonizer`, without need of pairs; of `harmonizer.group_differences`; and
-        where there are few people and no pair."""
+        """Check the cohort; warn of differences between the groups, and of small sites without
+        pairs."""
         batches = shared.runs_by_site(self, cohort)
         reference, *targets = batches
-        told = [*super().preflight(cohort), *shared.group_differences(self, cohort, batches)]
+        warnings = [*super().preflight(cohort), *shared.group_differences(self, cohort, batches)]
         for batch in targets:
-            few = shared.small_sites({b: batches[b] for b in (reference, batch)}, WANTED)
-            if few and not _paired(self.scans(cohort, batch, reference)):
-                told.append(
-                    f"{few}, and nobody was scanned in {batch} and in {reference}. What so few "
-                    "people differ in by chance is taken for the scanners'. Harmonize with "
-                    f"harmonize_rish, add people ({WANTED} in each batch lowered every error of "
-                    "simulated ones), or scan one or more in both.")
-        return told
+            small = shared.small_sites({b: batches[b] for b in (reference, batch)},
+                                       RECOMMENDED_PARTICIPANTS)
+            if small and not _paired(self.scans(cohort, batch, reference)):
+                warnings.append(
+                    f"{small}, and nobody was scanned at {batch} and at {reference}. Chance "
+                    "differences between such small groups are taken for differences of scanners. "
+                    "Harmonize with harmonize_rish, add participants "
+                    f"({RECOMMENDED_PARTICIPANTS} at each site lowered every error in "
+                    "simulations), or scan one or more at both sites.")
+        return warnings
 
-    def _recipe(self, found: Sequence[pairs.Pair]) -> dict[str, Any]:
-        """Generators have fine gains where pairs teach them."""
-        recipe = super()._recipe(found)
-        return {**recipe, "network": {**recipe["network"], "fine": _paired(found)}}
+    def _recipe(self, scans: Sequence[pairs.Pair]) -> dict[str, Any]:
+        """Give the generator fine gains if there are pairs to learn them from."""
+        recipe = super()._recipe(scans)
+        return {**recipe, "network": {**recipe["network"], "fine": _paired(scans)}}
 
     def scans(self, cohort: Cohort, batch: str, reference: str) -> list[pairs.Pair]:
         return [*pairs.unpaired(cohort.statistics, batch, reference),
                 *super().scans(cohort, batch, reference)]
 
-    def learner(self, network: nn.Module, samples: PatchDataset, mine: Sequence[torch.Tensor],
-                recipe: Mapping[str, Any], device: str, fresh: bool) -> Objective:
-        """The loss is Σ_k w_k L_k of `networks.cyclic`, and of pairs the square errors of signal,
-        FA and MD (`patches.weighted_loss`)."""
-        both, source, reference = mine
+    def objective(self, network: nn.Module, samples: PatchDataset, voxels: Sequence[torch.Tensor],
+                  recipe: Mapping[str, Any], device: str, fresh: bool) -> Objective:
+        """Create the objective: Σ_k w_k L_k of `networks.cyclic`, and for pairs the square errors
+        of signal, FA and MD (`patches.weighted_loss`)."""
+        both, source, reference = voxels
         assert isinstance(network, Generator)
         if fresh:
             network.scale.copy_(_scale(samples, [source, reference], device))
@@ -89,10 +94,11 @@ class CyclicHarmonizer(PairedHarmonizer):
                                    recipe["validation"], device) if len(both) else signal_error
 
         def draw(size: int, generator: torch.Generator) -> CyclicMinibatch:
-            x, y = (samples(drawn(v, size, generator), generator.device).patches
+            x, y = (samples(draw_voxels(v, size, generator), generator.device).patches
                     for v in (source, reference))
-            return CyclicMinibatch(x, y, samples(drawn(both, size, generator), generator.device)
-                                   if len(both) else None)
+            pairs_of_both = (samples(draw_voxels(both, size, generator), generator.device)
+                             if len(both) else None)
+            return CyclicMinibatch(x, y, pairs_of_both)
 
         def loss(model: nn.Module, minibatch: CyclicMinibatch) -> torch.Tensor:
             losses = model(minibatch.source, minibatch.reference)
@@ -109,10 +115,10 @@ def _paired(scans: Sequence[pairs.Pair]) -> bool:
 
 
 def _scale(samples: PatchDataset, voxels: Sequence[torch.Tensor], device: str) -> torch.Tensor:
-    """(degree,) root mean square of the coefficients of both batches, each with the same weight."""
+    """Compute the root mean square, (degree,), of the coefficients, with equal weights of sites."""
     total = torch.zeros(sh.size(samples.l_max), dtype=torch.float64)
-    for own in voxels:
-        few = own[::max(1, len(own) // (20 * BLOCK))]
+    for of_site in voxels:
+        few = of_site[::max(1, len(of_site) // (20 * BLOCK))]
         total += torch.cat([b.centre.double().square().cpu()
                             for b in samples.blocks(few, device)]).mean(0) / len(voxels)
     degrees = [total[sh.size(l - 2) if l else 0:sh.size(l)].mean().sqrt()

@@ -1,5 +1,7 @@
-"""The q-space perceptron of Golkov et al. 2016 (doi:10.1109/TMI.2016.2551324) from SH coefficients
-to SH coefficients: the baseline of Koppers et al. 2018."""
+"""Perceptron between SH coefficients: the baseline of Koppers et al. 2018.
+
+It is the q-space network of Golkov et al. 2016 (doi:10.1109/TMI.2016.2551324).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from bidsapp.harmonization.paired import PairedHarmonizer
 
 
 class GolkovHarmonizer(PairedHarmonizer):
-    """Each voxel by itself; directions are not kept."""
+    """A perceptron that maps each voxel on its own; fibre directions may change."""
 
     rish_projection = False
     intended_use = (

@@ -1,5 +1,7 @@
-"""Hybrid convolutional network: the tensor fit, a known operator, stands in its loss (Sadegheih et
-al. 2023, doi:10.1007/s13218-023-00811-y, WP1, after Weninger et al. 2022)."""
+"""Hybrid convolutional network: its loss contains the tensor fit, a known operator.
+
+(Sadegheih et al. 2023, doi:10.1007/s13218-023-00811-y, WP1, after Weninger et al. 2022.)
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ class HybridHarmonizer(PairedHarmonizer):
 
     warps_intensity = True
     intended_use = (
-        "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "
-        "and people like those under trained_for: FA and MD of each shell above all. Fibre "
-        "directions may change. Not for diagnosis.")
+        "Maps the diffusion signal of one site to that of the reference site, for acquisitions "
+        "and participants like those under trained_for. It is trained for FA and MD of each shell "
+        "above all. Fibre directions may change. Not for diagnosis.")
 
     def loss(self, samples: PatchDataset, voxels: torch.Tensor, recipe: Mapping[str, Any],
              device: str) -> Callable[[torch.Tensor, PatchMinibatch], torch.Tensor]:

@@ -1,8 +1,8 @@
-"""Intensity warping (MICA): every scan gets the intensity distribution of the reference batch.
+"""Intensity warping (MICA): every scan gets the intensity distribution of the reference site.
 
 With F_i the distribution of S/S0 in a shell of scan i, and Q = F⁻¹ its quantiles,
 
-    Q_ref(p) = mean over participants i of the reference batch of Q_i(p),
+    Q_ref(p) = mean over participants i of the reference site of Q_i(p),
     h_i(x) = Q_ref(F_i(x)),    S' = S0 h_i(S / S0)
 
 (Wrobel et al. 2020, doi:10.1016/j.neuroimage.2020.117242; `harmonization.intensity`).
@@ -28,55 +28,55 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-WANTED = 16
-"""Participants of a batch below which the training warns, as for RISH, which compares groups, too.
-"""
+RECOMMENDED_PARTICIPANTS = 16
+"""Recommended number of participants per site. It is that of RISH, which also compares groups."""
 
 
 class Mica(shared.Harmonizer):
-    """Quantiles of S/S0 in the mask, by shell, and the warp from a scan's to the reference's."""
+    """Warp from the quantiles of S/S0 in a scan's mask to those of the reference, by shell."""
 
     def preflight(self, cohort: Cohort) -> list[str]:
-        """As of `Harmonizer.preflight` and `harmonizer.group_differences`; and where people are
-        few."""
+        """Check the cohort; warn of differences between the groups and of small sites."""
         batches = shared.runs_by_site(self, cohort)
-        few = shared.small_sites(batches, WANTED)
-        doubts = shared.group_differences(self, cohort, batches)
-        if few:
-            doubts.insert(0, f"{few}; {WANTED} or more are needed for a mean distribution that "
-                             "does not hold people's differences, which the warp would remove with "
-                             "the site's")
-        return doubts
+        small = shared.small_sites(batches, RECOMMENDED_PARTICIPANTS)
+        warnings = shared.group_differences(self, cohort, batches)
+        if small:
+            warnings.insert(
+                0, f"{small}. In smaller groups than {RECOMMENDED_PARTICIPANTS}, the mean "
+                "distribution depends on who is in the group, and the warp would remove those "
+                "differences with the site's. Add participants.")
+        return warnings
 
     def _fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
-        """The mean quantiles of the reference batch; one checkpoint serves all other batches.
+        """Average the quantiles of the reference site; one checkpoint serves all other sites.
 
-        Raises:
-            UsageError: a scan has hardly any signal above 0.
+        Raise UsageError if a scan has too few values above 0.
         """
         batches = shared.runs_by_site(self, cohort)
         reference, *targets = batches
-        known = scope.training_domain(cohort, batches, targets)
-        found = {batch: self._people(cohort, rows) for batch, rows in batches.items()}
-        mean = found[reference].mean(axis=0)
+        domain = scope.training_domain(cohort, batches, targets)
+        by_site = {batch: self._site_quantiles(cohort, rows) for batch, rows in batches.items()}
+        mean = by_site[reference].mean(axis=0)
         metrics = {f"distance_{shell.name}_{batch}": float(
             np.abs(people[:, k] - _others(people, batch == reference, mean)[:, k]).mean())
-            for batch, people in found.items() for k, shell in enumerate(known.shells)}
+            for batch, people in by_site.items() for k, shell in enumerate(domain.shells)}
         doubts = [
-            f"scans of {batch} lie no further from {reference} than its own people from each other "
-            "(distance_… in the card), so warping removes people's differences, and no site's. Add "
-            "participants, or take another method."
+            f"scans of {batch} differ no more from those of {reference} than the participants of "
+            f"{reference} differ among each other (distance_… in the card). The warp would remove "
+            "differences between people rather than between sites. Add participants, or use "
+            "another method."
             for batch in targets
             if all(metrics[f"distance_{s}_{batch}"] <= metrics[f"distance_{s}_{reference}"]
-                   for s in (shell.name for shell in known.shells))]
+                   for s in (shell.name for shell in domain.shells))]
         card = Card(
-            method=self.name, network={}, trained_for=known, seed=settings.seed,
+            method=self.name, network={}, trained_for=domain, seed=settings.seed,
             training={"participants": scope.hash_participants(batches),
                       "data": "S/S0 within the mask"},
             intended_use=(
                 f"Maps the distribution of S/S0 of one scan of {', '.join(targets)} to that of "
-                f"{reference}, by shell. It knows no place and no tissue: where anatomies, ages or "
-                "lesions change the distribution, that is removed too. Not for diagnosis."),
+                f"{reference}, by shell. The map does not depend on place or tissue: effects of "
+                "anatomy, age or lesions on the distribution are removed, too. Not for "
+                "diagnosis."),
             versions={"qsphere": __version__}, metrics=metrics, reference_batch=reference)
         model = {"Method": self.name, "Model": self.outputs["model"], "Metrics": metrics,
                  "ReferenceBatch": reference, "Batches": targets}
@@ -84,14 +84,14 @@ class Mica(shared.Harmonizer):
         return Fitted({}, model, {shared.model_name(self, f"to{reference}"): Checkpoint(
             {"quantiles": quantiles}, card)}, doubts)
 
-    def _people(self, cohort: Cohort, rows: pd.DataFrame) -> np.ndarray:
-        """(participant, shell, GRID) quantiles; runs of one participant are averaged."""
-        people = [own["run"] for _, own in rows.groupby("participant", sort=True)]
+    def _site_quantiles(self, cohort: Cohort, rows: pd.DataFrame) -> np.ndarray:
+        """Compute quantiles, (participant, shell, GRID), averaged over a participant's runs."""
+        people = [of_person["run"] for _, of_person in rows.groupby("participant", sort=True)]
         return np.stack([np.mean([self._quantiles(cohort, run) for run in runs], axis=0)
                          for runs in track(people, f"{self.name}: participants")])
 
     def _quantiles(self, cohort: Cohort, run: str) -> np.ndarray:
-        """(shell, GRID) of one run."""
+        """Compute the quantiles, (shell, GRID), of one run."""
         assert cohort.load is not None
         try:
             return intensity.quantiles(cohort.load(run))
@@ -99,31 +99,34 @@ class Mica(shared.Harmonizer):
             raise UsageError(f"--train {self.name}: {run} {error}") from error
 
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
-        """Warped weighted volumes; b0 volumes, and values that are not above 0, stay.
+        """Warp the weighted volumes. b0 volumes and values that are not above 0 are unchanged.
 
-        Raises:
-            Refusal: no b0, nothing weighted, no signal, or a shell of another b-tensor shape.
+        Raises
+        ------
+        Refusal
+            There is no b0, no weighted volume or no signal, or a shell has another b-tensor shape
+            than in the training.
         """
         self.check(dwi.acquisition)
         reference = model.tensors["quantiles"].numpy().astype(np.float64)
         nearest = model.card.trained_for.nearest_shells(dwi.acquisition)
-        own = intensity.quantiles_to_warp(dwi)
+        source = intensity.quantiles_to_warp(dwi)
 
-        def again(other: Dwi) -> np.ndarray:
-            return intensity.warped(other, reference[nearest], own)[0]
+        def reapply(other: Dwi) -> np.ndarray:
+            return intensity.warp(other, reference[nearest], source)[0]
 
-        signal, kept = intensity.warped(dwi, reference[nearest], own)
-        return Harmonized(signal, again, {"mica_unchanged_values": kept},
+        signal, unchanged = intensity.warp(dwi, reference[nearest], source)
+        return Harmonized(signal, reapply, {"mica_unchanged_values": unchanged},
                           {"GridPoints": intensity.GRID,
                            "Distribution": "S/S0 within the mask, by shell"},
                           no_intervals=(
-                              "a warp of whole scans errs by more than noise, and differently in "
-                              "every tissue, and nothing measures by how much"))
+                              "the error of a warp of whole scans is larger than the noise, "
+                              "differs between tissues, and is not measured"))
 
 
-def _others(people: np.ndarray, among: bool, mean: np.ndarray) -> np.ndarray:
-    """(participant, shell, GRID) to compare people with: the reference, or, for the reference's
-    own, the mean of all others of them."""
-    if not among:
+def _others(people: np.ndarray, leave_one_out: bool, mean: np.ndarray) -> np.ndarray:
+    """Compute the quantiles, (participant, shell, GRID), to compare participants with: the mean
+    of the reference, or for each participant of the reference the mean of the others."""
+    if not leave_one_out:
         return np.broadcast_to(mean, people.shape)
     return (len(people) * mean - people) / (len(people) - 1)

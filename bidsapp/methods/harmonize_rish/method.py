@@ -1,7 +1,7 @@
-"""Linear RISH: spherical harmonics of every degree scaled by maps that two groups of people give.
+"""Linear RISH: every spherical-harmonic degree is scaled by a map that two groups determine.
 
-With c_lm the coefficients of S/S0 in a shell, RISH_l = Σ_m c_lm² and E the mean over the people of
-a group at a point of their common template,
+With c_lm the coefficients of S/S0 in a shell, RISH_l = Σ_m c_lm² and E the mean over the
+participants of a site at a point of the common template,
 
     π_l = √(E_reference[RISH_l] / E_source[RISH_l]),    S' = S + S0 Σ_lm (π_l − 1) c_lm Y_lm
 
@@ -35,70 +35,77 @@ from bidsapp.registration import template
 from bidsapp.registration.geometry import fill_nearest
 from bidsapp.registration.image import Image, sample
 
-WANTED = 16
-"""Participants of every batch that the means needed to be stable (Cetin Karayumak et al. 2019)."""
+RECOMMENDED_PARTICIPANTS = 16
+"""Number of participants per site from which the means are stable (Cetin Karayumak et al. 2019)."""
 
 L_MAX = 6
-DETERMINED = 0.75
-"""Coefficients per direction of a shell, at most: with more, RISH is mostly noise."""
+"""Maximum degree of the spherical harmonics."""
 
-LEAST_DIRECTIONS = 8
-"""For degree 2, by the same measure."""
+DETERMINED = 0.75
+"""Maximum number of coefficients per direction of a shell: with more, RISH is mostly noise."""
+
+MIN_DIRECTIONS = 8
+"""Minimum number of directions of a shell. They determine degree 2 by the same criterion."""
 
 REGULARIZATION = 1e-5
-"""λ of the Laplace–Beltrami penalty. At 0.006, which serves networks, 30 directions would keep half
-of degree 4, and the fit is what remains of the signal."""
+"""λ of the Laplace–Beltrami penalty. With the 0.006 of the networks, 30 directions would keep half
+of degree 4, and here the fit becomes the signal."""
 
 SMOOTHING = 4.0
-"""mm, full width at half maximum, of the mean RISH maps in the template."""
+"""Full width at half maximum, in mm, of the Gaussian that smooths mean RISH in the template."""
 
 BOUNDS = 0.5, 2.0
-"""Of π_l."""
+"""Minimum and maximum of π_l."""
 
 COVERED = 0.5
-"""Share of either group's people who must be seen at a point of the template."""
+"""Minimum share of the participants of each site whose masks cover a point of the template."""
 
 ALIKE = 0.5
-"""Correlation with the template, below which a registration is doubtful."""
+"""Correlation of FA with the template below which a registration is doubtful."""
 
 
 UNKNOWN_ERROR = (
-    "the scales err by what the people of the two groups differ in, which moves estimates by more "
-    "than noise does, and no person scanned in both batches measures by how much")
-"""Why no interval can be given: on a phantom of eight unlike people in either group intervals for
-noise alone covered 74–88 % in place of 90, and standard errors of the means, as if independent
-between shells, 100 %."""
+    "the scales depend on who is in the two groups, which changes estimates by more than noise "
+    "does, and no participant scanned at both sites shows by how much")
+"""Reason why no interval is given. On a phantom with eight different people per site, 90 %
+intervals for noise alone covered 74–88 %, and with the standard errors of the group means, taken as
+independent between shells, 100 %."""
 
 
 class Rish(shared.Harmonizer):
-    """Scale maps per shell and degree in a template, carried to each scan."""
+    """Maps of scales per shell and degree in a template, which is registered to each scan."""
 
     min_participants = 3
 
     def check(self, acquisition: Acquisition) -> None:
-        """Raises Refusal where there is no b0, or a shell has fewer than 8 directions."""
+        """Refuse an acquisition without a b0 or with too few directions.
+
+        Raises
+        ------
+        Refusal
+            There is no b0, or a shell has fewer than MIN_DIRECTIONS directions.
+        """
         super().check(acquisition)
-        few = [s for s in acquisition.shells
-               if len(s) < LEAST_DIRECTIONS and abs(s.b_delta) > SAME_SHAPE]
-        if few:
-            raise Refusal(f"{self.name} found {describe_shells(few)}. Needed are "
-                          f"{LEAST_DIRECTIONS} or more directions on every shell. Leave the shell "
+        refused = [s for s in acquisition.shells
+                   if len(s) < MIN_DIRECTIONS and abs(s.b_delta) > SAME_SHAPE]
+        if refused:
+            raise Refusal(f"{self.name} found {describe_shells(refused)}. Needed are "
+                          f"{MIN_DIRECTIONS} or more directions on every shell. Leave the shell "
                           "out with --bids-filter-file, or harmonize with harmonize_mica.")
 
     def preflight(self, cohort: Cohort) -> list[str]:
-        """As of `Harmonizer.preflight` and `harmonizer.group_differences`; and where people are
-        few."""
+        """Check the cohort; warn of small sites and of differences between the groups."""
         batches = shared.runs_by_site(self, cohort)
-        few = shared.small_sites(batches, WANTED)
-        told = [f"{few}; mean RISH was stable from {WANTED} in each batch on. With fewer the "
-                "scales hold people's differences, too."] if few else []
-        return [*told, *shared.group_differences(self, cohort, batches)]
+        small = shared.small_sites(batches, RECOMMENDED_PARTICIPANTS)
+        warnings = [f"{small}. Mean RISH is stable from {RECOMMENDED_PARTICIPANTS} participants "
+                    "per site. With fewer, the scales also contain differences between people."
+                    ] if small else []
+        return [*warnings, *shared.group_differences(self, cohort, batches)]
 
     def _fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
-        """A checkpoint for every batch but the reference; all share one template.
+        """Train a checkpoint for every site but the reference; all share one template.
 
-        Raises:
-            UsageError: a scan cannot be used, or batches show no common part of the brain.
+        Raise UsageError if a scan cannot be used, or if two sites show no common part of the brain.
         """
         batches = shared.runs_by_site(self, cohort)
         reference, *targets = batches
@@ -107,21 +114,22 @@ class Rish(shared.Harmonizer):
         runs = [run for rows in batches.values() for run in rows["run"]]
         images = [self._fa(cohort, run, settings.device) for run in track(runs, f"{self.name}: FA")]
         mean, places = template.build(images, settings.states)
-        least, doubts = self._alike(runs, images, mean, places)
-        metrics = {"template_correlation": round(least, 3)}
-        at = dict(zip(runs, places, strict=True))
-        groups = {b: self._group(cohort, b, at, degrees, rows) for b, rows in batches.items()}
+        lowest, doubts = self._check_registrations(runs, images, mean, places)
+        metrics = {"template_correlation": round(lowest, 3)}
+        by_run = dict(zip(runs, places, strict=True))
+        groups = {b: self._mean_rish(cohort, b, by_run, degrees, rows)
+                  for b, rows in batches.items()}
         checkpoints = {}
         for batch in targets:
-            where = (mean.values > 0) & np.all(
+            covered = (mean.values > 0) & np.all(
                 [groups[b][0] >= COVERED for b in (reference, batch)], axis=0)
-            if not where.any():
+            if not covered.any():
                 raise UsageError(f"--train {self.name}: the scans of {reference} and {batch} share "
                                  "no part of the brain. Check the brain masks.")
             rows = {b: batches[b] for b in (reference, batch)}
             domain = scope.training_domain(cohort, rows, (batch,))
-            tensors, own = self._scales(groups[reference][1], groups[batch][1], where, mean.affine,
-                                        domain.shells)
+            tensors, scale_metrics = self._scales(groups[reference][1], groups[batch][1], covered,
+                                                  mean.affine, domain.shells)
             name = (f"{shared.model_name(self, batch)}-to-"
                     + shared.model_name(self, reference).removeprefix(f"{self.name}_"))
             checkpoints[name] = Checkpoint(
@@ -131,13 +139,14 @@ class Rish(shared.Harmonizer):
                               "data": "S/S0, FA template"},
                     intended_use=(
                         f"Scales the diffusion signal of {batch} to that of {reference} by degree "
-                        "and place, for people like those under trained_for. Differences between "
-                        "the groups other than the site's are removed, too. Not for diagnosis."),
+                        "and place, for participants like those under trained_for. Differences "
+                        "between the groups other than the site's are removed, too. Not for "
+                        "diagnosis."),
                     seed=settings.seed, versions={"qsphere": __version__},
                     constants={"affine": mean.affine.tolist(), "l_max": degrees,
                                "regularization": REGULARIZATION,
                                "output": self.settings("training")["output"]},
-                    metrics={**metrics, **own}, reference_batch=reference))
+                    metrics={**metrics, **scale_metrics}, reference_batch=reference))
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
                  "Batches": targets,
                  "Metrics": {n: dict(c.card.metrics) for n, c in checkpoints.items()}}
@@ -151,46 +160,53 @@ class Rish(shared.Harmonizer):
                              "image and mask, or leave it out with --participant-label.")
         return image
 
-    def _alike(self, runs: Sequence[str], images: Sequence[Image], mean: Image,
-               places: Sequence[np.ndarray]) -> tuple[float, list[str]]:
-        """The least correlation of anyone with the template, and sentences on those in doubt."""
-        found = [_correlation(i.at(p), mean.values) for i, p in zip(images, places, strict=True)]
-        return min(found), [
-            f"FA of {run} correlates with the template by {value:.2f} only; {ALIKE} or more are "
-            "usual. Check its mask and its b-table, or leave it out with --participant-label."
-            for run, value in zip(runs, found, strict=True) if value < ALIKE]
+    def _check_registrations(self, runs: Sequence[str], images: Sequence[Image], mean: Image,
+                             places: Sequence[np.ndarray]) -> tuple[float, list[str]]:
+        """Compute the lowest correlation with the template, and warn of runs below ALIKE."""
+        correlations = [_correlation(i.at(p), mean.values)
+                        for i, p in zip(images, places, strict=True)]
+        return min(correlations), [
+            f"the correlation of FA of {run} with the template is only {value:.2f}; {ALIKE} or "
+            "more is usual. Check its mask and its gradient table, or leave it out with "
+            "--participant-label."
+            for run, value in zip(runs, correlations, strict=True) if value < ALIKE]
 
-    def _group(self, cohort: Cohort, batch: str, at: Mapping[str, np.ndarray],
-               degrees: Sequence[int], rows: pd.DataFrame) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Share of people seen (x, y, z), and per shell mean RISH (degree, x, y, z) of those seen,
-        0 where nobody is. Everyone counts alike, however many runs they have."""
-        seen: Any = 0
+    def _mean_rish(self, cohort: Cohort, batch: str, places: Mapping[str, np.ndarray],
+                   degrees: Sequence[int], rows: pd.DataFrame
+                   ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Average RISH over the participants of a site, in the template.
+
+        Return the share of participants whose masks cover each point, (x, y, z), and for each shell
+        the mean RISH of those, (degree, x, y, z), 0 where there are none. Participants have the
+        same weight, whatever the number of their runs.
+        """
+        coverage: Any = 0
         total: list[Any] = [0] * len(degrees)
-        people = [own for _, own in rows.groupby("participant", sort=True)]
-        for own in track(people, f"{self.name}: participants of {batch}"):
-            for run in own["run"]:
+        people = [of_person for _, of_person in rows.groupby("participant", sort=True)]
+        for of_person in track(people, f"{self.name}: participants of {batch}"):
+            for run in of_person["run"]:
                 dwi = self.load(cohort, run)
                 signal = dwi.signal.copy("K")
                 s0, weighted = dwi.mean_b0, np.flatnonzero(~dwi.acquisition.b0)
                 signal[:, weighted] = np.clip(signal[:, weighted], 0, np.maximum(s0, 0)[:, None])
-                inside = sample(dwi.mask.astype(np.float32), dwi.affine, at[run])
-                inside = (inside > 0.5) / len(own)
-                seen = seen + inside
+                inside = sample(dwi.mask.astype(np.float32), dwi.affine, places[run])
+                inside = (inside > 0.5) / len(of_person)
+                coverage = coverage + inside
                 clipped = replace(dwi, signal=signal)
                 for k, (c, usable) in enumerate(_coefficients(clipped, degrees)):
                     rish = sh.rish(torch.from_numpy(c[usable])).numpy()
                     grid = fill_nearest(rish, dwi.mask, usable)
                     total[k] = total[k] + inside * np.stack([
-                        sample(grid[..., i], dwi.affine, at[run])
+                        sample(grid[..., i], dwi.affine, places[run])
                         for i in range(grid.shape[-1])])
-        return seen / len(people), [
-            np.where(seen > 0, t / np.maximum(seen, 1e-9), 0) for t in total]
+        return coverage / len(people), [
+            np.where(coverage > 0, t / np.maximum(coverage, 1e-9), 0) for t in total]
 
     def _scales(self, reference: Sequence[np.ndarray], source: Sequence[np.ndarray],
-                where: np.ndarray, affine: np.ndarray, shells: Sequence[ShellRange]
+                covered: np.ndarray, affine: np.ndarray, shells: Sequence[ShellRange]
                 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """π_l per shell (degree, x, y, z), beyond `where` that of the nearest voxel in it, and
-        metrics."""
+        """Compute π_l for each shell, (degree, x, y, z), and metrics. Outside `covered`, the value
+        of the nearest voxel inside holds."""
         from scipy.ndimage import gaussian_filter
 
         sd = SMOOTHING / 2.3548 / np.linalg.norm(affine[:3, :3], axis=0)
@@ -198,60 +214,68 @@ class Rish(shared.Harmonizer):
         for of_reference, of_source, shell in zip(reference, source, shells, strict=True):
             maps = []
             for i, pair in enumerate(zip(of_reference, of_source, strict=True)):
-                above, below = (gaussian_filter(e * where, sd)[where] for e in pair)
+                above, below = (gaussian_filter(e * covered, sd)[covered] for e in pair)
                 some = (above > 0) & (below > 0)
                 free = np.sqrt(np.where(some, above, 1) / np.where(some, below, 1))
                 maps.append(np.clip(free, *BOUNDS))
                 name = f"{shell.name}_l{2 * i}"
                 metrics[f"scale_{name}"] = float(np.median(maps[-1]))
                 metrics[f"bounded_{name}"] = float((free != maps[-1]).mean())
-            grid = fill_nearest(np.stack(maps, -1).astype(np.float32), where)
+            grid = fill_nearest(np.stack(maps, -1).astype(np.float32), covered)
             tensors[shell.part] = torch.from_numpy(np.moveaxis(grid, -1, 0).copy())
         return tensors, metrics
 
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
-        """The signal with S0 times the change of the SH series of every shell added, or the scaled
-        series in its place, at the run's directions and not below 0. b0 volumes stay, and voxels
-        without S0 or with a value that is not finite.
+        """Add S0 times the change of each shell's SH series to the signal, or replace the signal by
+        the scaled series (`output`).
 
-        Raises:
-            Refusal: as of `check`, a shell of another b-tensor shape, or nothing to register.
+        The result has the run's directions and is not below 0. b0 volumes are unchanged, and so are
+        voxels without S0 or with a value that is not finite.
+
+        Raises
+        ------
+        Refusal
+            `check` refuses the acquisition, a shell has another b-tensor shape than in the
+            training, or no voxel has a b0 signal and an FA above 0.
         """
         self.check(dwi.acquisition)
         constants, card = model.card.constants, model.card
         nearest = card.trained_for.nearest_shells(dwi.acquisition)
-        own, affine = _fa(_clean(dwi), device), np.array(constants["affine"])
-        if not own.volume:
+        fa, affine = _fa(_clean(dwi), device), np.array(constants["affine"])
+        if not fa.volume:
             raise Refusal(f"{self.name} found no voxel with b0 signal and an FA above 0. Check "
                           "image and mask.")
         mean = Image(model.tensors["template"].numpy(), affine)
-        place = template.register(own, mean)
-        alike = _correlation(mean.at(place), own.values)
-        signal, usable, clipped = _scaled(dwi, model, nearest, place)
-        notices = () if alike >= ALIKE else (
-            f"Harmonization: FA correlates with the template of {card.method} by {alike:.2f} only "
-            f"({card.metrics['template_correlation']:.2f} or more in the training), so the scales "
-            "may lie in the wrong places. Look at the brain mask and the figures.",)
+        place = template.register(fa, mean)
+        correlation = _correlation(mean.at(place), fa.values)
+        signal, usable, clipped = _scale(dwi, model, nearest, place)
+        notices = () if correlation >= ALIKE else (
+            f"Harmonization: the correlation of FA with the template of {card.method} is only "
+            f"{correlation:.2f} ({card.metrics['template_correlation']:.2f} or more in the "
+            "training), so that the scales may be misplaced. Check the brain mask and the "
+            "figures.",)
         return Harmonized(
-            signal, lambda other: _scaled(other, model, nearest, place)[0],
+            signal, lambda other: _scale(other, model, nearest, place)[0],
             {"rish_unchanged": int((~usable).sum()), "rish_clipped_values": clipped},
             {"SphericalHarmonicDegree": [constants["l_max"][k] for k in nearest],
              "Output": constants["output"], "Regularization": constants["regularization"],
-             "TemplateCorrelation": round(alike, 3)}, notices,
+             "TemplateCorrelation": round(correlation, 3)}, notices,
             no_intervals=shared.SMOOTHED if constants["output"] == shared.SERIES else UNKNOWN_ERROR)
 
 
 def _clean(dwi: Dwi) -> Dwi:
-    """Voxels with a value that is not finite are 0."""
+    """Set voxels with a value that is not finite to 0."""
     finite = np.isfinite(dwi.signal).all(axis=1)
     return dwi if finite.all() else replace(dwi, signal=np.where(finite[:, None], dwi.signal, 0))
 
 
-def _scaled(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], place: np.ndarray
-            ) -> tuple[np.ndarray, np.ndarray, int]:
-    """The harmonized signal, which voxels were, and how many values were raised to 0.
+def _scale(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], place: np.ndarray
+           ) -> tuple[np.ndarray, np.ndarray, int]:
+    """Compute the harmonized signal, the voxels that were harmonized, and the number of values
+    raised to 0.
 
-    nearest: the trained shell for each of the run's. place: (x, y, z, 3) of `template.register`.
+    `nearest` is the index of the trained shell for each shell of the run; `place`, (x, y, z, 3), is
+    the result of `template.register`.
     """
     constants, clean = model.card.constants, _clean(dwi)
     parts = [shell.part for shell in model.card.trained_for.shells]
@@ -273,30 +297,31 @@ def _scaled(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], place: np.ndarr
 
 
 def _degree(shell: ShellRange) -> int:
-    """Of a shell as a card holds it; 0 where the encoding has no direction."""
+    """Choose the degree for a shell of a card; 0 if the encoding has no direction."""
     if abs(shell.b_delta) <= SAME_SHAPE:
         return 0
     return sh.degree_for(DETERMINED * shell.directions[0], L_MAX)
 
 
 def _coefficients(dwi: Dwi, degrees: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per shell, up to its degree: `pairs.coefficients`."""
-    found = []
+    """Fit the coefficients of each shell up to its degree (`pairs.coefficients`)."""
+    by_shell = []
     for shell, l_max in zip(dwi.acquisition.shells, degrees, strict=True):
         (c,), usable = pairs.coefficients(dwi.select_shell(shell), l_max, REGULARIZATION)
-        found.append((c, usable))
-    return found
+        by_shell.append((c, usable))
+    return by_shell
 
 
 def _fa(dwi: Dwi, device: str) -> Image:
-    """FA within the mask, 0 without b0 signal or fit."""
+    """Compute FA within the mask, 0 where there is no b0 signal or the fit fails."""
     maps = pairs.tensor_maps(dwi, device)
     return Image(dwi.unmask((maps["fa"] * (dwi.mean_b0 > 0) * ~maps["failed"]).astype(
         np.float32)), dwi.affine)
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Over the voxels where both are above 0; 0 where they are fewer than three, or constant."""
+    """Correlate two images over the voxels where both are above 0; 0 if there are fewer than three
+    or if an image is constant there."""
     both = (a > 0) & (b > 0)
     if both.sum() < 3 or not min(np.ptp(a[both]), np.ptp(b[both])) > 0:
         return 0.0

@@ -6,10 +6,10 @@ from bidsapp.harmonization.paired import PairedHarmonizer
 
 
 class SHResNetHarmonizer(PairedHarmonizer):
-    """3×3×3 patches of coefficients, residual blocks by degree, RISH projection."""
+    """Residual blocks by degree on 3×3×3 patches of coefficients, with RISH projection."""
 
     rish_projection = True
     intended_use = (
-        "Maps the diffusion signal of one batch to that of the reference batch, for acquisitions "
-        "and people like those under trained_for. What the training has not seen, as lesions, may "
-        "change in size of signal, not in direction. Not for diagnosis.")
+        "Maps the diffusion signal of one site to that of the reference site, for acquisitions "
+        "and participants like those under trained_for. Tissue that was absent from the training, "
+        "such as lesions, may change in signal but not in fibre direction. Not for diagnosis.")
