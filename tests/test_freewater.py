@@ -146,7 +146,7 @@ def test_corrected_tensor_is_nearer_the_truth(trained, applied):
     middle = (truth > 0.2) & (truth < 0.7)
     corrected, before = (np.abs(m["fa"] - fa)[middle].mean() for m in (maps, plain))
     assert corrected < before / 3
-    left = maps["fraction"] > freewater.MOST_WATER
+    left = maps["fraction"] > freewater.MAX_WATER
     assert 0.1 < left.mean() < 0.3
     assert (maps["fa"] > 0.999).mean() < 0.002, "what noise makes impossible is not corrected"
     for name in ("fa", "md"):
@@ -170,13 +170,13 @@ def test_head_is_its_own_model():
 
 
 def test_where_little_else_is_left_the_signal_stays(monkeypatch):
-    """Of nine parts water and one of grey matter. Whatever a network says: up to MOST_WATER its
+    """Of nine parts water and one of grey matter. Whatever a network says: up to MAX_WATER its
     water is taken away, beyond it none."""
     acq = acquisition(((0, 2), (1000, 12), (2000, 16)))
     b = acq.bvals / 1000
     clean = np.tile(0.1 * np.exp(-0.8 * b) + 0.9 * np.exp(-3 * b), (60, 1))
     dwi, md = as_dwi(clean, acq, 1, snr=1000), {}
-    for fraction in (0.0, 0.3, freewater.MOST_WATER + 0.01):
+    for fraction in (0.0, 0.3, freewater.MAX_WATER + 0.01):
         said = torch.full((60,), fraction), torch.full((60,), 0.1)
         monkeypatch.setattr(network, "learn", lambda *_, said=said: (lambda _: said, 0.0))
         md[fraction] = methods.get("estimate_freewater").apply(dwi, "cpu").maps["md"]
@@ -241,7 +241,7 @@ def test_water_of_a_b0_and_of_shells():
 
 def test_refuses_what_determines_no_tensor():
     acq = acquisition(((0, 2), (1000, 5)))
-    with pytest.raises(Refusal, match="Needed are a b0 and a shell"):
+    with pytest.raises(Refusal, match="A b0 and a shell of 6 or more"):
         methods.get("estimate_freewater").apply(as_dwi(np.ones((9, 7)), acq, 0), "cpu")
 
 

@@ -368,7 +368,7 @@ def test_says_which_shells_it_left_out_and_that_there_are_more_than_in_training(
     derived = method.apply(voxels(many, 5), "cpu")
     left_out, more = derived.notices
     assert "scnn2: left out 30 × b 7000 s/mm². The network was trained for b = 500–5000" in left_out
-    assert "used 5 shells, and was trained with up to 4" in more
+    assert "used 5 shells; the network was trained with up to 4" in more
     assert derived.parameters["Shells"] == [700, 1000, 2000, 3000, 4500]
     assert derived.parameters["ShellsLeftOut"] == [7000]
     assert derived.parameters["OutOfDistribution"] == ["5 shells, trained with up to 4"]
