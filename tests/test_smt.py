@@ -243,7 +243,7 @@ def test_recovers_truth_from_clean_b_tensors(rng, b_delta):
 @pytest.mark.parametrize(("b", "n", "n_b0"), [((1000,), 60, 1), ((1000, 2000), 60, 0),
                                               ((1000, 2000), 5, 1)])
 def test_refuses_what_cannot_carry_it(rng, b, n, n_b0):
-    with pytest.raises(Refusal, match="Needed are a b0 and two shells"):
+    with pytest.raises(Refusal, match="A b0 and two shells"):
         get("estimate_smt").check(acquisition(rng, n=n, b=b, n_b0=n_b0))
 
 
