@@ -1,4 +1,4 @@
-"""argv of qsphere-phantom → PhantomOptions. Imports nothing heavy, so that --help is immediate."""
+"""Command line of qsphere-phantom. It imports no large libraries, so that --help is immediate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bidsapp.options import PhantomOptions
 
 
 def parser() -> argparse.ArgumentParser:
-    """One option per field of PhantomOptions, with its own text and default."""
+    """Create the parser, with one option for each field of PhantomOptions."""
     p = generate("qsphere-phantom", PhantomOptions,
                  "Writes a multi-site diffusion MRI dataset (BIDS) with known truth.")
     p.add_argument("-v", "--verbose", action="count", default=0,
@@ -20,12 +20,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Returns 0 done, 1 a defect, 2 unusable arguments or folder."""
-    given = vars(parser().parse_args(argv))
-    verbose = given.pop("verbose")
+    """Run the program.
+
+    Returns
+    -------
+    int
+        Exit code: 0 for success, 1 for a defect of the program, 2 for invalid arguments or an
+        unusable folder.
+    """
+    arguments = vars(parser().parse_args(argv))
+    verbose = arguments.pop("verbose")
 
     def work() -> int:
-        options = PhantomOptions(**as_fields(given))
+        options = PhantomOptions(**as_fields(arguments))
         log_to_stderr(verbose)
         from bidsapp import phantom
 
