@@ -15,7 +15,7 @@ import numpy as np
 from bidsapp.anatomy import tissue
 from bidsapp.bids import find
 from bidsapp.cli import parse
-from bidsapp.microstructure.deconvolution import densities
+from bidsapp.microstructure.deconvolution import deconvolve
 from bidsapp.recipe.steps import load_run
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     z = np.argwhere(dwi.mask)[:, 2]
     first, end = options.slices
     selected = (z >= first) & (z < (dwi.mask.shape[2] if end is None else end))
-    rows = densities(dwi, regions.single_fibre, regions.gm, regions.csf, selected)
+    rows = deconvolve(dwi, regions.single_fibre, regions.gm, regions.csf, selected)
     np.save(options.out, rows.numpy())
     print(f"{len(rows)} densities of {int(selected.sum())} voxels")
 

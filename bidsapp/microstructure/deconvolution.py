@@ -37,8 +37,8 @@ MIN_WHITE = 0.2
 """Minimum share of white matter in a voxel's signal; below it the density is not reliable."""
 
 
-def densities(dwi: Dwi, single_fibre: Bool[np.ndarray, " voxel"], gm: Bool[np.ndarray, " voxel"],
-              csf: Bool[np.ndarray, " voxel"], where: Bool[np.ndarray, " voxel"]
+def deconvolve(dwi: Dwi, single_fibre: Bool[np.ndarray, " voxel"], gm: Bool[np.ndarray, " voxel"],
+               csf: Bool[np.ndarray, " voxel"], where: Bool[np.ndarray, " voxel"]
               ) -> Float[torch.Tensor, "row 45"]:
     """Deconvolve voxels of white matter.
 
@@ -100,8 +100,8 @@ def densities(dwi: Dwi, single_fibre: Bool[np.ndarray, " voxel"], gm: Bool[np.nd
     return (odfs[valid] / total).float()
 
 
-def of_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels: int, seed: int,
-             device: str) -> Float[torch.Tensor, "row 45"] | None:
+def deconvolve_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels: int, seed: int,
+                     device: str) -> Float[torch.Tensor, "row 45"] | None:
     """Deconvolve random voxels of random runs of a study.
 
     Parameters
@@ -118,7 +118,7 @@ def of_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels: int, se
     Returns
     -------
     (row, 45) tensor or None
-        Coefficients as `densities` returns them; None if no run can be deconvolved.
+        Coefficients as `deconvolve` returns them; None if no run can be deconvolved.
     """
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(np.array(runs))[:MAX_RUNS]
@@ -129,7 +129,7 @@ def of_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels: int, se
         where[rng.permutation(len(where))[:max(1, voxels // len(chosen))]] = True
         try:
             regions = tissue.regions(dwi, device)
-            rows.append(densities(dwi, regions.single_fibre, regions.gm, regions.csf, where))
+            rows.append(deconvolve(dwi, regions.single_fibre, regions.gm, regions.csf, where))
         except Refusal as refusal:
             log.warning("%s: no densities could be estimated for the training: %s", run, refusal)
     return torch.cat(rows) if rows else None

@@ -73,7 +73,7 @@ class SphericalMethod(Estimator, Trainable):
                              "from the runs. Leave the option out.")
         table = None
         if self.tissue.watson is None and cohort.load:
-            table = deconvolution.of_study(
+            table = deconvolution.deconvolve_study(
                 cohort.load, list(cohort.acquisitions), voxels=20 if self.context.sloppy else 2000,
                 seed=settings.seed, device=settings.device)
         name, checkpoint = learn.train_for_acquisition(
