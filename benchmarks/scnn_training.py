@@ -133,7 +133,7 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
             (options.out / name).write_bytes(content)
     print({k: round(v, 4) for k, v in found.card.metrics.items()})
     network = found.into(estimating.build(recipe.tissue, found.card.network, grid=estimating.GRID))
-    power = estimating.known_power(found.card)
+    power = estimating.read_density_power(found.card)
     return network, recipe, power, found.card.training["samples"] / max(
         found.card.training["seconds"], 1)
 
@@ -162,7 +162,7 @@ def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.T
         noise = torch.tensor([1 / SNR, 0.0]).expand(len(signal), 2)
         likely = hint(Likelihood(tissue, power, x, noise, side.shells))
         found = network(x, noise, side.shells, likely)
-        return {"mean": estimating.clamped(tissue, found.mean), "odf": found.odf[:, :45],
+        return {"mean": estimating.clamp_parameters(tissue, found.mean), "odf": found.odf[:, :45],
                 "hint": (likely[:, :2] + 1) / 2 * likely.new_tensor(tissue.ranges)[:, 1]}
 
     flat = noisy[0].flatten(1)

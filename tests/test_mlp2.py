@@ -173,7 +173,7 @@ def test_weights_from_before_there_were_cases_are_refused(first, tmp_path):
     with pytest.raises(UsageError, match="--init: weights of estimate_scnn2.*" + told):
         learn.initial_weights("estimate_scnn2", small(), keep(old, tmp_path / "old"))
     with pytest.raises(DataError, match=told):
-        estimating.known_power(old.card)
+        estimating.read_density_power(old.card)
 
 
 @pytest.mark.slow

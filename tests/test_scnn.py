@@ -336,9 +336,9 @@ def test_densities_are_no_sharper_than_a_fibre():
     made smaller, degree by degree, and not turned."""
     known = torch.cat([tissue.draw_odfs(50, torch.Generator().manual_seed(0), 8),
                        sh.evaluate(8, torch.eye(3))])
-    torch.testing.assert_close(estimating.bounded(known), known, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(estimating.limit_degrees(known), known, atol=1e-6, rtol=1e-6)
     wild = 50 * torch.randn(20, 45, generator=torch.Generator().manual_seed(1))
-    found = estimating.bounded(wild)
+    found = estimating.limit_degrees(wild)
     for l in (2, 4, 6, 8):
         part, was = (v[:, sh.size(l - 2):sh.size(l)] for v in (found, wild))
         most = torch.full((20,), (2 * l + 1) / (4 * math.pi))

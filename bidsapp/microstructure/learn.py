@@ -23,13 +23,13 @@ from bidsapp.microstructure.maps import (
     QUANTILE,
     build,
     bundled_weights,
-    calibrated,
-    clamped,
+    calibrate_sd,
+    clamp_parameters,
     coherence,
-    interpolated,
-    known_power,
+    interpolate,
     misfit,
     predicted_sd,
+    read_density_power,
     sharpness,
     takes_hint,
 )
@@ -102,7 +102,7 @@ class Recipe:
     density : float
         Weight of the density's mean square error over the sphere.
     unbiased : float
-        Weight of the squared mean error in bands of dispersion and noise (`loss_of`).
+        Weight of the squared mean error in bands of dispersion and noise (`compute_loss`).
     held_out : int
         Voxels of the validation; the calibration has 8 times as many, the final test 4 times.
     odfs : mapping
@@ -242,8 +242,8 @@ def density_power(recipe: Recipe, table: torch.Tensor | None
                       torch.full((1, power.shape[1]), 1 / (4 * math.pi))])
 
 
-def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: torch.Tensor,
-            noise: torch.Tensor) -> torch.Tensor:
+def compute_loss(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: torch.Tensor,
+                 noise: torch.Tensor) -> torch.Tensor:
     """Compute the loss of a minibatch.
 
     It is the sum of the negative Gaussian log likelihood of the parameters, weighted by SD^(2 beta)
@@ -336,7 +336,7 @@ def initial_weights(method: str, recipe: Recipe, init: Path | None) -> Checkpoin
         try:
             checkpoint = load(init, method)
             checkpoint.into(network)
-            known_power(checkpoint.card)
+            read_density_power(checkpoint.card)
         except DataError as error:
             raise UsageError(f"--init: {error}") from error
         return checkpoint
@@ -382,18 +382,18 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
     if start:
         start.into(network)
     simulate = Simulator(recipe, table,
-                         known_power(start.card) if start and not new_hints else None)
+                         read_density_power(start.card) if start and not new_hints else None)
     batches = _held_out(simulate, recipe, recipe.held_out, seed + 1, device)
 
     def validate(model: nn.Module) -> float:
         # beta = 0, the likelihood: with another beta the loss need not decrease with the error
         plain = replace(recipe, beta=0.0)
-        return float(np.mean([float(loss_of(plain, model(*b[:4]), b[4], b[5], b[1]))
+        return float(np.mean([float(compute_loss(plain, model(*b[:4]), b[4], b[5], b[1]))
                               for b in batches]))
 
     history = training.train(
         network, simulate.batches,
-        lambda model, b: loss_of(recipe, model(*b[:4]), b[4], b[5], b[1]), recipe.schedule,
+        lambda model, b: compute_loss(recipe, model(*b[:4]), b[4], b[5], b[1]), recipe.schedule,
         seed=seed, device=device, validate=validate, saved=saved, name=method,
         devices=devices)
     constants = calibrate(network, recipe, _held_out(
@@ -535,14 +535,14 @@ def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Min
     """
     found, truth, _, noise = predictions(network, batches)
     sd = predicted_sd(found)
-    score = (clamped(recipe.tissue, found.mean) - truth).abs() / sd / QUANTILE
+    score = (clamp_parameters(recipe.tissue, found.mean) - truth).abs() / sd / QUANTILE
     with torch.no_grad():
         misfits = torch.cat([misfit(recipe.tissue, x, n, shells, network(x, n, shells, told))
                              for x, n, shells, told, *_ in batches])
     by_sd = {name: _in_bands(sd[:, i], score[:, i], LEVEL, BANDS)
              for i, name in enumerate(recipe.tissue.names)}
     where = {name: _in_cells(coherence(found.odf), noise[:, 0],
-                             score[:, i] / interpolated(by_sd[name], sd[:, i]))
+                             score[:, i] / interpolate(by_sd[name], sd[:, i]))
              for i, name in enumerate(recipe.tissue.names)}
     return {"sd": by_sd, "sd_where": where,
             "misfit": _in_bands(noise[:, 0], misfits, USUAL, NOISE_BANDS)}
@@ -581,8 +581,8 @@ def measure(network: nn.Module, recipe: Recipe, constants: Mapping[str, Any],
             batches: Sequence[training.Minibatch]) -> dict[str, Any]:
     """Measure mean square errors and the coverage of ± 1.645 SD on held-out simulation."""
     estimates, truth, density, noise = predictions(network, batches)
-    sd = calibrated(recipe.tissue, estimates, noise, constants)
-    error = clamped(recipe.tissue, estimates.mean) - truth
+    sd = calibrate_sd(recipe.tissue, estimates, noise, constants)
+    error = clamp_parameters(recipe.tissue, estimates.mean) - truth
     return {"samples": len(truth), "mse_density": float(density.mean())} | {
         f"{key}_{name}": float(value[:, i].mean()) for i, name in enumerate(recipe.tissue.names)
         for key, value in (("mse", error**2),

@@ -164,7 +164,7 @@ def describe_shells_used(card: Card, acquisition: Acquisition, shells: Sequence[
     return parameters, notices
 
 
-def known_power(card: Card) -> Float[torch.Tensor, "case degree"]:
+def read_density_power(card: Card) -> Float[torch.Tensor, "case degree"]:
     """Read from a card the powers of the densities with which the hints of the training were made.
 
     Raises
@@ -305,7 +305,8 @@ def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str,
     assert domain.snr
     low, high = (1 / snr for snr in reversed(domain.snr))
     # a search needs double precision: else rounding decides its path on a flat ridge
-    power = known_power(card).to(device, torch.float64 if searches(tissue) else torch.float32)
+    precision = torch.float64 if searches(tissue) else torch.float32
+    power = read_density_power(card).to(device, precision)
     hinted = takes_hint(card.network)
     mean_gain = 0.0 if dwi.s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
 
@@ -324,12 +325,12 @@ def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str,
         start = (hint(Likelihood(tissue, power, *inputs)).float() if hinted
                  else x.new_zeros(len(signal), 0))
         output = network(x, noise, shell_input, start)
-        sd = calibrated(tissue, output, noise, card.constants)
-        strange = misfit(tissue, x, noise, shell_input, output) > interpolated(
+        sd = calibrate_sd(tissue, output, noise, card.constants)
+        strange = misfit(tissue, x, noise, shell_input, output) > interpolate(
             card.constants["misfit"], noise[:, 0])
         flag = torch.where(sigma > 1.001 * high, 2.0, torch.where(strange, 1.0, 0.0))
-        return {"mean": clamped(tissue, output.mean), "sd": sd, "odf": bounded(output.odf),
-                "flag": flag, "usable": usable}
+        return {"mean": clamp_parameters(tissue, output.mean), "sd": sd,
+                "odf": limit_degrees(output.odf), "flag": flag, "usable": usable}
 
     values = map_voxels(estimate_block, dwi.signal, device, BLOCK)
     maps, counts = _name_maps(values, tissue, card.method.removeprefix("estimate_"))
@@ -371,14 +372,14 @@ def _name_maps(values: Mapping[str, np.ndarray], tissue: TissueModel, short: str
                   f"{short}_noise_out_of_range": int((maps["flag"] == 2).sum())}
 
 
-def clamped(tissue: TissueModel, mean: Float[torch.Tensor, "voxel n"]
+def clamp_parameters(tissue: TissueModel, mean: Float[torch.Tensor, "voxel n"]
             ) -> Float[torch.Tensor, "voxel n"]:
     """Clamp parameters to the ranges of the tissue model."""
     low, high = mean.new_tensor(tissue.ranges).T
     return torch.minimum(torch.maximum(mean, low), high)
 
 
-def bounded(odf: Float[torch.Tensor, "voxel coef"]) -> Float[torch.Tensor, "voxel coef"]:
+def limit_degrees(odf: Float[torch.Tensor, "voxel coef"]) -> Float[torch.Tensor, "voxel coef"]:
     """Limit each degree to the power of a single fibre.
 
     Σ_m c_lm² ≤ (2l + 1)/4π holds for every density, but not for the output of a network at noise
@@ -405,8 +406,8 @@ def sharpness(odf: Float[torch.Tensor, "voxel size"]) -> Float[torch.Tensor, " v
     return odf[:, sh.size(4):sh.size(8)].norm(dim=1) / math.sqrt((13 + 17) / (4 * math.pi))
 
 
-def calibrated(tissue: TissueModel, estimate: Estimate, noise: Float[torch.Tensor, "voxel 2"],
-               constants: Mapping[str, Any]) -> Float[torch.Tensor, "voxel n"]:
+def calibrate_sd(tissue: TissueModel, estimate: Estimate, noise: Float[torch.Tensor, "voxel 2"],
+                 constants: Mapping[str, Any]) -> Float[torch.Tensor, "voxel n"]:
     """Compute calibrated posterior SDs.
 
     The predicted SDs are multiplied by two factors of the calibration (`learn.calibrate`): one
@@ -429,7 +430,7 @@ def calibrated(tissue: TissueModel, estimate: Estimate, noise: Float[torch.Tenso
     """
     sd, where = predicted_sd(estimate), (coherence(estimate.odf), noise[:, 0])
     return torch.stack([
-        (sd[:, i] * interpolated(constants["sd"][name], sd[:, i])
+        (sd[:, i] * interpolate(constants["sd"][name], sd[:, i])
          * bilinear(constants["sd_where"][name], *where)).clamp(max=(high - low) / 2)
         for i, (name, (low, high)) in enumerate(zip(tissue.names, tissue.ranges, strict=True))], 1)
 
@@ -439,7 +440,7 @@ def predicted_sd(estimate: Estimate) -> Float[torch.Tensor, "voxel n"]:
     return estimate.log_sd.clamp(-7, 2).exp()
 
 
-def interpolated(table: Mapping[str, Any], x: Float[torch.Tensor, " voxel"]
+def interpolate(table: Mapping[str, Any], x: Float[torch.Tensor, " voxel"]
                  ) -> Float[torch.Tensor, " voxel"]:
     """Interpolate "value" at x, linear between the points "at", constant beyond them."""
     value = x.new_tensor(table["value"])
@@ -492,7 +493,7 @@ def misfit(tissue: TissueModel, x: Float[torch.Tensor, "coef voxel shell"],
     """
     per_group = x.shape[1] // len(shells)
     b, b_delta, scale = shells.repeat_interleave(per_group, 0).unbind(-1)
-    p = clamped(tissue, estimate.mean)
+    p = clamp_parameters(tissue, estimate.mean)
     parts = tissue.compartments(p)
     if tissue.aligned is not None:  # the axis is not estimated: approximated by the density
         parts = parts + tissue.aligned(p)
