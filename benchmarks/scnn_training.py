@@ -47,7 +47,7 @@ from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Estimate, Published
 from bidsapp.simulate import protocols
-from bidsapp.simulate.likelihood import Likelihood, hint
+from bidsapp.simulate.likelihood import Likelihood, compute_hint
 from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_bundles, draw_odfs
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -160,7 +160,7 @@ def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.T
     def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
         x = side.fitted(signal.view(1, len(signal), *noisy.shape[2:]))
         noise = torch.tensor([1 / SNR, 0.0]).expand(len(signal), 2)
-        likely = hint(Likelihood(tissue, power, x, noise, side.shells))
+        likely = compute_hint(Likelihood(tissue, power, x, noise, side.shells))
         found = network(x, noise, side.shells, likely)
         return {"mean": estimating.clamp_parameters(tissue, found.mean), "odf": found.odf[:, :45],
                 "hint": (likely[:, :2] + 1) / 2 * likely.new_tensor(tissue.ranges)[:, 1]}

@@ -21,7 +21,7 @@ from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Published, SphericalNetwork
 from bidsapp.simulate import forward, odf, protocols, tissue
-from bidsapp.simulate.likelihood import Likelihood, hint
+from bidsapp.simulate.likelihood import Likelihood, compute_hint
 
 SHELLS = torch.tensor([[[1.0, 1.0, 0.13], [2.2, 1.0, 0.11], [3.0, 1.0, 0.0]]])
 """Two shells; the third is not there."""
@@ -54,7 +54,7 @@ def coefficients(voxels, dtype, rotation=None, seed=0):
 
 def hint_of(x, noise, shells):
     power = torch.tensor([[0.018, 0.009, 0.004, 0.002]])
-    return hint(Likelihood(tissue.TWO_COMPARTMENTS, power.to(x), x, noise, shells))
+    return compute_hint(Likelihood(tissue.TWO_COMPARTMENTS, power.to(x), x, noise, shells))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -636,6 +636,6 @@ def test_batches_drawn_together_keep_voxels_with_their_protocols():
         there = shells[:, None, :, 2].expand(4, 8, -1) > 0
         assert torch.equal(x[0].unflatten(0, (4, 8)) != 0, there)
         likelihood = Likelihood(recipe.tissue, simulate.power.to(x), x, noise, shells)
-        torch.testing.assert_close(found, hint(likelihood), atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(found, compute_hint(likelihood), atol=1e-2, rtol=1e-2)
     counts = [tuple((b[2][..., 2] > 0).sum(1).tolist()) for b in batches]
     assert len(set(counts)) > 1, "else nothing could be mixed up"

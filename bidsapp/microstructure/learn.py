@@ -35,7 +35,7 @@ from bidsapp.microstructure.maps import (
 )
 from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import odf, protocols
-from bidsapp.simulate.likelihood import Likelihood, hint, searches
+from bidsapp.simulate.likelihood import Likelihood, compute_hint, needs_search
 from bidsapp.simulate.protocols import Protocols
 from bidsapp.simulate.tissue import TissueModel
 
@@ -203,7 +203,8 @@ class Simulator:
         each = shells.split(groups)
         size = min(per_group, HINT_BLOCK) if len(shells) == 1 else groups * per_group
         parts = zip(x.split(size, 1), noise.split(size), strict=True)
-        return torch.cat([hint(Likelihood(self.recipe.tissue, power, *part, each[i % len(each)]))
+        tissue = self.recipe.tissue
+        return torch.cat([compute_hint(Likelihood(tissue, power, *part, each[i % len(each)]))
                           for i, part in enumerate(parts)])
 
     def batches(self, generator: torch.Generator) -> list[training.Minibatch]:
@@ -236,7 +237,7 @@ def density_power(recipe: Recipe, table: torch.Tensor | None
     drawn = recipe.tissue.densities(4096, generator, protocols.L_FIT, table=table, **recipe.odfs)
     power = torch.stack([drawn[:, sh.size(l - 2):sh.size(l)].square().mean(1)
                          for l in range(2, protocols.L_FIT + 1, 2)], 1)
-    if searches(recipe.tissue):
+    if needs_search(recipe.tissue):
         return power.mean(0, keepdim=True)
     return torch.cat([torch.quantile(power, (torch.arange(CASES) + 0.5) / CASES, dim=0),
                       torch.full((1, power.shape[1]), 1 / (4 * math.pi))])

@@ -23,7 +23,7 @@ from bidsapp.errors import DataError, Refusal
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import forward, protocols
-from bidsapp.simulate.likelihood import Likelihood, hint, searches
+from bidsapp.simulate.likelihood import Likelihood, compute_hint, needs_search
 from bidsapp.simulate.tissue import TissueModel
 
 QUANTILE = 1.6448536269514722
@@ -305,7 +305,7 @@ def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str,
     assert domain.snr
     low, high = (1 / snr for snr in reversed(domain.snr))
     # a search needs double precision: else rounding decides its path on a flat ridge
-    precision = torch.float64 if searches(tissue) else torch.float32
+    precision = torch.float64 if needs_search(tissue) else torch.float32
     power = read_density_power(card).to(device, precision)
     hinted = takes_hint(card.network)
     mean_gain = 0.0 if dwi.s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
@@ -322,7 +322,7 @@ def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str,
         clipped = sigma.clamp(low, high)[:, None]
         noise = torch.cat([clipped, mean_gain * clipped], 1)
         inputs = (v.to(power) for v in (x, noise, shell_input))
-        start = (hint(Likelihood(tissue, power, *inputs)).float() if hinted
+        start = (compute_hint(Likelihood(tissue, power, *inputs)).float() if hinted
                  else x.new_zeros(len(signal), 0))
         output = network(x, noise, shell_input, start)
         sd = calibrate_sd(tissue, output, noise, card.constants)

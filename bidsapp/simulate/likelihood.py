@@ -51,7 +51,7 @@ DIFFERENCE = 1e-3
 """Step of the numerical derivative of the kernel, relative to a parameter's range."""
 
 
-def searches(tissue: TissueModel) -> bool:
+def needs_search(tissue: TissueModel) -> bool:
     """Tell whether a model has too many parameters for a lattice, so that L is maximised
     instead."""
     return len(tissue.names) > 2
@@ -164,8 +164,8 @@ class Likelihood:
 
 
 @torch.no_grad()
-def posterior(likelihood: Likelihood) -> tuple[Float[torch.Tensor, "voxel n"],
-                                               Float[torch.Tensor, "voxel n n"]]:
+def compute_posterior(likelihood: Likelihood) -> tuple[Float[torch.Tensor, "voxel n"],
+                                                       Float[torch.Tensor, "voxel n n"]]:
     """Compute the posterior mean and covariance of θ on lattices, in units of its range."""
     low, span = likelihood.low, likelihood.high - likelihood.low
     eye = torch.eye(len(span), dtype=span.dtype, device=span.device)
@@ -204,7 +204,7 @@ def _moments(unit: Float[torch.Tensor, "#voxel point n"], weight: Float[torch.Te
     return mean, (deviation * weight[..., None]).mT @ deviation
 
 
-def most_likely(likelihood: Likelihood, starts: Float[torch.Tensor, "start n"]
+def maximise_likelihood(likelihood: Likelihood, starts: Float[torch.Tensor, "start n"]
                 ) -> tuple[Float[torch.Tensor, "voxel n"], Float[torch.Tensor, "voxel n n"],
                            Float[torch.Tensor, " voxel"]]:
     """Maximise L for the first row of `power`.
@@ -254,7 +254,7 @@ def most_likely(likelihood: Likelihood, starts: Float[torch.Tensor, "start n"]
 
 
 @torch.no_grad()
-def hint(likelihood: Likelihood) -> Float[torch.Tensor, "voxel _"]:
+def compute_hint(likelihood: Likelihood) -> Float[torch.Tensor, "voxel _"]:
     """Compute the hint from which a network starts.
 
     Parameters
@@ -269,12 +269,12 @@ def hint(likelihood: Likelihood) -> Float[torch.Tensor, "voxel _"]:
         (F + 12 I)⁻¹, F the Fisher information and 1/12 the variance of the prior.
     """
     n = len(likelihood.low)
-    if not searches(likelihood.tissue):
-        unit, covariance = posterior(likelihood)
+    if not needs_search(likelihood.tissue):
+        unit, covariance = compute_posterior(likelihood)
     else:
         span = likelihood.high - likelihood.low
-        theta, fisher, _ = most_likely(likelihood, likelihood.low + span * torch.quasirandom.
-                                       SobolEngine(n).draw(33)[1:].to(span))
+        starts = torch.quasirandom.SobolEngine(n).draw(33)[1:].to(span)
+        theta, fisher, _ = maximise_likelihood(likelihood, likelihood.low + span * starts)
         unit = (theta - likelihood.low) / span
         covariance = torch.linalg.inv(fisher + 12 * torch.eye(n).to(span))
     sd = torch.diagonal(covariance, dim1=1, dim2=2).clamp(min=1e-10).sqrt()
