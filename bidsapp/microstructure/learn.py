@@ -160,7 +160,7 @@ class Simulator:
                  power: torch.Tensor | None = None) -> None:
         self.recipe = recipe
         self.table = None if table is None else torch.cat(
-            [odf.sharpened(table, power, L_SIMULATED) for power in SHARPENED])
+            [odf.sharpen(table, power, L_SIMULATED) for power in SHARPENED])
         acquisition = recipe.acquisition
         self.fixed = None if acquisition is None else protocols.from_acquisition(
             acquisition, acquisition.shells, L_SIMULATED, s0_known=recipe.s0_known)

@@ -115,7 +115,7 @@ def normalise(odf: Float[torch.Tensor, "*batch size"]) -> Float[torch.Tensor, "*
     return odf / (odf[..., :1] * math.sqrt(4 * math.pi))
 
 
-def sharpened(odf: Float[torch.Tensor, "*batch size"], power: int, l_max: int
+def sharpen(odf: Float[torch.Tensor, "*batch size"], power: int, l_max: int
               ) -> Float[torch.Tensor, "*batch _"]:
     """Sharpen densities: the result is ∝ max(odf, 0)^power, less dispersed if power > 1.
 
