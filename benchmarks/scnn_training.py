@@ -158,7 +158,7 @@ def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.T
     vertex = torch.from_numpy(sh.basis(8, np.array([[0.0, 0, 1]])))[0].float()
 
     def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = side.fitted(signal.view(1, len(signal), *noisy.shape[2:]))
+        x = side.fit_signals(signal.view(1, len(signal), *noisy.shape[2:]))
         noise = torch.tensor([1 / SNR, 0.0]).expand(len(signal), 2)
         likely = compute_hint(Likelihood(tissue, power, x, noise, side.shells))
         found = network(x, noise, side.shells, likely)

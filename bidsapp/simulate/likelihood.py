@@ -66,7 +66,7 @@ class Likelihood:
     power : (case, degree) tensor
         Powers (C_2, C_4, …) of the densities; each row has the same probability.
     x : (coefficient, voxel, shell) tensor
-        Fitted coefficients of S/S0, voxels group by group (`Protocols.fitted`).
+        Fitted coefficients of S/S0, voxels group by group (`Protocols.fit_signals`).
     noise : (voxel, 2) tensor
         σ/S0 of one measurement and of the mean b0.
     shells : (group, shell, 3) tensor

@@ -26,7 +26,7 @@ L_FIT = 8
 REDUNDANCY = 1.3
 """Minimum number of directions per coefficient of a fit; 6 directions suffice for degree 2."""
 
-MOST_CONDITION = 30.0
+MAX_CONDITION = 30.0
 """Highest condition number of a fit. The degree is lowered until an uneven shell meets it."""
 
 ISOTROPIC = 0.05
@@ -83,7 +83,7 @@ class Protocols:
         s = coefficients.unflatten(0, (len(self.b), -1)).transpose(1, 2)
         return (s @ self.basis.mT).transpose(1, 2)
 
-    def fitted(self, signals: Float[torch.Tensor, "group voxels shell direction"]
+    def fit_signals(self, signals: Float[torch.Tensor, "group voxels shell direction"]
                ) -> Float[torch.Tensor, "coef voxel shell"]:
         """Fit SH coefficients to signals; the coefficient axis comes first, as in spherical
         layers."""
@@ -121,7 +121,7 @@ def measure(protocols: Protocols, signals: Float[torch.Tensor, "group voxels she
     # the Rician excess of the mean b0 to first order, σ²/2S0, unless S0 is known
     excess = torch.where(s0_noise > 0, sigma**2 / 2, 0)
     s0 = 1 + excess + s0_noise * normal(s0_noise)
-    return protocols.fitted(noisy / s0), torch.cat([sigma / s0, s0_noise / s0], -1).flatten(
+    return protocols.fit_signals(noisy / s0), torch.cat([sigma / s0, s0_noise / s0], -1).flatten(
         0, 1)[:, 0]
 
 
@@ -197,7 +197,7 @@ def build(b: torch.Tensor, b_delta: torch.Tensor, count: Int[torch.Tensor, "grou
         if even:
             break
         values = torch.linalg.eigvalsh(normal)
-        ill_conditioned = (values[..., 0] * MOST_CONDITION < values[..., -1]) & (highest > 0)
+        ill_conditioned = (values[..., 0] * MAX_CONDITION < values[..., -1]) & (highest > 0)
         if not ill_conditioned.any():
             break
         highest = torch.where(ill_conditioned, highest - 2, highest)
