@@ -84,8 +84,9 @@ def dipy_fit(dwi, fit_method):
 def trained():
     """(method, network, acquisition): trained once at full length for an acquisition at SNR 25."""
     acq, method = acquisition(), methods.get("estimate_freewater")
-    model, error = network.learn(freewater.literature(2), acq, np.array([1 / SNR]), False, 0, "cpu",
-                                 methods.get("estimate_freewater").settings("network"))
+    model, error = network.train_network(
+        freewater.literature_diffusivities(2), acq, np.array([1 / SNR]), False, 0, "cpu",
+        methods.get("estimate_freewater").settings("network"))
     return method, model, error, acq
 
 
@@ -109,7 +110,7 @@ def test_error_and_speed_beside_dipy(trained, applied, kind):
     b0 = torch.as_tensor(acq.b0)
     start = time.perf_counter()
     with torch.no_grad():
-        trained[1](network.relative(torch.from_numpy(np.array(dwi.signal)), b0)[0])
+        trained[1](network.normalise(torch.from_numpy(np.array(dwi.signal)), b0)[0])
     speed = len(dwi.signal) / (time.perf_counter() - start)
     square = (applied(dwi).maps["fraction"] - truth) ** 2
     for fit_method in ("WLS", "NLS"):
@@ -124,11 +125,12 @@ def test_error_and_speed_beside_dipy(trained, applied, kind):
 def test_sd_is_that_of_the_error(trained):
     """On mixtures from the same law: errors over their SD have SD 1, in every third of the SDs."""
     _, model, error, acq = trained
-    clean, truth = network.mixtures(freewater.literature(2), acq, 20_000, 99, "cpu")
+    clean, truth = network.draw_mixtures(freewater.literature_diffusivities(2), acq, 20_000, 99,
+                                         "cpu")
     dwi = as_dwi(clean.numpy(), acq, 4)
     with torch.no_grad():
-        found, sd = model(network.relative(torch.from_numpy(np.array(dwi.signal)),
-                                           torch.as_tensor(acq.b0))[0])
+        found, sd = model(network.normalise(torch.from_numpy(np.array(dwi.signal)),
+                                            torch.as_tensor(acq.b0))[0])
     z = ((found - truth) / sd).numpy()
     for part in np.array_split(np.argsort(sd.numpy()), 3):
         assert z[part].std() == pytest.approx(1, abs=0.15)
@@ -222,7 +224,8 @@ def test_s0_is_known_to_the_training_where_it_is_said(monkeypatch):
 
 def test_mixtures_hold_pure_tissue_and_pure_water():
     acq = acquisition(((0, 2), (1000, 12), (2000, 16)))
-    signal, water = network.mixtures(freewater.literature(2), acq, 15_000, 0, "cpu")
+    signal, water = network.draw_mixtures(freewater.literature_diffusivities(2), acq, 15_000, 0,
+                                          "cpu")
     assert signal.shape == (15_000, 30) and water.shape == (15_000,)
     assert water.min() < 0.001 and water.max() > 0.999
     some = water[1::2]  # uniform
@@ -235,7 +238,7 @@ def test_water_of_a_b0_and_of_shells():
     bvals, axes = bids_tree.table(((0, 1), (30, 1), (1000, 12), (2000, 16)))
     axes[1] = [0.6, 0, 0.8]
     acq = Acquisition(bvals, axes)
-    found = freewater.water_attenuation(freewater.literature(2), acq)
+    found = freewater.water_attenuation(freewater.literature_diffusivities(2), acq)
     np.testing.assert_allclose(found, np.exp(-3e-3 * acq.bvals), rtol=1e-6)
 
 

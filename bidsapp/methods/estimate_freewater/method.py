@@ -53,7 +53,7 @@ class FreeWater(Estimator):
             source = "measured in this run"
             notices += regions.notices
         except Refusal as refusal:
-            measured, source = literature(len(acquisition.shells)), "literature"
+            measured, source = literature_diffusivities(len(acquisition.shells)), "literature"
             notices.append("Free water: the network was trained with diffusivities of the "
                            "literature, because those of this run could not be measured "
                            f"({refusal})")
@@ -62,8 +62,8 @@ class FreeWater(Estimator):
         noise = (np.quantile(sigma / s0[s0 > 0], np.linspace(0, 1, LEVELS))
                  if sigma and (s0 > 0).any() else np.array([1 / ASSUMED_SNR]))
         options = self.settings("network")
-        model, error = network.learn(measured, acquisition, noise, dwi.s0_known, seed, device,
-                                     options)
+        model, error = network.train_network(measured, acquisition, noise, dwi.s0_known, seed,
+                                             device, options)
 
         water = water_attenuation(measured, acquisition)
         b0 = torch.as_tensor(acquisition.b0, device=device)
@@ -72,7 +72,7 @@ class FreeWater(Estimator):
         decay = torch.as_tensor(water, dtype=torch.float32, device=device)
 
         def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
-            shares, level = network.relative(signal, b0)
+            shares, level = network.normalise(signal, b0)
             fraction, sd = model(shares)
             removed = torch.where(fraction > MAX_WATER, 0, fraction) * level
             fit = tensor.fit((signal - removed[:, None] * decay)[:, chosen], x)
@@ -104,7 +104,7 @@ class FreeWater(Estimator):
             "HeldOutRMSE": float(f"{error:.3g}")}, usable, notices)
 
 
-def literature(shells: int) -> Diffusivities:
+def literature_diffusivities(shells: int) -> Diffusivities:
     """Create diffusivities of the literature, independent of b, for all shells.
 
     Parameters

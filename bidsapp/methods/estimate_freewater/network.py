@@ -54,8 +54,8 @@ class Network(nn.Module):
         return out[:, 0], 0.5 * out[:, 1]
 
 
-def mixtures(measured: Diffusivities, acquisition: Acquisition, count: int, seed: int, device: str
-             ) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_mixtures(measured: Diffusivities, acquisition: Acquisition, count: int, seed: int,
+                  device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Simulate mixtures without noise for the training.
 
     Every other voxel is a mixture of `mixture.draw` (mode `sample`). In the rest, water is uniform
@@ -95,7 +95,7 @@ def mixtures(measured: Diffusivities, acquisition: Acquisition, count: int, seed
     return torch.cat(signals)[:count], torch.cat(water)[:count]
 
 
-def relative(signal: torch.Tensor, b0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normalise(signal: torch.Tensor, b0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise signals to the input of the network.
 
     Parameters
@@ -115,8 +115,9 @@ def relative(signal: torch.Tensor, b0: torch.Tensor) -> tuple[torch.Tensor, torc
     return (signal[:, ~b0] / level[:, None]).clamp(0, 1), s0
 
 
-def learn(measured: Diffusivities, acquisition: Acquisition, noise: np.ndarray, s0_known: bool,
-          seed: int, device: str, options: Mapping[str, Any]) -> tuple[Network, float]:
+def train_network(measured: Diffusivities, acquisition: Acquisition, noise: np.ndarray,
+                  s0_known: bool, seed: int, device: str, options: Mapping[str, Any]
+                  ) -> tuple[Network, float]:
     """Train a network for one acquisition.
 
     The loss is (f − f̂)²/2 + σ² log σ + …, the Gaussian likelihood weighted by its variance
@@ -145,14 +146,14 @@ def learn(measured: Diffusivities, acquisition: Acquisition, noise: np.ndarray, 
     """
     b0 = torch.as_tensor(acquisition.b0, device=device)
     levels = torch.as_tensor(noise, dtype=torch.float32, device=device).clamp(max=MAX_NOISE)
-    clean, water = mixtures(measured, acquisition, options["samples"], 2 * seed, device)
+    clean, water = draw_mixtures(measured, acquisition, options["samples"], 2 * seed, device)
 
     def noisy_input(signal: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         pick = torch.randint(len(levels), (len(signal), 1), generator=generator, device=device)
         noisy = rician(signal, levels[pick], generator)
         if s0_known:
             noisy[:, b0] = 1
-        return relative(noisy, b0)[0]
+        return normalise(noisy, b0)[0]
 
     first = noisy_input(clean[:CHUNK], torch.Generator(device).manual_seed(seed))
     with seeded(seed):
@@ -172,7 +173,7 @@ def learn(measured: Diffusivities, acquisition: Acquisition, noise: np.ndarray, 
     with one_thread():
         train(network, draw, loss, Schedule(**options["schedule"]), seed=seed, device=device,
               name="free water")
-    held_out, truth = mixtures(measured, acquisition, CHUNK, 2 * seed + 1, device)
+    held_out, truth = draw_mixtures(measured, acquisition, CHUNK, 2 * seed + 1, device)
     with torch.no_grad():
         predicted, _ = network(noisy_input(held_out, torch.Generator(device).manual_seed(seed + 1)))
     return network, float((predicted - truth).square().mean().sqrt())
