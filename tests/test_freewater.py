@@ -94,7 +94,7 @@ def trained():
 def applied(trained, monkeypatch):
     """`apply` with the network that was trained once."""
     method, model, error, _ = trained
-    monkeypatch.setattr(network, "learn", lambda *args: (model, error))
+    monkeypatch.setattr(network, "train_network", lambda *args: (model, error))
     return lambda dwi: method.apply(dwi, "cpu")
 
 
@@ -180,7 +180,7 @@ def test_where_little_else_is_left_the_signal_stays(monkeypatch):
     dwi, md = as_dwi(clean, acq, 1, snr=1000), {}
     for fraction in (0.0, 0.3, freewater.MAX_WATER + 0.01):
         said = torch.full((60,), fraction), torch.full((60,), 0.1)
-        monkeypatch.setattr(network, "learn", lambda *_, said=said: (lambda _: said, 0.0))
+        monkeypatch.setattr(network, "train_network", lambda *_, said=said: (lambda _: said, 0.0))
         md[fraction] = methods.get("estimate_freewater").apply(dwi, "cpu").maps["md"]
     asis, less, most = md.values()
     assert (most == asis).all() and (less < asis).all()
@@ -214,7 +214,7 @@ def test_s0_is_known_to_the_training_where_it_is_said(monkeypatch):
         said.append(known)
         raise Refusal("enough")
 
-    monkeypatch.setattr(network, "learn", learn)
+    monkeypatch.setattr(network, "train_network", learn)
     ones = replace(as_dwi(clean, acq, 1), signal=np.ones((60, len(acq)), np.float32))
     for known in (True, False):
         with pytest.raises(Refusal, match="enough"):

@@ -330,8 +330,10 @@ def rician_excess(spread: float) -> np.ndarray:
     return weight @ (mean - amplitude) / weight.sum(1)
 
 
-def unbiased(signal: Float[torch.Tensor, "voxel n"], smooth: Float[torch.Tensor, "n n"],
-             sigma: float, table: Float[torch.Tensor, " entry"]) -> Float[torch.Tensor, "voxel n"]:
+def subtract_rician_excess(signal: Float[torch.Tensor, "voxel n"],
+                           smooth: Float[torch.Tensor, "n n"], sigma: float,
+                           table: Float[torch.Tensor, " entry"]
+                           ) -> Float[torch.Tensor, "voxel n"]:
     """Subtract the Rician excess from magnitudes.
 
     The excess is evaluated at smoothed magnitudes. Subtracting it, instead of inverting each
@@ -425,7 +427,7 @@ class SphericalMean(Estimator):
             for sigma, (index, weights, smooth, table) in zip(levels, tensors, strict=True):
                 part = signal[:, index]
                 if sigma:
-                    part = unbiased(part, smooth, sigma, table)
+                    part = subtract_rician_excess(part, smooth, sigma, table)
                 averages.append(part @ weights)
             usable = averages[0] > 0
             level = torch.where(usable, averages[0], 1)
