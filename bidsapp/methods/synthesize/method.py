@@ -113,8 +113,8 @@ class Synthesis(Synthesizer):
         return Synthetic(signals, truth, columns,
                          Derived({"tissue": labels.astype(np.float32)}, {}, parameters),
                          parameters, notices, images,
-                         score.scores(dwi, measured, modes, s0, sd, seed, device,
-                                      self.settings("score")))
+                         score.score_modes(dwi, measured, modes, s0, sd, seed, device,
+                                           self.settings("score")))
 
 
 def _noisy(clean: np.ndarray, sd: float, seed: Sequence[int]) -> np.ndarray:

@@ -32,8 +32,8 @@ MIN_FA = 0.2
 """Measured FA above which directions are compared."""
 
 
-def scores(dwi: Dwi, measured: Diffusivities, modes: Sequence[str], s0: float, sd: float,
-           seed: int, device: str, options: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def score_modes(dwi: Dwi, measured: Diffusivities, modes: Sequence[str], s0: float, sd: float,
+                seed: int, device: str, options: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Compute the errors of each mode, and those of noise alone.
 
     Parameters
@@ -57,15 +57,16 @@ def scores(dwi: Dwi, measured: Diffusivities, modes: Sequence[str], s0: float, s
     out = {}
     for mode in modes:
         mixtures = mixture.mix(mode, measured, dwi.acquisition, options["samples"], seed, device)
-        model = learn(mixtures.attenuation[:, ~dwi.acquisition.b0], sd / s0, seed, device, options)
+        model = train_autoencoder(mixtures.attenuation[:, ~dwi.acquisition.b0], sd / s0, seed,
+                                  device, options)
         out[mode] = compare(dwi, model, device)
-    return {**out, "noise": compare(dwi, noise(sd, seed, device), device)}
+    return {**out, "noise": compare(dwi, noise_model(sd, seed, device), device)}
 
 
-def widths(n: int) -> list[int]:
+def layer_widths(n: int) -> list[int]:
     """Compute layer widths n → n/2 → n/4 → n/2 → n of n volumes, none below min(CODE, n).
 
-    >>> widths(60)
+    >>> layer_widths(60)
     [60, 30, 15, 30, 60]
     """
     half, code = (min(n, max(n // k, CODE)) for k in (2, 4))
@@ -92,14 +93,14 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
-        self.layers = mlp(widths(len(mean)), partial(nn.LeakyReLU, slope))
+        self.layers = mlp(layer_widths(len(mean)), partial(nn.LeakyReLU, slope))
 
     def forward(self, signal: torch.Tensor, s0: torch.Tensor | None = None) -> torch.Tensor:
         return self.layers((signal - self.mean) / self.scale) * self.scale + self.mean
 
 
-def learn(attenuation: np.ndarray, sd: float, seed: int, device: str,
-          options: Mapping[str, Any]) -> nn.Module:
+def train_autoencoder(attenuation: np.ndarray, sd: float, seed: int, device: str,
+                      options: Mapping[str, Any]) -> nn.Module:
     """Train an autoencoder to reproduce noisy signals, because it is tested on noisy signals.
 
     Parameters
@@ -137,7 +138,7 @@ def learn(attenuation: np.ndarray, sd: float, seed: int, device: str,
     return model
 
 
-def noise(sd: float, seed: int, device: str) -> Callable[..., torch.Tensor]:
+def noise_model(sd: float, seed: int, device: str) -> Callable[..., torch.Tensor]:
     """Create a model for `compare` that adds Rician noise of SD `sd` (signal units).
 
     Its errors are those of noise alone.
