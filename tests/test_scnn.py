@@ -593,7 +593,8 @@ def test_the_network_for_just_these_directions_is_selected():
 def test_a_training_for_several_acquisitions_is_refused(study):
     two = {"a": acquisition(), "b": acquisition((1000, 2000), (12, 16))}
     recipe = methods.get("estimate_scnn2").recipe("one")
-    with pytest.raises(UsageError, match=r"Found: 2 acquisitions \(b1000n30_b2200n60: a; b1000n12_b"):
+    with pytest.raises(UsageError,
+                       match=r"Found: 2 acquisitions \(b1000n30_b2200n60: a; b1000n12_b"):
         learn.train_for_acquisition("estimate_scnn2", recipe, two, [20.0], steps=1, seed=0,
                                     device="cpu", states=None, intended_use="")
 
