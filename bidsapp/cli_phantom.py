@@ -13,7 +13,7 @@ from bidsapp.options import PhantomOptions
 def parser() -> argparse.ArgumentParser:
     """Create the parser, with one option for each field of PhantomOptions."""
     p = generate("qsphere-phantom", PhantomOptions,
-                 "Writes a multi-site diffusion MRI dataset (BIDS) with known truth.")
+                 "Write a multi-site diffusion MRI dataset (BIDS) with known truth.")
     p.add_argument("-v", "--verbose", action="count", default=0,
                    help="more messages; -vv: tracebacks too")
     return p

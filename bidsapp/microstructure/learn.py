@@ -534,15 +534,15 @@ def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[training.Min
         of estimated coherence and noise, with which ± 1.645 SD cover 90 % of the true values.
         `misfit`: quantile 0.995 of the misfit in bands of noise.
     """
-    found, truth, _, noise = predictions(network, batches)
-    sd = predicted_sd(found)
-    score = (clamp_parameters(recipe.tissue, found.mean) - truth).abs() / sd / QUANTILE
+    estimates, truth, _, noise = predictions(network, batches)
+    sd = predicted_sd(estimates)
+    score = (clamp_parameters(recipe.tissue, estimates.mean) - truth).abs() / sd / QUANTILE
     with torch.no_grad():
         misfits = torch.cat([misfit(recipe.tissue, x, n, shells, network(x, n, shells, told))
                              for x, n, shells, told, *_ in batches])
     by_sd = {name: _in_bands(sd[:, i], score[:, i], LEVEL, BANDS)
              for i, name in enumerate(recipe.tissue.names)}
-    where = {name: _in_cells(coherence(found.odf), noise[:, 0],
+    where = {name: _in_cells(coherence(estimates.odf), noise[:, 0],
                              score[:, i] / interpolate(by_sd[name], sd[:, i]))
              for i, name in enumerate(recipe.tissue.names)}
     return {"sd": by_sd, "sd_where": where,

@@ -326,9 +326,9 @@ def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str,
                  else x.new_zeros(len(signal), 0))
         output = network(x, noise, shell_input, start)
         sd = calibrate_sd(tissue, output, noise, card.constants)
-        strange = misfit(tissue, x, noise, shell_input, output) > interpolate(
+        unusual = misfit(tissue, x, noise, shell_input, output) > interpolate(
             card.constants["misfit"], noise[:, 0])
-        flag = torch.where(sigma > 1.001 * high, 2.0, torch.where(strange, 1.0, 0.0))
+        flag = torch.where(sigma > 1.001 * high, 2.0, torch.where(unusual, 1.0, 0.0))
         return {"mean": clamp_parameters(tissue, output.mean), "sd": sd,
                 "odf": limit_degrees(output.odf), "flag": flag, "usable": usable}
 

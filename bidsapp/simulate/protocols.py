@@ -241,7 +241,7 @@ def spread(n: int, steps: int = 60) -> np.ndarray:
 
 def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[int, int] = (1, 4),
          b: tuple[float, float] = (0.5, 5.0), directions: tuple[int, int] = (6, 90),
-         b_delta: Sequence[float] = (1.0,), b0: tuple[int, int] = (1, 16), known: float = 0.1
+         b_delta: Sequence[float] = (1.0,), b0: tuple[int, int] = (1, 16), s0_known: float = 0.1
          ) -> Protocols:
     """Draw random protocols.
 
@@ -274,16 +274,16 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
     """
     rng = np.random.default_rng(
         int(torch.randint(2**62, (), generator=generator, device=generator.device)))
-    most = shells[1]
-    share = 1.0 - 0.75 * (np.arange(shells[0], most + 1) < 2)
+    max_shells = shells[1]
+    share = 1.0 - 0.75 * (np.arange(shells[0], max_shells + 1) < 2)
     share /= share.sum()
-    count = np.zeros((groups, most), int)
-    values, shapes = np.ones((groups, most)), np.ones((groups, most))
-    xyz = np.zeros((groups, most, directions[1], 3))
-    rotations = odf.random_rotations(groups * most, generator).cpu().numpy().reshape(
-        groups, most, 3, 3)
+    count = np.zeros((groups, max_shells), int)
+    values, shapes = np.ones((groups, max_shells)), np.ones((groups, max_shells))
+    xyz = np.zeros((groups, max_shells, directions[1], 3))
+    rotations = odf.random_rotations(groups * max_shells, generator).cpu().numpy().reshape(
+        groups, max_shells, 3, 3)
     for g in range(groups):
-        k = rng.choice(np.arange(shells[0], most + 1), p=share)
+        k = rng.choice(np.arange(shells[0], max_shells + 1), p=share)
         available = [b_delta[0], *(x for x in b_delta[1:] if rng.random() < 0.5)]
         while True:
             level = np.sort(rng.uniform(b[0] ** 0.5, b[1] ** 0.5, k) ** 2)
@@ -295,7 +295,7 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
             n = round(rng.uniform(directions[0]**0.5, directions[1]**0.5) ** 2)
             count[g, s] = n
             xyz[g, s, :n] = spread(n) @ rotations[g, s].T
-    volumes = np.where(rng.random(groups) < known, np.inf,
+    volumes = np.where(rng.random(groups) < s0_known, np.inf,
                        rng.integers(b0[0], b0[1] + 1, groups))
 
     def put(array):
