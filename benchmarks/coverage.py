@@ -87,13 +87,13 @@ def in_training(options: argparse.Namespace, method, trained: checkpoint.Checkpo
     if options.densities:
         table = torch.from_numpy(np.load(options.densities))
         recipe = replace(recipe, odfs={**recipe.odfs, "measured": options.measured})
-    simulate = learn.Simulator(recipe, table, maps.known_power(trained.card))
+    simulate = learn.Simulator(recipe, table, maps.read_density_power(trained.card))
     network = trained.into(maps.build(tissue, trained.card.network, grid=options.grid))
     generator = torch.Generator().manual_seed(20_000)
     batches = [simulate(1024, 64, generator) for _ in range(options.samples // 1024)]
     found, truth, density, noise = learn.predictions(network, batches)
-    error = maps.clamped(tissue, found.mean) - truth
-    sd = maps.calibrated(tissue, found, noise, trained.card.constants)
+    error = maps.clamp_parameters(tissue, found.mean) - truth
+    sd = maps.calibrate_sd(tissue, found, noise, trained.card.constants)
     inside, snr = (error.abs() <= maps.QUANTILE * sd).float(), 1 / noise[:, 0]
     print(f"{len(truth)} voxels; error of the density over the sphere {density.mean():.2e}")
 

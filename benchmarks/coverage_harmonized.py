@@ -173,7 +173,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    table = site.table((1000.0, 2200.0), options.directions)
+    table = site.gradient_table((1000.0, 2200.0), options.directions)
     weighted = np.flatnonzero(~table.b0)
     table = Acquisition(np.append(np.zeros(7), table.bvals[weighted]),
                         np.concatenate([np.zeros((7, 3)), table.bvecs[weighted]]))

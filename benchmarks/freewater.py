@@ -47,10 +47,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     acq, method = spiral_shells(((0, 6), (1000, 30), (2000, 60))), get("estimate_freewater")
     start = time.perf_counter()
-    trained = network.learn(freewater.literature(2), acq, np.array([1 / SNR]), False, options.seed,
-                            "cpu", get("estimate_freewater").settings("network"))
+    trained = network.train_network(
+        freewater.literature_diffusivities(2), acq, np.array([1 / SNR]), False, options.seed, "cpu",
+        get("estimate_freewater").settings("network"))
     training = time.perf_counter() - start
-    network.learn = lambda *args: trained  # `apply` now takes the time of everything else
+    network.train_network = lambda *args: trained  # `apply` now takes the time of everything else
     freewater.tissue.find_regions = refuse
     print(f"training {training:.1f} s; RMSE on mixtures of the training law {trained[1]:.4f}")
     print(f"{'law':<11}{'estimate':<22}{'MSE of f ± s.e.':>22}{'|FA error|':>12}{'voxels/s':>11}")
@@ -66,7 +67,7 @@ def main() -> None:
         for _ in range(options.repeats):
             start = time.perf_counter()
             with torch.no_grad():
-                trained[0](network.relative(torch.from_numpy(np.array(dwi.signal)), b0)[0])
+                trained[0](network.normalise(torch.from_numpy(np.array(dwi.signal)), b0)[0])
             speeds["network"].append(options.voxels / (time.perf_counter() - start))
             start = time.perf_counter()
             maps = method.apply(dwi, "cpu").maps

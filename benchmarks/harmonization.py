@@ -89,7 +89,8 @@ class Site:
     """
 
     def __init__(self, arguments, number):
-        drawn = site.draw(phantom_options(arguments, arguments.random_seed, arguments.sites + 1))
+        drawn = site.draw_sites(
+            phantom_options(arguments, arguments.random_seed, arguments.sites + 1))
         self.reference, self.name = drawn[0].name, drawn[number + 1].name
         self.folder = arguments.out / self.name
         self.arguments = arguments

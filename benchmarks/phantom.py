@@ -26,7 +26,7 @@ import torch
 from bidsapp import tensor
 from bidsapp.evaluate.agreement import site_auc
 from bidsapp.options import PhantomOptions
-from bidsapp.phantom import load_atlas, phantom, recruit, scans
+from bidsapp.phantom import load_atlas, phantom, recruit, simulate_scans
 from bidsapp.simulate import phantom as phantom_model
 from bidsapp.simulate import site
 
@@ -57,7 +57,7 @@ def with_noise(image, inside, scan, where, rng):
     sigma = phantom_model.UNIT * where.sigma(scan.grid.points).reshape(scan.grid.shape)[inside]
     total = {}
     for _ in range(DRAWS):
-        drawn = phantom_model.noisy(image[:, inside], sigma, where, rng)
+        drawn = phantom_model.add_noise(image[:, inside], sigma, where, rng)
         for name, values in maps_of(drawn.T, scan.acquisition).items():
             total[name] = total.get(name, 0) + values / DRAWS
     return total
@@ -67,10 +67,11 @@ def effects(options):
     """|difference| / reference of each scan at another site, by (kind, region, map); means of FA
     and MD, by (region, map) and (participant, site); and the reference's FA and MD by a fit
     without noise relative to the truth, mean and mean of |difference|, by (region, map)."""
-    atlas, sites = load_atlas(options.step), site.draw(options)
+    atlas, sites = load_atlas(options.step), site.draw_sites(options)
     clean = replace(options, snr=float("inf"))
     found, means, bias, rng = {}, {}, {}, torch.Generator().manual_seed(0)
-    for who, _, where, scan in scans(clean, recruit(options), site.draw(clean), atlas):
+    for who, _, where, scan in simulate_scans(clean, recruit(options), site.draw_sites(clean),
+                                              atlas):
         noisy = next(s for s in sites if s.name == where.name)
         for region, tissue in REGIONS.items():
             inside = (scan.tissue.argmax(0) == tissue) & scan.mask & ~scan.lesion
@@ -107,9 +108,9 @@ def people_and_sites(means):
 def features(options):
     """Participant, site and, of each scan, quartiles and SD over a region of raw maps (also of the
     tensor fit's residual relative to S0)."""
-    atlas, sites = load_atlas(options.step), site.draw(options)
+    atlas, sites = load_atlas(options.step), site.draw_sites(options)
     rows = []
-    for who, _, where, scan in scans(options, recruit(options), sites, atlas):
+    for who, _, where, scan in simulate_scans(options, recruit(options), sites, atlas):
         row = []
         for tissue in REGIONS.values():
             inside = (scan.tissue.argmax(0) == tissue) & scan.mask & ~scan.lesion

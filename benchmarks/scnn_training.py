@@ -47,7 +47,7 @@ from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Estimate, Published
 from bidsapp.simulate import protocols
-from bidsapp.simulate.likelihood import Likelihood, hint
+from bidsapp.simulate.likelihood import Likelihood, compute_hint
 from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_bundles, draw_odfs
 
 SNR = 50.0
@@ -130,7 +130,7 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
             (options.out / name).write_bytes(content)
     print({k: round(v, 4) for k, v in found.card.metrics.items()})
     network = found.into(estimating.build(recipe.tissue, found.card.network, grid=estimating.GRID))
-    power = estimating.known_power(found.card)
+    power = estimating.read_density_power(found.card)
     return network, recipe, power, found.card.training["samples"] / max(
         found.card.training["seconds"], 1)
 
@@ -155,11 +155,11 @@ def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.T
     vertex = torch.from_numpy(sh.basis(8, np.array([[0.0, 0, 1]])))[0].float()
 
     def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = side.fitted(signal.view(1, len(signal), *noisy.shape[2:]))
+        x = side.fit_signals(signal.view(1, len(signal), *noisy.shape[2:]))
         noise = torch.tensor([1 / SNR, 0.0]).expand(len(signal), 2)
-        likely = hint(Likelihood(tissue, power, x, noise, side.shells))
+        likely = compute_hint(Likelihood(tissue, power, x, noise, side.shells))
         found = network(x, noise, side.shells, likely)
-        return {"mean": estimating.clamped(tissue, found.mean), "odf": found.odf[:, :45],
+        return {"mean": estimating.clamp_parameters(tissue, found.mean), "odf": found.odf[:, :45],
                 "hint": (likely[:, :2] + 1) / 2 * likely.new_tensor(tissue.ranges)[:, 1]}
 
     flat = noisy[0].flatten(1)

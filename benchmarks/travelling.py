@@ -11,7 +11,7 @@ from bidsapp import methods, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.evaluate import agreement
-from bidsapp.phantom import load_atlas, recruit, scans
+from bidsapp.phantom import load_atlas, recruit, simulate_scans
 from bidsapp.simulate import phantom, site
 
 TISSUES = {"WM": 0, "GM": 1}
@@ -67,7 +67,7 @@ def mask_scan(scan, where, reference, seed):
     truth = np.moveaxis(scan.reference, 0, -1)[rows]
     rng = torch.Generator().manual_seed(seed)
     sigma = np.full(truth.shape, phantom.UNIT / reference.snr, np.float32)
-    noisy = phantom.noisy(truth, sigma, reference, rng)
+    noisy = phantom.add_noise(truth, sigma, reference, rng)
     tissue = scan.tissue[:, rows].argmax(0)
     around = (binary_dilation(scan.lesion, iterations=AROUND) & ~scan.lesion)[rows] & (tissue == 0)
     dwi = Dwi(np.ascontiguousarray(np.moveaxis(scan.signal, 0, -1)[rows], np.float32), rows,
@@ -180,17 +180,17 @@ def simulate(options, sites=None, people=None):
     Parameters
     ----------
     options : PhantomOptions
-    sites, people : those of `site.draw` and `recruit`, unless given; the first site is the
+    sites, people : those of `site.draw_sites` and `recruit`, unless given; the first site is the
         reference
 
     Returns
     -------
     names of the sites, people, and a dict from (label of the participant, site) to PhantomScan
     """
-    sites, people = sites or site.draw(options), people or recruit(options)
+    sites, people = sites or site.draw_sites(options), people or recruit(options)
     scanned = {}
-    for i, (who, _, where, scan) in enumerate(scans(options, people, sites,
-                                                    load_atlas(options.step))):
+    for i, (who, _, where, scan) in enumerate(simulate_scans(options, people, sites,
+                                                             load_atlas(options.step))):
         scanned[who.label, where.name] = mask_scan(scan, where, sites[0],
                                                    1000 * options.random_seed + i)
     return [s.name for s in sites], people, scanned

@@ -16,7 +16,7 @@ from bidsapp.options import PhantomOptions
 def parser() -> argparse.ArgumentParser:
     """Make the parser of qsphere-phantom from the fields of PhantomOptions."""
     p = generate("qsphere-phantom", PhantomOptions,
-                 "Writes a multi-site diffusion MRI dataset (BIDS) with known truth.")
+                 "Write a multi-site diffusion MRI dataset (BIDS) with known truth.")
     p.add_argument("-v", "--verbose", action="count", default=0,
                    help="print more messages; -vv: also tracebacks")
     return p
@@ -28,13 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 done, 1 a defect, 2 arguments or folder cannot be used.
+        Exit code: 0 for success, 1 for a defect of the program, 2 for invalid arguments or an
+        unusable folder.
     """
-    given = vars(parser().parse_args(argv))
-    verbose = given.pop("verbose")
+    arguments = vars(parser().parse_args(argv))
+    verbose = arguments.pop("verbose")
 
     def work() -> int:
-        options = PhantomOptions(**as_fields(given))
+        options = PhantomOptions(**as_fields(arguments))
         log_to_stderr(verbose)
         from bidsapp import phantom
 

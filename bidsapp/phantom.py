@@ -1,4 +1,4 @@
-"""The recipe of a multi-site phantom: draw sites and people, scan, write. Read top to bottom."""
+"""Recipe of a multi-site phantom: draw sites and participants, simulate scans, write files."""
 
 from __future__ import annotations
 
@@ -20,26 +20,54 @@ from bidsapp.bids.raw import Tree, new_dataset
 from bidsapp.bids.writer import CODE_URL
 from bidsapp.blocks import one_thread
 from bidsapp.options import DESIGNS, PhantomOptions
-from bidsapp.simulate import anatomy, person, site
+from bidsapp.simulate import anatomy
 from bidsapp.simulate.anatomy import TISSUES, Atlas
 from bidsapp.simulate.fields import stream
-from bidsapp.simulate.person import Person
-from bidsapp.simulate.phantom import L_MAX, Scan, draw_pose, scan
-from bidsapp.simulate.site import Site
+from bidsapp.simulate.person import (
+    LESION_D,
+    LESION_F,
+    MEAN_AGE,
+    OFFSET_SD,
+    Person,
+    draw_person,
+)
+from bidsapp.simulate.phantom import L_MAX, Scan, draw_pose, simulate_scan
+from bidsapp.simulate.site import Site, draw_sites, gradient_table
 
 log = logging.getLogger("qsphere")
 MAKER = "qsphere-phantom"
+"""Name of the program in dataset descriptions."""
+
 LABELS = dict(zip(TISSUES, ("WM", "GM", "CSF"), strict=True))
+"""BIDS label of each tissue."""
+
 MASKS, TISSUE = (PurePosixPath("derivatives", n) for n in ("masks", "tissue"))
+"""Folders of brain masks and tissue maps."""
+
 TRUTH = PurePosixPath("sourcedata", "truth")
-"""What the raw data were made from. Not below derivatives/: `bids-validator -r` 3.0.2 skips every
-hidden file below the root, and with it the .bidsignore that names like *_dwimap need."""
+"""Folder of the truth of the raw data. It is not below derivatives/, because `bids-validator -r`
+3.0.2 skips every hidden file below the root, including the .bidsignore that names like *_dwimap
+need."""
 
 
 @dataclass(frozen=True)
 class Participant:
-    """Who is scanned where: label, age (years), sex, whether with a lesion, indices of sites, and
-    where their tissue stands among people (`person.OFFSET_SD`, in SDs)."""
+    """Participant of the phantom and the sites of their scans.
+
+    Parameters
+    ----------
+    label : str
+    age : float
+        Years.
+    sex : str
+        F or M.
+    lesion : bool
+        Whether there is a lesion.
+    sites : tuple of int
+        Indices of the sites.
+    tissue : tuple of float
+        Offsets of the tissue properties in SDs, in the order of `person.OFFSET_SD`.
+    """
 
     label: str
     age: float
@@ -50,35 +78,50 @@ class Participant:
 
 
 def phantom(options: PhantomOptions) -> int:
-    """Writes the dataset. Returns the exit code.
+    """Simulate a phantom and write its dataset.
 
-    Raises:
-        UsageError: the folder cannot be used.
+    Parameters
+    ----------
+    options : PhantomOptions
+
+    Returns
+    -------
+    int
+        Exit code.
+
+    Raises
+    ------
+    UsageError
+        The folder cannot be used.
     """
     with new_dataset(options.output_dir, MAKER) as tree, one_thread():
         atlas = load_atlas(options.step)
-        sites = site.draw(options)
+        sites = draw_sites(options)
         people = recruit(options)
         describe(tree, options, people, sites)
         write_sites(tree, options, sites)
         # one thread compresses and writes a scan while the next is simulated
         with ThreadPoolExecutor(1) as writer, tqdm(
                 total=sum(len(p.sites) for p in people), desc="scans", disable=None) as bar:
-            before = None
-            for who, someone, where, made in scans(options, people, sites, atlas):
-                if before:
-                    before.result()
-                before = writer.submit(write_scan, tree, options, who, someone, where, made)
+            previous = None
+            for participant, person, site, scan in simulate_scans(options, people, sites, atlas):
+                if previous:
+                    previous.result()
+                previous = writer.submit(write_scan, tree, options, participant, person, site,
+                                         scan)
                 bar.update()
-            if before:
-                before.result()
+            if previous:
+                previous.result()
     log.info("phantom: %s", options.output_dir)
     return 0
 
 
 @lru_cache(1)
 def load_atlas(step: float) -> Atlas:
-    """From the MNI152 maps in nilearn's wheel; nothing is fetched."""
+    """Build the atlas with voxels of `step` mm from the MNI152 maps in nilearn's wheel.
+
+    No download is necessary.
+    """
     from nilearn.datasets import (
         load_mni152_gm_template,
         load_mni152_template,
@@ -92,60 +135,87 @@ def load_atlas(step: float) -> Atlas:
 
 
 def recruit(options: PhantomOptions) -> list[Participant]:
-    """Ages spread evenly over the range and tissue over the quantiles of a normal distribution,
-    uncorrelated, so that few people differ as many do; both sexes; lesions in the share
-    asked for."""
+    """Draw the participants of a phantom and assign them to sites.
+
+    Ages are spread evenly over the range, and tissue properties over the quantiles of a normal
+    distribution, without correlation, so that a few participants vary as much as many.
+
+    Parameters
+    ----------
+    options : PhantomOptions
+
+    Returns
+    -------
+    list of Participant
+    """
     rng = stream(options.random_seed, "people", options.design)
     n, k, (low, high) = options.participants, options.sites, options.ages
-
-    where: list[tuple[int, ...]]
+    sites: list[tuple[int, ...]]
 
     def spread(count: int) -> np.ndarray:
         return low + (high - low) * (np.arange(count) + rng.uniform(size=count)) / count
 
-    if options.design == "matched":  # one of each group of like people per site
+    if options.design == "matched":  # one of each group of similar people per site
         group = np.arange(n) // k
         ages = rng.permutation(spread(group[-1] + 1))[group] + rng.uniform(-1, 1, n)
-        sexes, where = group % 2, [(i % k,) for i in range(n)]
+        sexes, sites = group % 2, [(i % k,) for i in range(n)]
     elif options.design == "confounded":
-        ages, sexes, where = spread(n), np.arange(n) % 2, [(i * k // n,) for i in range(n)]
+        ages, sexes, sites = spread(n), np.arange(n) % 2, [(i * k // n,) for i in range(n)]
     else:
         ages, sexes = rng.permutation(spread(n)), np.arange(n) % 2
-        where = [tuple(range(k))] * n
+        sites = [tuple(range(k))] * n
     lesion = np.isin(np.arange(n), rng.permutation(n)[:round(options.lesions * n)])
-    tissue = np.stack([norm.ppf((rng.permutation(n) + 0.5) / n) for _ in person.OFFSET_SD], 1)
+    tissue = np.stack([norm.ppf((rng.permutation(n) + 0.5) / n) for _ in OFFSET_SD], 1)
     tissue /= np.maximum(tissue.std(0), 1e-9) if n > 1 else 1
-    if n > tissue.shape[1]:  # uncorrelated, lest chance cancels one property by another
+    if n > tissue.shape[1]:  # uncorrelated, so that no property masks another by chance
         tissue = np.linalg.qr(tissue)[0] * np.sqrt(n)
     width = max(2, len(str(n)))
     return [Participant(f"{i + 1:0{width}}", round(float(np.clip(ages[i], low, high)), 1),
-                        "FM"[sexes[i]], bool(lesion[i]), where[i], tuple(tissue[i].tolist()))
+                        "FM"[sexes[i]], bool(lesion[i]), sites[i], tuple(tissue[i].tolist()))
             for i in range(n)]
 
 
-def scans(options: PhantomOptions, people: list[Participant], sites: list[Site], atlas: Atlas
-          ) -> Iterator[tuple[Participant, Person, Site, Scan]]:
-    tables = {n: site.table(options.shells, n) for n in sorted({s.directions for s in sites})}
-    for who in people:
-        someone = person.draw(options, atlas, who.label, who.age, who.sex, who.lesion,
-                              who.tissue)
-        for where in (sites[i] for i in who.sites):
-            pose = draw_pose(options, who.label, where.name)
-            yield who, someone, where, scan(someone, where, sites[0], tables[where.directions],
-                                            atlas, options, pose)
+def simulate_scans(options: PhantomOptions, people: list[Participant], sites: list[Site],
+                   atlas: Atlas) -> Iterator[tuple[Participant, Person, Site, Scan]]:
+    """Simulate all scans, participant by participant.
+
+    Parameters
+    ----------
+    options : PhantomOptions
+    people : list of Participant
+    sites : list of Site
+        The first is the reference site.
+    atlas : Atlas
+
+    Yields
+    ------
+    participant : Participant
+    person : Person
+        Anatomy and tissue of the participant.
+    site : Site
+    scan : Scan
+    """
+    tables = {n: gradient_table(options.shells, n) for n in sorted({s.directions for s in sites})}
+    for participant in people:
+        person = draw_person(options, atlas, participant.label, participant.age, participant.sex,
+                             participant.lesion, participant.tissue)
+        for site in (sites[i] for i in participant.sites):
+            pose = draw_pose(options, participant.label, site.name)
+            yield participant, person, site, simulate_scan(
+                person, site, sites[0], tables[site.directions], atlas, options, pose)
 
 
 def describe(tree: Tree, options: PhantomOptions, people: list[Participant], sites: list[Site]
              ) -> None:
-    """Dataset descriptions, README, participants and sessions."""
-    by = {"Name": MAKER, "Version": __version__, "CodeURL": CODE_URL}
+    """Write dataset descriptions, README, participants and sessions."""
+    generator = {"Name": MAKER, "Version": __version__, "CodeURL": CODE_URL}
     title = "QSphere multi-site diffusion MRI phantom"
     common = {"BIDSVersion": "1.10.0", "License": "CC0", "Authors": AUTHORS,
-              "GeneratedBy": [by]}
+              "GeneratedBy": [generator]}
     tree.json("dataset_description.json", {"Name": title, "DatasetType": "raw", **common})
-    for folder, what in ((MASKS, "brain masks"), (TISSUE, "tissue maps"), (TRUTH, "truth")):
+    for folder, content in ((MASKS, "brain masks"), (TISSUE, "tissue maps"), (TRUTH, "truth")):
         tree.json(folder / "dataset_description.json", {
-            "Name": f"{title}: {what}", "DatasetType": "derivative", **common,
+            "Name": f"{title}: {content}", "DatasetType": "derivative", **common,
             "DatasetLinks": {"raw": "../.."}, "SourceDatasets": [{"URL": "../.."}]})
         tree.text(folder / "README.md", README)
         tree.text(folder / ".bidsignore", "\n".join(names.BIDSIGNORE) + "\n")
@@ -164,86 +234,95 @@ def describe(tree: Tree, options: PhantomOptions, people: list[Participant], sit
 
 
 def write_sites(tree: Tree, options: PhantomOptions, sites: list[Site]) -> None:
-    """Every parameter that was drawn or chosen."""
-    plain = {k: v for k, v in asdict(options).items() if k != "output_dir"}
+    """Write the parameters of all sites, drawn or chosen."""
+    settings = {k: v for k, v in asdict(options).items() if k != "output_dir"}
     tree.json(TRUTH / "desc-sites_truth.json", {
         "Reference": sites[0].name, "Design": DESIGNS[options.design],
         "Sites": {s.name: {f.name: getattr(s, f.name) for f in fields(s) if f.name != "fields"}
                   for s in sites},
         "AgeSlope": {"neuritefraction_wm": options.age_slope_f,
                      "diffusivity_wm": options.age_slope_d, "diffusivity_gm": options.age_slope_d,
-                     "MeanAge": person.MEAN_AGE,
-                     "Units": "1/year; um^2/ms/year"},
-        "Options": plain})
+                     "MeanAge": MEAN_AGE, "Units": "1/year; um^2/ms/year"},
+        "Options": settings})
 
 
-def write_scan(tree: Tree, options: PhantomOptions, who: Participant, someone: Person,
-               where: Site, made: Scan) -> None:
-    """Raw T1w and DWI, and the derivatives of one scan."""
-    entities = {"sub": who.label}
-    if options.design == "travelling":
-        entities["ses"] = where.name
-    affine, fine = made.grid.affine, made.fine.affine
+def write_raw(tree: Tree, options: PhantomOptions, entities: dict[str, str], site: Site, scan: Scan
+              ) -> tuple[PurePosixPath, PurePosixPath]:
+    """Write the raw DWI and T1w of a scan, and return their paths."""
+    affine, fine = scan.grid.affine, scan.fine.affine
     scanner = {
-        "Manufacturer": "QSphere", "ManufacturersModelName": f"Phantom {where.name}",
-        "DeviceSerialNumber": where.name, "InstitutionName": where.name,
+        "Manufacturer": "QSphere", "ManufacturersModelName": f"Phantom {site.name}",
+        "DeviceSerialNumber": site.name, "InstitutionName": site.name,
         "MagneticFieldStrength": 3.0, "SoftwareVersions": __version__}
     dwi = names.output_path(entities, "dwi", ".nii.gz")
-    tree.image(dwi, _stored(made.signal, options), affine, {
-        **scanner, "EchoTime": round(where.echo_time / 1000, 6),
-        "RepetitionTime": round(where.repetition_time, 6), "PhaseEncodingDirection": "j-",
-        "TotalReadoutTime": 0.05}, where.repetition_time)
-    tree.gradients(dwi, made.acquisition, affine)
+    tree.image(dwi, _stored(scan.signal, options), affine, {
+        **scanner, "EchoTime": round(site.echo_time / 1000, 6),
+        "RepetitionTime": round(site.repetition_time, 6), "PhaseEncodingDirection": "j-",
+        "TotalReadoutTime": 0.05}, site.repetition_time)
+    tree.gradients(dwi, scan.acquisition, affine)
     t1w = names.output_path(entities, "T1w", ".nii.gz", "anat")
-    tree.image(t1w, _stored(made.t1, options), fine, {
+    tree.image(t1w, _stored(scan.t1, options), fine, {
         **scanner, "EchoTime": 0.003, "RepetitionTime": 2.3, "FlipAngle": 9})
+    return dwi, t1w
 
-    def keys(source: PurePosixPath, text: str, **more: Any) -> dict[str, Any]:
+
+def write_scan(tree: Tree, options: PhantomOptions, participant: Participant, person: Person,
+               site: Site, scan: Scan) -> None:
+    """Write the raw images, derivatives and truth of one scan."""
+    entities = {"sub": participant.label}
+    if options.design == "travelling":
+        entities["ses"] = site.name
+    affine, fine = scan.grid.affine, scan.fine.affine
+    dwi, t1w = write_raw(tree, options, entities, site, scan)
+
+    def sidecar(source: PurePosixPath, description: str, **extra: Any) -> dict[str, Any]:
         uri = f"bids:raw:{source}"
-        return {"Description": text, "Sources": [uri], "SpatialReference": uri,
-                "SkullStripped": True, **more}
+        return {"Description": description, "Sources": [uri], "SpatialReference": uri,
+                "SkullStripped": True, **extra}
 
     tree.image(MASKS / names.output_path(entities, "mask", ".nii.gz", desc="brain"),
-               made.mask.astype(np.uint8), affine, keys(dwi, "Brain mask", Type="Brain"))
-    brain = (made.t1_tissue.sum(0) > 0.5).astype(np.uint8)
+               scan.mask.astype(np.uint8), affine, sidecar(dwi, "Brain mask", Type="Brain"))
+    brain = (scan.t1_tissue.sum(0) > 0.5).astype(np.uint8)
     tree.image(MASKS / names.output_path(entities, "mask", ".nii.gz", "anat", desc="brain"), brain,
-               fine, keys(t1w, "Brain mask", Type="Brain"))
+               fine, sidecar(t1w, "Brain mask", Type="Brain"))
     for i, tissue in enumerate(TISSUES):
         label = LABELS[tissue]
-        text = f"Share of {label} in a voxel, exact"
+        description = f"Share of {label} in a voxel, exact"
         tree.image(TISSUE / names.output_path(entities, "probseg", ".nii.gz", "anat", label=label),
-                   made.t1_tissue[i], fine, keys(t1w, text))
+                   scan.t1_tissue[i], fine, sidecar(t1w, description))
         tree.image(TRUTH / names.output_path(entities, "probseg", ".nii.gz", label=label),
-                   made.tissue[i], affine, keys(dwi, f"{text}, with the reference's point spread"))
+                   scan.tissue[i], affine,
+                   sidecar(dwi, f"{description}, with the reference's point spread"))
     tree.image(TISSUE / names.output_path(entities, "dseg", ".nii.gz", "anat"),
-               ((made.t1_tissue.argmax(0) + 1) * brain).astype(np.uint8), fine,
-               keys(t1w, "Tissue of the largest share: 1 WM, 2 GM, 3 CSF"))
-    if someone.lesion:
+               ((scan.t1_tissue.argmax(0) + 1) * brain).astype(np.uint8), fine,
+               sidecar(t1w, "Tissue of the largest share: 1 WM, 2 GM, 3 CSF"))
+    if person.lesion:
         tree.image(TRUTH / names.output_path(entities, "mask", ".nii.gz", label="lesion"),
-                   made.lesion.astype(np.uint8), affine, keys(dwi, "Lesion", Type="Lesion"))
-    for name, values in made.truth.items():
-        model, text, units = MAPS[name]
+                   scan.lesion.astype(np.uint8), affine, sidecar(dwi, "Lesion", Type="Lesion"))
+    for name, values in scan.truth.items():
+        model, description, units = MAPS[name]
         orientation = ODF_KEYS if values.ndim > 3 else {}
         tree.image(TRUTH / names.output_path(entities, "dwimap", ".nii.gz", model=model, param=name,
                                         desc="truth"),
-                   values, affine, keys(dwi, text, Units=units, **orientation))
+                   values, affine, sidecar(dwi, description, Units=units, **orientation))
     reference = TRUTH / names.output_path(entities, "dwi", ".nii.gz", desc="reference")
-    tree.image(reference, made.reference, affine, keys(
+    tree.image(reference, scan.reference, affine, sidecar(
         dwi, "What the reference site measures without noise, on this scan's grid, in this pose, "
-             "with this table"), where.repetition_time)
-    tree.gradients(reference, made.acquisition, affine)
+             "with this table"), site.repetition_time)
+    tree.gradients(reference, scan.acquisition, affine)
     tree.json(TRUTH / names.output_path(entities, "truth", ".json"), {
-        "Site": where.name, "Pose": made.pose, "PoseDescription":
+        "Site": site.name, "Pose": scan.pose, "PoseDescription":
             "4x4, from the person's coordinates to the scanner's (world RAS+, mm)",
-        "SmallestJacobian": made.jacobian, "Age": who.age, "Sex": who.sex,
-        "Offsets": someone.offset, "Scale": someone.scale,
-        "Lesion": {"Centre": someone.lesion[0], "Radius": someone.lesion[1],
-                   "Change": {"f": person.LESION_F, "d": person.LESION_D}}
-        if someone.lesion else None})
+        "SmallestJacobian": scan.jacobian, "Age": participant.age, "Sex": participant.sex,
+        "Offsets": person.offset, "Scale": person.scale,
+        "Lesion": {"Centre": person.lesion[0], "Radius": person.lesion[1],
+                   "Change": {"f": LESION_F, "d": LESION_D}}
+        if person.lesion else None})
 
 
 def _stored(values: np.ndarray, options: PhantomOptions) -> np.ndarray:
-    """Integers, as scanners store them, but where there is no noise to hide the rounding."""
+    """Round to integers, as scanners do; without noise, which hides the rounding, keep the
+    values."""
     if not np.isfinite(options.snr):
         return values
     return np.clip(np.rint(values), 0, 32767).astype(np.int16)
@@ -273,18 +352,18 @@ ODF_KEYS = {"OrientationEncoding": {
 README = """# A multi-site diffusion MRI phantom
 
 Simulated by `qsphere-phantom`: people who differ in anatomy, age and tissue, scanned at sites that
-differ in what real sites differ in. No real person's data, but for the average brain (MNI152) that
-all anatomies are deformed from.
+differ as real sites do. The dataset contains no data of real people, except for the average brain
+(MNI152) from which all anatomies are deformed.
 
-- `sub-*/[ses-*/]`: T1w and DWI, as measured. `participants.tsv` (and `sub-*/sub-*_sessions.tsv`)
-  say age, sex and site.
+- `sub-*/[ses-*/]`: measured T1w and DWI. `participants.tsv` (and `sub-*/sub-*_sessions.tsv`) list
+  age, sex and site.
 - `derivatives/masks`: brain masks. `derivatives/tissue`: tissue shares on the grid of the T1w.
-- `sourcedata/truth`: what is true of each scan, on its own grid: the two-compartment model's d, f
-  and ODF, noise-free FA and MD, tissue shares, lesions; `desc-reference_dwi`, what the reference
-  site would have measured without noise; `desc-sites_truth.json`, every site's parameters;
-  `*_truth.json`, pose and person.
+- `sourcedata/truth`: the truth of each scan on its grid: d, f and ODF of the two-compartment model,
+  noise-free FA and MD, tissue shares, lesions; `desc-reference_dwi`, the noise-free signal of the
+  reference site; `desc-sites_truth.json`, the parameters of all sites; `*_truth.json`, pose and
+  person.
 
-FA and MD are of the mean diffusion tensor, the limit of b to 0. A tensor fitted at b = 1000 s/mm2
-differs from it without any noise, because log S is not linear in b; compare such fits with the same
-fit of `desc-reference_dwi`.
+FA and MD are those of the mean diffusion tensor, the limit of b to 0. A tensor fitted at
+b = 1000 s/mm2 differs from it even without noise, because log S is not linear in b. Compare such
+fits with the same fit of `desc-reference_dwi`.
 """

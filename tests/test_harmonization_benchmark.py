@@ -252,7 +252,7 @@ def test_site_of_development_is_in_no_table():
     arguments = harmonization.parser().parse_args(["--out", "unused"])
     seeds = {arguments.random_seed + number for number in range(arguments.sites)}
     assert arguments.sites >= 6 and 0 not in seeds
-    drawn = harmonization.site.draw(harmonization.phantom_options(arguments, 0, 2))[1]
-    for where in harmonization.site.draw(
+    drawn = harmonization.site.draw_sites(harmonization.phantom_options(arguments, 0, 2))[1]
+    for where in harmonization.site.draw_sites(
             harmonization.phantom_options(arguments, arguments.random_seed, 7))[1:]:
         assert where.echo_time != drawn.echo_time

@@ -196,7 +196,7 @@ def test_handled_voxels_are_flagged(rng):
 
 @pytest.mark.parametrize(("n", "b", "n_b0"), [(5, 1000.0, 1), (30, 1000.0, 0), (6, 1000.0, 0)])
 def test_dti_refuses_what_does_not_determine_a_tensor(rng, n, b, n_b0):
-    with pytest.raises(Refusal, match="7 unknowns, this acquisition determines"):
+    with pytest.raises(Refusal, match="7 unknowns, but this acquisition determines"):
         get("estimate_dti").check(acquisition(rng, n, b, n_b0))
 
 

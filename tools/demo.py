@@ -1,9 +1,10 @@
-"""A two-site phantom with known truth, processed and harmonized as a stranger would.
+"""Simulate a two-site phantom with known truth, process it and harmonize it.
 
     python tools/demo.py [FOLDER]
 
-Four people, each scanned at two sites that differ as real ones do; maps and a report of every scan;
-ComBat of the maps, and a small harmonizer of the signal, trained across the sites; its application.
+The phantom has four people, each scanned at two sites that differ as real sites do. The demo
+estimates maps and writes a report of every scan, harmonizes the maps by ComBat, trains a small
+harmonizer of the signal across the sites, and applies it to one participant.
 """
 
 import shutil
@@ -12,28 +13,29 @@ import sys
 from pathlib import Path
 
 STEPS = 200
-"""Of each stage of a training: a minute's worth."""
+"""Training steps of each stage, which take about a minute."""
 
 PHANTOM = ("--participants", "4", "--sites", "2", "--voxel-size", "4", "--directions", "20")
 
 
 def run(module: str, *arguments: object) -> int:
-    name = {"bidsapp": "qsphere", "bidsapp.cli_phantom": "qsphere-phantom"}[module]
-    words = list(map(str, arguments))
-    print("$", name, *words, flush=True)
-    return subprocess.run([sys.executable, "-m", module, *words], check=False).returncode
+    program = {"bidsapp": "qsphere", "bidsapp.cli_phantom": "qsphere-phantom"}[module]
+    argv = list(map(str, arguments))
+    print("$", program, *argv, flush=True)
+    return subprocess.run([sys.executable, "-m", module, *argv], check=False).returncode
 
 
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo").resolve()
     bids, out = folder / "bids", folder / "out"
-    mark = folder / ".qsphere-demo"
-    if folder.exists() and any(folder.iterdir()) and not mark.exists():
-        print(f"{folder} is not empty and no earlier demo; give another folder.", file=sys.stderr)
+    marker = folder / ".qsphere-demo"
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        print(f"{folder} is not empty and was not written by this demo. Name another folder.",
+              file=sys.stderr)
         return 2
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    mark.touch()
+    marker.touch()
     code = (run("bidsapp.cli_phantom", bids, *PHANTOM)
             or run("bidsapp", bids, out, "participant", "--derivatives",
                    f"masks={bids / 'derivatives' / 'masks'}")

@@ -1,10 +1,10 @@
-"""Densities of fibres in measured voxels, for train_weights.py --densities.
+"""Estimate fibre orientation densities of measured voxels, for train_weights.py --densities.
 
     python tools/densities.py BIDS_DIR OUT.npy [--slices FROM TO]
 
-Multi-tissue deconvolution (`bidsapp.microstructure.deconvolution`) of the first participant's first
-run, in its mask and in slices FROM to TO, TO left out: others then serve as a test. OUT holds
-(row, 45) coefficients. 30 ms per voxel.
+Multi-tissue deconvolution (`bidsapp.microstructure.deconvolution`) of the first run of the first
+participant, within its mask. --slices limits it to the slices FROM to TO − 1, so that other slices
+can serve as a test. OUT holds (row, 45) coefficients. A voxel takes 30 ms.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 from bidsapp.anatomy import tissue
 from bidsapp.bids import find
 from bidsapp.cli import parse
-from bidsapp.microstructure.deconvolution import densities
+from bidsapp.microstructure.deconvolution import deconvolve
 from bidsapp.recipe.steps import load_run
 
 
@@ -27,15 +27,15 @@ def main() -> None:
     parser.add_argument("--slices", type=int, nargs=2, default=(0, None))
     options = parser.parse_args()
     folder = options.bids_dir.resolve()
-    found = find.find_runs(parse([str(folder), str(folder.parent / "out"), "participant"]))
-    dwi, _ = load_run(found.runs[found.participants[0]][0])
+    inventory = find.find_runs(parse([str(folder), str(folder.parent / "out"), "participant"]))
+    dwi, _ = load_run(inventory.runs[inventory.participants[0]][0])
     regions = tissue.find_regions(dwi, "cpu")
     z = np.argwhere(dwi.mask)[:, 2]
-    low, high = options.slices
-    wanted = (z >= low) & (z < (dwi.mask.shape[2] if high is None else high))
-    rows = densities(dwi, regions.single_fibre, regions.gm, regions.csf, wanted)
+    first, end = options.slices
+    selected = (z >= first) & (z < (dwi.mask.shape[2] if end is None else end))
+    rows = deconvolve(dwi, regions.single_fibre, regions.gm, regions.csf, selected)
     np.save(options.out, rows.numpy())
-    print(f"{len(rows)} densities of {int(wanted.sum())} voxels")
+    print(f"{len(rows)} densities of {int(selected.sum())} voxels")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Boutiques descriptors of the command line, generated from its parser.
+"""Generate the Boutiques descriptors of the command line from its parser.
 
     python tools/descriptors.py [FOLDER]
 
-qsphere-participant.json and qsphere-group.json hold every option of their level; qsphere-bids.json
-is the minimal one whose form `bosh validate --bids` prescribes.
+qsphere-participant.json and qsphere-group.json contain all options of their level.
+qsphere-bids.json is the minimal descriptor that `bosh validate --bids` prescribes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from bidsapp.options import invalid_options
 
 FOLDER = Path(__file__).parent.parent / "descriptors"
 CREATED = {"output_dir", "work_dir", "bids_database_dir"}
-"""Paths that need not exist, so that Boutiques must not look for them."""
+"""Options whose paths need not exist, so that Boutiques must not require them."""
 
 
 def descriptors() -> dict[str, dict[str, Any]]:
-    """File name → descriptor."""
+    """Create all descriptors, by file name."""
     return {"qsphere-participant.json": full("participant"), "qsphere-group.json": full("group"),
             "qsphere-bids.json": minimal()}
 
 
 def full(level: str) -> dict[str, Any]:
-    """Every option of one analysis level."""
+    """Create the descriptor of all options of an analysis level."""
     invalid = invalid_options(level)
     groups = [(g.title, [a for a in g._group_actions if described(a) and a.dest not in invalid])
               for g in cli.parser()._action_groups]
@@ -49,7 +49,10 @@ def full(level: str) -> dict[str, Any]:
 
 
 def minimal() -> dict[str, Any]:
-    """Both levels with labels only; OUTPUT_DIR twice, as text and as a folder, as is prescribed."""
+    """Create the minimal descriptor: both levels, with labels only.
+
+    As prescribed, OUTPUT_DIR occurs twice, as a string and as a folder.
+    """
     actions = {a.dest: a for a in cli.parser()._actions}
     labels = [actions["participant_label"], actions["session_label"]]
     folder = {**as_input(actions["output_dir"]), "optional": True}
@@ -68,6 +71,7 @@ def minimal() -> dict[str, Any]:
 
 
 def head(name: str, command: str) -> dict[str, Any]:
+    """Create the fields that all descriptors have in common."""
     return {
         "schema-version": "0.5",
         "name": name,
@@ -90,7 +94,7 @@ def output_folder() -> dict[str, Any]:
 
 
 def described(action: argparse.Action) -> bool:
-    """False for what prints and exits."""
+    """Tell whether an option belongs in a descriptor; --help and --version do not."""
     return not isinstance(action, argparse._HelpAction | argparse._VersionAction)
 
 
@@ -99,29 +103,30 @@ def value_key(action: argparse.Action) -> str:
 
 
 def as_input(action: argparse.Action) -> dict[str, Any]:
-    """One argument as a Boutiques input."""
+    """Describe an argument as a Boutiques input."""
     metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "id": action.dest,
         "name": action.dest.replace("_", " ") if action.option_strings else metavar,
         "description": action.help,
-        "type": kind(action),
+        "type": boutiques_type(action),
         "value-key": value_key(action),
         "optional": bool(action.option_strings),
     }
     if action.option_strings:
-        found["command-line-flag"] = next(
+        description["command-line-flag"] = next(
             o for o in action.option_strings if o.startswith("--"))
     if action.nargs == "+":
-        found["list"] = True
+        description["list"] = True
     if action.type is int:
-        found["integer"] = True
+        description["integer"] = True
     if action.choices:
-        found["value-choices"] = list(action.choices)
-    return found
+        description["value-choices"] = list(action.choices)
+    return description
 
 
-def kind(action: argparse.Action) -> str:
+def boutiques_type(action: argparse.Action) -> str:
+    """Select the Boutiques type of an argument."""
     if action.nargs == 0:
         return "Flag"
     if action.type is int:

@@ -1,10 +1,9 @@
-"""Apply small errors of meaning to a copy of the package, one at a time, and name those that the
-tests let live.
+"""Insert errors into a copy of the package, one at a time, and list those that no test detects.
 
     python tools/mutants.py [--only N ...]
 
-Each mutant is run against the few tests that should notice it, which must pass without it: run
-`make test` first. The working tree is only read. Exit code 1 if a mutant survives.
+Each mutant is tested by the few tests that should detect it. These must pass without the mutant, so
+run `make test` first. The working tree is not changed. The exit code is 1 if a mutant survives.
 """
 
 from __future__ import annotations
@@ -28,12 +27,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LIBRARIES = ("torch", "nibabel", "scipy.ndimage", "scipy.optimize", "scipy.stats", "pandas",
              "dipy.reconst.shm", "pytest")
-"""Imported once, before the processes that test are forked; nothing of the package is."""
+"""Libraries that are imported once, before the test processes are forked."""
 
 
 class Mutant(NamedTuple):
-    """A text of a file below bidsapp/, which stands there once; what takes its place; what then is
-    wrong; and the arguments of pytest that name the tests which should fail."""
+    """An error that tests should detect.
+
+    Parameters
+    ----------
+    file : str
+        File below bidsapp/.
+    text : str
+        Text that occurs once in the file.
+    replacement : str
+        Text that replaces it.
+    error : str
+        Description of the error.
+    tests : str
+        Arguments of pytest that select the tests which should fail.
+    """
 
     file: str
     text: str
@@ -182,19 +194,20 @@ MUTANTS = (
     Mutant("microstructure/maps.py", "return torch.lerp(upper, lower, down)",
            "return torch.lerp(lower, upper, down)", "factors of the neighbouring band are taken",
            "test_bands.py -m 'not slow'"),
-    Mutant("microstructure/maps.py", "flag = torch.where(sigma > 1.001 * most, 2.0,",
-           "flag = torch.where(sigma > 1001 * most, 2.0,", "noise out of range is not flagged",
+    Mutant("microstructure/maps.py", "flag = torch.where(sigma > 1.001 * high, 2.0,",
+           "flag = torch.where(sigma > 1001 * high, 2.0,", "noise out of range is not flagged",
            "test_scnn.py -k strange_signals"),
     Mutant("training.py", 'better = value < state["best"]', 'better = value > state["best"]',
            "the worst weights are kept", "test_training.py -k keeps_the_best"),
     Mutant("training.py", '[state["step"] - state["drawn"]:])', "[0:])",
            "a resumed training sees samples again", "test_training.py -k resumed"),
     Mutant("methods/estimate_freewater/method.py",
-           "torch.where(fraction > MOST_WATER, 0, fraction) * level", "fraction * level",
+           "torch.where(fraction > MAX_WATER, 0, fraction) * level", "fraction * level",
            "water is removed where nothing else is left",
            "test_freewater.py -k signal_stays"),
-    Mutant("microstructure/deconvolution.py", "share[:, 2] >= WHITE", "share[:, 1] >= WHITE",
-           "densities are taken from grey matter", "test_deconvolution.py -k 'grey or peaks'"),
+    Mutant("microstructure/deconvolution.py", "share[:, 2] >= MIN_WHITE",
+           "share[:, 1] >= MIN_WHITE", "densities are taken from grey matter",
+           "test_deconvolution.py -k 'grey or peaks'"),
     # ---- harmonizers
     Mutant("harmonization/paired.py", "learned = set(people) - held", "learned = set(people)",
            "who validates is learned from", "test_paired.py -k who_validates"),
@@ -275,7 +288,7 @@ MUTANTS = (
 
 
 def copy_tree(folder: Path) -> None:
-    """Copy what git knows or would know, as it is in the working tree."""
+    """Copy the tracked and untracked, but not the ignored, files of the working tree."""
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT,
                            capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, names):
@@ -290,7 +303,7 @@ def find_tests(name: str, folder: Path) -> list[str]:
 
 
 def run_tests(tests: str, folder: Path, output: Path) -> None:
-    """Run tests of the tree in a folder; this process ends with their exit code."""
+    """Run tests of the tree in a folder, and end this process with their exit code."""
     import pytest
 
     os.chdir(folder)
@@ -306,7 +319,7 @@ def run_tests(tests: str, folder: Path, output: Path) -> None:
 
 
 def judge(mutant: Mutant, folder: Path) -> str:
-    """Apply a mutant to the tree in a folder, test it, and undo it; say what became of it."""
+    """Apply a mutant to the tree in a folder, test it, undo it, and describe the result."""
     path, output = folder / "bidsapp" / mutant.file, folder / ".output"
     text = path.read_text()
     path.write_text(text.replace(mutant.text, mutant.replacement))
@@ -319,8 +332,8 @@ def judge(mutant: Mutant, folder: Path) -> str:
         path.write_text(text)
     if process.exitcode == 0:
         return "SURVIVED"
-    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output.read_text(), re.MULTILINE)
-    return f"killed by {found[1]}" if process.exitcode == 1 and found else (
+    failure = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output.read_text(), re.MULTILINE)
+    return f"killed by {failure[1]}" if process.exitcode == 1 and failure else (
         f"NOT TESTED, exit code {process.exitcode}: {output.read_text()[-300:]}")
 
 
@@ -328,23 +341,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", choices=range(len(MUTANTS)),
-                        help="numbers of mutants, as the report counts them")
-    chosen = parser.parse_args().only or range(len(MUTANTS))
+                        help="numbers of the mutants, as in the output")
+    numbers = parser.parse_args().only or range(len(MUTANTS))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in LIBRARIES:
         importlib.import_module(name)
-    alive = 0
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    survivors = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         copy_tree(folder)
-        for number in chosen:
+        for number in numbers:
             mutant, start = MUTANTS[number], time.monotonic()
             verdict = judge(mutant, folder)
-            alive += not verdict.startswith("killed")
+            survivors += not verdict.startswith("killed")
             print(f"{number:2} {mutant.file}: {mutant.error}: {verdict} "
                   f"({time.monotonic() - start:.0f} s)", flush=True)
-    print(f"{len(chosen)} mutants, {alive} not killed")
-    return 1 if alive else 0
+    print(f"{len(numbers)} mutants, {survivors} not killed")
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

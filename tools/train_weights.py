@@ -1,15 +1,15 @@
-"""Train the weights that ship: one network for all protocols.
+"""Train the bundled weights of a method: one network for all protocols.
 
     python tools/train_weights.py METHOD OUT [--densities FILE.npy] [--steps N]
         [--init FOLDER [--new-hints]] [--learning-rate RATE] [--state FILE] [--threads N]
         [--seed N]
 
-METHOD is a folder of bidsapp/methods with a training.toml. --densities: what tools/densities.py
-writes, several files one after another; a share of the simulated voxels take theirs from them
-(`simulate.tissue.draw_odfs`). --init: folder of weights to start from; --new-hints: with hints for
-the densities that are drawn now, not for those that these weights know.
-An interrupted training goes on from --state (default OUT/state.ckpt). OUT receives
-model.safetensors and model.json.
+METHOD is a folder of bidsapp/methods with a training.toml. --densities names one or more files of
+tools/densities.py; a share of the simulated voxels use densities from them
+(`simulate.tissue.draw_odfs`). --init names a folder of initial weights. With --new-hints the hints
+are computed for the densities drawn now, not for those of the initial weights. An interrupted
+training is resumed from --state (default OUT/state.ckpt). OUT receives model.safetensors and
+model.json.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the methods that are a network with its own tissue model share."""
+"""Base class of the methods that estimate a tissue model by a spherical network or a perceptron."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ from bidsapp.microstructure import deconvolution, learn, maps
 from bidsapp.simulate.tissue import TissueModel
 
 FROM_RUNS = ("training.trained_for.", "training.groups", "training.network.shells")
-"""Hyper-parameters, by how their paths start, that a training for one acquisition does not read."""
+"""Prefixes of hyper-parameters that a training for one acquisition derives from the runs."""
 
 
 class SphericalMethod(Estimator, Trainable):
-    """Parameters and ODF of a tissue model by a network (`bidsapp.microstructure`).
+    """Estimator of the parameters and ODF of a tissue model (`bidsapp.microstructure`).
 
-    tissue: the model. intended_use: of the card.
+    Attributes
+    ----------
+    tissue : TissueModel
+        Tissue model, set by each method.
+    intended_use : str
+        Text of the model card, set by each method.
     """
 
     tissue: ClassVar[TissueModel]
     intended_use: ClassVar[str]
 
     def recipe(self, *variants: str) -> learn.Recipe:
-        """How a network is trained: for all protocols, or, with "one", for one acquisition."""
+        """Read the recipe of a training for all protocols or, with "one", for one acquisition."""
         return learn.read_recipe(self.tissue, self.settings("training", *variants))
 
     @cached_property
     def weights(self) -> list[Checkpoint]:
-        """Networks trained at group level and the one that ships, loaded once."""
+        """Networks trained at group level and the bundled one, loaded once."""
         return maps.find_weights(self.name, self.context.models)
 
     def select(self, acquisition: Acquisition) -> Checkpoint:
@@ -41,8 +46,14 @@ class SphericalMethod(Estimator, Trainable):
                                    allow=self.context.allow_extrapolation)
 
     def check(self, acquisition: Acquisition) -> None:
-        """Raises Refusal where neither a network trained at group level fits the acquisition, nor
-        the one that ships: that one needs a b0 and two shells in its range."""
+        """Check that there are weights for an acquisition.
+
+        Raises
+        ------
+        Refusal
+            Neither a network trained at group level nor the bundled one supports the acquisition.
+            The bundled one needs a b0 and two shells in its range.
+        """
         self.select(acquisition)
 
     def violations(self, acquisition: Acquisition) -> list[str]:
@@ -53,14 +64,16 @@ class SphericalMethod(Estimator, Trainable):
                                       allow=self.context.allow_extrapolation))
 
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
-        """A network for the one acquisition that all runs of the cohort share; a share of the
-        densities it learns from (`simulate.tissue.MEASURED`) are of their own voxels."""
-        if given := [path for path in self.changed_settings if path.startswith(FROM_RUNS)]:
-            raise UsageError(f"--set {self.name}.{given[0]}: a training at group level takes it "
+        """Train a network for the acquisition that all runs of the cohort share.
+
+        A share `simulate.tissue.MEASURED` of the training densities is deconvolved from the runs.
+        """
+        if changed := [path for path in self.changed_settings if path.startswith(FROM_RUNS)]:
+            raise UsageError(f"--set {self.name}.{changed[0]}: a training at group level takes it "
                              "from the runs. Leave the option out.")
         table = None
         if self.tissue.watson is None and cohort.load:
-            table = deconvolution.of_study(
+            table = deconvolution.deconvolve_study(
                 cohort.load, list(cohort.acquisitions), voxels=20 if self.context.sloppy else 2000,
                 seed=settings.seed, device=settings.device)
         name, checkpoint = learn.train_for_acquisition(

@@ -1,4 +1,4 @@
-"""From simulation to a network, its calibration and its card."""
+"""Training of a network on simulated voxels, its calibration and its card."""
 
 from __future__ import annotations
 
@@ -23,66 +23,90 @@ from bidsapp.microstructure.maps import (
     QUANTILE,
     build,
     bundled_weights,
-    calibrated,
-    clamped,
+    calibrate_sd,
+    clamp_parameters,
     coherence,
-    interpolated,
-    known_power,
+    interpolate,
     misfit,
     predicted_sd,
+    read_density_power,
     sharpness,
     takes_hint,
 )
 from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import odf, protocols
-from bidsapp.simulate.likelihood import Likelihood, hint, searches
+from bidsapp.simulate.likelihood import Likelihood, compute_hint, needs_search
 from bidsapp.simulate.protocols import Protocols
 from bidsapp.simulate.tissue import TissueModel
 
 L_SIMULATED = 16
-"""Degree of the densities and signals that are simulated; fits and maps go to 8. What the signal of
-sharp bundles has above 8 folds into a fit, in training as in a scan."""
+"""Degree of simulated densities and signals; that of fits and maps is 8. The parts above 8 of the
+signal of sharp bundles alias into the fit, in training as in a scan."""
 
 SHARPENED = (1, 2, 4)
-"""Powers to which measured densities are raised, each for a third of them: deconvolution to degree
-8 cannot show how sharp they are."""
+"""Powers to which measured densities are raised, each for a third of them, because deconvolution to
+degree 8 underestimates their sharpness."""
 
 CASES = 3
-"""Powers of the densities that a hint has to reckon with, beside that of a single fibre."""
+"""Number of density powers that a hint marginalises over, in addition to that of a single fibre."""
 
 HINT_BLOCK = 256
-"""Voxels whose lattices fit the cache."""
+"""Voxels per block, so that the lattices of their hints fit in the cache."""
 
 LEVEL = 0.9
-"""Share of truths that ± QUANTILE SDs shall cover."""
+"""Share of true parameters that ± QUANTILE SDs are calibrated to cover."""
 
 BIAS_BANDS = (4, 4, 3)
-"""Of coherence, sharpness and noise, in which a training looks at the mean error."""
+"""Numbers of bands of coherence, sharpness and noise in which the loss contains the mean error."""
 
 BANDS, CELLS = 24, (8, 5)
-"""Of predicted SD, and of estimated coherence and noise, in each of which SDs are calibrated."""
+"""Numbers of bands of predicted SD, and of estimated coherence and noise, in which SDs are
+calibrated."""
 
 MIN_SHELLS = 2
-"""A network for all protocols is used with so many shells at least. It is trained with single ones,
-too, but one shell tells a diffusivity from a fraction by its prior alone."""
+"""Minimum number of shells for the use of a network for all protocols. It is trained with single
+shells, too, but one shell separates diffusivity and fraction by the prior alone."""
 
 USUAL, NOISE_BANDS = 0.995, 8
-"""Share of simulated signals whose misfit is not strange; bands of noise in which it holds."""
+"""Share of simulated signals whose misfit is accepted, and number of noise bands of that limit."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is learned and how: a method's training.toml beside its `TissueModel`.
+    """Tissue model, network and settings of a training (a method's training.toml).
 
-    network: `architecture` and its arguments (`networks.builder`); `shells`, where it is one of
-    them, is that of the acquisition. trained_for: with `shell_count`, what protocols are drawn
-    from. acquisition: the only one that is learned, instead. s0_known: whether its S0 is. groups:
-    protocols side by side in a batch. pool: batches simulated at once, which costs less than one by
-    one. beta: weight of a voxel's error, SD^(2 beta − 2): 1 for the least mean square error, 0 for
-    the likelihood, between them where the noise varies. density: weight of the density's mean
-    square error over the sphere. unbiased: weight of the squared mean error in bands of dispersion
-    and noise (`loss_of`). held_out: voxels of a validation; 8 times as many calibrate, 4 times as
-    many measure.
+    Parameters
+    ----------
+    tissue : TissueModel
+    network : mapping
+        `architecture` and its arguments (`networks.builder`). `shells`, if it is one of them, is
+        replaced by that of the acquisition.
+    schedule : Schedule
+    trained_for : TrainingDomain
+        Domain of the network; with `shell_count`, protocols are drawn from it.
+    acquisition : Acquisition, optional
+        The only acquisition of the training, instead of random protocols.
+    s0_known : bool
+        Whether S0 of `acquisition` is known without noise.
+    batch : int
+        Voxels per minibatch.
+    groups : int
+        Protocols per minibatch.
+    pool : int
+        Minibatches that are simulated together, which is faster than one by one.
+    passes : int
+        Number of times that each minibatch is used.
+    beta : float
+        Exponent of the weight SD^(2 beta − 2) of a voxel's squared error: 1 minimises the mean
+        square error, 0 maximises the likelihood.
+    density : float
+        Weight of the density's mean square error over the sphere.
+    unbiased : float
+        Weight of the squared mean error in bands of dispersion and noise (`compute_loss`).
+    held_out : int
+        Voxels of the validation; the calibration has 8 times as many, the final test 4 times.
+    odfs : mapping
+        Options of `simulate.tissue.draw_odfs`.
     """
 
     tissue: TissueModel
@@ -103,7 +127,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.trained_for.snr:
-            raise ValueError("a recipe needs a range of SNR to draw from")
+            raise ValueError("a recipe needs a range of SNR from which SNRs are drawn")
         if self.acquisition is None and (self.trained_for.shell_count is None or len(
                 {(s.b, s.directions) for s in self.trained_for.shells}) > 1):
             raise ValueError("a recipe without an acquisition needs shell_count, and shells whose "
@@ -111,7 +135,7 @@ class Recipe:
 
 
 def read_recipe(tissue: TissueModel, table: Mapping[str, Any]) -> Recipe:
-    """A recipe from a training.toml."""
+    """Create a recipe from the table `training` of a training.toml."""
     rest = {k: v for k, v in table.items() if k not in ("schedule", "trained_for")}
     return Recipe(tissue, schedule=training.Schedule(**table["schedule"]),
                   trained_for=TrainingDomain(**table["trained_for"]), **rest)
@@ -139,23 +163,33 @@ class SimulatedMinibatch(NamedTuple):
 
 
 class Simulator:
-    """Draws what a network sees and what it should say, from a generator and nothing else.
+    """Simulator of minibatches: input and target output of a network.
 
-    power: of the densities, that hints are made with, where a network knows others already.
+    All random numbers come from the generator passed to each call.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    table : (row, 45) tensor, optional
+        Coefficients of measured densities.
+    power : (case, degree) tensor, optional
+        Powers of the densities for the hints; default: those of the densities that are drawn. A
+        trained network needs the powers of its training.
     """
 
     def __init__(self, recipe: Recipe, table: torch.Tensor | None = None,
                  power: torch.Tensor | None = None) -> None:
         self.recipe = recipe
         self.table = None if table is None else torch.cat(
-            [odf.sharpened(table, power, L_SIMULATED) for power in SHARPENED])
-        known = recipe.acquisition
-        self.fixed = None if known is None else protocols.from_acquisition(
-            known, known.shells, L_SIMULATED, s0_known=recipe.s0_known)
+            [odf.sharpen(table, power, L_SIMULATED) for power in SHARPENED])
+        acquisition = recipe.acquisition
+        self.fixed = None if acquisition is None else protocols.from_acquisition(
+            acquisition, acquisition.shells, L_SIMULATED, s0_known=recipe.s0_known)
         self.power = density_power(recipe, self.table) if power is None else power
         self.hinted = takes_hint(recipe.network)
 
     def protocols(self, groups: int, generator: torch.Generator) -> Protocols:
+        """Draw `groups` protocols, or return that of the acquisition."""
         drawn = self.fixed or self._draw(groups, generator)
         return drawn.to(torch.zeros((), device=generator.device))
 
@@ -185,17 +219,18 @@ class Simulator:
                                   odfs[:, :sh.size(protocols.L_FIT)])
 
     def hints(self, x: torch.Tensor, noise: torch.Tensor, shells: torch.Tensor) -> torch.Tensor:
-        """Hints of all voxels, in blocks of whole groups that fit the cache."""
+        """Compute the hints of all voxels, in blocks of whole groups that fit in the cache."""
         power, per_group = self.power.to(x), x.shape[1] // len(shells)
         groups = max(1, HINT_BLOCK // per_group)
         each = shells.split(groups)
         size = min(per_group, HINT_BLOCK) if len(shells) == 1 else groups * per_group
         parts = zip(x.split(size, 1), noise.split(size), strict=True)
-        return torch.cat([hint(Likelihood(self.recipe.tissue, power, *part, each[i % len(each)]))
+        tissue = self.recipe.tissue
+        return torch.cat([compute_hint(Likelihood(tissue, power, *part, each[i % len(each)]))
                           for i, part in enumerate(parts)])
 
     def batches(self, generator: torch.Generator) -> list[SimulatedMinibatch]:
-        """Draw the minibatches of the next steps of a training."""
+        """Simulate the minibatches of the next steps of a training."""
         recipe = self.recipe
         groups = recipe.groups if self.fixed is None else 1
         pool = self(recipe.pool * recipe.batch, recipe.pool * groups, generator)
@@ -209,27 +244,58 @@ class Simulator:
 
 def density_power(recipe: Recipe, table: torch.Tensor | None
                   ) -> Float[torch.Tensor, "case degree"]:
-    """Mean square of a coefficient of the densities that are drawn, by degree 2, 4, 6, 8: where
-    hints are posterior means, quantiles over densities and, last, the most that any density can
-    have, that of a single fibre; else its mean."""
+    """Compute the powers of the drawn densities: mean squares of their coefficients by degree.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    table : (row, size) tensor, optional
+        Measured densities.
+
+    Returns
+    -------
+    (case, degree) tensor
+        Powers of degrees 2, 4, 6, 8. If hints are posterior means: quantiles over densities and, in
+        the last row, the power of a single fibre, the largest possible. Otherwise the mean.
+    """
     generator = torch.Generator().manual_seed(0)
     drawn = recipe.tissue.densities(4096, generator, protocols.L_FIT, table=table, **recipe.odfs)
     power = torch.stack([drawn[:, sh.size(l - 2):sh.size(l)].square().mean(1)
                          for l in range(2, protocols.L_FIT + 1, 2)], 1)
-    if searches(recipe.tissue):
+    if needs_search(recipe.tissue):
         return power.mean(0, keepdim=True)
     return torch.cat([torch.quantile(power, (torch.arange(CASES) + 0.5) / CASES, dim=0),
                       torch.full((1, power.shape[1]), 1 / (4 * math.pi))])
 
 
-def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: torch.Tensor,
-            noise: torch.Tensor) -> torch.Tensor:
-    """Gaussian likelihood of the parameters, weighed by SD^(2 beta) (Seitzer et al. 2022,
-    arXiv:2203.09168), mean square error of the density over the sphere, and squared mean error in
-    bands of dispersion and noise, in units of the SD.
+def compute_loss(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: torch.Tensor,
+                 noise: torch.Tensor) -> torch.Tensor:
+    """Compute the loss of a minibatch.
 
-    The last term keeps apart what the posterior mean mixes: over all densities it errs to one side
-    for coherent bundles and to the other for dispersed ones, since noise hides which is which.
+    It is the sum of the negative Gaussian log likelihood of the parameters, weighted by SD^(2 beta)
+    (Seitzer et al. 2022, arXiv:2203.09168), the mean square error of the density over the sphere,
+    and the squared mean error in bands of dispersion and noise, in units of the SD.
+
+    The last term counteracts a property of the posterior mean over all densities: it is biased in
+    one direction for coherent bundles and in the other for dispersed ones, because noise makes them
+    hard to distinguish.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    estimate : Estimate
+        Output of the network.
+    parameters : (voxel, n) tensor
+        True parameters.
+    odf : (voxel, 45) tensor
+        True density.
+    noise : (voxel, 2) tensor
+        σ/S0 of one measurement and of the mean b0.
+
+    Returns
+    -------
+    tensor
+        Scalar.
     """
     log_sd = estimate.log_sd.clamp(-7, 2)
     error = estimate.mean - parameters
@@ -251,71 +317,110 @@ def loss_of(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, odf: t
 
 def bias_bands(odf: Float[torch.Tensor, "voxel size"], noise: Float[torch.Tensor, " voxel"]
                ) -> Int[torch.Tensor, " voxel"]:
-    """Band of each voxel: `coherence` of its density; the square root of `sharpness`, which tells
-    bundles that cross from one that is dispersed; and σ/S0 in its logarithm, 0.01 to 0.1."""
+    """Find the band of each voxel.
+
+    Bands divide the `coherence` of its density, the square root of `sharpness`, which distinguishes
+    crossing bundles from a dispersed one, and log σ/S0 from 0.01 to 0.1.
+    """
     level = noise.clamp(0.01, 0.1).log10() + 2
-    found = torch.zeros_like(noise, dtype=torch.long)
+    band = torch.zeros_like(noise, dtype=torch.long)
     values = coherence(odf), sharpness(odf).sqrt(), level
     for count, value in zip(BIAS_BANDS, values, strict=True):
-        found = count * found + (count * value).long().clamp(0, count - 1)
-    return found
+        band = count * band + (count * value).long().clamp(0, count - 1)
+    return band
 
 
-def density_error(found: Float[torch.Tensor, "voxel size"],
+def density_error(estimate: Float[torch.Tensor, "voxel size"],
                   truth: Float[torch.Tensor, "voxel size"]) -> Float[torch.Tensor, " voxel"]:
-    """Mean square over the sphere (Parseval), (1/sr)²."""
-    return (found - truth).square().sum(1) / (4 * math.pi)
+    """Compute the mean square error of densities over the sphere (Parseval), (1/sr)²."""
+    return (estimate - truth).square().sum(1) / (4 * math.pi)
 
 
 def initial_weights(method: str, recipe: Recipe, init: Path | None) -> Checkpoint | None:
-    """What a training starts from: the checkpoint in the folder `init`; without one the weights
-    that ship, where there are any for this network; else None, chance.
+    """Load the weights from which a training starts.
 
-    Raises:
-        UsageError: `init` cannot be read, or belongs to another method, network or version.
+    Parameters
+    ----------
+    method : str
+    recipe : Recipe
+    init : Path or None
+        Folder of a checkpoint.
+
+    Returns
+    -------
+    Checkpoint or None
+        The checkpoint in `init`; without it, the bundled weights if they fit the network. None
+        stands for random weights.
+
+    Raises
+    ------
+    UsageError
+        `init` cannot be read, or belongs to another method, network or version.
     """
     network = build(recipe.tissue, recipe.network)
     if init:
         try:
-            given = load(init, method)
-            given.into(network)
-            known_power(given.card)
+            checkpoint = load(init, method)
+            checkpoint.into(network)
+            read_density_power(checkpoint.card)
         except DataError as error:
             raise UsageError(f"--init: {error}") from error
-        return given
-    found = bundled_weights(method)
+        return checkpoint
+    bundled = bundled_weights(method)
     shapes = {k: v.shape for k, v in network.state_dict().items()}
-    return found if found and shapes == {k: v.shape for k, v in found.tensors.items()} else None
+    fits = bundled and shapes == {k: v.shape for k, v in bundled.tensors.items()}
+    return bundled if fits else None
 
 
 def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | None = None,
           table: torch.Tensor | None = None, intended_use: str = "",
           start: Checkpoint | None = None, devices: tuple[int, int] = (1, 1),
           new_hints: bool = False) -> Checkpoint:
-    """Train, calibrate and measure a network; its weights and card.
+    """Train, calibrate and test a network.
 
-    saved: state file, from which an interrupted training goes on. table: (row, 45) densities.
-    start: weights at the start, and the power of densities that they know from their hints.
-    devices: as of `training.train`. new_hints: hints are made for the densities drawn now, even
-    where `start` knows others.
+    Parameters
+    ----------
+    method : str
+        Name of the method.
+    recipe : Recipe
+    seed : int
+    device : str
+    saved : Path, optional
+        State file, from which an interrupted training is resumed.
+    table : (row, 45) tensor, optional
+        Measured densities.
+    intended_use : str
+        Text of the card.
+    start : Checkpoint, optional
+        Initial weights. Their card holds the powers of the densities of their hints.
+    devices : (int, int)
+        As in `training.train`.
+    new_hints : bool
+        Compute hints for the densities drawn now instead of those of `start`.
+
+    Returns
+    -------
+    Checkpoint
+        Weights and card.
     """
     with training.seeded(seed):
         network = build(recipe.tissue, recipe.network)
     if start:
         start.into(network)
     simulate = Simulator(recipe, table,
-                         known_power(start.card) if start and not new_hints else None)
+                         read_density_power(start.card) if start and not new_hints else None)
     batches = _held_out(simulate, recipe, recipe.held_out, seed + 1, device)
 
     def validate(model: nn.Module) -> float:
-        # beta = 0, the likelihood: the loss of another beta does not fall with the error
+        # beta = 0, the likelihood: with another beta the loss need not decrease with the error
         plain = replace(recipe, beta=0.0)
-        return float(np.mean([float(loss_of(plain, model(*b.inputs), b.parameters, b.odf, b.noise))
-                              for b in batches]))
+        return float(np.mean([
+            float(compute_loss(plain, model(*b.inputs), b.parameters, b.odf, b.noise))
+            for b in batches]))
 
     history = training.train(
         network, simulate.batches,
-        lambda model, b: loss_of(recipe, model(*b.inputs), b.parameters, b.odf, b.noise),
+        lambda model, b: compute_loss(recipe, model(*b.inputs), b.parameters, b.odf, b.noise),
         recipe.schedule, seed=seed, device=device, validate=validate, saved=saved, name=method,
         devices=devices)
     constants = calibrate(network, recipe, _held_out(
@@ -347,48 +452,72 @@ def train_for_acquisition(method: str, recipe: Recipe, acquisitions: Mapping[str
             states: Path | None, intended_use: str, init: Path | None = None,
             table: torch.Tensor | None = None, devices: tuple[int, int] = (1, 1)
             ) -> tuple[str, Checkpoint]:
-    """A network for the acquisition that all runs share, and a name that says which.
+    """Train a network for the acquisition that all runs share.
 
-    snr: S0 over the noise SD of the runs; trained for half the least to twice the greatest.
-    steps: at most, else the recipe's. states: folder of the state from which a training goes on.
-    init: as of `initial_weights`. table, devices: as of `train`.
+    Parameters
+    ----------
+    method : str
+        Name of the method.
+    recipe : Recipe
+    acquisitions : mapping
+        Acquisition of each run.
+    snr : sequence of float
+        S0 over the noise SD of each run. The training covers half the smallest to twice the
+        largest.
+    steps : int or None
+        Maximum number of steps; None for that of the recipe.
+    seed, device, intended_use, table, devices
+        As in `train`.
+    states : Path or None
+        Folder of the state file, from which an interrupted training is resumed.
+    init : Path, optional
+        As in `initial_weights`.
 
-    Raises:
-        UsageError: acquisitions differ in their shells, or have none; or as of `initial_weights`.
+    Returns
+    -------
+    name : str
+        Name of the model: the method and the shells of the acquisition.
+    checkpoint : Checkpoint
+
+    Raises
+    ------
+    UsageError
+        Acquisitions differ in their shells, or have none; or `init` cannot be used.
     """
-    kinds: dict[str, list[str]] = {}
+    by_shells: dict[str, list[str]] = {}
     for run, acquisition in acquisitions.items():
-        kinds.setdefault("_".join(
+        by_shells.setdefault("_".join(
             f"b{round(s.b, -2):.0f}n{len(s)}"
             + ("" if s.b_delta > 0.95 else f"d{round(100 * s.b_delta)}")
             for s in acquisition.shells), []).append(run)
-    if len(kinds) != 1 or "" in kinds:
-        told_runs = "; ".join(f"{kind or 'no shell'}: {', '.join(runs[:3])}"
-                              + (", …" if len(runs) > 3 else "") for kind, runs in kinds.items())
-        raise UsageError(f"--train {method} learns one acquisition, that all runs share; found are "
-                         f"{len(kinds)} ({told_runs}). Choose runs with --participant-label, "
+    if len(by_shells) != 1 or "" in by_shells:
+        listing = "; ".join(f"{shells or 'no shell'}: {', '.join(runs[:3])}"
+                            + (", …" if len(runs) > 3 else "")
+                            for shells, runs in by_shells.items())
+        raise UsageError(f"--train {method} needs runs of one acquisition. Found: {len(by_shells)} "
+                         f"acquisitions ({listing}). Choose runs with --participant-label, "
                          "--session-label or --bids-filter-file.")
-    (kind,) = kinds
+    (shell_name,) = by_shells
     acquisition = next(iter(acquisitions.values()))
     levels = [float(v) for v in snr if v is not None and math.isfinite(v)]
     snr_range = (min(levels) / 2, 2 * max(levels)) if levels else recipe.trained_for.snr
-    shells = {"shells": len(acquisition.shells)} if "shells" in recipe.network else {}
+    shell_count = {"shells": len(acquisition.shells)} if "shells" in recipe.network else {}
     recipe = replace(
-        recipe, groups=1, network={**recipe.network, **shells},
+        recipe, groups=1, network={**recipe.network, **shell_count},
         schedule=replace(recipe.schedule, steps=steps or recipe.schedule.steps),
         acquisition=acquisition, trained_for=TrainingDomain.from_acquisitions(
             list(acquisitions.values()), snr=snr_range))
-    name, start = f"{method}_{kind}", initial_weights(method, recipe, init)
+    name, start = f"{method}_{shell_name}", initial_weights(method, recipe, init)
     if states:
         states.mkdir(parents=True, exist_ok=True)
-    # the state of a training of other people, weights at the start, or recipe is not this one's
-    of = hashlib.sha256(repr((
+    # the file name excludes states of other acquisitions, initial weights or recipes
+    digest = hashlib.sha256(repr((
         __version__, recipe.network, recipe.batch, recipe.pool, recipe.passes, recipe.beta,
         recipe.density, recipe.unbiased, recipe.odfs, recipe.trained_for.snr, recipe.held_out,
         replace(recipe.schedule, steps=1), start and start.card.sha256)).encode())
     for array in (acquisition.bvals, acquisition.bvecs, () if table is None else table.numpy()):
-        of.update(np.ascontiguousarray(array).tobytes())
-    saved = states / f"{name}.{of.hexdigest()[:8]}.ckpt" if states else None
+        digest.update(np.ascontiguousarray(array).tobytes())
+    saved = states / f"{name}.{digest.hexdigest()[:8]}.ckpt" if states else None
     return name, train(method, recipe, seed=seed, device=device, intended_use=intended_use,
                        table=table, saved=saved, start=start, devices=devices)
 
@@ -403,7 +532,7 @@ def _held_out(simulate: Simulator, recipe: Recipe, count: int, seed: int, device
 @torch.no_grad()
 def predictions(network: nn.Module, batches: Sequence[SimulatedMinibatch]
                 ) -> tuple[Estimate, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Estimates, true parameters, density errors (voxel,) and noise (voxel, 2) over batches."""
+    """Compute estimates, true parameters, density errors (voxel,) and noise (voxel, 2)."""
     parts = []
     for b in batches:
         e = network(*b.inputs)
@@ -414,20 +543,33 @@ def predictions(network: nn.Module, batches: Sequence[SimulatedMinibatch]
 
 def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[SimulatedMinibatch]
               ) -> dict[str, Any]:
-    """By parameter, factors for the SD so that ± 1.645 SD cover 90 % of held-out truths (split
-    conformal prediction in bands: Vovk et al. 2005; Romano et al. 2019, arXiv:1905.03222), first in
-    every band of predicted SD, then in every band of estimated coherence and noise; and, by noise,
-    the misfit that 99.5 % of signals stay below."""
-    found, truth, _, noise = predictions(network, batches)
-    sd = predicted_sd(found)
-    score = (clamped(recipe.tissue, found.mean) - truth).abs() / sd / QUANTILE
+    """Calibrate SDs and misfit on held-out simulation.
+
+    Split conformal prediction in bands (Vovk et al. 2005; Romano et al. 2019, arXiv:1905.03222).
+
+    Parameters
+    ----------
+    network : Module
+    recipe : Recipe
+    batches : sequence of Minibatch
+
+    Returns
+    -------
+    dict
+        `sd` and `sd_where`: for each parameter, factors of the SD in bands of predicted SD and then
+        of estimated coherence and noise, with which ± 1.645 SD cover 90 % of the true values.
+        `misfit`: quantile 0.995 of the misfit in bands of noise.
+    """
+    estimates, truth, _, noise = predictions(network, batches)
+    sd = predicted_sd(estimates)
+    score = (clamp_parameters(recipe.tissue, estimates.mean) - truth).abs() / sd / QUANTILE
     with torch.no_grad():
         misfits = torch.cat([misfit(recipe.tissue, b.x, b.noise, b.shells, network(*b.inputs))
                              for b in batches])
     by_sd = {name: _in_bands(sd[:, i], score[:, i], LEVEL, BANDS)
              for i, name in enumerate(recipe.tissue.names)}
-    where = {name: _in_cells(coherence(found.odf), noise[:, 0],
-                             score[:, i] / interpolated(by_sd[name], sd[:, i]))
+    where = {name: _in_cells(coherence(estimates.odf), noise[:, 0],
+                             score[:, i] / interpolate(by_sd[name], sd[:, i]))
              for i, name in enumerate(recipe.tissue.names)}
     return {"sd": by_sd, "sd_where": where,
             "misfit": _in_bands(noise[:, 0], misfits, USUAL, NOISE_BANDS)}
@@ -435,36 +577,39 @@ def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[SimulatedMin
 
 def _in_bands(x: torch.Tensor, value: torch.Tensor, level: float, bands: int
               ) -> dict[str, list[float]]:
-    """What a share `level` of the values stays below, in bands of x of equal counts."""
+    """Compute the quantile `level` of values in bands of x of equal counts."""
     order = x.argsort()
     return {"at": [float(v.median()) for v in x[order].tensor_split(bands)],
-            "value": [_below(v, level) for v in value[order].tensor_split(bands)]}
+            "value": [_quantile(v, level) for v in value[order].tensor_split(bands)]}
 
 
 def _in_cells(x: torch.Tensor, y: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
-    """What a share LEVEL of the values stays below, in bands of x of equal width within 0–1, which
-    keep the factor from changing steeply, and in bands of y of equal counts."""
+    """Compute the quantile LEVEL of values in bands of x and y.
+
+    Bands of x have equal width within 0–1, so that the factor changes gradually; bands of y have
+    equal counts.
+    """
     row = (CELLS[0] * x).long().clamp(0, CELLS[0] - 1)
     edges = torch.quantile(y, torch.linspace(0, 1, CELLS[1] + 1)[1:-1].to(y))
     column = torch.bucketize(y.contiguous(), edges)
     return {"rows": [(k + 0.5) / CELLS[0] for k in range(CELLS[0])],
             "columns": [float(v.median()) for v in y.sort().values.tensor_split(CELLS[1])],
-            "value": [[_below(value[(row == i) & (column == k)], LEVEL) for k in range(CELLS[1])]
+            "value": [[_quantile(value[(row == i) & (column == k)], LEVEL) for k in range(CELLS[1])]
                       for i in range(CELLS[0])]}
 
 
-def _below(values: torch.Tensor, level: float) -> float:
-    """Quantile that a new value stays below with probability `level`; 1 of no value."""
+def _quantile(values: torch.Tensor, level: float) -> float:
+    """Compute the conformal quantile `level` of values; 1 if there are none."""
     return float(torch.quantile(values, min(1.0, level * (1 + 1 / len(values))))
                  ) if len(values) else 1.0
 
 
 def measure(network: nn.Module, recipe: Recipe, constants: Mapping[str, Any],
             batches: Sequence[SimulatedMinibatch]) -> dict[str, Any]:
-    """On held-out simulation: mean square errors, and the share of truths within ± 1.645 SD."""
-    found, truth, density, noise = predictions(network, batches)
-    sd = calibrated(recipe.tissue, found, noise, constants)
-    error = clamped(recipe.tissue, found.mean) - truth
+    """Measure mean square errors and the coverage of ± 1.645 SD on held-out simulation."""
+    estimates, truth, density, noise = predictions(network, batches)
+    sd = calibrate_sd(recipe.tissue, estimates, noise, constants)
+    error = clamp_parameters(recipe.tissue, estimates.mean) - truth
     return {"samples": len(truth), "mse_density": float(density.mean())} | {
         f"{key}_{name}": float(value[:, i].mean()) for i, name in enumerate(recipe.tissue.names)
         for key, value in (("mse", error**2),

@@ -1,4 +1,4 @@
-"""From a Dwi to maps: the check, the preparation, the network and its calibrated SDs."""
+"""Estimation of maps from a Dwi: domain check, preparation, network and calibrated SDs."""
 
 from __future__ import annotations
 
@@ -17,50 +17,62 @@ from bidsapp import sh
 from bidsapp.acquisition import Acquisition, Shell, describe_shells
 from bidsapp.blocks import map_voxels
 from bidsapp.checkpoint import Card, Checkpoint, load
-from bidsapp.domain import OVERRIDE
+from bidsapp.domain import OVERRIDE, TrainingDomain
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import forward, protocols
-from bidsapp.simulate.likelihood import Likelihood, hint, searches
+from bidsapp.simulate.likelihood import Likelihood, compute_hint, needs_search
 from bidsapp.simulate.tissue import TissueModel
 
 QUANTILE = 1.6448536269514722
-"""A normal number is within ± this many SDs with probability LEVEL."""
+"""Half width, in SDs, of the 90 % interval of a normal distribution."""
 
 TOLERANCE = 0.01
-"""Of S0: misfit of the network's own reconstruction that is no sign of a strange signal."""
+"""Tolerated misfit, relative to S0, of the signal that the network's estimate predicts."""
 
 ASSUMED_SNR = 20.0
-"""Stands for S0 over noise SD where the noise could not be measured."""
+"""S0 over the noise SD assumed if the noise could not be measured."""
 
 GRID = 95
-"""Degree of the half grids where a network is applied (1537 points). Densities turn with the head
-within 2e-4, those of strange signals too, which take the finest grid (their SDs within 3e-4); on
-the coarse grid that is enough to train on, within 2 %."""
+"""Degree of the half grids of an applied network (1537 points). Densities are then equivariant to
+rotations within 2e-4, and SDs within 3e-4, even for signals unlike those of the training, which
+need the finest grid. On the coarse grid of the training they are equivariant within 2 %."""
 
 TINY = 200.0
-"""s/mm²: b-values that are all below may be in ms/µm²."""
+"""b-values (s/mm²) that are all below this may be in ms/µm²."""
 
 BLOCK = 512
-"""Voxels whose layers fit the cache."""
+"""Voxels per block, so that the layers fit in the cache."""
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+"""Folder of the bundled weights."""
 
 
 def build(tissue: TissueModel, description: Mapping[str, Any], *, grid: int | None = None
           ) -> nn.Module:
-    """Build the network that a recipe or a card describes. grid: of a spherical one, instead of its
-    own."""
+    """Build the network that a recipe or a card describes.
+
+    Parameters
+    ----------
+    tissue : TissueModel
+    description : mapping
+        `architecture` and its arguments.
+    grid : int, optional
+        Degree of the half grid of a spherical network that replaces the one described.
+
+    Returns
+    -------
+    torch.nn.Module
+    """
     if grid and description.get("architecture") == "spherical":
         description = {**description, "grid": grid}
     return build_network(description, parameters=len(tissue.names))
 
 
 def takes_hint(description: Mapping[str, Any]) -> bool:
-    """Tell whether that network looks at the hint, which costs more than the rest of a
-    simulation."""
+    """Tell whether a network uses the hint, which costs more than the rest of a simulation."""
     return bool(description.get("hinted", description["architecture"] == "spherical"))
 
 
@@ -71,23 +83,23 @@ def check(card: Card, acquisition: Acquisition, *, allow: bool = False
     Parameters
     ----------
     card : Card
-        Of the network.
+        Card of the network.
     acquisition : Acquisition
-        Of the run.
+        Acquisition of the run.
     allow : bool
-        Use a run that lies outside of the training, too, with all its shells, where the network
-        can take them.
+        Whether a run outside of the training domain is accepted. All its shells are then used.
 
     Returns
     -------
     shells : list of Shell
     violations : list of str
-        In what the run lies outside of the training; empty unless that is allowed.
+        Differences between the run and the training domain; empty unless `allow`.
 
     Raises
     ------
     Refusal
-        The run lies outside, and that is not allowed, or the network cannot take it.
+        The run is outside of the training domain, and `allow` is not set or the network cannot be
+        applied to its shells.
     """
     violations = card.trained_for.violations(acquisition)
     if not violations:
@@ -106,26 +118,27 @@ def check(card: Card, acquisition: Acquisition, *, allow: bool = False
 
 def describe_shells_used(card: Card, acquisition: Acquisition, shells: Sequence[Shell],
                          violations: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Describe in what an estimate departs from the training of its network.
+    """Describe how the shells of an estimate differ from those of the training.
 
-    More shells than in training are all used: on simulated signals of five shells, weights
-    trained with one to four had smaller errors than on any four of them, at the same coverage.
+    All shells are used even if there are more than in training: on simulated signals of five
+    shells, weights trained with one to four had smaller errors with all shells than with any four,
+    at the same coverage.
 
     Parameters
     ----------
     card : Card
-        Of the network.
+        Card of the network.
     acquisition : Acquisition
-        Of the run.
+        Acquisition of the run.
     shells, violations
-        As `check` returned them for it.
+        Results of `check`.
 
     Returns
     -------
     parameters : dict
         Keys for the sidecar.
     notices : list of str
-        The same in sentences.
+        Sentences for the report.
     """
     domain, short = card.trained_for, card.method.removeprefix("estimate_")
     parameters: dict[str, Any] = {}
@@ -136,38 +149,53 @@ def describe_shells_used(card: Card, acquisition: Acquisition, shells: Sequence[
         notices.append(f"{short}: left out {describe_shells(dropped)} s/mm². The network was "
                        f"trained for {domain.describe_ranges()}.")
     if violations:
-        notices.append(f"{short}: used outside of what the network was trained for, as "
-                       f"--allow-extrapolation asks: {'; '.join(violations)}. The intervals were "
-                       "not calibrated for that.")
+        notices.append(f"{short}: used outside of the training domain because of "
+                       f"--allow-extrapolation: {'; '.join(violations)}. The intervals were not "
+                       "calibrated for that.")
     most = domain.shell_count[1] if domain.shell_count else len(shells)
     if len(shells) > most:
         outside.append(f"{len(shells)} shells, trained with up to {most}")
         notices.append(
-            f"{short}: used {len(shells)} shells, and was trained with up to {most}. The intervals "
-            f"were not calibrated for that. Compare with an estimate from {most} shells, or train "
-            f"a network for this acquisition (group --train {card.method}).")
+            f"{short}: used {len(shells)} shells; the network was trained with up to {most}. The "
+            f"intervals were not calibrated for that. Compare with an estimate from {most} shells, "
+            f"or train a network for this acquisition (group --train {card.method}).")
     if outside:
         parameters["OutOfDistribution"] = outside
     return parameters, notices
 
 
-def known_power(card: Card) -> Float[torch.Tensor, "case degree"]:
-    """Of the densities, that the hints of a network's training were made with.
+def read_density_power(card: Card) -> Float[torch.Tensor, "case degree"]:
+    """Read from a card the powers of the densities with which the hints of the training were made.
 
-    Raises:
-        DataError: the card holds one power, as before there were several.
+    Raises
+    ------
+    DataError
+        The card holds a single power; earlier versions wrote such cards.
     """
     power = torch.tensor(card.constants["density_power"])
     if power.ndim != 2:
-        raise DataError(f"weights of {card.method} whose card holds densities' powers of shape "
-                        f"{tuple(power.shape)}; needed is (case, degree). They belong to another "
-                        "version: train again, or take them away to use those that ship.")
+        raise DataError(f"weights of {card.method} hold density powers of shape "
+                        f"{tuple(power.shape)}. The shape (case, degree) is required. The weights "
+                        "belong to another version: train again, or remove them to use the "
+                        "bundled ones.")
     return power
 
 
 def find_weights(name: str, models: Path | None = None) -> list[Checkpoint]:
-    """Load all weights of a method: those in `models`, each trained for one acquisition alone, then
-    those that come with the program."""
+    """Load all weights of a method.
+
+    Parameters
+    ----------
+    name : str
+        Name of the method.
+    models : Path, optional
+        Folder of the models that were trained at group level.
+
+    Returns
+    -------
+    list of Checkpoint
+        Weights of `models`, each trained for one acquisition, then the bundled ones.
+    """
     folders = sorted(models.glob(f"{name}_*")) if models else []
     return [load(f, name) for f in (*folders, WEIGHTS / name) if f.is_dir()]
 
@@ -179,34 +207,35 @@ def select_weights(name: str, weights: Sequence[Checkpoint], acquisition: Acquis
     Parameters
     ----------
     name : str
-        Of the method.
+        Name of the method.
     weights : sequence of Checkpoint
-        As `find_weights` gives them.
+        Result of `find_weights`.
     acquisition : Acquisition
-        Of the run.
+        Acquisition of the run.
     allow : bool
-        As of `check`.
+        Whether a run outside of the training domain is accepted.
 
     Returns
     -------
     Checkpoint
-        The one that was trained for shells with just these numbers of directions, or nearly; else
-        the one for all protocols; else, where that is allowed, the last that can be used, since
-        those that come with the program know the most acquisitions.
+        Among weights whose domain contains the acquisition: those trained for shells with the most
+        similar numbers of directions, or else those for all protocols. If none contains it and
+        `allow`: the last weights that can be applied, because the bundled ones were trained for the
+        most acquisitions.
 
     Raises
     ------
     Refusal
-        There are none.
+        No weights can be used.
     """
-    def unlike(checkpoint: Checkpoint) -> float:
+    def direction_difference(checkpoint: Checkpoint) -> float:
         domain = checkpoint.card.trained_for
         return math.inf if domain.shell_count else float(sum(
             abs(len(shell) - trained.directions[0])
             for shell, trained in zip(acquisition.shells, domain.shells, strict=True)))
 
     if fitting := [c for c in weights if not c.card.trained_for.violations(acquisition)]:
-        return min(fitting, key=unlike)
+        return min(fitting, key=direction_difference)
     refusals = []
     for checkpoint in weights[::-1]:
         try:
@@ -216,12 +245,12 @@ def select_weights(name: str, weights: Sequence[Checkpoint], acquisition: Acquis
         else:
             return checkpoint
     raise refusals[0] if refusals else Refusal(
-        f"{name} found no weights: none ship, and none are in OUTPUT_DIR/group/models. Needed is a "
-        f"training: qsphere BIDS_DIR OUTPUT_DIR group --train {name}")
+        f"{name} found no weights: none are bundled, and none are in OUTPUT_DIR/group/models. "
+        f"Train it first: qsphere BIDS_DIR OUTPUT_DIR group --train {name}")
 
 
 def bundled_weights(name: str) -> Checkpoint | None:
-    """Load the weights of a method that come with the program, if any do."""
+    """Load the bundled weights of a method, if there are any."""
     folder = WEIGHTS / name
     return load(folder, name) if folder.is_dir() else None
 
@@ -230,123 +259,190 @@ def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str,
              allow: bool = False
              ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, Any], np.ndarray,
                         list[str]]:
-    """Maps, counts of special voxels, parameters for the sidecar, where there is an estimate, and
-    notices.
+    """Estimate the maps of a tissue model.
 
-    Maps are the parameters, NAME_std, odf (coefficients up to degree 8) and flag: 1 where the
-    signal does not look like the simulated ones, 2 where the noise lies above their range. allow:
-    as of `check`.
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Weights and card of the network.
+    tissue : TissueModel
+    dwi : Dwi
+    device : str
+    allow : bool
+        Whether a run outside of the training domain is accepted (`check`).
+
+    Returns
+    -------
+    maps : dict
+        The parameters NAME and their SDs NAME_std, (voxel,); odf, (voxel, 45) coefficients; flag,
+        (voxel,): 1 if the signal does not look like the simulated ones, 2 if the noise is above
+        their range.
+    counts : dict
+        Numbers of voxels without b0 signal and with each flag.
+    parameters : dict
+        Keys for the sidecar.
+    usable : (voxel,) bool ndarray
+        Voxels with an estimate.
+    notices : list of str
+        Sentences for the report.
+
+    Raises
+    ------
+    Refusal
+        As `check`.
     """
     card, acquisition = checkpoint.card, dwi.acquisition
     shells, violations = check(card, acquisition, allow=allow)
     domain = card.trained_for
     network = checkpoint.into(build(tissue, card.network, grid=GRID)).to(device)
-    side = protocols.from_acquisition(acquisition, shells, protocols.L_FIT, s0_known=dwi.s0_known)
-    fits = [side.fit[0, i, :, :len(s)].to(device, torch.float32) for i, s in enumerate(shells)]
+    protocol = protocols.from_acquisition(acquisition, shells, protocols.L_FIT,
+                                          s0_known=dwi.s0_known)
+    fits = [protocol.fit[0, i, :, :len(s)].to(device, torch.float32) for i, s in enumerate(shells)]
     index = [torch.as_tensor(s.indices, device=device) for s in shells]
     b0 = torch.as_tensor(np.flatnonzero(acquisition.b0), device=device)
-    told = side.shells.to(device, torch.float32)
-    # where shells have noise of their own, one has as many directions as would give it that
     gain = dwi.gain(np.concatenate([s.indices for s in shells]))
-    told[..., 2] *= told.new_tensor([dwi.gain(s.indices) / gain for s in shells])
-    if domain.shell_count:
-        told[..., 2] = told[..., 2].clamp(min=max(s.directions[1] for s in domain.shells) ** -0.5)
+    shell_input = _shell_input(protocol, shells, domain, dwi, gain).to(device)
     assert domain.snr
-    least, most = (1 / snr for snr in reversed(domain.snr))
-    # a search needs double precision: else rounding decides which way it goes on a flat ridge
-    power = known_power(card).to(device, torch.float64 if searches(tissue) else torch.float32)
+    low, high = (1 / snr for snr in reversed(domain.snr))
+    # a search needs double precision: else rounding decides its path on a flat ridge
+    precision = torch.float64 if needs_search(tissue) else torch.float32
+    power = read_density_power(card).to(device, precision)
     hinted = takes_hint(card.network)
-    of_mean = 0.0 if dwi.s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
+    mean_gain = 0.0 if dwi.s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
 
-    def of_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
+    def estimate_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
         level = signal[:, b0].mean(1)
         usable = level > 0
         level = torch.where(usable, level, 1)
-        # no signal is below 0 or at twice S0: such voxels are flagged, and must not run away
+        # a valid S/S0 is between 0 and 2; values outside are clipped, and such voxels are flagged
         ratio = (signal / level[:, None]).clamp(0, 2)
         x = torch.stack([fit @ ratio[:, i].T for fit, i in zip(fits, index, strict=True)], 2)
         sigma = (dwi.noise_sd * gain / level if dwi.noise_sd
                  else torch.full_like(level, 1 / ASSUMED_SNR))
-        within = sigma.clamp(least, most)[:, None]
-        noise = torch.cat([within, of_mean * within], 1)
-        seen = (v.to(power) for v in (x, noise, told))
-        likely = (hint(Likelihood(tissue, power, *seen)).float() if hinted
-                  else x.new_zeros(len(signal), 0))
-        found = network(x, noise, told, likely)
-        sd = calibrated(tissue, found, noise, card.constants)
-        strange = misfit(tissue, x, noise, told, found) > interpolated(
+        clipped = sigma.clamp(low, high)[:, None]
+        noise = torch.cat([clipped, mean_gain * clipped], 1)
+        inputs = (v.to(power) for v in (x, noise, shell_input))
+        start = (compute_hint(Likelihood(tissue, power, *inputs)).float() if hinted
+                 else x.new_zeros(len(signal), 0))
+        output = network(x, noise, shell_input, start)
+        sd = calibrate_sd(tissue, output, noise, card.constants)
+        unusual = misfit(tissue, x, noise, shell_input, output) > interpolate(
             card.constants["misfit"], noise[:, 0])
-        flag = torch.where(sigma > 1.001 * most, 2.0, torch.where(strange, 1.0, 0.0))
-        return {"mean": clamped(tissue, found.mean), "sd": sd, "odf": bounded(found.odf),
-                "flag": flag, "usable": usable}
+        flag = torch.where(sigma > 1.001 * high, 2.0, torch.where(unusual, 1.0, 0.0))
+        return {"mean": clamp_parameters(tissue, output.mean), "sd": sd,
+                "odf": limit_degrees(output.odf), "flag": flag, "usable": usable}
 
-    found = map_voxels(of_block, dwi.signal, device, BLOCK)
-    usable = found["usable"]
-    maps = {key: np.where(usable, found[part][:, i], 0).astype(np.float32)
-            for i, name in enumerate(tissue.names)
-            for key, part in ((name, "mean"), (f"{name}_std", "sd"))}
-    maps["odf"] = np.where(usable[:, None], found["odf"], 0).astype(np.float32)
-    maps["flag"] = np.where(usable, found["flag"], 0).astype(np.float32)
-    short = card.method.removeprefix("estimate_")
-    counts = {f"{short}_no_b0_signal": int((~usable).sum()),
-              f"{short}_strange_signal": int((maps["flag"] == 1).sum()),
-              f"{short}_noise_out_of_range": int((maps["flag"] == 2).sum())}
+    values = map_voxels(estimate_block, dwi.signal, device, BLOCK)
+    maps, counts = _name_maps(values, tissue, card.method.removeprefix("estimate_"))
     outside, notices = describe_shells_used(card, acquisition, shells, violations)
     return maps, counts, {
         "Weights": card.sha256, "Shells": [round(s.b) for s in shells], **outside,
         "Uncertainty": "± 1.645 SD cover 90 % of held-out simulated truths, by predicted SD, "
                        "estimated coherence of fibres and noise",
         "NoiseSD": dwi.noise_sd * gain if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}",
-        "TrainedFor": asdict(domain)}, usable, notices
+        "TrainedFor": asdict(domain)}, values["usable"], notices
 
 
-def clamped(tissue: TissueModel, mean: Float[torch.Tensor, "voxel n"]
+def _shell_input(protocol: protocols.Protocols, shells: Sequence[Shell], domain: TrainingDomain,
+                 dwi: Dwi, gain: float) -> Float[torch.Tensor, "1 shell 3"]:
+    """Compute the network's input of each shell: b, b_delta and 1/√directions.
+
+    A shell whose noise differs from that of all shells (`gain`) gets the number of directions that
+    would explain it. For networks of all protocols the number does not exceed that of the training.
+    """
+    values = protocol.shells.to(torch.float32)
+    values[..., 2] *= values.new_tensor([dwi.gain(s.indices) / gain for s in shells])
+    if domain.shell_count:
+        values[..., 2] = values[..., 2].clamp(
+            min=max(s.directions[1] for s in domain.shells) ** -0.5)
+    return values
+
+
+def _name_maps(values: Mapping[str, np.ndarray], tissue: TissueModel, short: str
+               ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Name the maps, set voxels without b0 signal to 0, and count voxels with problems."""
+    usable = values["usable"]
+    maps = {key: np.where(usable, values[part][:, i], 0).astype(np.float32)
+            for i, name in enumerate(tissue.names)
+            for key, part in ((name, "mean"), (f"{name}_std", "sd"))}
+    maps["odf"] = np.where(usable[:, None], values["odf"], 0).astype(np.float32)
+    maps["flag"] = np.where(usable, values["flag"], 0).astype(np.float32)
+    return maps, {f"{short}_no_b0_signal": int((~usable).sum()),
+                  f"{short}_strange_signal": int((maps["flag"] == 1).sum()),
+                  f"{short}_noise_out_of_range": int((maps["flag"] == 2).sum())}
+
+
+def clamp_parameters(tissue: TissueModel, mean: Float[torch.Tensor, "voxel n"]
             ) -> Float[torch.Tensor, "voxel n"]:
+    """Clamp parameters to the ranges of the tissue model."""
     low, high = mean.new_tensor(tissue.ranges).T
     return torch.minimum(torch.maximum(mean, low), high)
 
 
-def bounded(odf: Float[torch.Tensor, "voxel coef"]) -> Float[torch.Tensor, "voxel coef"]:
-    """No degree stronger than that of a single fibre, Σ_m c_lm² ≤ (2l + 1)/4π, which holds for
-    every density: where noise lies above its range a network can say anything."""
+def limit_degrees(odf: Float[torch.Tensor, "voxel coef"]) -> Float[torch.Tensor, "voxel coef"]:
+    """Limit each degree to the power of a single fibre.
+
+    Σ_m c_lm² ≤ (2l + 1)/4π holds for every density, but not for the output of a network at noise
+    levels above its training.
+    """
     parts = [odf[:, :1]]
     for l in range(2, sh.l_max_of(odf.shape[1]) + 1, 2):
-        part, most = odf[:, sh.size(l - 2):sh.size(l)], math.sqrt((2 * l + 1) / (4 * math.pi))
-        parts.append(part * (most / part.norm(dim=1, keepdim=True).clamp(min=most)))
+        part, limit = odf[:, sh.size(l - 2):sh.size(l)], math.sqrt((2 * l + 1) / (4 * math.pi))
+        parts.append(part * (limit / part.norm(dim=1, keepdim=True).clamp(min=limit)))
     return torch.cat(parts, 1)
 
 
 def coherence(odf: Float[torch.Tensor, "voxel size"]) -> Float[torch.Tensor, " voxel"]:
-    """Compute how much densities point one way: the norm of degree 2, 0 of an isotropic density and
-    1 of a single fibre."""
+    """Compute the coherence of densities: the norm of degree 2, 0 of an isotropic density and 1 of
+    a single fibre."""
     return odf[:, 1:6].norm(dim=1) / math.sqrt(5 / (4 * math.pi))
 
 
 def sharpness(odf: Float[torch.Tensor, "voxel size"]) -> Float[torch.Tensor, " voxel"]:
-    """Compute how sharp the bundles of densities are, however many: the norm of degrees 6 and 8
-    relative to that of a single fibre without dispersion."""
+    """Compute the sharpness of the bundles of densities, whatever their number.
+
+    It is the norm of degrees 6 and 8 relative to that of a single fibre without dispersion.
+    """
     return odf[:, sh.size(4):sh.size(8)].norm(dim=1) / math.sqrt((13 + 17) / (4 * math.pi))
 
 
-def calibrated(tissue: TissueModel, estimate: Estimate, noise: Float[torch.Tensor, "voxel 2"],
-               constants: Mapping[str, Any]) -> Float[torch.Tensor, "voxel n"]:
-    """Compute posterior SDs: those predicted times their factors by predicted SD and by estimated
-    coherence and noise, at most half the range of each parameter."""
+def calibrate_sd(tissue: TissueModel, estimate: Estimate, noise: Float[torch.Tensor, "voxel 2"],
+                 constants: Mapping[str, Any]) -> Float[torch.Tensor, "voxel n"]:
+    """Compute calibrated posterior SDs.
+
+    The predicted SDs are multiplied by two factors of the calibration (`learn.calibrate`): one
+    depends on the predicted SD, the other on estimated coherence and noise.
+
+    Parameters
+    ----------
+    tissue : TissueModel
+    estimate : Estimate
+        Output of the network.
+    noise : (voxel, 2) tensor
+        σ/S0 of one measurement and of the mean b0.
+    constants : mapping
+        Constants of the card.
+
+    Returns
+    -------
+    (voxel, n) tensor
+        SDs, at most half the range of each parameter.
+    """
     sd, where = predicted_sd(estimate), (coherence(estimate.odf), noise[:, 0])
     return torch.stack([
-        (sd[:, i] * interpolated(constants["sd"][name], sd[:, i])
+        (sd[:, i] * interpolate(constants["sd"][name], sd[:, i])
          * bilinear(constants["sd_where"][name], *where)).clamp(max=(high - low) / 2)
         for i, (name, (low, high)) in enumerate(zip(tissue.names, tissue.ranges, strict=True))], 1)
 
 
 def predicted_sd(estimate: Estimate) -> Float[torch.Tensor, "voxel n"]:
-    """Bound the SDs that a network says, before their calibration."""
+    """Compute the SDs that a network predicts, before their calibration."""
     return estimate.log_sd.clamp(-7, 2).exp()
 
 
-def interpolated(table: Mapping[str, Any], x: Float[torch.Tensor, " voxel"]
+def interpolate(table: Mapping[str, Any], x: Float[torch.Tensor, " voxel"]
                  ) -> Float[torch.Tensor, " voxel"]:
-    """"value" at x, linear between the points "at", constant beyond them."""
+    """Interpolate "value" at x, linear between the points "at", constant beyond them."""
     value = x.new_tensor(table["value"])
     right, share = _between(x.new_tensor(table["at"]), x)
     return torch.lerp(value[right - 1], value[right], share)
@@ -354,7 +450,7 @@ def interpolated(table: Mapping[str, Any], x: Float[torch.Tensor, " voxel"]
 
 def bilinear(table: Mapping[str, Any], x: Float[torch.Tensor, " voxel"],
              y: Float[torch.Tensor, " voxel"]) -> Float[torch.Tensor, " voxel"]:
-    """"value" (row, column) at x and y, linear between the points "rows" and "columns"."""
+    """Interpolate "value" (row, column) at x and y, bilinear between "rows" and "columns"."""
     value = x.new_tensor(table["value"])
     row, down = _between(x.new_tensor(table["rows"]), x)
     column, across = _between(x.new_tensor(table["columns"]), y)
@@ -365,7 +461,7 @@ def bilinear(table: Mapping[str, Any], x: Float[torch.Tensor, " voxel"],
 
 def _between(at: Float[torch.Tensor, " point"], x: Float[torch.Tensor, " voxel"]
              ) -> tuple[torch.Tensor, Float[torch.Tensor, " voxel"]]:
-    """Index of the point to the right of x, 1 at least, and where x lies on the way there, 0–1."""
+    """Find the index (≥ 1) of the point right of x, and the position 0–1 of x in its interval."""
     right = torch.searchsorted(at, x.contiguous()).clamp(1, len(at) - 1)
     share = (x - at[right - 1]) / (at[right] - at[right - 1]).clamp(min=1e-9)
     return right, share.clamp(0, 1)
@@ -374,13 +470,32 @@ def _between(at: Float[torch.Tensor, " point"], x: Float[torch.Tensor, " voxel"]
 def misfit(tissue: TissueModel, x: Float[torch.Tensor, "coef voxel shell"],
            noise: Float[torch.Tensor, "voxel 2"], shells: Float[torch.Tensor, "group shell 3"],
            estimate: Estimate) -> Float[torch.Tensor, " voxel"]:
-    """Root mean square of the coefficients less those of the signal that the estimate stands for,
-    in units of their noise, √(4π (σ² + TOLERANCE²)/directions)."""
+    """Compute the misfit between the fitted signal and the signal predicted from the estimate.
+
+    It is the root mean square difference of their coefficients in units of their noise,
+    √(4π (σ² + TOLERANCE²)/directions).
+
+    Parameters
+    ----------
+    tissue : TissueModel
+    x : (coefficient, voxel, shell) tensor
+        Fitted coefficients of S/S0.
+    noise : (voxel, 2) tensor
+        σ/S0 of one measurement and of the mean b0.
+    shells : (group, shell, 3) tensor
+        b (ms/µm²), b_delta and 1/√directions.
+    estimate : Estimate
+        Output of the network.
+
+    Returns
+    -------
+    (voxel,) tensor
+    """
     per_group = x.shape[1] // len(shells)
     b, b_delta, scale = shells.repeat_interleave(per_group, 0).unbind(-1)
-    p = clamped(tissue, estimate.mean)
+    p = clamp_parameters(tissue, estimate.mean)
     parts = tissue.compartments(p)
-    if tissue.aligned is not None:  # as if they followed the density, too: the axis is not at hand
+    if tissue.aligned is not None:  # the axis is not estimated: approximated by the density
         parts = parts + tissue.aligned(p)
     k = forward.kernel(parts, 1000 * b, b_delta, protocols.L_FIT)
     residual = (x - forward.convolve(estimate.odf, k).permute(2, 0, 1)) * (x != 0)

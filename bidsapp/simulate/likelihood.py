@@ -1,17 +1,19 @@
-"""Tissue parameters of a voxel where its fibres may be arranged anyhow: what a network starts from.
+"""Likelihood of tissue parameters, marginalised over the fibre density: the hint of a network.
 
-With S_lm,s = k_l(θ, s) w_lm + noise and w_lm ~ N(0, C_l), the unknown density integrates out. Per
-degree, with y_s = S_lm,s/ν_s, κ_s = k_l,s/ν_s and ν_s = σ √(4π/n_s) the noise of a coefficient,
+With S_lm,s = k_l(θ, s) w_lm + noise and w_lm ~ N(0, C_l), the unknown density is integrated out.
+For each degree, with y_s = S_lm,s/ν_s, κ_s = k_l,s/ν_s and ν_s = σ √(4π/n_s) the noise of a
+coefficient,
 
     y ~ N(0, I + C κ κᵀ):   2 log L = Σ_m [C (κ·y)²/a − |y|²] − (2l + 1) log a,  a = 1 + C |κ|²,
 
-so the powers Σ_m y_s y_t are all that counts. Densities differ in power: C_l is one of some values,
-each as likely, and L the mean over them. The means over the sphere, degree 0, do not depend on the
-density; noise of the mean b0 moves them together.
+so the powers Σ_m y_s y_t are sufficient statistics. Densities differ in power: C_l takes one of
+several values with equal probability, and L is the mean over them. The means over the sphere
+(degree 0) do not depend on the density; they share the noise of the mean b0.
 
-Two parameters: mean and covariance of θ, uniform on its range, are sums over a lattice, first of
-the whole range, then four times of points within 2.5 SD of what the last one found. More
-parameters: the maximum of L, of one C_l, by damped Fisher scoring. Either for all voxels at once.
+With two parameters, the mean and covariance of θ under a uniform prior are sums over a lattice:
+first over the whole range, then four times over points within 2.5 SD of the previous mean. With
+more parameters, damped Fisher scoring finds the maximum of L for a single C_l. Both treat all
+voxels at once.
 """
 
 from __future__ import annotations
@@ -26,31 +28,50 @@ from bidsapp.simulate import forward
 from bidsapp.simulate.tissue import TissueModel
 
 L_MAX = 8
-NODES = 10
-"""Of the kernel's quadrature: within 3e-8 for b · d from −7.5 to 15."""
+"""Highest degree of the coefficients."""
 
-LATTICE, OWN, WITHIN = 12, 8, 2.5
-"""Points along each parameter of the first lattice, of a later one, and its half width in SDs."""
+NODES = 10
+"""Nodes of the kernel's quadrature; its error is below 3e-8 for b · d from −7.5 to 15."""
+
+LATTICE, REFINED, WITHIN = 12, 8, 2.5
+"""Points per parameter of the first lattice and of later ones; half width of a later one in SDs."""
 
 ROUNDS = 4
-FEW = 4.0
-"""A lattice too coarse for L gives one point all of the weight. L is flattened until as many
-count, but on the last lattice. Networks have learned what these numbers give: with others, they
-must be trained again."""
+"""Number of later lattices."""
+
+MIN_POINTS = 4.0
+"""Effective number of points of a lattice (Kish), at least. On a lattice too coarse for L one point
+would have all of the weight, so L is flattened, except on the last lattice. Networks were trained
+with hints made with these numbers; other numbers require a new training."""
 
 STEPS = 6
+"""Steps of Fisher scoring."""
+
 DIFFERENCE = 1e-3
-"""Of a parameter's range: step of the numerical derivative of the kernel."""
+"""Step of the numerical derivative of the kernel, relative to a parameter's range."""
 
 
-def searches(tissue: TissueModel) -> bool:
-    """Whether there are too many parameters for a lattice."""
+def needs_search(tissue: TissueModel) -> bool:
+    """Tell whether a model has too many parameters for a lattice, so that L is maximised
+    instead."""
     return len(tissue.names) > 2
 
 
 class Likelihood:
-    """log L and its derivatives for voxels with coefficients x, noise and shells (as the networks
-    take them), under densities whose power (C_2, C_4, …) is any of the rows of `power`."""
+    """Log likelihood of tissue parameters, and its derivatives.
+
+    Parameters
+    ----------
+    tissue : TissueModel
+    power : (case, degree) tensor
+        Powers (C_2, C_4, …) of the densities; each row has the same probability.
+    x : (coefficient, voxel, shell) tensor
+        Fitted coefficients of S/S0, voxels group by group (`Protocols.fit_signals`).
+    noise : (voxel, 2) tensor
+        σ/S0 of one measurement and of the mean b0.
+    shells : (group, shell, 3) tensor
+        b (ms/µm²), b_delta and 1/√directions (`Protocols.shells`).
+    """
 
     def __init__(self, tissue: TissueModel, power: Float[torch.Tensor, "case degree"],
                  x: Float[torch.Tensor, "coef voxel shell"], noise: Float[torch.Tensor, "voxel 2"],
@@ -62,27 +83,27 @@ class Likelihood:
         self.b0_noise = noise[:, 1:]
         self.gram, self.scale = [], []
         for l in range(2, L_MAX + 1, 2):
-            own = x[sh.size(l - 2):sh.size(l)].movedim(0, 1)
-            self.scale.append(self.weight / math.sqrt(4 * math.pi) * (own != 0).any(1))  # 1/ν
-            y = own * self.scale[-1][:, None]
+            part = x[sh.size(l - 2):sh.size(l)].movedim(0, 1)
+            self.scale.append(self.weight / math.sqrt(4 * math.pi) * (part != 0).any(1))  # 1/ν
+            y = part * self.scale[-1][:, None]
             self.gram.append(y.mT @ y)
         self.low, self.high = x.new_tensor(tissue.ranges).T
 
     def kernel(self, points: Float[torch.Tensor, "part point n"]
                ) -> Float[torch.Tensor, "part point shell 5"]:
-        """At points of every voxel's own, or of every protocol's (one part for each)."""
+        """Compute kernels at parameters `points`; a part is a voxel or a group of voxels."""
         each = self.shells.repeat_interleave(
             len(points) // len(self.shells), 0).repeat_interleave(points.shape[1], 0)
         theta = points.flatten(0, 1)
         parts = self.tissue.compartments(theta)
-        if self.tissue.aligned is not None:  # the axis is unknown: as if dispersed, too
+        if self.tissue.aligned is not None:  # the axis is unknown: treated as dispersed, too
             parts = parts + self.tissue.aligned(theta)
         return forward.kernel(parts, 1000 * each[..., 0], each[..., 1], L_MAX, NODES).unflatten(
             0, points.shape[:2])
 
     def value(self, k: Float[torch.Tensor, "part point shell 5"]
               ) -> Float[torch.Tensor, "voxel point"]:
-        """log L less a constant, of kernels as `kernel` gives them."""
+        """Compute log L, up to a constant, from the kernels that `kernel` returns."""
         def split(v: torch.Tensor) -> torch.Tensor:
             return v.unflatten(0, (len(k), -1))
 
@@ -91,10 +112,10 @@ class Likelihood:
         one = 1 + (q * q).sum(-1)
         total = ((r * q).sum(-1) ** 2 / one - (r * r).sum(-1) - one.log()) / 2
         for i, (gram, scale) in enumerate(zip(self.gram, self.scale, strict=True)):
-            own = k[..., i + 1]
+            k_l = k[..., i + 1]
             folded = (gram * scale[:, :, None] * scale[:, None]).flatten(1)
-            along = split(folded) @ (own[..., None] * own[..., None, :]).flatten(2).mT  # Σ_m (κ·y)²
-            length = split(scale * scale) @ (own * own).mT  # |κ|²
+            along = split(folded) @ (k_l[..., None] * k_l[..., None, :]).flatten(2).mT  # Σ_m (κ·y)²
+            length = split(scale * scale) @ (k_l * k_l).mT  # |κ|²
             cases = []
             for c in self.power[:, i]:
                 a = 1 + c * length
@@ -104,8 +125,10 @@ class Likelihood:
 
     def scoring(self, theta: Float[torch.Tensor, "voxel n"], k: Float[torch.Tensor, "voxel shell 5"]
                 ) -> tuple[Float[torch.Tensor, "voxel n"], Float[torch.Tensor, "voxel n n"]]:
-        """Gradient of log L and Fisher's information, of the first case; that the share of b0 noise
-        depends on θ is left out."""
+        """Compute the gradient of log L and the Fisher information for the first row of `power`.
+
+        The dependence of the b0 noise term on θ is neglected.
+        """
         span = self.high - self.low
         slopes = []
         for j in range(theta.shape[1]):
@@ -141,9 +164,9 @@ class Likelihood:
 
 
 @torch.no_grad()
-def posterior(likelihood: Likelihood) -> tuple[Float[torch.Tensor, "voxel n"],
-                                               Float[torch.Tensor, "voxel n n"]]:
-    """Mean and covariance of θ in units of its range."""
+def compute_posterior(likelihood: Likelihood) -> tuple[Float[torch.Tensor, "voxel n"],
+                                                       Float[torch.Tensor, "voxel n n"]]:
+    """Compute the posterior mean and covariance of θ on lattices, in units of its range."""
     low, span = likelihood.low, likelihood.high - likelihood.low
     eye = torch.eye(len(span), dtype=span.dtype, device=span.device)
 
@@ -152,39 +175,55 @@ def posterior(likelihood: Likelihood) -> tuple[Float[torch.Tensor, "voxel n"],
 
     unit = lattice((torch.arange(LATTICE) + 0.5) / LATTICE).expand(len(likelihood.shells), -1, -1)
     value = likelihood.value(likelihood.kernel(low + span * unit))
-    mean, covariance = _moments(unit[:1], _flattened(value))
-    cell, z = eye / LATTICE**2, lattice(torch.linspace(-WITHIN, WITHIN, OWN))
+    mean, covariance = _moments(unit[:1], _flatten(value))
+    cell, z = eye / LATTICE**2, lattice(torch.linspace(-WITHIN, WITHIN, REFINED))
     for last in range(ROUNDS)[::-1]:
-        root = torch.linalg.cholesky(covariance + cell / 12)  # a cell's own spread is 1/12
+        root = torch.linalg.cholesky(covariance + cell / 12)  # variance within a cell
         unit = mean[:, None] + z @ root.mT
         value = likelihood.value(likelihood.kernel(low + span * unit.clamp(0, 1)))
         value = torch.where(((unit < 0) | (unit > 1)).any(-1), -1e9, value)
-        mean, covariance = _moments(unit, _flattened(value) if last else value.softmax(1))
-        cell = root @ root.mT * (2 * WITHIN / (OWN - 1)) ** 2
+        mean, covariance = _moments(unit, _flatten(value) if last else value.softmax(1))
+        cell = root @ root.mT * (2 * WITHIN / (REFINED - 1)) ** 2
     return mean, covariance + cell / 12
 
 
-def _flattened(value: Float[torch.Tensor, "voxel point"]) -> Float[torch.Tensor, "voxel point"]:
-    """Weights ∝ L^t, the greatest t ≤ 1 of 0.6^k of which FEW points count (Kish)."""
+def _flatten(value: Float[torch.Tensor, "voxel point"]) -> Float[torch.Tensor, "voxel point"]:
+    """Compute weights ∝ L^t, with the largest t = 0.6^k for which MIN_POINTS points count
+    (Kish)."""
     value = value - value.amax(1, keepdim=True)
     for _ in range(12):
-        few = value.softmax(1).square().sum(1, keepdim=True) > 1 / FEW
-        value = torch.where(few, 0.6 * value, value)
+        concentrated = value.softmax(1).square().sum(1, keepdim=True) > 1 / MIN_POINTS
+        value = torch.where(concentrated, 0.6 * value, value)
     return value.softmax(1)
 
 
 def _moments(unit: Float[torch.Tensor, "#voxel point n"], weight: Float[torch.Tensor, "voxel point"]
              ) -> tuple[Float[torch.Tensor, "voxel n"], Float[torch.Tensor, "voxel n n"]]:
     mean = (weight[:, None] @ unit)[:, 0]
-    away = unit - mean[:, None]
-    return mean, (away * weight[..., None]).mT @ away
+    deviation = unit - mean[:, None]
+    return mean, (deviation * weight[..., None]).mT @ deviation
 
 
-def most_likely(likelihood: Likelihood, starts: Float[torch.Tensor, "start n"]
+def maximise_likelihood(likelihood: Likelihood, starts: Float[torch.Tensor, "start n"]
                 ) -> tuple[Float[torch.Tensor, "voxel n"], Float[torch.Tensor, "voxel n n"],
                            Float[torch.Tensor, " voxel"]]:
-    """θ within its range that maximises L of the first case, from the best of `starts`; Fisher's
-    information in units of the ranges, and log L there."""
+    """Maximise L for the first row of `power`.
+
+    Parameters
+    ----------
+    likelihood : Likelihood
+    starts : (start, n) tensor
+        Parameters among which each voxel starts from the best.
+
+    Returns
+    -------
+    theta : (voxel, n) tensor
+        Parameters within their ranges.
+    fisher : (voxel, n, n) tensor
+        Fisher information in units of the ranges.
+    value : (voxel,) tensor
+        log L at `theta`, up to a constant.
+    """
     low, span = likelihood.low, likelihood.high - likelihood.low
     every = likelihood.kernel(starts.expand(len(likelihood.shells), -1, -1))
     best, first = likelihood.value(every).max(1)
@@ -196,36 +235,46 @@ def most_likely(likelihood: Likelihood, starts: Float[torch.Tensor, "start n"]
         gradient, fisher = likelihood.scoring(theta, k)
         gradient, fisher = gradient * span, fisher * span[:, None] * span
         unit = (theta - low) / span
-        held = ((unit <= 0) & (gradient < 0)) | ((unit >= 1) & (gradient > 0))
-        free = (~held).to(k.dtype)
+        at_bound = ((unit <= 0) & (gradient < 0)) | ((unit >= 1) & (gradient > 0))
+        free = (~at_bound).to(k.dtype)
         normal = fisher * free[:, None] * free[..., None]
         normal = normal + eye * (damping[:, None] * torch.diagonal(fisher, dim1=1, dim2=2)
                                  + 1.0)[:, None]
         step = torch.linalg.solve(normal, gradient * free).clamp(-0.3, 0.3)
         moved = low + span * (unit + step).clamp(0, 1)
-        here = likelihood.kernel(moved[:, None])
-        value, here = likelihood.value(here)[:, 0], here[:, 0]
+        trial = likelihood.kernel(moved[:, None])
+        value, trial = likelihood.value(trial)[:, 0], trial[:, 0]
         better = value > best
         best = torch.where(better, value, best)
         theta = torch.where(better[:, None], moved, theta)
-        k = torch.where(better[:, None, None], here, k)
+        k = torch.where(better[:, None, None], trial, k)
         damping = (damping * torch.where(better, 0.1, 10.0)).clamp(1e-6, 1e6)
     _, fisher = likelihood.scoring(theta, k)
     return theta, fisher * span[:, None] * span, best
 
 
 @torch.no_grad()
-def hint(likelihood: Likelihood) -> Float[torch.Tensor, "voxel _"]:
-    """What a network starts from, (voxel, n (n + 3)/2): of two parameters the posterior means, in
-    units of the range, log SDs and correlation; of more the most likely θ, and those of
-    (F + 12 I)⁻¹, 1/12 being the variance of the prior."""
+def compute_hint(likelihood: Likelihood) -> Float[torch.Tensor, "voxel _"]:
+    """Compute the hint from which a network starts.
+
+    Parameters
+    ----------
+    likelihood : Likelihood
+
+    Returns
+    -------
+    (voxel, n (n + 3)/2) tensor
+        Estimates of the n parameters (−1 to 1 over the range), log SDs + 2 and correlations. For
+        two parameters they are the posterior means and covariance; for more, the maximum of L and
+        (F + 12 I)⁻¹, F the Fisher information and 1/12 the variance of the prior.
+    """
     n = len(likelihood.low)
-    if not searches(likelihood.tissue):
-        unit, covariance = posterior(likelihood)
+    if not needs_search(likelihood.tissue):
+        unit, covariance = compute_posterior(likelihood)
     else:
         span = likelihood.high - likelihood.low
-        theta, fisher, _ = most_likely(likelihood, likelihood.low + span * torch.quasirandom.
-                                       SobolEngine(n).draw(33)[1:].to(span))
+        starts = torch.quasirandom.SobolEngine(n).draw(33)[1:].to(span)
+        theta, fisher, _ = maximise_likelihood(likelihood, likelihood.low + span * starts)
         unit = (theta - likelihood.low) / span
         covariance = torch.linalg.inv(fisher + 12 * torch.eye(n).to(span))
     sd = torch.diagonal(covariance, dim1=1, dim2=2).clamp(min=1e-10).sqrt()

@@ -1,4 +1,4 @@
-"""Signals with known truth: mixtures of tissues with one participant's own diffusivities.
+"""Signals with known truth: mixtures of tissues with the diffusivities of one participant.
 
 Sadegheih et al. 2023 (doi:10.1007/s13218-023-00811-y, WP2); fractions and number of compartments
 follow its free-water application (Weninger et al. 2020, doi:10.1371/journal.pone.0239475). A voxel
@@ -6,7 +6,7 @@ mixes three fibre populations, grey matter and CSF:
 
     S_i / S0 = Σ_c f_c exp(−B_i : D_c,s(i))
 
-with one set of tensors D per shell s, so that what depends on b (kurtosis) is in the signals.
+with one set of tensors D per shell s, so that the signals contain dependence on b (kurtosis).
 b is in ms/µm², D in µm²/ms.
 """
 
@@ -25,26 +25,36 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 
 RANDOM = "random-wm"
+"""Mode in which white matter has no tensor but an independent diffusivity in every volume."""
 
 FIBRES = ("wm1", "wm2", "wm3")
 COMPARTMENTS = (*FIBRES, "gm", "csf")
+"""Names of the compartments, in the order of all arrays."""
 
 MAX_DIFFUSIVITY = 3.0
-"""µm²/ms, of free water at body temperature: no tissue's is above. Where noise hides the signal of
-CSF in a high shell, it is what stands for it."""
+"""Diffusivity of free water at body temperature (µm²/ms), the upper bound for every tissue. CSF
+takes it in high shells where noise hides its signal."""
 
 MIN_DIRECTIONS = 6
-"""A shell with fewer, or of spherical encoding, takes the fibre tensors of the nearest in b."""
+"""Minimum number of directions of a shell. A shell with fewer, or of spherical encoding, takes the
+fibre tensors of the shell nearest in b."""
 
 STEPS = 40
+"""Gauss–Newton steps of `fit_prolate`."""
 
 
 @dataclass(frozen=True)
 class Diffusivities:
-    """What was measured in one participant, µm²/ms, by shell.
+    """Diffusivities measured in one participant (µm²/ms), by shell.
 
-    axial, radial: (voxel, shell) of the single-fibre voxels. gm, csf: (voxel, shell).
-    gm_mean, csf_mean: (shell,) of the signal pooled over the voxels.
+    Parameters
+    ----------
+    axial, radial : (voxel, shell) ndarray
+        Of the single-fibre voxels.
+    gm, csf : (voxel, shell) ndarray
+        Isotropic diffusivity of grey matter and CSF voxels.
+    gm_mean, csf_mean : (shell,) ndarray
+        Isotropic diffusivity of the signal pooled over the voxels.
     """
 
     axial: np.ndarray
@@ -59,10 +69,18 @@ class Diffusivities:
 class Mixtures:
     """Signals and their truth, one row per voxel.
 
-    attenuation: (voxel, measurement) S/S0 without noise. fractions: (voxel, 5) in the order of
-    COMPARTMENTS. directions: (voxel, 3, 3) of the fibres, world RAS+. tensors: (voxel, compartment,
-    shell, 6), µm²/ms, of all compartments, or of the last two where white matter has no tensor;
-    then profile is its (voxel, measurement) diffusivity in every volume, else None.
+    Parameters
+    ----------
+    attenuation : (voxel, measurement) ndarray
+        S/S0 without noise.
+    fractions : (voxel, 5) ndarray
+        In the order of COMPARTMENTS.
+    directions : (voxel, 3, 3) ndarray
+        Unit vectors of the fibres (population, xyz), world RAS+.
+    tensors : (voxel, compartment, shell, 6) ndarray
+        Tensors (µm²/ms) of all compartments; in mode RANDOM of grey matter and CSF only.
+    profile : (voxel, measurement) ndarray, optional
+        Diffusivity of white matter in every volume (µm²/ms), in mode RANDOM only.
     """
 
     attenuation: np.ndarray
@@ -73,7 +91,13 @@ class Mixtures:
 
 
 def check(acquisition: Acquisition) -> None:
-    """Raises Refusal without a b0, or where no shell determines a fibre's tensor."""
+    """Check that an acquisition allows to measure the tissues of a participant.
+
+    Raises
+    ------
+    Refusal
+        There is no b0, or no shell determines a fibre's tensor.
+    """
     chosen = acquisition[tensor.volumes(acquisition)]
     rank = np.linalg.matrix_rank(tensor.design(chosen.btensors), tol=1e-3)
     if not acquisition.b0.any() or rank < tensor.TERMS or not any(
@@ -82,14 +106,27 @@ def check(acquisition: Acquisition) -> None:
                            for s in acquisition.shells) or "none weighted"
         raise Refusal(
             "mixtures of this participant's tissues need a tensor of the single-fibre voxels in "
-            f"each shell; found are {int(acquisition.b0.sum())} volumes without weighting and "
-            f"shells: {shells}. Needed are a b0 and a shell of {MIN_DIRECTIONS} or more directions "
-            "that do not lie on one cone. Acquire these, or do without.")
+            f"each shell. This acquisition has {int(acquisition.b0.sum())} b0 volumes and shells: "
+            f"{shells}. A b0 and a shell of {MIN_DIRECTIONS} or more directions that do not lie on "
+            "one cone are required. Acquire these, or leave the method out.")
 
 
 def measure(dwi: Dwi, gm: np.ndarray, csf: np.ndarray, fibre: np.ndarray, device: str
             ) -> Diffusivities:
-    """Diffusivities of the given (voxel,) bool regions in every shell."""
+    """Measure the diffusivities of three regions in every shell.
+
+    Parameters
+    ----------
+    dwi : Dwi
+    gm, csf, fibre : (voxel,) bool ndarray
+        Grey matter, CSF and single-fibre voxels.
+    device : str
+        Torch device.
+
+    Returns
+    -------
+    Diffusivities
+    """
     acquisition, s0 = dwi.acquisition, dwi.mean_b0
     shells = acquisition.shells
     noise = np.array([dwi.noise_of(s.indices) or 0.0 for s in shells])
@@ -100,15 +137,15 @@ def measure(dwi: Dwi, gm: np.ndarray, csf: np.ndarray, fibre: np.ndarray, device
         isotropic[name] = _isotropic(squares, s0[where, None].astype(float) ** 2, shells, noise)
         pooled[name] = _isotropic(squares.mean(0), (s0[where].astype(float) ** 2).mean(), shells,
                                   noise)
-    able = [i for i, shell in enumerate(shells) if _determines(acquisition, shell)]
+    usable = [i for i, shell in enumerate(shells) if _determines(acquisition, shell)]
     level = torch.as_tensor(s0[fibre].astype(float), device=device)
     fits = {}
-    for i in able:
+    for i in usable:
         signal = torch.as_tensor(dwi.signal[fibre][:, shells[i].indices].astype(float),
                                  device=device)
         fits[i] = fit_prolate(signal / level[:, None],
                               acquisition.btensors[shells[i].indices] / 1000, noise[i] / level)
-    nearest = [able[int(np.argmin([abs(shells[i].b - shell.b) for i in able]))]
+    nearest = [usable[int(np.argmin([abs(shells[i].b - shell.b) for i in usable]))]
                for shell in shells]
     axial, radial = (torch.stack([fits[i][k] for i in nearest], 1).cpu().numpy() for k in (0, 1))
     return Diffusivities(axial, radial, isotropic["gm"], isotropic["csf"], pooled["gm"],
@@ -118,12 +155,26 @@ def measure(dwi: Dwi, gm: np.ndarray, csf: np.ndarray, fibre: np.ndarray, device
 def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.ndarray, "n 3 3"],
                 noise: Float[torch.Tensor, " voxel"]
                 ) -> tuple[Float[torch.Tensor, " voxel"], Float[torch.Tensor, " voxel"]]:
-    """Axial and radial diffusivity, µm²/ms, of the prolate tensor nearest to each signal.
+    """Fit a prolate tensor to each signal.
 
-    Least squares of S/S0 in D = r I + u uᵀ, which is prolate for every u (axial = r + |u|²), by
-    damped Gauss–Newton steps for all voxels at once, from the axisymmetric part of the log-linear
+    Least squares of S/S0 in D = r I + u uᵀ, which is prolate for every u (axial = r + |u|²). Damped
+    Gauss–Newton steps for all voxels at once start from the axisymmetric part of the log-linear
     tensor. The model includes the noise floor, sqrt(A² + σ²) (Gudbjartsson & Patz 1995,
-    doi:10.1002/mrm.1910340618). btensors: ms/µm²; noise: σ/S0. 0 ≤ radial ≤ axial ≤ 3.
+    doi:10.1002/mrm.1910340618).
+
+    Parameters
+    ----------
+    attenuation : (voxel, n) tensor
+        S/S0.
+    btensors : (n, 3, 3) ndarray
+        b-tensors (ms/µm²).
+    noise : (voxel,) tensor
+        σ/S0.
+
+    Returns
+    -------
+    axial, radial : (voxel,) tensor
+        Diffusivities (µm²/ms), 0 ≤ radial ≤ axial ≤ 3.
     """
     b = torch.as_tensor(btensors, dtype=attenuation.dtype, device=attenuation.device)
     trace = torch.einsum("nii->n", b)
@@ -138,9 +189,9 @@ def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.
     def predict(theta):
         bu = torch.einsum("nij,vj->vni", b, theta[:, 1:])
         clean = torch.exp(-trace * theta[:, :1] - torch.einsum("vni,vi->vn", bu, theta[:, 1:]))
-        seen = torch.sqrt(clean**2 + noise[:, None] ** 2)
+        magnitude = torch.sqrt(clean**2 + noise[:, None] ** 2)
         slope = torch.cat([trace.expand(len(theta), -1)[..., None], 2 * bu], 2)
-        return attenuation - seen, -slope * (clean**2 / seen)[..., None]
+        return attenuation - magnitude, -slope * (clean**2 / magnitude)[..., None]
 
     damping = torch.full_like(radial, 1e-3)
     residual, jacobian = predict(theta)
@@ -149,7 +200,7 @@ def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.
         diagonal = torch.diagonal(normal, dim1=1, dim2=2)
         normal = normal + torch.diag_embed(damping[:, None] * diagonal + 1e-12)
         step = torch.linalg.solve(normal, (jacobian.mT @ residual[..., None])[..., 0])
-        moved = _bounded(theta + step)
+        moved = _clip_to_bounds(theta + step)
         new_residual, new_jacobian = predict(moved)
         better = (new_residual**2).sum(1) < (residual**2).sum(1)
         theta = torch.where(better[:, None], moved, theta)
@@ -161,13 +212,30 @@ def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.
 
 def mix(mode: str, measured: Diffusivities, acquisition: Acquisition, count: int, seed: int,
         device: str) -> Mixtures:
-    """`count` voxels of a mode. With one seed, fractions and directions are those of every mode."""
+    """Simulate voxels of a mode.
+
+    Parameters
+    ----------
+    mode : str
+        One of `syn`, `sample-mean`, `sample` and RANDOM.
+    measured : Diffusivities
+    acquisition : Acquisition
+    count : int
+        Number of voxels.
+    seed : int
+        Fractions and directions depend on the seed and not on the mode.
+    device : str
+
+    Returns
+    -------
+    Mixtures
+    """
     return fill(mode, measured, acquisition, *layout(count, seed), seed, device)
 
 
 def fill(mode: str, measured: Diffusivities, acquisition: Acquisition, fractions: np.ndarray,
          directions: np.ndarray, seed: int | Sequence[int], device: str) -> Mixtures:
-    """Voxels of a mode with given (voxel, 5) fractions and (voxel, 3, 3) directions."""
+    """Simulate voxels of a mode with given (voxel, 5) fractions and (voxel, 3, 3) directions."""
     tensors = populate(mode, measured, directions, seed)
     share = attenuation(fractions[:, -tensors.shape[1]:], tensors, acquisition, device)
     if mode != RANDOM:
@@ -180,13 +248,21 @@ def fill(mode: str, measured: Diffusivities, acquisition: Acquisition, fractions
 
 
 def draw(mode: str, measured: Diffusivities, count: int, seed: int) -> tuple[np.ndarray, ...]:
-    """Fractions (count, 5), directions (count, 3, 3) and tensors (count, 5, shell, 6), µm²/ms."""
+    """Draw the parameters of `count` mixtures of a mode, without their signals.
+
+    Returns
+    -------
+    fractions : (count, 5) ndarray
+    directions : (count, 3, 3) ndarray
+    tensors : (count, 5, shell, 6) ndarray
+        µm²/ms; (count, 2, shell, 6) in mode RANDOM.
+    """
     fractions, directions = layout(count, seed)
     return fractions, directions, populate(mode, measured, directions, seed)
 
 
 def layout(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fractions (count, 5), five uniform numbers divided by their sum, and directions
+    """Draw fractions (count, 5), five uniform numbers divided by their sum, and directions
     (count, 3, 3), uniform on the sphere."""
     shared = np.random.default_rng([seed, 0])
     fractions = shared.uniform(size=(count, len(COMPARTMENTS)))
@@ -197,8 +273,10 @@ def layout(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def populate(mode: str, measured: Diffusivities, directions: np.ndarray,
              seed: int | Sequence[int]) -> np.ndarray:
-    """(voxel, 5, shell, 6) tensors of a mode's compartments, µm²/ms; in `random-wm` of the last
-    two only."""
+    """Draw the tensors (voxel, compartment, shell, 6) of a mode (µm²/ms).
+
+    Compartments are all five, in mode RANDOM grey matter and CSF only.
+    """
     count = len(directions)
     rng = np.random.default_rng([*np.atleast_1d(seed), 2])
     shape = (count, len(measured.gm_mean))
@@ -210,29 +288,42 @@ def populate(mode: str, measured: Diffusivities, directions: np.ndarray,
         outer = directions[..., :, None] * directions[..., None, :]
         parts.append(radial[..., None, None] * np.eye(3)
                      + (axial - radial)[..., None, None] * outer[:, :, None])
-    for mean, each in ((measured.gm_mean, measured.gm), (measured.csf_mean, measured.csf)):
-        own = each[rng.integers(len(each), size=count)] if mode == "sample" else mean
-        parts.append(np.broadcast_to(own, shape)[:, None, :, None, None] * np.eye(3))
+    for mean, voxels in ((measured.gm_mean, measured.gm), (measured.csf_mean, measured.csf)):
+        diffusivity = voxels[rng.integers(len(voxels), size=count)] if mode == "sample" else mean
+        parts.append(np.broadcast_to(diffusivity, shape)[:, None, :, None, None] * np.eye(3))
     tensors = np.concatenate(parts, 1)
     return tensors[..., [0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]]
 
 
 def attenuation(fractions: np.ndarray, tensors: np.ndarray, acquisition: Acquisition, device: str
                 ) -> np.ndarray:
-    """(voxel, measurement) S/S0 of mixtures; a b0 volume uses the tensors of the lowest shell."""
+    """Compute S/S0 of mixtures; a b0 volume uses the tensors of the lowest shell.
+
+    Parameters
+    ----------
+    fractions : (voxel, compartment) ndarray
+    tensors : (voxel, compartment, shell, 6) ndarray
+        Diffusion tensors (µm²/ms).
+    acquisition : Acquisition
+    device : str
+
+    Returns
+    -------
+    (voxel, measurement) ndarray
+    """
     x = torch.as_tensor(tensor.design(acquisition.btensors)[:, :6], device=device)
     share = torch.as_tensor(fractions, device=device)
     d = torch.as_tensor(tensors, device=device)
     out = torch.empty(len(share), len(x), dtype=x.dtype, device=device)
     for i, shell in enumerate(acquisition.shells):
-        at = torch.as_tensor(np.r_[shell.indices, np.flatnonzero(acquisition.b0 & (i == 0))],
-                             device=device)
-        out[:, at] = torch.einsum("vc,vcn->vn", share, torch.exp(d[:, :, i] @ x[at].T))
+        volumes = torch.as_tensor(
+            np.r_[shell.indices, np.flatnonzero(acquisition.b0 & (i == 0))], device=device)
+        out[:, volumes] = torch.einsum("vc,vcn->vn", share, torch.exp(d[:, :, i] @ x[volumes].T))
     return out.cpu().numpy()
 
 
 def _determines(acquisition: Acquisition, shell: Shell) -> bool:
-    """Whether a shell alone, with S0 known, determines the six entries of a tensor."""
+    """Tell whether a shell alone, with S0 given, determines the six entries of a tensor."""
     if len(shell) < MIN_DIRECTIONS or abs(shell.b_delta) < 0.05:
         return False
     x = tensor.design(acquisition.btensors[shell.indices])[:, :6]
@@ -242,15 +333,18 @@ def _determines(acquisition: Acquisition, shell: Shell) -> bool:
 
 def _isotropic(squares: np.ndarray, s0_squared: np.ndarray | np.floating,
                shells: Sequence[Shell], noise: Float[np.ndarray, " shell"]) -> np.ndarray:
-    """µm²/ms in each shell (last axis), from the mean of S²: E[S²] = A² + 2σ² under Rician noise,
-    so that the noise floor, at which CSF lies in high shells, does not count as signal."""
+    """Compute isotropic diffusivities (µm²/ms) in each shell (last axis) from the mean of S².
+
+    E[S²] = A² + 2σ² under Rician noise, so the noise floor, which CSF reaches in high shells, does
+    not count as signal.
+    """
     b = np.array([shell.b for shell in shells]) / 1000
     clean = np.maximum(squares - 2 * noise**2, 1e-12 * s0_squared)
     return np.clip(-np.log(clean / s0_squared) / (2 * b), 0, MAX_DIFFUSIVITY)
 
 
-def _bounded(theta: torch.Tensor) -> torch.Tensor:
+def _clip_to_bounds(theta: torch.Tensor) -> torch.Tensor:
     radial = theta[:, :1].clamp(0, MAX_DIFFUSIVITY)
     length = theta[:, 1:].norm(dim=1, keepdim=True).clamp(min=1e-12)
-    most = (MAX_DIFFUSIVITY - radial).sqrt()
-    return torch.cat([radial, theta[:, 1:] * (length.clamp(max=most) / length)], 1)
+    largest = (MAX_DIFFUSIVITY - radial).sqrt()
+    return torch.cat([radial, theta[:, 1:] * (length.clamp(max=largest) / length)], 1)

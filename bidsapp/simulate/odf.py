@@ -21,16 +21,34 @@ from jaxtyping import Float
 from bidsapp import sh
 
 NODES = 48
-"""Gauss–Legendre nodes in 0 < t < 1, half of a rule of 96: w_l to 1e-10 for |κ| ≤ 256, l ≤ 20."""
+"""Gauss–Legendre nodes in 0 < t < 1, half of a rule of 96 nodes. The error of w_l is below 1e-10
+for |κ| ≤ 256 and l ≤ 20."""
 
 BINGHAM_DEGREE = 120
-"""Degree of the quadrature behind Bingham coefficients: to 1e-9 for 0 ≤ κ ≤ 128, l ≤ 16."""
+"""Degree of the quadrature of Bingham coefficients. Their error is below 1e-9 for 0 ≤ κ ≤ 128 and
+l ≤ 16."""
 
 
 def half_rule(l_max: int, nodes: int, like: torch.Tensor
               ) -> tuple[Float[torch.Tensor, " node"], Float[torch.Tensor, "node _"]]:
-    """Nodes 0 < t < 1 and the matrix 4π w_t P_l(t), l = 0, 2, … l_max, that turns values of an even
-    function at the nodes into 2π ∫ f(t) P_l(t) dt over −1 ≤ t ≤ 1."""
+    """Compute a Gauss–Legendre rule for the Legendre moments of even functions.
+
+    Parameters
+    ----------
+    l_max : int
+        Highest (even) degree.
+    nodes : int
+        Number of nodes in 0 < t < 1.
+    like : tensor
+        Tensor whose dtype and device are used.
+
+    Returns
+    -------
+    t : (node,) tensor
+        Nodes, 0 < t < 1.
+    moments : (node, degree) tensor
+        4π w_t P_l(t), l = 0, 2, … l_max. f(t) @ moments is 2π ∫ f(t) P_l(t) dt over −1 ≤ t ≤ 1.
+    """
     t, moments = _half_rule(l_max, nodes)
     return like.new_tensor(t), like.new_tensor(moments)
 
@@ -44,7 +62,10 @@ def _half_rule(l_max, nodes):
 
 def watson(axis: Float[torch.Tensor, "*batch 3"], kappa: Float[torch.Tensor, "*batch"],
            l_max: int) -> Float[torch.Tensor, "*batch _"]:
-    """Watson density ∝ exp(κ (μ·n)²) about the axis μ: κ > 0 bundle, 0 isotropic, < 0 girdle."""
+    """Compute coefficients of Watson densities ∝ exp(κ (μ·n)²) about axes μ.
+
+    κ > 0 gives a bundle, κ = 0 an isotropic density and κ < 0 a girdle.
+    """
     t, moments = half_rule(l_max, NODES, kappa)
     zonal = torch.exp(kappa[..., None] * t**2 - kappa[..., None].clamp(min=0)) @ moments
     return sh.evaluate(l_max, axis) * sh.per_coefficient(zonal / zonal[..., :1])
@@ -52,7 +73,7 @@ def watson(axis: Float[torch.Tensor, "*batch 3"], kappa: Float[torch.Tensor, "*b
 
 def watson_density(directions: Float[torch.Tensor, "n 3"], axis: Float[torch.Tensor, "*batch 3"],
                    kappa: Float[torch.Tensor, "*batch"]) -> Float[torch.Tensor, "*batch n"]:
-    """The same density itself (1/sr) along given directions: no truncation."""
+    """Evaluate Watson densities (1/sr) along directions, without truncation."""
     t, moments = half_rule(0, NODES, kappa)
     k, top = kappa[..., None], kappa[..., None].clamp(min=0)
     return (torch.exp(k * (axis @ directions.T) ** 2 - top)
@@ -61,8 +82,10 @@ def watson_density(directions: Float[torch.Tensor, "n 3"], axis: Float[torch.Ten
 
 def bingham(axes: Float[torch.Tensor, "*batch 2 3"], kappa: Float[torch.Tensor, "*batch 2"],
             l_max: int) -> Float[torch.Tensor, "*batch _"]:
-    """Bingham density ∝ exp(κ1 (μ1·n)² + κ2 (μ2·n)²), μ1 ⊥ μ2: a bundle along μ1 that fans out
-    towards μ2 where κ1 ≥ κ2 ≥ 0. κ2 = 0 is Watson's."""
+    """Compute coefficients of Bingham densities ∝ exp(κ1 (μ1·n)² + κ2 (μ2·n)²), μ1 ⊥ μ2.
+
+    With κ1 ≥ κ2 ≥ 0 this is a bundle along μ1 that fans out towards μ2; κ2 = 0 is a Watson density.
+    """
     points, _ = sh.quadrature(BINGHAM_DEGREE)
     project = kappa.new_tensor(sh.projection(l_max, BINGHAM_DEGREE))
     return normalise(_bingham_relative(kappa.new_tensor(points), axes, kappa) @ project)
@@ -70,7 +93,7 @@ def bingham(axes: Float[torch.Tensor, "*batch 2 3"], kappa: Float[torch.Tensor, 
 
 def bingham_density(directions: Float[torch.Tensor, "n 3"], axes: Float[torch.Tensor, "*batch 2 3"],
                     kappa: Float[torch.Tensor, "*batch 2"]) -> Float[torch.Tensor, "*batch n"]:
-    """The same density itself (1/sr) along given directions: no truncation."""
+    """Evaluate Bingham densities (1/sr) along directions, without truncation."""
     points, weights = map(kappa.new_tensor, sh.quadrature(BINGHAM_DEGREE))
     total = _bingham_relative(points, axes, kappa) @ weights
     return _bingham_relative(directions, axes, kappa) / total[..., None]
@@ -83,39 +106,66 @@ def _bingham_relative(n, axes, kappa):
 
 def mixture(share: Float[torch.Tensor, "*batch part"],
             odf: Float[torch.Tensor, "*batch part size"]) -> Float[torch.Tensor, "*batch size"]:
-    """Σ_i share_i · ODF_i, normalised whatever the shares add up to."""
+    """Mix ODFs: Σ_i share_i ODF_i, normalised, so that the shares need not add up to 1."""
     return normalise((share[..., None, :] @ odf)[..., 0, :])
 
 
 def normalise(odf: Float[torch.Tensor, "*batch size"]) -> Float[torch.Tensor, "*batch size"]:
-    """Coefficients scaled to ∫ ODF dn = 1, as for densities from constrained deconvolution."""
+    """Scale coefficients to ∫ ODF dn = 1."""
     return odf / (odf[..., :1] * math.sqrt(4 * math.pi))
 
 
-def sharpened(odf: Float[torch.Tensor, "*batch size"], power: int, l_max: int
+def sharpen(odf: Float[torch.Tensor, "*batch size"], power: int, l_max: int
               ) -> Float[torch.Tensor, "*batch _"]:
-    """Densities ∝ odf^power, what is negative left out: less dispersed where power > 1. Exact but
-    for the degrees above l_max, where power times the degree of `odf` reaches them."""
-    own = sh.l_max_of(odf.shape[-1])
-    points, _ = sh.quadrature(degree := power * own + l_max)
-    values = odf @ odf.new_tensor(sh.basis(own, points)).T
+    """Sharpen densities: the result is ∝ max(odf, 0)^power, less dispersed if power > 1.
+
+    Parameters
+    ----------
+    odf : (…, size) tensor
+        Coefficients.
+    power : int
+    l_max : int
+        Degree of the result. Higher degrees, up to power times that of `odf`, are truncated.
+
+    Returns
+    -------
+    (…, size(l_max)) tensor
+        Normalised coefficients.
+    """
+    degree_in = sh.l_max_of(odf.shape[-1])
+    points, _ = sh.quadrature(degree := power * degree_in + l_max)
+    values = odf @ odf.new_tensor(sh.basis(degree_in, points)).T
     return normalise(values.clamp(min=0) ** power @ odf.new_tensor(sh.projection(l_max, degree)))
 
 
 def crossing(axis: Float[torch.Tensor, "*batch 3"], angle: Float[torch.Tensor, "*batch"],
              azimuth: Float[torch.Tensor, "*batch"]) -> Float[torch.Tensor, "*batch 3"]:
-    """Axes at `angle` (radian) from the given ones, turned about them by `azimuth` (radian)."""
-    # the coordinate axis least aligned with `axis` gives a frame without degenerate cases
+    """Compute axes at `angle` from the given ones, rotated about them by `azimuth` (radian)."""
+    # the coordinate axis least aligned with `axis` avoids degenerate cases
     least = torch.nn.functional.one_hot(axis.abs().argmin(-1), 3).to(axis.dtype)
     u = torch.nn.functional.normalize(torch.linalg.cross(axis, least), dim=-1)
-    side = torch.cos(azimuth)[..., None] * u
-    side = side + torch.sin(azimuth)[..., None] * torch.linalg.cross(axis, u)
-    return torch.cos(angle)[..., None] * axis + torch.sin(angle)[..., None] * side
+    perpendicular = torch.cos(azimuth)[..., None] * u
+    perpendicular = perpendicular + torch.sin(azimuth)[..., None] * torch.linalg.cross(axis, u)
+    return torch.cos(angle)[..., None] * axis + torch.sin(angle)[..., None] * perpendicular
 
 
 def random_rotations(n: int, generator: torch.Generator) -> Float[torch.Tensor, "n 3 3"]:
-    """Rotations uniform over SO(3) (unit quaternions uniform on the 3-sphere), float64, on the
-    generator's device. Their columns are axes uniform on the sphere."""
+    """Draw rotations uniformly over SO(3).
+
+    Unit quaternions are uniform on the 3-sphere; the columns of the matrices are uniform on the
+    sphere.
+
+    Parameters
+    ----------
+    n : int
+    generator : torch.Generator
+        Its device is used.
+
+    Returns
+    -------
+    (n, 3, 3) tensor
+        float64.
+    """
     q = torch.randn(n, 4, generator=generator, device=generator.device, dtype=torch.float64)
     w, x, y, z = torch.nn.functional.normalize(q, dim=-1).unbind(-1)
     return torch.stack([

@@ -1,13 +1,13 @@
-"""One person of a phantom: the atlas deformed, with tissue properties of their own.
+"""One person of a phantom: the deformed atlas with individual tissue properties.
 
-Points x of the person lie at s(x + u(x)) in the atlas, with a scale s per axis and u a cubic
+A point x of the person lies at s(x + u(x)) in the atlas. s is a scale per axis, and u is a cubic
 B-spline whose coefficients stay below 0.4 of their spacing in every component, so that the map is
-one to one (Choi and Lee 2000, doi:10.1006/gmod.2000.0531). Tissue is the constrained
+one to one (Choi and Lee 2000, doi:10.1006/gmod.2000.0531). The tissue follows the constrained
 two-compartment model (`forward.two_compartments`; d in µm²/ms, f the neurite fraction) with
 
-    d = d_tissue + offset + slope_d (age − 50) + what varies smoothly in space     (f likewise),
+    d = d_tissue + offset + slope_d (age − 50) + smooth variation in space     (f likewise).
 
-slopes in white matter for f, in white and grey matter for d. In a lesion f is lower and d higher.
+f depends on age in white matter, d in white and grey matter. In a lesion f is lower and d higher.
 """
 
 from __future__ import annotations
@@ -24,33 +24,61 @@ from bidsapp.simulate.anatomy import SYSTEMS, Atlas
 from bidsapp.simulate.fields import SplineField, stream
 
 PROPERTIES = {"wm": {"d": 1.75, "f": 0.62}, "gm": {"d": 1.35, "f": 0.30}}
+"""Mean d (µm²/ms) and f at MEAN_AGE."""
+
 OFFSET_SD = {"d_wm": 0.10, "f_wm": 0.065, "d_gm": 0.14, "f_gm": 0.08, "log_kappa": 0.25}
-"""Between people; log κ of white and grey matter alike."""
+"""SDs between people; that of log κ applies to white and grey matter."""
 
 VARIATION_SD = {"d": 0.06, "f": 0.025}
+"""SDs of the smooth variation within a person."""
+
 CALLOSAL_F = 0.10
-"""Added to f in proportion to the callosal share: the densest of the large bundles."""
+"""Increase of f per callosal share: the corpus callosum is the densest of the large bundles."""
 
 KAPPA = {"wm": 24.0, "gm": 2.2}
 """Watson concentration of a fibre system within a voxel."""
 
-LEAST_STRENGTH = 1e-12
-"""Where the currents' squares add up to less, there are no fibres: tissue is isotropic."""
+MIN_STRENGTH = 1e-12
+"""Sum of the squared currents below which there are no fibres and the tissue is isotropic."""
 
 SIZE_SD = 0.04
-WARP_SD = 3.0
-WARP_SPACING = 40.0
+"""SD of the log of the size of a head; that of its axes relative to each other is half of it."""
+
+WARP_SD, WARP_SPACING = 3.0, 40.0
+"""SD and coefficient spacing of the warp (mm)."""
+
 INJECTIVE = 0.4
+"""Bound of the warp's coefficients relative to their spacing."""
+
 MEAN_AGE = 50.0
-LESION_F = -0.30
-LESION_D = 0.25
-"""Changes relative to the tissue around, at a lesion's centre."""
+"""Age (years) at which tissue has its mean properties."""
+
+LESION_F, LESION_D = -0.30, 0.25
+"""Relative changes of f and d at a lesion's centre."""
 
 
 @dataclass(frozen=True, eq=False)
 class Person:
-    """label; age (years); sex; scale (3,); warp and variation: fields; offset by property;
-    lesion: centre (mm, in the person) and radius (mm), or None."""
+    """Anatomy and tissue properties of a person.
+
+    Parameters
+    ----------
+    label : str
+    age : float
+        Years.
+    sex : str
+        F or M.
+    scale : (3,) ndarray
+        Scale s of each axis.
+    warp : SplineField
+        Displacement u (mm).
+    variation : SplineField
+        Smooth variation of d and f.
+    offset : dict
+        Difference from the mean of each property of OFFSET_SD.
+    lesion : (centre, radius) or None
+        Both in mm; the centre is in coordinates of the person.
+    """
 
     label: str
     age: float
@@ -62,16 +90,28 @@ class Person:
     lesion: tuple[np.ndarray, float] | None
 
     def to_atlas(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
+        """Map points of the person to the atlas (mm)."""
         return self.scale * (points + self.warp.at(points).T)
 
 
 @dataclass(frozen=True, eq=False)
 class TissueMaps:
-    """What is at n points of a person.
+    """Tissue at n points of a person.
 
-    share: (3, n) of WM, GM, CSF. d, f: (2, n) of WM and GM. axes: (4, n, 3) unit axes of the fibre
-    systems and of GM, in the frame of the points. weight: (3, n) of the systems, adding up to 1,
-    or 0 where no current runs. t1: (n,) 0–1. lesion: (n,) 0–1. kappa: Watson's, by tissue.
+    Parameters
+    ----------
+    share : (3, n) ndarray
+        Shares of WM, GM, CSF.
+    d, f : (2, n) ndarray
+        Diffusivity (µm²/ms) and neurite fraction of WM and GM.
+    axes : (4, n, 3) ndarray
+        Unit axes of the fibre systems and of GM, in the frame in which they were requested.
+    weight : (3, n) ndarray
+        Weights of the fibre systems; their sum is 1, or 0 where there is no current.
+    t1, lesion : (n,) ndarray
+        T1-weighted intensity and share of the lesion, 0–1.
+    kappa : dict
+        Watson concentration by tissue.
     """
 
     share: np.ndarray
@@ -84,10 +124,28 @@ class TissueMaps:
     kappa: dict[str, float]
 
 
-def draw(options: PhantomOptions, atlas: Atlas, label: str, age: float, sex: str, lesion: bool,
-         tissue: Sequence[float] = (0.0,) * len(OFFSET_SD)) -> Person:
-    """A person of this age and sex, whose tissue stands so many SDs from the mean in each of
-    OFFSET_SD; shape, local variation and the lesion's place from the seed and the label."""
+def draw_person(options: PhantomOptions, atlas: Atlas, label: str, age: float, sex: str,
+                lesion: bool, tissue: Sequence[float] = (0.0,) * len(OFFSET_SD)) -> Person:
+    """Draw a person.
+
+    Parameters
+    ----------
+    options : PhantomOptions
+    atlas : Atlas
+    label : str
+        Label, which together with the seed determines shape, local variation and lesion.
+    age : float
+        Years.
+    sex : str
+    lesion : bool
+        Whether there is a lesion.
+    tissue : sequence of float
+        Offsets from the mean in SDs, in the order of OFFSET_SD.
+
+    Returns
+    -------
+    Person
+    """
     rng = stream(options.random_seed, "person", label)
     sd = options.person_sd
     scale = np.exp(sd * SIZE_SD * (rng.standard_normal() + 0.5 * rng.standard_normal(3)))
@@ -110,13 +168,31 @@ def draw(options: PhantomOptions, atlas: Atlas, label: str, age: float, sex: str
 def tissue_at(person: Person, atlas: Atlas, options: PhantomOptions, pattern: SplineField,
               points: Float[np.ndarray, "n 3"], place: Float[np.ndarray, "n 3"],
               jacobian: Float[np.ndarray, "n 3 3"]) -> TissueMaps:
-    """Args: points: in the person. place: the same in the atlas. jacobian: ∂place/∂y at each, in
-    the frame y in which axes are wanted. pattern: how d and f vary in everyone's space."""
+    """Compute the tissue at points of a person.
+
+    Parameters
+    ----------
+    person : Person
+    atlas : Atlas
+    options : PhantomOptions
+    pattern : SplineField
+        Variation of d and f in the atlas, common to all people.
+    points : (n, 3) ndarray
+        Points in coordinates of the person (mm).
+    place : (n, 3) ndarray
+        The same points in the atlas (mm).
+    jacobian : (n, 3, 3) ndarray
+        ∂place/∂y at each point; y is the frame of the axes that are returned.
+
+    Returns
+    -------
+    TissueMaps
+    """
     share = atlas.sample(atlas.tissue, place)
     flow = atlas.sample(atlas.flow, place)
     strength = np.linalg.norm(flow, axis=1) ** 2
     total = strength.sum(0)
-    weight = np.where(total > LEAST_STRENGTH, strength / np.maximum(total, LEAST_STRENGTH), 0)
+    weight = np.where(total > MIN_STRENGTH, strength / np.maximum(total, MIN_STRENGTH), 0)
     vectors = np.concatenate([flow, atlas.sample(atlas.outward, place)[None]]).transpose(0, 2, 1)
     axes = np.linalg.solve(jacobian, vectors[..., None])[..., 0]
     length = np.linalg.norm(axes, axis=-1, keepdims=True)

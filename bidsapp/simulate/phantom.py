@@ -1,19 +1,19 @@
-"""Scans of a phantom's people, and what is true of them, on each scan's own grid.
+"""Scans of the people of a phantom, and their truth on each scan's grid.
 
-A scan is simulated in the scanner's frame (world RAS+ of its images): with the rigid pose
-y = R x + t of the head, a point y of a fine grid lies at a(y) in the atlas, and the fibre axes
-there are (∂a/∂y)⁻¹ v, v the atlas' axis: the head turns, the b-table does not. In every fine cell
+A scan is simulated in the scanner's frame (world RAS+ of its images). With the rigid pose y = R x +
+t of the head, a point y of a fine grid lies at a(y) in the atlas. The fibre axes there are
+(∂a/∂y)⁻¹ v with the atlas' axis v: the head rotates, the b-table does not. In every fine cell
 
     S = Σ_tissue share s0 e1 Σ_c f_c exp(−ΔTE/T2_c) ∫ ODF exp(−b c(y) B : D_c)
 
-with stick and zeppelin in white and grey matter and free water in CSF; c(y) = actual/nominal b,
-which multiplies diffusivities, for that is the same; e1 = 1 − exp(−TR/T1), relative to the
-reference's. The separable point spread takes S to voxels. ΔTE is counted from the
-reference site's echo time, so that f is a fraction of the signal there.
+with stick and zeppelin in white and grey matter and free water in CSF. c(y) is actual over nominal
+b; it multiplies the diffusivities, which is equivalent. e1 = 1 − exp(−TR/T1), relative to that of
+the reference site. A separable point spread function maps S to voxels. ΔTE is relative to the
+reference site's echo time, so f is a fraction of the signal at that echo time.
 
-What is true of a voxel is what the reference's point spread makes of it: shares; d and f averaged
-over white and grey matter; the ODF averaged with the signal s0; FA and MD of the tensor
-Σ s0 share D̄ / Σ s0 share, D̄ = Σ_c f_c ∫ ODF D_c(n) dn, the limit of b → 0.
+The truth of a voxel is computed with the reference site's point spread: shares; d and f averaged
+over white and grey matter; the ODF averaged with weight s0; FA and MD of the tensor Σ s0 share D̄ /
+Σ s0 share, D̄ = Σ_c f_c ∫ ODF D_c(n) dn, the limit of b → 0.
 """
 
 from __future__ import annotations
@@ -37,37 +37,50 @@ from bidsapp.simulate.person import Person, TissueMaps, tissue_at
 from bidsapp.simulate.site import Site, spread_matrix
 
 L_MAX = 8
+"""Highest degree of the ODFs."""
+
 S0 = {"wm": 1.0, "gm": 1.25, "csf": 3.0}
-"""Signal at b = 0 and the reference's echo time, as a multiple of UNIT."""
+"""Signal at b = 0 and the reference site's echo time, in multiples of UNIT."""
 
 UNIT = 1000.0
+"""Intensity of pure white matter at b = 0 in the images."""
+
 T2 = {"wm": (85.0, 60.0), "gm": (110.0, 65.0), "csf": (1500.0,)}
-"""ms, of the compartments: stick, zeppelin (Veraart et al. 2018, doi:10.1016/j.neuroimage.
-2017.09.030, for white matter), and water."""
+"""T2 (ms) of stick and zeppelin (in white matter as Veraart et al. 2018,
+doi:10.1016/j.neuroimage.2017.09.030), and of water."""
 
 T1 = {"wm": 0.85, "gm": 1.35, "csf": 4.2}
-"""s, at 3 T."""
+"""T1 (s) at 3 T."""
 
 D_CSF = 3.0
+"""Diffusivity of CSF (µm²/ms)."""
+
 BOX = np.array([[-90.0, 90.0], [-126.0, 96.0], [-86.0, 100.0]])
-"""mm, scanner coordinates: the field of view."""
+"""Field of view in scanner coordinates (mm)."""
 
 BLOCK = 2**14
+"""Fine cells that are simulated at a time."""
+
 T1_LESION = -0.25
+"""Relative change of the T1-weighted signal in a lesion."""
+
 T1_SNR = 3.0
-"""Times the DWI's."""
+"""SNR of the T1-weighted image relative to that of the DWI."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Voxel centres along the axes of the scanner (mm); x falls, as radiologists store it."""
+    """Voxel centres along the axes of the scanner and voxel size (mm).
+
+    x decreases with the index (radiological storage).
+    """
 
     axes: tuple[np.ndarray, np.ndarray, np.ndarray]
     size: float
 
     @classmethod
     def over(cls, box: np.ndarray, size: float) -> Grid:
-        """Voxels of `size` mm that fill the box, about its middle."""
+        """Create a grid of `size` mm that covers the (axis, low and high) box, centred on it."""
         axes = []
         for low, high in box:
             n = int(np.ceil((high - low) / size - 1e-6))
@@ -91,13 +104,29 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """One visit of a person to a site; images on `grid`, t1 and t1_tissue on `fine`.
+    """Images and truth of one person at one site.
 
-    signal: (n, x, y, z) measured. reference: the same grid, pose and table at the reference site,
-    without noise. acquisition: the table (nominal b). mask, lesion: (x, y, z) bool. tissue:
-    (3, x, y, z) shares. truth: by name, (x, y, z) or (coefficient, x, y, z), 0 outside the mask.
-    t1: (x, y, z). pose: (4, 4), person to scanner. jacobian: smallest determinant of
-    ∂(atlas)/∂(scanner).
+    Parameters
+    ----------
+    grid, fine : Grid
+        Grid of the DWI and its maps; grid of `t1` and `t1_tissue`.
+    signal : (n, x, y, z) ndarray
+        Measured signal.
+    reference : (n, x, y, z) ndarray
+        Noise-free signal of the reference site on the same grid, with the same pose and table.
+    acquisition : Acquisition
+        Nominal b-table.
+    mask, lesion : (x, y, z) bool ndarray
+    tissue : (3, x, y, z) ndarray
+        Shares of TISSUES.
+    truth : dict
+        Maps by name, (x, y, z) or (coefficient, x, y, z), 0 outside of the mask.
+    t1, t1_tissue : (x, y, z) and (3, x, y, z) ndarray
+        T1-weighted image and shares of TISSUES on its grid.
+    pose : (4, 4) ndarray
+        Rigid transformation from person to scanner coordinates (mm).
+    jacobian : float
+        Smallest determinant of ∂(atlas)/∂(scanner).
     """
 
     grid: Grid
@@ -116,53 +145,87 @@ class Scan:
 
 
 def draw_pose(options: PhantomOptions, *names: object) -> np.ndarray:
-    """(4, 4) rigid move of the head in the scanner."""
+    """Draw the (4, 4) rigid transformation from a person's to the scanner's coordinates.
+
+    Parameters
+    ----------
+    options : PhantomOptions
+        SDs of rotation (degrees) and shift (mm), which are limited to 2 SD.
+    *names : object
+        Words that identify the scan; the draw depends on them and the seed.
+
+    Returns
+    -------
+    (4, 4) ndarray
+    """
     from scipy.spatial.transform import Rotation
 
     rng = stream(options.random_seed, "pose", *names)
     pose = np.eye(4)
-    turn = np.clip(rng.standard_normal(3), -2, 2) * options.pose_rotation
-    pose[:3, :3] = Rotation.from_rotvec(np.deg2rad(turn)).as_matrix()
+    rotation = np.clip(rng.standard_normal(3), -2, 2) * options.pose_rotation
+    pose[:3, :3] = Rotation.from_rotvec(np.deg2rad(rotation)).as_matrix()
     pose[:3, 3] = np.clip(rng.standard_normal(3), -2, 2) * options.pose_shift
     return pose
 
 
-def scan(person: Person, site: Site, reference: Site, table: Acquisition, atlas: Atlas,
-         options: PhantomOptions, pose: np.ndarray) -> Scan:
-    """The scan of a person by a site in this pose, and the truth of it."""
+def simulate_scan(person: Person, site: Site, reference: Site, table: Acquisition, atlas: Atlas,
+                  options: PhantomOptions, pose: np.ndarray) -> Scan:
+    """Simulate a scan and its truth.
+
+    Parameters
+    ----------
+    person : Person
+    site : Site
+        Site of the scan.
+    reference : Site
+        Reference site of the phantom.
+    table : Acquisition
+    atlas : Atlas
+    options : PhantomOptions
+    pose : (4, 4) ndarray
+        Rigid transformation from person to scanner coordinates (mm).
+
+    Returns
+    -------
+    Scan
+    """
     fine, grid = Grid.over(BOX, atlas.step), Grid.over(BOX, site.voxel)
-    place, inside, jacobian = _place(person, atlas, fine, pose)
-    where = fine.points[inside]
+    place, inside, jacobian = _map_to_atlas(person, atlas, fine, pose)
+    points = fine.points[inside]
     pattern = SplineField.draw(stream(options.random_seed, "pattern"), np.array([0.05, 0.02]), 35.0)
-    tissue = tissue_at(person, atlas, options, pattern, (where - pose[:3, 3]) @ pose[:3, :3],
+    tissue = tissue_at(person, atlas, options, pattern, (points - pose[:3, 3]) @ pose[:3, :3],
                        place, jacobian)
     model = _Model(tissue, table)
-    image = _Imager(inside.reshape(fine.shape), fine, grid, site.fwhm)
-    ideal = _Imager(inside.reshape(fine.shape), fine, grid, reference.fwhm)
-    clean = image(model.signal(site, where, options))
-    wanted = clean if site is reference else ideal(model.signal(reference, where, options))
+    imager = _Imager(inside.reshape(fine.shape), fine, grid, site.fwhm)
+    reference_imager = _Imager(inside.reshape(fine.shape), fine, grid, reference.fwhm)
+    clean = imager(model.signal(site, points, options))
+    reference_signal = clean if site is reference else reference_imager(
+        model.signal(reference, points, options))
     rng = torch.Generator().manual_seed(int(stream(
         options.random_seed, "noise", person.label, site.name).integers(2**62)))
     level, sigma = site.level(grid.points), site.sigma(grid.points)
-    measured = noisy(clean * level.reshape(grid.shape), sigma.reshape(grid.shape), site, rng)
-    shares = ideal(tissue.share)
+    measured = add_noise(clean * level.reshape(grid.shape), sigma.reshape(grid.shape), site, rng)
+    shares = reference_imager(tissue.share)
     mask = shares.sum(0) > 0.5
     t1, t1_tissue = np.zeros(fine.shape, np.float32), np.zeros((3, *fine.shape), np.float32)
     t1.reshape(-1)[inside] = tissue.t1 * (1 + T1_LESION * tissue.lesion)
     t1_tissue.reshape(3, -1)[:, inside] = tissue.share
     level = site.level(fine.points).reshape(fine.shape)
-    t1 = noisy(t1 * level, level / (T1_SNR * site.snr), site, rng)
+    t1 = add_noise(t1 * level, level / (T1_SNR * site.snr), site, rng)
     return Scan(
-        grid, fine, UNIT * measured, UNIT * wanted, table, mask=mask,
-        lesion=ideal(tissue.lesion[None])[0] > 0.5, tissue=np.clip(shares, 0, 1),
-        truth=model.truth(ideal, mask), t1=UNIT * t1, t1_tissue=t1_tissue, pose=pose,
+        grid, fine, UNIT * measured, UNIT * reference_signal, table, mask=mask,
+        lesion=reference_imager(tissue.lesion[None])[0] > 0.5, tissue=np.clip(shares, 0, 1),
+        truth=model.truth(reference_imager, mask), t1=UNIT * t1, t1_tissue=t1_tissue, pose=pose,
         jacobian=float(np.linalg.det(jacobian).min()))
 
 
-def _place(person: Person, atlas: Atlas, fine: Grid, pose: np.ndarray
-           ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """a(y) and ∂a/∂y, (n, 3) and (n, 3, 3), at the fine grid's points inside the brain, and which
-    these are. The warp is smooth beside twice the step: it is evaluated there and interpolated."""
+def _map_to_atlas(person: Person, atlas: Atlas, fine: Grid, pose: np.ndarray
+                  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Map the fine grid's points to the atlas: a(y) (n, 3) inside the brain, the mask of these
+    points and ∂a/∂y (n, 3, 3).
+
+    The warp varies little over twice the step, so it is evaluated on such a grid and interpolated.
+    """
     coarse = Grid.over(BOX + 2 * atlas.step * np.array([-1, 1]), 2 * atlas.step)
     points = (coarse.points - pose[:3, 3]) @ pose[:3, :3]
     lattice = person.to_atlas(points).T.reshape(3, *coarse.shape).astype(np.float32)
@@ -180,7 +243,7 @@ def _place(person: Person, atlas: Atlas, fine: Grid, pose: np.ndarray
 
 
 class _Imager:
-    """The point spread from fine cells inside the brain to voxels."""
+    """Point spread function from fine cells inside the brain to voxels."""
 
     def __init__(self, inside: np.ndarray, fine: Grid, grid: Grid, fwhm: float) -> None:
         self.box = ndimage.find_objects(inside.astype(np.int8))[0]
@@ -204,8 +267,8 @@ class _Imager:
         return out
 
 
-def noisy(clean: np.ndarray, sigma: np.ndarray, site: Site, rng: torch.Generator) -> np.ndarray:
-    """A magnitude image of the site's coils; as it is where the SNR is infinite."""
+def add_noise(clean: np.ndarray, sigma: np.ndarray, site: Site, rng: torch.Generator) -> np.ndarray:
+    """Add the noise of the site's coils to an image; an infinite SNR leaves it unchanged."""
     if not np.isfinite(site.snr):
         return clean
     return noise.noncentral_chi(torch.as_tensor(clean, dtype=torch.float32),
@@ -214,7 +277,7 @@ def noisy(clean: np.ndarray, sigma: np.ndarray, site: Site, rng: torch.Generator
 
 
 class _Model:
-    """Signal and truth of n fine cells."""
+    """Signal model and truth of n fine cells."""
 
     def __init__(self, tissue: TissueMaps, table: Acquisition) -> None:
         self.tissue, self.table = tissue, table
@@ -226,50 +289,51 @@ class _Model:
         wm = torch.zeros(axes.shape[1], sh.size(L_MAX))
         for i in range(weight.shape[1]):
             wm += weight[:, i, None] * odf.watson(axes[i], kappa["wm"], L_MAX)
-        none = weight.sum(1) < 0.5  # no current here: isotropic
-        wm[none, 0] = 1 / np.sqrt(4 * np.pi)
+        empty = weight.sum(1) < 0.5  # without a current the density is isotropic
+        wm[empty, 0] = 1 / np.sqrt(4 * np.pi)
         self.odf = {"wm": wm, "gm": odf.watson(axes[3], kappa["gm"], L_MAX)}
 
-    def signal(self, site: Site, where: np.ndarray, options: PhantomOptions) -> np.ndarray:
-        """(measurement, n) at the points of the scanner's frame, as a multiple of UNIT."""
-        te, b = site.echo_time - options.echo_time, (self.table.bvals / 1000).astype(np.float32)
+    def signal(self, site: Site, points: np.ndarray, options: PhantomOptions) -> np.ndarray:
+        """Simulate (measurement, n) signals at scanner points, in multiples of UNIT."""
+        delay, b = site.echo_time - options.echo_time, (self.table.bvals / 1000).astype(np.float32)
         s0 = {t: S0[t] * _saturation(site.repetition_time, T1[t])
               / _saturation(options.repetition_time, T1[t]) for t in S0}
-        out = np.empty((len(self.table), len(where)), np.float32)
-        for start in range(0, len(where), BLOCK):
+        out = np.empty((len(self.table), len(points)), np.float32)
+        for start in range(0, len(points), BLOCK):
             rows = slice(start, start + BLOCK)
-            c = torch.as_tensor(site.b_factor(where[rows]), dtype=torch.float32)
-            csf = self.tissue.share[2, rows] * (s0["csf"] * math.exp(-te / T2["csf"][0]))
+            c = torch.as_tensor(site.b_factor(points[rows]), dtype=torch.float32)
+            csf = self.tissue.share[2, rows] * (s0["csf"] * math.exp(-delay / T2["csf"][0]))
             total = csf * np.exp(-np.outer(b, c.numpy()) * D_CSF)
             for i, name in enumerate(("wm", "gm")):
                 level = torch.as_tensor(self.tissue.share[i, rows] * s0[name])
-                some = level > 0
+                where = level > 0
                 parts = [Compartment(
-                    p.fraction * math.exp(-te / t2) * level[some], p.axial * c[some],
-                    p.radial * c[some]) for p, t2 in zip(self._parts(i, rows, some), T2[name],
-                                                         strict=True)]
-                total[:, some.numpy()] += self.protocol.signal(
-                    self.odf[name][rows][some], parts).numpy().T
+                    p.fraction * math.exp(-delay / t2) * level[where], p.axial * c[where],
+                    p.radial * c[where]) for p, t2 in zip(self._parts(i, rows, where), T2[name],
+                                                          strict=True)]
+                total[:, where.numpy()] += self.protocol.signal(
+                    self.odf[name][rows][where], parts).numpy().T
             out[:, rows] = total
         return out
 
-    def _parts(self, i: int, rows: slice, some: torch.Tensor) -> list[Compartment]:
-        d, f = (torch.as_tensor(v[i, rows], dtype=torch.float32)[some]
+    def _parts(self, i: int, rows: slice, present: torch.Tensor) -> list[Compartment]:
+        d, f = (torch.as_tensor(v[i, rows], dtype=torch.float32)[present]
                 for v in (self.tissue.d, self.tissue.f))
         return two_compartments(d, f)
 
     def truth(self, image: _Imager, mask: np.ndarray) -> dict[str, np.ndarray]:
-        """Maps of what the forward model was given."""
+        """Compute the maps of the truth from the parameters of the forward model."""
         share, d, f = self.tissue.share, self.tissue.d, self.tissue.f
         level = np.stack([share[i] * S0[name] for i, name in enumerate(S0)])
         unit = np.array([1, 0, 0, 1, 0, 1], np.float32)[:, None]
         tensor = level[2] * D_CSF * unit
         density = np.zeros((sh.size(L_MAX), share.shape[1]), np.float32)
         for i, name in enumerate(("wm", "gm")):
-            own = self.odf[name].numpy().T
-            density += level[i] * own
+            coefficients = self.odf[name].numpy().T
+            density += level[i] * coefficients
             radial = (1 - f[i]) ** 2 * d[i]
-            tensor += level[i] * (radial * unit + (d[i] - radial) * (_second_moments().T @ own))
+            tensor += level[i] * (radial * unit
+                                  + (d[i] - radial) * (_second_moments().T @ coefficients))
         rows = [share[:2].sum(0), (share[:2] * d).sum(0), (share[:2] * f).sum(0), level.sum(0)]
         maps = np.maximum(image(np.vstack([*rows, tensor, density]))[:, mask], [[1e-6]] * 4
                           + [[-np.inf]] * (6 + len(density)))
@@ -278,10 +342,10 @@ class _Model:
         md = values.mean(-1)
         spread = ((values - md[:, None]) ** 2).sum(-1) / (values**2).sum(-1)
         scale = np.maximum(maps[10] * np.sqrt(4 * np.pi), 1e-6)
-        found = {"diffusivity": maps[1] / maps[0], "neuritefraction": maps[2] / maps[0],
+        truth = {"diffusivity": maps[1] / maps[0], "neuritefraction": maps[2] / maps[0],
                  "odf": maps[10:] / scale, "fa": np.sqrt(1.5 * spread), "md": md / 1000}
         out = {}
-        for key, value in found.items():
+        for key, value in truth.items():
             out[key] = np.zeros((*value.shape[:-1], *mask.shape), np.float32)
             out[key][..., mask] = value
         return out
@@ -292,7 +356,7 @@ def _saturation(repetition_time: float, t1: float) -> float:
 
 
 def _second_moments() -> np.ndarray:
-    """(coefficient, 6) matrix from an ODF's coefficients to ∫ ODF n nᵀ dn (xx xy xz yy yz zz)."""
+    """Compute the (coefficient, 6) matrix from an ODF to ∫ ODF n nᵀ dn (xx xy xz yy yz zz)."""
     points, weights = sh.quadrature(L_MAX + 2)
     i, j = np.triu_indices(3)
     return sh.basis(L_MAX, points).T @ (weights[:, None] * points[:, i] * points[:, j])

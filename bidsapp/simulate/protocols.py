@@ -1,7 +1,8 @@
-"""Acquisitions as networks see them: shells with directions, an SH fit of each, and the noise.
+"""Acquisitions in the form that networks take: shells with directions, an SH fit of each, and
+noise.
 
-Several protocols stand side by side, group by group, padded to the same number of shells and
-directions, so that a batch may hold many of them and an acquisition is a batch with one group.
+Several protocols are stacked, one per group of voxels, and padded to the same number of shells and
+directions. A minibatch may so contain many protocols; one acquisition is a stack of one group.
 """
 
 from __future__ import annotations
@@ -20,24 +21,34 @@ from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.simulate import forward, odf
 
 L_FIT = 8
+"""Highest degree of the SH fit of a shell."""
 
 REDUNDANCY = 1.3
-"""Directions per coefficient, at least, of the fit of a shell (6 directions: degree 2)."""
+"""Minimum number of directions per coefficient of a fit; 6 directions suffice for degree 2."""
 
-MOST_CONDITION = 30.0
-"""Of the fit; where directions are spread unevenly the degree is lowered until it holds."""
+MAX_CONDITION = 30.0
+"""Highest condition number of a fit. The degree is lowered until an uneven shell meets it."""
 
 ISOTROPIC = 0.05
-"""|b_delta| below which a shell has no direction."""
+"""|b_delta| below which a shell counts as spherical encoding, without directions."""
 
 
 @dataclass(frozen=True)
 class Protocols:
-    """b (ms/µm²), b_delta, count of directions, (group, shell); count 0 where there is no shell.
+    """Stack of protocols, padded with zeros.
 
-    b0: (group,) number of volumes that S0 is the mean of; inf where S0 is known.
-    basis: (group, shell, direction, _) SH functions along the directions, 0 where there is none.
-    fit: (group, shell, size(8), direction) from signals to the coefficients that they determine.
+    Parameters
+    ----------
+    b, b_delta : (group, shell) tensor
+        b-value (ms/µm²) and shape of the b-tensor.
+    count : (group, shell) tensor
+        Number of directions; 0 if there is no shell.
+    b0 : (group,) tensor
+        Number of volumes whose mean is S0; inf if S0 is known.
+    basis : (group, shell, direction, coefficient) tensor
+        SH functions along the directions; 0 if there is no direction.
+    fit : (group, shell, size(8), direction) tensor
+        Matrix from signals to the coefficients that they determine.
     """
 
     b: Float[torch.Tensor, "group shell"]
@@ -48,18 +59,19 @@ class Protocols:
     fit: Float[torch.Tensor, "group shell 45 direction"]
 
     def to(self, like: torch.Tensor) -> Protocols:
+        """Convert to the dtype and device of `like`."""
         return Protocols(*(getattr(self, f.name).to(like) for f in fields(self)))
 
     @property
     def shells(self) -> Float[torch.Tensor, "group shell 3"]:
-        """What a network is told: b, b_delta, and 1/√count, which is 0 where there is no shell."""
+        """Input of a network: b, b_delta, and 1/√count, which is 0 if there is no shell."""
         noise = torch.where(self.count > 0, self.count.clamp(min=1).rsqrt(), 0)
         return torch.stack([self.b, self.b_delta, noise], -1)
 
     def coefficients(self, odfs: Float[torch.Tensor, "voxel size"],
                      compartments: Sequence[forward.Compartment]
                      ) -> Float[torch.Tensor, "voxel shell size"]:
-        """Coefficients of S/S0 on every shell, voxels group by group, without noise."""
+        """Compute noise-free coefficients of S/S0 on every shell, voxels group by group."""
         per_group = len(odfs) // len(self.b)
         b, s = (x.repeat_interleave(per_group, 0) for x in (1000 * self.b, self.b_delta))
         return forward.convolve(odfs, forward.kernel(compartments, b, s,
@@ -67,42 +79,74 @@ class Protocols:
 
     def signals(self, coefficients: Float[torch.Tensor, "voxel shell size"]
                 ) -> Float[torch.Tensor, "group voxels shell direction"]:
-        """S/S0 along the directions of each group."""
+        """Evaluate S/S0 along the directions of each group."""
         s = coefficients.unflatten(0, (len(self.b), -1)).transpose(1, 2)
         return (s @ self.basis.mT).transpose(1, 2)
 
-    def fitted(self, signals: Float[torch.Tensor, "group voxels shell direction"]
+    def fit_signals(self, signals: Float[torch.Tensor, "group voxels shell direction"]
                ) -> Float[torch.Tensor, "coef voxel shell"]:
-        """Coefficients of the fits, first the coefficients, as layers on the sphere take them."""
-        found = torch.einsum("gskd,gvsd->kgvs", self.fit, signals)
-        return found.flatten(1, 2)
+        """Fit SH coefficients to signals; the coefficient axis comes first, as in spherical
+        layers."""
+        coefficients = torch.einsum("gskd,gvsd->kgvs", self.fit, signals)
+        return coefficients.flatten(1, 2)
 
 
 def measure(protocols: Protocols, signals: Float[torch.Tensor, "group voxels shell direction"],
             noise: Float[torch.Tensor, " voxel"], generator: torch.Generator
             ) -> tuple[Float[torch.Tensor, "coef voxel shell"], Float[torch.Tensor, "voxel 2"]]:
-    """Fitted coefficients of noisy magnitudes over the mean b0, and the noise as a network is told:
-    σ/S0 of one measurement and of the mean b0. noise: σ/S0, the true S0; Rice's law."""
+    """Add Rician noise, normalise by the mean b0 and fit every shell.
+
+    Parameters
+    ----------
+    protocols : Protocols
+    signals : (group, voxels, shell, direction) tensor
+        Noise-free S/S0.
+    noise : (voxel,) tensor
+        σ over the true S0.
+    generator : torch.Generator
+
+    Returns
+    -------
+    x : (coefficient, voxel, shell) tensor
+        Coefficients of the noisy magnitudes over the mean b0.
+    noise : (voxel, 2) tensor
+        σ of one measurement and of the mean b0, both over the mean b0.
+    """
     def normal(like):
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
     sigma = noise.view(len(protocols.b), -1, 1, 1)
     noisy = torch.hypot(signals + sigma * normal(signals), sigma * normal(signals))
     s0_noise = sigma * protocols.b0.rsqrt().view(-1, 1, 1, 1)
-    # of Rice's excess the first term, σ²/2S0, unless S0 is known
+    # the Rician excess of the mean b0 to first order, σ²/2S0, unless S0 is known
     excess = torch.where(s0_noise > 0, sigma**2 / 2, 0)
     s0 = 1 + excess + s0_noise * normal(s0_noise)
-    return protocols.fitted(noisy / s0), torch.cat([sigma / s0, s0_noise / s0], -1).flatten(
+    return protocols.fit_signals(noisy / s0), torch.cat([sigma / s0, s0_noise / s0], -1).flatten(
         0, 1)[:, 0]
 
 
 def from_acquisition(acquisition: Acquisition, shells: Sequence[Shell], l_max: int, *,
                      s0_known: bool = False) -> Protocols:
-    """One group: the given shells of an acquisition."""
+    """Create the protocol of one acquisition: a stack of one group.
+
+    Parameters
+    ----------
+    acquisition : Acquisition
+    shells : sequence of Shell
+        Shells to use.
+    l_max : int
+        Highest degree of the basis, 8 or more.
+    s0_known : bool
+        Whether S0 is known without noise.
+
+    Returns
+    -------
+    Protocols
+    """
     directions = torch.zeros(len(shells), max(len(s) for s in shells), 3, dtype=torch.float64)
     for i, shell in enumerate(shells):
         axes = torch.from_numpy(acquisition.bvecs[shell.indices])
-        # with a spherical tensor the axis does not matter but must be one
+        # spherical tensors have no axis; any unit vector serves
         directions[i, :len(shell)] = torch.where(axes.norm(dim=1, keepdim=True) > 0.5, axes,
                                                  axes.new_tensor([0, 0, 1]))
     count = torch.tensor([[len(s) for s in shells]])
@@ -115,10 +159,29 @@ def from_acquisition(acquisition: Acquisition, shells: Sequence[Shell], l_max: i
 def build(b: torch.Tensor, b_delta: torch.Tensor, count: Int[torch.Tensor, "group shell"],
           b0: torch.Tensor, directions: Float[torch.Tensor, "group shell direction 3"],
           l_max: int, *, even: bool = False) -> Protocols:
-    """Protocols of unit directions, padded with zeros; basis up to l_max ≥ 8. Directions known to
-    be spread evenly need no look at the condition of the fit."""
-    there = torch.arange(directions.shape[2], device=count.device) < count[..., None]
-    basis = sh.evaluate(l_max, directions) * there[..., None]
+    """Build protocols and the SH fits of their shells.
+
+    Parameters
+    ----------
+    b, b_delta : (group, shell) tensor
+        b-value (ms/µm²) and shape of the b-tensor.
+    count : (group, shell) tensor
+        Number of directions.
+    b0 : (group,) tensor
+        Number of b0 volumes; inf if S0 is known.
+    directions : (group, shell, direction, 3) tensor
+        Unit vectors, padded with zeros.
+    l_max : int
+        Highest degree of the basis, 8 or more.
+    even : bool
+        Whether directions are spread evenly, so that the condition of the fits need not be tested.
+
+    Returns
+    -------
+    Protocols
+    """
+    present = torch.arange(directions.shape[2], device=count.device) < count[..., None]
+    basis = sh.evaluate(l_max, directions) * present[..., None]
     l = torch.from_numpy(sh.degrees(L_FIT)).to(count.device)
     highest = torch.zeros_like(count)
     for degree in range(2, L_FIT + 1, 2):
@@ -134,18 +197,31 @@ def build(b: torch.Tensor, b_delta: torch.Tensor, count: Int[torch.Tensor, "grou
         if even:
             break
         values = torch.linalg.eigvalsh(normal)
-        bad = (values[..., 0] * MOST_CONDITION < values[..., -1]) & (highest > 0)
-        if not bad.any():
+        ill_conditioned = (values[..., 0] * MAX_CONDITION < values[..., -1]) & (highest > 0)
+        if not ill_conditioned.any():
             break
-        highest = torch.where(bad, highest - 2, highest)
+        highest = torch.where(ill_conditioned, highest - 2, highest)
     fit = torch.cholesky_solve(design.mT, torch.linalg.cholesky(normal)) * (4 * math.pi / volumes)
     return Protocols(b, b_delta, count.to(b.dtype), b0, basis, fit)
 
 
 @lru_cache
 def spread(n: int, steps: int = 60) -> np.ndarray:
-    """(n, 3) axes that repel each other and their antipodes (Jones et al. 1999,
-    doi:10.1002/(SICI)1522-2594(199909)42:3<515::AID-MRM14>3.0.CO;2-Q), from a spiral."""
+    """Spread n axes evenly by electrostatic repulsion of axes and antipodes, from a spiral.
+
+    Jones et al. 1999, doi:10.1002/(SICI)1522-2594(199909)42:3<515::AID-MRM14>3.0.CO;2-Q.
+
+    Parameters
+    ----------
+    n : int
+    steps : int
+        Steps of the repulsion.
+
+    Returns
+    -------
+    (n, 3) ndarray
+        Unit vectors.
+    """
     z = (np.arange(n) + 0.5) / n
     phi = np.arange(n) * np.pi * (3 - np.sqrt(5))
     r = np.sqrt(1 - z**2)
@@ -165,28 +241,53 @@ def spread(n: int, steps: int = 60) -> np.ndarray:
 
 def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[int, int] = (1, 4),
          b: tuple[float, float] = (0.5, 5.0), directions: tuple[int, int] = (6, 90),
-         b_delta: Sequence[float] = (1.0,), b0: tuple[int, int] = (1, 16), known: float = 0.1
+         b_delta: Sequence[float] = (1.0,), b0: tuple[int, int] = (1, 16), s0_known: float = 0.1
          ) -> Protocols:
-    """Random protocols: a number of `shells` (a single one is drawn more rarely) of b-values in
-    ms/µm², uniform in √b and, of one shape, apart by 15 %; counts of directions uniform in √count,
-    spread evenly, and S0 known in a share of `known`. Each shell is turned at random. Every
-    protocol has the first of `b_delta` to choose from, and each of the others in half."""
+    """Draw random protocols.
+
+    Directions are spread evenly, and each shell is rotated at random.
+
+    Parameters
+    ----------
+    groups : int
+        Number of protocols.
+    generator : torch.Generator
+    l_max : int
+        Highest degree of the basis.
+    shells : (int, int)
+        Range of the number of shells; a single shell is four times as rare as the others.
+    b : (float, float)
+        Range of b (ms/µm²), uniform in √b. Shells of one shape differ by 15 % or more.
+    directions : (int, int)
+        Range of the number of directions, uniform in its square root.
+    b_delta : sequence of float
+        Shapes of b-tensors. Every protocol may use the first; each of the others is available in
+        half of the protocols.
+    b0 : (int, int)
+        Range of the number of b0 volumes.
+    known : float
+        Share of protocols whose S0 is known.
+
+    Returns
+    -------
+    Protocols
+    """
     rng = np.random.default_rng(
         int(torch.randint(2**62, (), generator=generator, device=generator.device)))
-    most = shells[1]
-    share = 1.0 - 0.75 * (np.arange(shells[0], most + 1) < 2)
+    max_shells = shells[1]
+    share = 1.0 - 0.75 * (np.arange(shells[0], max_shells + 1) < 2)
     share /= share.sum()
-    count = np.zeros((groups, most), int)
-    values, shapes = np.ones((groups, most)), np.ones((groups, most))
-    xyz = np.zeros((groups, most, directions[1], 3))
-    rotations = odf.random_rotations(groups * most, generator).cpu().numpy().reshape(
-        groups, most, 3, 3)
+    count = np.zeros((groups, max_shells), int)
+    values, shapes = np.ones((groups, max_shells)), np.ones((groups, max_shells))
+    xyz = np.zeros((groups, max_shells, directions[1], 3))
+    rotations = odf.random_rotations(groups * max_shells, generator).cpu().numpy().reshape(
+        groups, max_shells, 3, 3)
     for g in range(groups):
-        k = rng.choice(np.arange(shells[0], most + 1), p=share)
-        kinds = [b_delta[0], *(x for x in b_delta[1:] if rng.random() < 0.5)]
+        k = rng.choice(np.arange(shells[0], max_shells + 1), p=share)
+        available = [b_delta[0], *(x for x in b_delta[1:] if rng.random() < 0.5)]
         while True:
             level = np.sort(rng.uniform(b[0] ** 0.5, b[1] ** 0.5, k) ** 2)
-            shape = rng.choice(kinds, k)
+            shape = rng.choice(available, k)
             if all((level[shape == x][1:] > 1.15 * level[shape == x][:-1]).all() for x in b_delta):
                 break
         values[g, :k], shapes[g, :k] = level, shape
@@ -194,7 +295,7 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
             n = round(rng.uniform(directions[0]**0.5, directions[1]**0.5) ** 2)
             count[g, s] = n
             xyz[g, s, :n] = spread(n) @ rotations[g, s].T
-    volumes = np.where(rng.random(groups) < known, np.inf,
+    volumes = np.where(rng.random(groups) < s0_known, np.inf,
                        rng.integers(b0[0], b0[1] + 1, groups))
 
     def put(array):

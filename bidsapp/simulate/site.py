@@ -1,8 +1,8 @@
-"""What a site's scanner does to the signal: b, echo time, point spread, gain, coil and noise.
+"""Scanner effects of a site: b-value, echo time, point spread, gain, coil profile and noise.
 
-The first site is the reference: nominal in everything, Rician noise of one coil. Every other site
-differs in each property by ± U(0.75, 1.25) times the effect's size, signs balanced over sites, so
-that a difference is as large as its option says and never by chance zero.
+The first site is the reference: all its properties are nominal, and its noise is Rician (one coil).
+Every other site differs in each property by ± U(0.75, 1.25) times the size of the effect, with
+signs balanced over sites. A difference is therefore close to the size of its option and never zero.
 """
 
 from __future__ import annotations
@@ -18,23 +18,46 @@ from bidsapp.options import PhantomOptions
 from bidsapp.simulate.fields import SplineField, stream
 
 FWHM = 2.5
-"""mm, of the reference's point spread beyond the averaging over a voxel."""
+"""FWHM (mm) of the reference site's point spread in addition to the average over a voxel."""
 
 FIELD_SPACING = 90.0
-"""mm: coil profiles, bias and gradient fields vary over the size of a head."""
+"""Distance of the coefficients (mm) of coil, bias and gradient fields, which vary over a head."""
 
 B0_SHARE = 10
-"""One volume without weighting in this many."""
+"""Number of weighted volumes per b0 volume."""
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """name; b_scale: actual over nominal b; nonlinearity: its relative change over the head (SD);
-    echo_time: ms; repetition_time: s; fwhm: mm; gain; coil: SD of the log of the coil's profile,
-    which the noise follows inversely; bias: SD of the log of what is left of it in the image; snr:
-    of a b = 0 image of pure white matter at the reference's gain; coils: 1 Rician, else
-    non-central χ; directions: per shell; voxel: mm; fields: of coil, bias, nonlinearity, unit
-    SD, in scanner coordinates."""
+    """Properties of a site's scanner.
+
+    Parameters
+    ----------
+    name : str
+    b_scale : float
+        Actual over nominal b.
+    nonlinearity : float
+        SD over the head of the relative change of b by gradient nonlinearity.
+    echo_time, repetition_time : float
+        ms and s.
+    fwhm : float
+        FWHM of the point spread in addition to the average over a voxel (mm).
+    gain : float
+    coil : float
+        SD of the log of the coil profile, to which the noise is inversely proportional.
+    bias : float
+        SD of the log of the bias field that remains in the image.
+    snr : float
+        SNR of a b = 0 image of pure white matter.
+    coils : int
+        Number of coils: the noise is Rician for 1, else non-central χ.
+    directions : int
+        Number per shell.
+    voxel : float
+        Voxel size (mm).
+    fields : SplineField
+        Fields of coil profile, bias and nonlinearity with SD 1, in scanner coordinates.
+    """
 
     name: str
     b_scale: float
@@ -52,65 +75,84 @@ class Site:
     fields: SplineField
 
     def level(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
-        """(n,) factor of the signal: gain and bias field."""
+        """Compute the (n,) factor of the signal: gain and bias field."""
         return self.gain * np.exp(self.bias * self._field(1, points))
 
     def sigma(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
-        """(n,) SD of the noise of one channel, as a multiple of a signal of 1 before `level`."""
+        """Compute the (n,) noise SD of one channel for a signal of 1 before the factor `level`."""
         return self.level(points) * np.exp(-self.coil * self._field(0, points)) / self.snr
 
     def b_factor(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
-        """(n,) actual over nominal b: at a point, b times this is diffusivity times this."""
+        """Compute the (n,) actual over nominal b at points."""
         return self.b_scale * (1 + np.clip(self.nonlinearity * self._field(2, points), -.5, .5))
 
     def _field(self, i: int, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
         return self.fields.at(points, slice(i, i + 1))[0]
 
 
-def draw(options: PhantomOptions) -> list[Site]:
-    """siteA, siteB, …; the first is the reference."""
+def draw_sites(options: PhantomOptions) -> list[Site]:
+    """Draw the sites siteA, siteB, … of a phantom; the first is the reference."""
     sites = []
     levels = {name: _levels(options, name) for name in (
         "gain", "psf", "echo_time", "repetition_time", "miscalibration", "snr",
         "directions", "voxel", "coil", "bias", "nonlinearity")}
     for i in range(options.sites):
-        at = {name: float(level[i]) * options.effects for name, level in levels.items()}
+        factor = {name: float(level[i]) * options.effects for name, level in levels.items()}
         fields = SplineField.draw(stream(options.random_seed, "site", i), np.ones(3),
                                   FIELD_SPACING)
-        many = options.effect_coils if i % 2 and options.effects else 1
+        coils = options.effect_coils if i % 2 and options.effects else 1
         sites.append(Site(
-            name=site_name(i), b_scale=1 + at["miscalibration"] * options.effect_miscalibration,
-            nonlinearity=abs(at["nonlinearity"]) * options.effect_nonlinearity,
-            echo_time=options.echo_time + at["echo_time"] * options.effect_echo_time,
+            name=site_name(i), b_scale=1 + factor["miscalibration"] * options.effect_miscalibration,
+            nonlinearity=abs(factor["nonlinearity"]) * options.effect_nonlinearity,
+            echo_time=options.echo_time + factor["echo_time"] * options.effect_echo_time,
             repetition_time=options.repetition_time * float(np.exp(
-                at["repetition_time"] * options.effect_repetition_time)),
-            fwhm=max(0.0, FWHM + at["psf"] * options.effect_psf),
-            gain=float(np.exp(at["gain"] * options.effect_gain)),
-            coil=abs(at["coil"]) * options.effect_coil, bias=abs(at["bias"]) * options.effect_bias,
-            snr=options.snr * float(np.exp(at["snr"] * options.effect_snr)), coils=many,
-            directions=max(6, round(options.per_shell + at["directions"]
+                factor["repetition_time"] * options.effect_repetition_time)),
+            fwhm=max(0.0, FWHM + factor["psf"] * options.effect_psf),
+            gain=float(np.exp(factor["gain"] * options.effect_gain)),
+            coil=abs(factor["coil"]) * options.effect_coil,
+            bias=abs(factor["bias"]) * options.effect_bias,
+            snr=options.snr * float(np.exp(factor["snr"] * options.effect_snr)), coils=coils,
+            directions=max(6, round(options.per_shell + factor["directions"]
                                     * options.effect_directions)),
-            voxel=max(0.5, options.voxel + at["voxel"] * options.effect_voxel), fields=fields))
+            voxel=max(0.5, options.voxel + factor["voxel"] * options.effect_voxel), fields=fields))
     return sites
 
 
 def site_name(i: int) -> str:
-    """siteA … siteZ, siteAA, siteAB, …"""
+    """Name site i: siteA … siteZ, siteAA, siteAB, …
+
+    >>> site_name(0), site_name(26)
+    ('siteA', 'siteAA')
+    """
     before = site_name(i // 26 - 1) if i >= 26 else "site"
     return before + chr(ord("A") + i % 26)
 
 
 def _levels(options: PhantomOptions, name: str) -> np.ndarray:
-    """(sites,) multiples of an effect's size: 0 for the reference, ± U(0.75, 1.25) for others."""
+    """Draw (sites,) multiples of an effect: 0 for the reference, ± U(0.75, 1.25) for the others."""
     rng = stream(options.random_seed, "effect", name)
     others = options.sites - 1
     signs = rng.permutation(np.resize(rng.permutation([-1, 1]), others))
     return np.append(0, signs * rng.uniform(0.75, 1.25, others))
 
 
-def table(shells: tuple[float, ...], directions: int) -> Acquisition:
-    """b = 0 spread among shells of directions that repel each other (dipy; antipodal), each
-    shell's turned at random: the same for every site with that number of directions."""
+def gradient_table(shells: tuple[float, ...], directions: int) -> Acquisition:
+    """Create the gradient table of a site.
+
+    Directions of a shell repel each other and their antipodes (dipy) and are rotated at random; b0
+    volumes are interspersed. Sites with the same number of directions have the same table.
+
+    Parameters
+    ----------
+    shells : tuple of float
+        b-values (s/mm²).
+    directions : int
+        Number per shell.
+
+    Returns
+    -------
+    Acquisition
+    """
     from dipy.core.sphere import HemiSphere, disperse_charges
 
     rng = np.random.default_rng([directions, len(shells)])
@@ -118,21 +160,40 @@ def table(shells: tuple[float, ...], directions: int) -> Acquisition:
     for b in shells:
         start = rng.standard_normal((directions, 3))
         start /= np.linalg.norm(start, axis=1, keepdims=True)
-        spread, _ = disperse_charges(HemiSphere(xyz=start), iters=1000)
-        bvecs += list(spread.vertices)
+        repelled, _ = disperse_charges(HemiSphere(xyz=start), iters=1000)
+        bvecs += list(repelled.vertices)
         bvals += [float(b)] * directions
     n = max(2, round(len(bvals) / B0_SHARE))
-    order = rng.permutation(len(bvals))  # so that scanner drift, or a cut, harms no shell alone
-    where = np.linspace(0, len(bvals), n, endpoint=False).astype(int)
-    return Acquisition(np.insert(np.array(bvals)[order], where, 0.0),
-                       np.insert(np.array(bvecs)[order], where, 0, axis=0))
+    order = rng.permutation(len(bvals))  # drift or an early stop affects all shells
+    positions = np.linspace(0, len(bvals), n, endpoint=False).astype(int)
+    return Acquisition(np.insert(np.array(bvals)[order], positions, 0.0),
+                       np.insert(np.array(bvecs)[order], positions, 0, axis=0))
 
 
 def spread_matrix(centres: Float[np.ndarray, " m"], voxel: float, fine: Float[np.ndarray, " n"],
                   step: float, fwhm: float) -> Float[np.ndarray, "m n"]:
-    """Weights of fine cells of width `step` in voxels of width `voxel`, along one axis: the
-    integral over each cell of a box of the voxel's width convolved with a Gaussian. Rows add up to
-    1, so that constants are kept; the three-dimensional point spread is the product of the axes'.
+    """Compute the weights of fine cells in voxels along one axis.
+
+    A weight is the integral over the cell of a box of the voxel's width convolved with a Gaussian.
+    The three-dimensional point spread is the product of those of the axes.
+
+    Parameters
+    ----------
+    centres : (m,) ndarray
+        Voxel centres (mm).
+    voxel : float
+        Voxel size (mm).
+    fine : (n,) ndarray
+        Centres of the fine cells (mm), ascending.
+    step : float
+        Width of the fine cells (mm).
+    fwhm : float
+        FWHM of the Gaussian (mm).
+
+    Returns
+    -------
+    (m, n) ndarray
+        Rows add up to 1, so that constants are preserved.
     """
     edges = np.append(fine - step / 2, fine[-1] + step / 2)
     t = (edges[None] - centres[:, None])
@@ -143,7 +204,7 @@ def spread_matrix(centres: Float[np.ndarray, " m"], voxel: float, fine: Float[np
 
 
 def _ramp(t: np.ndarray, sd: float) -> np.ndarray:
-    """∫ Φ(s/sd) ds up to t, Φ the normal distribution function."""
+    """Integrate Φ(s/sd) over s up to t, with the normal distribution function Φ."""
     if sd < 1e-6:
         return np.maximum(t, 0)
     z = t / sd

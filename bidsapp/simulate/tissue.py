@@ -1,4 +1,4 @@
-"""What tissue may be: parameters with their priors, the compartments they stand for, and ODFs."""
+"""Tissue models: parameters with priors, their compartments, and the prior of fibre densities."""
 
 from __future__ import annotations
 
@@ -18,11 +18,23 @@ from bidsapp.simulate.protocols import Protocols
 
 @dataclass(frozen=True)
 class TissueModel:
-    """names, ranges: of the parameters. prior: uniform numbers (voxel, n) within 0–1 → parameters
-    (voxel, n). compartments: parameters → compartments along every fibre of the density.
+    """Parameters of a microstructure model, their prior, and the signal's compartments.
 
-    Where the model has its own density, watson: parameters → κ, and aligned: compartments along
-    its axis alone; else the density is any, and `draw_odfs` makes them.
+    Parameters
+    ----------
+    names : tuple of str
+        Names of the n parameters.
+    ranges : tuple of (float, float)
+        Range of each parameter.
+    prior : callable
+        Function from uniform numbers (voxel, n) within 0–1 to parameters (voxel, n).
+    compartments : callable
+        Function from parameters to the compartments along every fibre of the density.
+    watson : callable, optional
+        Function from parameters to κ, if the model prescribes a Watson density. Without it,
+        densities are arbitrary and drawn by `draw_odfs`.
+    aligned : callable, optional
+        Function from parameters to compartments along the axis of the Watson density alone.
     """
 
     names: tuple[str, ...]
@@ -33,28 +45,45 @@ class TissueModel:
     aligned: Callable[[torch.Tensor], list[forward.Compartment]] | None = None
 
     def draw(self, count: int, generator: torch.Generator) -> Float[torch.Tensor, "voxel n"]:
+        """Draw the parameters of `count` voxels from the prior."""
         return self.prior(torch.rand(count, len(self.names), generator=generator,
                                      device=generator.device))
 
-    def simulate(self, side: Protocols, parameters: Float[torch.Tensor, "voxel n"],
+    def simulate(self, protocols: Protocols, parameters: Float[torch.Tensor, "voxel n"],
                  generator: torch.Generator, l_max: int, **odfs: Any
                  ) -> tuple[Float[torch.Tensor, "voxel shell _"], Float[torch.Tensor, "voxel _"]]:
-        """Coefficients of S/S0 on every shell, without noise, and the densities; `odfs` as of
-        `draw_odfs`."""
+        """Simulate noise-free signals.
+
+        Parameters
+        ----------
+        protocols : Protocols
+        parameters : (voxel, n) tensor
+        generator : torch.Generator
+        l_max : int
+            Degree of densities and signals.
+        **odfs
+            Options of `draw_odfs`.
+
+        Returns
+        -------
+        coefficients : (voxel, shell, size(l_max)) tensor
+            Coefficients of S/S0 on every shell.
+        densities : (voxel, size(l_max)) tensor
+        """
         if self.watson is None:
             densities = draw_odfs(len(parameters), generator, l_max, **odfs)
-            return side.coefficients(densities, self.compartments(parameters)), densities
+            return protocols.coefficients(densities, self.compartments(parameters)), densities
         axis = odf.random_rotations(len(parameters), generator)[:, :, 0].to(parameters)
         densities = odf.watson(axis, self.watson(parameters), l_max)
-        s = side.coefficients(densities, self.compartments(parameters))
+        s = protocols.coefficients(densities, self.compartments(parameters))
         if self.aligned is not None:
             one_axis = sh.evaluate(l_max, axis)  # w_l = 1
-            s = s + side.coefficients(one_axis, self.aligned(parameters))
+            s = s + protocols.coefficients(one_axis, self.aligned(parameters))
         return s, densities
 
     def densities(self, count: int, generator: torch.Generator, l_max: int, **odfs: Any
                   ) -> Float[torch.Tensor, "voxel _"]:
-        """The densities alone, under the prior."""
+        """Draw densities from the prior, without signals."""
         if self.watson is None:
             return draw_odfs(count, generator, l_max, **odfs)
         axis = odf.random_rotations(count, generator)[:, :, 0].float()
@@ -65,7 +94,7 @@ TWO_COMPARTMENTS = TissueModel(
     ("diffusivity", "neuritefraction"), ((0.0, 3.0), (0.0, 1.0)),
     lambda u: u * u.new_tensor([3.0, 1.0]),
     lambda p: forward.two_compartments(*p.unbind(1)))
-"""d ~ U(0, 3) µm²/ms, f ~ U(0, 1) (Kerkelä et al. 2024)."""
+"""Constrained two-compartment model, d ~ U(0, 3) µm²/ms, f ~ U(0, 1) (Kerkelä et al. 2024)."""
 
 
 def _three_prior(u: torch.Tensor) -> torch.Tensor:
@@ -74,7 +103,7 @@ def _three_prior(u: torch.Tensor) -> torch.Tensor:
 
 
 def _three_parts(p: torch.Tensor) -> list[forward.Compartment]:
-    d, f, d_sph, f_sph = p.unbind(1)  # f + f_sph ≤ 1, in estimates too
+    d, f, d_sph, f_sph = p.unbind(1)  # estimates must meet f + f_sph ≤ 1, too
     return forward.three_compartments(d, f, d_sph, torch.minimum(f_sph, (1 - f) * (1 - 1e-6)))
 
 
@@ -82,7 +111,7 @@ THREE_COMPARTMENTS = TissueModel(
     ("diffusivity", "neuritefraction", "somadiffusivity", "somafraction"),
     ((0.0, 3.0), (0.0, 1.0), (0.0, 0.5), (0.0, 1.0)), _three_prior,
     _three_parts)
-"""Priors as `forward.three_compartments` says."""
+"""Constrained three-compartment model with the priors of `forward.three_compartments`."""
 
 
 def _concentration(odi: torch.Tensor) -> torch.Tensor:
@@ -90,7 +119,7 @@ def _concentration(odi: torch.Tensor) -> torch.Tensor:
 
 
 def _second_moment(kappa: torch.Tensor) -> torch.Tensor:
-    """∫ (n·μ)² w(n) dn of Watson's density."""
+    """Compute ∫ (n·μ)² w(n) dn of a Watson density."""
     t, moments = odf.half_rule(0, odf.NODES, kappa)
     weight = torch.exp(kappa[:, None] * (t**2 - 1)) * moments[:, 0]
     return (weight * t**2).sum(1) / weight.sum(1)
@@ -105,7 +134,8 @@ def _noddi_outside(p: torch.Tensor) -> list[forward.Compartment]:
 
 
 NODDI_PARALLEL, NODDI_FREE = 1.7, 3.0
-"""µm²/ms: fixed in the model, for tissue in vivo."""
+"""Fixed diffusivities of tissue in vivo and of free water (µm²/ms)."""
+
 
 def _noddi_prior(u: torch.Tensor) -> torch.Tensor:
     spread = 0.01 + 0.98 * 2 * u[:, 1]
@@ -119,36 +149,37 @@ NODDI = TissueModel(
     lambda p: [forward.stick((1 - p[:, 2]) * p[:, 0], torch.full_like(p[:, 0], NODDI_PARALLEL)),
                forward.ball(p[:, 2], torch.full_like(p[:, 0], NODDI_FREE))],
     watson=lambda p: _concentration(p[:, 1]), aligned=_noddi_outside)
-"""Zhang et al. 2012 (doi:10.1016/j.neuroimage.2012.03.072): sticks dispersed about an axis by
-Watson's law, κ = 1/tan(π ODI/2); outside them, one tensor about the axis, the average of the
-dispersed zeppelins with tortuosity d (1 − NDI); and free water. NDI and FISO are uniform; ODI is
-uniform in 0.01–0.99 for a half and κ uniform in its logarithm in 1–256 for the other, so that
-coherent bundles (κ of 12 and more, 5 % of a uniform ODI) are as frequent as dispersed ones."""
+"""NODDI (Zhang et al. 2012, doi:10.1016/j.neuroimage.2012.03.072): sticks with a Watson
+distribution about an axis, κ = 1/tan(π ODI/2); outside of them one tensor about the axis, the
+average of the dispersed zeppelins with tortuosity d (1 − NDI); and free water. NDI and FISO are
+uniform. ODI is uniform in 0.01–0.99 in one half of the voxels, and log κ uniform with κ in 1–256 in
+the other half, so that coherent bundles (κ ≥ 12, 5 % of a uniform ODI) are as frequent as dispersed
+ones."""
 
 
 DELTA, FANS, ISOTROPIC, MEASURED = 0.1, 0.1, 0.4, 0.3
-"""Of the densities that `draw_odfs` makes: share of bundles without dispersion, of fans, of those
-with an isotropic part, and of measured ones where there is a table."""
+"""Shares in `draw_odfs`: bundles without dispersion, fans, densities with an isotropic part, and
+measured densities if there is a table."""
 
 KAPPA = (0.5, 256.0)
-"""Concentrations, least and most: beyond those of tissue at both ends, so that none of tissue lies
-at the edge of what was learned."""
+"""Range of the concentration. It exceeds that of tissue at both ends, so that no tissue lies at the
+edge of the training."""
 
-TURNS = 4
-"""Rotations by which the measured densities of one draw are turned."""
+ROTATIONS = 4
+"""Number of random rotations of the measured densities of one draw."""
 
 
 def draw_odfs(count: int, generator: torch.Generator, l_max: int, *,
               table: Float[torch.Tensor, "row size"] | None = None, measured: float = MEASURED
               ) -> Float[torch.Tensor, "voxel _"]:
-    """Draw fibre orientation densities that cover what heads hold, evenly in dispersion.
+    """Draw fibre orientation densities that cover those of brains, evenly in dispersion.
 
-    A share FANS are Bingham fans, κ1 uniform in its logarithm over KAPPA and κ2 a uniform share of
-    it. The others hold one, two or three bundles, each as likely, at any angle and with shares
-    uniform on the simplex; a bundle is a Watson density with κ uniform in its logarithm over KAPPA
-    or, in a share DELTA, has no dispersion. A share ISOTROPIC of both has an isotropic part,
-    uniform in 0–0.8. In a share `measured` of the voxels the density is a row of `table` instead
-    (`sharpened`), turned at random.
+    A share FANS are Bingham fans with log κ1 uniform over KAPPA and κ2 a uniform share of κ1. The
+    others hold one, two or three bundles with equal probability, at any angle and with shares
+    uniform on the simplex. A bundle is a Watson density with log κ uniform over KAPPA, or, in a
+    share DELTA, has no dispersion. A share ISOTROPIC of fans and bundles has an isotropic part,
+    uniform in 0–0.8. In a share `measured` of the voxels the density is instead a row of `table`,
+    rotated at random.
 
     Parameters
     ----------
@@ -166,10 +197,10 @@ def draw_odfs(count: int, generator: torch.Generator, l_max: int, *,
     Returns
     -------
     (voxel, size(l_max)) tensor
-        Coefficients in the basis of `bidsapp.sh`, ∫ = 1, in random order of kinds.
+        Coefficients in the basis of `bidsapp.sh`, ∫ = 1, in random order.
     """
     device = generator.device
-    known = 0 if table is None else round(measured * count)
+    measured_count = 0 if table is None else round(measured * count)
 
     def uniform(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator, device=device)
@@ -177,9 +208,9 @@ def draw_odfs(count: int, generator: torch.Generator, l_max: int, *,
     def log_uniform(*shape: int) -> torch.Tensor:
         return KAPPA[0] * (KAPPA[1] / KAPPA[0]) ** uniform(*shape)
 
-    drawn = count - known
-    fans = round(FANS * drawn)
-    bundles = torch.arange(drawn - fans, device=device) % 3 + 1
+    simulated_count = count - measured_count
+    fans = round(FANS * simulated_count)
+    bundles = torch.arange(simulated_count - fans, device=device) % 3 + 1
     axes = odf.random_rotations(3 * len(bundles), generator)[:, :, 0].float().view(-1, 3, 3)
     density = odf.watson(axes, log_uniform(*axes.shape[:2]), l_max)
     single = sh.evaluate(l_max, axes)  # a delta: w_l = 1
@@ -189,28 +220,45 @@ def draw_odfs(count: int, generator: torch.Generator, l_max: int, *,
     kappa = log_uniform(fans).clamp(max=128)
     fan = odf.bingham(odf.random_rotations(fans, generator).float().mT[:, :2],
                       torch.stack([kappa, kappa * uniform(fans)], 1), l_max)
-    made = torch.cat([odf.mixture(share, density), fan])
-    isotropic = 0.8 * uniform(drawn, 1) * (uniform(drawn, 1) < ISOTROPIC)
-    made[:, 1:] *= 1 - isotropic
-    if table is not None and known:
-        rows = table.to(made)[torch.randint(len(table), (known,), generator=generator,
-                                            device=device)]
-        turned = torch.cat([sh.rotate(part, turn) for part, turn in zip(
-            rows.tensor_split(TURNS), odf.random_rotations(TURNS, generator).float(),
-            strict=True)])[:, :made.shape[1]]
-        made = torch.cat([made, nn.functional.pad(turned, (0, made.shape[1] - turned.shape[1]))])
-    return made[torch.randperm(count, generator=generator, device=device)]
+    densities = torch.cat([odf.mixture(share, density), fan])
+    isotropic = 0.8 * uniform(simulated_count, 1) * (uniform(simulated_count, 1) < ISOTROPIC)
+    densities[:, 1:] *= 1 - isotropic
+    if table is not None and measured_count:
+        rows = table.to(densities)[torch.randint(len(table), (measured_count,),
+                                                 generator=generator, device=device)]
+        rotated = torch.cat([sh.rotate(part, rotation) for part, rotation in zip(
+            rows.tensor_split(ROTATIONS), odf.random_rotations(ROTATIONS, generator).float(),
+            strict=True)])[:, :densities.shape[1]]
+        padding = (0, densities.shape[1] - rotated.shape[1])
+        densities = torch.cat([densities, nn.functional.pad(rotated, padding)])
+    return densities[torch.randperm(count, generator=generator, device=device)]
 
 
 def draw_bundles(count: int, generator: torch.Generator, l_max: int, *, bundles: int = 3,
                  kappa: tuple[float, float] = (1.0, 32.0)) -> Float[torch.Tensor, "voxel _"]:
-    """Draw mixtures of a fixed number of Watson bundles: shares uniform on the simplex, κ uniform
-    in its logarithm over `kappa`. For tests in bands of dispersion, not for training."""
+    """Draw mixtures of a fixed number of Watson bundles, for tests in bands of dispersion.
+
+    Parameters
+    ----------
+    count : int
+    generator : torch.Generator
+    l_max : int
+    bundles : int
+        Number of bundles; their shares are uniform on the simplex.
+    kappa : (float, float)
+        Range of κ; log κ is uniform.
+
+    Returns
+    -------
+    (count, size(l_max)) tensor
+        Coefficients, ∫ = 1.
+    """
     axes = odf.random_rotations(count * bundles, generator)[:, :, 0].float().view(
         count, bundles, 3)
 
     def uniform() -> torch.Tensor:
         return torch.rand(count, bundles, generator=generator, device=generator.device)
 
-    own = kappa[0] * (kappa[1] / kappa[0]) ** uniform()
-    return odf.mixture(-torch.log(uniform().clamp(min=1e-7)), odf.watson(axes, own, l_max))
+    concentration = kappa[0] * (kappa[1] / kappa[0]) ** uniform()
+    return odf.mixture(-torch.log(uniform().clamp(min=1e-7)),
+                       odf.watson(axes, concentration, l_max))

@@ -21,7 +21,7 @@ GAIN = (0.5, 0.7)
 
 def scan(rng, b0=1):
     """Sticks in zeppelins in the powder average (no fibres), of smt's own prior, with noise."""
-    table = site.table((1000.0, 2200.0), 60)
+    table = site.gradient_table((1000.0, 2200.0), 60)
     weighted = ~table.b0
     acquisition = Acquisition(np.append(np.zeros(b0), table.bvals[weighted]),
                               np.concatenate([np.zeros((b0, 3)), table.bvecs[weighted]]))

@@ -83,8 +83,9 @@ def dipy_fit(dwi, fit_method):
 def trained():
     """(method, network, acquisition): trained once at full length for an acquisition at SNR 25."""
     acq, method = acquisition(), methods.get("estimate_freewater")
-    model, error = network.learn(freewater.literature(2), acq, np.array([1 / SNR]), False, 0, "cpu",
-                                 methods.get("estimate_freewater").settings("network"))
+    model, error = network.train_network(
+        freewater.literature_diffusivities(2), acq, np.array([1 / SNR]), False, 0, "cpu",
+        methods.get("estimate_freewater").settings("network"))
     return method, model, error, acq
 
 
@@ -92,7 +93,7 @@ def trained():
 def applied(trained, monkeypatch):
     """`apply` with the network that was trained once."""
     method, model, error, _ = trained
-    monkeypatch.setattr(network, "learn", lambda *args: (model, error))
+    monkeypatch.setattr(network, "train_network", lambda *args: (model, error))
     return lambda dwi: method.apply(dwi, "cpu")
 
 
@@ -108,7 +109,7 @@ def test_error_and_speed_beside_dipy(trained, applied, kind):
     b0 = torch.as_tensor(acq.b0)
     start = time.perf_counter()
     with torch.no_grad():
-        trained[1](network.relative(torch.from_numpy(np.array(dwi.signal)), b0)[0])
+        trained[1](network.normalise(torch.from_numpy(np.array(dwi.signal)), b0)[0])
     speed = len(dwi.signal) / (time.perf_counter() - start)
     square = (applied(dwi).maps["fraction"] - truth) ** 2
     for fit_method in ("WLS", "NLS"):
@@ -123,11 +124,12 @@ def test_error_and_speed_beside_dipy(trained, applied, kind):
 def test_sd_is_that_of_the_error(trained):
     """On mixtures from the same law: errors over their SD have SD 1, in every third of the SDs."""
     _, model, error, acq = trained
-    clean, truth = network.mixtures(freewater.literature(2), acq, 20_000, 99, "cpu")
+    clean, truth = network.draw_mixtures(freewater.literature_diffusivities(2), acq, 20_000, 99,
+                                         "cpu")
     dwi = as_dwi(clean.numpy(), acq, 4)
     with torch.no_grad():
-        found, sd = model(network.relative(torch.from_numpy(np.array(dwi.signal)),
-                                           torch.as_tensor(acq.b0))[0])
+        found, sd = model(network.normalise(torch.from_numpy(np.array(dwi.signal)),
+                                            torch.as_tensor(acq.b0))[0])
     z = ((found - truth) / sd).numpy()
     for part in np.array_split(np.argsort(sd.numpy()), 3):
         assert z[part].std() == pytest.approx(1, abs=0.15)
@@ -145,7 +147,7 @@ def test_corrected_tensor_is_nearer_the_truth(trained, applied):
     middle = (truth > 0.2) & (truth < 0.7)
     corrected, before = (np.abs(m["fa"] - fa)[middle].mean() for m in (maps, plain))
     assert corrected < before / 3
-    left = maps["fraction"] > freewater.MOST_WATER
+    left = maps["fraction"] > freewater.MAX_WATER
     assert 0.1 < left.mean() < 0.3
     assert (maps["fa"] > 0.999).mean() < 0.002, "what noise makes impossible is not corrected"
     for name in ("fa", "md"):
@@ -169,15 +171,15 @@ def test_head_is_its_own_model():
 
 
 def test_where_little_else_is_left_the_signal_stays(monkeypatch):
-    """Of nine parts water and one of grey matter. Whatever a network says: up to MOST_WATER its
+    """Of nine parts water and one of grey matter. Whatever a network says: up to MAX_WATER its
     water is taken away, beyond it none."""
     acq = acquisition(((0, 2), (1000, 12), (2000, 16)))
     b = acq.bvals / 1000
     clean = np.tile(0.1 * np.exp(-0.8 * b) + 0.9 * np.exp(-3 * b), (60, 1))
     dwi, md = as_dwi(clean, acq, 1, snr=1000), {}
-    for fraction in (0.0, 0.3, freewater.MOST_WATER + 0.01):
+    for fraction in (0.0, 0.3, freewater.MAX_WATER + 0.01):
         said = torch.full((60,), fraction), torch.full((60,), 0.1)
-        monkeypatch.setattr(network, "learn", lambda *_, said=said: (lambda _: said, 0.0))
+        monkeypatch.setattr(network, "train_network", lambda *_, said=said: (lambda _: said, 0.0))
         md[fraction] = methods.get("estimate_freewater").apply(dwi, "cpu").maps["md"]
     asis, less, most = md.values()
     assert (most == asis).all() and (less < asis).all()
@@ -211,7 +213,7 @@ def test_s0_is_known_to_the_training_where_it_is_said(monkeypatch):
         said.append(known)
         raise Refusal("enough")
 
-    monkeypatch.setattr(network, "learn", learn)
+    monkeypatch.setattr(network, "train_network", learn)
     ones = replace(as_dwi(clean, acq, 1), signal=np.ones((60, len(acq)), np.float32))
     for known in (True, False):
         with pytest.raises(Refusal, match="enough"):
@@ -221,7 +223,8 @@ def test_s0_is_known_to_the_training_where_it_is_said(monkeypatch):
 
 def test_mixtures_hold_pure_tissue_and_pure_water():
     acq = acquisition(((0, 2), (1000, 12), (2000, 16)))
-    signal, water = network.mixtures(freewater.literature(2), acq, 15_000, 0, "cpu")
+    signal, water = network.draw_mixtures(freewater.literature_diffusivities(2), acq, 15_000, 0,
+                                          "cpu")
     assert signal.shape == (15_000, 30) and water.shape == (15_000,)
     assert water.min() < 0.001 and water.max() > 0.999
     some = water[1::2]  # uniform
@@ -234,13 +237,13 @@ def test_water_of_a_b0_and_of_shells():
     bvals, axes = bids_tree.table(((0, 1), (30, 1), (1000, 12), (2000, 16)))
     axes[1] = [0.6, 0, 0.8]
     acq = Acquisition(bvals, axes)
-    found = freewater.water_attenuation(freewater.literature(2), acq)
+    found = freewater.water_attenuation(freewater.literature_diffusivities(2), acq)
     np.testing.assert_allclose(found, np.exp(-3e-3 * acq.bvals), rtol=1e-6)
 
 
 def test_refuses_what_determines_no_tensor():
     acq = acquisition(((0, 2), (1000, 5)))
-    with pytest.raises(Refusal, match="Needed are a b0 and a shell"):
+    with pytest.raises(Refusal, match="A b0 and a shell of 6 or more"):
         methods.get("estimate_freewater").apply(as_dwi(np.ones((9, 7)), acq, 0), "cpu")
 
 

@@ -39,7 +39,7 @@ def test_every_harmonizer_of_the_signal_is_here():
 def bundles(directions):
     """One fibre or two that cross at 90°, κ 1–128, d 0.5–2.5 µm²/ms, f 0.2–0.9, every axis; with
     two b = 0 volumes and three shells."""
-    table = site.table((1000.0, 2000.0, 3000.0), directions)
+    table = site.gradient_table((1000.0, 2000.0, 3000.0), directions)
     points, weights = sh.quadrature(120)
     rng = np.random.default_rng(5)
     b, cosine = table.bvals[:, None] / 1000, (table.bvecs @ points.T) ** 2

@@ -122,7 +122,7 @@ def test_turns_not_with_the_head(trained):
 def test_without_a_training_it_refuses_and_says_how(bids_tree, tmp_path):
     """Group level trains, participant level then uses it; the tree is valid BIDS."""
     root, out = bids_tree(), tmp_path / "out"
-    with pytest.raises(Refusal, match=r"found no weights.*Needed.*--train estimate_mlp2"):
+    with pytest.raises(Refusal, match=r"found no weights.*Train it.*--train estimate_mlp2"):
         methods.get("mlp2", "estimate").check(ACQUISITION)
     assert qsphere(root, out, "participant", "--estimate", "dti") == 0
     assert qsphere(root, out, "group", "--train", "estimate_mlp2", "--sloppy", "--max-steps",
@@ -170,11 +170,11 @@ def test_weights_from_before_there_were_cases_are_refused(first, tmp_path):
     """Their card holds one power by degree."""
     old = replace(first, card=replace(first.card, constants={
         **first.card.constants, "density_power": [0.03, 0.02, 0.01, 0.005]}))
-    told = r"shape \(4,\); needed is \(case, degree\).*train again"
+    told = r"shape \(4,\)\. The shape \(case, degree\) is required.*train again"
     with pytest.raises(UsageError, match="--init: weights of estimate_scnn2.*" + told):
         learn.initial_weights("estimate_scnn2", small_recipe(), keep(old, tmp_path / "old"))
     with pytest.raises(DataError, match=told):
-        estimating.known_power(old.card)
+        estimating.read_density_power(old.card)
 
 
 @pytest.mark.slow

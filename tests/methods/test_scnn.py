@@ -19,7 +19,7 @@ from bidsapp.microstructure import learn
 from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Published, SphericalNetwork
 from bidsapp.simulate import forward, odf, protocols, tissue
-from bidsapp.simulate.likelihood import Likelihood, hint
+from bidsapp.simulate.likelihood import Likelihood, compute_hint
 from support.app import qsphere, validate
 from support.spherical_signals import acquisition, coefficients, simulate_voxels, small_recipe
 
@@ -33,7 +33,7 @@ def axes(n, seed=0):
 
 def hint_of(x, noise, shells):
     power = torch.tensor([[0.018, 0.009, 0.004, 0.002]])
-    return hint(Likelihood(tissue.TWO_COMPARTMENTS, power.to(x), x, noise, shells))
+    return compute_hint(Likelihood(tissue.TWO_COMPARTMENTS, power.to(x), x, noise, shells))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -139,7 +139,7 @@ def test_simulated_shells_are_those_of_the_forward_model():
     side = protocols.from_acquisition(acq, acq.shells, 12)
     signals = side.signals(side.coefficients(densities, parts))
     expected = forward.Protocol(acq, 12, densities).signal(densities, parts)
-    x = side.fitted(signals)
+    x = side.fit_signals(signals)
     for i, (shell, degree) in enumerate(zip(acq.shells, (4, 8), strict=True)):
         np.testing.assert_allclose(signals[0, :, i, :len(shell)], expected[:, shell.indices],
                                    atol=1e-12)
@@ -159,7 +159,7 @@ def test_uneven_directions_lower_the_degree():
     fit = protocols.from_acquisition(acq, acq.shells, 8).fit[0, 0]
     used = int((fit != 0).any(1).sum())
     assert used < 45
-    assert np.linalg.cond(sh.basis(sh.l_max_of(used), g)) ** 2 < protocols.MOST_CONDITION
+    assert np.linalg.cond(sh.basis(sh.l_max_of(used), g)) ** 2 < protocols.MAX_CONDITION
 
 
 def test_spherical_encoding_has_a_mean_alone():
@@ -293,9 +293,9 @@ def test_densities_are_no_sharper_than_a_fibre():
     made smaller, degree by degree, and not turned."""
     known = torch.cat([tissue.draw_odfs(50, torch.Generator().manual_seed(0), 8),
                        sh.evaluate(8, torch.eye(3))])
-    torch.testing.assert_close(estimating.bounded(known), known, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(estimating.limit_degrees(known), known, atol=1e-6, rtol=1e-6)
     wild = 50 * torch.randn(20, 45, generator=torch.Generator().manual_seed(1))
-    found = estimating.bounded(wild)
+    found = estimating.limit_degrees(wild)
     for l in (2, 4, 6, 8):
         part, was = (v[:, sh.size(l - 2):sh.size(l)] for v in (found, wild))
         most = torch.full((20,), (2 * l + 1) / (4 * math.pi))
@@ -325,7 +325,7 @@ def test_says_which_shells_it_left_out_and_that_there_are_more_than_in_training(
     derived = method.apply(simulate_voxels(many, 5), "cpu")
     left_out, more = derived.notices
     assert "scnn2: left out 30 × b 7000 s/mm². The network was trained for b = 500–5000" in left_out
-    assert "used 5 shells, and was trained with up to 4" in more
+    assert "used 5 shells; the network was trained with up to 4" in more
     assert derived.parameters["Shells"] == [700, 1000, 2000, 3000, 4500]
     assert derived.parameters["ShellsLeftOut"] == [7000]
     assert derived.parameters["OutOfDistribution"] == ["5 shells, trained with up to 4"]
@@ -362,7 +362,7 @@ def test_extrapolates_where_that_is_allowed(acq, found):
     assert method.violations(acq) == [outside]
     assert derived.parameters["Shells"] == [round(s.b) for s in acq.shells]
     (notice,) = derived.notices
-    assert outside in notice and "as --allow-extrapolation asks" in notice
+    assert outside in notice and "because of --allow-extrapolation" in notice
     assert all(np.isfinite(m).all() for m in derived.maps.values())
 
 
@@ -550,7 +550,8 @@ def test_the_network_for_just_these_directions_is_selected():
 def test_a_training_for_several_acquisitions_is_refused(study):
     two = {"a": acquisition(), "b": acquisition((1000, 2000), (12, 16))}
     recipe = methods.get("estimate_scnn2").recipe("one")
-    with pytest.raises(UsageError, match=r"found are 2 \(b1000n30_b2200n60: a; b1000n12_b"):
+    with pytest.raises(UsageError,
+                       match=r"Found: 2 acquisitions \(b1000n30_b2200n60: a; b1000n12_b"):
         learn.train_for_acquisition("estimate_scnn2", recipe, two, [20.0], steps=1, seed=0,
                                     device="cpu", states=None, intended_use="")
 
@@ -593,6 +594,6 @@ def test_batches_drawn_together_keep_voxels_with_their_protocols():
         there = shells[:, None, :, 2].expand(4, 8, -1) > 0
         assert torch.equal(x[0].unflatten(0, (4, 8)) != 0, there)
         likelihood = Likelihood(recipe.tissue, simulate.power.to(x), x, noise, shells)
-        torch.testing.assert_close(found, hint(likelihood), atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(found, compute_hint(likelihood), atol=1e-2, rtol=1e-2)
     counts = [tuple((b.shells[..., 2] > 0).sum(1).tolist()) for b in batches]
     assert len(set(counts)) > 1, "else nothing could be mixed up"

@@ -30,7 +30,7 @@ def dwi():
     (90, [90, 45, 22, 45, 90]), (20, [20, 10, 7, 10, 20]), (8, [8, 7, 7, 7, 8]),
     (6, [6, 6, 6, 6, 6]), (288, [288, 144, 72, 144, 288])])
 def test_width_follows_the_directions(n, expected):
-    assert score.widths(n) == expected
+    assert score.layer_widths(n) == expected
     network = score.Autoencoder(torch.zeros(n), torch.ones(()), 0.1)
     assert [p.shape[0] for p in network.layers.parameters() if p.ndim == 2] == expected[1:]
     assert network(torch.rand(3, n)).shape == (3, n)
@@ -67,7 +67,7 @@ def test_errors_are_those_that_were_made(dwi):
 def test_noise_is_that_of_the_run(dwi):
     """The SD of Rician noise at high signal; MAE is √(2/π) of it."""
     sd = dwi.noise_sd / np.median(dwi.mean_b0)
-    found = score.compare(dwi, score.noise(dwi.noise_sd, 0, "cpu"), "cpu")
+    found = score.compare(dwi, score.noise_model(dwi.noise_sd, 0, "cpu"), "cpu")
     assert found["signal_error"] == pytest.approx(np.sqrt(2 / np.pi) * sd, rel=0.1)
     assert 0 < found["fa_error"] < 0.1
 
@@ -75,7 +75,7 @@ def test_noise_is_that_of_the_run(dwi):
 def test_noise_is_that_of_each_voxel():
     """Where S0 is a tenth, the noise of S/S0 is ten times as large."""
     signal = torch.full((2, 20_000), 0.8)
-    noisy = score.noise(10.0, 0, "cpu")(signal, torch.tensor([100.0, 1000.0]))
+    noisy = score.noise_model(10.0, 0, "cpu")(signal, torch.tensor([100.0, 1000.0]))
     assert (noisy - signal).std(1).tolist() == pytest.approx([0.1, 0.01], rel=0.05)
 
 

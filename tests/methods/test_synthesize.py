@@ -286,7 +286,7 @@ def test_spherical_encoding_borrows_too():
 @pytest.mark.parametrize("scheme", [((0, 2), (1000, 5)), ((1000, 30),), ((0, 4),)])
 def test_refuses_what_determines_no_tensor(scheme):
     bvals, axes = bids_tree.table(scheme)
-    with pytest.raises(Refusal, match="Needed are a b0 and a shell"):
+    with pytest.raises(Refusal, match="A b0 and a shell of 6 or more"):
         methods.get("synthesize").check(Acquisition(bvals, axes))
 
 

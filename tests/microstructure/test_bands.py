@@ -30,8 +30,8 @@ def test_mean_errors_of_opposite_bands_do_not_cancel_in_the_loss():
 
     def loss(error, unbiased):
         own = replace(recipe, unbiased=unbiased)
-        return float(learn.loss_of(own, estimate_of(truth + error, sd, density), truth, density,
-                                   noise))
+        return float(learn.compute_loss(own, estimate_of(truth + error, sd, density), truth,
+                                        density, noise))
 
     assert loss(0.1 * sign, 3.0) - loss(0.1 * sign, 0.0) == pytest.approx(6.0, rel=1e-4)
     mixed = 0.1 * torch.tensor([-1.0, 1, -1, 1])[:, None]
@@ -45,7 +45,7 @@ def test_loss_is_least_where_the_sd_is_that_of_the_error():
 
     def loss(sd):
         found = estimate_of(truth + error, torch.full((2, 2), sd), density)
-        return float(learn.loss_of(recipe, found, truth, density, torch.full((2, 2), 0.02)))
+        return float(learn.compute_loss(recipe, found, truth, density, torch.full((2, 2), 0.02)))
 
     assert loss(0.1) < min(loss(0.09), loss(0.11))
 
@@ -68,8 +68,8 @@ def test_intervals_are_calibrated_where_a_network_is_too_sure():
         constants["sd"][name] = learn._in_bands(torch.full((n,), 0.1), score[:, i], 0.9, 4)
         constants["sd_where"][name] = learn._in_cells(
             maps.coherence(density), noise,
-            score[:, i] / maps.interpolated(constants["sd"][name], torch.full((n,), 0.1)))
-    sd = maps.calibrated(TWO_COMPARTMENTS, found, torch.stack([noise, noise], 1), constants)
+            score[:, i] / maps.interpolate(constants["sd"][name], torch.full((n,), 0.1)))
+    sd = maps.calibrate_sd(TWO_COMPARTMENTS, found, torch.stack([noise, noise], 1), constants)
     inside = error.abs() <= maps.QUANTILE * sd
     for cell in (where & (noise < 0.022), where & (noise > 0.045), maps.coherence(density) < 0.7):
         np.testing.assert_allclose(inside[cell].float().mean(0), 0.9, atol=0.03)

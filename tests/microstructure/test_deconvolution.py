@@ -10,7 +10,7 @@ from bidsapp.anatomy import tissue
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.microstructure import deconvolution
-from bidsapp.microstructure.deconvolution import densities
+from bidsapp.microstructure.deconvolution import deconvolve
 from bidsapp.simulate import forward, odf, protocols
 from bidsapp.simulate.tissue import draw_odfs
 from support import synthetic_head as head
@@ -53,9 +53,9 @@ def deconvolved(dwi, single, where=None):
     """Of the fibre voxels, or of others."""
     voxel = np.arange(len(dwi.signal))
     fibres = len(dwi.signal) - 2 * ISOTROPIC
-    return densities(dwi, np.r_[single, np.zeros(2 * ISOTROPIC, bool)],
-                     (voxel >= fibres) & (voxel < fibres + ISOTROPIC), voxel >= fibres + ISOTROPIC,
-                     voxel < fibres if where is None else where)
+    return deconvolve(dwi, np.r_[single, np.zeros(2 * ISOTROPIC, bool)],
+                      (voxel >= fibres) & (voxel < fibres + ISOTROPIC), voxel >= fibres + ISOTROPIC,
+                      voxel < fibres if where is None else where)
 
 
 def test_peaks_are_the_fibres():
@@ -115,15 +115,17 @@ def test_a_study_gives_densities_of_its_own(tmp_path, caplog):
     that cannot be deconvolved is left out, and said."""
     folders = {n: head.write_dataset(tmp_path / str(n), scheme=((0, 4), (1000, 20), (2000, n)))
                for n in (30, 45)}
-    found = deconvolution.of_study(lambda name: load_first_run(folders[int(name)]), ["30", "45"],
-                                   voxels=100, seed=0, device="cpu")
-    assert "30: gives no densities to learn from: deconvolution found 4 volumes" in caplog.text
+    found = deconvolution.deconvolve_study(
+        lambda name: load_first_run(folders[int(name)]), ["30", "45"], voxels=100, seed=0,
+        device="cpu")
+    assert ("30: no densities could be estimated for the training: deconvolution found 4 b0 volumes"
+            in caplog.text)
     assert 10 <= len(found) <= 50
     grid = protocols.spread(1500)
     peak = np.abs(grid[(found.numpy() @ sh.basis(8, grid).T).argmax(1)])
     assert np.median(peak[:, :2].max(1)) > np.cos(np.radians(6))
-    assert deconvolution.of_study(lambda _: load_first_run(folders[30]), ["a"], voxels=9, seed=0,
-                                  device="cpu") is None
+    assert deconvolution.deconvolve_study(lambda _: load_first_run(folders[30]), ["a"], voxels=9,
+                                          seed=0, device="cpu") is None
 
 
 @pytest.mark.slow
@@ -132,7 +134,7 @@ def test_real_densities_follow_the_tensor(test_data):
     dwi = load_first_run(test_data("mdt_multishell"))
     regions = tissue.find_regions(dwi, "cpu")
     one = regions.single_fibre
-    found = densities(dwi, one, regions.gm, regions.csf, one)
+    found = deconvolve(dwi, one, regions.gm, regions.csf, one)
     assert len(found) == one.sum()
     grid = protocols.spread(1500)
     peak = grid[(found.numpy() @ sh.basis(8, grid).T).argmax(1)]

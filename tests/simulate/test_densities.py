@@ -83,7 +83,7 @@ def test_a_sharpened_watson_density_has_a_multiple_of_its_concentration(kappa):
     known = odf.watson(axis, torch.tensor([kappa]).double(), 24)
     for power in (1, 2, 4):
         expected = odf.watson(axis, torch.tensor([power * kappa]).double(), 16)
-        torch.testing.assert_close(odf.sharpened(known, power, 16), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(odf.sharpen(known, power, 16), expected, atol=1e-6, rtol=0)
 
 
 def test_bundles_of_a_band_have_the_number_and_concentration_asked_for():

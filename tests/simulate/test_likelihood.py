@@ -10,7 +10,12 @@ from scipy.stats import multivariate_normal
 from bidsapp import sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.simulate import forward, protocols
-from bidsapp.simulate.likelihood import Likelihood, hint, most_likely, posterior
+from bidsapp.simulate.likelihood import (
+    Likelihood,
+    compute_hint,
+    compute_posterior,
+    maximise_likelihood,
+)
 from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_odfs
 
 POWER = torch.tensor([[0.018, 0.009, 0.004, 0.002]], dtype=torch.float64)
@@ -108,11 +113,11 @@ def test_maximum_is_found():
     of, theta, *_ = likelihood(300, 1e-4)
     starts = torch.cartesian_prod(*[torch.tensor([0.12, 0.35, 0.6, 0.88]).double()] * 2)
     inside = (theta[:, 0] > 0.5) & (theta[:, 1] > 0.15)
-    found = most_likely(of, starts * torch.tensor([3.0, 1.0]))[0]
+    found = maximise_likelihood(of, starts * torch.tensor([3.0, 1.0]))[0]
     close = ((found - theta).abs() < torch.tensor([0.06, 0.04])).all(1)
     assert close[inside].double().mean() > 0.9
     of, theta, *_ = likelihood(300, 0.03)
-    best = most_likely(of, starts * torch.tensor([3.0, 1.0]))[2]
+    best = maximise_likelihood(of, starts * torch.tensor([3.0, 1.0]))[2]
     assert (best >= of.value(of.kernel(theta[:, None]))[:, 0] - 1e-3).double().mean() > 0.85
 
 
@@ -121,7 +126,7 @@ def test_posterior_is_the_integral(sigma, share):
     """Mean and SD against sums over 400 × 400 points, which no peak escapes: within a quarter of
     the SD in most voxels. Where that is 0.002 of the range, ridges are lost now and then."""
     of, *_ = likelihood(50, sigma, power=CASES)
-    mean, covariance = posterior(of)
+    mean, covariance = compute_posterior(of)
     at = (torch.arange(400).double() + 0.5) / 400
     unit = torch.cartesian_prod(at, at)
     weight = torch.cat([of.value(of.kernel(of.low + (of.high - of.low) * part[None]))
@@ -152,7 +157,7 @@ def test_posterior_covers_what_its_model_draws():
     x = (x + 0.05 * (4 * np.pi / 60) ** 0.5 * normal(n, 2, 45)).permute(2, 0, 1)
     of = Likelihood(TWO_COMPARTMENTS, CASES, x, torch.tensor([[0.05, 0.0]]).double().expand(n, 2),
                     shells)
-    mean, covariance = posterior(of)
+    mean, covariance = compute_posterior(of)
     error = (theta - of.low) / (of.high - of.low) - mean
     z = error / torch.diagonal(covariance, dim1=1, dim2=2).sqrt()
     for own in z.T:
@@ -166,8 +171,9 @@ def test_hint_does_not_turn(dtype):
     shells = torch.tensor([[[b, 1, n**-0.5] for b, n in zip((1, 2.2, 3), counts, strict=True)]])
     turned = sh.rotate(x.movedim(0, 2), torch.tensor(Rotation.random(random_state=1).as_matrix()))
     turned = torch.where(x == 0, 0, turned.movedim(2, 0))  # degrees that were not determined
-    one, other = (hint(Likelihood(TWO_COMPARTMENTS, CASES.to(dtype), c.to(dtype), noise.to(dtype),
-                                  shells.to(dtype))) for c in (x, turned))
+    one, other = (compute_hint(Likelihood(TWO_COMPARTMENTS, CASES.to(dtype), c.to(dtype),
+                                          noise.to(dtype), shells.to(dtype)))
+                  for c in (x, turned))
     np.testing.assert_allclose(other, one, atol=1e-6 if dtype == torch.float64 else 1e-3)
 
 
@@ -177,7 +183,7 @@ def test_hint_is_finite_everywhere():
     x = x.clone()
     x[:, 0], x[:, 1], x[:, 2] = 0, 50 * x[:, 1], -x[:, 2]
     shells = torch.tensor([[[b, 1, n**-0.5] for b, n in zip((1, 2.2, 3), counts, strict=True)]])
-    found = hint(Likelihood(TWO_COMPARTMENTS, POWER.float(), x.float(), noise.float(),
-                            shells.float()))
+    found = compute_hint(Likelihood(TWO_COMPARTMENTS, POWER.float(), x.float(), noise.float(),
+                                    shells.float()))
     assert found.shape == (8, 5)
     assert torch.isfinite(found).all()

@@ -46,11 +46,12 @@ def dataset(tmp_path_factory):
 
 def one_scan(options, atlas, site_index=0, label="01", age=50.0, lesion=False, pose=None,
              shells=None, directions=None, tissue=(0.0,) * 5):
-    sites = site.draw(options)
-    who = person.draw(options, atlas, label, age, "F", lesion, tissue)
-    table = site.table(shells or options.shells, directions or sites[site_index].directions)
+    sites = site.draw_sites(options)
+    who = person.draw_person(options, atlas, label, age, "F", lesion, tissue)
+    table = site.gradient_table(shells or options.shells,
+                                directions or sites[site_index].directions)
     pose = ph.draw_pose(options, label, sites[site_index].name) if pose is None else pose
-    return ph.scan(who, sites[site_index], sites[0], table, atlas, options, pose)
+    return ph.simulate_scan(who, sites[site_index], sites[0], table, atlas, options, pose)
 
 
 def region(scan, tissue=0, least=0.8):
@@ -120,7 +121,7 @@ def test_the_warp_is_one_to_one(atlas, label):
     """Its coefficients keep to the bound, and its Jacobian to positive determinants."""
     scan = one_scan(replace(EXACT, person_sd=1.5), atlas, label=label)
     assert scan.jacobian > 0.05
-    who = person.draw(replace(SLOPPY, person_sd=1.5), atlas, label, 50.0, "F", False)
+    who = person.draw_person(replace(SLOPPY, person_sd=1.5), atlas, label, 50.0, "F", False)
     assert np.abs(who.warp.coefficients).max() <= 0.4 * who.warp.spacing
 
 
@@ -292,7 +293,7 @@ def only(name, **more):
 @pytest.mark.parametrize("name", EFFECTS)
 def test_each_effect_changes_its_own_parameter(name):
     """± 0.75 to 1.25 times its size at every site but the reference, and nothing else."""
-    sites = site.draw(only(name, sites=5))
+    sites = site.draw_sites(only(name, sites=5))
     first = {k: v for k, v in vars(sites[0]).items() if k not in ("fields", "name")}
     for i, other in enumerate(sites[1:], 1):
         changed = {k for k, v in first.items() if getattr(other, k) != v}
@@ -332,7 +333,7 @@ def test_each_effect_changes_what_it_should_and_nothing_else(atlas, name, same):
 def test_miscalibrated_b_is_another_b(atlas):
     """What a site with b too high by a factor measures is what the reference measures at that b."""
     options = only("miscalibration", snr=float("inf"))
-    factor = site.draw(options)[1].b_scale
+    factor = site.draw_sites(options)[1].b_scale
     assert abs(factor - 1) > 0.02
     pose = np.eye(4)
     a = one_scan(options, atlas, 1, pose=pose, shells=(1000.0,))
@@ -344,7 +345,7 @@ def test_miscalibrated_b_is_another_b(atlas):
 def test_noise_follows_coil_law_and_level(atlas):
     """In air the magnitude of n coils has the mean square 2 n σ²."""
     for options, n in ((only("coils"), 4), (only("gain"), 1)):
-        scan, own = one_scan(options, atlas, 1), site.draw(options)[1]
+        scan, own = one_scan(options, atlas, 1), site.draw_sites(options)[1]
         air = scan.reference.max(0) < 1e-3
         assert air.sum() > 1000
         sigma = ph.UNIT * own.gain / own.snr
@@ -366,7 +367,7 @@ def test_point_spread_keeps_constants_and_has_its_width(rng):
 
 
 def test_directions_repel_each_other():
-    table = site.table((1000.0, 2000.0), 12)
+    table = site.gradient_table((1000.0, 2000.0), 12)
     for shell in table.shells:
         n = table.bvecs[shell.indices]
         cosine = np.abs(n @ n.T) - np.eye(len(n))
@@ -438,7 +439,7 @@ def test_files_say_what_was_simulated(dataset):
     assert sidecar["EchoTime"] * 1000 == pytest.approx(own["echo_time"], abs=1e-3)
     paths = [dataset / f"{stem}_dwi{e}" for e in (".nii.gz", ".bval", ".bvec")]
     table = btable.read_acquisition(Part(*paths))
-    expected = site.table((1000.0, 2000.0), own["directions"])
+    expected = site.gradient_table((1000.0, 2000.0), own["directions"])
     np.testing.assert_allclose(table.bvecs[~table.b0], expected.bvecs[~expected.b0], atol=1e-6)
     reference = nib.load(dataset / f"sourcedata/truth/{stem}_desc-reference_dwi.nii.gz")
     assert reference.shape == image.shape

@@ -14,23 +14,24 @@ from bidsapp.kinds import Derived, Estimator
 
 
 class Tensor(Estimator):
-    """FA, MD, AD, RD, principal direction, S0, residual SD; standard errors of FA and MD."""
+    """Estimator of FA, MD, AD, RD, principal direction, S0, residual SD, and errors of FA and
+    MD."""
 
     def volumes(self, acquisition: Acquisition) -> np.ndarray:
-        """Indices of the volumes that the tensor is fitted to (`tensor.volumes`)."""
+        """Select the volumes to which the tensor is fitted (`tensor.volumes`)."""
         return tensor.volumes(acquisition, self.settings("fit")["b_max"])
 
     def check(self, acquisition: Acquisition) -> None:
-        """Raises Refusal where the b-tensors do not determine six tensor entries and S0."""
-        known = tensor.rank(acquisition[self.volumes(acquisition)].btensors)
-        if known < tensor.TERMS:
+        """Raise Refusal if the b-tensors do not determine six tensor entries and S0."""
+        rank = tensor.rank(acquisition[self.volumes(acquisition)].btensors)
+        if rank < tensor.TERMS:
             shells = ", ".join(f"{len(s)} at b = {s.b:.0f} (b_delta {s.b_delta:.2g})"
                                for s in acquisition.shells) or "none weighted"
             raise Refusal(
-                f"the tensor has 7 unknowns, this acquisition determines {known}: "
-                f"{int(acquisition.b0.sum())} volumes without weighting, {shells}. Needed are 6 or "
-                "more directions that differ and do not lie on one cone, and a b0 or a second "
-                "b-value. Acquire these, or leave dti out of --estimate.")
+                f"the tensor and S0 have {tensor.TERMS} unknowns, but this acquisition determines "
+                f"{rank}: {int(acquisition.b0.sum())} b0 volumes, {shells}. Required are 6 or more "
+                "different directions that do not lie on one cone, and a b0 or a second b-value. "
+                "Acquire these, or leave dti out of --estimate.")
 
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         self.check(dwi.acquisition)
@@ -56,7 +57,7 @@ class Tensor(Estimator):
 
 
 def _notices(acquisition: Acquisition, chosen: np.ndarray, b_max: float) -> list[str]:
-    """Which shells the tensor was fitted to, unless these are all that there are, up to b_max."""
+    """Describe the shells of the fit, unless all shells were used and none exceeds b_max."""
     others = np.setdiff1d(np.flatnonzero(~acquisition.b0), chosen)
     rest = acquisition[others].shells if len(others) else ()
     fitted = acquisition[chosen].shells
@@ -64,5 +65,5 @@ def _notices(acquisition: Acquisition, chosen: np.ndarray, b_max: float) -> list
     text += f" Left out: {describe_shells(rest)} s/mm²." if rest else ""
     if max(s.b for s in fitted) > (1 + tensor.B_TOLERANCE) * b_max:
         return [f"{text} Shells up to b = {b_max:.0f} s/mm² do not determine a tensor well, so "
-                "the next higher one was used. Expect a lower MD, by kurtosis."]
+                "the next higher shell was used. Kurtosis then lowers MD."]
     return [f"{text} Above b = {b_max:.0f} s/mm² kurtosis lowers MD."] if rest else []

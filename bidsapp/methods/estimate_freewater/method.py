@@ -1,7 +1,7 @@
-"""Free water by a network that is trained on mixtures of the participant's own tissues.
+"""Free water by a network that is trained on mixtures of the participant's tissues.
 
-Weninger et al. 2020 (doi:10.1007/978-3-030-52893-5_8). Mixtures are those of `simulate.mixture`;
-what was changed, and why, is in README.md. Units inside: b in ms/µm², D in µm²/ms.
+Weninger et al. 2020 (doi:10.1007/978-3-030-52893-5_8), with the mixtures of `simulate.mixture`.
+README.md describes the changes and the reasons. Internal units: b in ms/µm², D in µm²/ms.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from bidsapp.methods.estimate_freewater import network
 from bidsapp.simulate import mixture
 from bidsapp.simulate.mixture import Diffusivities
 
-MOST_WATER = 0.8
-"""Above this fraction too little tissue is left to correct, and voxels stay as they are."""
+MAX_WATER = 0.8
+"""Fraction above which a voxel is not corrected, because too little tissue remains."""
 
 ASSUMED_SNR = 25.0
-"""S0 over noise SD where the noise could not be measured: the paper's."""
+"""S0 over the noise SD assumed if the noise could not be measured (as in the paper)."""
 
 LEVELS = 101
-"""Quantiles of the noise over S0 that stand for all voxels."""
+"""Number of quantiles of the noise over S0 that represent all voxels in the training."""
 
 AXIAL, RADIAL, GREY, WATER = (1.4, 2.0), (0.15, 0.45), (0.7, 0.9), 3.0
-"""µm²/ms, ranges: single fibres and grey matter of adults (Pierpaoli et al. 1996,
-doi:10.1148/radiology.201.3.8939209); free water at 37 °C."""
+"""Diffusivities of the literature (µm²/ms): ranges of single fibres and grey matter of adults
+(Pierpaoli et al. 1996, doi:10.1148/radiology.201.3.8939209), and free water at 37 °C."""
 
 
 class FreeWater(Estimator):
-    """Fraction of free water with its SD, and FA and MD of what is left without it."""
+    """Estimator of the free-water fraction, its SD, and FA and MD of the remaining tissue."""
 
     wants_tissue = True
 
     def check(self, acquisition: Acquisition) -> None:
-        """Raises Refusal without a b0, or where no shell determines a fibre's tensor."""
+        """Raise Refusal if there is no b0, or if no shell determines a fibre's tensor."""
         mixture.check(acquisition)
 
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
@@ -48,21 +48,22 @@ class FreeWater(Estimator):
         self.check(acquisition)
         notices: list[str] = []
         try:
-            found = tissue.find_regions(dwi, device)
-            measured = mixture.measure(dwi, found.gm, found.csf, found.single_fibre, device)
+            regions = tissue.find_regions(dwi, device)
+            measured = mixture.measure(dwi, regions.gm, regions.csf, regions.single_fibre, device)
             source = "measured in this run"
-            notices += found.notices
+            notices += regions.notices
         except Refusal as refusal:
-            measured, source = literature(len(acquisition.shells)), "literature"
+            measured, source = literature_diffusivities(len(acquisition.shells)), "literature"
             notices.append("Free water: the network was trained with diffusivities of the "
-                           f"literature, for this run cannot show its own ({refusal})")
+                           "literature, because those of this run could not be measured "
+                           f"({refusal})")
         s0 = dwi.mean_b0
         sigma = dwi.noise_of(np.flatnonzero(~acquisition.b0))
         noise = (np.quantile(sigma / s0[s0 > 0], np.linspace(0, 1, LEVELS))
                  if sigma and (s0 > 0).any() else np.array([1 / ASSUMED_SNR]))
         options = self.settings("network")
-        model, error = network.learn(measured, acquisition, noise, dwi.s0_known, seed, device,
-                                     options)
+        model, error = network.train_network(measured, acquisition, noise, dwi.s0_known, seed,
+                                             device, options)
 
         water = water_attenuation(measured, acquisition)
         b0 = torch.as_tensor(acquisition.b0, device=device)
@@ -71,39 +72,50 @@ class FreeWater(Estimator):
         decay = torch.as_tensor(water, dtype=torch.float32, device=device)
 
         def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
-            shares, level = network.relative(signal, b0)
+            shares, level = network.normalise(signal, b0)
             fraction, sd = model(shares)
-            removed = torch.where(fraction > MOST_WATER, 0, fraction) * level
+            removed = torch.where(fraction > MAX_WATER, 0, fraction) * level
             fit = tensor.fit((signal - removed[:, None] * decay)[:, chosen], x)
             fa, md, failed = fit["fa"], fit["md"], fit["failed"]
-            asis = (removed == 0) | failed | fit["clamped"]
-            if asis.any():
-                plain = tensor.fit(signal[asis][:, chosen], x)
-                fa[asis], md[asis], failed[asis] = (plain[k] for k in ("fa", "md", "failed"))
-            return {"fraction": fraction, "fraction_std": sd, "fa": fa, "md": md, "asis": asis,
-                    "usable": (level > 0) & ~failed}
+            uncorrected = (removed == 0) | failed | fit["clamped"]
+            if uncorrected.any():
+                plain = tensor.fit(signal[uncorrected][:, chosen], x)
+                for values, key in ((fa, "fa"), (md, "md"), (failed, "failed")):
+                    values[uncorrected] = plain[key]
+            return {"fraction": fraction, "fraction_std": sd, "fa": fa, "md": md,
+                    "uncorrected": uncorrected, "usable": (level > 0) & ~failed}
 
         maps = map_voxels(estimate, dwi.signal, device)
-        usable, asis = maps.pop("usable"), maps.pop("asis")
+        usable, uncorrected = maps.pop("usable"), maps.pop("uncorrected")
         maps = {name: np.where(usable, values, 0).astype(np.float32)
                 for name, values in maps.items()}
         shells = acquisition.shells
         counts = {"freewater_no_estimate": int((~usable).sum()),
-                  "freewater_not_corrected": int((asis & usable).sum())}
+                  "freewater_not_corrected": int((uncorrected & usable).sum())}
         return Derived(maps, counts, {
             "Diffusivities": source,
             "WaterDiffusivity": {f"b{s.b:.0f}": float(f"{d / 1000:.4g}") for s, d in zip(
                 shells, measured.csf_mean, strict=True)},
-            "CorrectedUpTo": MOST_WATER,
-            "NotCorrected": f"where the fraction is above {MOST_WATER}, or no tensor with positive "
+            "CorrectedUpTo": MAX_WATER,
+            "NotCorrected": f"where the fraction is above {MAX_WATER}, or no tensor with positive "
                             "eigenvalues is left, FA and MD are those of the signal as it is",
             "NoiseSD": sigma or f"assumed: S0 / {ASSUMED_SNR:.0f}",
             "TrainingSamples": options["samples"], "TrainingSteps": options["schedule"]["steps"],
             "HeldOutRMSE": float(f"{error:.3g}")}, usable, notices)
 
 
-def literature(shells: int) -> Diffusivities:
-    """Diffusivities without dependence on b, for a participant who cannot show their own."""
+def literature_diffusivities(shells: int) -> Diffusivities:
+    """Create diffusivities of the literature, independent of b, for all shells.
+
+    Parameters
+    ----------
+    shells : int
+        Number of shells.
+
+    Returns
+    -------
+    Diffusivities
+    """
     axial, radial = (np.repeat(a.reshape(-1, 1), shells, 1) for a in np.meshgrid(
         np.linspace(*AXIAL, 7), np.linspace(*RADIAL, 7)))
     gm = np.repeat(np.linspace(*GREY, 9)[:, None], shells, 1)
@@ -112,6 +124,6 @@ def literature(shells: int) -> Diffusivities:
 
 
 def water_attenuation(measured: Diffusivities, acquisition: Acquisition) -> np.ndarray:
-    """(measurement,) S/S0 of the free water that the mixtures hold, on average."""
+    """Compute the (measurement,) S/S0 of the mean CSF of the mixtures."""
     csf = measured.csf_mean[None, None, :, None] * np.array([1, 0, 0, 1, 0, 1])
     return mixture.attenuation(np.ones((1, 1)), csf, acquisition, "cpu")[0]

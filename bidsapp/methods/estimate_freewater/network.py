@@ -1,4 +1,4 @@
-"""The network of the free-water fraction: what it learns from, and how."""
+"""Network of the free-water fraction: training data and training."""
 
 from __future__ import annotations
 
@@ -18,20 +18,25 @@ from bidsapp.simulate.noise import rician
 from bidsapp.training import Schedule, seeded, train
 
 NARROWEST = 8
-"""Least width of a hidden layer."""
+"""Minimum width of a hidden layer."""
 
 CHUNK = 10_000
-"""Mixtures that are computed at a time."""
+"""Mixtures that are simulated at a time."""
 
-MOST_NOISE = 0.2
-"""Greatest noise SD over S0 that is learned from; voxels with more are background."""
+MAX_NOISE = 0.2
+"""Maximum noise SD over S0 in the training; voxels with more noise are background."""
 
 
 class Network(nn.Module):
-    """S/S0 (voxel, n) of the weighted volumes → fraction and its SD, (voxel,) each.
+    """Perceptron from S/S0 (voxel, n) of the weighted volumes to the fraction and its SD (voxel,).
 
-    n → n/2 → n/4 → n/8 → 2, tanh; `mean` and `scale` (n,) are of the training signals. Both
-    outputs are logistic, for a fraction lies within 0–1 and no SD of one is above ½.
+    Its widths are n → n/2 → n/4 → n/8 → 2, with tanh. Both outputs are logistic, because a fraction
+    lies within 0–1 and its SD cannot exceed ½.
+
+    Parameters
+    ----------
+    mean, scale : (n,) tensor
+        Mean and SD of the training signals.
     """
 
     mean: torch.Tensor
@@ -49,13 +54,29 @@ class Network(nn.Module):
         return out[:, 0], 0.5 * out[:, 1]
 
 
-def mixtures(measured: Diffusivities, acquisition: Acquisition, count: int, seed: int, device: str
-             ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(count, measurement) S/S0 without noise, and the (count,) fraction of free water.
+def draw_mixtures(measured: Diffusivities, acquisition: Acquisition, count: int, seed: int,
+                  device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Simulate mixtures without noise for the training.
 
-    Every other voxel is a mixture as in `mixture.draw` (mode `sample`). In the rest, water is
-    uniform on 0–1 and any tissue may be absent (each is kept with a probability that is itself
-    uniform on ¼–1, one at least), so that pure tissue and pure water are seen, too.
+    Every other voxel is a mixture of `mixture.draw` (mode `sample`). In the rest, water is uniform
+    on 0–1 and any tissue may be absent, so that pure tissue and pure water occur, too: each tissue
+    is kept with a probability that is itself uniform on ¼–1, but at least one is kept.
+
+    Parameters
+    ----------
+    measured : Diffusivities
+    acquisition : Acquisition
+    count : int
+        Number of voxels.
+    seed : int
+    device : str
+
+    Returns
+    -------
+    signal : (count, measurement) tensor
+        S/S0.
+    water : (count,) tensor
+        Fraction of free water.
     """
     signals, water = [], []
     for i in range(-(-count // CHUNK)):
@@ -68,54 +89,82 @@ def mixtures(measured: Diffusivities, acquisition: Acquisition, count: int, seed
         tissue = tissue * keep
         share = rng.uniform(size=(len(tissue), 1))
         fractions[1::2] = np.hstack([tissue / tissue.sum(1, keepdims=True) * (1 - share), share])
-        made = mixture.attenuation(fractions, tensors, acquisition, device)
-        signals.append(torch.as_tensor(made, dtype=torch.float32, device=device))
+        attenuation = mixture.attenuation(fractions, tensors, acquisition, device)
+        signals.append(torch.as_tensor(attenuation, dtype=torch.float32, device=device))
         water.append(torch.as_tensor(fractions[:, -1], dtype=torch.float32, device=device))
     return torch.cat(signals)[:count], torch.cat(water)[:count]
 
 
-def relative(signal: torch.Tensor, b0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network sees: S/S0 (voxel, n) of the weighted volumes within 0–1; and S0 (voxel,).
+def normalise(signal: torch.Tensor, b0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise signals to the input of the network.
 
-    S0 is the mean over the volumes `b0` (measurement,); where it is not positive, S/S0 is 0.
+    Parameters
+    ----------
+    signal : (voxel, measurement) tensor
+    b0 : (measurement,) bool tensor
+        Volumes whose mean is S0.
+
+    Returns
+    -------
+    ratio : (voxel, n) tensor
+        S/S0 of the weighted volumes, clipped to 0–1; 0 if S0 is not positive.
+    s0 : (voxel,) tensor
     """
     s0 = signal[:, b0].mean(1)
     level = torch.where(s0 > 0, s0, torch.inf)
     return (signal[:, ~b0] / level[:, None]).clamp(0, 1), s0
 
 
-def learn(measured: Diffusivities, acquisition: Acquisition, noise: np.ndarray, known: bool,
-          seed: int, device: str, options: Mapping[str, Any]) -> tuple[Network, float]:
-    """A network for one acquisition, and the RMSE of its fraction on mixtures that it never saw.
+def train_network(measured: Diffusivities, acquisition: Acquisition, noise: np.ndarray,
+                  s0_known: bool, seed: int, device: str, options: Mapping[str, Any]
+                  ) -> tuple[Network, float]:
+    """Train a network for one acquisition.
 
-    noise: (k,) SDs of the noise over S0, of which each voxel draws one. known: S0 is, so that the
-    b0 volumes are without noise.
+    The loss is (f − f̂)²/2 + σ² log σ + …, the Gaussian likelihood weighted by its variance
+    (Seitzer et al. 2022, β = 1). Its gradient for f̂ is that of the squared error, and its minimum
+    for σ is the SD of the residual.
 
-    The loss is (f − f̂)²/2 + σ² log σ + …, the Gaussian likelihood weighted by its own variance
-    (Seitzer et al. 2022, β = 1): its gradient for f̂ is that of the squared error, and its minimum
-    for σ is the SD of what is left.
+    Parameters
+    ----------
+    measured : Diffusivities
+        Diffusivities of the mixtures.
+    acquisition : Acquisition
+    noise : (k,) ndarray
+        SDs of the noise over S0, one of which is drawn for each voxel.
+    s0_known : bool
+        Whether S0 is known, so that the b0 volumes have no noise.
+    seed : int
+    device : str
+    options : mapping
+        Table `network` of training.toml.
+
+    Returns
+    -------
+    network : Network
+    error : float
+        RMSE of its fraction on held-out mixtures.
     """
     b0 = torch.as_tensor(acquisition.b0, device=device)
-    levels = torch.as_tensor(noise, dtype=torch.float32, device=device).clamp(max=MOST_NOISE)
-    clean, water = mixtures(measured, acquisition, options["samples"], 2 * seed, device)
+    levels = torch.as_tensor(noise, dtype=torch.float32, device=device).clamp(max=MAX_NOISE)
+    clean, water = draw_mixtures(measured, acquisition, options["samples"], 2 * seed, device)
 
-    def seen(signal: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def noisy_input(signal: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         pick = torch.randint(len(levels), (len(signal), 1), generator=generator, device=device)
         noisy = rician(signal, levels[pick], generator)
-        if known:
+        if s0_known:
             noisy[:, b0] = 1
-        return relative(noisy, b0)[0]
+        return normalise(noisy, b0)[0]
 
-    first = seen(clean[:CHUNK], torch.Generator(device).manual_seed(seed))
+    first = noisy_input(clean[:CHUNK], torch.Generator(device).manual_seed(seed))
     with seeded(seed):
         network = Network(first.mean(0), first.std(0).clamp(min=1e-3)).to(device)
 
     def draw(generator: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
         pick = torch.randint(len(clean), (options["batch"],), generator=generator, device=device)
-        return [(seen(clean[pick], generator), water[pick])]
+        return [(noisy_input(clean[pick], generator), water[pick])]
 
-    def loss(model: nn.Module, drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        signal, truth = drawn
+    def loss(model: nn.Module, minibatch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        signal, truth = minibatch
         fraction, sd = model(signal)
         square = (fraction - truth) ** 2
         spread = sd.detach() ** 2 * torch.log(sd) + square.detach() * (sd.detach() / sd) ** 2 / 2
@@ -124,7 +173,7 @@ def learn(measured: Diffusivities, acquisition: Acquisition, noise: np.ndarray, 
     with one_thread():
         train(network, draw, loss, Schedule(**options["schedule"]), seed=seed, device=device,
               name="free water")
-    other, truth = mixtures(measured, acquisition, CHUNK, 2 * seed + 1, device)
+    held_out, truth = draw_mixtures(measured, acquisition, CHUNK, 2 * seed + 1, device)
     with torch.no_grad():
-        found, _ = network(seen(other, torch.Generator(device).manual_seed(seed + 1)))
-    return network, float((found - truth).square().mean().sqrt())
+        predicted, _ = network(noisy_input(held_out, torch.Generator(device).manual_seed(seed + 1)))
+    return network, float((predicted - truth).square().mean().sqrt())

@@ -1,8 +1,8 @@
-"""Neurite diffusivity, fraction and orientation density by a multilayer perceptron: the baseline.
+"""Neurite diffusivity, fraction and orientation density by a multilayer perceptron, a baseline.
 
-Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415) compare their spherical network with it. It is
-trained, calibrated and applied as `estimate_scnn2` is, for one acquisition, and is not
-rotation-equivariant.
+Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415) compare their spherical network with such a
+perceptron. It is trained for one acquisition, calibrated and applied like `estimate_scnn2`, and is
+not rotation-equivariant.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bidsapp.simulate.tissue import TWO_COMPARTMENTS
 
 
 class PerceptronTwoCompartments(SphericalMethod):
-    """d, f and ODF for the acquisition that the group level trained it for."""
+    """Estimator of d, f and ODF, for the acquisition of its training at group level."""
 
     tissue = TWO_COMPARTMENTS
     intended_use = (

@@ -1,7 +1,7 @@
 """Neurite density, dispersion and free water (NODDI) by a spherical network.
 
-Zhang et al. 2012 (doi:10.1016/j.neuroimage.2012.03.072), estimated as Kerkelä et al. 2024
-(doi:10.3389/fnimg.2024.1349415) estimate theirs: a rotation-equivariant network trained on
+The model of Zhang et al. 2012 (doi:10.1016/j.neuroimage.2012.03.072), estimated like the models of
+Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415): by a rotation-equivariant network trained on
 simulated signals (`bidsapp.microstructure`).
 """
 
@@ -12,7 +12,7 @@ from bidsapp.simulate.tissue import NODDI
 
 
 class Noddi(SphericalMethod):
-    """NDI, ODI, FISO and the ODF with the weights that ship."""
+    """Estimator of NDI, ODI, FISO and the ODF, with bundled weights."""
 
     tissue = NODDI
     intended_use = (

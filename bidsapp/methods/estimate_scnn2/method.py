@@ -2,8 +2,8 @@
 
 Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415): a rotation-equivariant network, trained on
 simulated signals of the constrained two-compartment model (Kaden et al. 2016,
-doi:10.1016/j.neuroimage.2016.06.002). Here it starts from a likelihood-based posterior mean, one
-network serves every acquisition in its range, and it gives a posterior SD
+doi:10.1016/j.neuroimage.2016.06.002). Unlike in the paper, the network starts from a
+likelihood-based posterior mean, serves every acquisition in its range, and returns posterior SDs
 (`bidsapp.microstructure`).
 """
 
@@ -14,7 +14,7 @@ from bidsapp.simulate.tissue import TWO_COMPARTMENTS
 
 
 class TwoCompartments(SphericalMethod):
-    """d, f and ODF with the weights that ship."""
+    """Estimator of d, f and ODF, with bundled weights."""
 
     tissue = TWO_COMPARTMENTS
     intended_use = (

@@ -1,8 +1,8 @@
 """Neurites, soma and orientation density by a spherical network, from tensor-valued encoding.
 
 Kerkelä et al. 2024 (doi:10.3389/fnimg.2024.1349415) with the constrained three-compartment model
-of Gyori et al. 2021 (doi:10.1016/j.neuroimage.2021.118303). Here one network serves every
-acquisition in its range, and gives a posterior SD (`bidsapp.microstructure`).
+of Gyori et al. 2021 (doi:10.1016/j.neuroimage.2021.118303). Unlike in the paper, one network serves
+every acquisition in its range, and returns posterior SDs (`bidsapp.microstructure`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bidsapp.simulate.tissue import THREE_COMPARTMENTS
 
 
 class ThreeCompartments(SphericalMethod):
-    """d, f, d_sph, f_sph and ODF with the weights that ship."""
+    """Estimator of d, f, d_sph, f_sph and ODF, with bundled weights."""
 
     tissue = THREE_COMPARTMENTS
     intended_use = (

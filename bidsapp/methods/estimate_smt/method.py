@@ -5,12 +5,12 @@ in coaxial zeppelins of axial diffusivity d and radial (1 − f) d. The mean ove
 
     S̄(b) / S0 = f p(d, 0) + (1 − f) p(d, (1 − f) d)
 
-does not depend on how fibres are arranged. For an axially symmetric b-tensor of trace b and shape
-b_Δ (Eriksson et al. 2015, doi:10.1063/1.4913502), with ℓ axial and r radial diffusivity,
+does not depend on the arrangement of the fibres. For an axially symmetric b-tensor of trace b and
+shape b_Δ (Eriksson et al. 2015, doi:10.1063/1.4913502), with ℓ axial and r radial diffusivity,
 
     p(ℓ, r) = exp(−b [(1 − b_Δ)(ℓ + 2r)/3 + b_Δ r]) h(b b_Δ (ℓ − r)),   h(α) = ∫₀¹ exp(−α x²) dx.
 
-Units here: b in ms/µm², d in µm²/ms.
+Internal units: b in ms/µm², d in µm²/ms.
 """
 
 from __future__ import annotations
@@ -30,35 +30,42 @@ from bidsapp.errors import Refusal
 from bidsapp.kinds import Derived, Estimator
 
 MAX_DIFFUSIVITY = 3.0
-"""µm²/ms. The paper's prior: d ~ U(0, 3), f ~ U(0, 1)."""
+"""Upper bound of d (µm²/ms). The prior is that of the paper: d ~ U(0, 3), f ~ U(0, 1)."""
 
 MIN_DIRECTIONS = 6
-"""A directional shell with fewer has no usable mean over directions."""
+"""Minimum number of directions for a mean over directions of a linear or planar shell."""
 
 FRACTIONS, NODES, WINDOW = 64, 6, 4.0
-"""Values of f; nodes in d for each, over so many posterior SDs of d to either side."""
+"""Number of values of f; number of nodes in d for each; half width of the nodes in posterior SDs of
+d."""
 
 TABLE, INVERSE = 1024, 512
-"""Entries over d of the tabulated signal, and of the inverse that starts the search for d."""
+"""Number of entries over d of the tabulated signal, and of the inverse from which d starts."""
 
 ASSUMED_SNR = 20.0
-"""Stands for S0 over noise SD where the noise could not be measured."""
+"""S0 over the noise SD assumed if the noise could not be measured."""
 
-PER_SIGMA, MOST_SIGMA = 32, 32
-"""Entries of the table of the Rician excess per noise SD, and the noise SDs that it spans."""
+PER_SIGMA, MAX_SIGMA = 32, 32
+"""Entries per noise SD, and range in noise SDs, of the table of the Rician excess."""
 
 SMOOTHING = 0.25
-"""SH coefficients per direction, at most, of the fit that gives mean and Rician excess."""
+"""Maximum number of SH coefficients per direction of the fit for the mean and the Rician excess."""
 
 LAPLACE_BELTRAMI = 0.006
-"""Weight of the penalty l²(l + 1)² on that fit where it stands for the expected signal."""
+"""Weight of the penalty l²(l + 1)² when that fit estimates the expected signal."""
 
 BLOCK = 256
-"""Voxels whose grid of likelihoods fits the cache."""
+"""Voxels per block, so that their likelihoods fit in the cache."""
 
 
 def h(alpha: np.ndarray | np.floating) -> np.ndarray:
-    """∫₀¹ exp(−α x²) dx: erf for α > 0, Dawson's integral for α < 0, its series near 0."""
+    """Compute h(α) = ∫₀¹ exp(−α x²) dx.
+
+    By erf for α > 0, Dawson's integral for α < 0 and a series near 0.
+
+    >>> float(h(np.float64(0)))
+    1.0
+    """
     root = np.sqrt(np.maximum(np.abs(alpha), 1e-6))
     positive = np.sqrt(np.pi) / 2 * erf(root) / root
     negative = np.exp(np.maximum(-alpha, 0)) * dawsn(root) / root if (alpha < 0).any() else 0
@@ -67,7 +74,7 @@ def h(alpha: np.ndarray | np.floating) -> np.ndarray:
 
 
 def h_slope(alpha: np.ndarray | np.floating, value: np.ndarray) -> np.ndarray:
-    """h'(α) = (exp(−α) − h)/(2α), its series near 0."""
+    """Compute h'(α) = (exp(−α) − h)/(2α) from h, by a series near 0."""
     small = np.abs(alpha) < 1e-2
     safe = np.where(small, 1, alpha)
     series = -1 / 3 + alpha / 5 - alpha**2 / 14 + alpha**3 / 54
@@ -75,9 +82,18 @@ def h_slope(alpha: np.ndarray | np.floating, value: np.ndarray) -> np.ndarray:
 
 
 def powder_mean(d, f, b, b_delta):
-    """S̄/S0 of the model and its derivatives with respect to d and f; arguments broadcast.
+    """Compute S̄/S0 of the model and its derivatives.
 
-    d µm²/ms, f within 0–1, b ms/µm².
+    Parameters
+    ----------
+    d, f, b, b_delta : ndarray
+        Diffusivity (µm²/ms), fraction (0–1), b-value (ms/µm²) and shape of the b-tensor, which
+        broadcast.
+
+    Returns
+    -------
+    mean, by_d, by_f : ndarray
+        S̄/S0 and its derivatives with respect to d and f.
     """
     total, by_d, by_f = 0.0, 0.0, 0.0
     axial_rate, radial_rate = b * (1 - b_delta) / 3, b * (2 * (1 - b_delta) / 3 + b_delta)
@@ -96,10 +112,16 @@ def powder_mean(d, f, b, b_delta):
 
 @dataclass(frozen=True)
 class Protocol:
-    """The averages a voxel gives, one per shell.
+    """Shells whose averages over directions are fitted.
 
-    b: (k,) ms/µm². b_delta: (k,). noise: (k,) SD of each average relative to one measurement's.
-    noise_s0: that of the mean b0; 0 where S0 is known.
+    Parameters
+    ----------
+    b, b_delta : (k,) ndarray
+        b-value (ms/µm²) and shape of the b-tensor.
+    noise : (k,) ndarray
+        SD of each average relative to that of one measurement.
+    noise_s0 : float
+        SD of the mean b0 relative to that of one measurement; 0 if S0 is known.
     """
 
     b: np.ndarray
@@ -108,22 +130,27 @@ class Protocol:
     noise_s0: float
 
     def predict(self, d: np.ndarray, f: np.ndarray):
-        """S̄/S0 (…, k), and its derivatives with respect to d and f, for parameters (…,)."""
+        """Compute S̄/S0 (…, k) and its derivatives with respect to d and f, for parameters (…,)."""
         return powder_mean(d[..., None], f[..., None], self.b, self.b_delta)
 
 
 class Posterior:
-    """Mean and SD of d and f under the flat prior, S0 integrated out.
+    """Posterior mean and SD of d and f under a flat prior, with S0 marginalised.
 
-    Measured are z = S̄/(mean b0) and λ = σ/(mean b0). With Gaussian noise and a flat prior on S0,
-    z is normal around p(d, f) with covariance λ² [diag(n²) + n0² p pᵀ]; with r = (z − p)/(λ n) and
-    q = n0 p/n this is, by Sherman–Morrison,
+    The data are z = S̄/(mean b0) and λ = σ/(mean b0). With Gaussian noise and a flat prior on S0, z
+    is normal around p(d, f) with covariance λ² [diag(n²) + n0² p pᵀ]. With r = (z − p)/(λ n) and
+    q = n0 p/n, the Sherman–Morrison formula gives
 
         −2 log L = |r|² − (r·q)²/(1 + |q|²) + log(1 + |q|²).
 
-    The likelihood is a thin curved ridge: d is sharp for a given f. So d is integrated for each f
-    by Gauss–Legendre nodes around its optimum, and f by the midpoint rule. p is read, linearly
-    interpolated, from a table over d for each f.
+    The likelihood is a thin curved ridge: for a given f, d is well determined. Therefore d is
+    integrated for each f by Gauss–Legendre nodes around its optimum, and f by the midpoint rule. p
+    is interpolated linearly in a table over d for each f.
+
+    Parameters
+    ----------
+    protocol : Protocol
+    device : str
     """
 
     def __init__(self, protocol: Protocol, device: str) -> None:
@@ -137,8 +164,8 @@ class Posterior:
         self.table = self.table.contiguous()
         total = (p / protocol.noise).sum(2)
         self.step = float(total.max()) / INVERSE
-        at = np.arange(INVERSE + 1) * self.step
-        self.inverse = tensor(np.array([np.interp(at, row[::-1], d[::-1])
+        totals = np.arange(INVERSE + 1) * self.step
+        self.inverse = tensor(np.array([np.interp(totals, row[::-1], d[::-1])
                                         for row in total])).flatten()
         self.f = tensor(f)
         self.noise = tensor(protocol.noise)[:, None, None]
@@ -149,18 +176,31 @@ class Posterior:
 
     def predict(self, d: Float[torch.Tensor, "voxel f *node"]) -> tuple[
             Float[torch.Tensor, "k voxel f *node"], Float[torch.Tensor, "k voxel f *node"]]:
-        """p and ∂p/∂d, (k, voxel, f, …), for d (voxel, f, …)."""
-        place = d * (TABLE / MAX_DIFFUSIVITY)
-        index = place.long().clamp_(max=TABLE - 1)
+        """Interpolate p and ∂p/∂d, (k, voxel, f, …), at d (voxel, f, …)."""
+        position = d * (TABLE / MAX_DIFFUSIVITY)
+        index = position.long().clamp_(max=TABLE - 1)
         row = self.row.view(-1, *[1] * (d.ndim - 2)) * TABLE
-        found = self.table.index_select(1, (index + row).flatten()).view(-1, *d.shape)
-        p, change = found.chunk(2)
-        return torch.addcmul(p, place - index, change), change * (TABLE / MAX_DIFFUSIVITY)
+        entries = self.table.index_select(1, (index + row).flatten()).view(-1, *d.shape)
+        p, change = entries.chunk(2)
+        return torch.addcmul(p, position - index, change), change * (TABLE / MAX_DIFFUSIVITY)
 
     def __call__(self, z: Float[torch.Tensor, "voxel k"], noise: Float[torch.Tensor, " voxel"]
                  ) -> dict[str, Float[torch.Tensor, "voxel 2"]]:
-        """`mean` and `std` (voxel, 2) of d and f for z (voxel, k) and λ (voxel,); `start`, the
-        most likely node."""
+        """Compute the posterior of each voxel.
+
+        Parameters
+        ----------
+        z : (voxel, k) tensor
+            S̄ over the mean b0.
+        noise : (voxel,) tensor
+            λ, the noise SD over the mean b0.
+
+        Returns
+        -------
+        dict
+            `mean` and `std` of d and f, and `start`, the node of the highest likelihood; all
+            (voxel, 2).
+        """
         level = noise[:, None] * self.noise
         z = z.T[:, :, None]
         index = ((z / self.noise).sum(0) / self.step).round().clamp(0, INVERSE).long()
@@ -197,44 +237,60 @@ class Posterior:
 def least_squares(z: Float[np.ndarray, "voxel k"], protocol: Protocol,
                   start: Float[np.ndarray, "voxel 2"],
                   steps: int = 500) -> Float[np.ndarray, "voxel 2"]:
-    """(voxel, 2) d and f that minimise Σ (z − S0 p(d, f))²/n² + (1 − S0)²/n0² over S0 too.
+    """Fit d, f and S0 by least squares: minimise Σ (z − S0 p(d, f))²/n² + (1 − S0)²/n0².
 
-    0 ≤ d ≤ 3, 0 ≤ f ≤ 1. S0 is eliminated (variable projection); damped Gauss–Newton steps from
-    `start` are clipped to the box, and a parameter that the gradient pushes against its wall is
-    held there. A voxel is done when its step is below 1e-6 of the range.
+    S0 is eliminated (variable projection). Damped Gauss–Newton steps are clipped to 0 ≤ d ≤ 3 and
+    0 ≤ f ≤ 1; a parameter at its bound is fixed while the gradient points outwards. A voxel has
+    converged when its step is below 1e-6 of the range.
+
+    Parameters
+    ----------
+    z : (voxel, k) ndarray
+        S̄ over the mean b0.
+    protocol : Protocol
+    start : (voxel, 2) ndarray
+        Initial d and f.
+    steps : int
+        Maximum number of steps.
+
+    Returns
+    -------
+    (voxel, 2) ndarray
+        d (µm²/ms) and f.
     """
     top = np.array([MAX_DIFFUSIVITY, 1.0])
     theta = np.clip(start.astype(float), 0, top)
-    todo = np.arange(len(z))
+    active = np.arange(len(z))
     damping = np.full(len(z), 1e-3)
     residual, jacobian = _linearise(z, protocol, theta)
     for _ in range(steps):
-        now = theta[todo]
+        current = theta[active]
         gradient = np.einsum("vkp,vk->vp", jacobian, residual)
         normal = np.einsum("vkp,vkq->vpq", jacobian, jacobian)
-        held = ((now <= 0) & (gradient < 0)) | ((now >= top) & (gradient > 0))
-        gradient[held] = 0
-        diagonal = np.einsum("vpp->vp", normal) * (1 + damping[todo, None]) + 1e-12
-        across = np.where(held.any(1), 0, normal[:, 0, 1])
+        at_bound = ((current <= 0) & (gradient < 0)) | ((current >= top) & (gradient > 0))
+        gradient[at_bound] = 0
+        diagonal = np.einsum("vpp->vp", normal) * (1 + damping[active, None]) + 1e-12
+        across = np.where(at_bound.any(1), 0, normal[:, 0, 1])
         determinant = diagonal[:, 0] * diagonal[:, 1] - across**2
         step = np.stack([diagonal[:, 1] * gradient[:, 0] - across * gradient[:, 1],
                          diagonal[:, 0] * gradient[:, 1] - across * gradient[:, 0]],
                         1) / determinant[:, None]
-        moved = np.clip(now + step, 0, top)
-        new_residual, new_jacobian = _linearise(z[todo], protocol, moved)
+        moved = np.clip(current + step, 0, top)
+        new_residual, new_jacobian = _linearise(z[active], protocol, moved)
         better = (new_residual**2).sum(1) < (residual**2).sum(1)
-        theta[todo[better]] = moved[better]
-        damping[todo] *= np.where(better, 0.2, 4)
+        theta[active[better]] = moved[better]
+        damping[active] *= np.where(better, 0.2, 4)
         residual[better], jacobian[better] = new_residual[better], new_jacobian[better]
-        going = (np.abs(moved - now) > 1e-6 * top).any(1)
-        todo, residual, jacobian = todo[going], residual[going], jacobian[going]
-        if not len(todo):
+        moving = (np.abs(moved - current) > 1e-6 * top).any(1)
+        active, residual, jacobian = active[moving], residual[moving], jacobian[moving]
+        if not len(active):
             break
     return theta
 
 
 def _linearise(z: np.ndarray, protocol: Protocol, theta: np.ndarray):
-    """Residuals at the best S0, (voxel, k + 1), and minus their derivatives (voxel, k + 1, 2)."""
+    """Compute residuals (voxel, k + 1) at the best S0, and their negative derivatives
+    (voxel, k + 1, 2)."""
     p, *slopes = protocol.predict(theta[:, 0], theta[:, 1])
     q = np.column_stack([np.ones(len(z)), protocol.noise_s0 * p / protocol.noise])
     u = q / np.linalg.norm(q, axis=1, keepdims=True)
@@ -247,46 +303,82 @@ def _linearise(z: np.ndarray, protocol: Protocol, theta: np.ndarray):
 
 
 def rician_excess(spread: float) -> np.ndarray:
-    """(entry,) expected E[M] − A, in units of σ, of a magnitude M with true amplitude A, against
-    an estimate m = 0, 1/PER_SIGMA, … of E[M] whose SD is `spread` times that of M.
+    """Tabulate the Rician excess E[M] − A of a magnitude M with true amplitude A.
 
     E[M] = σ √(π/2) [(1 + 2t) I0(t) + 2t I1(t)] exp(−t), t = A²/4σ² (Koay & Basser 2006,
-    doi:10.1016/j.jmr.2006.01.016). Near the noise floor the excess is so curved that reading it at
-    m itself would leave a bias; it is averaged over A ≥ 0 with the weight
+    doi:10.1016/j.jmr.2006.01.016). Near the noise floor the excess is so curved that its value at
+    an estimate m of E[M] would be biased. It is therefore averaged over A ≥ 0 with the weight
     N(m; E[M], spread² Var M), Var M = 2 + A² − E[M]².
+
+    Parameters
+    ----------
+    spread : float
+        SD of m relative to that of M.
+
+    Returns
+    -------
+    (entry,) ndarray
+        Expected excess, in units of σ, at m = 0, 1/PER_SIGMA, … MAX_SIGMA.
     """
     amplitude = np.linspace(0, 33, 1651)
     t = amplitude**2 / 4
     mean = np.sqrt(np.pi / 2) * ((1 + 2 * t) * i0e(t) + 2 * t * i1e(t))
-    m = np.arange(MOST_SIGMA * PER_SIGMA + 1) / PER_SIGMA
+    m = np.arange(MAX_SIGMA * PER_SIGMA + 1) / PER_SIGMA
     sd = max(spread, 0.02) * np.sqrt(2 + amplitude**2 - mean**2)
     square = ((m[:, None] - mean) / sd) ** 2 / 2 + np.log(sd)
     weight = np.exp(square.min(1, keepdims=True) - square)
     return weight @ (mean - amplitude) / weight.sum(1)
 
 
-def unbiased(signal: Float[torch.Tensor, "voxel n"], smooth: Float[torch.Tensor, "n n"],
-             sigma: float, table: Float[torch.Tensor, " entry"]) -> Float[torch.Tensor, "voxel n"]:
-    """Magnitudes (voxel, n) less their Rician excess, read at their smoothed values.
+def subtract_rician_excess(signal: Float[torch.Tensor, "voxel n"],
+                           smooth: Float[torch.Tensor, "n n"], sigma: float,
+                           table: Float[torch.Tensor, " entry"]
+                           ) -> Float[torch.Tensor, "voxel n"]:
+    """Subtract the Rician excess from magnitudes.
 
-    `smooth` (n, n) stands for the expectation. Subtracting the excess, not inverting each
-    magnitude, keeps the noise of the signal linear, so that the mean over directions stays
-    unbiased down to the noise floor.
+    The excess is evaluated at smoothed magnitudes. Subtracting it, instead of inverting each
+    magnitude, keeps the noise additive, so that the mean over directions is unbiased down to the
+    noise floor.
+
+    Parameters
+    ----------
+    signal : (voxel, n) tensor
+        Magnitudes.
+    smooth : (n, n) tensor
+        Smoothing that estimates the expectation of the magnitudes.
+    sigma : float
+        Noise SD.
+    table : (entry,) tensor
+        Result of `rician_excess`.
+
+    Returns
+    -------
+    (voxel, n) tensor
     """
-    place = ((signal @ smooth) * (PER_SIGMA / sigma)).clamp(0, len(table) - 1.01)
-    index = place.long()
+    position = ((signal @ smooth) * (PER_SIGMA / sigma)).clamp(0, len(table) - 1.01)
+    index = position.long()
     low = table[index]
-    excess = torch.lerp(low, table[index + 1], place - index)
+    excess = torch.lerp(low, table[index + 1], position - index)
     return signal - sigma * excess
 
 
 def average_weights(acquisition: Acquisition, shell: Shell
                     ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n n"]]:
-    """(n,) weights of the mean over the sphere, and an (n, n) smoothing of the shell.
+    """Compute the weights of the mean over the sphere, and a smoothing of a shell.
 
     The mean is the degree-0 coefficient of a least-squares SH fit, exact for any set of directions
     up to its degree (Afzali et al. 2021, doi:10.1038/s41598-021-93558-1). The smoothing is that
     fit with Laplace–Beltrami regularisation (Descoteaux et al. 2007, doi:10.1002/mrm.21277).
+
+    Parameters
+    ----------
+    acquisition : Acquisition
+    shell : Shell
+
+    Returns
+    -------
+    weights : (n,) ndarray
+    smoothing : (n, n) ndarray
     """
     oriented = abs(shell.b_delta) > 0.05
     degree = sh.degree_for(SMOOTHING * len(shell)) if oriented else 0
@@ -298,58 +390,59 @@ def average_weights(acquisition: Acquisition, shell: Shell
 
 
 class SphericalMean(Estimator):
-    """Posterior mean and SD of neurite diffusivity and fraction, and their least squares."""
+    """Estimator of neurite diffusivity and fraction: posterior means, SDs and least squares."""
 
     def check(self, acquisition: Acquisition) -> None:
-        """Raises Refusal without a b0, or with fewer than two shells of six directions."""
+        """Raise Refusal if there is no b0, or fewer than two shells of six directions."""
         if len(_usable(acquisition)) < 2 or not acquisition.b0.any():
             shells = ", ".join(f"{len(s)} at b = {s.b:.0f} (b_delta {s.b_delta:.2g})"
                                for s in acquisition.shells) or "none weighted"
             raise Refusal(
-                f"the spherical mean technique has two unknowns beside S0; found are "
-                f"{int(acquisition.b0.sum())} volumes without weighting and shells: {shells}. "
-                f"Needed are a b0 and two shells of {MIN_DIRECTIONS} or more directions. Acquire a "
-                "second shell (e.g. b = 1000 and 2200 s/mm²), or leave smt out of --estimate.")
+                "the spherical mean technique has two unknowns and S0. This acquisition has "
+                f"{int(acquisition.b0.sum())} b0 volumes and shells: {shells}. A b0 and two shells "
+                f"of {MIN_DIRECTIONS} or more directions are required. Acquire a second shell "
+                "(e.g. b = 1000 and 2200 s/mm²), or leave smt out of --estimate.")
 
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         acquisition = dwi.acquisition
         self.check(acquisition)
         shells = _usable(acquisition)
         b0 = np.flatnonzero(acquisition.b0)
-        plans = [(b0, np.full(len(b0), 1 / len(b0)), np.full((len(b0),) * 2, 1 / len(b0))),
-                 *((shell.indices, *average_weights(acquisition, shell)) for shell in shells)]
-        noise = np.array([np.linalg.norm(weights) * dwi.gain(index) for index, weights, _ in plans])
+        groups = [(b0, np.full(len(b0), 1 / len(b0)), np.full((len(b0),) * 2, 1 / len(b0))),
+                  *((shell.indices, *average_weights(acquisition, shell)) for shell in shells)]
+        noise = np.array([np.linalg.norm(weights) * dwi.gain(index)
+                          for index, weights, _ in groups])
         protocol = Protocol(np.array([shell.b for shell in shells]) / 1000,
                             np.array([shell.b_delta for shell in shells]), noise[1:],
                             0.0 if dwi.s0_known else noise[0])
-        levels = [dwi.noise_of(index) for index, *_ in plans]
+        levels = [dwi.noise_of(index) for index, *_ in groups]
         tensors = [(torch.as_tensor(index, device=device), *(
             torch.as_tensor(a, dtype=torch.float32, device=device) for a in (
                 weights, smooth, rician_excess(np.linalg.norm(smooth) / len(index) ** 0.5))))
-            for index, weights, smooth in plans]
-        grid = Posterior(protocol, device)
+            for index, weights, smooth in groups]
+        posterior = Posterior(protocol, device)
 
         def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
             averages = []
             for sigma, (index, weights, smooth, table) in zip(levels, tensors, strict=True):
                 part = signal[:, index]
                 if sigma:
-                    part = unbiased(part, smooth, sigma, table)
+                    part = subtract_rician_excess(part, smooth, sigma, table)
                 averages.append(part @ weights)
             usable = averages[0] > 0
             level = torch.where(usable, averages[0], 1)
             z = torch.stack(averages[1:], 1) / level[:, None]
             noise = dwi.noise_sd / level if dwi.noise_sd else torch.full_like(
                 level, 1 / ASSUMED_SNR)
-            return grid(z, noise) | {"z": z, "usable": usable}
+            return posterior(z, noise) | {"z": z, "usable": usable}
 
-        found = map_voxels(estimate, dwi.signal, device, BLOCK)
-        usable = found["usable"]
+        estimates = map_voxels(estimate, dwi.signal, device, BLOCK)
+        usable = estimates["usable"]
         modes = np.zeros((len(usable), 2))
-        modes[usable] = least_squares(found["z"][usable], protocol, found["start"][usable])
+        modes[usable] = least_squares(estimates["z"][usable], protocol, estimates["start"][usable])
         maps = {}
         for i, name in enumerate(("diffusivity", "neuritefraction")):
-            for key, values in ((name, found["mean"]), (f"{name}_std", found["std"]),
+            for key, values in ((name, estimates["mean"]), (f"{name}_std", estimates["std"]),
                                 (f"{name}_mode", modes)):
                 maps[key] = np.where(usable, values[:, i], 0).astype(np.float32)
         return Derived(maps, {"smt_no_b0_signal": int((~usable).sum())}, {
@@ -361,6 +454,6 @@ class SphericalMean(Estimator):
 
 
 def _usable(acquisition: Acquisition) -> list[Shell]:
-    """Shells that have a mean over directions."""
+    """Select the shells that have a mean over directions."""
     return [shell for shell in acquisition.shells
             if abs(shell.b_delta) <= 0.05 or len(shell) >= MIN_DIRECTIONS]

@@ -1,7 +1,8 @@
-"""Single-voxel signals with known truth, synthesized from one participant's own diffusivities.
+"""Single-voxel signals with known truth, synthesized from the diffusivities of one participant.
 
-Sadegheih et al. 2023 (doi:10.1007/s13218-023-00811-y, WP2); what it leaves open is in README.md.
-The mixtures are those of `simulate.mixture`, with the run's S0 and Rician noise of its own SD.
+Sadegheih et al. 2023 (doi:10.1007/s13218-023-00811-y, WP2); README.md describes the choices that
+the paper leaves open. The mixtures are those of `simulate.mixture`, with S0 and the noise SD of the
+run.
 """
 
 from __future__ import annotations
@@ -23,76 +24,97 @@ from bidsapp.simulate.mixture import COMPARTMENTS, FIBRES, Diffusivities, Mixtur
 from bidsapp.simulate.unmix import unmix
 
 BLOCK = 20_000
-"""Voxels of a whole image that are made at a time."""
+"""Voxels of a whole image that are simulated at a time."""
 
 ASSUMED_SNR = 25.0
-"""S0 over noise SD where the noise could not be measured (as Weninger et al. 2020)."""
+"""S0 over the noise SD assumed if the noise could not be measured (as Weninger et al. 2020)."""
 
 TERMS = ("dxx", "dxy", "dxz", "dyy", "dyz", "dzz")
+"""Names of the entries of a tensor, in the order of `Mixtures.tensors`."""
 
 
 class Synthesis(Synthesizer):
-    """Mixtures of three fibre populations, grey matter and CSF in a participant's own b-table."""
+    """Synthesizer of mixtures of three fibre populations, grey matter and CSF in a run's
+    b-table."""
 
     wants_tissue = True
 
     def check(self, acquisition: Acquisition) -> None:
-        """Raises Refusal without a b0, or where no shell determines a fibre's tensor."""
+        """Raise Refusal if there is no b0, or if no shell determines a fibre's tensor."""
         mixture.check(acquisition)
 
     def run(self, dwi: Dwi, options: Options, device: str) -> Derived:
-        made = self.synthesize(dwi, options.synthesize, options.random_seed, device,
-                               voxels=options.synthesize_voxels, image=options.synthesize_image)
-        return replace(made.derived, notices=made.notices, synthetic=made)
+        result = self.synthesize(dwi, options.synthesize, options.random_seed, device,
+                                 voxels=options.synthesize_voxels, image=options.synthesize_image)
+        return replace(result.derived, notices=result.notices, synthetic=result)
 
     def synthesize(self, dwi: Dwi, modes: Sequence[str], seed: int, device: str, *,
                    voxels: int = 10_000, image: bool = False) -> Synthetic:
-        """`voxels` signals in each mode. Fractions, directions and noise are those of `seed` in
-        every mode, so that modes can be compared voxel by voxel. With `image` a whole image, too.
+        """Simulate voxels with known truth in each mode.
 
-        Raises:
-            Refusal: the acquisition, or too few voxels of a tissue.
+        Fractions, directions and noise depend on the seed and not on the mode, so that modes can be
+        compared voxel by voxel.
+
+        Parameters
+        ----------
+        dwi : Dwi
+        modes : sequence of str
+        seed : int
+        device : str
+        voxels : int
+            Number of voxels in each mode.
+        image : bool
+            Whether to simulate a whole image in each mode, too.
+
+        Returns
+        -------
+        Synthetic
+
+        Raises
+        ------
+        Refusal
+            The acquisition is not sufficient, or a tissue has too few voxels.
         """
         self.check(dwi.acquisition)
         shells = dwi.acquisition.shells
-        found = tissue.find_regions(dwi, device)
-        measured = mixture.measure(dwi, found.gm, found.csf, found.single_fibre, device)
+        regions = tissue.find_regions(dwi, device)
+        measured = mixture.measure(dwi, regions.gm, regions.csf, regions.single_fibre, device)
         s0 = float(np.median(dwi.mean_b0))
         sd = dwi.noise_sd or s0 / ASSUMED_SNR
         signals, truth = {}, {}
         columns: dict[str, dict[str, dict[str, str]]] = {}
         for mode in modes:
-            made = mixture.mix(mode, measured, dwi.acquisition, voxels, seed, device)
-            signals[mode] = _noisy(s0 * made.attenuation, sd, [seed, 1])
-            truth[mode], columns[mode] = _truth(made, shells)
+            mixtures = mixture.mix(mode, measured, dwi.acquisition, voxels, seed, device)
+            signals[mode] = _noisy(s0 * mixtures.attenuation, sd, [seed, 1])
+            truth[mode], columns[mode] = _truth(mixtures, shells)
         images = {}
         if image:
             layout = unmix(dwi, measured, device)
             images = {mode: _image(mode, dwi, measured, layout, sd, seed, device)
                       for mode in modes}
-        labels = np.select([found.single_fibre, found.gm, found.csf], [3, 1, 2], 0)
+        labels = np.select([regions.single_fibre, regions.gm, regions.csf], [3, 1, 2], 0)
         parameters = {
             "S0": s0, "NoiseSD": sd, "NoiseLaw": "Rician",
             "NoiseSource": "residuals of SH fits to this run" if dwi.noise_sd
             else f"assumed: S0 / {ASSUMED_SNR:.0f}",
-            "TissueSource": found.source, "GreyMatterVoxels": int(found.gm.sum()),
-            "CSFVoxels": int(found.csf.sum()),
-            "SingleFibreVoxels": int(found.single_fibre.sum()),
-            "SingleFibreRegion": "corpus callosum" if found.callosum else "brain",
+            "TissueSource": regions.source, "GreyMatterVoxels": int(regions.gm.sum()),
+            "CSFVoxels": int(regions.csf.sum()),
+            "SingleFibreVoxels": int(regions.single_fibre.sum()),
+            "SingleFibreRegion": "corpus callosum" if regions.callosum else "brain",
             **_summary(measured, shells)}
-        notices = [*found.notices, *([] if found.callosum else [
+        notices = [*regions.notices, *([] if regions.callosum else [
             f"Synthesis: fewer than {tissue.MIN_VOXELS} voxels with FA > "
-            f"{tissue.SINGLE_FIBRE_FA:g} were found in the corpus callosum; the "
-            f"{parameters['SingleFibreVoxels']} such voxels of the whole brain stand for "
+            f"{tissue.SINGLE_FIBRE_FA:g} were found in the corpus callosum. The "
+            f"{parameters['SingleFibreVoxels']} such voxels of the whole brain were used as "
             "single fibres instead."])]
         if len(shells) == 1:
-            notices.append("Synthesis: with a single shell the signals hold no dependence on b "
-                           "beyond one tensor per fibre.")
+            notices.append("Synthesis: the run has a single shell, so the signals contain no "
+                           "dependence on b beyond one tensor per fibre.")
         return Synthetic(signals, truth, columns,
                          Derived({"tissue": labels.astype(np.float32)}, {}, parameters),
                          parameters, notices, images,
-                         score.scores(dwi, measured, modes, s0, sd, seed, device,
-                                      self.settings("score")))
+                         score.score_modes(dwi, measured, modes, s0, sd, seed, device,
+                                           self.settings("score")))
 
 
 def _noisy(clean: np.ndarray, sd: float, seed: Sequence[int]) -> np.ndarray:
@@ -102,20 +124,20 @@ def _noisy(clean: np.ndarray, sd: float, seed: Sequence[int]) -> np.ndarray:
 
 def _image(mode: str, dwi: Dwi, measured: Diffusivities, layout: tuple[np.ndarray, np.ndarray],
            sd: float, seed: int, device: str) -> SyntheticImage:
-    """Every voxel of the mask, with its own mean b0 and the (fractions, directions) of layout."""
+    """Simulate the voxels of the mask with their mean b0 and the given (fractions, directions)."""
     signal = np.empty(dwi.signal.shape, np.float32, order="F")
-    d: list[np.ndarray] = []
-    for k, at in enumerate(range(0, len(signal), BLOCK)):
-        rows = slice(at, at + BLOCK)
-        made = mixture.fill(mode, measured, dwi.acquisition, layout[0][rows], layout[1][rows],
-                            [seed, 4, k], device)
-        signal[rows] = _noisy(dwi.mean_b0[rows, None] * made.attenuation, sd, [seed, 5, k])
-        d.append(_diffusivities(made))
+    diffusivities: list[np.ndarray] = []
+    for k, start in enumerate(range(0, len(signal), BLOCK)):
+        rows = slice(start, start + BLOCK)
+        mixtures = mixture.fill(mode, measured, dwi.acquisition, layout[0][rows],
+                                layout[1][rows], [seed, 4, k], device)
+        signal[rows] = _noisy(dwi.mean_b0[rows, None] * mixtures.attenuation, sd, [seed, 5, k])
+        diffusivities.append(_diffusivities(mixtures))
     shells = _shell_names(dwi.acquisition.shells)
-    each = [f"{c}_{kind}" for c in FIBRES for kind in ("axial", "radial")]
+    fibre_names = [f"{c}_{direction}" for c in FIBRES for direction in ("axial", "radial")]
     names = [f"{name}_{b}" for b in shells
-             for name in [*(each if mode != mixture.RANDOM else []), "gm", "csf"]]
-    truth = {"fraction": layout[0], "diffusivity": np.concatenate(d)}
+             for name in [*(fibre_names if mode != mixture.RANDOM else []), "gm", "csf"]]
+    truth = {"fraction": layout[0], "diffusivity": np.concatenate(diffusivities)}
     volumes: dict[str, Sequence[str]] = {"fraction": COMPARTMENTS, "diffusivity": names}
     if mode == mixture.RANDOM:
         volumes["diffusivity"] = [*names, *(f"wm_volume{i}" for i in range(len(dwi.acquisition)))]
@@ -126,66 +148,67 @@ def _image(mode: str, dwi: Dwi, measured: Diffusivities, layout: tuple[np.ndarra
         "S0": "mean b0 of each voxel", "NoiseSeed": [seed, 5]})
 
 
-def _diffusivities(made: Mixtures) -> np.ndarray:
-    """(voxel, k), mm²/s: by shell axial and radial of each fibre, grey matter, CSF; then, in
-    `random-wm`, white matter in each volume."""
-    xx, trace = made.tensors[..., 0], made.tensors[..., [0, 3, 5]].sum(-1)
+def _diffusivities(mixtures: Mixtures) -> np.ndarray:
+    """List diffusivities (voxel, k) in mm²/s: per shell axial and radial of each fibre, grey matter
+    and CSF; then, in `random-wm`, white matter in each volume."""
+    xx, trace = mixtures.tensors[..., 0], mixtures.tensors[..., [0, 3, 5]].sum(-1)
     values = [xx[:, -2:]]
-    if made.profile is None:
-        n = made.directions[..., None, :]
-        t = made.tensors[:, :len(FIBRES)]
+    if mixtures.profile is None:
+        n = mixtures.directions[..., None, :]
+        t = mixtures.tensors[:, :len(FIBRES)]
         along = ((n**2 * t[..., [0, 3, 5]]).sum(-1) + 2 * (
             n[..., [0, 0, 1]] * n[..., [1, 2, 2]] * t[..., [1, 2, 4]]).sum(-1))
         across = (trace[:, :len(FIBRES)] - along) / 2
         values.insert(0, np.stack([along, across], 2).reshape(len(t), -1, t.shape[2]))
     by_shell = np.concatenate(values, 1).transpose(0, 2, 1).reshape(len(xx), -1)
-    profile = [] if made.profile is None else [made.profile]
+    profile = [] if mixtures.profile is None else [mixtures.profile]
     return np.concatenate([by_shell, *profile], 1) / 1000
 
 
 def _shell_names(shells: Sequence[Shell]) -> list[str]:
-    """b1000, b1000m50 (b_delta −0.50): letters and digits, so that MATLAB takes them too."""
+    """Name shells b1000 or b1000m50 (b_delta −0.50), which are valid names in MATLAB."""
     return [f"b{s.b:.0f}" + ("" if s.b_delta > 0.95 else
                              f"{'m' if s.b_delta < 0 else 'p'}{abs(s.b_delta) * 100:.0f}")
             for s in shells]
 
 
-def _truth(made: Mixtures, shells: Sequence[Shell]
+def _truth(mixtures: Mixtures, shells: Sequence[Shell]
            ) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
-    """One row per voxel (diffusivities in mm²/s), and what each column is."""
+    """Tabulate the truth, one row per voxel (diffusivities in mm²/s), and describe each column."""
     columns: dict[str, np.ndarray] = {}
-    about: dict[str, dict[str, str]] = {}
+    descriptions: dict[str, dict[str, str]] = {}
 
     def add(name: str, values: np.ndarray, description: str, units: str) -> None:
-        columns[name], about[name] = values, {"Description": description, "Units": units}
+        columns[name], descriptions[name] = values, {"Description": description, "Units": units}
 
     for c, name in enumerate(COMPARTMENTS):
-        add(f"{name}_fraction", made.fractions[:, c], f"Signal fraction of {name} at b = 0",
+        add(f"{name}_fraction", mixtures.fractions[:, c], f"Signal fraction of {name} at b = 0",
             "unitless")
-    fibres = FIBRES if made.profile is None else ()
+    fibres = FIBRES if mixtures.profile is None else ()
     for c, name in enumerate(fibres):
         for k, axis in enumerate("xyz"):
-            add(f"{name}_direction_{axis}", made.directions[:, c, k],
+            add(f"{name}_direction_{axis}", mixtures.directions[:, c, k],
                 f"{axis} of the fibre direction of {name}, world axes (RAS+); its sign means "
                 "nothing", "unitless")
     for i, (label, shell) in enumerate(zip(_shell_names(shells), shells, strict=True)):
-        at = f"at b = {shell.b:.0f} s/mm², b_delta = {shell.b_delta:.2g}"
+        where = f"at b = {shell.b:.0f} s/mm², b_delta = {shell.b_delta:.2g}"
         for c, name in enumerate(fibres):
             for k, term in enumerate(TERMS):
-                add(f"{name}_{label}_{term}", made.tensors[:, c, i, k] / 1000,
-                    f"{term} of the diffusion tensor of {name} {at}, world axes (RAS+)", "mm^2/s")
+                add(f"{name}_{label}_{term}", mixtures.tensors[:, c, i, k] / 1000,
+                    f"{term} of the diffusion tensor of {name} {where}, world axes (RAS+)",
+                    "mm^2/s")
         for c, name in enumerate(("gm", "csf"), len(fibres)):
-            add(f"{name}_{label}_d", made.tensors[:, c, i, 0] / 1000, f"Diffusivity of {name} {at}",
-                "mm^2/s")
-    for i, values in enumerate(() if made.profile is None else made.profile.T):
+            add(f"{name}_{label}_d", mixtures.tensors[:, c, i, 0] / 1000,
+                f"Diffusivity of {name} {where}", "mm^2/s")
+    for i, values in enumerate(() if mixtures.profile is None else mixtures.profile.T):
         add(f"wm_volume{i}_d", values / 1000,
             f"Diffusivity of wm1, wm2 and wm3 in volume {i} (counted from 0)", "mm^2/s")
-    return pd.DataFrame(columns), about
+    return pd.DataFrame(columns), descriptions
 
 
 def _summary(measured: Diffusivities, shells: Sequence[Shell]
              ) -> Mapping[str, Mapping[str, float]]:
-    """Mean diffusivities by shell, mm²/s, for the sidecar."""
+    """Summarise mean diffusivities (mm²/s) by shell for the sidecar."""
     means = {"GreyMatter": measured.gm_mean, "CSF": measured.csf_mean,
              "SingleFibreAxial": measured.axial.mean(0),
              "SingleFibreRadial": measured.radial.mean(0)}

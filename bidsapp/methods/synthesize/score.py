@@ -1,8 +1,9 @@
-"""The quality score: an autoencoder trained on synthetic signals reproduces the measured ones.
+"""Quality score of synthetic signals: an autoencoder trained on them reproduces measured signals.
 
-Sadegheih et al. 2023 (doi:10.1007/s13218-023-00811-y, WP2), after Weninger et al. 2021. Signals
-that lack what is in the participant teach the network too little, signals that hold much else leave
-no room for it; both raise the error. The signal is S/S0 of the weighted volumes, kept within 0–1.
+Sadegheih et al. 2023 (doi:10.1007/s13218-023-00811-y, WP2), after Weninger et al. 2021. The error
+is large if the synthetic signals lack properties of the measured ones, and also if they contain
+many others, because the capacity of the autoencoder is limited. The signal is S/S0 of the weighted
+volumes, clipped to 0–1.
 """
 
 from __future__ import annotations
@@ -25,35 +26,65 @@ from bidsapp.simulate.noise import rician
 from bidsapp.training import Schedule, seeded, train
 
 CODE = 7
-"""Least width of the code: the unknowns of the tensor that is compared."""
+"""Minimum width of the code: the number of unknowns of the compared tensor."""
 
-FIBRES = 0.2
-"""Directions are compared where the measured FA is above."""
+MIN_FA = 0.2
+"""Measured FA above which directions are compared."""
 
 
-def scores(dwi: Dwi, measured: Diffusivities, modes: Sequence[str], s0: float, sd: float,
-           seed: int, device: str, options: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """`compare` of each mode, and of `noise`.
+def score_modes(dwi: Dwi, measured: Diffusivities, modes: Sequence[str], s0: float, sd: float,
+                seed: int, device: str, options: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Compute the errors of each mode, and those of noise alone.
 
-    measured: what the modes are made from. s0, sd: of the synthetic signals. options: the table
-    [score] of training.toml.
+    Parameters
+    ----------
+    dwi : Dwi
+    measured : Diffusivities
+        Diffusivities from which the modes are simulated.
+    modes : sequence of str
+    s0, sd : float
+        S0 and noise SD of the synthetic signals.
+    seed : int
+    device : str
+    options : mapping
+        Table `score` of training.toml.
+
+    Returns
+    -------
+    dict
+        Results of `compare` by mode; `noise` is that of another measurement.
     """
     out = {}
     for mode in modes:
         mixtures = mixture.mix(mode, measured, dwi.acquisition, options["samples"], seed, device)
-        model = learn(mixtures.attenuation[:, ~dwi.acquisition.b0], sd / s0, seed, device, options)
+        model = train_autoencoder(mixtures.attenuation[:, ~dwi.acquisition.b0], sd / s0, seed,
+                                  device, options)
         out[mode] = compare(dwi, model, device)
-    return {**out, "noise": compare(dwi, noise(sd, seed, device), device)}
+    return {**out, "noise": compare(dwi, noise_model(sd, seed, device), device)}
 
 
-def widths(n: int) -> list[int]:
-    """n → n/2 → n/4 → n/2 → n for n weighted volumes; no layer is narrower than CODE, or n."""
+def layer_widths(n: int) -> list[int]:
+    """Compute layer widths n → n/2 → n/4 → n/2 → n of n volumes, none below min(CODE, n).
+
+    >>> layer_widths(60)
+    [60, 30, 15, 30, 60]
+    """
     half, code = (min(n, max(n // k, CODE)) for k in (2, 4))
     return [n, half, code, half, n]
 
 
 class Autoencoder(nn.Module):
-    """S/S0 (voxel, n) → (voxel, n); `mean` (n,) and `scale` are of the training signals."""
+    """Autoencoder of S/S0 (voxel, n) of the weighted volumes.
+
+    Parameters
+    ----------
+    mean : (n,) tensor
+        Mean of the training signals.
+    scale : tensor
+        SD of the training signals.
+    slope : float
+        Negative slope of the leaky ReLU.
+    """
 
     mean: torch.Tensor
     scale: torch.Tensor
@@ -62,16 +93,31 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
-        self.layers = mlp(widths(len(mean)), partial(nn.LeakyReLU, slope))
+        self.layers = mlp(layer_widths(len(mean)), partial(nn.LeakyReLU, slope))
 
     def forward(self, signal: torch.Tensor, s0: torch.Tensor | None = None) -> torch.Tensor:
         return self.layers((signal - self.mean) / self.scale) * self.scale + self.mean
 
 
-def learn(attenuation: np.ndarray, sd: float, seed: int, device: str,
-          options: Mapping[str, Any]) -> nn.Module:
-    """The autoencoder of (sample, n) S/S0 without noise, to which Rician noise of SD `sd` is added
-    anew in every batch; it learns to reproduce the noisy signal, as it is tried on noisy ones."""
+def train_autoencoder(attenuation: np.ndarray, sd: float, seed: int, device: str,
+                      options: Mapping[str, Any]) -> nn.Module:
+    """Train an autoencoder to reproduce noisy signals, because it is tested on noisy signals.
+
+    Parameters
+    ----------
+    attenuation : (sample, n) ndarray
+        Noise-free S/S0. Every minibatch gets new Rician noise.
+    sd : float
+        Noise SD over S0.
+    seed : int
+    device : str
+    options : mapping
+        Table `score` of training.toml.
+
+    Returns
+    -------
+    Module
+    """
     clean = torch.as_tensor(attenuation, dtype=torch.float32, device=device)
     mean = clean.mean(0)
     scale = (clean - mean).square().mean().sqrt()
@@ -82,8 +128,8 @@ def learn(attenuation: np.ndarray, sd: float, seed: int, device: str,
         pick = torch.randint(len(clean), (options["batch"],), generator=generator, device=device)
         return [(rician(clean[pick], sd, generator).clamp(0, 1),)]
 
-    def loss(network: nn.Module, drawn: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        (signal,) = drawn
+    def loss(network: nn.Module, minibatch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        (signal,) = minibatch
         return ((network(signal) - signal) / scale).square().mean()
 
     with one_thread():
@@ -92,17 +138,32 @@ def learn(attenuation: np.ndarray, sd: float, seed: int, device: str,
     return model
 
 
-def noise(sd: float, seed: int, device: str) -> Callable[..., torch.Tensor]:
-    """Adds Rician noise of the run's SD `sd` (signal units): what noise alone changes."""
+def noise_model(sd: float, seed: int, device: str) -> Callable[..., torch.Tensor]:
+    """Create a model for `compare` that adds Rician noise of SD `sd` (signal units).
+
+    Its errors are those of noise alone.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     return lambda signal, s0: rician(signal, sd / s0[:, None], generator)
 
 
 def compare(dwi: Dwi, model: Callable[..., torch.Tensor], device: str) -> dict[str, float]:
-    """Errors of `model`, (S/S0 (voxel, n), S0 (voxel,)) → (voxel, n), on the measured signal.
+    """Compute the errors of a model on the measured signal.
 
-    FA, MD and direction are those of one tensor through all volumes, fitted to either signal.
-    Voxels without S0 or without a tensor are left out. Keys are those of outputs.json.
+    FA, MD and direction are those of one tensor fitted to all volumes of either signal. Voxels
+    without S0 or without a tensor are excluded.
+
+    Parameters
+    ----------
+    dwi : Dwi
+    model : callable
+        Function of S/S0 (voxel, n) and S0 (voxel,) that returns the reproduced S/S0.
+    device : str
+
+    Returns
+    -------
+    dict
+        Errors with the keys of outputs.json.
     """
     b0 = torch.as_tensor(dwi.acquisition.b0, device=device)
     x = tensor.design(dwi.acquisition.btensors)
@@ -112,27 +173,28 @@ def compare(dwi: Dwi, model: Callable[..., torch.Tensor], device: str) -> dict[s
         usable, level = s0 > 0, torch.where(s0 > 0, s0, 1)
         measured = torch.ones_like(signal)
         measured[:, ~b0] = (signal[:, ~b0] / level[:, None]).clamp(0, 1)
-        found = measured.clone()
-        found[:, ~b0] = model(measured[:, ~b0], level)
-        one, other = tensor.fit(measured, x), tensor.fit(found, x)
-        usable = usable & ~one["failed"]
-        cosine = (one["direction"] * other["direction"]).sum(1).abs().clamp(max=1)
-        change = (found - measured)[:, ~b0]
+        reproduced = measured.clone()
+        reproduced[:, ~b0] = model(measured[:, ~b0], level)
+        reference, fitted = tensor.fit(measured, x), tensor.fit(reproduced, x)
+        usable = usable & ~reference["failed"]
+        cosine = (reference["direction"] * fitted["direction"]).sum(1).abs().clamp(max=1)
+        change = (reproduced - measured)[:, ~b0]
         return {"signal": change.abs().mean(1), "mean": change.mean(1),
-                "square": change.square().mean(1), "fa": (one["fa"] - other["fa"]).abs(),
-                "md": (one["md"] - other["md"]).abs(), "direction": torch.rad2deg(cosine.acos()),
-                "usable": usable, "fibres": usable & (one["fa"] > FIBRES)}
+                "square": change.square().mean(1), "fa": (reference["fa"] - fitted["fa"]).abs(),
+                "md": (reference["md"] - fitted["md"]).abs(),
+                "direction": torch.rad2deg(cosine.acos()),
+                "usable": usable, "fibres": usable & (reference["fa"] > MIN_FA)}
 
-    found = map_voxels(errors, dwi.signal, device)
-    usable, fibres = found["usable"], found["fibres"]
+    results = map_voxels(errors, dwi.signal, device)
+    usable, fibres = results["usable"], results["fibres"]
 
-    def of(values: np.ndarray) -> tuple[float, float]:
+    def mean_and_sd(values: np.ndarray) -> tuple[float, float]:
         values = values.astype(float)
         return (float(values.mean()), float(values.std())) if len(values) else (np.nan, np.nan)
 
-    mean, square = (of(found[k][usable])[0] for k in ("mean", "square"))
-    out = {"signal_error": of(found["signal"][usable])[0],
+    mean, square = (mean_and_sd(results[k][usable])[0] for k in ("mean", "square"))
+    out = {"signal_error": mean_and_sd(results["signal"][usable])[0],
            "signal_error_sd": float(np.sqrt(max(square - mean**2, 0)))}
     for name, where in (("fa", usable), ("md", usable), ("direction", fibres)):
-        out[f"{name}_error"], out[f"{name}_error_sd"] = of(found[name][where])
+        out[f"{name}_error"], out[f"{name}_error_sd"] = mean_and_sd(results[name][where])
     return {**out, "n_voxels": int(usable.sum()), "n_fibre_voxels": int(fibres.sum())}
