@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bidsapp import methods
-from bidsapp.bids.find import find
+from bidsapp.bids.find import find_runs
 from bidsapp.cli import parse
 from bidsapp.dwi import Dwi
 from bidsapp.options import MODES
@@ -57,7 +57,7 @@ def main() -> None:
 
 def load_first_run(folder: Path) -> Dwi:
     """Load the signal of the first run of the first participant of a dataset."""
-    inventory = find(parse([str(folder), str(folder.parent / "out"), "participant"]))
+    inventory = find_runs(parse([str(folder), str(folder.parent / "out"), "participant"]))
     return load_run(inventory.runs[inventory.participants[0]][0])[0]
 
 

@@ -444,8 +444,8 @@ class Estimate(Step):
         self.method.check(self.context.acquisition)
         violations = (self.method.violations(self.context.acquisition)
                       if isinstance(self.method, Estimator) else [])
-        t1w = self.context.run.t1w
-        source = t1w.name if t1w else "the DWI alone, no T1w"
+        image = self.context.run.t1w
+        source = image.name if image else "the DWI alone, no T1w"
         return (self.method.name + f" of the {self.desc} signal" * bool(self.desc)
                 + f": tissue from {source}" * self.method.wants_tissue
                 + "".join(f"; {k} = {v}" for k, v in self.method.changed_settings.items())

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 
 from bidsapp import cli
-from bidsapp.bids.find import find
+from bidsapp.bids import find
 from bidsapp.recipe.steps import load_run
 
 
@@ -20,7 +20,8 @@ def qsphere(*argv):
 
 def find_runs(bids, *argv):
     """Find the participants and runs of a dataset, as the participant level with `argv` does."""
-    return find(cli.parse([str(bids), str(bids.parent / "out"), "participant", *map(str, argv)]))
+    return find.find_runs(cli.parse([str(bids), str(bids.parent / "out"), "participant",
+                                     *map(str, argv)]))
 
 
 def run_names(inventory):
