@@ -45,7 +45,7 @@ def generate(program: str, options: type, description: str) -> argparse.Argument
     Returns
     -------
     ArgumentParser
-        One whose namespace lacks the options that were not given.
+        Its namespace holds only the options that were given.
     """
     p = argparse.ArgumentParser(program, allow_abbrev=False, description=description,
                                 argument_default=argparse.SUPPRESS)
@@ -64,23 +64,25 @@ def generate(program: str, options: type, description: str) -> argparse.Argument
     return p
 
 
-def _argument(item: Field[Any], kind: Any) -> dict[str, Any]:
-    """Give the keyword arguments of `add_argument` for a field and its type."""
-    about, text, default = item.metadata, item.metadata["help"], item.default
-    given = {k: about[k] for k in ("metavar", "choices", "action") if k in about}
-    if kind is bool or given.get("action") == "count":
-        return {"help": text, "action": "store_true", **given}
-    several = typing.get_origin(kind) is tuple
-    inner = next((t for t in typing.get_args(kind) if t not in (NoneType, Ellipsis)), kind)
+def _argument(item: Field[Any], annotation: Any) -> dict[str, Any]:
+    """Return the keyword arguments of `add_argument` for a field and its type."""
+    metadata, text, default = item.metadata, item.metadata["help"], item.default
+    keywords = {k: metadata[k] for k in ("metavar", "choices", "action") if k in metadata}
+    if annotation is bool or keywords.get("action") == "count":
+        return {"help": text, "action": "store_true", **keywords}
+    several = typing.get_origin(annotation) is tuple
+    inner = next((t for t in typing.get_args(annotation) if t not in (NoneType, Ellipsis)),
+                 annotation)
     if default is not MISSING and default not in (None, ()) and "default" not in text:
         text += "; default: " + (" ".join(f"{v:g}" for v in default) if several else str(default))
     if several:
-        given["nargs"] = "+" if Ellipsis in typing.get_args(kind) else len(typing.get_args(kind))
+        items = typing.get_args(annotation)
+        keywords["nargs"] = "+" if Ellipsis in items else len(items)
     if inner in (int, float):
-        given.setdefault("metavar", "N")
-    if read := about.get("read", inner if inner is not str else None):
-        given["type"] = read
-    return {"help": text, **given}
+        keywords.setdefault("metavar", "N")
+    if read := metadata.get("read", inner if inner is not str else None):
+        keywords["type"] = read
+    return {"help": text, **keywords}
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:
@@ -112,7 +114,10 @@ def as_fields(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """Read the options of a TOML file as if they stood on the command line."""
+    """Read the options of a TOML file as if they were given on the command line.
+
+    Positional arguments are ignored, so that the options.toml of a log can be given again.
+    """
     try:
         table = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -148,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 all done, 1 some participant failed, 2 arguments or input cannot be used.
+        Exit code: 0 all done; 1 a participant failed or does not exist, or a defect of the program;
+        2 arguments or input cannot be used; 130 interrupted.
     """
     verbose = 0
 
@@ -176,7 +182,7 @@ def log_to_stderr(verbose: int) -> None:
 
 
 def guarded(program: str, work: Callable[[], int], verbose: Callable[[], int]) -> int:
-    """Call `work` and give its exit code; print an error in one line, or with its traceback.
+    """Call `work` and return its exit code; print an error in one line, or with its traceback.
 
     Parameters
     ----------

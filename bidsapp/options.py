@@ -1,4 +1,4 @@
-"""The options of the command lines: frozen dataclasses that refuse invalid values at birth."""
+"""The options of both programs: frozen dataclasses that check their values when they are made."""
 
 from __future__ import annotations
 
@@ -41,30 +41,30 @@ def positional(text: str, **more: Any) -> Any:
 
 
 def participant_label(text: str) -> str:
-    """Remove the `sub-` of a label."""
+    """Remove `sub-` from a label, if it is there."""
     return text.removeprefix("sub-")
 
 
 def session_label(text: str) -> str:
-    """Remove the `ses-` of a label."""
+    """Remove `ses-` from a label, if it is there."""
     return text.removeprefix("ses-")
 
 
 def named_path(text: str) -> tuple[str, Path]:
-    """Split NAME=PATH; a path alone is named after its folder."""
+    """Split NAME=PATH; without NAME, the name of the folder is used."""
     if named := re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", text):
         return named[1], Path(named[2])
     return Path(text).resolve().name, Path(text)
 
 
 def megabytes(text: str) -> int:
-    """Read megabytes; 8GB and 8G are understood, as in fMRIPrep."""
+    """Read a number of MB. 8GB and 8G are 8000 MB, as in fMRIPrep."""
     number = text.upper().removesuffix("B")
     return int(float(number[:-1]) * 1000) if number.endswith("G") else int(number.rstrip("M"))
 
 
 def flag(name: str) -> str:
-    """Name the option of a field: `mem_mb` gives --mem-mb."""
+    """Translate the name of a field to its option: `mem_mb` to --mem-mb."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -77,8 +77,8 @@ def invalid_options(level: str) -> list[str]:
 class Options:
     """Options of one invocation of `qsphere`, passed explicitly to whatever needs them.
 
-    The command line, the configuration file and the Boutiques descriptors are generated from these
-    fields, in this order.
+    The command line and the Boutiques descriptors are generated from these fields, in this order;
+    the keys of --config-file are their names.
 
     Raises
     ------
@@ -243,7 +243,10 @@ class Options:
                                  "Give each a name of its own, as NAME=PATH.")
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the options that were set as plain values, which --config-file can read again."""
+        """Return the options as plain values that --config-file can read.
+
+        Options that are None, empty, False or 0 are left out.
+        """
         def plain(value: Any) -> Any:
             if isinstance(value, Path):
                 return str(value)
@@ -261,18 +264,19 @@ DESIGNS = {
     "matched": "each site has its own people, of the same ages",
     "confounded": "each site has its own people, older from site to site",
 }
+"""Designs of a phantom study, with their help texts."""
 
 
 @dataclass(frozen=True)
 class PhantomOptions:
     """Options of a multi-site phantom.
 
-    The size of an effect is the difference of a site from the reference, which is the first site;
-    each site gets ± U(0.75, 1.25) times this size. With the defaults the mean over voxels of
-    |site − reference| / reference of FA (tensor up to b 1500, averaged
-    over draws of each site's noise) is near 5 % in white and 10 to 15 % in grey matter
-    (benchmarks/phantom.py), as Vollmar et al. 2010 found between two scanners
-    (doi:10.1016/j.neuroimage.2010.03.046).
+    The size of an effect is the difference of a site from the reference, which is the first site.
+    Each site gets this size times a factor from U(0.75, 1.25), with a random sign; signs are
+    balanced over sites. With the defaults the mean over voxels of |site − reference| / reference of
+    FA (tensor up to b 1500, averaged over draws of each site's noise) is near 5 % in white and 10
+    to 15 % in grey matter (benchmarks/phantom.py), as Vollmar et al. 2010 found between two
+    scanners (doi:10.1016/j.neuroimage.2010.03.046).
 
     Raises
     ------
@@ -328,14 +332,14 @@ class PhantomOptions:
     def __post_init__(self) -> None:
         if self.design not in DESIGNS:
             raise UsageError(f"--design {self.design}: one of {', '.join(DESIGNS)} is needed.")
-        apart = self.design != "travelling"
-        for name, least in (("participants", self.sites if apart else 1), ("sites", 1),
-                            ("random_seed", 0), ("directions", 6), ("effect_coils", 1),
-                            ("effect_directions", 0)):
+        separate = self.design != "travelling"  # each person is scanned at one site
+        for name, minimum in (("participants", self.sites if separate else 1), ("sites", 1),
+                              ("random_seed", 0), ("directions", 6), ("effect_coils", 1),
+                              ("effect_directions", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{flag(name)} {value}: at least {least} is needed"
-                                 + (", one person per site." if name == "participants" and apart
+            if value is not None and value < minimum:
+                raise UsageError(f"{flag(name)} {value}: at least {minimum} is needed"
+                                 + (", one person per site." if name == "participants" and separate
                                     else "."))
         for name in ("voxel_size", "snr", "echo_time", "repetition_time"):
             value = getattr(self, name)

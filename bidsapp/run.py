@@ -1,4 +1,4 @@
-"""The two analysis levels: `participant` and `group`, each a linear recipe."""
+"""The two analysis levels, `participant` and `group`, from options to outputs."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ log = logging.getLogger("qsphere")
 
 GROUP = PurePosixPath("group")
 
-TEXT = ("participant", "session", "run", "batch")
-"""Columns of tables that hold labels, even where these look like numbers."""
+LABELS = ("participant", "session", "run", "batch")
+"""Columns that are read as text, even if their labels look like numbers."""
 
-SCANS = 2
+SCANS_IN_MEMORY = 2
 """Scans that a training holds in memory at a time: those of a pair."""
 
-REPLACED = {"epochs": "stages.epochs", "blocks": "network.blocks"}
-"""Options that stand for a hyper-parameter of every trained method that has it."""
+SHORTHANDS = {"epochs": "stages.epochs", "blocks": "network.blocks"}
+"""Training options, and the hyper-parameter that each sets in every trained method that has it."""
 
 
 def participant(options: Options) -> int:
@@ -76,39 +76,39 @@ def participant(options: Options) -> int:
     Raises
     ------
     UsageError
-        The options name what does not exist, or the input holds nothing to process.
+        A method or model does not exist, or the input cannot be used (`find.find_runs`).
     """
     chosen, upsampler = plan.chosen_methods(options), plan.chosen_upsampler(options)
     models = harmonize.load_models(options)
     if options.reports_only and not options.dry_run:
         return regenerate_reports(options)
-    found = find.find_runs(options)
+    inventory = find.find_runs(options)
     if options.dry_run:
-        print("pages only" if options.reports_only else dry_run(found, models, chosen, options))
+        print("pages only" if options.reports_only else dry_run(inventory, models, chosen, options))
         return 0
     links = input_datasets(options)
     dataset = Dataset(options.output_dir, links)
     dataset.claim()
-    dataset.describe(found.name, found.authors, boilerplate.acknowledge())
+    dataset.describe(inventory.name, inventory.authors, boilerplate.acknowledge())
     dataset.write_text("logs/CITATION.md", plan.methods_text(models, chosen, upsampler))
     if options.boilerplate_only:
         return 0
     memory, device = available_memory(options), choose_device(options.device)
-    workers, threads = share_cpus(options, found, memory, device)
+    workers, threads = share_cpus(options, inventory, memory, device)
     invocation = Invocation(options, links, f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}",
                             device, memory / workers, threads)
     if options.work_dir:
         make_work_dir(options.work_dir)
-    done = dict(run_all(invocation, found, workers))
-    dataset.participants({label: found.rows[label] for label in done}, found.columns)
-    log_unknown_participants(found.unknown, options)
+    done = dict(run_all(invocation, inventory, workers))
+    dataset.participants({label: inventory.rows[label] for label in done}, inventory.columns)
+    log_unknown_participants(inventory.unknown, options)
     if failed := [label for label, ok in done.items() if not ok]:
         log.error("not everything was done for %s. Their pages say why; after a failure, so do the "
                   "crash files in sub-*/log.", ", ".join(f"sub-{s}" for s in sorted(failed)))
     if mixed := mixed_harmonizers(dataset):
         log.warning("%s", mixed)
     log.info("results: %s", dataset.root)
-    return 1 if failed or found.unknown else 0
+    return 1 if failed or inventory.unknown else 0
 
 
 def group(options: Options) -> int:
@@ -125,12 +125,12 @@ def group(options: Options) -> int:
         No participant was processed, or a training is not possible.
     """
     trained = trained_methods(options)
-    found = find.find_runs(options)
-    for label, messages in found.problems.items():
+    inventory = find.find_runs(options)
+    for label, messages in inventory.problems.items():
         for message in messages:
             log.warning("sub-%s: %s", label, message)
     dataset = Dataset(options.output_dir, input_datasets(options))
-    statistics, covariates = participant_statistics(dataset, found)
+    statistics, covariates = participant_statistics(dataset, inventory)
     if options.dry_run:
         print(f"{len(statistics)} runs, {len(quality.map_features(statistics.columns))} map "
               "statistics; batches: "
@@ -140,14 +140,14 @@ def group(options: Options) -> int:
     if options.work_dir:
         make_work_dir(options.work_dir)
     rank, devices = training.processes()
-    cohort = load_cohort(options, found, statistics, covariates, devices)
+    cohort = load_cohort(options, inventory, statistics, covariates, devices)
     settings = training_settings(options, devices)
     if rank:  # of several processes that train together, only the first writes
         for method in trained:
             fit(method, cohort, settings)
         return 0
     dataset.claim()
-    dataset.describe(found.name, found.authors, boilerplate.acknowledge())
+    dataset.describe(inventory.name, inventory.authors, boilerplate.acknowledge())
     with dataset.lock("group"):
         fitted = train_and_write(dataset, cohort, settings, trained)
         fitted |= load_fitted(dataset, cohort, fitted)
@@ -155,9 +155,9 @@ def group(options: Options) -> int:
         assert settings.states
         for registration in settings.states.glob(f"{pairs.PREFIX}*"):
             registration.unlink(missing_ok=True)
-    log_unknown_participants(found.unknown, options)
+    log_unknown_participants(inventory.unknown, options)
     log.info("results: %s", dataset.root / "group.html")
-    return 1 if found.unknown else 0
+    return 1 if inventory.unknown else 0
 
 
 def trained_methods(options: Options) -> list[Trainable]:
@@ -170,7 +170,7 @@ def trained_methods(options: Options) -> list[Trainable]:
     """
     trained = list({m.name: m for m in map(methods.trainable, options.train)}.values())
     check_training_options(options, trained)
-    settings = methods.read_settings([*replaced_options(options, trained), *options.set], trained,
+    settings = methods.read_settings([*expand_shorthands(options, trained), *options.set], trained,
                                      training=True, sloppy=options.sloppy)
     context = MethodContext(options.sloppy, options.output_dir / harmonize.MODELS, settings)
     return [methods.trainable(method.name, context) for method in trained]
@@ -181,7 +181,7 @@ def check_training_options(options: Options, trained: Sequence[Trainable]) -> No
     uses: tuple[tuple[str, int | None, Callable[[Trainable], Any]], ...] = (
         ("folds", options.folds, lambda m: isinstance(m, Harmonizer)),
         *((option, getattr(options, option), lambda m, k=key: m.paths(k))
-          for option, key in REPLACED.items()))
+          for option, key in SHORTHANDS.items()))
     for option, value, used in uses:
         if value and not any(map(used, trained)):
             names = [m.name for m in map(methods.get, methods.names())
@@ -190,9 +190,9 @@ def check_training_options(options: Options, trained: Sequence[Trainable]) -> No
                              f"it. Leave it out, or train {', '.join(names)}.")
 
 
-def replaced_options(options: Options, trained: Sequence[Trainable]) -> list[str]:
+def expand_shorthands(options: Options, trained: Sequence[Trainable]) -> list[str]:
     """Translate --epochs and --blocks to METHOD.KEY=VALUE of each method that has the key."""
-    texts = [f"{method.name}.{key}={value}" for option, key in REPLACED.items()
+    texts = [f"{method.name}.{key}={value}" for option, key in SHORTHANDS.items()
              if (value := getattr(options, option)) for method in trained if method.paths(key)]
     if options.blocks:
         log.warning("--blocks %d is replaced by --set harmonize_shresnet.network.blocks=%d.",
@@ -200,13 +200,16 @@ def replaced_options(options: Options, trained: Sequence[Trainable]) -> list[str
     return texts
 
 
-def load_cohort(options: Options, found: find.Inventory, statistics: pd.DataFrame,
+def load_cohort(options: Options, inventory: find.Inventory, statistics: pd.DataFrame,
                 covariates: Sequence[str], devices: tuple[int, int]) -> Cohort:
-    """Gather what trainings need of the processed runs; signals are loaded one by one."""
-    runs = {run.name: run for label in found.participants for run in found.runs[label]
+    """Gather what trainings need of the processed runs; `load` reads a signal on demand.
+
+    devices: devices per node and number of nodes (`training.processes`).
+    """
+    runs = {run.name: run for label in inventory.participants for run in inventory.runs[label]
             if run.name in set(statistics["run"])}
-    memory = available_memory(options) / devices[0]
-    per_scan = FIXED_MEMORY + (memory - FIXED_MEMORY) / SCANS
+    memory = available_memory(options) / devices[0]  # one process per device of this node
+    per_scan = FIXED_MEMORY + (memory - FIXED_MEMORY) / SCANS_IN_MEMORY
     return Cohort(
         statistics, tuple(quality.map_features(statistics.columns)), covariates=tuple(covariates),
         reference_batch=options.reference_batch, paired_by=options.paired_by,
@@ -216,7 +219,10 @@ def load_cohort(options: Options, found: find.Inventory, statistics: pd.DataFram
 
 
 def training_settings(options: Options, devices: tuple[int, int]) -> TrainingSettings:
-    """Gather the options that all trainings share. devices: those of `training.processes`."""
+    """Gather the options that all trainings share.
+
+    devices: devices per node and number of nodes (`training.processes`).
+    """
     return TrainingSettings(
         max_steps=options.max_steps, folds=options.folds, seed=options.random_seed,
         device=choose_device(options.device), devices=devices, init=options.init,
@@ -231,7 +237,8 @@ def train_and_write(dataset: Dataset, cohort: Cohort, settings: TrainingSettings
     for method in trained:
         fitted[method.name] = result = fit(method, cohort, settings)
         for name, weights in result.checkpoints.items():
-            # a record of its own, so that the next training does not remove this model
+            # a record per model: a transaction removes the files of its record that it does not
+            # write again, and the next training may write models of other names
             with dataset.transaction(PurePosixPath(f"group/log/{name}.json")) as transaction:
                 for file, content in checkpoint.pack(weights).items():
                     transaction.bytes(harmonize.MODELS / name / file, content)
@@ -240,7 +247,7 @@ def train_and_write(dataset: Dataset, cohort: Cohort, settings: TrainingSettings
         with dataset.transaction(group_record(method.name), table_digest(cohort)) as transaction:
             for name, table in result.tables.items():
                 write_table(transaction, name, table)
-            if isinstance(method, GroupAnalysis):  # the cards of the others say more
+            if isinstance(method, GroupAnalysis):  # other models are described in their cards
                 transaction.text(GROUP / "desc-harmonizer_model.json", to_json(result.model))
             transaction.facts = {"tables": list(result.tables), "model": result.model,
                                  "models": list(result.checkpoints),
@@ -270,7 +277,7 @@ def load_fitted(dataset: Dataset, cohort: Cohort, trained: Container[str]
         try:
             earlier[name] = Fitted(
                 {table: pd.read_csv(dataset.root / GROUP / f"{table}.tsv", sep="\t",
-                                    dtype=dict.fromkeys(TEXT, str))
+                                    dtype=dict.fromkeys(LABELS, str))
                  for table in record["tables"]}, record["model"],
                 {model: checkpoint.load(dataset.root / harmonize.MODELS / model, name)
                  for model in record["models"]}, record["notices"])
@@ -286,7 +293,7 @@ def group_record(name: str) -> PurePosixPath:
 
 
 def table_digest(cohort: Cohort) -> str:
-    """Hash statistics and covariates of all runs, and the reference site (SHA-256)."""
+    """Hash map statistics, sites and covariates of all runs, and the reference site (SHA-256)."""
     used = cohort.statistics[["run", "batch", *cohort.covariates, *cohort.features]]
     content = to_json([used.to_dict("list"), cohort.reference_batch])
     return hashlib.sha256(content.encode()).hexdigest()
@@ -309,13 +316,14 @@ def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]) 
         harmonized = {
             name.removeprefix("desc-").split("_")[0]: table for result in fitted.values()
             for name, table in result.tables.items() if set(features) & set(table)}
-        between = agreement.compare_tables(statistics, features, harmonized, cohort.reference_batch)
+        site_agreement = agreement.compare_tables(statistics, features, harmonized,
+                                                  cohort.reference_batch)
         effects = biology.judge_in_sample(statistics, features, harmonized)
-        for kind, what in biology.CHANGES.items():
-            for effect in biology.name_effects(effects, kind):
+        for verdict, phrase in biology.CHANGES.items():
+            for effect in biology.name_effects(effects, verdict):
                 log.warning("more than %.0f %% was %s an effect by harmonization: %s. Do not study "
-                            "it in harmonized maps.", 100 * biology.LOSS, what, effect)
-        for name, table in (("sites_agreement", between), ("insample_biology", effects)):
+                            "it in harmonized maps.", 100 * biology.LOSS, phrase, effect)
+        for name, table in (("sites_agreement", site_agreement), ("insample_biology", effects)):
             if len(table):
                 write_table(transaction, f"desc-{name}", table)
         figures = distributions.of_group(cohort, fitted)
@@ -323,7 +331,7 @@ def write_group(dataset: Dataset, cohort: Cohort, fitted: Mapping[str, Fitted]) 
             name = f"desc-{figure.entities['desc']}.svg"
             transaction.bytes(GROUP / "figures" / name, figure.svg)
         transaction.text(PurePosixPath("group.html"), page.group(
-            cohort, quality.find_outliers(statistics), between, effects, figures, fitted,
+            cohort, quality.find_outliers(statistics), site_agreement, effects, figures, fitted,
             chosen=[methods.get(name) for name in fitted], notice=mixed,
             records=run_records(dataset)))
 
@@ -351,24 +359,32 @@ def log_unknown_participants(labels: Sequence[str], options: Options) -> None:
                   "--participant-label.", label, options.bids_dir)
 
 
-def share_cpus(options: Options, found: find.Inventory, memory: float, device: str
+def share_cpus(options: Options, inventory: find.Inventory, memory: float, device: str
                ) -> tuple[int, int]:
     """Decide how many participants are processed at a time, and on how many CPUs each.
 
     Without --omp-nthreads, as many at a time as CPUs and memory allow, for most of the work is
-    voxelwise and gains little from several CPUs; on a GPU, one at a time.
+    voxelwise and gains little from several CPUs; on a GPU, one at a time. With it, nprocs divided
+    by it, if their memory besides the signals suffices: a signal that exceeds it goes to a file.
+
+    Returns
+    -------
+    workers : int
+        Number of participants at a time.
+    threads : int
+        CPUs of each.
     """
-    people = len(found.participants)
+    participants = len(inventory.participants)
     if options.omp_nthreads:
         threads = options.omp_nthreads
         most = int(memory // FIXED_MEMORY)
     else:
-        runs = [run for label in found.participants for run in found.runs[label]]
+        runs = [run for label in inventory.participants for run in inventory.runs[label]]
         threads = 1
         most = int(memory // max([FIXED_MEMORY, *map(memory_of, runs)]))
         if device != "cpu":
             most = 1
-    workers = max(1, min(options.nprocs // threads, people, most))
+    workers = max(1, min(options.nprocs // threads, participants, most))
     return workers, options.omp_nthreads or max(1, options.nprocs // workers)
 
 
@@ -402,12 +418,13 @@ def make_work_dir(path: Path) -> None:
                          "that you may write to.") from error
 
 
-def participant_statistics(dataset: Dataset, found: find.Inventory
+def participant_statistics(dataset: Dataset, inventory: find.Inventory
                            ) -> tuple[pd.DataFrame, list[str]]:
     """Gather one row per processed run, and the names of the covariates.
 
     Columns are participant, session, run, batch (the site), the covariates, quality measures and
-    map statistics. Site and covariates are those that BIDS_DIR holds now.
+    map statistics. Sites and covariates are read from BIDS_DIR, not from the records, for they may
+    have been corrected since.
 
     Raises
     ------
@@ -415,7 +432,7 @@ def participant_statistics(dataset: Dataset, found: find.Inventory
         No run was processed.
     """
     done: list[tuple[Run, dict[str, Any]]] = []
-    for run in (run for label in found.participants for run in found.runs[label]):
+    for run in (run for label in inventory.participants for run in inventory.runs[label]):
         record = dataset.record(run_record(run))
         if record.get("state") != "complete":
             log.warning("%s: not processed, or failed; it is left out of the group", run.name)
@@ -426,9 +443,9 @@ def participant_statistics(dataset: Dataset, found: find.Inventory
                          "participant level first.")
     covariates = dict.fromkeys(c for run, _ in done for c in run.covariates)
     measured = {c for _, qc in done for c in qc}
-    if taken := [c for c in covariates if c in measured]:
+    if clashes := [c for c in covariates if c in measured]:
         log.warning("participants.tsv: %s left out, since the group table has measures of these "
-                    "names. Rename the columns to use them as covariates.", ", ".join(taken))
+                    "names. Rename the columns to use them as covariates.", ", ".join(clashes))
     rows = [{"participant": run.participant, "session": run.session or "n/a", "run": run.name,
              "batch": run.batch,
              **{c: v for c, v in run.covariates.items() if c not in measured}, **qc}
@@ -436,15 +453,15 @@ def participant_statistics(dataset: Dataset, found: find.Inventory
     return pd.DataFrame(rows), [c for c in covariates if c not in measured]
 
 
-def run_all(invocation: Invocation, found: find.Inventory, workers: int
+def run_all(invocation: Invocation, inventory: find.Inventory, workers: int
             ) -> Iterator[tuple[str, bool]]:
     """Process participants, `workers` of them at a time; yield label and success of each."""
-    todo = found.participants
+    todo = inventory.participants
     with logging_redirect_tqdm(), tqdm(total=len(todo), desc="participants", disable=None) as bar:
         if workers == 1:
             for label in todo:
-                ok = process_participant(invocation, label, found.runs[label],
-                                         found.problems[label])
+                ok = process_participant(invocation, label, inventory.runs[label],
+                                         inventory.problems[label])
                 bar.update()
                 yield label, ok
                 if not ok and invocation.options.stop_on_first_crash:
@@ -458,7 +475,7 @@ def run_all(invocation: Invocation, found: find.Inventory, workers: int
         os.environ["OMP_NUM_THREADS"] = str(threads)
         with pool(workers) as executor:
             futures = {executor.submit(task, process_participant, invocation, label,
-                                       found.runs[label], found.problems[label]): label
+                                       inventory.runs[label], inventory.problems[label]): label
                        for label in todo}
             for future in as_completed(futures):
                 bar.update()
@@ -499,13 +516,13 @@ def input_datasets(options: Options) -> dict[str, Path]:
     return {"raw": options.bids_dir, **dict(options.derivatives)}
 
 
-def dry_run(found: find.Inventory, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
-            options: Options) -> str:
+def dry_run(inventory: find.Inventory, models: Sequence[harmonize.Model],
+            chosen: Sequence[FromSignal], options: Options) -> str:
     """Describe the steps of every run and its predicted memory (--dry-run)."""
     dataset, lines = Dataset(options.output_dir, input_datasets(options)), []
-    for label in found.participants:
-        lines += [f"sub-{label}: {problem}" for problem in found.problems[label]]
-        for run in found.runs[label]:
+    for label in inventory.participants:
+        lines += [f"sub-{label}: {problem}" for problem in inventory.problems[label]]
+        for run in inventory.runs[label]:
             context = RunContext(options, dataset, run, "cpu", 0)
             if conflict := conflicting_model(dataset, run, models):
                 lines.append(f"{run.name}: refused: {conflict}")

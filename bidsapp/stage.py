@@ -13,7 +13,7 @@ from bidsapp.dwi import Dwi
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A signal, with the provenance that the sidecars of all images made from it must hold.
+    """A signal, with what later steps need for the sidecars and intervals of maps made from it.
 
     Parameters
     ----------
@@ -24,12 +24,12 @@ class Stage:
     sources : tuple of str
         `bids:` URIs of the images of the signal, besides the files of the run.
     about : mapping
-        Sidecar keys of all outputs of the signal.
+        Entries in the sidecars of all outputs of this signal.
     no_intervals : str
-        Reason why estimators can give no intervals from this signal, as a clause; empty if they
-        can.
+        Reason, as a clause, why no estimator can give an interval from this signal; empty if
+        estimators can.
     widening : float
-        Factor of all standard deviations, which accounts for the error of the steps before.
+        Factor of the standard deviations of all maps, for the error of the harmonizer; 1 without.
     tissue : callable, optional
         Returns (voxel, 3) probabilities of grey matter, white matter and CSF, or None, and a
         sentence on them. It is called if a method needs them.

@@ -1,8 +1,9 @@
 """Execute plans: one participant after another, one run after another, step by step.
 
-A step whose record is complete and has the same fingerprint is skipped; the signal that it made is
-read back where a later step needs it. The record of a run, `sub-01_dwi.json`, gathers the records
-of its steps; the page and the group level read it.
+A step is skipped if its record is complete and has the same fingerprint, and its files are
+unchanged; its signal is read back if a later step needs it. A refusal is recorded as well, and so
+is not tried again. The record of a run, `sub-01_dwi.json`, gathers the records of its steps; the
+page and the group level read it.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ log = logging.getLogger("qsphere")
 
 @dataclass(frozen=True)
 class Invocation:
-    """One call of the program, as the process of each participant needs to know it.
+    """One call of the program: what the process of a participant needs of it.
 
     Parameters
     ----------
     options : Options
     links : mapping of str to Path
-        Folders of the input datasets, by name.
+        Folders of the input datasets, by the name in `bids:NAME:…` URIs.
     id : str
-        Names the folder of the log.
+        Name of the folder of the log.
     device : str
         cpu, cuda or cuda:N.
     memory : float
@@ -137,8 +138,9 @@ def process_run(context: RunContext, models: Sequence[harmonize.Model],
     Returns
     -------
     dict
-        `status` (done, skipped, refused or failed) and the reasons. Errors are recorded, never
-        raised.
+        `status` with its reasons. `done` or `skipped`: `refusals` holds the steps that were left
+        out. `refused`: nothing was done, since images of another harmonizer are in the way.
+        `failed`: the error, which is recorded and never raised.
     """
     dataset, run, start = context.dataset, context.run, time.monotonic()
     try:
@@ -177,7 +179,7 @@ class Execution:
         self._stages: dict[str, Stage] = {}
 
     def run(self) -> bool:
-        """Do every step that is not complete, in order; tell whether there was one."""
+        """Do the steps that are not complete, in order; return whether there were any."""
         changed = False
         for step in self.steps:
             if self._lacks_signal(step):
@@ -188,7 +190,7 @@ class Execution:
             if not changed:
                 log.info("%s: %d file(s), batch %s", self.context.run.name,
                          len(self.context.run.parts), self.context.run.batch)
-                # the page and the group must not trust a record whose run is being done again
+                # until all steps are done, neither the page nor the group level may use the record
                 self.dataset.mark(run_record(self.context.run), "incomplete",
                                   {"name": self.context.run.name})
                 changed = True
@@ -224,16 +226,16 @@ class Execution:
                 "figures": [draw(transaction, self.context, f) for f in report.figures]}
 
     def stage(self, step: Step) -> Stage:
-        """Give the signal of a step, read back where an earlier invocation made it."""
+        """Return the signal of a step; it is read back if an earlier invocation made it."""
         if step.name not in self._stages:
             self._stages[step.name] = step.reload(
                 self.stage(step.takes) if step.takes else None, self.dataset.record(step.record))
         return self._stages[step.name]
 
     def summarize(self, changed: bool, seconds: float) -> dict[str, str]:
-        """Gather the records of the steps into the record and the quality table of the run.
+        """Write the record and the quality table of the run from the records of its steps.
 
-        Steps of earlier invocations that this one does not ask for stay, unless the signal that
+        Steps of earlier invocations that are not in this plan are included, unless the signal that
         they took has changed: then their files are removed.
 
         Parameters
@@ -287,8 +289,11 @@ class Execution:
         return refusals
 
     def _earlier(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Find records of steps that are not in the plan but still valid: the signal that they took
-        is unchanged. The files of the others are removed."""
+        """Find the valid records of earlier steps that are not in the plan, and remove the others.
+
+        A record is valid if its step was completed, not refused, and the signal that it took is
+        unchanged. Files of the others are removed as well.
+        """
         valid = {name: r["fingerprint"] for name, r in records.items()}
         pattern = self.context.path("step", ".json", "log", desc="x").as_posix()
         paths = [PurePosixPath(p.relative_to(self.dataset.root)) for p in sorted(
@@ -296,7 +301,7 @@ class Execution:
         planned = {step.record for step in self.steps}
         others = {p: self.dataset.record(p) for p in paths if p not in planned}
         kept: dict[str, dict[str, Any]] = {}
-        for _ in others:  # a step may take the signal of another one
+        for _ in others:  # repeated, since a step may take the signal of another one that is kept
             kept = {r["name"]: r for r in others.values() if r.get("state") == "complete"
                     and "refusal" not in r and r["takes"].items() <= valid.items()}
             valid |= {name: r["fingerprint"] for name, r in kept.items()}
@@ -310,7 +315,7 @@ class Execution:
 
 
 MEASURED = ("n_voxels", "n_volumes", "mask_source", "voxel_size", "shells", "n_b0")
-"""Facts of the measured signal that the record of the run repeats."""
+"""Entries of the record of the step `measured` that the record of the run repeats."""
 
 
 def _measures(record: Mapping[str, Any]) -> bool:
@@ -366,16 +371,16 @@ def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Mod
     dataset : Dataset
         OUTPUT_DIR.
     run : Run
-        With the images of an earlier harmonization there, or without.
+        It may have been harmonized into OUTPUT_DIR before.
     models : sequence of harmonize.Model
-        Those that --harmonize names. Images made by one of the same Id, trained again or not, or
-        of the same weights may be replaced; so may the unchanged signal of a reference batch that
-        all models share.
+        Those that --harmonize names. Earlier images may be replaced if one of these models has the
+        same Id (even if it was trained again) or the same weights. So may an unchanged signal if
+        all of these models have the site of the run as their reference.
 
     Returns
     -------
     str or None
-        What was found, what is needed and what to do; None if nothing is in the way.
+        What was found, what is needed and what to do; None if there is no conflict.
     """
     image = dataset.root / names.output_path(run.entities, "dwi", ".nii.gz", desc="harmonized")
     about = dataset.record(names.output_path(run.entities, "dwi", ".json", desc="harmonized"))
@@ -393,7 +398,7 @@ def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Mod
 
 
 def draw(transaction: Transaction, context: RunContext, figure: figures.Figure) -> dict[str, str]:
-    """Write a figure and describe it for the page."""
+    """Write a figure, and return its entry in the record, for the page."""
     path = context.path(figure.suffix, ".svg", "figures", **figure.entities)
     transaction.bytes(path, figure.svg)
     return {"file": str(path), "title": figure.title, "caption": figure.caption,

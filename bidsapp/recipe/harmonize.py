@@ -25,7 +25,7 @@ MODELS = PurePosixPath("group/models")
 
 UNKNOWN_NOISE = ("the noise of the run could not be measured, and without it the weight of the "
                  "harmonizer's own error is unknown. Use the intervals of the measured signal")
-"""Reason for which no interval is given where the noise level is unknown."""
+"""Reason why no interval is given if the noise level is unknown."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,18 @@ class Result:
     dwi : Dwi
         The harmonized signal.
     changed : bool
-        False at the reference site, where the signal is the one that was measured.
+        False at the reference site, where `dwi` is the measured signal.
     about : mapping
-        Entries of every sidecar of the signal and its maps.
+        Entries in the sidecars of the signal and of all its maps.
     counts, parameters, notices
         Those of `kinds.Derived`.
     warnings : sequence of str
         Sentences on what is probably wrong.
     no_intervals : str
-        Reason for which no estimator can give an interval; empty where it can.
+        Reason, as a clause, why no estimator can give an interval from this signal; empty if
+        estimators can.
     widening : float
-        Factor of all standard deviations, for the error of the harmonizer.
+        Factor of the standard deviations of all maps, for the error of the harmonizer; 1 without.
     """
 
     model: Model
@@ -84,12 +85,13 @@ class Result:
 def folders(options: Options) -> list[Path]:
     """Find the folders of the checkpoints that --harmonize names.
 
-    It names a path, a model under OUTPUT_DIR, or a method, of which all models there are taken.
+    The option holds a path, the name of a model under OUTPUT_DIR, or a method; a method stands for
+    all its models under OUTPUT_DIR.
 
     Raises
     ------
     UsageError
-        There is none; lists those that exist, and the nearest.
+        There is none. The message lists the available models and suggests the most similar name.
     """
     given, models = options.harmonize, options.output_dir / MODELS
     if not given:
@@ -116,12 +118,12 @@ def folders(options: Options) -> list[Path]:
 
 
 def load_models(options: Options) -> list[Model]:
-    """Load the models that --harmonize names.
+    """Load the models that --harmonize names; none without the option.
 
     Raises
     ------
     UsageError
-        There is none, one cannot be read, or one holds no harmonizer.
+        The option names no model, or one that cannot be read or is no harmonizer.
     """
     found = []
     for folder in folders(options):
@@ -144,7 +146,11 @@ def load_models(options: Options) -> list[Model]:
 
 
 def select(models: Sequence[Model], batch: str) -> Model:
-    """Select the model of a site: the only one, or the one that was trained with this site.
+    """Select the model for a site.
+
+    A single model is selected for any site; `check` decides whether it fits. Of several models, it
+    is the one that maps this site to its reference, or the first of those whose reference is this
+    site, since all of them leave the signal as it is.
 
     Parameters
     ----------
@@ -155,7 +161,8 @@ def select(models: Sequence[Model], batch: str) -> Model:
     Raises
     ------
     Refusal
-        There are several models, and none or more than one was trained with the site.
+        Of several models none knows the site, more than one maps it, or it is mapped by one and the
+        reference of another.
     """
     cards = [m.checkpoint.card for m in models]
     knowing = [m for m, c in zip(models, cards, strict=True) if batch in c.batches]
@@ -194,12 +201,13 @@ def check(model: Model, acquisition: Acquisition, voxel_size: Sequence[float], b
     Returns
     -------
     list of str
-        Violations, where they are allowed.
+        Violations of the training domain; empty unless `allow`.
 
     Raises
     ------
     Refusal
-        The run violates the training domain, and that is not allowed.
+        The run violates the training domain and that is not allowed, or the method does not support
+        the acquisition at all.
     """
     card = model.checkpoint.card
     if batch == card.reference_batch:
@@ -228,10 +236,15 @@ def apply(models: Sequence[Model], dwi: Dwi, run: Run, *, allow: bool, device: s
         Whether the run may lie outside of the training domain.
     device : str
 
+    Returns
+    -------
+    Result
+
     Raises
     ------
     Refusal
-        No model fits, or the method cannot harmonize this run.
+        No model is for the site (`select`), the run is not fit for the model (`check`), or the
+        method cannot harmonize it.
     """
     model = select(models, run.batch)
     card = model.checkpoint.card

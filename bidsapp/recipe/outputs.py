@@ -64,7 +64,7 @@ class Outputs:
         method : Method
             The method that made the signal.
         entry : mapping
-            Description and units of the signal, as in outputs.json.
+            Description and units of the signal, from the method's outputs.json.
         parameters : mapping
             Model.Parameters of the sidecar.
 
@@ -91,7 +91,8 @@ class Outputs:
     def _signals(self, method: Method, mode: str, made: Synthetic) -> None:
         """Write synthetic signals as voxels × 1 × 1 × volumes, and a table of their ground truth.
 
-        The affine is that of the run, so that the .bvec is, too; positions have no meaning.
+        Positions have no meaning. The affine is that of the run, since b-vectors in a .bvec are
+        relative to the axes of the image.
         """
         desc = f"synth{mode.replace('-', '')}"
         truth = names.output_path(self.run.entities, "truth", ".tsv", desc=desc)
@@ -119,7 +120,7 @@ class Outputs:
                          {"mode": {"Description": outputs["mode"]}, **outputs["scores"]})
 
     def _synthetic(self, about: Mapping[str, Any], truth: Any) -> dict[str, Any]:
-        """Add the keys that mark all volumes as synthetic and name their ground truth."""
+        """Add the sidecar keys that mark all volumes as synthetic and name their ground truth."""
         return {**about, "SynthesizedVolumes": list(range(len(self.stage.dwi.acquisition))),
                 "Truth": truth}
 

@@ -1,7 +1,7 @@
 """The plan of a run: its steps in order. Nothing else in the program knows that order.
 
-`execute.py` does the steps, the dry run describes them, and the methods text and the report read
-what they say of themselves.
+`execute.py` does the steps, --dry-run prints their descriptions (`Step.describe`), and the page
+holds their paragraphs for a methods section (`Step.paragraphs`).
 """
 
 from __future__ import annotations
@@ -28,22 +28,26 @@ from bidsapp.recipe.steps import (
 from bidsapp.report import boilerplate
 
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
+"""Estimators that run without --estimate, as far as their folders exist."""
 
 
 def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
          upsampler: Upsampler | None = None) -> list[Step]:
     """List the steps of a run.
 
+    Estimators are applied to the measured signal and to each signal that harmonization or
+    upsampling changes; the synthesizer is applied to the measured signal only.
+
     Parameters
     ----------
     context : RunContext
         The run and what its steps share.
     models : sequence of harmonize.Model
-        Models that --harmonize names.
+        Models that --harmonize names; the one for the site of the run is applied.
     chosen : sequence of FromSignal
-        Methods that make maps or synthetic signals.
+        Estimators and the synthesizer, as `chosen_methods` returns them.
     upsampler : Upsampler, optional
-        Method that --upsample names.
+        Method that --upsample names. It takes the harmonized signal, if that was changed.
 
     Returns
     -------
@@ -90,7 +94,7 @@ def chosen_methods(options: Options) -> list[FromSignal]:
 
 
 def chosen_upsampler(options: Options) -> Upsampler | None:
-    """Load the method that --upsample names.
+    """Load the method that --upsample names (of a path, the last part); None without the option.
 
     Raises
     ------
@@ -126,7 +130,11 @@ def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Seq
 
 
 def describe_corrections(run: Run) -> list[str]:
-    """Describe what would correct a run, and by which rule, in lines; none if preprocessed."""
+    """Describe the data that could correct a raw run, in lines; none if it is preprocessed.
+
+    These are its phase encoding, field maps (with the rule that assigns each), phase images and T1w
+    image.
+    """
     if run.preprocessed:
         return []
     encoding = run.phase_encoding

@@ -1,7 +1,8 @@
 """The steps of a run: their dependencies, their work and their descriptions.
 
 A step takes the signal (`Stage`) of another step and writes images; some steps return a signal of
-their own. `plan.py` puts them in order, and `execute.py` does those whose record is not complete.
+their own. `plan.py` puts them in order. `execute.py` does them and keeps a record (JSON) of each; a
+step whose record is complete is not done again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from bidsapp.stage import Stage
 log = logging.getLogger("qsphere")
 
 MADE_MASK = "median-Otsu of the mean b0"
-"""Source of a brain mask that did not come with the data, for the sidecar."""
+"""Source in the sidecar of a brain mask that was computed, since none came with the data."""
 
 PREPARATION = [
     ("Preparation", (
@@ -84,7 +85,7 @@ class RunContext:
     device : str
         cpu, cuda or cuda:N.
     memory : float
-        Bytes that may be used.
+        Bytes that the process may use.
     """
 
     options: Options
@@ -128,8 +129,7 @@ class StepReport:
     notices : list of str
         Other sentences for the page.
     facts : dict
-        Further entries of the record, among them those from which `Step.reload` restores the
-        signal.
+        Further entries of the record. `Step.reload` needs some of them to read the signal back.
     """
 
     qc: dict[str, Any] = field(default_factory=dict)
@@ -158,7 +158,7 @@ class Step(ABC):
     @property
     @abstractmethod
     def parameters(self) -> Mapping[str, Any]:
-        """All that the result depends on, apart from the signal that the step takes."""
+        """All that the result depends on, apart from the signal that the step takes; hashed."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -204,7 +204,7 @@ class Step(ABC):
         transaction : Transaction
             Receives the images and their sidecars.
         report : StepReport
-            Receives quality measures, figures and notices.
+            Receives quality measures, figures, sentences and further entries of the record.
 
         Returns
         -------
@@ -227,7 +227,7 @@ class Step(ABC):
         stage : Stage or None
             The signal that the step took.
         facts : mapping
-            Record of the step.
+            Record of the step, which includes `StepReport.facts`.
         """
         raise NotImplementedError(f"{self.name} makes no signal")
 
@@ -285,7 +285,7 @@ class Measure(Step):
 
 
 class Harmonize(Step):
-    """Map the signal to the reference site of a trained harmonizer."""
+    """Map the signal to a reference site, by the model for the site of the run."""
 
     name = "harmonized"
 
@@ -307,7 +307,10 @@ class Harmonize(Step):
 
     @property
     def changes(self) -> bool:
-        """Whether the signal changes: not at the reference site, and not where no model fits."""
+        """Whether the signal is to change: not at the reference site, nor if the site has no model.
+
+        The training domain of the model plays no part; `apply` checks it.
+        """
         try:
             model = harmonize.select(self.models, self.context.run.batch)
         except Refusal:
@@ -368,7 +371,7 @@ class Harmonize(Step):
 
 
 class Upsample(Step):
-    """Predict more measurements of the signal."""
+    """Predict the signal of further measurements."""
 
     name = "upsampled"
 
@@ -417,7 +420,7 @@ class Upsample(Step):
 
 
 class Estimate(Step):
-    """Estimate maps from a signal, or synthesize signals after its model."""
+    """Estimate maps from a signal, or synthesize signals that are modelled on it."""
 
     def __init__(self, context: RunContext, takes: Step, method: FromSignal) -> None:
         super().__init__(context, takes)
@@ -428,6 +431,8 @@ class Estimate(Step):
     @property
     def parameters(self) -> Mapping[str, Any]:
         options, name = self.context.options, self.method.name
+        # cards of all weights of the method, since `run` selects among them; a card holds a hash of
+        # its weights
         weights = [WEIGHTS / name / CARD,
                    *sorted((options.output_dir / harmonize.MODELS).glob(f"{name}_*/{CARD}"))]
         anatomy = self.context.run.anatomy if self.method.wants_tissue else ()
@@ -488,13 +493,17 @@ class Estimate(Step):
 
 
 def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[str, Any]) -> Stage:
-    """Read back a signal that a step wrote, with the facts that its record holds."""
+    """Read back a signal that a step wrote before.
+
+    stage: the signal that the step took. facts: the record of the step.
+    """
     image, bval, bvec, btens = (context.dataset.root / context.path("dwi", extension, desc=desc)
                                 for extension in (".nii.gz", ".bval", ".bvec", ".btens"))
     part = Part(image, bval, bvec, btens if btens.exists() else None)
     written = replace(context.run, parts=(part,))
     acquisition = btable.load_acquisition(written)
-    if len(acquisition) == len(stage.dwi.acquisition):  # text files round it
+    if len(acquisition) == len(stage.dwi.acquisition):
+        # the same measurements; the gradient table that was written is rounded
         acquisition = stage.dwi.acquisition
     dwi = Series.from_run(written, acquisition).within(
         stage.dwi.mask, memory=context.memory, work_dir=context.options.work_dir)
@@ -508,7 +517,7 @@ def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[s
 
 
 def outputs(context: RunContext, transaction: Transaction, stage: Stage) -> Outputs:
-    """Make the writer of what is computed from a signal."""
+    """Make the writer of all images that are computed from a signal."""
     return Outputs(transaction, context.run, stage, context.like, context.mask,
                    context.options.random_seed, context.device)
 
@@ -533,7 +542,7 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     dwi : Dwi
         The signal, with noise_sd.
     mean_b0 : (x, y, z) float32
-        Mean over the volumes without weighting.
+        Mean over the b0 volumes.
 
     Raises
     ------
@@ -553,19 +562,20 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
 
 def check_plausibility(run: Run, dwi: Dwi, mean_b0: np.ndarray
                        ) -> tuple[list[str], dict[str, float | None]]:
-    """Check signal and gradient table for what is improbable or impossible.
+    """Check the signal and the gradient table for errors.
 
     Returns
     -------
     warnings : list of str
-        Sentences on what is probably wrong; they are logged.
+        Sentences on probable errors; they are logged.
     qc : dict
-        Fibre coherence of the b-vectors as given, and the best over flips and swaps.
+        Fibre coherence of the b-vectors as given, and the highest over flips and swaps of their
+        axes; None if it cannot be computed.
 
     Raises
     ------
     DataError
-        The signal is impossible.
+        The signal cannot be a diffusion signal (`plausibility.check`).
     """
     try:
         warnings = plausibility.check(dwi, mean_b0)
@@ -581,12 +591,12 @@ def check_plausibility(run: Run, dwi: Dwi, mean_b0: np.ndarray
 
 
 def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None) -> tuple[np.ndarray | None, str]:
-    """Find tissue probabilities from the T1w image of a run, and say where they come from.
+    """Compute tissue probabilities from the T1w image of a run, and say where they come from.
 
     Returns
     -------
     tissue : (voxel, 3) float32 or None
-        Grey matter, white matter and CSF; None where no T1w image can be used.
+        Grey matter, white matter and CSF; None if no T1w image can be used.
     sentence : str
         For the log and the page.
     """
