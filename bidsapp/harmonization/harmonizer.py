@@ -33,15 +33,15 @@ MIN_PARTICIPANTS = 2
 """Minimum number of participants per site: with one, site and participant are confounded."""
 
 MAX_INVALID = 0.01
-"""Maximum share of NaN or infinite values in a scan that a method learns from."""
+"""Maximum share of NaN or infinite values in a scan that `Harmonizer.load` accepts."""
 
 CONFOUNDED = 0.9
-"""Maximum share of a covariate's variance that sites may explain for ComBat, which keeps the
-covariate. Above it, the covariate would be removed with the site."""
+"""Maximum share of a covariate's variance that sites may explain in ComBat, which models the
+covariate in order to keep its effect. Above it, the effect would be removed with the site's."""
 
 WARN_DIFFERENCE, MAX_DIFFERENCE = 0.1, 0.5
-"""The same share for methods that keep no covariate: they warn above the first and refuse above the
-second. 0.1 is a difference of 2/3 SD between two groups of equal size."""
+"""The same share for methods that compare groups and model no covariate: they warn above the first
+and refuse above the second. 0.1 is a difference of 2/3 SD between two groups of equal size."""
 
 
 class Harmonizer(SiteHarmonizer):
@@ -74,7 +74,7 @@ class Harmonizer(SiteHarmonizer):
         Returns
         -------
         list of str
-            Sentences on what makes the training doubtful.
+            Warnings, one sentence each.
 
         Raises
         ------
@@ -96,11 +96,11 @@ class Harmonizer(SiteHarmonizer):
         UsageError
             The cohort does not allow a training (`preflight`), or a scan cannot be used.
         """
-        doubts = self._log_warnings(self.preflight(cohort))
+        warnings = self._log_warnings(self.preflight(cohort))
         if settings.states:
             settings.states.mkdir(parents=True, exist_ok=True)
         fitted = self._fit(cohort, settings)
-        return replace(fitted, notices=[*doubts, *self._log_warnings(fitted.notices)])
+        return replace(fitted, notices=[*warnings, *self._log_warnings(fitted.notices)])
 
     def _log_warnings(self, sentences: Sequence[str]) -> Sequence[str]:
         for sentence in sentences:
@@ -113,7 +113,8 @@ class Harmonizer(SiteHarmonizer):
         Raises
         ------
         UsageError
-            More than MAX_INVALID of its values were not finite, or a value still is not.
+            More than MAX_INVALID of its values were NaN or infinite when it was read, or any still
+            is.
         """
         assert cohort.load is not None
         dwi = cohort.load(run)
@@ -128,14 +129,14 @@ class Harmonizer(SiteHarmonizer):
 
     def register(self, cohort: Cohort, pair: pairs.Pair, deformable: bool, folder: Path | None,
                  device: str) -> tuple[Dwi, Dwi, pairs.Registration]:
-        """Load the two scans of a pair and register the target to the source.
+        """Load the two scans of a pair and register the source to the target.
 
         Parameters
         ----------
         cohort : Cohort
             Loads the scans.
         pair : Pair
-            The runs. An unpaired run gets the identity.
+            The runs. A run that is paired with itself gets the identity.
         deformable : bool
             Whether SyN follows the rigid registration.
         folder : Path, optional
@@ -154,12 +155,12 @@ class Harmonizer(SiteHarmonizer):
             A scan cannot be used, the two do not overlap, or they show too little grey or white
             matter.
         """
-        source, both = self.load(cohort, pair.source), pair.kind == pairs.BOTH
+        source, paired = self.load(cohort, pair.source), pair.kind == pairs.BOTH
         target = source if pair.target == pair.source else self.load(cohort, pair.target)
         try:
-            registration = pairs.register(source, target, deformable=deformable and both,
+            registration = pairs.register(source, target, deformable=deformable and paired,
                                   device=device, work_dir=folder,
-                                  rigid=None if both else np.eye(4))
+                                  rigid=None if paired else np.eye(4))
         except DataError as error:
             raise UsageError(f"--train {self.name}: {pair.source} and {pair.target}: {error} "
                              "Otherwise leave one of them out with --participant-label."
@@ -173,12 +174,13 @@ class Harmonizer(SiteHarmonizer):
 
 
 OUTPUTS = CHANGE, SERIES = "change", "series"
-"""How a harmonized SH series becomes a signal. `change`: its change is added to the signal, which
-keeps what the series does not represent. `series`: it replaces the signal, as published."""
+"""How a harmonized SH series becomes a signal. `change`: its difference from the series before is
+added to the signal, which keeps what a series does not represent: higher degrees and noise.
+`series`: it replaces the signal, as published."""
 
 SMOOTHED = ("an SH series replaces the signal, so that its noise is correlated over directions and "
             "the part of the signal that the series does not represent is missing")
-"""Reason why no interval is given after a series replaced the signal."""
+"""Reason why maps have no confidence interval after a series replaced the signal."""
 
 
 def write_series(signal: np.ndarray, rows: np.ndarray, indices: np.ndarray, s0: np.ndarray,
@@ -222,13 +224,13 @@ It is well above rounding, and too small to change how a nonlinear map acts."""
 
 
 def noise_gain(dwi: Dwi, harmonized: Harmonized, seed: int = 0) -> np.ndarray:
-    """Measure the noise after harmonization.
+    """Measure the factor by which harmonization changes the noise of each measurement.
 
-    The method is applied again to a slab of the run, with independent Gaussian noise added to the
-    weighted volumes. The gain of a shell is the root mean square over voxels of the change of its
-    mean over directions, relative to the same before harmonization. It holds for means over
-    directions, but not for the correlation of noise between directions: a series keeps the noise
-    of its own degrees and removes the rest.
+    The method is applied again to a slab of the run, without and with independent Gaussian noise
+    added to the weighted volumes. The difference is the noise after harmonization. The gain of a
+    shell compares the mean over directions of this noise with that of the added noise (ratio of
+    root mean squares over voxels). It does not describe the correlation of noise between
+    directions: a series keeps the noise of its own degrees and removes the rest.
 
     Parameters
     ----------
@@ -242,7 +244,8 @@ def noise_gain(dwi: Dwi, harmonized: Harmonized, seed: int = 0) -> np.ndarray:
     Returns
     -------
     (measurement,) ndarray
-        SD of the noise of each measurement, in units of `dwi.noise_sd`.
+        SD of the noise of each measurement after harmonization, in units of `dwi.noise_sd`; the
+        present gain (`dwi.noise_gain`, or 1) if that is unknown, and for b0 volumes.
     """
     gain = dwi.noise_gain.copy() if dwi.noise_gain is not None else np.ones(len(dwi.acquisition))
     if not dwi.noise_sd:
@@ -263,8 +266,8 @@ def noise_gain(dwi: Dwi, harmonized: Harmonized, seed: int = 0) -> np.ndarray:
 def widening(dwi: Dwi, errors: Sequence[float]) -> float:
     """Compute the factor by which the harmonizer's error widens the intervals of a harmonized run.
 
-    It is √(1 + mean over shells of (error / noise)²), where error and noise are relative to the
-    median over voxels of the mean over directions.
+    It is √(1 + mean over shells of (error / noise)²), in the median voxel. Both are SDs of the mean
+    over the n directions of a shell; the noise is that of one measurement over √n.
 
     Parameters
     ----------
@@ -287,7 +290,8 @@ def widening(dwi: Dwi, errors: Sequence[float]) -> float:
 
 
 def _slab(dwi: Dwi) -> Dwi:
-    """Select whole slices about the middle of the mask, along the last axis."""
+    """Select about NOISE_VOXELS voxels: whole slices, along the last axis, around the middle of the
+    mask."""
     count = np.cumsum(dwi.mask.sum(axis=(0, 1)))
     middle, half = count[-1] / 2, NOISE_VOXELS / 2
     low, high = np.searchsorted(count, [middle - half, middle + half])
@@ -325,7 +329,8 @@ def runs_by_site(method: Harmonizer, cohort: Cohort) -> dict[str, pd.DataFrame]:
     Returns
     -------
     dict of str to DataFrame
-        Rows of the statistics by site: the reference first, then the others in alphabetical order.
+        Rows of `Cohort.statistics` by site: the reference first, then the others in alphabetical
+        order.
 
     Raises
     ------
@@ -356,7 +361,7 @@ def runs_by_site(method: Harmonizer, cohort: Cohort) -> dict[str, pd.DataFrame]:
 
 def _check_runs(method: Harmonizer, cohort: Cohort, batches: Mapping[str, pd.DataFrame],
                 reference: str) -> None:
-    """Refuse runs whose shells differ from the first of the reference, or that `check` refuses."""
+    """Refuse runs that `check` refuses, or with other shells than the reference's first run."""
     first_run = batches[reference]["run"].iloc[0]
     first = cohort.acquisitions[first_run]
     for batch, rows in batches.items():
@@ -381,16 +386,16 @@ def group_differences(method: Method, cohort: Cohort, batches: Mapping[str, pd.D
                       ) -> list[str]:
     """Describe the sites whose participants differ from those of the reference in age or sex.
 
-    A method that compares groups would remove that difference as a difference of sites.
+    A method that compares groups would remove that difference with the site's.
 
     Parameters
     ----------
     method : Method
         Named in messages.
     cohort : Cohort
-        Names the covariates.
+        Its `covariates` are compared.
     batches : mapping of str to DataFrame
-        Rows of the statistics by site, the reference first.
+        Result of `runs_by_site`.
 
     Returns
     -------
@@ -403,8 +408,8 @@ def group_differences(method: Method, cohort: Cohort, batches: Mapping[str, pd.D
         A difference is above MAX_DIFFERENCE.
     """
     sentences: list[str] = []
-    reference, *targets = batches
-    for batch, name in product(targets, (c for c in COVARIATES if c in cohort.covariates)):
+    reference, *sources = batches
+    for batch, name in product(sources, (c for c in COVARIATES if c in cohort.covariates)):
         groups = {b: batches[b].dropna(subset=name).groupby("participant")[name].first()
                   for b in (reference, batch)}
         both = pd.concat(list(groups.values()))
@@ -440,7 +445,8 @@ def small_sites(batches: Mapping[str, pd.DataFrame], minimum: int) -> str:
     Returns
     -------
     str
-        The start of a sentence; empty if every site has enough participants.
+        The start of a sentence (`A has 3 participants, B has 4 participants`); empty if every site
+        has enough.
     """
     counts = {b: int(rows["participant"].nunique()) for b, rows in batches.items()}
     return ", ".join(f"{b} has {n} participants" for b, n in counts.items() if n < minimum)
@@ -474,7 +480,7 @@ def variance_explained(values: np.ndarray, by: np.ndarray) -> float:
     values : (row, column)
         Variables to explain.
     by : (row, regressor)
-        Design of the linear model.
+        Design of the linear model, whose columns span the constant.
 
     Returns
     -------

@@ -1,6 +1,7 @@
 """Distributions of S/S0 in the shells of a scan, and the warp from one distribution to another.
 
-With F the distribution of a scan, Q = F⁻¹ its quantiles, and Q_ref the quantiles of a reference,
+With F the cumulative distribution of a scan, Q = F⁻¹ its quantiles, and Q_ref the quantiles of a
+reference,
 
     h(x) = Q_ref(F(x)),    S' = S0 h(S / S0)
 
@@ -20,12 +21,11 @@ GRID = 1000
 """Number of quantiles, at the probabilities (k + ½) / GRID."""
 
 MIN_VALID = 0.5
-"""Minimum share of the values of a shell with S > 0 and S0 > 0, in a scan that a method learns
-from."""
+"""Share of the values of a shell at which S and S0 must be above 0, in a scan of the training."""
 
 
 def quantiles(dwi: Dwi) -> np.ndarray:
-    """Compute the quantiles of S/S0 in the mask, by shell, for a scan to learn from.
+    """Compute the quantiles of S/S0 in the mask, by shell, of a scan of the training.
 
     Returns
     -------
@@ -34,7 +34,8 @@ def quantiles(dwi: Dwi) -> np.ndarray:
     Raises
     ------
     DataError
-        Less than MIN_VALID of the values of a shell are above 0.
+        S and S0 are above 0 at less than MIN_VALID of the values of a shell. The message is a
+        predicate, to follow the name of the run.
     """
     s0, by_shell = dwi.mean_b0, []
     for shell in dwi.acquisition.shells:
@@ -51,7 +52,7 @@ def quantiles(dwi: Dwi) -> np.ndarray:
 
 
 def quantiles_to_warp(dwi: Dwi) -> np.ndarray:
-    """Compute the quantiles of S/S0 in the mask, by shell, for a scan to be warped.
+    """Compute the quantiles of S/S0 in the mask, by shell, of a scan to be warped.
 
     Returns
     -------
@@ -73,7 +74,8 @@ def warp(dwi: Dwi, reference: np.ndarray, source: np.ndarray) -> tuple[np.ndarra
     ----------
     dwi : Dwi
     reference, source : (shell, GRID)
-        Quantiles of the target and of the present distribution, in the order of the scan's shells.
+        Quantiles of the distribution to warp to, and of the one to warp from, in the order of the
+        scan's shells.
 
     Returns
     -------
@@ -107,7 +109,7 @@ def _ratios(dwi: Dwi, s0: np.ndarray, shell: Shell) -> np.ndarray:
 
 
 def _some_ratios(dwi: Dwi, s0: np.ndarray, shell: Shell) -> np.ndarray:
-    """Compute `_ratios`; raise Refusal if all of them are NaN."""
+    """Compute `_ratios`; raise Refusal if there is none."""
     values = _ratios(dwi, s0, shell)
     if not np.isfinite(values).any():
         raise Refusal(f"no signal above 0 was found at b = {shell.b:.0f} s/mm². Check image and "
@@ -122,7 +124,10 @@ def _quantiles(values: np.ndarray) -> np.ndarray:
 
 
 def _warp(x: np.ndarray, source: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Compute Q_ref(F(x)): linear between the quantiles, proportional beyond them."""
+    """Compute Q_ref(F(x)): linear between the quantiles, proportional beyond them.
+
+    Equal quantiles of the source map to the mean of those of the reference.
+    """
     knots, group = np.unique(source, return_inverse=True)
     targets = np.bincount(group, reference) / np.bincount(group)
     warped = np.interp(x, knots, targets)

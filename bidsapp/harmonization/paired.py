@@ -45,12 +45,12 @@ from bidsapp.registration.geometry import canonical, fill_nearest
 log = logging.getLogger("qsphere")
 
 SCAN = ("run", "n_voxels", "n_volumes", "noise_sd", "snr_b0", "ndc")
-"""Columns of a cohort's statistics that change if a scan changes."""
-
+"""Columns of a cohort's statistics that change if a scan changes. If none has changed, an earlier
+checkpoint is kept."""
 
 UNVALIDATED = ("no participant scanned at both sites validated the model, so that its own error is "
                "unknown")
-"""Reason why no interval is given."""
+"""Reason why maps have no confidence interval."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Objective:
     Parameters
     ----------
     model : Module
-        The model that is optimised, with the network in it.
+        The module that is optimised. It is or contains the network.
     draw : callable
-        (size, generator) → minibatch.
+        (number of voxels, generator) → minibatch.
     loss : callable
         (model, minibatch) → loss.
     score : callable
@@ -76,11 +76,12 @@ class Objective:
 
 
 class PairedHarmonizer(shared.Harmonizer):
-    """A network per shell from SH coefficients of S/S0 to those of the reference site.
+    """A network per shell that maps SH coefficients of S/S0 to those of the reference site.
 
     `output` of training.toml (`harmonizer.OUTPUTS`) says how the harmonized series becomes a
-    signal. If its change is added, the targets of the training are replaced by their series, too:
-    otherwise the network would learn the smoothing of the series as a difference of scanners.
+    signal. If its change is added, the training replaces the signals of targets by their series,
+    which are as smooth as the input. Otherwise the network would learn the smoothing as a
+    difference between scanners.
 
     Attributes
     ----------
@@ -89,8 +90,7 @@ class PairedHarmonizer(shared.Harmonizer):
     learns_from : str
         Participants that the method learns from, for the card.
     rish_projection : bool
-        Whether only the size of every degree is taken from the network, and its shape from the
-        input.
+        Whether every degree gets its size from the network, and keeps the shape of the input.
     warps_intensity : bool
         Whether intensities are first warped from the site's distribution to the reference's.
     intended_use : str
@@ -119,10 +119,10 @@ class PairedHarmonizer(shared.Harmonizer):
                           "out with --bids-filter-file, or harmonize with harmonize_mica.")
 
     def preflight(self, cohort: Cohort) -> list[str]:
-        """Check the cohort, and that enough participants were scanned at each site and at the
-        reference."""
-        reference, *targets = shared.runs_by_site(self, cohort)
-        for batch in targets:
+        """Check the cohort, and that enough participants of each site were also scanned at the
+        reference site."""
+        reference, *sources = shared.runs_by_site(self, cohort)
+        for batch in sources:
             people = sorted({p.participant for p in self.scans(cohort, batch, reference)
                              if p.kind == pairs.BOTH})
             if len(people) < self.min_pairs:
@@ -137,14 +137,14 @@ class PairedHarmonizer(shared.Harmonizer):
     def _fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Train a checkpoint for every site but the reference.
 
-        A checkpoint in `models` that was trained on the same scans in the same way is kept, so that
-        a new site costs its own training alone. Raise UsageError if a scan cannot be used or a pair
-        cannot be registered.
+        A checkpoint in `context.models` that was trained on the same scans in the same way is kept,
+        so that a new site costs its own training alone. Raise UsageError if a scan cannot be used
+        or a pair cannot be registered.
         """
         batches = shared.runs_by_site(self, cohort)
-        reference, *targets = batches
+        reference, *sources = batches
         checkpoints = {}
-        for batch in targets:
+        for batch in sources:
             scans = self.scans(cohort, batch, reference)
             name = (f"{shared.model_name(self, batch)}-to-"
                     + shared.model_name(self, reference).removeprefix(f"{self.name}_"))
@@ -152,10 +152,11 @@ class PairedHarmonizer(shared.Harmonizer):
                 [r for p in scans for r in (p.source, p.target)])] for b in (reference, batch)}
             checkpoints[name] = self._train_site(cohort, settings, name, scans, {
                 "trained_for": scope.training_domain(cohort, rows, (batch,)),
-                "reference_batch": reference, "hashed": scope.hash_participants(rows),
-                "of": self._digest(settings, scans, pd.concat(rows.values()))})
+                "reference_batch": reference,
+                "participants": scope.hash_participants(rows),
+                "digest": self._digest(settings, scans, pd.concat(rows.values()))})
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
-                 "Batches": targets,
+                 "Batches": sources,
                  "Metrics": {n: {k: v for k, v in c.card.metrics.items() if k.startswith("mse")}
                              for n, c in checkpoints.items()}}
         return Fitted({}, model, checkpoints, [
@@ -169,8 +170,8 @@ class PairedHarmonizer(shared.Harmonizer):
 
     def _train_site(self, cohort: Cohort, settings: TrainingSettings, name: str,
                     scans: Sequence[pairs.Pair], facts: Mapping[str, Any]) -> Checkpoint:
-        """Train the model of a site."""
-        if kept := self._load_kept(name, facts["of"]):
+        """Train the model of a site; `facts` are what its card says of the cohort."""
+        if kept := self._load_kept(name, facts["digest"]):
             log.info("%s: was already trained on these scans; it is kept", name)
             return kept
         recipe = self._recipe(scans)
@@ -180,13 +181,13 @@ class PairedHarmonizer(shared.Harmonizer):
         shells = facts["trained_for"].shells
         names = [shell.name for shell in shells]
         with scratch.temporary(settings.states) as folder:
-            travellers = PairedScans(
+            paired = PairedScans(
                 self, cohort, settings, list(scans), [s.directions[1] for s in shells],
                 recipe["l_max"], recipe["deformable"], folder, recipe["output"] == shared.CHANGE)
-            trained = self._train_shells(settings, name, shells, recipe, travellers, people, start)
+            trained = self._train_shells(settings, name, shells, recipe, paired, people, start)
             checkpoint = self._checkpoint(settings, recipe, trained, facts, scans, start, began)
-            metrics = {**self._signal_metrics(trained, travellers, names, settings.device),
-                       **self._map_metrics(cohort, settings, checkpoint, travellers,
+            metrics = {**self._signal_metrics(trained, paired, names, settings.device),
+                       **self._map_metrics(cohort, settings, checkpoint, paired,
                                            trained.held_out, names)}
         return replace(checkpoint, card=replace(checkpoint.card, metrics=metrics))
 
@@ -196,9 +197,9 @@ class PairedHarmonizer(shared.Harmonizer):
         """Create the checkpoint, without metrics."""
         return Checkpoint(trained.tensors, Card(
             method=self.name, network=dict(recipe["network"]), trained_for=facts["trained_for"],
-            training={"participants": facts["hashed"], "held_out": len(trained.held_out),
+            training={"participants": facts["participants"], "held_out": len(trained.held_out),
                       "pairs": sum(p.kind == pairs.BOTH for p in scans), "scans": len(
-                          {r for p in scans for r in (p.source, p.target)}), "of": facts["of"],
+                          {r for p in scans for r in (p.source, p.target)}), "of": facts["digest"],
                       "steps": [[int(h[-1]["step"]) for h in stages]
                                 for stages in trained.histories],
                       "validation": [[min(row.get("validation", math.nan) for row in h)
@@ -225,7 +226,7 @@ class PairedHarmonizer(shared.Harmonizer):
 
     def _digest(self, settings: TrainingSettings, scans: Sequence[pairs.Pair], rows: pd.DataFrame
                 ) -> str:
-        """Hash everything that determines a training: pairs, statistics of the scans, recipe."""
+        """Hash all that determines a training: pairs, statistics of the scans, settings, start."""
         table = rows[[c for c in SCAN if c in rows]].sort_values("run").to_csv(index=False)
         recipe = self._recipe(scans)
         start = self._start(settings, recipe)
@@ -243,30 +244,33 @@ class PairedHarmonizer(shared.Harmonizer):
         return kept if kept and kept.card.training.get("of") == digest else None
 
     def _train_shells(self, settings: TrainingSettings, name: str, shells: Sequence[ShellRange],
-                      recipe: Mapping[str, Any], travellers: PairedScans, people: Sequence[str],
+                      recipe: Mapping[str, Any], paired: PairedScans, people: Sequence[str],
                       start: Checkpoint | None) -> Trained:
-        """Train a network for each shell, and validate it on a share of the participants."""
-        both = [p for p in people if travellers.indices({p})]
+        """Train a network for each shell, and validate it on participants scanned at both sites.
+
+        A share of them is held out, at most half; with one or none, nobody is.
+        """
+        both = [p for p in people if paired.indices({p})]
         count = min(max(1, round(recipe["held_out"] * len(both))), len(both) // 2)
         held = set(np.random.default_rng(settings.seed).permutation(both)[:count].tolist())
         learned = set(people) - held
-        tensors, samples = {}, travellers.samples
+        tensors, samples = {}, paired.samples
         if self.warps_intensity:
-            quantiles = travellers.quantiles(learned)
+            quantiles = paired.quantiles(learned)
             tensors["quantiles"] = torch.from_numpy(quantiles.astype(np.float32))
-            samples = travellers.warp(quantiles)
-        # the number of epochs may change when an interrupted training continues
+            samples = paired.warp(quantiles)
+        # but the number of epochs may change then
         lasting = {**recipe, "stages": [{k: v for k, v in stage.items() if k != "epochs"}
                                         for stage in recipe["stages"]]}
         networks, histories = [], []
         for shell, dataset in zip(shells, samples, strict=True):
-            # a state belongs to one split of the participants, one recipe and one version
-            state = hashlib.sha256(repr((sorted(learned), sorted(held), travellers.pairs, lasting,
+            # an interrupted training continues only with the same split, recipe and version
+            state = hashlib.sha256(repr((sorted(learned), sorted(held), paired.pairs, lasting,
                                          settings.init, __version__)).encode()).hexdigest()[:8]
             network, history = self._train(
                 settings, f"{name}.{shell.name}.{state}", recipe, dataset,
-                [dataset.select(travellers.indices(learned, kind)) for kind in pairs.KINDS],
-                dataset.select(travellers.indices(held), recipe["validation"]),
+                [dataset.select(paired.indices(learned, kind)) for kind in pairs.KINDS],
+                dataset.select(paired.indices(held), recipe["validation"]),
                 start and _part(start, shell))
             tensors |= {f"{shell.part}.{n}": v for n, v in network.state_dict().items()}
             networks.append(network)
@@ -275,6 +279,7 @@ class PairedHarmonizer(shared.Harmonizer):
 
     def _start(self, settings: TrainingSettings, recipe: Mapping[str, Any]
                ) -> Checkpoint | None:
+        """Load the checkpoint of `--init`; raise UsageError unless it fits the network."""
         try:
             start = load(settings.init, self.name) if settings.init else None
             if start:
@@ -304,7 +309,7 @@ class PairedHarmonizer(shared.Harmonizer):
             Settings of the training.
         device : str
         fresh : bool
-            Whether the network starts from its first weights rather than from `--init`.
+            Whether the network has its initial weights rather than those of `--init`.
         """
         both = voxels[pairs.BOTH]
         loss = self.loss(samples, both, recipe, device)
@@ -312,12 +317,13 @@ class PairedHarmonizer(shared.Harmonizer):
                        lambda model, b: loss(model(b.patches), b).mean(), loss)
 
     def _train(self, settings: TrainingSettings, name: str, recipe: Mapping[str, Any],
-               samples: PatchDataset, voxels: Sequence[torch.Tensor], others: torch.Tensor,
+               samples: PatchDataset, voxels: Sequence[torch.Tensor], held_out: torch.Tensor,
                start: Checkpoint | None
                ) -> tuple[nn.Module, list[list[dict[str, float]]]]:
         """Train the stages one after another, each from the best weights of the one before.
 
-        `voxels` are those to learn from, by kind of pair; `others` are those to validate on.
+        `voxels` are those to learn from, by kind of pair; `held_out` are those to validate on. If
+        there are none, the last weights are kept.
         """
         with training.seeded(settings.seed):
             network = build_network(recipe["network"])
@@ -328,7 +334,7 @@ class PairedHarmonizer(shared.Harmonizer):
 
         def validate(_: nn.Module) -> float:
             return float(torch.cat([objective.score(network(b.patches), b)
-                                    for b in samples.blocks(others, settings.device)]).mean())
+                                    for b in samples.blocks(held_out, settings.device)]).mean())
 
         histories: list[list[dict[str, float]]] = []
         best, kept = math.inf, network.state_dict()
@@ -344,32 +350,33 @@ class PairedHarmonizer(shared.Harmonizer):
 
             histories.append(training.train(
                 objective.model, draw, objective.loss, schedule, seed=settings.seed,
-                device=settings.device, validate=validate if len(others) else None,
+                device=settings.device, validate=validate if len(held_out) else None,
                 saved=settings.states / f"{name}.{number}.ckpt" if settings.states else None,
                 name=f"{name}, stage {number} of {len(recipe['stages'])}",
                 devices=settings.devices))
             error = min(row.get("validation", -math.inf) for row in histories[-1])
-            if error < best or not len(others):
+            if error < best or not len(held_out):
                 best = error
                 kept = {k: v.detach().clone() for k, v in network.state_dict().items()}
         network.load_state_dict(kept)
         return network, histories
 
-    def _signal_metrics(self, trained: Trained, travellers: PairedScans, shells: Sequence[str],
+    def _signal_metrics(self, trained: Trained, paired: PairedScans, shells: Sequence[str],
                         device: str) -> dict[str, float]:
-        """Compute the mean square error of S/S0 in the validation, by tissue, before and after."""
+        """Compute the mean square error of S/S0 in the validation, by tissue and shell, before and
+        after harmonization."""
         metrics: dict[str, float] = {}
         for k, shell in enumerate(shells if trained.held_out else ()):
-            raw, warped = travellers.samples[k], trained.samples[k]
-            voxels, parts = raw.select(travellers.indices(set(trained.held_out))), []
+            raw, warped = paired.samples[k], trained.samples[k]
+            voxels, parts = raw.select(paired.indices(set(trained.held_out))), []
             with torch.no_grad():
-                for b, c in zip(raw.blocks(voxels, device), warped.blocks(voxels, device),
-                                strict=True):
-                    made = trained.networks[k](c.patches)
+                for measured, source in zip(raw.blocks(voxels, device),
+                                            warped.blocks(voxels, device), strict=True):
+                    predicted = trained.networks[k](source.patches)
                     if self.rish_projection:
-                        made = sh.with_rish(c.centre, sh.rish(made))
-                    parts.append(torch.stack([signal_error(b.centre, b),
-                                              signal_error(made, b)]).cpu())
+                        predicted = sh.with_rish(source.centre, sh.rish(predicted))
+                    parts.append(torch.stack([signal_error(measured.centre, measured),
+                                              signal_error(predicted, measured)]).cpu())
             for when, values in zip(("before", "after"), torch.cat(parts, 1), strict=True):
                 for name, value in tissue.NAMES.items():
                     metrics[f"mse_{when}_{name}_{shell}"] = float(
@@ -377,20 +384,20 @@ class PairedHarmonizer(shared.Harmonizer):
         return metrics
 
     def _map_metrics(self, cohort: Cohort, settings: TrainingSettings, model: Checkpoint,
-                     travellers: PairedScans, held: Sequence[str], shells: Sequence[str]
+                     paired: PairedScans, held_out: Sequence[str], shells: Sequence[str]
                      ) -> dict[str, float]:
-        """Apply the model to the scans of the validation and compare them with the reference.
+        """Apply the model to the scans of the validation and compare them with their targets.
 
         The metrics are the mean square error and the bias (mean difference) of FA and MD (µm²/ms)
-        by tissue, before and after, and error_SHELL, the relative error of the mean over
-        directions that remains (`mean_errors`).
+        by tissue and shell, before and after harmonization, and error_SHELL, the relative error of
+        the mean over directions that remains (`mean_errors`).
         """
         differences: dict[str, list[np.ndarray]] = {"before": [], "after": []}
         labels, errors = [], []
-        for i in sorted(travellers.indices(set(held))):
-            pair = travellers.pairs[i]
+        for i in sorted(paired.indices(set(held_out))):
+            pair = paired.pairs[i]
             source, target = (self.load(cohort, run) for run in (pair.source, pair.target))
-            registration = travellers.registration(i)
+            registration = paired.registration(i)
             result = self.harmonize(source, model, model.card.batches[0], settings.device)
             harmonized = replace(source, signal=result.signal,
                                  noise_gain=shared.noise_gain(source, result))
@@ -456,8 +463,8 @@ class PairedHarmonizer(shared.Harmonizer):
         constants = model.card.constants
         l_max, smoothing, output = (constants[k] for k in ("l_max", "smoothing", "output"))
         if self.warps_intensity:
-            start, end = model.tensors["quantiles"].numpy().astype(np.float64)[:, nearest]
-            signal, _ = intensity.warp(dwi, end, start)
+            site, reference = model.tensors["quantiles"].numpy().astype(np.float64)[:, nearest]
+            signal, _ = intensity.warp(dwi, reference, site)
             dwi = replace(dwi, signal=signal)
         else:
             signal = dwi.signal.copy("K")
@@ -467,33 +474,33 @@ class PairedHarmonizer(shared.Harmonizer):
         mask, _, order = canonical(mask, dwi.affine)
         rows = np.flatnonzero(usable)[order]
         s0, clipped = dwi.mean_b0[rows], 0
-        for shell, of_shell, k in zip(dwi.acquisition.shells, values, nearest, strict=True):
+        for shell, coefficients, k in zip(dwi.acquisition.shells, values, nearest, strict=True):
             network = model.part(model.card.trained_for.shells[k].part).into(
                 build_network(model.card.network))
-            source = of_shell[rows]
+            source = coefficients[rows]
             predicted = apply_to_volume(network, fill_nearest(source, mask, margin=1), mask, device)
             basis = sh.basis(l_max, dwi.acquisition.bvecs[shell.indices])
             if output == shared.CHANGE:
-                # undo the smoothing of the series in its change
+                # undo the smoothing of the fit
                 fit = sh.smooth_fit(l_max, dwi.acquisition.bvecs[shell.indices], smoothing)
                 sharpen = np.linalg.inv(fit @ basis).astype(np.float32).T
                 before = source @ sharpen
-                c = (before * _gain(predicted, source) if self.rish_projection
-                     else predicted @ sharpen)
-                c -= before
+                series = (before * _gain(predicted, source) if self.rish_projection
+                          else predicted @ sharpen)
+                series -= before
             else:
-                c = source * _gain(predicted, source) if self.rish_projection else predicted
-            clipped += shared.write_series(signal, rows, shell.indices, s0, c, basis, output)
+                series = source * _gain(predicted, source) if self.rish_projection else predicted
+            clipped += shared.write_series(signal, rows, shell.indices, s0, series, basis, output)
         return signal, clipped
 
 
 def _gain(predicted: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """Compute the gain of every coefficient by RISH projection."""
+    """Compute the gain that gives every degree of `source` the RISH of `predicted`."""
     return sh.rish_gain(torch.from_numpy(source), sh.rish(torch.from_numpy(predicted))).numpy()
 
 
 def _part(start: Checkpoint, shell: ShellRange) -> Checkpoint:
-    """Select the weights of the shell that is nearest in b."""
+    """Select the part of a checkpoint that was trained on the shell nearest in b."""
     return start.part(min(start.card.trained_for.shells,
                           key=lambda trained: abs(trained.middle - shell.middle)).part)
 
@@ -505,8 +512,10 @@ def draw_voxels(voxels: torch.Tensor, size: int, generator: torch.Generator) -> 
 
 
 def _describe_worse(metrics: Mapping[str, float]) -> str:
-    """Describe, as the start of a sentence, which errors of signal, FA or MD rose in the
-    validation; empty if none did."""
+    """Describe which errors of signal, FA or MD rose in the validation, as the start of a sentence.
+
+    It is empty if none did.
+    """
     after = [k for k in metrics if k.startswith("mse_") and "after_" in k]
     worse = [_describe_metric(k) for k in after
              if metrics[k] > metrics[k.replace("after_", "before_")]]

@@ -1,11 +1,12 @@
 """Registration of two scans of one participant, from which a supervised harmonizer learns.
 
-The source is registered to the target: rigidly by normalised mutual information of the attenuations
-(`registration.rigid`), then by SyN (`registration.deformable`) between FA images. FA, unlike the
-b0, does not depend on the coil's profile or the echo time, and its edges are those of white matter.
-SyN also follows noise. Its result is therefore kept only if the attenuations, which SyN does not
-use, correlate better than after the rigid registration. The frames and the mathematics of φ and R
-are those of `registration.deformable`, with the target fixed and the source moving.
+The source, a scan at the site to be harmonized, moves; the target, a scan at the reference site, is
+fixed. The registration is rigid, by normalised mutual information of the mean attenuation (mean
+weighted signal over mean b0; `registration.rigid`), then by SyN between FA images
+(`registration.deformable`, which defines φ and R). FA, unlike the b0, does not depend on the coil's
+profile or the echo time, and its edges are those of white matter. SyN also follows noise. Its
+result is therefore kept only if the mean attenuations, which SyN does not use, correlate better
+than after the rigid registration.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ SMOOTHING = 0.006
 """λ of the Laplace–Beltrami penalty (Koppers et al. 2018)."""
 
 FLOW = 20.0
-"""Variance, in voxels², of the Gaussian that smooths every update of SyN (`displacement`) between
-scans of one head: the distortions of scanners are smooth."""
+"""Variance, in voxels², of the Gaussian that smooths every update of SyN (`displacement`). It is
+large because scans of one head differ by the scanners' distortions alone, which are smooth."""
 
 BLOCK = 2**14
 """Number of voxels whose coefficients are rotated at a time."""
 
-GRIDS = 16
-"""Number of volumes that are resampled at a time, to limit memory."""
+VOLUMES = 16
+"""Approximate number of volumes that are resampled at a time, to limit memory."""
 
 OVERLAP = 0.5
 """Minimum share of the smaller brain mask that the overlap of both masks covers."""
@@ -59,8 +60,8 @@ PREFIX = "registration-"
 """Prefix of the names of the files in which registrations are kept."""
 
 KINDS = BOTH, SOURCE, REFERENCE = range(3)
-"""Kinds of `Pair`: a participant scanned at both sites; a scan of the source site or of the
-reference site, paired with itself, for methods that learn without paired scans."""
+"""Kinds of `Pair`. BOTH: two scans of a participant, one at each site. SOURCE, REFERENCE: a scan of
+the site to be harmonized, or of the reference site, paired with itself (`unpaired`)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Pair:
     ----------
     participant : str
     source, target : str
-        Names of the runs.
+        Names of the runs at the two sites; one and the same run unless `kind` is BOTH.
     kind : int
         One of KINDS.
     """
@@ -84,7 +85,9 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """Location of the voxels of a target, in the axes of `geometry.canonical`, in a source.
+    """Points of a source that correspond to the voxels of a target.
+
+    The axes of the target's grid are those of `geometry.canonical`.
 
     Parameters
     ----------
@@ -93,9 +96,11 @@ class Registration:
     labels : (x, y, z) int8
         Tissue of the target (`tissue.labels`), 0 outside `overlap`.
     coordinates : (3, voxel) float32
-        Coordinates of the voxels of `overlap` in the source's grid.
+        Voxel coordinates in the source's grid as stored, of the points that correspond to the
+        voxels of `overlap`.
     rotation : (voxel, 3, 3) float32
-        Rᵀ at the same voxels (`registration.deformable`).
+        Rᵀ at the same voxels (`registration.deformable`): it turns directions of the source into
+        those of the target, in the world.
     """
 
     overlap: np.ndarray
@@ -105,7 +110,7 @@ class Registration:
 
     @classmethod
     def load(cls, path: Path) -> Registration | None:
-        """Read a file of `save`; None if it is missing or broken."""
+        """Read a file that `save` wrote; None if it is missing or broken."""
         try:
             # numpy does not close a broken file that it opened itself
             with path.open("rb") as file, np.load(file) as fields:
@@ -123,7 +128,7 @@ class Registration:
 
 @dataclass(frozen=True, eq=False)
 class AlignedPair(Registration):
-    """Source and target on the target's grid.
+    """Registration with the resampled source and the target, on the target's grid.
 
     Parameters
     ----------
@@ -204,7 +209,7 @@ def coefficients(dwi: Dwi, l_max: int, smoothing: float = SMOOTHING
     Returns
     -------
     coefficients : (shell, voxel, coefficient) float32
-        0 if S0, the mean b0, is not positive.
+        0 in voxels whose S0, the mean b0, is not positive.
     usable : (voxel,) bool
         Whether S0 is positive.
     """
@@ -238,7 +243,7 @@ def align(source: Dwi, target: Dwi, *, l_max: int, **options: Any) -> AlignedPai
 
 def register(source: Dwi, target: Dwi, *, deformable: bool = True, device: str = "cpu",
              work_dir: Path | None = None, rigid: np.ndarray | None = None) -> Registration:
-    """Register a target to a source. The result is identical to the byte on a CPU.
+    """Register a source to a target. On a CPU, repeated results are identical to the byte.
 
     Parameters
     ----------
@@ -248,8 +253,7 @@ def register(source: Dwi, target: Dwi, *, deformable: bool = True, device: str =
     device : str
         Device of the tensor fits.
     work_dir : Path, optional
-        Folder in which the registration is kept, to be read when the same scans are registered
-        again.
+        Folder in which the registration is kept and read again for the same scans and options.
     rigid : (4, 4), optional
         Transform from the target's to the source's world coordinates in mm; computed if None.
 
@@ -333,8 +337,11 @@ def _voxel_volume(dwi: Dwi) -> float:
 
 def _correlations(source: Dwi, target: Dwi, *coordinates: Float[np.ndarray, "3 x y z"]
                   ) -> list[float]:
-    """Correlate the attenuations after each of several registrations, over the voxels that all of
-    them map into both masks; 0 if there are fewer than three."""
+    """Correlate the mean attenuations of two scans after each of several registrations.
+
+    The voxels are those of the target's mask that all registrations map into the source's; the
+    correlation is 0 if there are fewer than three.
+    """
     from scipy.ndimage import map_coordinates
 
     images = source.mask.astype(np.float32), source.unmask(_mean_attenuation(source))
@@ -356,10 +363,10 @@ def attenuation(target: Dwi, registration: Registration
 
 def resample(source: Dwi, l_max: int, registration: Registration
              ) -> Float[np.ndarray, "shell x y z coef"]:
-    """Resample the source's coefficients of S/S0 on the target's grid (`AlignedPair.image`).
+    """Resample and rotate the source's coefficients of S/S0 on the target's grid.
 
-    Cubic splines smooth little. A network that learned from smoothed input would be applied to
-    input that is not smoothed.
+    The result is `AlignedPair.image`. Interpolation is by cubic splines: linear interpolation would
+    smooth the network's input in the training, but not in the application.
     """
     shells, usable = coefficients(source, l_max)
     rotated = [_rotate(_interpolate(values[usable], source.mask, usable, registration),
@@ -371,11 +378,12 @@ def resample_measurements(source: Dwi, registration: Registration
                           ) -> Float[np.ndarray, "voxel measurement"]:
     """Resample the source's S/S0 at the voxels of `registration.overlap` by cubic splines.
 
-    The directions are not rotated, because FA and MD do not depend on rotation.
+    The directions are not rotated: FA, MD and means over directions do not depend on it.
     """
     s0 = source.mean_b0
     usable = s0 > 0
-    parts = np.array_split(np.arange(len(source.acquisition)), -(-len(source.acquisition) // GRIDS))
+    count = len(source.acquisition)
+    parts = np.array_split(np.arange(count), -(-count // VOLUMES))
     return np.concatenate([_interpolate(
         (source.signal[:, part][usable] / s0[usable, None]).astype(np.float32), source.mask, usable,
         registration) for part in parts], 1)
@@ -383,7 +391,8 @@ def resample_measurements(source: Dwi, registration: Registration
 
 def _interpolate(values: Float[np.ndarray, "usable k"], mask: np.ndarray, usable: np.ndarray,
                  registration: Registration) -> Float[np.ndarray, "voxel k"]:
-    """Interpolate values of the usable voxels of a source at the voxels of `overlap`."""
+    """Interpolate values of the usable voxels of a source, by cubic splines, at the voxels of
+    `overlap`."""
     from scipy.ndimage import map_coordinates
 
     grid = fill_nearest(values, mask, usable)

@@ -39,7 +39,7 @@ class PatchMinibatch(NamedTuple):
     """Voxels to learn from: patches of the source, and the target's signal in their centres.
 
     patches: (voxel, 27, coefficient). basis: (voxel, direction, coefficient), along the target's
-    directions; 0 beyond their number. target: (voxel, direction) S/S0. weight: (voxel,), 1 over the
+    directions, padded with zeros. target: (voxel, direction) S/S0. weight: (voxel,), 1 over the
     number of directions. fit: (voxel, 6, direction), `tensor.attenuation_fit` of the target.
     """
 
@@ -78,7 +78,11 @@ class PatchDataset:
     tissue : (voxel,) tensor
         Tissue label, 0 for neither grey nor white matter.
     pair : (voxel,) tensor
-        Index of the pair that the voxel is of.
+        Index of the voxel's pair.
+    image : (row, coefficient) tensor
+        SH coefficients of the sources, with their margins, one grid after another.
+    centre : (voxel,) tensor
+        Row of `image` that holds the voxel.
     """
 
     def __init__(self, folder: Path, directions: int, l_max: int, series: bool = False) -> None:
@@ -206,7 +210,7 @@ def weighted_loss(weights: Mapping[str, float], samples: PatchDataset, voxels: t
                   ) -> Callable[[torch.Tensor, PatchMinibatch], torch.Tensor]:
     """Create a loss Σ_m w_m e_m / ē_m over MEASURES.
 
-    e_m is the square error of a measure, and ē_m its mean before the network.
+    e_m is the square error of a measure, and ē_m its mean without a network (input as output).
 
     Parameters
     ----------

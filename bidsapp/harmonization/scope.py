@@ -1,4 +1,4 @@
-"""Description of the runs that a harmonizer learned from, for its card."""
+"""Description of the runs that a harmonizer learned from, for its card, and hints on names."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ def training_domain(cohort: Cohort, batches: Mapping[str, pd.DataFrame], sites: 
     sizes = [sorted(cohort.voxel_sizes[r["run"]]) for r in rows if r["run"] in cohort.voxel_sizes]
 
     def values_of(key: str) -> tuple[Any, ...]:
+        """List the minimum and maximum of a numeric column, or the values of another."""
+        # NaN differs from itself
         values = [r[key] for r in rows if r.get(key) == r.get(key) and r.get(key) is not None]
         if not all(isinstance(v, int | float | np.number) for v in values):
             return tuple(sorted(set(map(str, values))))

@@ -2,9 +2,9 @@
 
     y_ijg = α_g + x_ij β_g + σ_g (γ_ig + √δ_ig ε_ijg)
 
-Site (batch) i shifts feature g by γ_ig and scales its variance by δ_ig, in units of the residual
-standard deviation σ_g. Over features, γ_ig is normal and δ_ig inverse gamma: empirical Bayes
-shrinks both.
+For participant j with covariates x_ij, site (batch) i shifts feature g by γ_ig and scales its
+variance by δ_ig, in units of the residual standard deviation σ_g. The priors over features are
+normal for γ_ig and inverse gamma for δ_ig: empirical Bayes shrinks both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BatchEffects:
     beta : (covariate, feature)
         Effects of the covariates.
     sigma : (feature,)
-        Residual standard deviation.
+        Residual standard deviation, of the reference site alone if there is one.
     gamma, delta : (batch, feature)
         Shift, and factor of the variance, of each site.
     """
@@ -92,8 +92,10 @@ def estimate(values: np.ndarray, covariates: np.ndarray, batch: np.ndarray,
 
 
 def _shrink(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate γ and δ, (feature,), of one site: the mean of each one's posterior given the
-    other."""
+    """Estimate γ and δ, (feature,), of one site.
+
+    Each is the mean of its posterior given the other; they are updated in turn until convergence.
+    """
     n = len(z)
     gamma_hat, delta_hat = z.mean(axis=0), z.var(axis=0, ddof=1)
     # priors γ ~ N(γ̄, τ²) and δ ~ inverse gamma(λ, θ), from moments over the features

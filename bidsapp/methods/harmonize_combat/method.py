@@ -21,7 +21,7 @@ from bidsapp.methods.harmonize_combat.equations import BatchEffects, estimate
 log = logging.getLogger("qsphere")
 
 MIN_PARTICIPANTS = 3
-"""Minimum number of participants per site, and of rows in excess of the coefficients."""
+"""Minimum number of participants per site, and of rows in excess of the columns of the design."""
 
 CONSTANT = 1e-10
 """Standard deviation at a site, relative to the mean, up to which a feature counts as constant."""
@@ -33,9 +33,9 @@ class Combat(GroupAnalysis):
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Harmonize the statistics and estimate the site effects.
 
-        A covariate is used if every participant has it: numbers as they are, others as categories.
-        It is left out if it is the same for all participants, or a different text for each.
-        Features that are constant at a site are left out with a notice.
+        Features are map statistics. A covariate is used if every participant has it: numbers as
+        they are, others as categories. It is left out if it is the same for all participants, or a
+        different text for each. Features that are constant at a site are left out with a notice.
 
         Raises
         ------
@@ -44,17 +44,18 @@ class Combat(GroupAnalysis):
             covariate is confounded with the site, covariates depend on each other or are too many,
             or the reference site is unknown.
         """
-        rows, kept = self._rows(cohort)
-        self._refuse(rows, list(cohort.features), kept, cohort.reference_batch)
-        design, batches = _design(rows, kept), sorted(set(rows["batch"]))
+        rows, covariates = self._rows(cohort)
+        self._refuse(rows, list(cohort.features), covariates, cohort.reference_batch)
+        design, batches = _design(rows, covariates), sorted(set(rows["batch"]))
         features = _varying(rows, list(cohort.features), design)
         effects = _learn(rows, features, design, batches, cohort.reference_batch)
-        harmonized = rows[["participant", "batch", *kept]].copy()
+        harmonized = rows[["participant", "batch", *covariates]].copy()
         harmonized[features] = _remove(effects, rows, features, design, batches)
         model = {
             "Method": self.name, "Model": self.outputs["model"], "Batches": {
                 b: int((rows["batch"] == b).sum()) for b in batches},
-            "ReferenceBatch": cohort.reference_batch, "Covariates": kept, "Features": features,
+            "ReferenceBatch": cohort.reference_batch, "Covariates": covariates,
+            "Features": features,
             "Alpha": effects.alpha.tolist(),
             "Beta": dict(zip(design.columns, effects.beta.tolist(), strict=True)),
             "Sigma": effects.sigma.tolist(),
@@ -82,7 +83,8 @@ class Combat(GroupAnalysis):
         Returns
         -------
         DataFrame
-            Participant, batch, covariates and harmonized features, as in the table of `fit`.
+            Participant, batch, covariates and harmonized features, as in the table of `fit`. Only
+            features are left that `fit` would accept whichever part is left out.
 
         Raises
         ------
@@ -90,36 +92,37 @@ class Combat(GroupAnalysis):
             `fit` would refuse the participants of the other parts, or they lack a site or a
             category of a covariate.
         """
-        rows, kept = self._rows(cohort)
+        rows, covariates = self._rows(cohort)
         features, harmonized = list(cohort.features), rows.copy()
-        design, batches = _design(rows, kept), sorted(set(rows["batch"]))
+        design, batches = _design(rows, covariates), sorted(set(rows["batch"]))
         tests = [rows["participant"].isin(part).to_numpy() for part in parts]
         for part, tested in zip(parts, tests, strict=True):
             rest = rows[~tested]
-            for column in ("batch", *(c for c in kept if not
+            for column in ("batch", *(c for c in covariates if not
                                       pd.api.types.is_numeric_dtype(rows[c]))):
                 if lacking := sorted(set(rows[column]) - set(rest[column])):
                     raise UsageError(
                         f"ComBat: without sub-{', sub-'.join(part)}, no participant of "
                         f"{'site' if column == 'batch' else column} "
                         f"{', '.join(map(str, lacking))} is left to learn from. Use smaller parts.")
-            self._refuse(rest, features, kept, cohort.reference_batch)
+            self._refuse(rest, features, covariates, cohort.reference_batch)
             features = _varying(rest, features, design[~tested])
         for tested in tests:
             effects = _learn(rows[~tested], features, design[~tested], batches,
                              cohort.reference_batch)
             harmonized.loc[tested, features] = _remove(
                 effects, rows[tested], features, design[tested], batches)
-        return harmonized[["participant", "batch", *kept, *features]]
+        return harmonized[["participant", "batch", *covariates, *features]]
 
     def _rows(self, cohort: Cohort) -> tuple[pd.DataFrame, list[str]]:
-        """Average the runs of each participant at each site, and select the covariates."""
+        """Average the runs of each participant at each site; return this table and the covariates
+        that are used."""
         table = cohort.statistics
-        kept = [c for c in cohort.covariates if table[c].notna().all() and table[c].nunique() > 1
-                and not self._is_label(table, c)]
+        covariates = [c for c in cohort.covariates if table[c].notna().all()
+                      and table[c].nunique() > 1 and not self._is_label(table, c)]
         runs = table.groupby(["participant", "batch"], sort=True)
         means = runs[list(cohort.features)].agg(_mean)
-        return pd.concat([means, runs[kept].first()], axis=1).reset_index(), kept
+        return pd.concat([means, runs[covariates].first()], axis=1).reset_index(), covariates
 
     def _is_label(self, table: pd.DataFrame, column: str) -> bool:
         """Check whether a text differs for every participant, as dates and names do."""
@@ -185,14 +188,15 @@ class Combat(GroupAnalysis):
 
 
 def _design(rows: pd.DataFrame, covariates: Sequence[str]) -> pd.DataFrame:
-    """Create a column for each numeric covariate, and for each category but the first of others."""
+    """Create a column per numeric covariate, and indicator columns for others (`encode_covariate`
+    without standardisation)."""
     columns = [rows[[c]] if pd.api.types.is_numeric_dtype(rows[c])
                else pd.get_dummies(rows[[c]], drop_first=True) for c in covariates]
     return pd.concat([rows[[]], *columns], axis=1).astype(float)
 
 
 def _varying(rows: pd.DataFrame, features: Sequence[str], design: pd.DataFrame) -> list[str]:
-    """Select the features that vary at every site, with and without the effects of covariates.
+    """Select the features that vary at every site, before and after covariates are regressed out.
 
     Raise UsageError if fewer than two are left, from which no prior can be estimated.
     """
@@ -214,16 +218,19 @@ def _varying(rows: pd.DataFrame, features: Sequence[str], design: pd.DataFrame) 
 
 def _learn(rows: pd.DataFrame, features: Sequence[str], design: pd.DataFrame,
            batches: Sequence[str], reference: str | None) -> BatchEffects:
+    """Estimate the site effects from the rows of a table (`equations.estimate`)."""
     return estimate(rows[features].to_numpy(float), design.to_numpy(), _codes(rows, batches),
                     None if reference is None else batches.index(reference))
 
 
 def _remove(effects: BatchEffects, rows: pd.DataFrame, features: Sequence[str],
             design: pd.DataFrame, batches: Sequence[str]) -> np.ndarray:
+    """Remove the site effects from the rows of a table, (row, feature)."""
     return effects.remove(rows[features].to_numpy(float), design.to_numpy(), _codes(rows, batches))
 
 
 def _codes(rows: pd.DataFrame, batches: Sequence[str]) -> np.ndarray:
+    """List the index of each row's site."""
     return np.array([batches.index(b) for b in rows["batch"]])
 
 

@@ -33,7 +33,7 @@ RECOMMENDED_PARTICIPANTS = 32
 
 
 class CyclicMinibatch(NamedTuple):
-    """Patches (voxel, 27, coefficient) of either batch, and aligned pairs if there are any."""
+    """Patches (voxel, 27, coefficient) of either site, and aligned pairs if there are any."""
 
     source: torch.Tensor
     reference: torch.Tensor
@@ -55,9 +55,9 @@ class CyclicHarmonizer(PairedHarmonizer):
         """Check the cohort; warn of differences between the groups, and of small sites without
         pairs."""
         batches = shared.runs_by_site(self, cohort)
-        reference, *targets = batches
+        reference, *sources = batches
         warnings = [*super().preflight(cohort), *shared.group_differences(self, cohort, batches)]
-        for batch in targets:
+        for batch in sources:
             small = shared.small_sites({b: batches[b] for b in (reference, batch)},
                                        RECOMMENDED_PARTICIPANTS)
             if small and not _paired(self.scans(cohort, batch, reference)):
@@ -70,11 +70,13 @@ class CyclicHarmonizer(PairedHarmonizer):
         return warnings
 
     def _recipe(self, scans: Sequence[pairs.Pair]) -> dict[str, Any]:
-        """Give the generator fine gains if there are pairs to learn them from."""
+        """Give the generator fine gains (`networks.cyclic`) if pairs can train them."""
         recipe = super()._recipe(scans)
         return {**recipe, "network": {**recipe["network"], "fine": _paired(scans)}}
 
     def scans(self, cohort: Cohort, batch: str, reference: str) -> list[pairs.Pair]:
+        """List every scan, paired with itself, and the pairs of participants scanned at both sites.
+        """
         return [*pairs.unpaired(cohort.statistics, batch, reference),
                 *super().scans(cohort, batch, reference)]
 
@@ -111,16 +113,17 @@ class CyclicHarmonizer(PairedHarmonizer):
 
 
 def _paired(scans: Sequence[pairs.Pair]) -> bool:
+    """Check whether a participant was scanned at both sites."""
     return any(p.kind == pairs.BOTH for p in scans)
 
 
 def _scale(samples: PatchDataset, voxels: Sequence[torch.Tensor], device: str) -> torch.Tensor:
-    """Compute the root mean square, (degree,), of the coefficients, with equal weights of sites."""
+    """Compute the root mean square of each degree, (degree,), with equal weights of the sites."""
     total = torch.zeros(sh.size(samples.l_max), dtype=torch.float64)
-    for of_site in voxels:
-        few = of_site[::max(1, len(of_site) // (20 * BLOCK))]
+    for site_voxels in voxels:
+        some = site_voxels[::max(1, len(site_voxels) // (20 * BLOCK))]
         total += torch.cat([b.centre.double().square().cpu()
-                            for b in samples.blocks(few, device)]).mean(0) / len(voxels)
-    degrees = [total[sh.size(l - 2) if l else 0:sh.size(l)].mean().sqrt()
-               for l in range(0, samples.l_max + 1, 2)]
-    return torch.stack(degrees).float()
+                            for b in samples.blocks(some, device)]).mean(0) / len(voxels)
+    by_degree = [total[sh.size(l - 2) if l else 0:sh.size(l)].mean().sqrt()
+                 for l in range(0, samples.l_max + 1, 2)]
+    return torch.stack(by_degree).float()

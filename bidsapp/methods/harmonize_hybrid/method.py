@@ -15,7 +15,7 @@ from bidsapp.harmonization.patches import PatchDataset, PatchMinibatch, weighted
 
 
 class HybridHarmonizer(PairedHarmonizer):
-    """Intensity warping, then a convolutional network that learns from signal, FA and MD."""
+    """Intensity warping, then a convolutional network with a loss of signal, FA and MD."""
 
     warps_intensity = True
     intended_use = (

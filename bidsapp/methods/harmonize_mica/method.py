@@ -1,6 +1,6 @@
 """Intensity warping (MICA): every scan gets the intensity distribution of the reference site.
 
-With F_i the distribution of S/S0 in a shell of scan i, and Q = F⁻¹ its quantiles,
+With F_i the cumulative distribution of S/S0 in a shell of scan i, and Q = F⁻¹ its quantiles,
 
     Q_ref(p) = mean over participants i of the reference site of Q_i(p),
     h_i(x) = Q_ref(F_i(x)),    S' = S0 h_i(S / S0)
@@ -33,7 +33,7 @@ RECOMMENDED_PARTICIPANTS = 16
 
 
 class Mica(shared.Harmonizer):
-    """Warp from the quantiles of S/S0 in a scan's mask to those of the reference, by shell."""
+    """Warp from the quantiles of S/S0 in a scan's mask to those of the reference site, by shell."""
 
     def preflight(self, cohort: Cohort) -> list[str]:
         """Check the cohort; warn of differences between the groups and of small sites."""
@@ -53,19 +53,19 @@ class Mica(shared.Harmonizer):
         Raise UsageError if a scan has too few values above 0.
         """
         batches = shared.runs_by_site(self, cohort)
-        reference, *targets = batches
-        domain = scope.training_domain(cohort, batches, targets)
+        reference, *sources = batches
+        domain = scope.training_domain(cohort, batches, sources)
         by_site = {batch: self._site_quantiles(cohort, rows) for batch, rows in batches.items()}
         mean = by_site[reference].mean(axis=0)
         metrics = {f"distance_{shell.name}_{batch}": float(
             np.abs(people[:, k] - _others(people, batch == reference, mean)[:, k]).mean())
             for batch, people in by_site.items() for k, shell in enumerate(domain.shells)}
-        doubts = [
+        warnings = [
             f"scans of {batch} differ no more from those of {reference} than the participants of "
             f"{reference} differ among each other (distance_… in the card). The warp would remove "
             "differences between people rather than between sites. Add participants, or use "
             "another method."
-            for batch in targets
+            for batch in sources
             if all(metrics[f"distance_{s}_{batch}"] <= metrics[f"distance_{s}_{reference}"]
                    for s in (shell.name for shell in domain.shells))]
         card = Card(
@@ -73,22 +73,22 @@ class Mica(shared.Harmonizer):
             training={"participants": scope.hash_participants(batches),
                       "data": "S/S0 within the mask"},
             intended_use=(
-                f"Maps the distribution of S/S0 of one scan of {', '.join(targets)} to that of "
+                f"Maps the distribution of S/S0 of one scan of {', '.join(sources)} to that of "
                 f"{reference}, by shell. The map does not depend on place or tissue: effects of "
                 "anatomy, age or lesions on the distribution are removed, too. Not for "
                 "diagnosis."),
             versions={"qsphere": __version__}, metrics=metrics, reference_batch=reference)
         model = {"Method": self.name, "Model": self.outputs["model"], "Metrics": metrics,
-                 "ReferenceBatch": reference, "Batches": targets}
+                 "ReferenceBatch": reference, "Batches": sources}
         quantiles = torch.from_numpy(mean.astype(np.float32))
         return Fitted({}, model, {shared.model_name(self, f"to{reference}"): Checkpoint(
-            {"quantiles": quantiles}, card)}, doubts)
+            {"quantiles": quantiles}, card)}, warnings)
 
     def _site_quantiles(self, cohort: Cohort, rows: pd.DataFrame) -> np.ndarray:
         """Compute quantiles, (participant, shell, GRID), averaged over a participant's runs."""
-        people = [of_person["run"] for _, of_person in rows.groupby("participant", sort=True)]
+        by_person = [table["run"] for _, table in rows.groupby("participant", sort=True)]
         return np.stack([np.mean([self._quantiles(cohort, run) for run in runs], axis=0)
-                         for runs in track(people, f"{self.name}: participants")])
+                         for runs in track(by_person, f"{self.name}: participants")])
 
     def _quantiles(self, cohort: Cohort, run: str) -> np.ndarray:
         """Compute the quantiles, (shell, GRID), of one run."""
@@ -125,8 +125,11 @@ class Mica(shared.Harmonizer):
 
 
 def _others(people: np.ndarray, leave_one_out: bool, mean: np.ndarray) -> np.ndarray:
-    """Compute the quantiles, (participant, shell, GRID), to compare participants with: the mean
-    of the reference, or for each participant of the reference the mean of the others."""
+    """Compute the quantiles, (participant, shell, GRID), to compare those of participants with.
+
+    They are the mean of the reference site, or with `leave_one_out`, for its own participants, the
+    mean of its other participants.
+    """
     if not leave_one_out:
         return np.broadcast_to(mean, people.shape)
     return (len(people) * mean - people) / (len(people) - 1)

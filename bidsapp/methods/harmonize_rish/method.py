@@ -41,49 +41,50 @@ RECOMMENDED_PARTICIPANTS = 16
 L_MAX = 6
 """Maximum degree of the spherical harmonics."""
 
-DETERMINED = 0.75
+COEFFICIENTS_PER_DIRECTION = 0.75
 """Maximum number of coefficients per direction of a shell: with more, RISH is mostly noise."""
 
 MIN_DIRECTIONS = 8
-"""Minimum number of directions of a shell. They determine degree 2 by the same criterion."""
+"""Minimum number of directions of a shell: that criterion then allows the six coefficients of
+degree 2."""
 
 REGULARIZATION = 1e-5
-"""λ of the Laplace–Beltrami penalty. With the 0.006 of the networks, 30 directions would keep half
-of degree 4, and here the fit becomes the signal."""
+"""λ of the Laplace–Beltrami penalty. The 0.006 of the networks (`pairs.SMOOTHING`) would halve the
+coefficients of degree 4 with 30 directions, which is not undone here."""
 
-SMOOTHING = 4.0
+FWHM = 4.0
 """Full width at half maximum, in mm, of the Gaussian that smooths mean RISH in the template."""
 
 BOUNDS = 0.5, 2.0
 """Minimum and maximum of π_l."""
 
-COVERED = 0.5
+MIN_COVERAGE = 0.5
 """Minimum share of the participants of each site whose masks cover a point of the template."""
 
-ALIKE = 0.5
+MIN_CORRELATION = 0.5
 """Correlation of FA with the template below which a registration is doubtful."""
-
 
 UNKNOWN_ERROR = (
     "the scales depend on who is in the two groups, which changes estimates by more than noise "
     "does, and no participant scanned at both sites shows by how much")
-"""Reason why no interval is given. On a phantom with eight different people per site, 90 %
-intervals for noise alone covered 74–88 %, and with the standard errors of the group means, taken as
-independent between shells, 100 %."""
+"""Reason why maps have no confidence interval. On a phantom with eight different people per site,
+90 % intervals for noise alone covered 74–88 %, and with the standard errors of the group means,
+taken as independent between shells, 100 %."""
 
 
 class Rish(shared.Harmonizer):
-    """Maps of scales per shell and degree in a template, which is registered to each scan."""
+    """Scaling of each degree of each shell by maps in a template, which is registered to a scan."""
 
     min_participants = 3
 
     def check(self, acquisition: Acquisition) -> None:
-        """Refuse an acquisition without a b0 or with too few directions.
+        """Refuse an acquisition without a b0, without a shell, or with too few directions.
 
         Raises
         ------
         Refusal
-            There is no b0, or a shell has fewer than MIN_DIRECTIONS directions.
+            There is no b0 or no shell, or a shell has fewer than MIN_DIRECTIONS directions. With
+            spherical b-tensors, any number is accepted.
         """
         super().check(acquisition)
         refused = [s for s in acquisition.shells
@@ -108,21 +109,21 @@ class Rish(shared.Harmonizer):
         Raise UsageError if a scan cannot be used, or if two sites show no common part of the brain.
         """
         batches = shared.runs_by_site(self, cohort)
-        reference, *targets = batches
+        reference, *sources = batches
         degrees = [_degree(shell)
-                   for shell in scope.training_domain(cohort, batches, targets).shells]
+                   for shell in scope.training_domain(cohort, batches, sources).shells]
         runs = [run for rows in batches.values() for run in rows["run"]]
         images = [self._fa(cohort, run, settings.device) for run in track(runs, f"{self.name}: FA")]
-        mean, places = template.build(images, settings.states)
-        lowest, doubts = self._check_registrations(runs, images, mean, places)
+        mean, points = template.build(images, settings.states)
+        lowest, warnings = self._check_registrations(runs, images, mean, points)
         metrics = {"template_correlation": round(lowest, 3)}
-        by_run = dict(zip(runs, places, strict=True))
+        by_run = dict(zip(runs, points, strict=True))
         groups = {b: self._mean_rish(cohort, b, by_run, degrees, rows)
                   for b, rows in batches.items()}
         checkpoints = {}
-        for batch in targets:
+        for batch in sources:
             covered = (mean.values > 0) & np.all(
-                [groups[b][0] >= COVERED for b in (reference, batch)], axis=0)
+                [groups[b][0] >= MIN_COVERAGE for b in (reference, batch)], axis=0)
             if not covered.any():
                 raise UsageError(f"--train {self.name}: the scans of {reference} and {batch} share "
                                  "no part of the brain. Check the brain masks.")
@@ -148,9 +149,9 @@ class Rish(shared.Harmonizer):
                                "output": self.settings("training")["output"]},
                     metrics={**metrics, **scale_metrics}, reference_batch=reference))
         model = {"Method": self.name, "Model": self.outputs["model"], "ReferenceBatch": reference,
-                 "Batches": targets,
+                 "Batches": sources,
                  "Metrics": {n: dict(c.card.metrics) for n, c in checkpoints.items()}}
-        return Fitted({}, model, checkpoints, doubts)
+        return Fitted({}, model, checkpoints, warnings)
 
     def _fa(self, cohort: Cohort, run: str, device: str) -> Image:
         dwi = self.load(cohort, run)
@@ -161,24 +162,25 @@ class Rish(shared.Harmonizer):
         return image
 
     def _check_registrations(self, runs: Sequence[str], images: Sequence[Image], mean: Image,
-                             places: Sequence[np.ndarray]) -> tuple[float, list[str]]:
-        """Compute the lowest correlation with the template, and warn of runs below ALIKE."""
+                             points: Sequence[np.ndarray]) -> tuple[float, list[str]]:
+        """Compute the lowest correlation with the template, and warnings of runs below
+        MIN_CORRELATION."""
         correlations = [_correlation(i.at(p), mean.values)
-                        for i, p in zip(images, places, strict=True)]
+                        for i, p in zip(images, points, strict=True)]
         return min(correlations), [
-            f"the correlation of FA of {run} with the template is only {value:.2f}; {ALIKE} or "
-            "more is usual. Check its mask and its gradient table, or leave it out with "
-            "--participant-label."
-            for run, value in zip(runs, correlations, strict=True) if value < ALIKE]
+            f"the correlation of FA of {run} with the template is only {value:.2f}; "
+            f"{MIN_CORRELATION} or more is usual. Check its mask and its gradient table, or leave "
+            "it out with --participant-label."
+            for run, value in zip(runs, correlations, strict=True) if value < MIN_CORRELATION]
 
-    def _mean_rish(self, cohort: Cohort, batch: str, places: Mapping[str, np.ndarray],
+    def _mean_rish(self, cohort: Cohort, batch: str, points: Mapping[str, np.ndarray],
                    degrees: Sequence[int], rows: pd.DataFrame
                    ) -> tuple[np.ndarray, list[np.ndarray]]:
         """Average RISH over the participants of a site, in the template.
 
-        Return the share of participants whose masks cover each point, (x, y, z), and for each shell
-        the mean RISH of those, (degree, x, y, z), 0 where there are none. Participants have the
-        same weight, whatever the number of their runs.
+        Return the share of participants whose masks cover each voxel of the template, (x, y, z),
+        and for each shell the mean RISH of those, (degree, x, y, z), or 0 if there are none.
+        Participants have the same weight, whatever the number of their runs.
         """
         coverage: Any = 0
         total: list[Any] = [0] * len(degrees)
@@ -189,15 +191,15 @@ class Rish(shared.Harmonizer):
                 signal = dwi.signal.copy("K")
                 s0, weighted = dwi.mean_b0, np.flatnonzero(~dwi.acquisition.b0)
                 signal[:, weighted] = np.clip(signal[:, weighted], 0, np.maximum(s0, 0)[:, None])
-                inside = sample(dwi.mask.astype(np.float32), dwi.affine, places[run])
-                inside = (inside > 0.5) / len(of_person)
-                coverage = coverage + inside
+                inside = sample(dwi.mask.astype(np.float32), dwi.affine, points[run]) > 0.5
+                weight = inside / len(of_person)
+                coverage = coverage + weight
                 clipped = replace(dwi, signal=signal)
                 for k, (c, usable) in enumerate(_coefficients(clipped, degrees)):
                     rish = sh.rish(torch.from_numpy(c[usable])).numpy()
                     grid = fill_nearest(rish, dwi.mask, usable)
-                    total[k] = total[k] + inside * np.stack([
-                        sample(grid[..., i], dwi.affine, places[run])
+                    total[k] = total[k] + weight * np.stack([
+                        sample(grid[..., i], dwi.affine, points[run])
                         for i in range(grid.shape[-1])])
         return coverage / len(people), [
             np.where(coverage > 0, t / np.maximum(coverage, 1e-9), 0) for t in total]
@@ -205,22 +207,25 @@ class Rish(shared.Harmonizer):
     def _scales(self, reference: Sequence[np.ndarray], source: Sequence[np.ndarray],
                 covered: np.ndarray, affine: np.ndarray, shells: Sequence[ShellRange]
                 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """Compute π_l for each shell, (degree, x, y, z), and metrics. Outside `covered`, the value
-        of the nearest voxel inside holds."""
+        """Compute π_l for each shell, (degree, x, y, z), and metrics.
+
+        `reference` and `source` are the mean RISH of each shell at the two sites. Outside
+        `covered`, the value of the nearest voxel inside holds.
+        """
         from scipy.ndimage import gaussian_filter
 
-        sd = SMOOTHING / 2.3548 / np.linalg.norm(affine[:3, :3], axis=0)
+        sd = FWHM / 2.3548 / np.linalg.norm(affine[:3, :3], axis=0)
         tensors, metrics = {}, {}
         for of_reference, of_source, shell in zip(reference, source, shells, strict=True):
             maps = []
             for i, pair in enumerate(zip(of_reference, of_source, strict=True)):
-                above, below = (gaussian_filter(e * covered, sd)[covered] for e in pair)
-                some = (above > 0) & (below > 0)
-                free = np.sqrt(np.where(some, above, 1) / np.where(some, below, 1))
-                maps.append(np.clip(free, *BOUNDS))
+                upper, lower = (gaussian_filter(e * covered, sd)[covered] for e in pair)
+                valid = (upper > 0) & (lower > 0)
+                ratio = np.sqrt(np.where(valid, upper, 1) / np.where(valid, lower, 1))
+                maps.append(np.clip(ratio, *BOUNDS))
                 name = f"{shell.name}_l{2 * i}"
                 metrics[f"scale_{name}"] = float(np.median(maps[-1]))
-                metrics[f"bounded_{name}"] = float((free != maps[-1]).mean())
+                metrics[f"bounded_{name}"] = float((ratio != maps[-1]).mean())
             grid = fill_nearest(np.stack(maps, -1).astype(np.float32), covered)
             tensors[shell.part] = torch.from_numpy(np.moveaxis(grid, -1, 0).copy())
         return tensors, metrics
@@ -236,7 +241,7 @@ class Rish(shared.Harmonizer):
         ------
         Refusal
             `check` refuses the acquisition, a shell has another b-tensor shape than in the
-            training, or no voxel has a b0 signal and an FA above 0.
+            training, or no voxel has both a b0 signal and an FA above 0.
         """
         self.check(dwi.acquisition)
         constants, card = model.card.constants, model.card
@@ -246,16 +251,16 @@ class Rish(shared.Harmonizer):
             raise Refusal(f"{self.name} found no voxel with b0 signal and an FA above 0. Check "
                           "image and mask.")
         mean = Image(model.tensors["template"].numpy(), affine)
-        place = template.register(fa, mean)
-        correlation = _correlation(mean.at(place), fa.values)
-        signal, usable, clipped = _scale(dwi, model, nearest, place)
-        notices = () if correlation >= ALIKE else (
+        in_template = template.register(fa, mean)
+        correlation = _correlation(mean.at(in_template), fa.values)
+        signal, usable, clipped = _scale(dwi, model, nearest, in_template)
+        notices = () if correlation >= MIN_CORRELATION else (
             f"Harmonization: the correlation of FA with the template of {card.method} is only "
             f"{correlation:.2f} ({card.metrics['template_correlation']:.2f} or more in the "
             "training), so that the scales may be misplaced. Check the brain mask and the "
             "figures.",)
         return Harmonized(
-            signal, lambda other: _scale(other, model, nearest, place)[0],
+            signal, lambda other: _scale(other, model, nearest, in_template)[0],
             {"rish_unchanged": int((~usable).sum()), "rish_clipped_values": clipped},
             {"SphericalHarmonicDegree": [constants["l_max"][k] for k in nearest],
              "Output": constants["output"], "Regularization": constants["regularization"],
@@ -264,29 +269,29 @@ class Rish(shared.Harmonizer):
 
 
 def _clean(dwi: Dwi) -> Dwi:
-    """Set voxels with a value that is not finite to 0."""
+    """Set all measurements of voxels with a value that is not finite to 0."""
     finite = np.isfinite(dwi.signal).all(axis=1)
     return dwi if finite.all() else replace(dwi, signal=np.where(finite[:, None], dwi.signal, 0))
 
 
-def _scale(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], place: np.ndarray
+def _scale(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], in_template: np.ndarray
            ) -> tuple[np.ndarray, np.ndarray, int]:
     """Compute the harmonized signal, the voxels that were harmonized, and the number of values
     raised to 0.
 
-    `nearest` is the index of the trained shell for each shell of the run; `place`, (x, y, z, 3), is
-    the result of `template.register`.
+    `nearest` is the index of the trained shell for each shell of the run; `in_template`,
+    (x, y, z, 3), are the world points of the template at the voxels of the run.
     """
     constants, clean = model.card.constants, _clean(dwi)
     parts = [shell.part for shell in model.card.trained_for.shells]
     affine, output = np.array(constants["affine"]), constants["output"]
-    points, signal, s0 = place[dwi.mask], dwi.signal.copy("K"), clean.mean_b0
+    masked, signal, s0 = in_template[dwi.mask], dwi.signal.copy("K"), clean.mean_b0
     degrees, clipped = [constants["l_max"][k] for k in nearest], 0
     finite = np.isfinite(dwi.signal).all(axis=1)
     for shell, k, l_max, (c, usable) in zip(
             dwi.acquisition.shells, nearest, degrees, _coefficients(clean, degrees), strict=True):
         usable = usable & finite
-        scale = np.stack([sample(m, affine, points[usable], beyond="nearest")
+        scale = np.stack([sample(m, affine, masked[usable], beyond="nearest")
                           for m in model.tensors[parts[k]].numpy()], -1)
         scale -= output == shared.CHANGE
         scaled = c[usable] * sh.per_coefficient(torch.from_numpy(scale)).numpy()
@@ -297,10 +302,10 @@ def _scale(dwi: Dwi, model: Checkpoint, nearest: Sequence[int], place: np.ndarra
 
 
 def _degree(shell: ShellRange) -> int:
-    """Choose the degree for a shell of a card; 0 if the encoding has no direction."""
+    """Choose the degree for a shell of a card; 0 if its b-tensors are spherical."""
     if abs(shell.b_delta) <= SAME_SHAPE:
         return 0
-    return sh.degree_for(DETERMINED * shell.directions[0], L_MAX)
+    return sh.degree_for(COEFFICIENTS_PER_DIRECTION * shell.directions[0], L_MAX)
 
 
 def _coefficients(dwi: Dwi, degrees: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
