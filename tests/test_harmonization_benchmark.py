@@ -160,11 +160,11 @@ def test_registrations_with_a_template_are_kept(tmp_path):
     images = [Image(np.full((2, 2, 2), k, np.float32), np.eye(4)) for k in range(3)]
     calls = []
 
-    def locate(fixed, moving, work_dir=None):
+    def register(fixed, moving, work_dir=None):
         calls.append((fixed, moving))
         return np.full((2, 2, 2, 3), len(calls), float)
 
-    with mock.patch.object(template, "locate", locate), \
+    with mock.patch.object(template, "register", register), \
             harmonization.keep_registrations(tmp_path):
         first = [template.register(images[0], images[k]) for k in (1, 2)]
         again = [template.register(images[0], images[k]) for k in (1, 2)]
