@@ -104,6 +104,7 @@ def test_same_bytes_again_and_nothing_left(scanned, tmp_path):
     assert list(work.iterdir()) == [] and tempfile.gettempdir() == before
 
 
+@pytest.mark.slow
 def test_given_probabilities_take_the_place_of_atropos(scanned, tmp_path):
     dwi, _, path = scanned
     image = nib.load(path)
@@ -240,6 +241,7 @@ def page_and_status(out):
     return (out / "sub-01.html").read_text()
 
 
+@pytest.mark.slow
 def test_no_t1w_is_said(tmp_path, capsys):
     bids, out = head.write_dataset(tmp_path / "bids"), tmp_path / "out"
     argv = (bids, out, "participant", "--estimate", "dti", "--sloppy", "--synthesize", "syn",

@@ -110,6 +110,7 @@ def test_refuses_what_it_cannot_deconvolve(n, kind):
         deconvolved(dwi_of(fraction, axes, n=n), single & (kind == "one"))
 
 
+@pytest.mark.slow
 def test_a_study_gives_densities_of_its_own(tmp_path, caplog):
     """From whole runs: white matter of the head whose fibres run along x or y, in world axes; a run
     that cannot be deconvolved is left out, and said."""

@@ -245,6 +245,7 @@ def test_refuses_what_determines_no_tensor():
         methods.get("estimate_freewater").apply(as_dwi(np.ones((9, 7)), acq, 0), "cpu")
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path):
     bids, out = head.write_dataset(tmp_path / "bids"), tmp_path / "out"
     assert qsphere(bids, out, "participant", "--estimate", "freewater", "--sloppy") == 0

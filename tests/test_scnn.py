@@ -274,6 +274,7 @@ def test_training_learns_and_calibrates(trained):
         assert m[f"coverage90_{name}"] == pytest.approx(0.9, abs=0.03)
 
 
+@pytest.mark.slow
 def test_validation_calibration_and_measurement_are_of_different_voxels(monkeypatch):
     """Coverage measured where it was calibrated would be right whatever the network says."""
     used = {}

@@ -132,6 +132,7 @@ def _first(mask, count):
     return keep
 
 
+@pytest.mark.slow
 def test_table_and_page(tmp_path):
     bids, out = head.write_dataset(tmp_path / "bids"), tmp_path / "out"
     assert qsphere(bids, out, "participant", "--estimate", "dti", "--sloppy", "--synthesize",

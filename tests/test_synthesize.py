@@ -371,6 +371,7 @@ def test_end_to_end(tmp_path):
     assert list(out.rglob("*synth*")), "what is not asked for again stays"
 
 
+@pytest.mark.slow
 def test_planar_encoding_end_to_end(tmp_path):
     bids, out = head.write_dataset(tmp_path / "bids", b_delta=-0.5), tmp_path / "out"
     assert qsphere(bids, out, "participant", "--estimate", "dti", "--sloppy",
