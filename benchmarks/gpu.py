@@ -132,7 +132,7 @@ def main() -> None:
             else options.device)
     times = [measured(device, options.voxels) for device in ("cpu", options.device)]
     table.print_and_write(
-        ["seconds", f"CPU, {options.threads} threads", name, "CPU / GPU"],
+        ["seconds", f"CPU, {table.threads(options.threads)}", name, "CPU / GPU"],
         [[what, f"{times[0][what]:.3g}", f"{times[1][what]:.3g}",
           f"{times[0][what] / times[1][what]:.3g}"] for what in times[0]], options.csv)
 

@@ -59,7 +59,8 @@ def main():
     table.show("harmonize_speed", [[name, f"{wall:.1f}"] for wall, name in sorted(rows)],
                arguments.csv, first=(
                    f"{table.count(len(brain.signal))} voxels of {arguments.voxel_size:g} mm, "
-                   f"{brain.signal.shape[1]} volumes, {arguments.threads} threads"))
+                   f"{brain.signal.shape[1]} volumes, "
+                   f"{table.threads(arguments.threads)}"))
 
 
 if __name__ == "__main__":

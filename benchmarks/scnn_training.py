@@ -231,9 +231,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Mapping[str, floa
         for name, row in rows.items():
             shown = options.network if name == "network" else name
             print(f"{kind[:20] + ', ' + shown:<40}" + "".join(f"{v:>10.2e}" for v in row.values()))
-    threads = f"{options.threads} threads" if options.threads > 1 else "one thread"
     table.show("scnn_training", [[f"--network {options.network}", table.rate(rate)]], options.csv,
-               first=f"the same samples, {threads}")
+               first=f"the same samples, {table.threads(options.threads)}")
     table.show("scnn2_paper", [
         [options.network if name == "network" else name,
          *(", ".join(f"{1000 * v:.3g}" for v in rows[name].values()) for rows in results.values())]

@@ -62,6 +62,10 @@ def count(n):
     return f"{n:,}".replace(",", " ") if n >= 10_000 else str(n)
 
 
+def threads(n):
+    return "one thread" if n == 1 else f"{n} threads"
+
+
 def rate(per_second):
     """41100 as 41.1 k."""
     k = per_second / 1000

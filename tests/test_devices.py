@@ -33,6 +33,7 @@ from bidsapp.microstructure import learn
 from bidsapp.microstructure.estimator import SphericalMethod
 from bidsapp.networks import builder, scnn
 from bidsapp.options import MODES
+from bidsapp.simulate.likelihood import searches
 
 DEVICE = os.environ.get("QSPHERE_TEST_DEVICE", "")
 pytestmark = [
@@ -99,8 +100,9 @@ def array(values):
     return values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)
 
 
-def near(found, wanted, tolerance, share=1.0, name=""):
-    """At least a share of the rows within the tolerance, and all finite."""
+def near(found, wanted, tolerance, share=1.0, name="", least=1e-12):
+    """At least a share of the rows within the tolerance, and all finite.
+    least: that what is compared is taken to be great at least."""
     found, wanted = array(found), array(wanted)
     assert found.shape == wanted.shape and found.dtype == wanted.dtype, name
     assert np.isfinite(found).all() and np.isfinite(wanted).all(), name
@@ -109,9 +111,22 @@ def near(found, wanted, tolerance, share=1.0, name=""):
         return
     if name == "direction":  # its sign is free
         found = found * np.sign((found * wanted).sum(1, keepdims=True))
-    away = np.abs(found.astype(float) - wanted) / max(np.abs(wanted).max(), 1e-12)
+    away = np.abs(found.astype(float) - wanted) / max(np.abs(wanted).max(), least)
     rows = away.max(-1) if away.ndim > 1 else away
     assert (rows <= tolerance).mean() >= share, (name, np.quantile(rows, [0.5, 0.9, share]))
+
+
+def near_gradients(found, wanted, tolerance):
+    """Those that are 0 but for rounding, as of a bias before a normalisation, are so, too."""
+    least = 0.01 * max(np.abs(array(v)).max() for v in wanted)
+    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        near(a, b, tolerance, name=f"gradient {i}", least=least)
+
+
+def fitted_like(found, wanted, tolerance):
+    """Maps by name; standard errors are slopes, which rounding moves ten times as much."""
+    for name, values in wanted.items():
+        near(found[name], values, tolerance * (10 if name.endswith("_std") else 1), SHARE, name)
 
 
 def compute(function, turn):
@@ -197,7 +212,7 @@ def test_network(name):
     def passes(device):
         network.load_state_dict(start)
         network.to(device)
-        results = []
+        outputs, gradients = [], []
         for train in (True, False):
             network.train(train).zero_grad()
             torch.manual_seed(11)
@@ -205,16 +220,17 @@ def test_network(name):
             out = network(*given)
             out = [out] if torch.is_tensor(out) else list(out)
             assert all(v.device.type == torch.device(device).type for v in out)
-            torch.autograd.backward(out, [torch.cos(torch.arange(
-                v.numel(), device=device, dtype=v.dtype)).view_as(v) for v in out])
-            results += [*out, *(v.grad for v in [*given, *network.parameters()]
-                                if v.grad is not None)]
-        return [array(v).copy() for v in results]
+            torch.autograd.backward(out, [torch.linspace(-1, 1, v.numel()).view_as(v).to(device)
+                                          for v in out])
+            outputs += out
+            gradients += [v.grad for v in [*given, *network.parameters()] if v.grad is not None]
+        return [[array(v).copy() for v in values] for values in (outputs, gradients)]
 
-    cpu, device = both(passes)
-    assert len(cpu) > 2 and any(v.any() for v in cpu)
-    for i, (wanted, found) in enumerate(zip(cpu, device, strict=True)):
-        near(found, wanted, ONCE, name=f"{name}, tensor {i}")
+    (wanted, slopes), (found, other_slopes) = both(passes)
+    assert all(v.any() for v in wanted) and any(v.any() for v in slopes)
+    for a, b in zip(found, wanted, strict=True):
+        near(a, b, ONCE)
+    near_gradients(other_slopes, slopes, 5 * ONCE)
 
 
 # --- functions on tensors
@@ -255,8 +271,7 @@ def test_tensor_fit():
 
     wanted, found = both(fits)
     assert wanted["failed"].any() and not wanted["failed"].all()
-    for name, values in wanted.items():
-        near(found[name], values, FITTED, SHARE, name)
+    fitted_like(found, wanted, FITTED)
 
 
 # --- blocks
@@ -403,16 +418,18 @@ def test_training(name, states, tmp_path):
         if key in wanted.card.training:
             near(np.array(found.card.training[key], float),
                  np.array(wanted.card.training[key], float), TRAINED, name=key)
+    # hints that a search in single precision finds are not the same, so neither is what is learned
+    tolerance = ESTIMATED * (15 if isinstance(method, SphericalMethod)
+                             and searches(method.tissue) else 1)
     assert found.card.metrics.keys() == wanted.card.metrics.keys()
     for key, value in wanted.card.metrics.items():
         if key.startswith(("mse_", "coverage90_")):  # biases are small differences
-            near(found.card.metrics[key], value, ESTIMATED, name=key)
+            near(found.card.metrics[key], value, tolerance, name=key)
     for folder in ("one", "other"):
         (tmp_path / folder).mkdir()
     maps, others = (apply(method, m, "cpu", tmp_path / folder)
                     for m, folder in ((wanted, "one"), (found, "other")))
-    for key, values in maps.items():
-        near(others[key], values, ESTIMATED, SHARE, key)
+    fitted_like(others, maps, tolerance)
 
 
 @pytest.mark.parametrize("name", [
@@ -427,8 +444,7 @@ def test_application(name, states, tmp_path):
     wanted, found = both(lambda device: apply(method, model, device, tmp_path))
     # what is trained for the run itself differs as a training does, and for longer
     own = name in ("estimate_freewater", "synthesize")
-    for key, values in wanted.items():
-        near(found[key], values, ESTIMATED if own else FITTED, SHARE, key)
+    fitted_like(found, wanted, ESTIMATED if own else FITTED)
 
 
 @pytest.mark.usefixtures("uses_device")
@@ -445,16 +461,27 @@ def test_training_step_for_all_protocols(name):
         network = learn.build(recipe.tissue, recipe.network)
     simulate = learn.Simulator(recipe)
 
+    def draw(device):
+        return simulate(64, 1 if more else 8, torch.Generator(device).manual_seed(4))
+
+    drawn, other = both(draw)
+    names = "x", "noise", "shells", "hint", "parameters", "density"
+    for name, wanted, found in zip(names, drawn, other, strict=True):
+        assert found.device.type == torch.device(DEVICE).type
+        # a search in single precision may end elsewhere, as it does between blocks on a CPU
+        if name != "hint" or not searches(recipe.tissue):
+            near(found, wanted, TRAINED, SHARE, name)
+
     def step(device):
         network.to(device).train().zero_grad()
-        batch = simulate(64, 1 if more else 8, torch.Generator(device).manual_seed(4))
-        assert all(v.device.type == torch.device(device).type for v in batch)
+        batch = [v.to(device) for v in drawn]
         value = learn.loss_of(recipe, network(*batch[:4]), batch[4], batch[5], batch[1])
         value.backward()
-        return [array(v) for v in (*batch, value, *(p.grad for p in network.parameters()))]
+        return array(value).copy(), [array(p.grad).copy() for p in network.parameters()]
 
-    for i, (wanted, found) in enumerate(zip(*both(step), strict=True)):
-        near(found, wanted, TRAINED, SHARE if i < 6 else 1.0, f"{name}, tensor {i}")
+    (wanted, slopes), (found, other_slopes) = both(step)
+    near(found, wanted, FITTED)
+    near_gradients(other_slopes, slopes, TRAINED)
 
 
 def test_comparisons_and_tissue():
@@ -471,8 +498,7 @@ def test_comparisons_and_tissue():
                 **{k: getattr(regions, k).astype(np.float32) for k in ("gm", "csf")}}
 
     wanted, found = both(results)
-    for name, values in wanted.items():
-        near(found[name], values, FITTED, SHARE, name)
+    fitted_like(found, wanted, FITTED)
 
 
 # --- trainings and weights between devices
