@@ -153,6 +153,7 @@ def test_corrected_tensor_is_nearer_the_truth(trained, applied):
         np.testing.assert_allclose(maps[name][left], plain[name][left], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_head_is_its_own_model():
     """CSF is water, tissue is not, and what was measured is said."""
     dwi, labels, _ = participant()

@@ -93,6 +93,7 @@ def test_modes_are_told_apart(dwi):
     np.testing.assert_array_equal(dwi.signal, before)
 
 
+@pytest.mark.slow
 def test_seeds_matter_and_every_number_is_described(dwi):
     quick = methods.get("synthesize", context=kinds.MethodContext(sloppy=True))
     one, again, other = (quick.synthesize(dwi, ["sample"], seed, "cpu").scores

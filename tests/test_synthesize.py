@@ -237,6 +237,7 @@ def test_a_population_is_one_voxel_in_all_shells(made):
     assert abs(np.corrcoef(axial[0], other)[0, 1]) < 0.05
 
 
+@pytest.mark.slow
 def test_modes_share_layout_and_seeds_matter(made):
     dwi, result = made
     columns = ["wm1_fraction", "csf_fraction", "wm3_direction_y"]
@@ -265,6 +266,7 @@ def test_every_column_is_described(made):
         assert all({"Description", "Units"} <= set(c) for c in result.columns[mode].values())
 
 
+@pytest.mark.slow
 def test_no_callosum_takes_other_single_fibres_and_says_so():
     dwi, labels, _ = participant(callosum=False)
     found = tissue.regions(dwi, "cpu")
@@ -398,6 +400,7 @@ def test_planar_encoding_end_to_end(tmp_path):
     assert abs(z.mean()) < 5 / np.sqrt(len(z))
 
 
+@pytest.mark.slow
 def test_head_of_one_tensor_is_refused_and_the_rest_goes_on(bids_tree, tmp_path):
     assert qsphere(bids_tree(("01",)), tmp_path / "out", "participant", "--estimate", "dti",
                    "--synthesize", "syn") == 1
