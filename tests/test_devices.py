@@ -49,7 +49,7 @@ FITTED = 2e-4
 """An estimate, whose least squares or posterior amplify rounding; that of `test_methods`."""
 
 TRAINED = 2e-3
-"""After a few steps: Adam divides a gradient by its size, so that rounding decides which way a
+"""After a few steps. Adam divides a gradient by its size, so that rounding decides which way a
 weight goes whose gradient is about 0; it matters little for what the network says."""
 
 ESTIMATED = 2e-2
@@ -310,11 +310,12 @@ def scarce():
         yield take
         return
     torch.cuda.empty_cache()
-    reserved = torch.cuda.memory_reserved(DEVICE)
-    total = torch.cuda.get_device_properties(DEVICE).total_memory
-    torch.cuda.set_per_process_memory_fraction((reserved + 2**28 + 2**24) / total, DEVICE)
+    index = torch.device(DEVICE).index or 0
+    reserved = torch.cuda.memory_reserved(index)
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction((reserved + 2**28 + 2**24) / total, index)
     yield lambda n: torch.empty(n * 2**20, dtype=torch.uint8, device=DEVICE)
-    torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+    torch.cuda.set_per_process_memory_fraction(1.0, index)
     torch.cuda.empty_cache()
 
 
