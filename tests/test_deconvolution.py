@@ -58,6 +58,7 @@ def deconvolved(dwi, single, where=None):
                      voxel < fibres if where is None else where)
 
 
+@pytest.mark.slow
 def test_peaks_are_the_fibres():
     """Density along the fibres is a maximum, on a grid of 3°, within 5°: of one and of two at right
     angles, where lobes of finite degree do not draw each other nearer."""

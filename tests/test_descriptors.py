@@ -77,9 +77,10 @@ def test_simulated_command_sets_every_option(level, tmp_path):
     assert plain == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,choice", [
     ("qsphere-participant.json", {"dry_run": True}),
-    pytest.param("qsphere-bids.json", {"analysis_level": "participant"}, marks=pytest.mark.slow),
+    ("qsphere-bids.json", {"analysis_level": "participant"}),
 ])
 def test_simulated_command_runs(name, choice, bids_tree, tmp_path):
     """As a shell runs it; for once `qsphere` stands for the package under test."""

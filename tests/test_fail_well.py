@@ -351,8 +351,8 @@ exit $code
 """
 
 
-@pytest.mark.parametrize("size", ["120k", *(pytest.param(size, marks=pytest.mark.slow)
-                                            for size in ("30k", "300k"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["30k", "120k", "300k"])
 def test_disk_full(size, bids_tree, tmp_path):
     """On a small tmpfs, in a mount namespace of its own."""
     bids = bids_tree(("01",))
