@@ -8,7 +8,9 @@ PIP := $(BIN)/pip --disable-pip-version-check
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test quick lint docs descriptors clean
+QSPHERE_TEST_DEVICE ?= cuda
+
+.PHONY: help demo test quick gpu lint docs descriptors clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -22,6 +24,10 @@ test: lint docs  ## everything that CI checks
 
 quick: $(INSTALLED)  ## the tests that take seconds
 	$(PYTEST) -m 'not slow'
+
+gpu: $(INSTALLED)  ## all that computes on a GPU beside the CPU, and timings; minutes on one card
+	QSPHERE_TEST_DEVICE=$(QSPHERE_TEST_DEVICE) $(BIN)/pytest tests/test_devices.py
+	$(BIN)/python benchmarks/gpu.py --device $(QSPHERE_TEST_DEVICE)
 
 lint: $(INSTALLED)  ## style, types, the direction of imports, the Dockerfile
 	$(BIN)/ruff check .

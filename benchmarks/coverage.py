@@ -26,6 +26,7 @@ from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import numpy as np
+import table
 import torch
 
 from bidsapp import checkpoint, methods
@@ -63,6 +64,7 @@ def in_bands(options: argparse.Namespace, method, trained: checkpoint.Checkpoint
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
+    shown = {}
     for name in method.tissue.names:
         own = [r for r in rows if r["parameter"] == name]
         print(f"\n{name}\n| bundles, κ, SNR | covered | mean error, SD | MSE | MSE / smt |\n"
@@ -74,20 +76,33 @@ def in_bands(options: argparse.Namespace, method, trained: checkpoint.Checkpoint
                 if k in cells[0] else "" for k, f in (
                     ("covered", ".3f"), ("bias_in_sd", "+.2f"), ("mse", ".2e"),
                     ("mse_over_smt", ".2f"))) + " |")
+            line = shown.setdefault(key, [f"{key[0]}, {key[1]:.0f}"])
+            for k, form, between in (("covered", ".2f", "–"), ("bias_in_sd", "+.2f", " to "),
+                                     ("mse_over_smt", ".2f", "–")):
+                line.append(table.interval([c[k] for c in cells], form, between)
+                            if k in cells[0] else "")
         missed = [not COVERED[0] <= r["covered"] <= COVERED[1] for r in own]
         biased = [abs(r["bias_in_sd"]) > BIAS for r in own]
         worse = [r.get("mse_over_smt", 0) > RATIO for r in own]
         print(f"{name}: of {len(own)} bands {sum(missed)} outside of {COVERED}, {sum(biased)} with "
               f"a mean error above {BIAS} SD, {sum(worse)} above {RATIO} times smt's error")
+    table.show("scnn2_bands", list(shown.values()), options.csv, others=[
+        f"{short}: {what}" for short in letters(method.tissue.names)
+        for what in ("covered", "mean error in SD", "MSE / smt")])
+
+
+def letters(names):
+    """d and f of diffusivity and neuritefraction; else the names as they are."""
+    return ["d", "f"] if list(names) == ["diffusivity", "neuritefraction"] else list(names)
 
 
 def in_training(options: argparse.Namespace, method, trained: checkpoint.Checkpoint) -> None:
     """Print the table of voxels drawn as in training."""
-    recipe, tissue, table = method.recipe(), method.tissue, None
+    recipe, tissue, densities = method.recipe(), method.tissue, None
     if options.densities:
-        table = torch.from_numpy(np.load(options.densities))
+        densities = torch.from_numpy(np.load(options.densities))
         recipe = replace(recipe, odfs={**recipe.odfs, "measured": options.measured})
-    simulate = learn.Simulator(recipe, table, maps.read_density_power(trained.card))
+    simulate = learn.Simulator(recipe, densities, maps.read_density_power(trained.card))
     network = trained.into(maps.build(tissue, trained.card.network, grid=options.grid))
     generator = torch.Generator().manual_seed(20_000)
     batches = [simulate(1024, 64, generator) for _ in range(options.samples // 1024)]
@@ -95,9 +110,11 @@ def in_training(options: argparse.Namespace, method, trained: checkpoint.Checkpo
     error = maps.clamp_parameters(tissue, found.mean) - truth
     sd = maps.calibrate_sd(tissue, found, noise, trained.card.constants)
     inside, snr = (error.abs() <= maps.QUANTILE * sd).float(), 1 / noise[:, 0]
+    shares: dict[str, torch.Tensor] = {}
     print(f"{len(truth)} voxels; error of the density over the sphere {density.mean():.2e}")
 
     def tell(label: str, rows: torch.Tensor) -> None:
+        shares[label] = inside[rows].mean(0)
         print(f"{label:<34}{int(rows.sum()):>8}" + "".join(
             f"{inside[rows, i].mean():>9.3f}{sd[rows, i].mean():>8.3f}"
             f"{error[rows, i].square().mean().sqrt():>8.3f}" for i in range(len(tissue.names))))
@@ -111,6 +128,16 @@ def in_training(options: argparse.Namespace, method, trained: checkpoint.Checkpo
         edges = np.linspace(low, high, BANDS + 1)
         for a, b in pairwise(edges):
             tell(f"{name} {a:.3g}–{b:.3g}", (truth[:, i] >= a) & (truth[:, i] < b))
+    short = letters(tissue.names)
+    lines = [[f"held out, as in training, {table.count(len(truth))} voxels",
+              *(f"{v:.3f}" for v in shares["all"].tolist())]]
+    for start, label in (("SNR", f"lowest and highest of {len(SNR) - 1} bands of SNR"), *(
+            (name, f"of {BANDS} bands of true {s}")
+            for name, s in zip(tissue.names, short, strict=True))):
+        own = torch.stack([v for k, v in shares.items() if k.startswith(f"{start} ")])
+        lines.append([label, *(table.interval(v.tolist(), ".3f") for v in own.T)])
+    table.show("scnn2_coverage", lines, options.csv, others=short, first=(
+        f"share of truths within the 90 % interval of {method.short}"))
 
 
 def main() -> None:
@@ -126,6 +153,7 @@ def main() -> None:
     parser.add_argument("--grid", type=int, default=maps.GRID)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, default=2)
+    table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     method = methods.get(options.method, "estimate")

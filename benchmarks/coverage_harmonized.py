@@ -24,6 +24,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import table
 import torch
 
 from bidsapp import dwi as measured
@@ -160,6 +161,25 @@ def text(rows):
     return wide.unstack(["of", "tissue"]).round(3).to_string()
 
 
+NOISES = {"measured": "", "before": ", noise measured anew",
+          "travels": ", noise travels, intervals widened",
+          "travels (none)": ", noise travels (no interval is written)"}
+
+
+def lines(rows):
+    """Rows of the table: a line for each estimator, method and noise, mean over the seeds."""
+    shares = pd.DataFrame(rows).groupby(
+        ["estimator", "method", "noise", "b0", "tissue", "of"], sort=False)["covered"].mean()
+    found = []
+    for estimator, method, noise in dict.fromkeys(k[:3] for k in shares.index):
+        own = shares[estimator, method, noise]
+        name = "the reference site itself" if method == "site A" else method
+        found.append([f"{estimator}: {name}{NOISES[noise]}", *(
+            f"{own[b0, tissue, 'd']:.2f} / {own[b0, tissue, 'f']:.2f}"
+            for b0 in (7, 1) for tissue in ("WM", "GM"))])
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,27 +191,28 @@ def main():
     parser.add_argument("--directions", type=int, default=60)
     parser.add_argument("--epochs", type=int, default=40, help="of 2560 voxels each")
     parser.add_argument("--threads", type=int, default=1)
+    table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    table = site.gradient_table((1000.0, 2200.0), options.directions)
-    weighted = np.flatnonzero(~table.b0)
-    table = Acquisition(np.append(np.zeros(7), table.bvals[weighted]),
-                        np.concatenate([np.zeros((7, 3)), table.bvecs[weighted]]))
-    people = [person(table, i) for i in range(1 + 2 * GROUP)]
+    spread = site.gradient_table((1000.0, 2200.0), options.directions)
+    weighted = np.flatnonzero(~spread.b0)
+    acquisition = Acquisition(np.append(np.zeros(7), spread.bvals[weighted]),
+                              np.concatenate([np.zeros((7, 3)), spread.bvecs[weighted]]))
+    people = [person(acquisition, i) for i in range(1 + 2 * GROUP)]
     ratio, d, f = people[0]
     rows = []
     for seed in options.seeds:
         def load(run, seed=seed):
             i, where = int(run[:-1]), run[-1]
             own = people[i][0]
-            return scan(effect(own, table, seed) if where == "B" else own, table, where,
-                        100 * seed + i)
+            return scan(effect(own, acquisition, seed) if where == "B" else own, acquisition,
+                        where, 100 * seed + i)
 
         def study(runs, load=load):
             return kinds.Cohort(
                 pd.DataFrame({"participant": [r[:-1] for r in runs], "batch": [r[-1] for r in runs],
                               "run": runs, "snr_b0": 30.0}), reference_batch="A",
-                acquisitions=dict.fromkeys(runs, table), load=load,
+                acquisitions=dict.fromkeys(runs, acquisition), load=load,
                 voxel_sizes=dict.fromkeys(runs, (ZOOM,) * 3))
 
         scans = {where: load(f"0{where}") for where in "AB"}
@@ -232,6 +253,8 @@ def main():
                     round(new.gain(s.indices), 3) for s in new.acquisition.shells], "own error", [
                     round(e, 4) for e in made.errors], "factor", round(factor, 2), flush=True)
         print(text(rows), flush=True)
+    table.show("coverage_harmonized", lines(rows), options.csv, first=(
+        f"share of d / f within 90 % intervals, {len(options.seeds)} draws of a site"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import table
 import torch
 from dipy.reconst.dti import TensorModel
 
@@ -63,7 +64,8 @@ def real(folder):
         yield name, signal[(signal > 0).all(1) & (s0 > 0.3 * np.percentile(s0, 95))], acquisition
 
 
-def compare_shells(folder) -> None:
+def compare_shells(folder, path) -> None:
+    rows = []
     print(f"{'series':<15}{'voxels':>8}  {'b, s/mm²':<20}{'used':<12}"
           + "".join(f"{f'{who} {what}':>14}" for what in ("FA", "MD")
                     for who in ("ours", "dipy ≤1500", "dipy all"))
@@ -83,6 +85,12 @@ def compare_shells(folder) -> None:
               + "".join(f"{1e3 * np.median(v):>14.3f}" for v in (maps["md"], below.md, every.md))
               + f"{np.abs(maps['fa'] - below.fa).max():>11.1e}"
               f"{np.abs(maps['md'] / below.md - 1).max():>12.1e}")
+        rows.append([
+            f"{name}, {table.count(len(signal))} voxels",
+            " ".join(f"{s.b:.0f}" for s in acquisition.shells), ours.counts["dti_shells"],
+            ", ".join(f"{np.median(v):.3f}" for v in (maps["fa"], below.fa, every.fa)),
+            ", ".join(f"{1e3 * np.median(v):.3f}" for v in (maps["md"], below.md, every.md))])
+    table.show("dti_shells", rows, path)
 
 
 def main() -> None:
@@ -93,12 +101,13 @@ def main() -> None:
     parser.add_argument("--voxels", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.shells:
-        compare_shells(options.data)
+        compare_shells(options.data, options.csv)
         return
-    rng = np.random.default_rng(0)
+    rng, rows = np.random.default_rng(0), []
     print(f"{'volumes':>8}{'ours vox/s':>12}{'dipy vox/s':>12}{'ratio':>7}{'range':>14}"
           f"{'max |dFA|':>11}{'max rel dMD':>12}")
     for n in (21, 65, 105):
@@ -130,6 +139,10 @@ def main() -> None:
               f"{options.voxels / statistics.median(p for _, p in times):>12.0f}"
               f"{statistics.median(ratios):>7.1f}{min(ratios):>7.1f}–{max(ratios):<6.1f}"
               f"{np.abs(maps['fa'] - fa).max():>11.1e}{np.abs(maps['md'] / md - 1).max():>12.1e}")
+        rows.append([f"{n} volumes", *(table.rate(options.voxels / statistics.median(t))
+                                       for t in zip(*times, strict=True)),
+                     table.spread(ratios, ".1f")])
+    table.show("dti", rows, options.csv)
 
 
 if __name__ == "__main__":

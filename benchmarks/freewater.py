@@ -15,6 +15,7 @@ import time
 import warnings
 
 import numpy as np
+import table
 import torch
 from dipy.core.gradients import gradient_table
 from dipy.reconst.fwdti import FreeWaterTensorModel
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
@@ -54,6 +56,7 @@ def main() -> None:
     network.train_network = lambda *args: trained  # `apply` now takes the time of everything else
     freewater.tissue.find_regions = refuse
     print(f"training {training:.1f} s; RMSE on mixtures of the training law {trained[1]:.4f}")
+    rows = []
     print(f"{'law':<11}{'estimate':<22}{'MSE of f ± s.e.':>22}{'|FA error|':>12}{'voxels/s':>11}")
     for kind in FREE_WATER_KINDS:
         clean, truth, fa = simulate_free_water(kind, acq, options.voxels, 100 + options.seed)
@@ -77,11 +80,14 @@ def main() -> None:
                 f, f_fa, speed = fit_dipy(few, name)
                 found[f"dipy {name}"] = f, f_fa
                 speeds[f"dipy {name}"].append(speed)
+        errors, of_fa = {}, {}
         for name, (f, f_fa) in found.items():
             square = (f - truth[:len(f)]) ** 2
             middle = (truth > 0.1) & (truth < 0.7)
             error = ("–" if fa is None else
                      f"{np.abs(f_fa - fa[:len(f)])[middle[:len(f)]].mean():.3f}")
+            errors[name] = table.milli(square.mean())
+            of_fa[name] = "" if fa is None else error
             print(f"{kind:<11}{name:<22}{square.mean():>13.2e} ± {square.std() / len(f)**0.5:.0e}"
                   f"{error:>12}{statistics.median(speeds[name]):>11.0f}")
         for name in ("WLS", "NLS"):
@@ -92,6 +98,25 @@ def main() -> None:
                       f"({min(ratios):.0f}–{max(ratios):.0f})")
             print(f"{kind:<11}training is made up for after "
                   f"{training * statistics.median(peer):.0f} voxels of dipy {name}")
+        rows += table_rows(kind, errors, of_fa, speeds)
+    table.show("freewater", rows, options.csv, first=f"SNR {SNR:g}")
+
+
+LAWS = {"mixture": "three fibres, grey matter, water",
+        "sparse": "water uniform, tissues absent",
+        "one fibre": "one fibre and water (dipy's model)"}
+
+
+def table_rows(kind, errors, of_fa, speeds):
+    """A row of the network with all maps, and one of both fits of dipy."""
+    ours, peers = "network, all maps", ("dipy NLS", "dipy WLS")
+    ratios = [[a / b for a, b in zip(speeds[ours], speeds[p], strict=True)] for p in peers]
+    both = " / ".join(of_fa[p] for p in peers)
+    return [[f"{LAWS.get(kind, kind)}: network", errors[ours], of_fa[ours],
+             table.rate(statistics.median(speeds[ours])), ", ".join(map(table.spread, ratios))],
+            ["dipy NLS / WLS", " / ".join(errors[p] for p in peers),
+             both if both != " / " else "",
+             " / ".join(f"{statistics.median(speeds[p]):.0f}" for p in peers), ""]]
 
 
 def fit_dipy(dwi: Dwi, fit_method: str) -> tuple[np.ndarray, np.ndarray, float]:

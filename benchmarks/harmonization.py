@@ -247,7 +247,7 @@ def prepare(own):
 def keep_registrations(folder):
     """A patch under which registrations with a template are kept in the folder: they depend on
     two images of FA alone, and take nearly all of the time of RISH."""
-    locate = template.register
+    register = template.register
 
     def kept(fixed, moving, work_dir=None):
         digest = hashlib.blake2b(__version__.encode(), digest_size=16)
@@ -259,11 +259,11 @@ def keep_registrations(folder):
         if not path.exists():
             part = part_of(path)
             with part.open("wb") as file:
-                np.save(file, locate(fixed, moving, work_dir))
+                np.save(file, register(fixed, moving, work_dir))
             part.rename(path)
         return np.load(path)
 
-    return mock.patch.object(template, "locate", kept)
+    return mock.patch.object(template, "register", kept)
 
 
 def part_of(path):

@@ -1,6 +1,6 @@
 """Tables of what `harmonization.py` has measured so far, with intervals and tests over sites.
 
-    python benchmarks/harmonization_tables.py DIR [--figure FILE.svg]
+    python benchmarks/harmonization_tables.py DIR [--figure FILE.svg] [--csv FOLDER]
 
 The unit of every interval and test is the site. A value is first averaged over the people of a
 site; mean and 95 % interval are Student's over these means, and p is the exact sign-flip test: the
@@ -20,12 +20,14 @@ sites, with their age, and then applied to the scans of those who are tested.
 """
 
 import argparse
+import itertools
 import json
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import table
 from scipy import stats
 from travelling import TISSUES
 
@@ -49,6 +51,10 @@ PUBLISHED = {("SHResNet, published (Koppers et al. 2018), real data", "scan"): {
 """Changes in percent, by method and what they are against. They stand below our columns of the
 same measure, tissue and reference, and nowhere else."""
 
+NMSE = "NMSE, % (change, %)", "NMSE, % (change, % [95 % interval])"
+"""Of one site, and of several."""
+
+BIAS = "bias of the mean over a tissue, %, and (root mean square error of a person's mean, %)"
 NAMES = {"signal": "S/S0", "fa": "FA", "md": "MD", "ndi": "NDI", "odi": "ODI"}
 ORDER = [*NAMES, *TISSUES]
 TICKS = -100, -50, 0, 50, 100, 1000, 10_000
@@ -204,8 +210,9 @@ class Results:
     def error_table(self, shell, against):
         """Errors and their changes; what recommended harmonizers do not lower, as sentences."""
         part = self.errors[shell][against].dropna(how="all").dropna(axis=1, how="all")
-        lines = [f"\n{shell}, against the {against}: NMSE, % (change, % [95 % interval])\n",
-                 *head(["method", *(f"{NAMES[m[5:]]} {t}" for m, t in part.columns)])]
+        lines = [f"\n{shell}, against the {against}\n",
+                 *head([NMSE[len(self.sites) > 1],
+                        *(f"{NAMES[m[5:]]} {t}" for m, t in part.columns)])]
         raised = {}
         for method in (m for m in self.order if m in part.index and (m, against) != (
                 "truth", "truth")):
@@ -234,8 +241,7 @@ class Results:
         """Bias of mean FA and MD, and the error of a person's mean."""
         features = self.features(shell)
         names = [f"{NAMES[f.split()[2]]} {f.split()[1]}" for f in features]
-        lines = [f"\n{shell}, against the {against}: bias of the mean over a tissue, %, and (root "
-                 "mean square error of a person's mean, %)\n", *head(["method", *names])]
+        lines = [f"\n{shell}, against the {against}\n", *head([BIAS, *names])]
         for method in (m for m in [*self.order, COMBAT] if m in self.means.index):
             own = self.means.loc[method]
             if (method == "truth" and against == "truth") or against not in own.index:
@@ -279,15 +285,17 @@ class Results:
             lines.append(row(["".join(self.named(method, own)), *cells]))
         return lines
 
-    def text(self):
-        lines = []
+    def tables(self):
+        """Lines of every table, with those around it, by the name of its file."""
+        found = {}
         for shell, against in self.errors.columns.droplevel([2, 3]).unique():
-            lines += self.error_table(shell, against)
+            found[f"{shell}_{against}"] = self.error_table(shell, against)
             if shell != "all":
-                lines += self.mean_table(shell, against)
+                found[f"{shell}_{against}_bias"] = self.mean_table(shell, against)
         for shell in self.errors.columns.unique(0):
-            lines += self.other_table(shell) if shell != "all" else []
-        return "\n".join(lines) + "\n"
+            if shell != "all":
+                found[f"{shell}_structure"] = self.other_table(shell)
+        return found
 
 
 def shown_change(change):
@@ -364,13 +372,26 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", type=Path)
     parser.add_argument("--figure", type=Path, help="write the changes of every site as SVG")
+    parser.add_argument("--csv", type=Path, metavar="FOLDER", help="write every table as CSV")
     arguments = parser.parse_args(argv)
     results = Results(read(arguments.folder))
-    text = "\n".join(site_table(arguments.folder)) + "\n" + results.text()
+    tables = {"sites": site_table(arguments.folder), **results.tables()}
+    text = "\n".join(itertools.chain(*tables.values())) + "\n"
     (arguments.folder / "table.md").write_text(text)
     if arguments.figure:
         draw_figure(results, arguments.figure)
+    if arguments.csv:
+        arguments.csv.mkdir(parents=True, exist_ok=True)
+        for name, lines in tables.items():
+            table.write(arguments.csv / f"{name}.csv", *cells(lines))
     print(text)
+
+
+def cells(lines):
+    """Names of the columns, and rows, of a table in Markdown among other lines."""
+    first, _, *rows = ([cell.strip() for cell in line.replace("`", "").replace("−", "-").strip("|")
+                        .split("|")] for line in lines if line.startswith("| "))
+    return first, rows
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import psutil
+import table
 import torch
 from harmonize_speed import design
 from travelling import simulate
@@ -48,7 +49,7 @@ def train(folder, people, name):
     shared = {site: np.load(folder / f"{site}.npz") for site in SITES}
     tables = {site: Acquisition(s["bvals"], s["bvecs"]) for site, s in shared.items()}
     rows = [(str(i), site, f"{i}{site}", np.nan) for i in range(people) for site in SITES]
-    table = pd.DataFrame(rows, columns=["participant", "batch", "run", "snr_b0"])
+    statistics = pd.DataFrame(rows, columns=["participant", "batch", "run", "snr_b0"])
 
     def load(run):
         site = run[-len(SITES[0]):]
@@ -72,7 +73,7 @@ def train(folder, people, name):
         watcher.start()
         tempfile.tempdir = states
         method.fit(kinds.Cohort(
-            table, reference_batch=SITES[0], load=load,
+            statistics, reference_batch=SITES[0], load=load,
             acquisitions={r: tables[s] for _, s, r, _ in rows}),
             kinds.TrainingSettings(max_steps=STEPS, states=Path(states)))
         done.set()
@@ -87,6 +88,7 @@ def main():
     parser.add_argument("--people", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--method", default="harmonize_shresnet")
     parser.add_argument("--in-folder", type=Path, help=argparse.SUPPRESS)
+    table.add_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.in_folder:
@@ -96,6 +98,8 @@ def main():
         folder = Path(name)
         write(folder, max(arguments.people), arguments.voxel_size)
         scan = (folder / f"0{SITES[0]}.npy").stat().st_size / 2**20
+        voxels, volumes = np.load(folder / f"0{SITES[0]}.npy", mmap_mode="r").shape
+        rows = []
         for people in arguments.people:
             made = subprocess.run(
                 [sys.executable, __file__, "--in-folder", name, "--people", str(people),
@@ -103,6 +107,11 @@ def main():
             memory, disk = json.loads(made.stdout)
             print(f"{arguments.method}, {people} people: {memory:.0f} MB of memory, {disk:.0f} MB "
                   f"of temporary files; a scan has {scan:.0f} MB", flush=True)
+            rows.append([f"{arguments.method} of {people} people" if not rows else f"of {people}",
+                         f"{memory:.0f}", f"{disk:.0f}"])
+        table.show("harmonize_memory", rows, arguments.csv, first=(
+            f"scans of {table.count(round(voxels, -3))} voxels of {arguments.voxel_size:g} mm, "
+            f"{volumes} volumes, {scan:.0f} MB each"))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import table
 
 from bidsapp import kinds, methods, sh
 from bidsapp.anatomy import tissue
@@ -111,12 +112,12 @@ def compared(harmonized, source, target, deformable):
 def learned(scans, angulations, names):
     """{method: function of a Dwi of the new version}."""
     runs = {(s, a): scans[s, a][0] for s in (OLD, NEW) for a in angulations}
-    table = pd.DataFrame([{"participant": a, "session": s, "run": r.name, "batch": r.batch}
+    statistics = pd.DataFrame([{"participant": a, "session": s, "run": r.name, "batch": r.batch}
                           for (s, a), r in runs.items()])
     dwis = {runs[k].name: scans[k][1] for k in runs}
     reference, batch = (runs[s, angulations[0]].batch for s in (OLD, NEW))
     cohort = kinds.Cohort(
-        table, reference_batch=reference, load=dwis.__getitem__,
+        statistics, reference_batch=reference, load=dwis.__getitem__,
         acquisitions={name: dwi.acquisition for name, dwi in dwis.items()})
 
     def trained(method):
@@ -157,22 +158,25 @@ def evaluate(arguments, folder):
     return pd.concat(tables), refused
 
 
-def text(rows):
-    """The markdown table: cells are the mean over angulations and each."""
+def lines(rows):
+    """Name of the first column, and rows of cells: the mean over angulations and each."""
     angulations = sorted(rows["angulation"].unique())
     columns = [(k, t) for k in MAPS for t in TISSUES]
-    lines = [[f"%, mean ({', '.join(angulations)})", *(f"{MAPS[k]} {t}" for k, t in columns)],
-             ["---"] * (len(columns) + 1)]
+    found = []
     values = rows.set_index(["measure", "method", "map", "tissue", "angulation"])
     values = values["value"].sort_index()
     for measure, sign in zip(MEASURES, ("", "+"), strict=True):
         for method in rows["method"].unique():
             cells = (values[measure, method, k, t].reindex(angulations) for k, t in columns)
-            lines.append([f"{measure}: {method}", *(
+            found.append([f"{measure}: {method}", *(
                 f"{v.mean():{sign}.1f} ({', '.join(f'{x:{sign}.1f}' for x in v)})"
                 for v in cells)])
+    return f"%: mean ({', '.join(angulations)})", found
+
+
+def left_out(rows):
     beyond = rows.groupby("tissue")["beyond"].max()
-    return ("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\nLeft out, at most: "
+    return ("Left out, at most: "
             + ", ".join(f"{v:.1%} of {t}" for t, v in beyond.items()) + ".")
 
 
@@ -188,12 +192,15 @@ def main():
     parser.add_argument("--angulations", nargs="*", help="to leave out in turn; default: all")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--deformable", action="store_true", help="SyN, too: some minutes a pair")
+    table.add_option(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         rows, refused = evaluate(arguments, folder)
-    print("\n\n".join([text(rows), CAVEAT, *(f"Not trained: {why}" for why in refused)]))
+    first, cells = lines(rows)
+    table.show("retest", cells, arguments.csv, first=first)
+    print("", left_out(rows), CAVEAT, *(f"Not trained: {why}" for why in refused), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import table
 import torch
 from travelling import simulate
 
@@ -33,25 +34,33 @@ def main():
     parser.add_argument("--voxel-size", type=float, default=2.2, help="mm")
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--threads", type=int, default=2)
+    table.add_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     (reference, other), people, made = simulate(design())
-    table = pd.DataFrame([{"participant": p.label, "batch": s, "run": f"{p.label}{s}",
+    statistics = pd.DataFrame([{"participant": p.label, "batch": s, "run": f"{p.label}{s}",
                            "snr_b0": np.nan} for p in people for s in (reference, other)])
     dwis = {f"{p}{s}": one.dwi for (p, s), one in made.items()}
     cohort = kinds.Cohort(
-        table, reference_batch=reference, load=dwis.__getitem__,
+        statistics, reference_batch=reference, load=dwis.__getitem__,
         acquisitions={r: d.acquisition for r, d in dwis.items()})
     settings = kinds.TrainingSettings(max_steps=2)
     _, (person,), made = simulate(design(participants=1, voxel_size=arguments.voxel_size))
     brain = made[person.label, other].dwi
+    rows = []
     for name in arguments.methods:
         method = methods.get(name, context=kinds.MethodContext(sloppy=True))
         (model,) = method.fit(cohort, settings).checkpoints.values()
         wall, cpu = time.monotonic(), time.process_time()
         method.harmonize(brain, model, other, "cpu")
-        print(f"{name}: {len(brain.signal)} voxels in {time.monotonic() - wall:.1f} s, "
-              f"{time.process_time() - cpu:.1f} s of CPU time", flush=True)
+        wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+        print(f"{name}: {wall:.1f} s, {cpu:.1f} s of CPU time", flush=True)
+        rows.append((wall, name))
+    table.show("harmonize_speed", [[name, f"{wall:.1f}"] for wall, name in sorted(rows)],
+               arguments.csv, first=(
+                   f"{table.count(len(brain.signal))} voxels of {arguments.voxel_size:g} mm, "
+                   f"{brain.signal.shape[1]} volumes, "
+                   f"{table.threads(arguments.threads)}"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import table
 from dipy.segment.mask import clean_cc_mask
 from dipy.segment.mask import median_otsu as dipy_median_otsu
 from scipy.ndimage import binary_fill_holes
@@ -66,20 +67,30 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("bids_dir", type=Path, nargs="+")
     p.add_argument("--overlays", type=Path, help="folder for a PNG per run: DIPY's mask in cyan")
+    table.add_option(p)
     args = p.parse_args()
     median_otsu(np.pad(np.ones((9, 9, 9), np.float32), 9))  # imports
-    print("| dataset | run | voxels | Dice | DIPY, s | mask.py, s | ratio |\n"
-          "|---|---|---|---|---|---|---|")
+    rows = []
     for root in args.bids_dir:
+        grids, dices, olds, news = [], [], [], []
         for path in sorted(root.glob("sub-*/**/dwi/*_dwi.nii.gz")):
             image, run = mean_b0(path), path.name.removesuffix("_dwi.nii.gz")
             (theirs, old), (ours, new) = timed(dipy_mask, image), timed(median_otsu, image)
-            print(f"| {root.name} | {run} | {'×'.join(map(str, image.shape))} | "
-                  f"{dice(theirs, ours):.4f} | {old:.2f} | {new:.2f} | {old / new:.1f} |",
-                  flush=True)
+            grids.append("×".join(map(str, image.shape)))
+            dices.append(dice(theirs, ours))
+            olds.append(old)
+            news.append(new)
+            print(f"{root.name} {run}, {grids[-1]}: Dice {dices[-1]:.4f}; DIPY {old:.2f} s, "
+                  f"mask.py {new:.2f} s, {old / new:.1f} times", flush=True)
             if args.overlays:
                 overlay(args.overlays / f"{root.name}_{run}.png", image,
                         {"cyan": theirs, "red": ours})
+        if grids:
+            ratios = [a / b for a, b in zip(olds, news, strict=True)]
+            rows.append([root.name, str(len(grids)), ", ".join(dict.fromkeys(grids)),
+                         f"{min(dices):.4f}", table.interval(olds), table.interval(news),
+                         table.interval(ratios, ".1f")])
+    table.show("mask", rows, args.csv)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import peer
+import table
 import torch
 from simulated import as_dwi
 
@@ -35,6 +36,7 @@ from bidsapp.simulate.tissue import NODDI
 
 PRIORS = {"whole": ((0.0, 1.0), (0.01, 0.99), (0.0, 1.0)),
           "tissue": ((0.1, 0.99), (0.03, 0.99), (0.0, 0.6))}
+LABELS = {"whole": "whole prior", "tissue": "AMICO's range, FISO < 0.6"}
 PARALLEL, FREE = 1.7, 3.0
 
 PEER = """
@@ -74,11 +76,12 @@ def main() -> None:
     parser.add_argument("--snr", type=float, nargs="+", default=[50, 30])
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--peer-python", type=Path)
+    table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     trained = (checkpoint.load(options.weights, "estimate_noddi") if options.weights
                else estimating.bundled_weights("estimate_noddi"))
-    acq, times = acquisition(), {"noddi": [], "AMICO": []}
+    acq, times, lines = acquisition(), {"noddi": [], "AMICO": []}, []
     print(f"{'prior':<8}{'SNR':>4}  {'':<7}{'MSE NDI':>10}{'MSE ODI':>10}{'MSE FISO':>10}"
           f"{'cover 90 %':>20}{'angle, °':>10}")
     for prior, ranges in PRIORS.items():
@@ -109,8 +112,13 @@ def main() -> None:
             for name, values, mu, told in rows:
                 error = ((values - truth.numpy()) ** 2).mean(0)
                 cosine = abs((mu * axis.numpy()).sum(1))[clear].clip(0, 1)
+                angle = np.rad2deg(np.median(np.arccos(cosine)))
                 print(f"{prior:<8}{snr:>4.0f}  {name:<7}" + "".join(f"{e:>10.2e}" for e in error)
-                      + f"{told:>20}{np.degrees(np.median(np.arccos(cosine))):>10.2f}")
+                      + f"{told:>20}{angle:>10.2f}")
+                label = f"{LABELS[prior]}, SNR {snr:g}: {name}" if name == "noddi" else name
+                lines.append([label, *map(table.milli, error), told.replace(" ", ", "),
+                              f"{angle:.2f}°"])
+    table.show("noddi", lines, options.csv, first=f"{table.count(options.voxels)} voxels")
     print(f"voxels/s with {options.threads} threads: " + ", ".join(
         f"{name} {1 / statistics.median(s):.0f}" for name, s in times.items() if s))
     if times["AMICO"]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import table
 
 from bidsapp import cli
 from bidsapp.dwi import peak_memory
@@ -70,6 +71,7 @@ def main() -> None:
     p.add_argument("bids_dir", type=Path)
     p.add_argument("--participant-label", default=None)
     p.add_argument("--repeats", type=int, default=5)
+    table.add_option(p)
     args = p.parse_args()
     bids = args.bids_dir.resolve()
     only = ["--participant-label", args.participant_label] if args.participant_label else []
@@ -107,6 +109,14 @@ def main() -> None:
           f"({min(bare):.2f} to {max(bare):.2f})\n"
           f"report          {middle(reports):6.2f} s\n"
           f"peak memory     {peak / 1e9:6.2f} GB  bound {bound / 1e9:.2f} GB")
+    shapes = dict.fromkeys("×".join(map(str, nib.load(
+        bids / uri.removeprefix("bids:raw:")).shape)) for r in records for uri in r["files"]
+        if uri.endswith((".nii", ".nii.gz")))
+    table.show("participant", [[
+        f"{len(records)} runs of {', '.join(shapes)}", f"{middle(floors):.2f} s",
+        f"{middle(runs):.2f} s, ratio {table.spread(ratios, '.2f')}",
+        f"ratio {table.spread(bare, '.2f')}", f"{peak / 1e9:.2f} GB ({bound / 1e9:.2f})"]],
+        args.csv)
 
 
 if __name__ == "__main__":

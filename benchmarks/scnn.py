@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import table
 import torch
 from simulated import as_dwi
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", type=Path)
+    table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     trained = (checkpoint.load(options.weights, "estimate_scnn2") if options.weights
@@ -65,6 +67,7 @@ def main() -> None:
     difference = torch.from_numpy(maps["odf"]) - densities[:, :45]
     vertex = difference @ torch.from_numpy(sh.basis(8, np.array([[0.0, 0, 1]]))).float()[0]
     print(f"{'':<8}{'MSE d':>10}{'MSE f':>10}{'cover d':>9}{'cover f':>9}")
+    lines = {}
     for name, found in (("scnn2", maps), ("smt", smt)):
         row = []
         for i, key in enumerate(tissue.names):
@@ -72,6 +75,8 @@ def main() -> None:
             row += [np.mean(error**2),
                     np.mean(np.abs(error) <= estimating.QUANTILE * found[f"{key}_std"])]
         print(f"{name:<8}{row[0]:>10.2e}{row[2]:>10.2e}{row[1]:>9.3f}{row[3]:>9.3f}")
+        lines[name] = [name, table.milli(row[0]), table.milli(row[2]),
+                       f"{row[1]:.3f}, {row[3]:.3f}"]
     print(f"ODF: over the sphere {difference.square().sum(1).mean() / (4 * math.pi):.2e}, at one "
           f"vertex {vertex.square().mean():.2e}")
     print(f"voxels/s: {1 / statistics.median(times):.0f} "
@@ -87,6 +92,7 @@ def main() -> None:
                         ("smt", methods.get("estimate_smt").apply(dwi, "cpu").maps)):
         sd = [found[k].reshape(turns, n).std(0).mean() for k in tissue.names]
         print(f"rotational SD of {name}: d {sd[0]:.2e}, f {sd[1]:.2e}")
+        lines[name].append(", ".join(f"{v:.1e}".replace("e-0", "e-") for v in sd))
 
     published = Published(2, 2).eval()
     x = torch.randn(45, 500, 2)
@@ -96,6 +102,8 @@ def main() -> None:
         published(x)
     print(f"published architecture, degree 16 on 601 points: "
           f"{500 / (time.perf_counter() - start):.0f} voxels/s")
+    table.show("scnn", list(lines.values()), options.csv,
+               first=f"{table.count(options.voxels)} voxels, Watson-mixture ODFs")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import table
 import torch
 from simulated import as_dwi
 
@@ -41,6 +42,8 @@ B0 = 13
 LINEAR = ((500, 12), (1000, 12), (2000, 20), (3500, 20), (5000, 30))
 ADDED = ((500, 12), (1000, 12), (2000, 20))
 PROTOCOLS = {"linear": 1.0, "planar": -0.5, "spherical": 0.0}
+ENCODINGS = {"linear": "linear alone", "planar": "linear and planar",
+             "spherical": "linear and spherical"}
 DRAWS = 50_000
 
 
@@ -55,6 +58,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--states", type=Path)
+    table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = (checkpoint.load(options.weights, "estimate_scnn3") if options.weights
@@ -66,6 +70,8 @@ def main() -> None:
           + f"{'ODF sphere':>12}{'vertex':>10}")
     print(f"{'prior':<18}" + "".join(f"{v:>17.2e}" for v in truth.var(0)))
     rates, covers, turns = [], [], []
+    lines = [["variance of the prior", *map(table.milli, truth.var(0).tolist()), ""]]
+    reference = []
     for name, b_delta in PROTOCOLS.items():
         acq = acquisition(b_delta)
         trained = for_one(start, name, acq, options) if options.steps else start
@@ -75,6 +81,8 @@ def main() -> None:
         means = from_means(acq, signal[:options.reference_voxels], sigma, generator)
         error = (means - truth[:len(means)]).square().mean(0)
         print(f"{name + ', means':<18}" + "".join(f"{v:>17.2e}" for v in error))
+        reference.append([f"{ENCODINGS[name]}: shell means, no network",
+                          *map(table.milli, error.tolist()), ""])
         dwi, times = as_dwi(signal.numpy(), acq, sigma), []
         for _ in range(options.repeats):
             begun = time.perf_counter()
@@ -87,6 +95,9 @@ def main() -> None:
         print(f"{name + ', scnn3':<18}" + "".join(f"{v:>17.2e}" for v in (found**2).mean(0))
               + f"{difference.square().sum(1).mean() / (4 * math.pi):>12.2e}"
               f"{vertex.square().mean():>10.2e}")
+        sphere = float(difference.square().sum(1).mean() / (4 * math.pi))
+        lines.append([f"{ENCODINGS[name]}: scnn3", *map(table.milli, (found**2).mean(0)),
+                      f"{table.milli(sphere)}; {table.milli(float(vertex.square().mean()))}"])
         covers.append((abs(found) <= estimating.QUANTILE * sd).mean(0))
         turns.append(rotational_sd(trained, acq, sigma, generator))
         rates.append(1 / statistics.median(times))
@@ -95,6 +106,12 @@ def main() -> None:
             print(f"{title + ', ' + name:<26}" + "".join(f"{v:>12{form}}" for v in row))
     print(f"voxels/s with {options.threads} threads: " + ", ".join(
         f"{name} {rate:.0f}" for name, rate in zip(PROTOCOLS, rates, strict=True)))
+    table.show("scnn3", lines + reference, options.csv,
+               first=f"{table.count(options.voxels)} voxels, SNR {options.snr:g}")
+    table.show("scnn3_coverage", [
+        [ENCODINGS[name], ", ".join(f"{v:.3f}" for v in cover), ", ".join(map(table.milli, turn))]
+        for name, cover, turn in zip(PROTOCOLS, covers, turns, strict=True)],
+        options.csv and options.csv.with_stem(f"{options.csv.stem}_coverage"))
 
 
 def for_one(start: checkpoint.Checkpoint, name: str, acq: Acquisition,

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import table
 import torch
 from scnn import acquisition
 from simulated import as_dwi
@@ -99,14 +100,14 @@ def recipe_of(options: argparse.Namespace) -> learn.Recipe:
         trained_for=TrainingDomain.from_acquisitions([acquisition()], snr=(SNR, SNR)))
 
 
-def trained(options: argparse.Namespace, table: torch.Tensor | None
+def trained(options: argparse.Namespace, densities: torch.Tensor | None
             ) -> tuple[nn.Module, learn.Recipe, torch.Tensor, float]:
     """The network, its recipe, the power of densities of its hints, and samples per second."""
     recipe = recipe_of(options)
     if options.network == "published":
         with training.seeded(options.seed):
             network: nn.Module = Reference(options.grid, options.hint == "yes")
-        simulate = learn.Simulator(recipe, table)
+        simulate = learn.Simulator(recipe, densities)
         simulate.hinted = options.hint == "yes"
         start = time.perf_counter()
         history = training.train(
@@ -122,7 +123,7 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
         start_from = (estimating.bundled_weights(method) if options.init == "shipped"
                       else checkpoint.load(Path(options.init), method))
     found = start_from if start_from and not options.steps else learn.train(
-        method, recipe, seed=options.seed, device="cpu", saved=options.state, table=table,
+        method, recipe, seed=options.seed, device="cpu", saved=options.state, table=densities,
         start=start_from)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -135,17 +136,18 @@ def trained(options: argparse.Namespace, table: torch.Tensor | None
         found.card.training["seconds"], 1)
 
 
-def compare(network: nn.Module, power: torch.Tensor, voxels: int, table: torch.Tensor | None = None,
-            seed: int = 99, **bundles: Any) -> dict[str, Mapping[str, float]]:
-    """MSE by estimator and quantity on held-out voxels: of a table alone, or of `draw_bundles`."""
+def compare(network: nn.Module, power: torch.Tensor, voxels: int,
+            densities: torch.Tensor | None = None, seed: int = 99, **bundles: Any
+            ) -> dict[str, Mapping[str, float]]:
+    """MSE by estimator and quantity on held-out voxels: of densities alone, or `draw_bundles`."""
     generator = torch.Generator().manual_seed(seed)
     acq, tissue = acquisition(), TWO_COMPARTMENTS
     side = protocols.from_acquisition(acq, acq.shells, learn.L_SIMULATED,
                                       s0_known=True).to(torch.zeros(()))
     truth = tissue.draw(voxels, generator)
     l_max = learn.L_SIMULATED
-    odfs = (draw_bundles(voxels, generator, l_max, **bundles) if table is None else
-            draw_odfs(voxels, generator, l_max, table=table, measured=1.0))
+    odfs = (draw_bundles(voxels, generator, l_max, **bundles) if densities is None else
+            draw_odfs(voxels, generator, l_max, table=densities, measured=1.0))
     clean = side.signals(side.coefficients(odfs, tissue.compartments(truth)))
 
     def normal() -> torch.Tensor:
@@ -202,6 +204,7 @@ def options_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grid", type=int, default=59)
     parser.add_argument("--hint", choices=("yes", "no"))
     parser.add_argument("--out", type=Path)
+    table.add_option(parser)
     return parser.parse_args(argv)
 
 
@@ -225,6 +228,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Mapping[str, floa
         for name, row in rows.items():
             shown = options.network if name == "network" else name
             print(f"{kind[:20] + ', ' + shown:<40}" + "".join(f"{v:>10.2e}" for v in row.values()))
+    table.show("scnn_training", [[f"--network {options.network}", table.rate(rate)]], options.csv,
+               first=f"the same samples, {table.threads(options.threads)}")
+    table.show("scnn2_paper", [
+        [options.network if name == "network" else name,
+         *(", ".join(f"{1000 * v:.3g}" for v in rows[name].values()) for rows in results.values())]
+        for name in next(iter(results.values()))],
+        options.csv and options.csv.with_stem(f"{options.csv.stem}_paper"), others=list(results))
     return results
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import peer
+import table
 import torch
 from dipy.sims.voxel import multi_tensor
 from simulated import two_shells
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer-python", type=Path)
     parser.add_argument("--peer-voxels", type=int, default=500)
+    table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     acq = two_shells(np.random.default_rng(7))
@@ -121,6 +123,13 @@ def main() -> None:
         print(f"{name:<28}{1 / statistics.median(seconds):>10.0f}{statistics.median(ratio):>12.1f}"
               f" ({min(ratio):.1f}–{max(ratio):.1f})".ljust(68)
               + (f"{errors[name]:.1e}" if name in errors else ""))
+    table.show("simulate", [
+        [name, table.rate(1 / statistics.median(seconds)),
+         "1" if seconds is base else table.spread([b / s for b, s in zip(
+             base, seconds, strict=True)], ".3g"),
+         f"{errors[name]:.1e}".replace("e-0", "e-") if name in errors else ""]
+        for name, seconds in times.items()], options.csv,
+        first=f"{table.count(n)} voxels, {len(acq)} volumes")
 
 
 def pair(d, f, turn):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import peer
+import table
 import torch
 from simulated import add_rician_noise, as_dwi, simulate_two_compartments, two_shells
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer-python", type=Path)
     parser.add_argument("--peer-voxels", type=int, default=500)
+    table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rng = np.random.default_rng(7)
@@ -69,10 +71,19 @@ def main() -> None:
             ("least squares", times, maps["diffusivity_mode"], maps["neuritefraction_mode"])]
     if found is not None:
         rows.append(("dmipy-fit", peers, found["d"], found["f"]))
+    lines = []
     for name, seconds, d_found, f_found in rows:
         n = len(d_found)
         print(f"{name:<16}{1 / statistics.median(seconds):>9.0f}"
               f"{np.mean((d_found - d[:n])**2):>10.2e}{np.mean((f_found - f[:n])**2):>10.2e}")
+        speed = table.rate(1 / statistics.median(seconds))
+        lines.append([name if seconds is times else f"{name}, first {n} voxels",
+                      "" if name == "least squares" else
+                      f"{speed} (both estimates)" if seconds is times else speed,
+                      *(table.milli(np.mean((v - truth[:n])**2))
+                        for v, truth in ((d_found, d), (f_found, f)))])
+    table.show("smt", lines, options.csv,
+               first=f"estimate, {table.count(options.voxels)} voxels")
     if peers:
         ratios = [p / t for p, t in zip(peers, times, strict=True)]
         print(f"ratio to the peer: median {statistics.median(ratios):.0f}, "

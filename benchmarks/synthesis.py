@@ -12,6 +12,7 @@ import time
 import warnings
 from pathlib import Path
 
+import table
 import torch
 
 from bidsapp import methods
@@ -35,9 +36,11 @@ def main() -> None:
     parser.add_argument("datasets", type=Path, nargs="+")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    rows = []
     for folder in options.datasets:
         dwi = load_first_run(folder.resolve())
         shells = ", ".join(f"{len(s)} at b = {s.b:.0f}" for s in dwi.acquisition.shells)
@@ -51,8 +54,14 @@ def main() -> None:
                      for k, unit in (("signal", 1), ("fa", 1), ("md", 1e3))]
             angle = f"{score['direction_error']:.1f} ± {score['direction_error_sd']:.1f}"
             print(f"{name:<40}{pairs[0]:>16}{pairs[1]:>16}{pairs[2]:>18}{angle:>16}")
+            label = "noise alone" if name == "noise" else name
+            rows.append([f"{folder.name} ({shells}): {label}" if name == MODES[0] else label,
+                         f"{score['signal_error']:.3f}", f"{score['fa_error']:.3g}",
+                         f"{1e3 * score['md_error']:.3f}", f"{score['direction_error']:.1f}"])
         for name, signal, fa, angle in PUBLISHED:
             print(f"{name:<40}{signal:>16}{fa:>16}{'–':>18}{angle:>16}")
+    rows += [[name, signal, fa, "", angle] for name, signal, fa, angle in PUBLISHED]
+    table.show("synthesis", rows, options.csv)
 
 
 def load_first_run(folder: Path) -> Dwi:

@@ -77,6 +77,7 @@ def test_simulated_command_sets_every_option(level, tmp_path):
     assert plain == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,choice", [
     ("qsphere-participant.json", {"dry_run": True}),
     ("qsphere-bids.json", {"analysis_level": "participant"}),

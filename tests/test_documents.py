@@ -56,6 +56,15 @@ def test_every_table_of_the_benchmarks_is_its_data():
     assert seen.keys() == {f.stem for f in (ROOT / "benchmarks" / "data").glob("*.csv")}
 
 
+def test_every_table_is_written_by_a_benchmark():
+    """But for those that join runs of harmonization_tables.py, and its own, tested there."""
+    programs = "".join(f.read_text() for f in (ROOT / "benchmarks").glob("*.py"))
+    joined = {"shells", "unpaired"}
+    names = {f.stem for f in (ROOT / "benchmarks" / "data").glob("*.csv")}
+    assert {n for n in names - joined if not n.startswith(("harmonization_", "onesite_", "pairs_"))
+            } == set(re.findall(r'table\.show\(\s*"(\w+)"', programs))
+
+
 def test_every_benchmark_has_its_command_in_the_readme():
     text = (ROOT / "benchmarks" / "README.md").read_text()
     programs = {f.name for f in (ROOT / "benchmarks").glob("*.py")

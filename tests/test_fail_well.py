@@ -115,7 +115,12 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+QUICK = ("truncated", "no bvec", "text in bval", "NaN in the sform")
+"""Of the image, its tables and its header; each kind of damage is tested where it is read, too."""
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else
+                                  pytest.param(name, marks=pytest.mark.slow) for name in DAMAGE])
 def test_one_bad_participant(name, bids_tree, tmp_path, capsys):
     bids, out = bids_tree(), tmp_path / "out"
     damage, file, remedy = DAMAGE[name]
@@ -136,6 +141,7 @@ def test_one_bad_participant(name, bids_tree, tmp_path, capsys):
     assert validate(out) == []
 
 
+@pytest.mark.slow
 def test_flipped_vectors_are_flagged(tmp_path, rng, capsys):
     """Maps are made, and log, page and QC say what is wrong and how to mend it."""
     bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
@@ -189,6 +195,7 @@ def test_memory_that_ran_out_has_words(bids_tree, tmp_path, monkeypatch, capsys)
     assert "sub-01: memory ran out. Process fewer participants" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_record_of_another_session_that_was_cut_off(bids_tree, tmp_path):
     bids, out = bids_tree(("01",), ("a", "b")), tmp_path / "out"
     argv = (bids, out, "participant", "--estimate", "dti")
@@ -203,6 +210,7 @@ def test_record_of_another_session_that_was_cut_off(bids_tree, tmp_path):
     assert content(out) == before
 
 
+@pytest.mark.slow
 def test_results_that_were_removed_are_made_again(bids_tree, tmp_path, capsys):
     """Although their page is left, whose record went with them; the page of someone else stays."""
     bids, out = bids_tree(), tmp_path / "out"
@@ -261,6 +269,7 @@ def maps(out):
     return {p.name: image(p) for p in out.glob("sub-01/dwi/*.nii.gz")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     lambda b: edit_table(b, ".bvec", np.transpose),
     lambda b: edit_table(b, ".bval", lambda v: np.transpose(v[None])),
@@ -286,6 +295,7 @@ def test_integers_with_scaling(bids_tree, tmp_path):
     assert np.allclose(first[fa], second[fa], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_some_nan_and_negative_values_are_counted(bids_tree, tmp_path):
     def change(data):
         data[7, 8, 9, 3] = np.nan
@@ -342,6 +352,7 @@ exit $code
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["30k", "120k", "300k"])
 def test_disk_full(size, bids_tree, tmp_path):
     """On a small tmpfs, in a mount namespace of its own."""

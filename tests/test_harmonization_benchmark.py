@@ -1,5 +1,7 @@
 """benchmarks/harmonization.py and its tables: sites as the unit, people apart, work kept."""
 
+import csv
+import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -14,6 +16,7 @@ from support import ROOT, combat_package
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import harmonization
 import harmonization_tables as tables
+import table
 
 from bidsapp.registration import template
 from bidsapp.registration.image import Image
@@ -154,6 +157,37 @@ def test_tables_mark_what_is_not_lowered():
     assert bias[0].split(" | ")[1] == "+17.4 [+17.4, +17.4] (17.4)"
 
 
+@pytest.mark.parametrize("sites", ["BCDEFG", "B"])
+def test_tables_are_written_as_data(tmp_path, sites, capsys):
+    """With the columns of benchmarks/data; of one site they have no intervals."""
+    rows = rows_of({"none": [0.1] * 6, "harmonize_rish": [0.05] * 6, "rescan": [0.01] * 6})
+    for name in sites:
+        (place := tmp_path / f"site{name}").mkdir()
+        rows[rows["site"] == place.name].to_csv(place / "fold0_none.csv", index=False)
+        (place / "site.json").write_text(json.dumps(
+            {k: 1 for k in table.columns("harmonization_sites") if k != "site"}
+            | {"name": place.name}))
+    tables.main([str(tmp_path), "--csv", str(tmp_path / "csv")])
+    assert "| none |" in capsys.readouterr().out
+    names = {"sites": "sites", "b1200_scan": "scan", "b1200_truth": "truth",
+             "b1200_scan_bias": "scan_bias", "b1200_truth_bias": "truth_bias",
+             "b1200_structure": "structure"}
+    assert {p.stem for p in (tmp_path / "csv").iterdir()} == names.keys()
+    for name, of in names.items():
+        with (tmp_path / "csv" / f"{name}.csv").open(newline="") as file:
+            head, *cells = csv.reader(file)
+        wanted = table.columns("pairs_scan" if sites == "B" and of in ("scan", "truth")
+                               else f"harmonization_{of}")
+        assert head == wanted and {len(row) for row in cells} == {len(head)}
+    assert cells[1][0] == "harmonize_rish" and len(cells) >= 3
+
+
+def test_a_row_of_another_width_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 cells under 4 columns"):
+        table.show("dti", [["21 volumes", "1 k"]], tmp_path / "dti.csv")
+    assert not (tmp_path / "dti.csv").exists()
+
+
 # --- registrations
 
 
@@ -161,11 +195,11 @@ def test_registrations_with_a_template_are_kept(tmp_path):
     images = [Image(np.full((2, 2, 2), k, np.float32), np.eye(4)) for k in range(3)]
     calls = []
 
-    def locate(fixed, moving, work_dir=None):
+    def register(fixed, moving, work_dir=None):
         calls.append((fixed, moving))
         return np.full((2, 2, 2, 3), len(calls), float)
 
-    with mock.patch.object(template, "locate", locate), \
+    with mock.patch.object(template, "register", register), \
             harmonization.keep_registrations(tmp_path):
         first = [template.register(images[0], images[k]) for k in (1, 2)]
         again = [template.register(images[0], images[k]) for k in (1, 2)]

@@ -178,6 +178,7 @@ def test_settings_of_a_configuration_file(tmp_path):
     assert method.settings("fit") == {"b_max": 900.0}
 
 
+@pytest.mark.slow
 def test_a_setting_is_computed_again_and_stands_beside_the_map(tmp_path, bids_tree, capsys):
     """b_max below the second shell of the tree; the other estimate is left alone."""
     bids, out = bids_tree(), tmp_path / "out"

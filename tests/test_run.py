@@ -129,6 +129,7 @@ def test_second_run_changes_nothing_and_skips(processed, capsys):
     assert {p: p.stat().st_mtime_ns for p in out.glob("sub-*/dwi/*")} == times
 
 
+@pytest.mark.slow
 def test_what_changed_is_done_again(bids_tree, tmp_path):
     bids, out = bids_tree(), tmp_path / "out"
     assert qsphere(bids, out, PARTICIPANT, "--estimate", "dti") == 0
@@ -140,6 +141,7 @@ def test_what_changed_is_done_again(bids_tree, tmp_path):
     assert maps and all(name.startswith("sub-01") for name in changed)
 
 
+@pytest.mark.slow
 def test_same_input_gives_the_same_bytes(processed, tmp_path):
     bids, out = processed
     assert qsphere(bids, tmp_path / "other/out", PARTICIPANT) == 0
@@ -149,6 +151,7 @@ def test_same_input_gives_the_same_bytes(processed, tmp_path):
     assert [n for n in same if ours[n] != others.get(n)] == []
 
 
+@pytest.mark.slow
 def test_memory_limit_does_not_change_the_result(processed, tmp_path):
     bids, out = processed
     assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--mem-mb", 100, "-w", tmp_path,
@@ -244,6 +247,7 @@ def test_a_refused_method_that_was_named_is_a_failure(bids_tree, tmp_path, capsy
     assert qsphere(*argv[:3], "--estimate", "dti") == 0
 
 
+@pytest.mark.slow
 def test_sessions_and_runs_are_kept_apart(bids_tree, tmp_path):
     bids = bids_tree(("01",), ("a", "b"), ("dir-AP", "dir-PA"))
     assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--session-label", "ses-a",
@@ -254,6 +258,7 @@ def test_sessions_and_runs_are_kept_apart(bids_tree, tmp_path):
     assert validate(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_group_report_and_combat(study, capsys):
     bids, out = study
     assert qsphere(bids, out, "group", "--train", "harmonize_combat") == 0
@@ -280,6 +285,7 @@ def test_group_report_and_combat(study, capsys):
     assert "harmonize_combat: its tables are removed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_group_refuses_and_leaves_the_earlier_group_alone(study, capsys):
     bids, out = study
     assert qsphere(bids, out, "group") == 0

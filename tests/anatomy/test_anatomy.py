@@ -69,6 +69,7 @@ def scanned(tmp_path_factory):
     return replace(dwi, tissue=t1w.posteriors(dwi, path)), labels, path
 
 
+@pytest.mark.slow
 def test_the_move_is_found(scanned):
     dwi, _, path = scanned
     found = rigid.align(dwi, *t1w._read(path))
@@ -79,6 +80,7 @@ def test_the_move_is_found(scanned):
     assert error.max() < 1.5 and error.mean() < 0.8
 
 
+@pytest.mark.slow
 def test_tissues_are_where_they_are(scanned):
     dwi, labels, _ = scanned
     assert dwi.tissue.min() >= 0 and dwi.tissue.sum(axis=1).max() <= 1 + 1e-6
@@ -103,6 +105,7 @@ def test_same_bytes_again_and_nothing_left(scanned, tmp_path):
     assert list(work.iterdir()) == [] and tempfile.gettempdir() == before
 
 
+@pytest.mark.slow
 def test_given_probabilities_take_the_place_of_atropos(scanned, tmp_path):
     dwi, _, path = scanned
     image = nib.load(path)
@@ -117,6 +120,7 @@ def test_given_probabilities_take_the_place_of_atropos(scanned, tmp_path):
     np.testing.assert_allclose(np.median(found, axis=0), third, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["truncated", "damaged", "flat", "part", "link", "series"])
 def test_what_cannot_be_used_is_said(scanned, tmp_path, what):
     dwi, _, path = scanned
@@ -140,6 +144,7 @@ def test_what_cannot_be_used_is_said(scanned, tmp_path, what):
         t1w.posteriors(dwi, bad)
 
 
+@pytest.mark.slow
 def test_what_diffusion_contradicts_is_not_believed(scanned):
     dwi, labels, _ = scanned
     wrong = replace(dwi, tissue=np.ascontiguousarray(dwi.tissue[:, [2, 1, 0]]))
@@ -239,6 +244,7 @@ def page_and_status(out):
     return (out / "sub-01.html").read_text()
 
 
+@pytest.mark.slow
 def test_no_t1w_is_said(tmp_path, capsys):
     bids, out = head.write_dataset(tmp_path / "bids"), tmp_path / "out"
     argv = (bids, out, "participant", "--estimate", "dti", "--sloppy", "--synthesize", "syn",

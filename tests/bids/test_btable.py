@@ -128,7 +128,8 @@ def registered(static, moving):
                            moving_grid2world=moving.affine, starting_affine=start.affine).affine
 
 
-@pytest.mark.parametrize("session", [pytest.param("v60d1", marks=pytest.mark.slow), "v61"])
+@pytest.mark.slow
+@pytest.mark.parametrize("session", ["v60d1", "v61"])
 def test_directions_agree_between_angled_runs(test_data, session):
     """One head, grids turned by 20° or more: at the same place of the brain (rigidly registered b0
     images) the axes of white matter agree in the world; they do not when the tables are taken as

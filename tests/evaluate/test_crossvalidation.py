@@ -269,6 +269,7 @@ def test_groups_of_unlike_people_have_no_folds(name):
                             settings)
 
 
+@pytest.mark.slow
 def test_weights_that_know_the_people_are_refused(tmp_path):
     method = sloppy_method("harmonize_golkov")
     (model,) = method.fit(*study(PEOPLE[:2], max_steps=2)).checkpoints.values()
@@ -293,6 +294,7 @@ def test_scans_that_are_not_harmonized_are_named(monkeypatch):
         crossvalidation.fit(method, *study(folds=3))
 
 
+@pytest.mark.slow
 def test_two_scans_of_a_person_are_one_row(monkeypatch):
     """The same scan twice has the errors of one; it is harmonized once for each."""
     known, settings = study(folds=3)

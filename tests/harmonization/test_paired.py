@@ -42,7 +42,8 @@ def fit(name):
     return method, method.fit(*study())
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[name if name == "harmonize_golkov" else
+                        pytest.param(name, marks=pytest.mark.slow) for name in METHODS])
 def trained(request):
     return fit(request.param)
 
@@ -52,6 +53,7 @@ def shresnet():
     return fit("harmonize_shresnet")
 
 
+@pytest.mark.slow
 def test_learns_the_factors_of_the_orders(shresnet):
     """Of held-out participants the error falls to less than a third: what remains is noise, whose
     share in 'before' is known, and what a hundred steps leave."""
@@ -63,6 +65,7 @@ def test_learns_the_factors_of_the_orders(shresnet):
         assert after - NOISE**2 < (before - NOISE**2) / 3, m
 
 
+@pytest.mark.slow
 def test_harmonizes_who_it_has_not_seen(shresnet):
     """Against the noise-free signal of the reference: less than half the error, everywhere."""
     method, fitted = shresnet
@@ -79,6 +82,7 @@ def test_harmonizes_who_it_has_not_seen(shresnet):
     assert found.counts == {"shresnet_unchanged": 0, "shresnet_clipped_values": 0}
 
 
+@pytest.mark.slow
 def test_hybrid_brings_fa_and_md_near():
     """Of whom it has not seen, in white matter, against the reference without noise; noise is kept,
     for it is added to."""
@@ -111,6 +115,7 @@ def test_hybrid_learns_nothing_where_there_is_nothing():
     assert float(after / before) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_keeps_directions(shresnet):
     """The principal axis of degree 2 is that of the input, to float32, in every voxel with one."""
     method, fitted = shresnet
@@ -146,6 +151,7 @@ def test_leaves_a_card_and_one_checkpoint_per_batch(trained):
     pack(fitted.checkpoints[f"{method.name}_B-to-A"])  # the card is plain JSON
 
 
+@pytest.mark.slow
 def test_who_validates_teaches_nothing(monkeypatch):
     """Neither networks nor quantiles have seen them. Pairs stand in the order of PEOPLE."""
     method = sloppy_method("harmonize_hybrid")
@@ -210,6 +216,7 @@ def test_refuses_what_it_cannot_harmonize(trained):
         method.check(Acquisition(BVALS, AXES, np.where(BVALS > 0, 0.0, 1.0)))
 
 
+@pytest.mark.slow
 def test_patches_at_the_edge_hold_the_nearest_voxels(shresnet, monkeypatch):
     """As in training, and no zeros: the mean over directions is above 0 in the margin, too."""
     method, fitted = shresnet
@@ -261,6 +268,7 @@ def test_an_interrupted_training_may_be_asked_for_fewer_steps(tmp_path, monkeypa
         assert next(iter(fitted.checkpoints.values())).card.training["steps"][0][0] == done
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
     """Cut off in the second stage, before it had saved anything, and once more after."""
     method = sloppy_method("harmonize_golkov")
@@ -359,6 +367,7 @@ def test_fa_and_md_of_the_validation_are_those_of_the_signal(monkeypatch):
     assert metrics["error_b1000"] < 0.002
 
 
+@pytest.mark.slow
 def test_processes_that_train_together_share_registrations(tmp_path, monkeypatch):
     """As torchrun tells the second of two: it does every other pair before it asks for all."""
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "1"), ("WORLD_SIZE", "2"),
@@ -379,6 +388,7 @@ def test_processes_that_train_together_share_registrations(tmp_path, monkeypatch
     assert asked == [*PEOPLE[1::2], *PEOPLE]
 
 
+@pytest.mark.slow
 def test_a_model_that_made_things_worse_says_so(monkeypatch, caplog):
     """When it is trained, and on the page of everyone to whom it is applied."""
     method, fitted = fit("harmonize_golkov")
@@ -403,6 +413,7 @@ def test_a_model_that_made_things_worse_says_so(monkeypatch, caplog):
     assert "FA in grey matter, b1000) when harmonize_golkov was trained" in notice
 
 
+@pytest.mark.slow
 def test_epochs_of_the_command_line_win():
     """10 steps of 256 of the 2560 voxels of a brief epoch, ten times by its own settings."""
     settings = {"harmonize_golkov": {"training.stages.1.epochs": 1}}
@@ -412,6 +423,7 @@ def test_epochs_of_the_command_line_win():
     assert fit("harmonize_golkov")[1].checkpoints.popitem()[1].card.training["steps"] == [[100]]
 
 
+@pytest.mark.slow
 def test_a_degree_of_the_command_line_reaches_network_card_and_use(tmp_path):
     """Trained with degree 2, for which 12 directions suffice; an odd degree is refused."""
     few = np.r_[:15]
@@ -441,6 +453,7 @@ def thinned(dwi, volumes):
     return replace(dwi, signal=dwi.signal[:, volumes], acquisition=dwi.acquisition[volumes])
 
 
+@pytest.mark.slow
 def test_epochs_do_not_make_another_training(tmp_path):
     """The state of an interrupted training serves for more epochs, not for another network."""
     def states(**changed):
@@ -454,6 +467,7 @@ def test_epochs_do_not_make_another_training(tmp_path):
     assert not states() & states(network_hidden=8)
 
 
+@pytest.mark.slow
 def test_blocks_of_the_command_line_win():
     """Another number is another training."""
     cohort, settings = study(max_steps=2)

@@ -116,6 +116,7 @@ def test_target_and_labels_are_the_targets_own(scans, aligned):
     assert {int(k) for k in np.unique(aligned.labels)} == {0, tissue.GREY, tissue.WHITE}
 
 
+@pytest.mark.slow
 def test_alignment_repeats_itself(request, scans, aligned):
     again = pairs.align(*scans, l_max=4, deformable="deformable" in request.node.name)
     np.testing.assert_array_equal(again.image, aligned.image)
@@ -159,7 +160,8 @@ def test_local_rotations_are_the_polar_part_of_the_jacobian(rng):
                                np.broadcast_to(turn.T, (5, 6, 7, 3, 3)), atol=1e-10)
 
 
-@pytest.mark.parametrize("how", [{"deformable": False}, {"rigid": np.eye(4)}])
+@pytest.mark.parametrize("how", [{"deformable": False}, pytest.param(
+    {"rigid": np.eye(4)}, marks=pytest.mark.slow)])
 def test_scans_that_share_nothing_are_refused(scans, how):
     source, target = scans
     lower, upper = (np.zeros_like(m) for m in (source.mask, target.mask))

@@ -166,6 +166,7 @@ def test_unlike_people_teach_and_pairs_teach_more():
     assert model.card.training["pairs"] == 1 and model.card.network["fine"] is True
 
 
+@pytest.mark.slow
 def test_people_in_both_batches_validate(tmp_path):
     """Half of them at most, and the card tells their errors; a second training is the same."""
     method = brief(1)

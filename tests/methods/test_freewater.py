@@ -154,6 +154,7 @@ def test_corrected_tensor_is_nearer_the_truth(trained, applied):
         np.testing.assert_allclose(maps[name][left], plain[name][left], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_head_is_its_own_model():
     """CSF is water, tissue is not, and what was measured is said."""
     dwi, labels, _ = head.participant()
@@ -247,6 +248,7 @@ def test_refuses_what_determines_no_tensor():
         methods.get("estimate_freewater").apply(as_dwi(np.ones((9, 7)), acq, 0), "cpu")
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path):
     bids, out = head.write_dataset(tmp_path / "bids"), tmp_path / "out"
     assert qsphere(bids, out, "participant", "--estimate", "freewater", "--sloppy") == 0

@@ -107,7 +107,7 @@ def identity(name, dwi):
     return method, model
 
 
-@pytest.mark.parametrize("directions", [30, 60])
+@pytest.mark.parametrize("directions", [30, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_identity_has_no_bias(name, directions):
     dwi = bundles(directions)

@@ -197,21 +197,24 @@ def taught(name):
     return found, *found.fit(*study).checkpoints.values()
 
 
-@pytest.fixture(params=[*UNPAIRED, *PAIRED])
-def harmonizer(request, rng):
-    """(method, checkpoint) that maps batch B, with more diffusion, to A."""
-    if request.param in PAIRED:
-        return taught(request.param)
-    acq = acquisition()
+@cache
+def taught_by_groups(name):
+    acq, rng = acquisition(), np.random.default_rng(20)
     runs = {f"sub-{i}": person(rng) for i in range(6)}
     table = pd.DataFrame({"participant": list("012345"), "run": list(runs),
                           "batch": list("AAABBB"), "snr_b0": 100.0})
     cohort = kinds.Cohort(
         table, reference_batch="A", acquisitions=dict.fromkeys(runs, acq),
         load=lambda name: bent(runs[name]) if name > "sub-2" else runs[name])
-    found = methods.get(request.param, context=kinds.MethodContext(sloppy=True))
+    found = methods.get(name, context=kinds.MethodContext(sloppy=True))
     (made,) = found.fit(cohort, kinds.TrainingSettings()).checkpoints.values()
     return found, made
+
+
+@pytest.fixture(params=[*UNPAIRED, *PAIRED])
+def harmonizer(request):
+    """(method, checkpoint) that maps batch B, with more diffusion, to A."""
+    return (taught if request.param in PAIRED else taught_by_groups)(request.param)
 
 
 def person(rng, sd=4.0):

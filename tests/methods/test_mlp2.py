@@ -157,6 +157,7 @@ def first():
         **found.card.constants, "density_power": [[0.03, 0.02, 0.01, 0.005]]}))
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_given_weights(first):
     """Weights stay within what two steps of Adam at 1e-6 move; hints are those of the start."""
     again = learn.train("estimate_scnn2", near(small_recipe()), seed=8, device="cpu", start=first)
@@ -166,6 +167,7 @@ def test_a_training_starts_from_given_weights(first):
     assert again.card.training["start"] == "first"
 
 
+@pytest.mark.slow
 def test_weights_from_before_there_were_cases_are_refused(first, tmp_path):
     """Their card holds one power by degree."""
     old = replace(first, card=replace(first.card, constants={
@@ -190,6 +192,7 @@ def test_a_resumed_training_does_not_start_again(first, tmp_path):
             assert not torch.allclose(value, first.tensors[name], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_which_weights_a_training_starts_from(first, tmp_path):
     folder = keep(first, tmp_path / "first")
     own = methods.get("estimate_scnn2").recipe("one")

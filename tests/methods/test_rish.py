@@ -295,6 +295,7 @@ def test_place_of_a_moved_and_stretched_image(blob):
     assert np.median(error) < 1 and np.quantile(error, 0.95) < 2, np.quantile(error, (0.5, 0.95))
 
 
+@pytest.mark.slow
 def test_place_repeats_itself_whatever_the_order_of_the_axes(blob):
     image, other, _ = blob
     place = template.register(image, other)

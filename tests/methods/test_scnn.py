@@ -73,6 +73,7 @@ def test_networks_are_equivariant(kind, dtype):
             assert (a - b).square().mean().sqrt() <= limit * a.square().mean().sqrt()
 
 
+@pytest.mark.slow
 def test_networks_compile_and_autocast(monkeypatch):
     """One graph without breaks gives the same numbers; bfloat16, those to its 8 bits."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the checks cannot be traced
@@ -244,6 +245,7 @@ def test_training_learns_and_calibrates(trained):
         assert m[f"coverage90_{name}"] == pytest.approx(0.9, abs=0.03)
 
 
+@pytest.mark.slow
 def test_validation_calibration_and_measurement_are_of_different_voxels(monkeypatch):
     """Coverage measured where it was calibrated would be right whatever the network says."""
     used = {}
@@ -547,6 +549,7 @@ def test_the_network_for_just_these_directions_is_selected():
     assert estimating.select_weights("scnn2", [*weights, shipped], far) is shipped
 
 
+@pytest.mark.slow
 def test_a_training_for_several_acquisitions_is_refused(study):
     two = {"a": acquisition(), "b": acquisition((1000, 2000), (12, 16))}
     recipe = methods.get("estimate_scnn2").recipe("one")

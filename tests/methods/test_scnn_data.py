@@ -29,6 +29,7 @@ def phantom(test_data, tmp_path, label):
     return replace(dwi, noise_sd=noise_sd(dwi))
 
 
+@pytest.mark.slow
 def test_water_is_free_and_the_liquid_crystal_is_not(test_data, tmp_path):
     """Water: the diffusivity of dipy's tensor fit, hardly any neurites. Water in the channels of
     a hexagonal phase moves along them alone: mostly sticks, with order. The crystal's linear and

@@ -92,6 +92,7 @@ def test_modes_are_told_apart(dwi):
     np.testing.assert_array_equal(dwi.signal, before)
 
 
+@pytest.mark.slow
 def test_seeds_matter_and_every_number_is_described(dwi):
     quick = methods.get("synthesize", context=kinds.MethodContext(sloppy=True))
     one, again, other = (quick.synthesize(dwi, ["sample"], seed, "cpu").scores
@@ -131,6 +132,7 @@ def _first(mask, count):
     return keep
 
 
+@pytest.mark.slow
 def test_table_and_page(tmp_path):
     bids, out = head.write_dataset(tmp_path / "bids"), tmp_path / "out"
     assert qsphere(bids, out, "participant", "--estimate", "dti", "--sloppy", "--synthesize",

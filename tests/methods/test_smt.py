@@ -222,6 +222,7 @@ def test_rician_correction_removes_the_bias_of_the_powder_average(rng, peaks, ka
     assert abs(after) < before / 4
 
 
+@pytest.mark.slow
 def test_posterior_mean_on_the_published_simulation(simulation):
     dwi, d, f = simulation
     maps = get("estimate_smt").apply(dwi, "cpu").maps

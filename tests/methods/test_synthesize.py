@@ -219,6 +219,7 @@ def test_a_population_is_one_voxel_in_all_shells(made):
     assert abs(np.corrcoef(axial[0], other)[0, 1]) < 0.05
 
 
+@pytest.mark.slow
 def test_modes_share_layout_and_seeds_matter(made):
     dwi, result = made
     columns = ["wm1_fraction", "csf_fraction", "wm3_direction_y"]
@@ -247,6 +248,7 @@ def test_every_column_is_described(made):
         assert all({"Description", "Units"} <= set(c) for c in result.columns[mode].values())
 
 
+@pytest.mark.slow
 def test_no_callosum_takes_other_single_fibres_and_says_so():
     dwi, labels, _ = head.participant(callosum=False)
     found = tissue.find_regions(dwi, "cpu")
@@ -353,6 +355,7 @@ def test_end_to_end(tmp_path):
     assert list(out.rglob("*synth*")), "what is not asked for again stays"
 
 
+@pytest.mark.slow
 def test_planar_encoding_end_to_end(tmp_path):
     bids, out = head.write_dataset(tmp_path / "bids", b_delta=-0.5), tmp_path / "out"
     assert qsphere(bids, out, "participant", "--estimate", "dti", "--sloppy",
@@ -379,6 +382,7 @@ def test_planar_encoding_end_to_end(tmp_path):
     assert abs(z.mean()) < 5 / np.sqrt(len(z))
 
 
+@pytest.mark.slow
 def test_head_of_one_tensor_is_refused_and_the_rest_goes_on(bids_tree, tmp_path):
     assert qsphere(bids_tree(("01",)), tmp_path / "out", "participant", "--estimate", "dti",
                    "--synthesize", "syn") == 1

@@ -58,6 +58,7 @@ def deconvolved(dwi, single, where=None):
                       voxel < fibres if where is None else where)
 
 
+@pytest.mark.slow
 def test_peaks_are_the_fibres():
     """Density along the fibres is a maximum, on a grid of 3°, within 5°: of one and of two at right
     angles, where lobes of finite degree do not draw each other nearer."""
@@ -110,6 +111,7 @@ def test_refuses_what_it_cannot_deconvolve(n, kind):
         deconvolved(dwi_of(fraction, axes, n=n), single & (kind == "one"))
 
 
+@pytest.mark.slow
 def test_a_study_gives_densities_of_its_own(tmp_path, caplog):
     """From whole runs: white matter of the head whose fibres run along x or y, in world axes; a run
     that cannot be deconvolved is left out, and said."""

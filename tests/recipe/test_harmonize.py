@@ -198,6 +198,7 @@ def test_group_compares_both(harmonized, tmp_path):
     assert validate(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_two_harmonizers_in_one_output_are_told(fresh, tmp_path, capsys):
     """A person by each: said where the second is applied, and on the group's page."""
     bids, out = fresh
@@ -251,6 +252,7 @@ def test_card(study):
     assert distance["distance_b1000_A"] < 0.2 * distance["distance_b1000_B"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what,message", [
     ("scheme", "16 × b 3000 s/mm², needed are 12 × b 1000, 16 × b 2000 s/mm²"),
     ("directions", "6 directions at b = 2000 s/mm², 16 were seen in training"),
@@ -281,6 +283,7 @@ def test_refused_outside_of_the_training(fresh, tmp_path, capsys, what, message)
     assert "outside of what the model was trained for" in (out / "sub-09.html").read_text()
 
 
+@pytest.mark.slow
 def test_another_model_does_not_replace_what_one_made(study, harmonized, tmp_path, capsys):
     """Refused, exit code 1, and every image and the group's record of the run stay; the same model
     trained again replaces its own; so does another once the image is gone. The reference batch is

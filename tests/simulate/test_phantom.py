@@ -470,6 +470,7 @@ def digest(folder):
             for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_and_an_earlier_phantom_is_replaced(tmp_path):
     argv = ["--sloppy", "--participants", "1", "--sites", "1", "--directions", "6"]
     for name in ("a", "b"):
@@ -513,6 +514,7 @@ def test_designs():
     assert sum(p.lesion for p in everyone) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", ["matched", "confounded"])
 def test_unpaired_designs_name_the_site_of_each_person(tmp_path, design):
     assert cli_phantom.main([str(tmp_path), "--sloppy", "--participants", "2", "--directions", "6",
