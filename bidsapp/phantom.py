@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bidsapp import __version__
 from bidsapp.bids import names
-from bidsapp.bids.raw import Tree, new_dataset
+from bidsapp.bids.new_dataset import NewDataset, new_dataset
 from bidsapp.bids.writer import CODE_URL
 from bidsapp.blocks import one_thread
 from bidsapp.options import DESIGNS, PhantomOptions
@@ -205,7 +205,7 @@ def simulate_scans(options: PhantomOptions, people: list[Participant], sites: li
                 person, site, sites[0], tables[site.directions], atlas, options, pose)
 
 
-def describe(tree: Tree, options: PhantomOptions, people: list[Participant], sites: list[Site]
+def describe(tree: NewDataset, options: PhantomOptions, people: list[Participant], sites: list[Site]
              ) -> None:
     """Write dataset descriptions, README, participants and sessions."""
     generator = {"Name": MAKER, "Version": __version__, "CodeURL": CODE_URL}
@@ -233,7 +233,7 @@ def describe(tree: Tree, options: PhantomOptions, people: list[Participant], sit
             {"site": SITE})
 
 
-def write_sites(tree: Tree, options: PhantomOptions, sites: list[Site]) -> None:
+def write_sites(tree: NewDataset, options: PhantomOptions, sites: list[Site]) -> None:
     """Write the parameters of all sites, drawn or chosen."""
     settings = {k: v for k, v in asdict(options).items() if k != "output_dir"}
     tree.json(TRUTH / "desc-sites_truth.json", {
@@ -246,8 +246,8 @@ def write_sites(tree: Tree, options: PhantomOptions, sites: list[Site]) -> None:
         "Options": settings})
 
 
-def write_raw(tree: Tree, options: PhantomOptions, entities: dict[str, str], site: Site, scan: Scan
-              ) -> tuple[PurePosixPath, PurePosixPath]:
+def write_raw(tree: NewDataset, options: PhantomOptions, entities: dict[str, str], site: Site,
+              scan: Scan) -> tuple[PurePosixPath, PurePosixPath]:
     """Write the raw DWI and T1w of a scan, and return their paths."""
     affine, fine = scan.grid.affine, scan.fine.affine
     scanner = {
@@ -266,7 +266,7 @@ def write_raw(tree: Tree, options: PhantomOptions, entities: dict[str, str], sit
     return dwi, t1w
 
 
-def write_scan(tree: Tree, options: PhantomOptions, participant: Participant, person: Person,
+def write_scan(tree: NewDataset, options: PhantomOptions, participant: Participant, person: Person,
                site: Site, scan: Scan) -> None:
     """Write the raw images, derivatives and truth of one scan."""
     entities = {"sub": participant.label}

@@ -1,13 +1,16 @@
-"""The batch (site) of each run, and the covariates of each participant.
+"""Find the batch (site) of each run, and the covariates of each participant.
 
 The batch is the first of the following that is available:
-1. the table and column of --batch-file and --batch-column;
-2. the column `site` or `scanner` of participants.tsv or sessions.tsv;
-3. the name of the scanner, with a hash of Manufacturer, ManufacturersModelName,
-   DeviceSerialNumber, StationName, ReceiveCoilName and SoftwareVersions;
-4. InstitutionName;
-5. "unknown".
-If two sources of the same rank group the data differently, the program stops.
+1. --batch-file: its column --batch-column or, without this option, its only column, or its only one
+   that is called site, scanner or batch;
+2. the column --batch-column of sessions.tsv or else of participants.tsv;
+3. the column `site` or `scanner` of these two tables, or that with more values if there are both;
+4. the name of the scanner, with a hash of Manufacturer, ManufacturersModelName,
+   DeviceSerialNumber, StationName, ReceiveCoilName and SoftwareVersions in the sidecar;
+5. InstitutionName in the sidecar;
+6. "unknown".
+Under 3, the program stops if the two tables differ in a value, or if site and scanner group the
+data differently. If a table gives any batch (1 to 3), it must give that of every run.
 """
 
 from __future__ import annotations
@@ -39,9 +42,10 @@ SCANNER = ("Manufacturer", "ManufacturersModelName", "DeviceSerialNumber", "Stat
 """Sidecar keys that identify a scanner."""
 
 RESERVED = ("participant", "session", "run", "batch")
-"""Columns of the group table that identify a row. No covariate may have one of these names."""
+"""Columns of the group table that identify a row. Columns of the input with these names are not
+covariates."""
 
-SETTLE = "Name the column to use with --batch-column, or give a table with --batch-file."
+REMEDY = "Name the column to use with --batch-column, or give a table with --batch-file."
 BATCH = {"Description": "Batch (site) of the participant's runs; several are joined by commas"}
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 
@@ -49,22 +53,22 @@ Key = tuple[str, str | None]
 """Labels of a participant and a session; None means all sessions."""
 
 Rows = Mapping[Key, Mapping[str, str]]
-"""Cells by column, by participant and session."""
+"""Cells by column, for each participant and session; empty cells and n/a are left out."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The tables of participants and sessions.
+    """The batches and covariates that the tables of a dataset give.
 
     Parameters
     ----------
     covariates : Rows
-        Rows of participants.tsv, joined with those of sessions.tsv.
+        Rows of participants.tsv, joined with those of sessions.tsv, which take precedence.
     named : mapping
-        Batch and its source by participant and session, from the options or the columns site and
-        scanner. If it is not empty, no other source is used.
+        Batch and its source (TABLE:COLUMN) by participant and session, from the options or the
+        columns site and scanner. If it is not empty, no sidecar is used.
     columns : mapping
-        Descriptions of the columns, from participants.json.
+        Descriptions of the columns, from participants.json, and of `batch`.
     """
 
     covariates: Rows
@@ -85,13 +89,14 @@ class Batches:
         batch_file, batch_column
             The options of these names.
         problems : mapping
-            Messages by participant. A message is added if a sessions.tsv cannot be read, or if a
-            number is too large, which then counts as missing.
+            Messages by participant, to which this adds: a sessions.tsv that cannot be read, and
+            numbers that are too large, which then count as missing.
 
         Raises
         ------
         UsageError
-            Another table is broken or lacks the column, or the batch is ambiguous.
+            participants.tsv or --batch-file cannot be read or lacks the column, or the batch is
+            ambiguous.
         """
         participants = _read_table(root / "participants.tsv", "participant_id")
         sessions: dict[Key, dict[str, str]] = {}
@@ -124,7 +129,7 @@ class Batches:
         return cls({k: {**participants.get((k[0], None), {}), **participants.get(k, {}),
                         **sessions.get(k, {})} for k in keys}, named, _read_descriptions(root))
 
-    def resolve(self, runs: Sequence[Run]) -> list[Run]:
+    def assign(self, runs: Sequence[Run]) -> list[Run]:
         """Add batch, batch_source and covariates to runs, and log the table of batches.
 
         Parameters
@@ -148,25 +153,28 @@ class Batches:
                              f"{missing[0]}. Fill in their rows, leave them out with "
                              "--participant-label or --session-label, or give a table with "
                              "--batch-file.")
-        sites = {*COLUMNS, *(source.rpartition(":")[2] for _, source in self.named.values())}
-        left_out = {*RESERVED} - sites
-        if taken := sorted(left_out.intersection(set().union(*self.covariates.values()))):
+        batch_columns = {*COLUMNS,
+                         *(source.rpartition(":")[2] for _, source in self.named.values())}
+        left_out = {*RESERVED} - batch_columns
+        if reserved := sorted(left_out.intersection(set().union(*self.covariates.values()))):
             log.warning("participants.tsv or sessions.tsv: the columns %s are left out, since the "
                         "group table uses these names. Rename them to have them as "
-                        "covariates%s.", ", ".join(taken), "; if batch is the site, give "
-                        "--batch-column batch" if "batch" in taken else "")
-        out = []
+                        "covariates%s.", ", ".join(reserved), "; if batch is the site, give "
+                        "--batch-column batch" if "batch" in reserved else "")
+        assigned = []
         for run in runs:
             name, source = _look_up(self.named, run) or _name_scanner(run.metadata)
             row = _look_up(self.covariates, run) or {}
-            out.append(replace(run, batch=name, batch_source=source,
-                               covariates={k: _convert(v) for k, v in row.items()
-                                           if k not in sites | left_out}))
-        _log_table(out)
-        return out
+            assigned.append(replace(run, batch=name, batch_source=source,
+                                    covariates={k: _convert(v) for k, v in row.items()
+                                                if k not in batch_columns | left_out}))
+        _log_table(assigned)
+        return assigned
 
     def rows(self, runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
-        """Make the rows of participants.tsv: covariates that hold for all sessions, and the batch.
+        """Make the rows of the output's participants.tsv: those of the input, and the batches.
+
+        Values of single sessions are left out.
 
         Parameters
         ----------
@@ -191,9 +199,9 @@ def _look_up(table: Mapping[Key, Any], run: Run) -> Any:
 
 def _column(tables: Mapping[str, Rows], column: str, keys: Iterable[Key], explicit: bool
             ) -> dict[Key, tuple[str, str]]:
-    """(value, source) by key, from the first table that has a value.
+    """Find value and source (TABLE:COLUMN) of a column by key, from the first table that has one.
 
-    Raises UsageError if tables disagree and the column was not named explicitly by an option.
+    Raises UsageError if tables disagree, unless an option named the column (explicit).
     """
     values: dict[Key, tuple[str, str]] = {}
     for key in keys:
@@ -205,13 +213,13 @@ def _column(tables: Mapping[str, Rows], column: str, keys: Iterable[Key], explic
             if value != row[column] and not explicit:
                 raise UsageError(f"the batch of sub-{key[0]}{f' ses-{key[1]}' if key[1] else ''} "
                                  f"is ambiguous: {source} says {value!r}, {name}:{column} says "
-                                 f"{row[column]!r}. Correct one of them. {SETTLE}")
+                                 f"{row[column]!r}. Correct one of them. {REMEDY}")
     return values
 
 
 def _require_same_groups(a: Mapping[Key, tuple[str, str]], b: Mapping[Key, tuple[str, str]]
                          ) -> None:
-    """Raise UsageError unless the values of a and b correspond one to one at their common keys."""
+    """Raise UsageError unless two columns group their common keys alike, whatever their values."""
     first_x: dict[str, Key] = {}
     first_y: dict[str, Key] = {}
     for key in sorted(a.keys() & b.keys(), key=str):
@@ -221,11 +229,11 @@ def _require_same_groups(a: Mapping[Key, tuple[str, str]], b: Mapping[Key, tuple
                 raise UsageError(
                     f"the batch is ambiguous: {source} and {second} group the participants "
                     f"differently, {a[earlier][0]!r} and {b[earlier][0]!r} for sub-{earlier[0]} "
-                    f"but {x!r} and {y!r} for sub-{key[0]}. {SETTLE}")
+                    f"but {x!r} and {y!r} for sub-{key[0]}. {REMEDY}")
 
 
 def _name_scanner(metadata: Mapping[str, Any]) -> tuple[str, str]:
-    """Name and source of the batch by the sidecar."""
+    """Derive name and source of the batch from the sidecar."""
     fields = {k: str(metadata[k]).strip() for k in SCANNER if metadata.get(k)}
     if fields:
         maker, model = (fields.get(k, "") for k in SCANNER[:2])
@@ -238,6 +246,7 @@ def _name_scanner(metadata: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _slug(text: str) -> str:
+    """Replace everything but letters and digits by hyphens."""
     return re.sub(r"[^0-9A-Za-z]+", "-", text).strip("-")
 
 
@@ -273,7 +282,10 @@ def _require_batch_file(path: Path) -> Path:
 
 
 def _read_table(path: Path, identifier: str, participant: str = "") -> dict[Key, dict[str, str]]:
-    """Rows by participant and session (labels without prefix), without n/a and empty cells."""
+    """Read the rows of a TSV; {} if there is none.
+
+    identifier: column that must exist. participant: whose rows they all are, for a sessions.tsv.
+    """
     if not path.exists():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Conversion of gradient tables between files and `Acquisition`, with the convention of FSL.
+"""Convert gradient tables between files, in the convention of FSL, and `Acquisition`.
 
 FSL's b-vectors are relative to the axes of the image, with x flipped if det(affine) > 0. With Q the
 orthogonal polar factor of affine[:3, :3] (the axes of the voxels without their sizes and shear,
@@ -6,10 +6,12 @@ with the sign of the determinant), and F = diag(−1, 1, 1) if det > 0 and I oth
 
     n_world = Q F n_fsl,        n_fsl = F Qᵀ n_world.
 
-Encoding files: a `.btens` has one line per volume with 9 numbers (3×3, row by row) or 6 (xx xy xz
-yy yz zz), in the frame of the .bvec and in s/mm². Lines that start with # are comments, of which
-`# frame: world` (RAS+) and `# units: ms/um2` change frame and unit. A `.bshape` has one b_Δ per
-volume. A `.tsv` has a column `b_delta`.
+A b-tensor encoding file gives the shape of each volume's b-tensor; there are three formats. A
+`.btens` has one line per volume with 9 numbers (3×3, row by row) or 6 (xx xy xz yy yz zz), in the
+frame of the .bvec and in s/mm². Lines that start with # are comments, of which `# frame: world`
+(RAS+) and `# units: ms/um2` change frame and unit. Its tensors replace b-values and b-vectors, and
+their traces must agree with the .bval within 10 % or 50 s/mm². A `.bshape` has one b_Δ per volume,
+and a `.tsv` has it in a column `b_delta`.
 """
 
 from __future__ import annotations
@@ -29,19 +31,20 @@ from bidsapp.dwi import Part, Run, open_image
 from bidsapp.errors import DataError
 
 ASYMMETRY_MAX = 0.05
-"""Largest difference between the two similar eigenvalues of an axially symmetric b-tensor, as a
-share of b."""
+"""Tolerance for the b-tensors of a file, as a share of b: for the difference between the two
+similar eigenvalues, between the tensor and its transpose, and of a negative eigenvalue from 0."""
 
 TIMES = {
     "small_delta": ("DiffusionPulse_delta_s", "SmallDelta", "DiffusionGradientPulseDuration"),
     "big_delta": ("DiffusionTimeDelta_s", "LargeDelta", "BigDelta"),
     "echo_time": ("EchoTime",),
 }
-"""Sidecar keys of pulse duration, pulse separation and echo time, in s."""
+"""Sidecar keys of pulse duration, pulse separation and echo time, in s. The first one present is
+used."""
 
 
 def load_acquisition(run: Run) -> Acquisition:
-    """Read the acquisition of all parts of a run, in order.
+    """Read the gradient tables of the parts of a run and concatenate them in order.
 
     Parameters
     ----------
@@ -55,8 +58,8 @@ def load_acquisition(run: Run) -> Acquisition:
     Raises
     ------
     DataError
-        A part cannot be read (`read_acquisition`), or the run has no b0 volume, or nothing but b0
-        volumes.
+        A part cannot be read (`read_acquisition`); the run has no b0 volume or nothing else; or its
+        largest b-value is below 20, which looks like ms/µm².
     """
     bvals = np.concatenate([_numbers(part.bval) for part in run.parts])
     files = ", ".join(str(part.bval) for part in run.parts)
@@ -107,12 +110,12 @@ def read_acquisition(part: Part) -> Acquisition:
         raise DataError(f"{part.image} has {n} volumes, {part.bval.name} {bvals.size} b-values "
                         f"and {part.bvec.name} {len(bvecs)} b-vectors; the three must be equal. "
                         "Export the three from the same series again, or remove the surplus.")
-    axes = to_world(bvecs, affine)
+    directions = to_world(bvecs, affine)
     b_delta = None
     if part.encoding is not None:
-        bvals, axes, b_delta = _encoding(part.encoding, bvals, axes, affine)
+        bvals, directions, b_delta = _encoding(part.encoding, bvals, directions, affine)
     try:
-        return Acquisition(bvals, axes, b_delta, **_times(part.metadata))
+        return Acquisition(bvals, directions, b_delta, **_times(part.metadata))
     except DataError as error:
         others = [p.name for p in (part.bvec, part.encoding) if p]
         raise DataError(f"{part.bval} with {' and '.join(others)}: {error}") from error
@@ -139,8 +142,8 @@ def to_fsl(acquisition: Acquisition, affine: Float[np.ndarray, "4 4"]
 
 
 def text(table: np.ndarray) -> str:
-    """Format numbers (row, n) as a .bval or .bvec file."""
-    return "".join(" ".join(f"{v:.8g}" for v in row + 0.0) + "\n" for row in table)
+    """Format a table as a .bval (1, n) or .bvec (3, n) file."""
+    return "".join(" ".join(f"{v:.8g}" for v in row + 0.0) + "\n" for row in table)  # no -0
 
 
 def btens_text(acquisition: Acquisition, affine: np.ndarray) -> str:
@@ -151,7 +154,10 @@ def btens_text(acquisition: Acquisition, affine: np.ndarray) -> str:
 
 
 def fsl_axes(affine: np.ndarray) -> np.ndarray:
-    """Compute Q F of this module's equation: axes of a .bvec as columns, (3, 3), world RAS+."""
+    """Compute Q F of this module's equation: axes of the .bvec in world RAS+, as columns (3, 3).
+
+    It is orthogonal with determinant −1 for any affine.
+    """
     linear = np.asarray(affine, dtype=np.float64)[:3, :3]
     u, _, vt = np.linalg.svd(linear)
     flip = -1.0 if np.linalg.det(linear) > 0 else 1.0
@@ -159,7 +165,7 @@ def fsl_axes(affine: np.ndarray) -> np.ndarray:
 
 
 def _rows(path: Path) -> tuple[list[np.ndarray], str]:
-    """Rows of numbers, and the comments of a file."""
+    """Read the rows of numbers and the comments of a text file."""
     try:
         text = require_file(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -189,6 +195,7 @@ def _is_number(token: str) -> bool:
 
 
 def _numbers(path: Path) -> np.ndarray:
+    """All numbers of a file, whether in one row or in one column."""
     return np.concatenate(_rows(path)[0])
 
 
@@ -212,18 +219,21 @@ def _times(metadata: Mapping[str, Any]) -> dict[str, float | None]:
             for name, keys in TIMES.items()}
 
 
-def _encoding(path: Path, bvals: np.ndarray, axes: np.ndarray, affine: np.ndarray
+def _encoding(path: Path, bvals: np.ndarray, directions: np.ndarray, affine: np.ndarray
               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """b (s/mm²), axes (world RAS+) and b_delta by an encoding file."""
+    """Read an encoding file: b (s/mm²), directions (world RAS+) and b_delta of each volume.
+
+    b and directions are those of a .btens. Other formats have none: the given ones are returned.
+    """
     if path.suffix == ".btens":
-        b, axes, b_delta = _decompose(_tensors(path, affine, len(bvals)), path)
+        b, directions, b_delta = _decompose(_tensors(path, affine, len(bvals)), path)
         different = np.abs(b - bvals) > np.maximum(B0_MAX, 0.1 * bvals)
         if different.any():
             i = int(np.argmax(different))
             raise DataError(f"{path}: the b-tensor of volume {i} has trace {b[i]:g} s/mm², the "
                             f".bval says {bvals[i]:g}. Correct one of them; if the tensors are in "
                             "ms/µm², add the line `# units: ms/um2`.")
-        return b, axes, b_delta
+        return b, directions, b_delta
     if path.suffix == ".tsv":
         import pandas as pd
 
@@ -241,7 +251,7 @@ def _encoding(path: Path, bvals: np.ndarray, axes: np.ndarray, affine: np.ndarra
     if len(b_delta) != len(bvals):
         raise DataError(f"{path}: holds {len(b_delta)} values of b_delta for {len(bvals)} volumes; "
                         "one per volume is needed.")
-    return bvals, axes, b_delta
+    return bvals, directions, b_delta
 
 
 def _tensors(path: Path, affine: np.ndarray, n: int) -> np.ndarray:
@@ -265,8 +275,8 @@ def _tensors(path: Path, affine: np.ndarray, n: int) -> np.ndarray:
         raise DataError(f"{path}: states units {units} and frame {frame}; supported are s/mm2, "
                         "ms/um2, s/m2, and bvec, world.")
     if frame == "bvec":
-        rotation = fsl_axes(affine)
-        tensors = rotation @ tensors @ rotation.T
+        axes = fsl_axes(affine)
+        tensors = axes @ tensors @ axes.T
     return tensors * scale
 
 
@@ -274,15 +284,14 @@ def _decompose(tensors: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray,
     """b (trace), symmetry axis (unit) and b_delta of axially symmetric tensors.
 
     The axis belongs to the eigenvalue λ∥ that differs most from the other two, whose mean is λ⊥;
-    b_Δ = (λ∥ − λ⊥) / b.
+    b_Δ = (λ∥ − λ⊥) / b, or 1 for b0 volumes.
     """
     skew = np.abs(tensors - np.swapaxes(tensors, 1, 2)).max(axis=(1, 2))
     values, vectors = np.linalg.eigh((tensors + np.swapaxes(tensors, 1, 2)) / 2)
     b = values.sum(axis=1)
     weighted = b >= B0_MAX
     lower, upper = np.diff(values, axis=1).T  # gaps of the ascending eigenvalues
-    largest = upper >= lower
-    single = np.where(largest, 2, 0)
+    single = np.where(upper >= lower, 2, 0)  # position of λ∥
     rows = np.arange(len(b))
     for bad, property_ in (
         (b < -B0_MAX, "has a negative trace"),

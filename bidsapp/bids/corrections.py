@@ -1,8 +1,9 @@
-"""Find the images that correct a raw run: opposite phase encodings, GRE field maps, phases.
+"""Find the images that can correct a raw run: EPIs and DWIs with the opposite phase encoding, GRE
+field maps, and phase images.
 
 Field maps are read from the folders `fmap` and `dwi` of the run's session, not from the index of
-the dataset. The first rule that gives any is used:
-1. those that B0FieldSource of the run names, by their B0FieldIdentifier;
+the dataset. The first rule that gives one that can be used applies:
+1. those whose B0FieldIdentifier the B0FieldSource of the run names;
 2. those whose IntendedFor names the run;
 3. those of the session that are not intended for another image, with a notice.
 If a file is broken, its field map is not used, and a notice says so.
@@ -28,11 +29,12 @@ from bidsapp.dwi import FIELD_MAPS, FieldMap, ImageFile, Part, Run, open_image
 from bidsapp.errors import DataError
 
 SAME_AXIS = np.cos(np.radians(10))
-"""Cosine of the largest angle (10°) between image axes that count as equal."""
+"""Cosine of the largest angle in the world (10°) between the phase-encoding axes of images that
+correct one another."""
 
 GRE_KINDS = {"phasediff": "phasediff", "phase1": "phases", "phase2": "phases",
              "fieldmap": "fieldmap"}
-"""Kind of field map by BIDS suffix."""
+"""Kind of GRE field map (`dwi.FIELD_MAPS`) by BIDS suffix."""
 
 MAGNITUDES = ("magnitude", "magnitude1", "magnitude2")
 """BIDS suffixes of magnitude images."""
@@ -45,9 +47,10 @@ class Candidate:
     Parameters
     ----------
     field_map : FieldMap
-        The field map.
+        The field map. An EPI or DWI has the kind `opposite`, although `_usable` is where its phase
+        encoding is compared with others.
     identifiers : frozenset of str
-        Its B0FieldIdentifier.
+        The B0FieldIdentifier of its images.
     intended : frozenset of Path
         The existing files that its IntendedFor names.
     """
@@ -58,7 +61,7 @@ class Candidate:
 
     @cached_property
     def axes(self) -> np.ndarray:
-        """Directions of the axes of its first image as columns, (3, 3), world.
+        """Unit vectors of the voxel axes of its first image in world RAS+, as columns (3, 3).
 
         Raises
         ------
@@ -71,7 +74,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Session:
-    """The candidates of a session, with notices on field maps that cannot be used."""
+    """The candidates for field maps of a session, with notices on those that cannot be used."""
 
     candidates: Sequence[Candidate]
     notices: tuple[str, ...]
@@ -93,7 +96,7 @@ def read_session(folder: Path, root: Path, parts: Iterable[Part]) -> Session:
     Returns
     -------
     Session
-        A candidate for each GRE field map, each EPI and each DWI.
+        A candidate for each GRE field map, each EPI, and each DWI with a phase encoding.
     """
     candidates: list[Candidate] = []
     notices: list[str] = []
@@ -161,9 +164,9 @@ def find_corrections(run: Run, root: Path, session: Session) -> Run:
 
 
 def _field_maps(run: Run, candidates: Sequence[Candidate], notices: list[str]) -> list[FieldMap]:
-    """The field maps of the first rule that gives any, the most trusted first."""
+    """Find the field maps by the first rule that gives any, the most trusted first."""
     images = {part.image for part in run.parts}
-    parts = [c for c in candidates if c.field_map.images[0].image in images]
+    run_dwis = [c for c in candidates if c.field_map.images[0].image in images]
     others = [c for c in candidates if c.field_map.images[0].image not in images]
     sources = _strings(run.metadata.get("B0FieldSource"))
     notices += [f"B0FieldSource names {source[:40]}, which is the B0FieldIdentifier of no other "
@@ -174,7 +177,8 @@ def _field_maps(run: Run, candidates: Sequence[Candidate], notices: list[str]) -
                                for source in sources]),
             ("IntendedFor", [[c] for c in others if c.intended & images]),
             ("session", [[c] for c in others if not c.intended])):
-        used = [replace(m, rule=rule) for group in groups for m in _usable(group, parts, notices)]
+        used = [replace(m, rule=rule) for group in groups
+                for m in _usable(group, run_dwis, notices)]
         if used:
             if rule == "session":
                 notices.append("No sidecar assigns a field map to this run, so those of its "
@@ -188,17 +192,20 @@ def _field_maps(run: Run, candidates: Sequence[Candidate], notices: list[str]) -
 
 
 def _shared(field_map: FieldMap, run: Run) -> int:
-    """Number of entities that its first image shares with the run, most within one protocol."""
+    """Number of entities that its first image shares with the run, to prefer its own protocol."""
     return len(run.entities.items() & entities_of(field_map.images[0].image.name).items())
 
 
-def _usable(group: Sequence[Candidate], parts: Sequence[Candidate], notices: list[str]
+def _usable(group: Sequence[Candidate], run_dwis: Sequence[Candidate], notices: list[str]
             ) -> Iterator[FieldMap]:
-    """Yield the GRE field maps of a group, and one field map of all its EPIs and DWIs if two of
-    them, or one and a DWI of the run, have opposite phase encodings."""
+    """Yield the GRE field maps of a group, and one field map of all its EPIs and DWIs.
+
+    The latter needs two images, both of the group or one of them a DWI of the run, with opposite
+    phase encodings along the same axis in the world.
+    """
     yield from (c.field_map for c in group if c.field_map.kind != "opposite")
     epis = [c for c in group if c.field_map.kind == "opposite"]
-    for first, second in combinations([*epis, *parts], 2):
+    for first, second in combinations([*epis, *run_dwis], 2):
         one, other = (PhaseEncoding.from_sidecar(c.field_map.images[0].metadata)
                       for c in (first, second))
         if one and one.opposes(other):
@@ -213,7 +220,7 @@ def _usable(group: Sequence[Candidate], parts: Sequence[Candidate], notices: lis
 
 
 def _phase(run: Run, root: Path, notices: list[str]) -> tuple[ImageFile, ...]:
-    """The phase image beside each magnitude; empty if one is missing or broken."""
+    """Find the phase image beside each part; empty if one is missing or cannot be read."""
     phases: list[ImageFile] = []
     for part in run.parts:
         entities = {**entities_of(part.image.name), "part": "phase"}
@@ -232,6 +239,7 @@ def _phase(run: Run, root: Path, notices: list[str]) -> tuple[ImageFile, ...]:
 
 
 def _candidate(field_map: FieldMap, root: Path, notices: list[str]) -> Candidate:
+    """Read what the sidecars of a field map assign it to."""
     images = (*field_map.images, *field_map.magnitudes)
     identifiers = {s for i in images for s in _strings(i.metadata.get("B0FieldIdentifier"))}
     named = [p for i in images for p in _intended(i.image, i.metadata, root)]
@@ -243,8 +251,8 @@ def _candidate(field_map: FieldMap, root: Path, notices: list[str]) -> Candidate
 
 
 def _intended(image: Path, metadata: Mapping[str, Any], root: Path) -> Iterator[Path]:
-    """Files that IntendedFor may mean: a `bids::` URI, or a path relative to the participant's
-    folder or, which violates BIDS, to the root of the dataset."""
+    """Yield the files that IntendedFor may mean: a `bids::` URI, or a path relative to the
+    participant's folder or, which violates BIDS, to the root of the dataset."""
     participant = root / f"sub-{entities_of(image.name).get('sub')}"
     for name in _strings(metadata.get("IntendedFor")):
         if name.startswith("bids::"):
@@ -259,8 +267,8 @@ def _strings(value: Any) -> list[str]:
 
 
 def _images(folder: Path) -> list[Path]:
-    names = [p for pattern in ("*.nii", "*.nii.gz") for p in folder.glob(pattern)]
-    return sorted(names, key=lambda p: label_order(p.name))
+    paths = [p for pattern in ("*.nii", "*.nii.gz") for p in folder.glob(pattern)]
+    return sorted(paths, key=lambda p: label_order(p.name))
 
 
 def _suffix(path: Path) -> str:

@@ -4,7 +4,8 @@ A run is usually one DWI file. Several files of a session are one run if they ar
 split into parts: their names differ only in acq and run; they share grid, affine, phase encoding,
 readout time and echo time; and their gradient tables complement each other. Files that repeat a
 gradient table are repeated measurements and remain separate runs, as do files with different phase
-encoding. Preprocessed runs of a session replace its raw runs.
+encoding. If a derivative has preprocessed runs of a session, the raw runs of the session are not
+used.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ class Inventory:
     runs, problems : mapping
         Runs, and messages about files that could not be used, by participant.
     unknown : list of str
-        Labels that were given as options but do not exist.
+        Labels of --participant-label that do not exist.
     rows, columns : mapping
-        Rows of participants.tsv (covariates and batch), and descriptions of its columns.
+        Rows of participants.tsv (covariates and batch) by participant, and descriptions of its
+        columns.
     """
 
     name: str
@@ -72,7 +74,7 @@ class Inventory:
 
 
 def find_runs(options: Options) -> Inventory:
-    """Find the runs that the options select, and log notices and the table of batches.
+    """Find the runs that the options select, and log the batches and what is left out.
 
     Parameters
     ----------
@@ -95,16 +97,17 @@ def find_runs(options: Options) -> Inventory:
     given = list(dict.fromkeys(s.removeprefix("sub-") for s in options.participant_label))
     sessions = {s.removeprefix("ses-") for s in options.session_label}
 
-    trees, raw = list(options.derivatives), dict[str, list[Path]]()
+    folders, raw = list(options.derivatives), dict[str, list[Path]]()
     if about.get("DatasetType") == "derivative":
-        trees.insert(0, ("raw", root))
+        folders.insert(0, ("raw", root))
     else:
         layout = build_index(root, participants=given, validate=not options.skip_bids_validation,
                              database_dir=options.bids_database_dir)
         raw = preprocessed.by_label(find_files(layout, "dwi", filters))
-    derivatives = [preprocessed.Tree.read(name, path, given, filters) for name, path in trees]
+    derivatives = [preprocessed.Derivative.read(name, path, given, filters)
+                   for name, path in folders]
 
-    existing = list_participants(root).union(*(tree.labels for tree in derivatives))
+    existing = list_participants(root).union(*(d.labels for d in derivatives))
     unknown = [label for label in given if label not in existing]
     selected = [p for p in given if p in existing] if given else sorted(existing, key=label_order)
     problems: dict[str, list[str]] = {label: [] for label in selected}
@@ -113,7 +116,7 @@ def find_runs(options: Options) -> Inventory:
         key=lambda run: label_order(run.name)) for label in selected}
     empty = [label for label in runs if not runs[label] and not problems[label]]
     if len(empty) == len(runs):
-        raise UsageError(_describe_nothing(root, unknown, empty, sessions, trees))
+        raise UsageError(_describe_nothing(root, unknown, empty, sessions, folders))
     if empty and not given:
         log.info("without dMRI%s: %s", f" in {_describe_sessions(sessions)}" if sessions else "",
                  ", ".join(f"sub-{label}" for label in empty))
@@ -122,9 +125,9 @@ def find_runs(options: Options) -> Inventory:
             if given else []
     labels = [label for label in runs if runs[label] or problems[label]]
     batches = batch.Batches.read(root, labels, options.batch_file, options.batch_column, problems)
-    resolved = iter(batches.resolve([run for label in labels for run in runs[label]]))
-    anatomy = [*(tree.root for tree in derivatives), root]
-    runs = {label: [preprocessed.with_anatomy(next(resolved), anatomy) for _ in runs[label]]
+    with_batch = iter(batches.assign([run for label in labels for run in runs[label]]))
+    roots = [*(d.root for d in derivatives), root]
+    runs = {label: [preprocessed.with_anatomy(next(with_batch), roots) for _ in runs[label]]
             for label in labels}
     authors = about.get("Authors")
     return Inventory(str(about.get("Name") or root.name),
@@ -133,59 +136,69 @@ def find_runs(options: Options) -> Inventory:
 
 
 def _participant_runs(label: str, raw: Sequence[Path], root: Path,
-                      trees: Sequence[preprocessed.Tree], sessions: Collection[str],
-                      problems: list[str]) -> Iterator[Run]:
-    """Yield a participant's preprocessed runs, from the first dataset that has any of a session,
-    and the raw runs of other sessions."""
-    datasets: dict[str | None, str] = {}  # of the preprocessed runs, by session
-    for tree in trees:
-        for session, read in tree.sources(label):
-            if datasets.setdefault(session, tree.name) != tree.name:
+                      derivatives: Sequence[preprocessed.Derivative],
+                      sessions: Collection[str], problems: list[str]) -> Iterator[Run]:
+    """Yield the preprocessed runs of a participant, then the raw runs of other sessions.
+
+    If several derivatives have runs of a session, those of the first are used. One whose runs have
+    no session replaces the raw runs of all sessions. A preprocessed run that cannot be read is a
+    problem, and is not replaced by raw data.
+    """
+    used_derivative: dict[str | None, str] = {}  # its name, by session
+    for derivative in derivatives:
+        for session, read in derivative.sources(label):
+            if used_derivative.setdefault(session, derivative.name) != derivative.name:
                 log.warning("sub-%s: %s also has session %s; %s comes first and is used.", label,
-                            tree.name, session, datasets[session])
+                            derivative.name, session, used_derivative[session])
             elif not sessions or session in sessions:
                 try:
                     run = read()
                 except DataError as error:
                     problems.append(str(error))
                     continue
-                measured = [path for path in raw
-                            if session in (None, entities_of(path.name).get("ses"))]
-                yield _with_mask(_with_scanner(run, measured, root), trees)
+                same_session = [path for path in raw
+                                if session in (None, entities_of(path.name).get("ses"))]
+                yield _with_mask(_with_scanner(run, same_session, root), derivatives)
     selected = [p for p in raw if not sessions or entities_of(p.name).get("ses") in sessions]
-    used = [p for p in selected if not datasets.keys() & {None, entities_of(p.name).get("ses")}]
+    used = [p for p in selected
+            if not used_derivative.keys() & {None, entities_of(p.name).get("ses")}]
     if len(used) < len(selected):
         log.info("sub-%s: %d raw files are left out, since %s has preprocessed ones.", label,
-                 len(selected) - len(used), " and ".join(dict.fromkeys(datasets.values())))
+                 len(selected) - len(used), " and ".join(dict.fromkeys(used_derivative.values())))
     for run in _raw_runs(used, root, problems):
-        yield _with_mask(run, trees)
+        yield _with_mask(run, derivatives)
 
 
 def _with_scanner(run: Run, raw: Sequence[Path], root: Path) -> Run:
-    """Add the scanner of the raw sidecars, on which all of them agree, to a preprocessed run whose
-    sidecar lacks it, since most preprocessing tools do not copy it."""
+    """Add scanner and institution from raw sidecars to a preprocessed run whose sidecar has no such
+    key, since most preprocessing tools do not copy them. Keys on which raw sidecars differ are left
+    out."""
     keys = {*batch.SCANNER, "InstitutionName"}
     if not raw or keys & run.metadata.keys():
         return run
     try:
-        measured = [read_sidecar(path, root) for path in raw]
+        sidecars = [read_sidecar(path, root) for path in raw]
     except DataError as error:
         log.warning("%s: the scanner is not known: %s", run.name, error)
         return run
-    scanner = {k: v for k, v in measured[0].items()
-               if k in keys and all(other.get(k) == v for other in measured)}
+    scanner = {k: v for k, v in sidecars[0].items()
+               if k in keys and all(other.get(k) == v for other in sidecars)}
     return replace(run, parts=tuple(replace(part, metadata={**scanner, **part.metadata})
                                     for part in run.parts))
 
 
-def _with_mask(run: Run, trees: Sequence[preprocessed.Tree]) -> Run:
-    masks = (tree.mask_of(run) for tree in trees)
+def _with_mask(run: Run, derivatives: Sequence[preprocessed.Derivative]) -> Run:
+    """Add the mask of the first derivative that has one for a run without a mask."""
+    masks = (derivative.mask_of(run) for derivative in derivatives)
     return run if run.mask else replace(run, mask=next((m for m in masks if m), None))
 
 
 def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterator[Run]:
-    """Yield one run per acquisition of a participant, without complex parts and, beside weighted
-    runs, without b0 series."""
+    """Yield one run per acquisition of a participant.
+
+    Only magnitude images are used, not those of part-phase, part-real and part-imag. In a session
+    with weighted runs, series of b0 volumes alone are left out.
+    """
     parts = []
     for image in sorted(images, key=lambda path: label_order(path.name)):
         if entities_of(image.name).get("part", "mag") != "mag":
@@ -196,7 +209,7 @@ def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterat
         except DataError as error:
             problems.append(str(error))
     sessions = defaultdict(list)
-    for group in _joined(parts):
+    for group in _group_parts(parts):
         sessions[entities_of(group[0].image.name).get("ses")].append(group)
     for groups in sessions.values():
         candidates = corrections.read_session(groups[0][0].image.parent.parent, root, parts)
@@ -207,7 +220,7 @@ def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterat
             if group not in kept:
                 log.info("%s: left out, since it has only b0 volumes (b < %g s/mm²) and there are "
                          "weighted runs.", ", ".join(p.image.name for p in group), B0_MAX)
-        for entities, group in zip(_names(kept), kept, strict=True):
+        for entities, group in zip(_run_entities(kept), kept, strict=True):
             if len(group) > 1:
                 log.info("%s: one acquisition, joined in this order: %s.", group[0].image.name,
                          ", ".join(p.image.name for p in group))
@@ -215,23 +228,23 @@ def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterat
                 Run(entities, tuple(group), dataset=("raw", root)), root, candidates)
 
 
-def _joined(parts: Sequence[Part]) -> list[list[Part]]:
-    """Group the parts of each acquisition, in order."""
-    alike = defaultdict(list)
+def _group_parts(parts: Sequence[Part]) -> list[list[Part]]:
+    """Group the files that are parts of one acquisition; keep their order in each group."""
+    by_properties = defaultdict(list)
     for part in parts:
-        alike[_key(part)].append(part)
-    joined: list[list[Part]] = []
-    for same in alike.values():
-        if len(same) == 1:
-            joined.append(same)
+        by_properties[_shared_properties(part)].append(part)
+    complete: list[list[Part]] = []
+    for candidates in by_properties.values():
+        if len(candidates) == 1:
+            complete.append(candidates)
             continue
         groups: list[tuple[list[Part], list[Acquisition], Any]] = []
-        for part in same:
+        for part in candidates:
             try:
                 image = open_image(part.image)
                 table = read_acquisition(part)
             except DataError:  # reported when the run is loaded
-                joined.append([part])
+                complete.append([part])
                 continue
             for members, tables, first in groups:
                 if (image.shape[:3] == first.shape[:3]
@@ -242,15 +255,15 @@ def _joined(parts: Sequence[Part]) -> list[list[Part]]:
                     break
             else:
                 groups.append(([part], [table], image))
-        joined += [members for members, *_ in groups]
-    return joined
+        complete += [members for members, *_ in groups]
+    return complete
 
 
-def _key(part: Part) -> tuple[Any, ...]:
-    """The properties, besides the grid, that the parts of one acquisition share.
+def _shared_properties(part: Part) -> tuple[Any, ...]:
+    """The entities and sidecar values in which the parts of one acquisition must agree.
 
-    If neither `dir` nor the sidecar gives the phase encoding, acq may stand for it (acq-AP), so
-    that only `run` may differ.
+    If neither `dir` nor the sidecar gives the phase encoding, acq may name it (acq-AP), so acq must
+    agree as well.
     """
     entities = ordered(entities_of(part.image.name))
     values = [part.metadata.get(k)
@@ -262,7 +275,7 @@ def _key(part: Part) -> tuple[Any, ...]:
 
 
 def repeats(a: Acquisition, b: Acquisition) -> bool:
-    """Tell whether most weighted volumes of the shorter table are also in the other.
+    """Tell whether more than half of the weighted volumes of the shorter table are in the other.
 
     Volumes are equal if their b-tensors are: ‖B − B'‖ < 0.05 ‖B‖ (Frobenius norm).
     """
@@ -274,9 +287,12 @@ def repeats(a: Acquisition, b: Acquisition) -> bool:
     return bool(np.mean(differences.min(axis=1) < SAME_TENSOR * norms) > 0.5)
 
 
-def _names(groups: Sequence[Sequence[Part]]) -> Iterator[dict[str, str]]:
-    """The entities that the parts of a group share; those of the first part if another group would
-    have the same name."""
+def _run_entities(groups: Sequence[Sequence[Part]]) -> Iterator[dict[str, str]]:
+    """Yield the entities of the run of each group.
+
+    They are those that its parts share, or those of its first part if another group would have the
+    same name.
+    """
     parts = [[ordered(entities_of(part.image.name)) for part in group] for group in groups]
     shared = [{k: v for k, v in es[0].items() if all(e.get(k) == v for e in es)} for es in parts]
     for i, common in enumerate(shared):
@@ -285,8 +301,8 @@ def _names(groups: Sequence[Sequence[Part]]) -> Iterator[dict[str, str]]:
 
 
 def _describe_nothing(root: Path, unknown: Sequence[str], empty: Sequence[str],
-                      sessions: Collection[str], trees: Sequence[tuple[str, Path]]) -> str:
-    places = ", ".join([str(root), *(str(path) for _, path in trees if path != root)])
+                      sessions: Collection[str], folders: Sequence[tuple[str, Path]]) -> str:
+    places = ", ".join([str(root), *(str(path) for _, path in folders if path != root)])
     sentences = [f"no participant {', '.join(f'sub-{label}' for label in unknown)} exists in "
                  f"{places}." if unknown else ""]
     if empty or not unknown:

@@ -1,7 +1,7 @@
-"""Index of the files in the dwi folders of a dataset, made by pybids, and queries of it.
+"""Index the dwi folders of a dataset with pybids, and query the index.
 
 Sidecars are read by `bidsapp.bids.inherit`, since pybids 0.22 fails on the whole dataset if the
-JSON of a single participant is broken or a broken link.
+JSON of a single participant is not valid or is a link to a missing file.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 IGNORED = (r"^/(?!sub-)[^/.]+(/|$)",
            r"^/sub-[^/]+/(ses-[^/]+/)?(?!ses-|dwi(/|$))[^/.]+(/|$)")
-"""Patterns of all folders but sub-*/[ses-*/]dwi."""
+"""Patterns of the folders that are not indexed: all but sub-*/[ses-*/]dwi."""
 
-SHORT = {"acq": "acquisition", "dir": "direction", "ses": "session", "sub": "subject",
-         "rec": "reconstruction"}
-"""Names of entities in pybids, by short key."""
+PYBIDS_NAMES = {"acq": "acquisition", "dir": "direction", "ses": "session", "sub": "subject",
+                "rec": "reconstruction"}
+"""Names of entities in pybids, by their key in file names."""
 
 
 def read_description(root: Path, *, needed: bool) -> dict[str, Any]:
@@ -86,14 +86,14 @@ def build_index(root: Path, *, participants: Collection[str], validate: bool,
     root : Path
         Root of the dataset.
     participants : collection of str
-        Labels of the participants; empty: all.
+        Labels of the participants to index; empty: all. Ignored if there is a `database_dir`.
     validate : bool
-        Whether names must be valid in BIDS.
+        Whether to leave out files whose names are not valid in BIDS.
     derivative : bool
         Whether the dataset is a derivative.
     database_dir : Path, optional
-        Folder in which the index of all participants is kept. Its subfolder is named by a hash of
-        the state of the dataset's folders, so that an outdated index is never used.
+        Folder that keeps the index of all participants for later calls, in a subfolder named by a
+        hash of the dataset's folders and their times, so that an outdated index is never used.
 
     Returns
     -------
@@ -112,36 +112,36 @@ def build_index(root: Path, *, participants: Collection[str], validate: bool,
     if participants and database_dir is None:
         ignore.append(re.compile(rf"^/sub-(?!({'|'.join(map(re.escape, participants))})(/|$))"))
 
-    def make(database: Path | None) -> BIDSLayout:
+    def make_layout(path: Path | None) -> BIDSLayout:
         return BIDSLayout(root, validate=validate, is_derivative=derivative,
-                          database_path=database, indexer=BIDSLayoutIndexer(
+                          database_path=path, indexer=BIDSLayoutIndexer(
                               validate=validate, ignore=ignore, index_metadata=False))
 
-    about = root / "dataset_description.json"
+    description = root / "dataset_description.json"
     try:
-        if about.exists():
-            read_json(about)
+        if description.exists():
+            read_json(description)
         if database_dir is None:
-            return make(None)
-        place = database_dir.absolute() / _state(root, validate)
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with scratch.temporary(place.parent) as unfinished:
-                make(unfinished)
+            return make_layout(None)
+        database = database_dir.absolute() / _state(root, validate)
+        if not database.exists():
+            database.parent.mkdir(parents=True, exist_ok=True)
+            with scratch.temporary(database.parent) as unfinished:
+                make_layout(unfinished)
                 try:
-                    unfinished.rename(place)
+                    unfinished.rename(database)
                 except OSError:
-                    if not place.exists():  # otherwise another process was first
+                    if not database.exists():  # otherwise another process was first
                         raise
-        return make(place)
+        return make_layout(database)
     except BIDSValidationError as error:
         raise UsageError(f"{root}: pybids does not accept it as a BIDS dataset: {error}. Correct "
                          "it, or give --skip-bids-validation.") from error
     except DataError as error:
         raise UsageError(str(error)) from error
     except ValueError as error:  # pybids is stricter than read_json
-        raise UsageError(f"{about}: pybids cannot read it ({error}). Save it as JSON in UTF-8 "
-                         "without a byte order mark.") from error
+        raise UsageError(f"{description}: pybids cannot read it ({error}). Save it as JSON in "
+                         "UTF-8 without a byte order mark.") from error
     except OSError as error:
         raise UsageError(f"{root}: cannot be indexed ({error}). Grant read access"
                          + (f", and write access to --bids-database-dir {database_dir}."
@@ -149,7 +149,10 @@ def build_index(root: Path, *, participants: Collection[str], validate: bool,
 
 
 def _state(root: Path, validate: bool) -> str:
-    """Hash that changes if a file or folder down to dwi/ is added, removed or renamed."""
+    """Hash that changes if a file or folder down to the level of dwi/ is added, removed or renamed.
+
+    It does not change with the content of files, which the index does not hold.
+    """
     folders = [root]
     for pattern in ("sub-*", "sub-*/ses-*", "sub-*/dwi", "sub-*/ses-*/dwi"):
         folders += sorted(root.glob(pattern))
@@ -205,7 +208,7 @@ def read_filters(path: Path | None) -> dict[str, Any]:
 
 def find_files(layout: BIDSLayout, suffix: str, filters: Mapping[str, Any], **more: Any
                ) -> list[Path]:
-    """Find images by suffix and filters.
+    """Find the NIfTI images of a suffix that pass the filters.
 
     Parameters
     ----------
@@ -214,9 +217,10 @@ def find_files(layout: BIDSLayout, suffix: str, filters: Mapping[str, Any], **mo
     suffix : str
         BIDS suffix, such as `dwi`.
     filters : mapping
-        Values by entity. Filters on unknown entities are ignored, with a warning.
+        Values by entity (key or name in pybids), from `read_filters`. Unknown entities are ignored,
+        with a warning unless the dataset is a derivative.
     **more
-        Further conditions of the query.
+        Further conditions, by the names of pybids.
 
     Returns
     -------
@@ -225,18 +229,18 @@ def find_files(layout: BIDSLayout, suffix: str, filters: Mapping[str, Any], **mo
     entities = {entity for config in layout.config.values() for entity in config.entities}
     query: dict[str, Any] = {"suffix": suffix, "extension": [".nii", ".nii.gz"]}
     for key, value in filters.items():
-        name = SHORT.get(key, key)
+        name = PYBIDS_NAMES.get(key, key)
         if name in entities or name == "regex_search":
             query[name] = _value(value)
         elif not layout.is_derivative:
             log.warning("--bids-filter-file: %r is not an entity and is ignored; known are %s.",
                         key, ", ".join(sorted(entities)))
-    names = layout.get(return_type="filename", invalid_filters="allow", **(query | more))
-    return [Path(name) for name in names]
+    paths = layout.get(return_type="filename", invalid_filters="allow", **(query | more))
+    return [Path(path) for path in paths]
 
 
 def _value(value: Any) -> Any:
-    """Convert null (absent), "*" (any) and their names in pybids to values of a query."""
+    """Convert null (absent), "*" (any) and texts such as "Query.NONE" to values for pybids."""
     from bids.layout import Query
 
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,9 +1,9 @@
-"""Files that apply to an image by the inheritance principle of BIDS.
+"""Find the tables and sidecars of an image by the inheritance principle of BIDS.
 
 A file applies to an image if it is in the image's folder or above it, up to the root of the
 dataset, if it has the same suffix, and if all its entities are those of the image. JSON files are
-merged, and the keys of the file nearest to the image take precedence. The nearest .bval, .bvec and
-encoding file is used
+merged, and the keys of the file nearest to the image take precedence. Of .bval, .bvec and b-tensor
+encoding files (`btable`), the nearest is used
 (https://bids-specification.readthedocs.io/en/stable/common-principles.html#the-inheritance-principle).
 """
 
@@ -21,11 +21,11 @@ from bidsapp.dwi import Part
 from bidsapp.errors import DataError
 
 ENCODINGS = (".btens", ".bshape", ".tsv")
-"""Extensions of encoding files."""
+"""Extensions of b-tensor encoding files."""
 
 MAX_NESTING = 100
-"""Largest nesting of lists and objects in JSON. Deeper nesting exhausts the stack when they are
-copied or written."""
+"""Largest depth of lists and objects in a JSON file. Copying or writing a deeper one exhausts the
+stack."""
 
 
 def entities_of(name: str) -> dict[str, str]:
@@ -54,7 +54,7 @@ def name_of(path: Path) -> str:
 
 
 def read_part(image: Path, root: Path) -> Part:
-    """Find the tables, encoding file and sidecars of a DWI.
+    """Find the .bval, .bvec, b-tensor encoding file and sidecars of a DWI; read the sidecars.
 
     Parameters
     ----------
@@ -70,8 +70,9 @@ def read_part(image: Path, root: Path) -> Part:
     Raises
     ------
     DataError
-        One of the files is missing, a broken link, broken or duplicated, or the name is not a BIDS
-        name.
+        The image, its .bval or its .bvec is missing; a file is a link to a missing one; a sidecar
+        cannot be read; the image is there as .nii and .nii.gz; there are several encoding files; or
+        the name is not a BIDS name. The tables are not read.
     """
     try:
         output_path(entities_of(image.name), "dwi", ".nii.gz")
@@ -106,7 +107,7 @@ def read_sidecar(image: Path, root: Path) -> dict[str, Any]:
     Raises
     ------
     DataError
-        One of them is broken, a broken link, or not an object.
+        One of them cannot be read (`read_json`).
     """
     merged: dict[str, Any] = {}
     for path in reversed(find_applicable(image, root, ".json")):
@@ -117,7 +118,7 @@ def read_sidecar(image: Path, root: Path) -> dict[str, Any]:
 def find_applicable(image: Path, root: Path, extension: str) -> list[Path]:
     """List the files with an extension that apply to an image, the nearest first.
 
-    Within a folder, the file that shares the most entities comes first.
+    Within a folder, the file with the most entities comes first.
     """
     entities = entities_of(image.name).items()
     files: list[Path] = []
@@ -136,7 +137,7 @@ def find_nearest(image: Path, root: Path, extension: str) -> Path:
     Raises
     ------
     DataError
-        There is none, or it is a broken link.
+        There is none, or it is a link to a missing file.
     """
     files = find_applicable(image, root, extension)
     if not files:
@@ -151,7 +152,7 @@ def require_file(path: Path) -> Path:
     Raises
     ------
     DataError
-        The file is missing, or a broken link, such as an annexed file that was not fetched.
+        The file is missing, or a link to a missing file, as an annexed file that was not fetched.
     """
     if not path.exists():
         state = "is a link to a missing file" if path.is_symlink() else "does not exist"
@@ -160,13 +161,13 @@ def require_file(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file.
+    """Read the object in a JSON file. NaN and Infinity become None.
 
     Raises
     ------
     DataError
-        The file is broken, a broken link or not an object, holds a number beyond the range of
-        float, or is nested too deeply.
+        The file is missing, is not JSON or not an object, holds a number beyond the range of float,
+        or is nested more than MAX_NESTING deep.
     """
     return dict(_json(require_file(path), path.stat().st_mtime_ns))
 
@@ -176,12 +177,14 @@ def _suffix(name: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _names(folder: Path, changed: int) -> tuple[str, ...]:
+def _names(folder: Path, mtime_ns: int) -> tuple[str, ...]:
+    """Names in a folder; mtime_ns keeps the cache from giving those of an earlier state."""
     return tuple(p.name for p in folder.iterdir())
 
 
 @lru_cache(maxsize=4096)
-def _json(path: Path, changed: int) -> dict[str, Any]:
+def _json(path: Path, mtime_ns: int) -> dict[str, Any]:
+    """Content of a JSON file; mtime_ns keeps the cache from giving an earlier one."""
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_number,
                            parse_float=_number, parse_constant=_not_a_number)
@@ -206,7 +209,7 @@ def _number(text: str) -> float:
 
 
 def _not_a_number(text: str) -> None:
-    """Convert NaN and Infinity, which some converters write although JSON lacks them, to null."""
+    """Convert NaN and Infinity, which some converters write although JSON lacks them, to None."""
 
 
 def _nested_within(value: Any, levels: int) -> bool:

@@ -12,7 +12,7 @@ ENTITIES = ("sub", "ses", "sample", "task", "tracksys", "acq", "ce", "trc", "sta
 
 BIDSIGNORE = ("*.html", "logs", "log", "figures", "group", "*_dwimap.*", "*_dwi.bval",
               "*_dwi.bvec", "*_dwi.b", "*_dwi.btens", "*_qc.*", "*_truth.*", "*_xfm.*")
-"""Patterns of outputs that the schema of the BIDS validator lacks."""
+"""Patterns of outputs that the BIDS validator would refuse, since its schema lacks them."""
 
 
 def output_path(entities: Mapping[str, str], suffix: str, extension: str, folder: str = "dwi",
@@ -39,6 +39,8 @@ def output_path(entities: Mapping[str, str], suffix: str, extension: str, folder
     ------
     ValueError
         An entity is unknown, or its label is not alphanumeric.
+    KeyError
+        There is no entity `sub`.
     """
     labels = {**entities, **more}
     for key, value in labels.items():

@@ -1,7 +1,7 @@
-"""Preprocessed datasets: BIDS derivatives (QSIPrep and others), HCP-YA, UK Biobank; brain masks.
+"""Find preprocessed runs, brain masks and T1w images: BIDS derivatives, HCP-YA, UK Biobank.
 
-- BIDS derivatives: `sub-*/[ses-*/]dwi/*_desc-preproc_dwi.nii[.gz]`, and masks `*_mask.nii[.gz]` in
-  the same folder or at the root of the dataset.
+- BIDS derivatives (QSIPrep and others): `sub-*/[ses-*/]dwi/*_desc-preproc_dwi.nii[.gz]`, and masks
+  `*_mask.nii[.gz]` in the same folder or at the root of the dataset.
 - HCP-YA: `SUBJ/T1w/Diffusion/data.nii.gz`.
 - UK Biobank: `SUBJ[_SESSION]/dMRI/dMRI/data_ud.nii.gz`, or SUBJ_20250_SESSION_0, the name of its
   bulk files.
@@ -34,26 +34,27 @@ FSL_LAYOUTS = {
     "T1w/Diffusion": ("data.nii.gz", "nodif_brain_mask.nii.gz"),
     "dMRI/dMRI": ("data_ud.nii.gz", "nodif_brain_mask_ud.nii.gz"),
 }
-"""File names of image and mask, by folder below that of a participant. The tables are called bvals
-and bvecs."""
+"""Layouts of HCP-YA and UK Biobank: file names of image and mask, by folder below the
+participant's. The tables have FSL's names, bvals and bvecs."""
 
 FSL_NAME = re.compile(r"(?:sub-)?([0-9A-Za-z]+?)(?:_20250_(\d+)_\d+|_(?:ses-)?([0-9A-Za-z]+))?")
+"""Name of a participant's folder in these layouts, with its label and session as groups."""
 
 
 @dataclass(frozen=True)
-class Tree:
-    """A preprocessed dataset.
+class Derivative:
+    """A dataset of --derivatives, or BIDS_DIR if it is a derivative: preprocessed runs and masks.
 
     Parameters
     ----------
     name : str
-        Its name in --derivatives.
+        Its name in --derivatives; `raw` for BIDS_DIR.
     root : Path
         Its root.
     labels : frozenset of str
         Labels of its participants.
     images, masks : mapping
-        DWIs and masks of BIDS derivatives, by participant.
+        DWIs and brain masks with BIDS names, by participant.
     fsl : mapping
         Entities, folder, image and mask of the runs in the layouts of HCP-YA and UK Biobank, by
         participant.
@@ -68,7 +69,7 @@ class Tree:
 
     @classmethod
     def read(cls, name: str, path: Path, wanted: Collection[str], filters: Mapping[str, Any]
-             ) -> Tree:
+             ) -> Derivative:
         """Read a dataset of --derivatives NAME=PATH.
 
         Parameters
@@ -76,23 +77,23 @@ class Tree:
         name, path
             Name and root of the dataset.
         wanted : collection of str
-            Labels of the participants; empty: all.
+            Labels of the participants whose DWIs and masks are needed; empty: all.
         filters : mapping
             Filters of the DWIs, from --bids-filter-file.
 
         Returns
         -------
-        Tree
+        Derivative
 
         Raises
         ------
         UsageError
-            The folder is missing, or has none of the known layouts.
+            The folder is missing, cannot be indexed, or has none of the known layouts.
         """
         root = path.absolute()
         if not root.is_dir():
             raise UsageError(f"--derivatives {name}={path}: is not a folder that exists.")
-        fsl = _by_label(_fsl(root), lambda item: item[0])
+        fsl = _by_label(_fsl_folders(root), lambda item: item[0])
         labels = list_participants(root).union(fsl)
         layout = build_index(root, participants=wanted, validate=False, derivative=True)
         images = find_files(layout, "dwi", {"desc": "preproc", **filters})
@@ -110,7 +111,10 @@ class Tree:
         return cls(name, root, frozenset(labels), by_label(images), by_label(masks), fsl)
 
     def sources(self, label: str) -> list[tuple[str | None, Callable[[], Run]]]:
-        """List session and reader of each preprocessed run of a participant."""
+        """List the session of each preprocessed run of a participant, and a function that reads it.
+
+        The function raises DataError if a file is missing or a sidecar cannot be read.
+        """
         return [*((entities_of(path.name).get("ses"), partial(self._bids_run, path))
                   for path in self.images.get(label, ())),
                 *((item[0].get("ses"), partial(self._fsl_run, *item))
@@ -119,13 +123,14 @@ class Tree:
     def mask_of(self, run: Run) -> Path | None:
         """Find the brain mask of a run.
 
-        All its entities, except desc, must be those of the run or of its first part, and it must be
-        in the same space. The mask with the most entities is returned, or None.
+        All entities of the mask, except desc, must be those of the run or of its first part, and
+        both must have the same `space` or none. Of several masks the one with the most entities is
+        returned; None if there is none.
         """
         part_entities = entities_of(run.parts[0].image.name).items()
         matches = []
         for path in self.masks.get(run.participant, ()):
-            entities = plain(entities_of(path.name))
+            entities = without_desc(entities_of(path.name))
             if entities.get("space") == run.entities.get("space") and (
                     entities.items() <= run.entities.items() or entities.items() <= part_entities):
                 matches.append((-len(entities), path))
@@ -133,7 +138,7 @@ class Tree:
 
     def _bids_run(self, image: Path) -> Run:
         part = read_part(image, self.root)
-        run = Run(plain(entities_of(image.name)), (part,), dataset=(self.name, self.root),
+        run = Run(without_desc(entities_of(image.name)), (part,), dataset=(self.name, self.root),
                   preprocessed=True)
         return replace(run, mask=self.mask_of(run))
 
@@ -151,16 +156,17 @@ class Tree:
 def with_anatomy(run: Run, roots: Iterable[Path]) -> Run:
     """Add a T1w image to a run, with the tissue probabilities beside it if there are any.
 
-    The image is from the first dataset that has one, of the session or else of the participant,
-    preferably a `desc-preproc`. Images in another space than the run, with a contrast agent, or of
-    phase are not used.
+    The first dataset that has one is used, and in it the first of these folders: that of the run's
+    session, that of the participant, those of other sessions. An image with `desc-preproc` is
+    preferred. Images are not used if they name another `space` than the run, another `desc`, a
+    contrast agent (`ce`), or a `part` other than `mag`.
 
     Parameters
     ----------
     run : Run
         A run with or without a T1w image.
     roots : iterable of Path
-        Roots of the datasets.
+        Roots of the datasets, the preferred first.
 
     Returns
     -------
@@ -169,10 +175,12 @@ def with_anatomy(run: Run, roots: Iterable[Path]) -> Run:
     if run.t1w:
         return run
     for root in roots:
-        person = root / f"sub-{run.participant}"
-        first = [person / f"ses-{run.session}/anat"] if run.session else []
-        for folder in dict.fromkeys([*first, person / "anat", *sorted(person.glob("ses-*/anat"))]):
-            images = [p for p in folder.glob("*_T1w.nii*") if _fits(entities_of(p.name), run)]
+        participant = root / f"sub-{run.participant}"
+        same_session = [participant / f"ses-{run.session}/anat"] if run.session else []
+        for folder in dict.fromkeys([*same_session, participant / "anat",
+                                     *sorted(participant.glob("ses-*/anat"))]):
+            images = [p for p in folder.glob("*_T1w.nii*")
+                      if _is_usable_t1w(entities_of(p.name), run)]
             if images:
                 t1w = min(images, key=lambda p: ("desc" not in entities_of(p.name),
                                                  len(entities_of(p.name)), label_order(p.name)))
@@ -180,14 +188,15 @@ def with_anatomy(run: Run, roots: Iterable[Path]) -> Run:
     return run
 
 
-def _fits(entities: Mapping[str, str], run: Run) -> bool:
+def _is_usable_t1w(entities: Mapping[str, str], run: Run) -> bool:
     return (entities.get("desc", "preproc") == "preproc" and "ce" not in entities
             and entities.get("part", "mag") == "mag"
             and entities.get("space") in (None, run.entities.get("space")))
 
 
 def _probsegs(t1w: Path) -> tuple[Path, ...]:
-    """Probabilities of grey matter, white matter and CSF beside a preprocessed T1w image, or ()."""
+    """Find the grey matter, white matter and CSF probabilities beside a T1w image; () unless all
+    three exist."""
     entities = {k: v for k, v in entities_of(t1w.name).items() if k != "desc"}
     probsegs = {tuple(sorted(entities_of(p.name).items())): p
                 for p in t1w.parent.glob("*_probseg.nii*")}
@@ -202,18 +211,19 @@ def by_label(paths: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def _by_label(items: Iterable[T], entities: Callable[[T], Mapping[str, str]]) -> dict[str, list[T]]:
-    out: dict[str, list[T]] = defaultdict(list)
+    groups: dict[str, list[T]] = defaultdict(list)
     for item in items:
-        out[entities(item).get("sub", "")].append(item)
-    return dict(out)
+        groups[entities(item).get("sub", "")].append(item)
+    return dict(groups)
 
 
-def plain(entities: Mapping[str, str]) -> dict[str, str]:
-    """Sort entities in BIDS order, without desc, since outputs have their own."""
+def without_desc(entities: Mapping[str, str]) -> dict[str, str]:
+    """Sort entities in BIDS order and remove desc, since outputs have one of their own."""
     return {k: v for k, v in ordered(entities).items() if k != "desc"}
 
 
-def _fsl(root: Path) -> Iterator[tuple[dict[str, str], Path, str, str]]:
+def _fsl_folders(root: Path) -> Iterator[tuple[dict[str, str], Path, str, str]]:
+    """Yield entities, folder, and names of image and mask of each run in FSL_LAYOUTS."""
     for below, (image, mask) in FSL_LAYOUTS.items():
         for folder in sorted(root.glob(f"*/{below}")):
             match = FSL_NAME.fullmatch(folder.parents[1].name)

@@ -8,22 +8,23 @@ from typing import Any
 from bidsapp.bids.writer import Dataset
 from bidsapp.dwi import Run
 
-CARRIED = (
+ACQUISITION = (
     "Manufacturer", "ManufacturersModelName", "SoftwareVersions", "MagneticFieldStrength",
     "ReceiveCoilName", "EchoTime", "RepetitionTime", "FlipAngle", "PhaseEncodingDirection",
     "TotalReadoutTime", "EffectiveEchoSpacing", "MultibandAccelerationFactor", "PartialFourier",
     "ParallelReductionFactorInPlane", "SliceThickness", "InstitutionName",
 )
-"""Acquisition keys that each image made from a run inherits."""
+"""Keys on the acquisition that are copied from the run's sidecar to that of each output image."""
 
 SPATIAL = ("PhaseEncodingDirection", "TotalReadoutTime", "EffectiveEchoSpacing",
            "MultibandAccelerationFactor", "PartialFourier", "ParallelReductionFactorInPlane",
            "SliceThickness")
-"""Those of CARRIED that describe the spatial encoding, which voxels without a position lack."""
+"""Those of ACQUISITION on the spatial encoding. They are left out for synthetic signals, whose
+voxels have no position in space."""
 
 
 def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
-    """Make the sidecar keys of any image: Description, Sources, acquisition keys and space.
+    """Make the keys that the sidecars of all output images share.
 
     Parameters
     ----------
@@ -37,13 +38,14 @@ def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
     Returns
     -------
     dict
+        Description, Sources (URIs of the run's files), ACQUISITION and the space of the image.
     """
     metadata = run.metadata
     keys: dict[str, Any] = {
         "Description": description,
         "SkullStripped": True,
         "Sources": [dataset.uri(f) for f in run.files],
-        **{k: metadata[k] for k in CARRIED if metadata.get(k) is not None},
+        **{k: metadata[k] for k in ACQUISITION if metadata.get(k) is not None},
     }
     keys["SpatialReference"] = metadata.get("SpatialReference", keys["Sources"][0])
     if "res" in run.entities:
@@ -52,27 +54,28 @@ def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
 
 
 def mask(run: Run, dataset: Dataset, source: str) -> dict[str, Any]:
-    """Make the sidecar keys of a brain mask. source: its origin, a phrase."""
+    """Make the sidecar keys of a brain mask. source: URI of the mask, or how it was computed."""
     return {**base(run, dataset, f"Brain mask: {source}"), "Type": "Brain"}
 
 
 def derived(run: Run, dataset: Dataset, *, model: Mapping[str, Any], output: Mapping[str, Any],
             parameters: Mapping[str, Any], more_sources: Sequence[str], seed: int, device: str
             ) -> dict[str, Any]:
-    """Make the sidecar keys of a map.
+    """Make the sidecar keys of an image that a method computed: a map or a synthetic signal.
 
     Parameters
     ----------
     run : Run
-        Run that the map was made from.
+        Run that the image was made from.
     dataset : Dataset
         Output dataset.
     model, output : mapping
-        Entries of the method's outputs.json.
+        `model` and the entry of the image in the method's outputs.json. Keys of the latter that
+        serve its file name or the report are not copied.
     parameters : mapping
         Parameters of the model.
     more_sources : sequence of str
-        URIs of its sources besides the run.
+        URIs of the image's sources besides the run.
     seed, device
         Seed and device of the computation.
 
@@ -82,10 +85,10 @@ def derived(run: Run, dataset: Dataset, *, model: Mapping[str, Any], output: Map
     """
     keys = base(run, dataset, output["Description"])
     keys["Sources"] = [*keys["Sources"], *more_sources]
-    for_display = ("entities", "Description", "range", "cmap", "report", "display", "background")
+    not_copied = ("entities", "Description", "range", "cmap", "report", "display", "background")
     return {
         **keys,
-        **{k: v for k, v in output.items() if k not in for_display},
+        **{k: v for k, v in output.items() if k not in not_copied},
         "Model": {"Description": model["Description"], "URL": model["URL"],
                   "Parameters": dict(parameters)},
         "ParameterURL": model["URL"],

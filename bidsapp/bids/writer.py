@@ -1,9 +1,11 @@
-"""Writer of derivatives; no other module writes them.
+"""Write BIDS derivatives to OUTPUT_DIR; no other module writes them.
 
 Files are written in a staging folder on the same file system and then renamed into place, so that a
 killed process leaves complete files only. Files that belong together are a `Transaction`. Its
-record (`sub-01/log/NAME.json`) lists each file with its SHA-256 before the first rename, so that a
-later run can tell its own files from those of others, which it does not overwrite.
+record (`sub-01/log/NAME.json`) holds its state and, as `outputs`, each file with its SHA-256 or,
+until the transaction is complete, with that of the earlier file and that of the new one. It is
+written before the first rename, so that a later transaction can tell its earlier files from those
+of others, which it does not overwrite.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class Dataset:
         self.links = {name: path.absolute() for name, path in links.items()}
 
     def claim(self) -> None:
-        """Make the folder, or check that it is a QSphere dataset; remove files of dead processes.
+        """Make the folder, or check that it is a QSphere dataset; sweep its staging folder.
+
+        Only what killed processes staged is removed.
 
         Raises
         ------
@@ -67,10 +71,10 @@ class Dataset:
         marker = self.root / "dataset_description.json"
         try:
             if self.root.is_dir() and not marker.exists() and not (self.root / STAGING).exists():
-                strangers = sorted({p.name for p in self.root.iterdir()} - {"logs"})
-                if strangers:
+                others = sorted({p.name for p in self.root.iterdir()} - {"logs"})
+                if others:
                     raise UsageError(
-                        f"{self.root} is not empty (it holds {', '.join(strangers[:3])}…) and is "
+                        f"{self.root} is not empty (it holds {', '.join(others[:3])}…) and is "
                         "not a QSphere dataset. Give an empty or new OUTPUT_DIR.")
             if marker.exists() and '"QSphere"' not in marker.read_text(errors="replace"):
                 raise UsageError(f"{self.root} holds the dataset of another program (see "
@@ -86,7 +90,10 @@ class Dataset:
         scratch.sweep(self.root / STAGING)
 
     def uri(self, path: Path) -> str:
-        """Make the URI `bids:NAME:relative/path` of a file in this or a linked dataset."""
+        """Make the URI `bids:NAME:relative/path` of a file in a linked dataset.
+
+        NAME is empty for a file in this dataset. Files elsewhere get a file:// URI.
+        """
         absolute = Path(os.path.abspath(path))  # noqa: PTH100  # resolve() would follow annex links
         for name, place in {"": self.root, **self.links}.items():
             for root in (place, place.resolve()):
@@ -107,14 +114,14 @@ class Dataset:
         return record if isinstance(record, dict) else {}
 
     def is_complete(self, record: Mapping[str, Any], fingerprint: str) -> bool:
-        """Tell whether a transaction of a fingerprint was completed and its files are unchanged.
+        """Tell whether a record is of a complete transaction whose files are unchanged.
 
         Parameters
         ----------
         record : mapping
             Record of the transaction.
         fingerprint : str
-            Fingerprint that it must have.
+            Fingerprint that the record must have.
         """
         return (record.get("fingerprint") == fingerprint and record.get("state") == "complete"
                 and all((self.root / name).is_file() and sha256(self.root / name) in hashes
@@ -128,7 +135,8 @@ class Dataset:
         Parameters
         ----------
         record_path : PurePosixPath
-            Record of the transaction, below OUTPUT_DIR.
+            Path of its record below OUTPUT_DIR. Files that an earlier record at this path lists are
+            replaced or removed.
         fingerprint : str
             Hash of everything that the files depend on.
 
@@ -159,15 +167,15 @@ class Dataset:
                             "some space and run the same command again.") from error
 
     def mark(self, record_path: PurePosixPath, state: str, facts: Mapping[str, Any]) -> None:
-        """Set the state of a record (`failed`, `incomplete`) and replace its facts.
+        """Replace a record by a state (`failed` or `incomplete`) and facts, without a fingerprint.
 
-        The files of an earlier transaction are kept, and remain in the record.
+        The files of the earlier transaction are kept, and remain in the record.
         """
         outputs = self.record(record_path).get("outputs", {})
         self.write_text(str(record_path), to_json({"state": state, "outputs": outputs, **facts}))
 
     def discard(self, record_path: PurePosixPath) -> None:
-        """Remove a record and those of its files that are unchanged."""
+        """Remove a record, and the files that it lists unless they were changed since."""
         self._remove(self.record(record_path).get("outputs", {}))
         (self.root / record_path).unlink(missing_ok=True)
 
@@ -177,7 +185,7 @@ class Dataset:
                 (self.root / name).unlink()
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a shared file of the dataset, atomically, if its content differs."""
+        """Write a file that belongs to no transaction, atomically, if its content differs."""
         path = self.root / name
         with self.lock("dataset"):
             with contextlib.suppress(OSError):
@@ -191,7 +199,8 @@ class Dataset:
     def describe(self, name: str, authors: Sequence[str], how_to_acknowledge: str) -> None:
         """Write dataset_description.json, README.md and .bidsignore.
 
-        Content that was added to them by others is kept.
+        An existing README.md is kept, and so are Authors, links, other keys and patterns that were
+        added by others.
 
         Parameters
         ----------
@@ -203,15 +212,15 @@ class Dataset:
             Text of HowToAcknowledge.
         """
         container = os.environ.get("QSPHERE_CONTAINER")
-        by = {"Name": "QSphere", "Version": __version__, "CodeURL": CODE_URL,
-              **({"Container": {"Type": container}} if container else {})}
+        generator = {"Name": "QSphere", "Version": __version__, "CodeURL": CODE_URL,
+                     **({"Container": {"Type": container}} if container else {})}
         with self.lock("description"):
             old = self.record(PurePosixPath("dataset_description.json"))
             links = {**old.get("DatasetLinks", {}),
                      **{n: self._link(p) for n, p in self.links.items()}}
             self.write_text("dataset_description.json", to_json({
                 **old, "Name": f"QSphere derivatives of {name}", "BIDSVersion": "1.10.0",
-                "DatasetType": "derivative", "GeneratedBy": [by],
+                "DatasetType": "derivative", "GeneratedBy": [generator],
                 "Authors": old.get("Authors") or [
                     *(authors or [f"The authors of {name}"]), "The QSphere developers"],
                 "SourceDatasets": [{"URL": link} for link in links.values()],
@@ -225,14 +234,14 @@ class Dataset:
 
     def participants(self, rows: Mapping[str, Mapping[str, Any]],
                      columns: Mapping[str, Mapping[str, Any]]) -> None:
-        """Merge rows into participants.tsv, and describe its columns.
+        """Add or replace rows of participants.tsv, and describe its columns.
 
         Parameters
         ----------
         rows : mapping
             Cells by column, by label without sub-.
         columns : mapping
-            Descriptions of columns.
+            Descriptions of columns; those that are in participants.json already are kept.
         """
         path = self.root / "participants.tsv"
         with self.lock("participants"):
@@ -246,10 +255,10 @@ class Dataset:
                 merged[f"sub-{label}"] = {"participant_id": f"sub-{label}",
                                           **{k: _cell(v) for k, v in row.items()}}
             self.write_text("participants.tsv", to_tsv([merged[k] for k in sorted(merged)]))
-            carried = {c: {"Description": f"{c}, as in the input"}
+            default = {c: {"Description": f"{c}, as in the input"}
                        for row in merged.values() for c in row if c != "participant_id"}
             self.write_text("participants.json", to_json({
-                "Description": "Participants: covariates and batch", **carried, **columns,
+                "Description": "Participants: covariates and batch", **default, **columns,
                 **self.record(PurePosixPath("participants.json"))}))
 
     def _link(self, path: Path) -> str:
@@ -260,13 +269,17 @@ class Dataset:
 
 
 def is_page(path: Path) -> bool:
-    """Tell whether a file is a report page of QSphere, which it states even without a record."""
+    """Tell whether a file is a report page of QSphere, by its HTML and not by a record."""
     with path.open("rb") as stream:
         return b'<meta name="generator" content="QSphere ' in stream.read(500)
 
 
 class Transaction:
-    """Files that appear together, made by `Dataset.transaction`. Paths are below OUTPUT_DIR."""
+    """Files that are put in place together, made by `Dataset.transaction`.
+
+    Paths are below OUTPUT_DIR. `facts` is what the record holds besides its state, fingerprint and
+    outputs; `staged` is where each file is before `commit`.
+    """
 
     def __init__(self, dataset: Dataset, folder: Path, record_path: PurePosixPath,
                  fingerprint: str) -> None:
@@ -309,8 +322,9 @@ class Transaction:
         return staged
 
     def commit(self) -> None:
-        """Put the files in place, and remove those of the earlier transaction that are not among
-        them.
+        """Put the files in place, and remove those that only the earlier record lists.
+
+        Pages of QSphere are overwritten even if no record lists them.
 
         Raises
         ------

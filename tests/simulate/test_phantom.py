@@ -14,7 +14,7 @@ import torch
 
 from bidsapp import cli_phantom, sh, tensor
 from bidsapp.bids import btable
-from bidsapp.bids.raw import new_dataset
+from bidsapp.bids.new_dataset import new_dataset
 from bidsapp.dwi import Part
 from bidsapp.errors import UsageError
 from bidsapp.options import PhantomOptions

@@ -1,8 +1,8 @@
-"""Writer of a new dataset, which appears as a whole or not at all.
+"""Write a new BIDS dataset, such as a phantom, once all its files are complete.
 
-Files are written in a hidden folder inside the dataset and then renamed into place. A hidden record
-lists the top-level entries. Only these are replaced if the same dataset is made again, so that
-results beside them, such as derivatives/qsphere, are kept.
+Files are written in a hidden folder inside the dataset and renamed into place at the end. A hidden
+record lists the files and folders that were put in place. Only these are replaced if the same
+program makes the dataset again, so that results beside them, such as derivatives/qsphere, are kept.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ STAGING = ".qsphere-staging"
 """Name of the hidden folder."""
 
 SHARED = ("derivatives", "sourcedata")
-"""Top-level folders in which others may have stored files as well."""
+"""Top-level folders that may hold files of other programs, so that their content is recorded and
+replaced, not the folder itself."""
 
 
-class Tree:
+class NewDataset:
     """The files of a new dataset, made by `new_dataset`. Paths are relative to its root."""
 
     def __init__(self, folder: Path) -> None:
@@ -56,7 +57,11 @@ class Tree:
 
     def image(self, path: PurePosixPath, data: Shaped[np.ndarray, "*k x y z"], affine: np.ndarray,
               sidecar: Mapping[str, Any] | None = None, repetition_time: float = 0) -> None:
-        """Write a NIfTI image in world coordinates of the scanner, and its sidecar if given."""
+        """Write a NIfTI image, and its sidecar if given.
+
+        data: (x, y, z), or (volume, x, y, z), whose first axis becomes the last in the file.
+        affine: voxel indices to RAS+ of the scanner, mm. repetition_time: s.
+        """
         file = self.folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         image = nib.Nifti1Image(np.moveaxis(data, 0, -1) if data.ndim > 3 else data, affine)
@@ -78,19 +83,19 @@ class Tree:
 
 
 @contextmanager
-def new_dataset(root: Path, maker: str) -> Iterator[Tree]:
-    """Make a dataset whose files are in place after the block; an exception leaves no change.
+def new_dataset(root: Path, maker: str) -> Iterator[NewDataset]:
+    """Write a dataset in the block and put it in place at its end, unless there is an exception.
 
     Parameters
     ----------
     root : Path
         Root of the dataset.
     maker : str
-        Name of the program that makes it.
+        Name of the program that makes it, in the names of its record and lock.
 
     Yields
     ------
-    Tree
+    NewDataset
 
     Raises
     ------
@@ -102,16 +107,16 @@ def new_dataset(root: Path, maker: str) -> Iterator[Tree]:
     try:
         if root.exists() and not root.is_dir():
             raise UsageError(f"{root} is a file. Give a new or empty folder.")
-        strangers = sorted(p.name for p in root.iterdir()) if root.exists() else []
-        if strangers and not record.exists() and not set(strangers) <= {STAGING, f".{maker}.lock"}:
-            raise UsageError(f"{root} is not empty (it holds {', '.join(strangers[:3])}…) and was "
+        existing = sorted(p.name for p in root.iterdir()) if root.exists() else []
+        if existing and not record.exists() and not set(existing) <= {STAGING, f".{maker}.lock"}:
+            raise UsageError(f"{root} is not empty (it holds {', '.join(existing[:3])}…) and was "
                              f"not made by {maker}. Give a new or empty folder.")
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{maker}.lock", timeout=0):
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             try:
-                yield Tree(staging)
+                yield NewDataset(staging)
                 _replace(root, staging, record)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -127,7 +132,11 @@ def new_dataset(root: Path, maker: str) -> Iterator[Tree]:
 
 
 def _replace(root: Path, staging: Path, record: Path) -> None:
-    """Replace old entries by those of the staging folder, those in SHARED folders one by one."""
+    """Replace the recorded entries by those of the staging folder.
+
+    The record lists old and new entries meanwhile, so that the next call replaces both if this one
+    is killed.
+    """
     entries = [p.relative_to(staging) for p in sorted(staging.iterdir()) if p.name not in SHARED]
     entries += [p.relative_to(staging) for name in SHARED
                 for p in sorted((staging / name).glob("*"))]
