@@ -1,4 +1,4 @@
-"""Recipe of a multi-site phantom: draw sites and participants, simulate scans, write files."""
+"""Write the BIDS dataset of a multi-site phantom; `simulate.phantom` simulates each scan."""
 
 from __future__ import annotations
 
@@ -45,9 +45,8 @@ MASKS, TISSUE = (PurePosixPath("derivatives", n) for n in ("masks", "tissue"))
 """Folders of brain masks and tissue maps."""
 
 TRUTH = PurePosixPath("sourcedata", "truth")
-"""Folder of the truth of the raw data. It is not below derivatives/, because `bids-validator -r`
-3.0.2 skips every hidden file below the root, including the .bidsignore that names like *_dwimap
-need."""
+"""Folder of the truth of each scan. It is not below derivatives/, where `bids-validator -r` would
+check it: version 3.0.2 reads no .bidsignore there, without which it rejects names like *_dwimap."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Participant:
     sites : tuple of int
         Indices of the sites.
     tissue : tuple of float
-        Offsets of the tissue properties in SDs, in the order of `person.OFFSET_SD`.
+        Offsets of the tissue properties (z-scores), in the order of `person.OFFSET_SD`.
     """
 
     label: str
@@ -137,8 +136,9 @@ def load_atlas(step: float) -> Atlas:
 def recruit(options: PhantomOptions) -> list[Participant]:
     """Draw the participants of a phantom and assign them to sites.
 
-    Ages are spread evenly over the range, and tissue properties over the quantiles of a normal
-    distribution, without correlation, so that a few participants vary as much as many.
+    Ages are spread evenly over the range. Each tissue property takes the quantiles of a normal
+    distribution, and the properties are uncorrelated, so that a few participants vary as much as
+    many.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ def recruit(options: PhantomOptions) -> list[Participant]:
     def spread(count: int) -> np.ndarray:
         return low + (high - low) * (np.arange(count) + rng.uniform(size=count)) / count
 
-    if options.design == "matched":  # one of each group of similar people per site
+    if options.design == "matched":  # in each group of k, age and sex are alike and sites differ
         group = np.arange(n) // k
         ages = rng.permutation(spread(group[-1] + 1))[group] + rng.uniform(-1, 1, n)
         sexes, sites = group % 2, [(i % k,) for i in range(n)]
@@ -207,7 +207,7 @@ def simulate_scans(options: PhantomOptions, people: list[Participant], sites: li
 
 def describe(tree: NewDataset, options: PhantomOptions, people: list[Participant], sites: list[Site]
              ) -> None:
-    """Write dataset descriptions, README, participants and sessions."""
+    """Write dataset descriptions, README, .bidsignore, and tables of participants and sessions."""
     generator = {"Name": MAKER, "Version": __version__, "CodeURL": CODE_URL}
     title = "QSphere multi-site diffusion MRI phantom"
     common = {"BIDSVersion": "1.10.0", "License": "CC0", "Authors": AUTHORS,
@@ -234,7 +234,7 @@ def describe(tree: NewDataset, options: PhantomOptions, people: list[Participant
 
 
 def write_sites(tree: NewDataset, options: PhantomOptions, sites: list[Site]) -> None:
-    """Write the parameters of all sites, drawn or chosen."""
+    """Write the properties of all sites, the slopes of tissue over age, and the options."""
     settings = {k: v for k, v in asdict(options).items() if k != "output_dir"}
     tree.json(TRUTH / "desc-sites_truth.json", {
         "Reference": sites[0].name, "Design": DESIGNS[options.design],
@@ -321,16 +321,17 @@ def write_scan(tree: NewDataset, options: PhantomOptions, participant: Participa
 
 
 def _stored(values: np.ndarray, options: PhantomOptions) -> np.ndarray:
-    """Round to integers, as scanners do; without noise, which hides the rounding, keep the
-    values."""
+    """Round an image to integers, as scanners do; keep a noise-free one, where rounding would
+    show."""
     if not np.isfinite(options.snr):
         return values
     return np.clip(np.rint(values), 0, 32767).astype(np.int16)
 
 
+# texts of the dataset
 AUTHORS = ["The QSphere developers", "The authors of the MNI152 average (Fonov et al. 2011)"]
 SITE = {"Description": "Site (scanner)"}
-MAPS = {
+MAPS = {  # name in Scan.truth: (BIDS model, description, units)
     "diffusivity": ("smt", "Diffusivity d of the two-compartment model, mean over white and grey "
                     "matter", "um^2/ms"),
     "neuritefraction": ("smt", "Neurite fraction f of the two-compartment model, mean over white "

@@ -1,4 +1,4 @@
-"""Build networks from the description in a recipe or a card; no other module does."""
+"""Build any network of the package from its description in a recipe or a card."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ patches of 3×3×3 voxels. With c_lm the coefficients of a voxel and s_l their r
     I_0 = c_00/s_0,   I_l = √(Σ_m c_lm²/(2l + 1))/s_l.
 
 A generator multiplies each degree by a gain, so that it is exactly equivariant and single fibres
-keep their directions. The coarse gains g depend on the means Ī_l over the patch and are the same
-for all its voxels. The fine gains f, if any, depend on all voxels of the patch and apply to its
-central voxel:
+keep their directions. The log gains, in units of 0.01, are a coarse g and a fine f. g depends on
+the means Ī_l over the patch and is the same for all its voxels. f, if any, depends on all voxels of
+the patch and applies to its central voxel:
 
     patch   c_lm exp(0.01 g_l(Ī)),      centre   c_lm exp(0.01 [g_l(Ī) + f_l(I)]).
 
@@ -34,13 +34,13 @@ from bidsapp.networks.mlp import mlp
 from bidsapp.networks.shresnet import CENTRE, PATCH
 from bidsapp.networks.spherical import by_degree
 
-BLUR = 0.1
+CRITIC_NOISE = 0.1
 """SD of the noise that is added to the invariants that critics see. Without it, critics would
 separate scans with little noise too easily."""
 
 SLOW = 0.01
-"""Factor of the gains' logarithms: generators must change more slowly than critics, or the training
-oscillates."""
+"""Unit of the log gains. It is small because generators must change more slowly than critics; else
+the training oscillates."""
 
 
 def invariants(x: Float[torch.Tensor, "voxel 27 coef"], scale: Float[torch.Tensor, " degree"]
@@ -65,7 +65,7 @@ def invariants(x: Float[torch.Tensor, "voxel 27 coef"], scale: Float[torch.Tenso
 
 
 class Generator(nn.Module):
-    """A generator: perceptrons that give the gain of each degree. It starts as the identity.
+    """A generator: perceptrons that give the log gain of each degree. It starts as the identity.
 
     Parameters
     ----------
@@ -88,8 +88,8 @@ class Generator(nn.Module):
         super().__init__()
         degrees = l_max // 2 + 1
         self.register_buffer("scale", torch.ones(degrees))
-        self.coarse = _gain(degrees, hidden, degrees)
-        self.fine = _gain(PATCH * degrees, hidden, degrees) if fine else None
+        self.coarse = _build_gain(degrees, hidden, degrees)
+        self.fine = _build_gain(PATCH * degrees, hidden, degrees) if fine else None
 
     def patch(self, x: Float[torch.Tensor, "voxel 27 coef"]
               ) -> Float[torch.Tensor, "voxel 27 coef"]:
@@ -107,7 +107,7 @@ class Generator(nn.Module):
         return features.unflatten(1, (len(self.scale), PATCH)).mean(2)
 
 
-def _gain(features: int, hidden: int, degrees: int) -> nn.Sequential:
+def _build_gain(features: int, hidden: int, degrees: int) -> nn.Sequential:
     layers = mlp([features, hidden, hidden, degrees], nn.SiLU)
     nn.init.zeros_(layers[-1].weight)  # type: ignore[arg-type]
     nn.init.zeros_(layers[-1].bias)  # type: ignore[arg-type]
@@ -115,6 +115,7 @@ def _gain(features: int, hidden: int, degrees: int) -> nn.Sequential:
 
 
 def _factors(g: Float[torch.Tensor, "voxel degree"]) -> Float[torch.Tensor, "voxel coef"]:
+    """Compute the factor of each coefficient from the log gain of its degree."""
     return by_degree((SLOW * g).exp().T).T
 
 
@@ -134,11 +135,12 @@ class Cycle(nn.Module):
         self.to_b, self.to_a = to_b, to_a
         to_a.scale.copy_(to_b.scale)
         widths = [PATCH * len(to_b.scale), critic, critic, 1]
+        # the critics C_B and C_A; their names are keys of saved trainings
         self.real_b, self.real_a = (mlp(widths, lambda: nn.LeakyReLU(0.2)) for _ in range(2))
 
     def forward(self, x: Float[torch.Tensor, "voxel 27 coef"],
                 y: Float[torch.Tensor, "voxel 27 coef"]) -> dict[str, torch.Tensor]:
-        """Compute the losses: adversarial, cycle, identity and slope, the gradient penalty.
+        """Compute the losses: adversarial, cycle, identity, and slope (the gradient penalty).
 
         All are means over patches; cycle and identity are in units of s_l.
         """
@@ -146,7 +148,7 @@ class Cycle(nn.Module):
         fake_y, fake_x = self.to_b.patch(x), self.to_a.patch(y)
         adversarial, slope = x.new_zeros(()), x.new_zeros(())
         for critic, real, fake in ((self.real_b, y, fake_y), (self.real_a, x, fake_x)):
-            measured, generated = (_blurred(invariants(v, scale)) for v in (real, fake))
+            measured, generated = (_add_noise(invariants(v, scale)) for v in (real, fake))
             adversarial = adversarial + (critic(GradientReversal.apply(generated))
                                          - critic(measured)).mean()
             slope = slope + gradient_penalty(critic, measured, generated.detach())
@@ -169,18 +171,18 @@ class GradientReversal(torch.autograd.Function):
         return -gradients[0]
 
 
-def _blurred(features: torch.Tensor) -> torch.Tensor:
-    return features + BLUR * torch.randn_like(features)
+def _add_noise(features: torch.Tensor) -> torch.Tensor:
+    return features + CRITIC_NOISE * torch.randn_like(features)
 
 
 def scaled_l1(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of coefficients, in units of `scale`."""
+    """Compute the mean absolute difference of coefficients, in units of `scale`."""
     return ((a - b) / scale).abs().mean()
 
 
 def gradient_penalty(critic: nn.Module, real: torch.Tensor, generated: torch.Tensor
                      ) -> torch.Tensor:
-    """Mean of (|∂C| − 1)² at random points between measured and generated patches."""
+    """Compute the mean of (|∂C| − 1)² at random points between real and generated patches."""
     with torch.enable_grad():
         share = torch.rand(len(real), 1, device=real.device)
         between = (share * real + (1 - share) * generated).requires_grad_()

@@ -47,9 +47,9 @@ class Perceptron(nn.Module):
 
     It has hidden layers of 512 units with batch normalisation and ReLU, and is not equivariant: it
     must learn rotations from the data. Its inputs are the coefficients up to degree 8 of a fixed
-    number of shells in a fixed order, scaled by degree to about 1, and the noise. Its outputs are
-    those of `SphericalNetwork`. `forward` takes the arguments of `SphericalNetwork`, but does not
-    use the shells, since a perceptron serves a single acquisition.
+    number of shells in a fixed order, scaled by degree to about 1, the noise, and the hint, if any.
+    Its outputs are those of `SphericalNetwork`. `forward` takes the arguments of
+    `SphericalNetwork`, but does not use the shells, since a perceptron serves a single acquisition.
 
     Parameters
     ----------
@@ -82,8 +82,8 @@ class Perceptron(nn.Module):
                 shells: Float[torch.Tensor, "group shell 3"],
                 hint: Float[torch.Tensor, "voxel hint"]) -> Estimate:
         flat = (x * self.scale).transpose(0, 1).flatten(1)
-        level, of_mean = noise.split(1, 1)
-        features = torch.cat([flat, level.clamp(min=1e-3).log() + 4, 10 * of_mean,
+        sigma, b0_sigma = noise.split(1, 1)
+        features = torch.cat([flat, sigma.clamp(min=1e-3).log() + 4, 10 * b0_sigma,
                               hint[:, :self.hints]], 1)
         mean, log_sd, odf = self.layers(features).split(self.outputs, 1)
         return Estimate(mean, log_sd - 2,

@@ -1,7 +1,10 @@
 """Networks from the SH coefficients of the shells to tissue parameters and the fibre density.
 
 The input x (coefficient, voxel, shell) holds the SH coefficients of S/S0 on each shell. They are 0
-above the degree that the shell's directions determine. The output is an `Estimate`.
+above the degree that the shell's directions determine. Other inputs are the noise (voxel, 2), σ of
+one measurement and of the mean b0 over S0; the shells (group, shell, 3), b in ms/µm², b_delta and
+1/√directions; and the hint of each voxel (`simulate.likelihood.compute_hint`). The output is an
+`Estimate`.
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ ISOTROPIC = 1 / math.sqrt(4 * math.pi)
 class Estimate(NamedTuple):
     """The estimates of a network.
 
-    mean: (voxel, parameter), posterior mean. log_sd: (voxel, parameter), logarithm of the posterior
-    SD. odf: (voxel, coefficient) of the fibre density.
+    mean: (voxel, parameter), posterior mean, in the unit of each parameter. log_sd: (voxel,
+    parameter), logarithm of the posterior SD. odf: (voxel, coefficient) of the fibre density with
+    ∫ = 1.
     """
 
     mean: torch.Tensor
@@ -41,7 +45,7 @@ class Estimate(NamedTuple):
 
 
 def hint_size(parameters: int) -> int:
-    """Size of a hint: the means, log SDs and correlations of a number of parameters."""
+    """Compute the size of a hint: means, log SDs and correlations of the parameters."""
     return parameters * (parameters + 3) // 2
 
 
@@ -58,7 +62,8 @@ class Published(nn.Module):
     It has six zonal convolutions of degree 16 with widths 16-32-64-32-16-1. They average over
     channels with the factor 2π √(4π/(2l + 1)) of eq. 6, have no bias, and are each followed by a
     leaky ReLU of slope 0.1. The means over the sphere of the first three (16 + 32 + 64) are the
-    input of a head of 112 → 128 → 128 → n. The output of the last convolution is the density.
+    input of a head of 112 → 128 → 128 → n. The output of the last convolution is the density. There
+    are no posterior SDs (log_sd is 0), and the integral of the density is not exactly 1.
 
     The paper uses 3072 HEALPix points. Here a half grid with exact quadrature replaces them: with
     `grid` 59 (601 points) the output differs by 2e-3 from the limit of infinitely many points, as
@@ -167,7 +172,7 @@ class ShellEmbedding(nn.Module):
 
 
 def amplitudes(x: Float[torch.Tensor, "coef voxel channel"]) -> Float[torch.Tensor, "voxel _"]:
-    """Square root and logarithm of the power of each degree.
+    """Compute the square root and the logarithm of the power of each degree.
 
     Ratios of powers between channels separate the kernel from the density; they are differences of
     logarithms.
@@ -211,8 +216,8 @@ class Encoder(nn.Module):
     def forward(self, x: Float[torch.Tensor, "coef voxel shell"],
                 shells: Float[torch.Tensor, "group shell 3"]
                 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Compute the features of the embedding and of the last block, and the invariants of
-        all blocks."""
+        """Compute the features of the embedding and of the last block (parts), and the rotation
+        invariants of all blocks (pools)."""
         y, log_means = self.embed(x, shells)
         parts, pools = [y], [log_means, mean(y), amplitudes(y)]
         for convolution, pointwise in zip(self.convolutions, self.pointwise, strict=True):
@@ -227,6 +232,9 @@ class Encoder(nn.Module):
 
 class Head(nn.Module):
     """Estimate parameters with their posterior SD, and the density, from features on the sphere.
+
+    `trunk`, `again` and `scalars` give the parameters; `narrow`, `gain`, `mix`, `sharpen` and `out`
+    give the density.
 
     Parameters
     ----------
@@ -260,9 +268,9 @@ class Head(nn.Module):
     def forward(self, parts: list[torch.Tensor], pools: list[torch.Tensor],
                 noise: Float[torch.Tensor, "voxel 2"], hint: Float[torch.Tensor, "voxel hint"]
                 ) -> Estimate:
-        level = torch.cat([noise.clamp(min=1e-3).log()[:, :1] + 4, 10 * noise], 1)
+        noise = torch.cat([noise.clamp(min=1e-3).log()[:, :1] + 4, 10 * noise], 1)
         hint = hint if self.shortcut else hint[:, :0]
-        hidden = self.trunk(torch.cat([*pools, level, hint], 1))
+        hidden = self.trunk(torch.cat([*pools, noise, hint], 1))
         odf, features = self.density(parts, hidden)
         values, log_sd = self.scalars(self.again(torch.cat([hidden, features], 1))).chunk(2, 1)
         if self.shortcut:
@@ -284,11 +292,11 @@ class Head(nn.Module):
 
 
 class SphericalNetwork(nn.Module):
-    """Estimate tissue parameters with their posterior SD, and the fibre density, of any protocol.
+    """Estimate tissue parameters with their posterior SD, and the fibre density, for any protocol.
 
     The encoder embeds the shells and applies blocks of zonal convolution and SiLU on a half grid.
     The head takes the rotation invariants of its features (means, and powers of each degree), the
-    noise, and a hint: the parameters and their covariance if densities were normally distributed
+    noise, and a hint: the parameters and their covariance under normally distributed densities
     (`simulate.likelihood`). The density is a combination of channels, whose gain at each degree the
     head sets in each voxel (a deconvolution with the kernel of that voxel), followed by one more
     block. The last layers of the head see the invariants of that deconvolution, which show whether

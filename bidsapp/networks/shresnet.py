@@ -1,4 +1,4 @@
-"""Networks that map SH coefficients between scanners, on patches of 3×3×3 voxels.
+"""Networks that map SH coefficients from one scanner to another, on patches of 3×3×3 voxels.
 
 The input (voxel, 27, coefficient) holds the neighbourhood of each voxel in C order, with the voxel
 itself at CENTRE. The output is (voxel, coefficient). Convolutions pad each patch with zeros, not
@@ -42,7 +42,7 @@ class PatchConvolution(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels_out))
         step = OFFSETS[None] - OFFSETS[:, None] + 1  # (output voxel, input voxel, axis)
         tap = step @ [9, 3, 1]
-        tap[((step < 0) | (step > 2)).any(-1)] = PATCH
+        tap[((step < 0) | (step > 2)).any(-1)] = PATCH  # a row of zeros in `matrix`
         self.register_buffer("taps", torch.from_numpy(tap.T.ravel()), persistent=False)
 
     def identity(self, factor: float = 1.0) -> PatchConvolution:
@@ -53,7 +53,7 @@ class PatchConvolution(nn.Module):
         return self
 
     def matrix(self) -> Float[torch.Tensor, "inside outside"]:
-        """(27 in, 27 out) matrix of the convolution of a flat patch."""
+        """Compute the (27 in, 27 out) matrix of the convolution of a flat patch."""
         out, inside = self.weight.shape[:2]
         kernel = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 2).flatten(1)  # one row per tap
         rows = nn.functional.pad(kernel, (0, 0, 0, 1)).index_select(0, self.taps)
@@ -91,11 +91,12 @@ class ResBlock(nn.Module):
 class SHResNet(nn.Module):
     """The SHResNet of Koppers et al. 2018 (arXiv:1808.01595, fig. 1).
 
-    It consists of two convolutions, residual blocks, two convolutions, from whose output that of
-    the first two is subtracted, and a final convolution without padding, 3×3×3 → 1. The paper does
+    It consists of two convolutions (pre), residual blocks, two convolutions (post), and a final
+    convolution without padding, 3×3×3 → 1, of the difference post − pre. The paper does
     not give the initial weights. Here the network starts as the identity, that is, without
     harmonization: the convolutions around the blocks start as the identity, except the last of
-    them, which starts at 0; the final convolution starts as −1 in the centre.
+    them, which starts at 0; the final convolution starts as −1 in the centre, since post − pre is
+    then −x.
 
     Parameters
     ----------
@@ -135,14 +136,14 @@ class Affine:
 
     @classmethod
     def from_layer(cls, layer: nn.Module) -> Affine:
-        """The affine map that a convolution or a fully connected layer is on flat patches."""
+        """Write a convolution or a fully connected layer as an affine map of flat patches."""
         if isinstance(layer, PatchConvolution):
             return cls(layer.matrix(), layer.bias.repeat(PATCH))
         assert isinstance(layer, nn.Linear)
         return cls(layer.weight.T, layer.bias)
 
     def then(self, other: Affine) -> Affine:
-        """This map, followed by another."""
+        """Return this map, followed by another."""
         return Affine(self.matrix @ other.matrix, self.shift @ other.matrix + other.shift)
 
 
@@ -150,7 +151,7 @@ class Folded:
     """An SHResNet in which consecutive linear maps are merged.
 
     With P the first two convolutions, E the last two and the final one together, F the final one
-    alone, and U_i the units of block i,
+    alone (without its bias in F z_1), and U_i the units of block i,
 
         z_1 = P x,  z_{i+1} = z_i − U_i(z_i),  out = E z_n − E U_n(z_n) − F z_1.
 
@@ -165,9 +166,9 @@ class Folded:
                     if isinstance(layer, PatchConvolution)]
                    for unit in block.get_submodule("units").children()]
                   for block in network.blocks.children()]
-        place = torch.arange(PATCH * size).view(PATCH, size)
+        index = torch.arange(PATCH * size).view(PATCH, size)
         widths = [len(three.shift) // PATCH for *_, three in blocks[0]]
-        order = torch.cat([part.flatten() for part in place.split(widths, 1)])
+        order = torch.cat([part.flatten() for part in index.split(widths, 1)])
         self.parts = [PATCH * w for w in widths]
         pre = Affine.from_layer(network.pre[0]).then(Affine.from_layer(network.pre[1]))
         final = Affine.from_layer(network.final)
@@ -211,7 +212,7 @@ class Folded:
 
 def _hidden(source: torch.Tensor, units: list[list[tuple[torch.Tensor, torch.Tensor]]]
             ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The second hidden layer of each unit, and the matrix of its last map."""
+    """Compute the second hidden layer of each unit, and return the matrix of its last map."""
     return [(_through(_through(source, one).relu_(), two).relu_(), matrix)
             for one, two, (matrix, _) in units]
 
@@ -263,12 +264,16 @@ class HybridCNN(nn.Module):
 
 
 def neighbours(shape: tuple[int, ...]) -> Int[np.ndarray, " 27"]:
-    """List the steps in C order from a voxel to the 27 voxels of its patch.
+    """Compute the steps of the flat index (C order) from a voxel to the 27 voxels of its patch.
 
     Parameters
     ----------
     shape : tuple of int
         Shape of the image.
+
+    Returns
+    -------
+    (27,) ndarray
     """
     return OFFSETS @ [shape[1] * shape[2], shape[2], 1]
 

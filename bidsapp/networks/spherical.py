@@ -18,7 +18,7 @@ from torch import nn
 from bidsapp import sh
 
 CACHE = 2**19
-"""Values on a grid that are computed at once on a CPU; so many fit in its cache."""
+"""Number of grid values that are computed at once on a CPU, so that they fit in its cache."""
 
 
 def by_degree(values: Float[torch.Tensor, "degree ..."]) -> Float[torch.Tensor, "coef ..."]:
@@ -56,7 +56,7 @@ def power(x: Float[torch.Tensor, "coef voxel channel"]
           ) -> Float[torch.Tensor, "degree voxel channel"]:
     """Compute the power Σ_m c_lm²/(2l + 1) of the degrees 2, 4, …, a rotation invariant.
 
-    After a linear layer it can express every quadratic invariant of two channels.
+    After a linear layer, these powers can express every quadratic invariant of two channels.
     """
     l = torch.arange(0, sh.l_max_of(len(x)) + 1, 2, dtype=x.dtype, device=x.device)
     average = by_degree(torch.diag(1 / (2 * l + 1)))[:, 1:].T
@@ -109,10 +109,10 @@ class Pointwise(nn.Module):
 
     The values a = σ(f) at the points n_i are projected back, c_lm = Σ_i w_i a(n_i) Y_lm(n_i). σ(f)
     has higher degrees than f. The half grid is exact up to degree `grid` (`sh.half_grid`), so that
-    degrees of σ(f) up to grid − l_out do not change the result. Higher ones are mirrored into it:
-    this aliasing error is the only deviation from equivariance. The default degree,
-    2 l_in + l_out, is exact for a quadratic σ. The relative SD of the result over rotations, for
-    the signal of crossing fibres with mean 0 and SD 1 (tested), is
+    degrees of σ(f) up to grid − l_out are projected exactly. Higher ones alias into the result,
+    which is the only deviation from equivariance. The default grid, of degree 2 l_in + l_out, is
+    exact for a quadratic σ. The relative SD of the result over rotations, for the signal of
+    crossing fibres with mean 0 and SD 1 (tested), is
 
         degree of the grid       17       23       29       47
         points                   55       97       151      385

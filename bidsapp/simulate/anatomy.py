@@ -10,8 +10,9 @@ fibre system has one current σ ∇u:
 
 A current is continuous and ends only in grey matter. Its strength measures how much of a system
 passes a point, so the systems' shares of a voxel and their crossings follow from the anatomy. The
-fields are signed and can therefore be interpolated. Laplace's equation in tissue: Jones et al.
-2000, doi:10.1002/1097-0193(200009)11:1<12::AID-HBM20>3.0.CO;2-K.
+atlas stores vectors along the currents whose squared length is the weight of a system. Vectors,
+unlike axes, have a sign and can be interpolated. Laplace's equation in tissue: Jones et al. 2000,
+doi:10.1002/1097-0193(200009)11:1<12::AID-HBM20>3.0.CO;2-K.
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ LEAK = 1e-3
 """Conductivity outside of white matter, relative to that of white matter."""
 
 SHARPNESS = 1.5
-"""Exponent that makes the shares of an average brain as distinct as those of one brain."""
+"""Exponent that makes the tissue shares of the average brain as distinct as those of one brain."""
 
 MIN_SHARE = 0.03
 """Tissue shares below this are set to 0."""
 
 STRENGTH = {"callosal": 1.0, "projection": 0.8, "association": 0.6}
-"""Weight of each system at a point where its current equals its mean in white matter."""
+"""Length of each system's vector where its current equals its mean in white matter. The weight of
+the system is the square, divided by the sum over systems (`person.tissue_at`)."""
 
 FLOW_STEP = 3.0
-"""Spacing of the grid of the currents (mm); the currents vary little over it."""
+"""Voxel size of the grid on which currents are computed (mm); they vary little over it."""
 
 FLOW_SD = 3.0
-"""SD of the Gaussian (mm) that removes the effect of cubic grid cells at tissue borders."""
+"""SD of the Gaussian (mm) that smooths currents along the staircase of voxels at tissue borders."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +56,10 @@ class Atlas:
         Shares of TISSUES, 0–1, whose sum is at most 1.
     t1 : (x, y, z) ndarray
         T1-weighted intensity, 0–1.
-    flow : (3, 3, x, y, z) ndarray
-        Current of each of SYSTEMS.
+    flow : (system, 3, x, y, z) ndarray
+        Vector along the current of each of SYSTEMS; its squared length is the system's weight.
     outward : (3, x, y, z) ndarray
-        Direction from white matter to grey matter: minus the gradient of the share of WM.
+        Direction from white to grey matter, of any length: minus the gradient of the WM share.
     origin : (3,) ndarray
         Centre of the first voxel (mm).
     step : float
@@ -97,10 +99,10 @@ def build(t1: np.ndarray, gm: np.ndarray, wm: np.ndarray, affine: np.ndarray, st
     Parameters
     ----------
     t1, gm, wm : (x, y, z) ndarray
-        T1-weighted image and probabilities of grey and white matter, 0–1. Brain that is neither is
-        CSF.
+        T1-weighted image, and probabilities of grey and white matter, 0–1; the rest of the brain
+        is CSF.
     affine : (4, 4) ndarray
-        Diagonal and positive, with one voxel size.
+        Affine of these maps: axes along RAS+, isotropic voxels.
     step : float
         Voxel size of the atlas (mm).
 
@@ -124,7 +126,7 @@ def build(t1: np.ndarray, gm: np.ndarray, wm: np.ndarray, affine: np.ndarray, st
 
 
 def _sharpen(tissue: np.ndarray) -> np.ndarray:
-    """Turn probabilities over many people into shares of one brain, whose tissues overlap less."""
+    """Sharpen probabilities over many people to shares of one brain, whose tissues overlap less."""
     power = tissue**SHARPNESS
     return power * np.minimum(tissue.sum(0), 1) / np.maximum(power.sum(0), 1e-6)
 
@@ -139,17 +141,19 @@ def _resample(maps: np.ndarray, size: float, step: float) -> np.ndarray:
 
 
 def _compute_flows(tissue: np.ndarray, origin: np.ndarray, step: float) -> np.ndarray:
+    """Compute `Atlas.flow` on the grid of `tissue`; borders are in mm of MNI152."""
     x, y, z = origin[:, None, None, None] + step * np.indices(tissue.shape[1:])
     wm, gm = tissue[0], tissue[1]
     brain = tissue.sum(0) > 0.5
     cerebrum = z > np.maximum(-25 - 0.2 * (y + 20), -45)  # above brainstem and cerebellum
+    # without the cerebellum below the occipital lobe
     cerebrum &= ~((z < 0) & (y < -40) & (z < -10 - 0.25 * (y + 40)) & (np.abs(x) < 60))
     cortex = brain & (gm > 0.5) & cerebrum & ~_deep_grey(x, y, z)
-    ends = {
+    ends = {  # source, sink and region of each current
         "callosal": (cortex & (x < -25), cortex & (x > 25),
                      brain & cerebrum & ((np.abs(x) > 20) | (z > 0))),
         "projection": (brain & (z < -55) & (np.abs(x) < 14) & (y > -45) & (y < -20),
-                       cortex & (z > 25), brain & _above_stem(x, y, z)),
+                       cortex & (z > 25), brain & _outside_cerebellum(x, y, z)),
         "association": (cortex & (y < -75), cortex & (y > 35),
                         brain & cerebrum & (np.abs(x) > 14)),
     }
@@ -162,30 +166,30 @@ def _compute_flows(tissue: np.ndarray, origin: np.ndarray, step: float) -> np.nd
         flow = np.stack([ndimage.gaussian_filter(f, FLOW_SD / step) for f in flow])
         strength = np.linalg.norm(flow, axis=0)
         level = strength[wm > 0.5].mean()
-        # the root limits the strength in narrow passages: current concentrates, fibres pack
+        # |flow|² is proportional to the current
         flows.append(STRENGTH[name] * flow / np.sqrt(level * np.maximum(strength, 1e-4 * level)))
     return np.stack(flows).astype(np.float32)
 
 
 def _deep_grey(x, y, z):
-    """Mask the thalamus and basal ganglia, where no system with cortical ends may end."""
+    """Select the thalamus and basal ganglia, whose grey matter is not an end of any system."""
     return ((np.abs(x) / 36) ** 2 + ((y + 2) / 36) ** 2 + ((z - 4) / 22) ** 2) < 1
 
 
-def _above_stem(x, y, z):
-    """Mask the cerebrum and the brainstem without the cerebellum."""
+def _outside_cerebellum(x, y, z):
+    """Select the cerebrum and the brainstem."""
     stem = (np.abs(x) < 20) & (y > -42) & (y < -5)
     return (z > -8) | stem
 
 
 def _solve_potential(sigma: np.ndarray, source: np.ndarray, sink: np.ndarray) -> np.ndarray:
-    """Solve ∇·(σ ∇u) = 0 where σ > 0 with u = 0 at the source, 1 at the sink and no outward
-    current.
+    """Solve ∇·(σ ∇u) = 0 where σ > 0, with u = 0 at the source, u = 1 at the sink, and no current
+    through the boundary.
 
     Seven-point finite volumes with the harmonic mean of σ at the faces, by conjugate gradients.
     """
     free = (sigma > 0) & ~source & ~sink
-    number = np.full(sigma.shape, -1)
+    number = np.full(sigma.shape, -1)  # row of each free voxel in the matrix
     number[free] = np.arange(free.sum())
     n = int(free.sum())
     rows, columns, values = [], [], []

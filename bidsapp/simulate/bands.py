@@ -1,4 +1,4 @@
-"""Test voxels in bands of dispersion, SNR and acquisition.
+"""Test voxels in bands (strata) of dispersion, SNR and acquisition.
 
 An estimator may be right on average but wrong for some tissue, such as coherent white matter. Each
 band holds voxels of one number of Watson bundles, one range of κ, one SNR and one acquisition, with
@@ -47,8 +47,8 @@ ACQUISITIONS = {
     "1000 × 30, 2000 × 60": acquisition(13, {1000: 30, 2000: 60}),
     "700 × 16, 2500 × 32": acquisition(2, {700: 16, 2500: 32}),
     "1000, 2000, 3000 × 90": acquisition(18, {1000: 90, 2000: 90, 3000: 90})}
-"""Acquisitions: that of the published test, that of mdt_multishell, a short clinical one, and that
-of the Human Connectome Project."""
+"""Acquisitions: that of the test of Kerkelä et al. 2024, that of the data set mdt_multishell of the
+benchmarks, a short clinical one, and that of the Human Connectome Project."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Band:
     bundles : int
         Number of Watson bundles; 0 for a Bingham fan with κ1 in the range and κ2 ≤ κ1.
     kappa : (float, float)
-        Range of κ.
+        Range of κ; log κ is uniform.
     snr : float
         S0 over the noise SD.
     acquisition : str
@@ -90,6 +90,7 @@ class Band:
         Parameters
         ----------
         tissue : TissueModel
+            Model without prescribed densities (`watson`) and `aligned` compartments.
         voxels : int
         seed : int
 
@@ -120,10 +121,10 @@ class Band:
             odfs = draw_bundles(voxels, generator, L_MAX, bundles=self.bundles, kappa=self.kappa)
         else:
             low, high = self.kappa
-            share = torch.rand(2, voxels, generator=generator)
-            kappa = low * (high / low) ** share[0]
+            uniform = torch.rand(2, voxels, generator=generator)
+            kappa = low * (high / low) ** uniform[0]
             axes = odf.random_rotations(voxels, generator).float().mT[:, :2]
-            odfs = odf.bingham(axes, torch.stack([kappa, kappa * share[1]], 1), L_MAX)
+            odfs = odf.bingham(axes, torch.stack([kappa, kappa * uniform[1]], 1), L_MAX)
         low, high = self.isotropic
         if high:
             odfs[:, 1:] *= 1 - low - (high - low) * torch.rand(voxels, 1, generator=generator)

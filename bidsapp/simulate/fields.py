@@ -12,8 +12,9 @@ from scipy import ndimage
 HALF_WIDTH = 160.0
 """Fields are drawn for the cube |x| ≤ HALF_WIDTH (mm), which holds a head in any pose."""
 
-UNIT = 3.0
-"""SD of independent coefficients of a field of SD 1: (Σ_i B(t − i)²)^(−3/2) averaged over t."""
+COEFFICIENT_SD = 3.0
+"""SD of the coefficients of a field of SD 1: (Σ_i B(t − i)²)^(−3/2), averaged over t, with the
+cubic B-spline B."""
 
 
 def stream(seed: int, *names: object) -> np.random.Generator:
@@ -70,11 +71,13 @@ class SplineField:
         """
         n = 2 * int(np.ceil(HALF_WIDTH / spacing) + 2) + 1
         normal = rng.standard_normal((len(sd), n, n, n))
-        return cls(np.clip(UNIT * sd[:, None, None, None] * normal, -limit, limit), spacing)
+        coefficients = COEFFICIENT_SD * sd[:, None, None, None] * normal
+        return cls(np.clip(coefficients, -limit, limit), spacing)
 
     def at(self, points: Float[np.ndarray, "n 3"], which: slice = slice(None)
            ) -> Float[np.ndarray, "k n"]:
-        """Evaluate the fields `which` (default: all) at (n, 3) world points (mm): (k, n)."""
+        """Evaluate the fields `which` (default: all) at points (mm). The origin is at the central
+        coefficient; outside of the cube the nearest coefficients continue."""
         index = points.T / self.spacing + self.coefficients.shape[1] // 2
         return np.stack([ndimage.map_coordinates(c, index, order=3, prefilter=False,
                                                  mode="nearest", output=np.float32)

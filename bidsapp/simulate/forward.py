@@ -64,8 +64,8 @@ def stick(fraction: torch.Tensor, diffusivity: torch.Tensor) -> Compartment:
 
 
 def ball(fraction: torch.Tensor, diffusivity: torch.Tensor) -> Compartment:
-    """Create an isotropic compartment: free water, or a sphere much smaller than the diffusion
-    length."""
+    """Create an isotropic compartment: free water, or a soma (sphere) with a given apparent
+    diffusivity."""
     return Compartment(fraction, diffusivity, diffusivity)
 
 
@@ -149,7 +149,7 @@ def convolve(odf: Float[torch.Tensor, "voxel size"],
 
 
 class Protocol:
-    """Simulator of the measurements of one acquisition.
+    """Simulator of the volumes of one acquisition (`protocols.Protocols`: that of fitted shells).
 
     It holds the distinct (b, b_delta) pairs of the table, the rows of each, and the SH basis along
     their axes. Nothing is rounded: each volume of a shell is simulated with its own b.

@@ -1,4 +1,6 @@
-"""Likelihood of tissue parameters, marginalised over the fibre density: the hint of a network.
+"""Likelihood of tissue parameters, marginalised over the fibre density, and hints computed from it.
+
+A hint is a first estimate of the parameters with its covariance, an input of the networks.
 
 With S_lm,s = k_l(θ, s) w_lm + noise and w_lm ~ N(0, C_l), the unknown density is integrated out.
 For each degree, with y_s = S_lm,s/ν_s, κ_s = k_l,s/ν_s and ν_s = σ √(4π/n_s) the noise of a
@@ -6,9 +8,10 @@ coefficient,
 
     y ~ N(0, I + C κ κᵀ):   2 log L = Σ_m [C (κ·y)²/a − |y|²] − (2l + 1) log a,  a = 1 + C |κ|²,
 
-so the powers Σ_m y_s y_t are sufficient statistics. Densities differ in power: C_l takes one of
-several values with equal probability, and L is the mean over them. The means over the sphere
-(degree 0) do not depend on the density; they share the noise of the mean b0.
+so the products Σ_m y_s y_t of shells s and t are sufficient statistics (`gram`). Densities differ
+in power: C_l takes one of several values with equal probability, and L is the mean over them. The
+means over the sphere (degree 0) do not depend on the density. They share the noise of the mean b0,
+so that in units of their own noise their covariance is I + q qᵀ, with q the SD that this b0 causes.
 
 With two parameters, the mean and covariance of θ under a uniform prior are sums over a lattice:
 first over the whole range, then four times over points within 2.5 SD of the previous mean. With
@@ -40,9 +43,9 @@ ROUNDS = 4
 """Number of later lattices."""
 
 MIN_POINTS = 4.0
-"""Effective number of points of a lattice (Kish), at least. On a lattice too coarse for L one point
-would have all of the weight, so L is flattened, except on the last lattice. Networks were trained
-with hints made with these numbers; other numbers require a new training."""
+"""Minimum effective number of lattice points, 1/Σ weight² (Kish). On a lattice that is too coarse
+for L, a single point would have all of the weight; L is then flattened, except on the last lattice.
+Hints depend on the constants of this module: networks must be trained again if one changes."""
 
 STEPS = 6
 """Steps of Fisher scoring."""
@@ -91,12 +94,15 @@ class Likelihood:
 
     def kernel(self, points: Float[torch.Tensor, "part point n"]
                ) -> Float[torch.Tensor, "part point shell 5"]:
-        """Compute kernels at parameters `points`; a part is a voxel or a group of voxels."""
+        """Compute the kernels k_l at parameters `points`, l = 0, 2, … 8.
+
+        A part is a voxel, or a group of voxels that share the points.
+        """
         each = self.shells.repeat_interleave(
             len(points) // len(self.shells), 0).repeat_interleave(points.shape[1], 0)
         theta = points.flatten(0, 1)
         parts = self.tissue.compartments(theta)
-        if self.tissue.aligned is not None:  # the axis is unknown: treated as dispersed, too
+        if self.tissue.aligned is not None:  # approximated as dispersed, since the axis is unknown
             parts = parts + self.tissue.aligned(theta)
         return forward.kernel(parts, 1000 * each[..., 0], each[..., 1], L_MAX, NODES).unflatten(
             0, points.shape[:2])
@@ -109,17 +115,17 @@ class Likelihood:
 
         p = k[:, None, ..., 0] / (4 * math.pi) * split(self.weight)[:, :, None]
         r, q = split(self.mean)[:, :, None] - p, split(self.b0_noise)[:, :, None] * p
-        one = 1 + (q * q).sum(-1)
+        one = 1 + (q * q).sum(-1)  # |I + q qᵀ|; its inverse is I − q qᵀ / one
         total = ((r * q).sum(-1) ** 2 / one - (r * r).sum(-1) - one.log()) / 2
         for i, (gram, scale) in enumerate(zip(self.gram, self.scale, strict=True)):
             k_l = k[..., i + 1]
-            folded = (gram * scale[:, :, None] * scale[:, None]).flatten(1)
-            along = split(folded) @ (k_l[..., None] * k_l[..., None, :]).flatten(2).mT  # Σ_m (κ·y)²
+            scaled = (gram * scale[:, :, None] * scale[:, None]).flatten(1)
+            along = split(scaled) @ (k_l[..., None] * k_l[..., None, :]).flatten(2).mT  # Σ_m (κ·y)²
             length = split(scale * scale) @ (k_l * k_l).mT  # |κ|²
             cases = []
             for c in self.power[:, i]:
                 a = 1 + c * length
-                cases.append((along * (c / a) - (4 * i + 5) * a.log()) / 2)
+                cases.append((along * (c / a) - (4 * i + 5) * a.log()) / 2)  # 4i + 5 = 2l + 1
             total = total + torch.stack(cases).logsumexp(0)
         return total.flatten(0, 1)
 
@@ -166,7 +172,8 @@ class Likelihood:
 @torch.no_grad()
 def compute_posterior(likelihood: Likelihood) -> tuple[Float[torch.Tensor, "voxel n"],
                                                        Float[torch.Tensor, "voxel n n"]]:
-    """Compute the posterior mean and covariance of θ on lattices, in units of its range."""
+    """Compute the posterior mean and covariance of θ on lattices, with θ scaled to 0–1 by its
+    ranges."""
     low, span = likelihood.low, likelihood.high - likelihood.low
     eye = torch.eye(len(span), dtype=span.dtype, device=span.device)
 
@@ -188,8 +195,7 @@ def compute_posterior(likelihood: Likelihood) -> tuple[Float[torch.Tensor, "voxe
 
 
 def _flatten(value: Float[torch.Tensor, "voxel point"]) -> Float[torch.Tensor, "voxel point"]:
-    """Compute weights ∝ L^t, with the largest t = 0.6^k for which MIN_POINTS points count
-    (Kish)."""
+    """Compute weights ∝ L^t, with the largest t = 0.6^k that gives MIN_POINTS effective points."""
     value = value - value.amax(1, keepdim=True)
     for _ in range(12):
         concentrated = value.softmax(1).square().sum(1, keepdim=True) > 1 / MIN_POINTS
@@ -213,14 +219,14 @@ def maximise_likelihood(likelihood: Likelihood, starts: Float[torch.Tensor, "sta
     ----------
     likelihood : Likelihood
     starts : (start, n) tensor
-        Parameters among which each voxel starts from the best.
+        Candidate parameters; each voxel starts from the most likely of them.
 
     Returns
     -------
     theta : (voxel, n) tensor
         Parameters within their ranges.
     fisher : (voxel, n, n) tensor
-        Fisher information in units of the ranges.
+        Fisher information of the parameters scaled to 0–1 by their ranges.
     value : (voxel,) tensor
         log L at `theta`, up to a constant.
     """
@@ -255,7 +261,7 @@ def maximise_likelihood(likelihood: Likelihood, starts: Float[torch.Tensor, "sta
 
 @torch.no_grad()
 def compute_hint(likelihood: Likelihood) -> Float[torch.Tensor, "voxel _"]:
-    """Compute the hint from which a network starts.
+    """Compute the hint of each voxel, an input of a network.
 
     Parameters
     ----------
@@ -264,9 +270,10 @@ def compute_hint(likelihood: Likelihood) -> Float[torch.Tensor, "voxel _"]:
     Returns
     -------
     (voxel, n (n + 3)/2) tensor
-        Estimates of the n parameters (−1 to 1 over the range), log SDs + 2 and correlations. For
-        two parameters they are the posterior means and covariance; for more, the maximum of L and
-        (F + 12 I)⁻¹, F the Fisher information and 1/12 the variance of the prior.
+        Estimates of the n parameters (−1 to 1 over the range), log SDs + 2 (of parameters scaled
+        to 0–1), and correlations. For two parameters, estimate and covariance are those of the
+        posterior; for more, they are the maximum of L and (F + 12 I)⁻¹, with F the Fisher
+        information and 1/12 the variance of a uniform prior.
     """
     n = len(likelihood.low)
     if not needs_search(likelihood.tissue):

@@ -7,7 +7,13 @@ mixes three fibre populations, grey matter and CSF:
     S_i / S0 = Σ_c f_c exp(−B_i : D_c,s(i))
 
 with one set of tensors D per shell s, so that the signals contain dependence on b (kurtosis).
-b is in ms/µm², D in µm²/ms.
+b is in ms/µm², D in µm²/ms. Modes differ in the diffusivities:
+
+    mode          white matter                              grey matter, CSF
+    syn           mean over single-fibre voxels             mean
+    sample-mean   a random single-fibre voxel per fibre     mean
+    sample        a random single-fibre voxel per fibre     a random voxel of each
+    random-wm     no tensor: uniform in every volume        mean
 """
 
 from __future__ import annotations
@@ -50,7 +56,7 @@ class Diffusivities:
     Parameters
     ----------
     axial, radial : (voxel, shell) ndarray
-        Of the single-fibre voxels.
+        Axial and radial diffusivity of the single-fibre voxels.
     gm, csf : (voxel, shell) ndarray
         Isotropic diffusivity of grey matter and CSF voxels.
     gm_mean, csf_mean : (shell,) ndarray
@@ -74,7 +80,7 @@ class Mixtures:
     attenuation : (voxel, measurement) ndarray
         S/S0 without noise.
     fractions : (voxel, 5) ndarray
-        In the order of COMPARTMENTS.
+        Signal fractions, in the order of COMPARTMENTS.
     directions : (voxel, 3, 3) ndarray
         Unit vectors of the fibres (population, xyz), world RAS+.
     tensors : (voxel, compartment, shell, 6) ndarray
@@ -91,7 +97,7 @@ class Mixtures:
 
 
 def check(acquisition: Acquisition) -> None:
-    """Check that an acquisition allows to measure the tissues of a participant.
+    """Check that an acquisition suffices for the measurement of a participant's tissues.
 
     Raises
     ------
@@ -115,9 +121,12 @@ def measure(dwi: Dwi, gm: np.ndarray, csf: np.ndarray, fibre: np.ndarray, device
             ) -> Diffusivities:
     """Measure the diffusivities of three regions in every shell.
 
+    A shell that does not determine a fibre's tensor takes the fibres of the nearest that does.
+
     Parameters
     ----------
     dwi : Dwi
+        Run of the participant.
     gm, csf, fibre : (voxel,) bool ndarray
         Grey matter, CSF and single-fibre voxels.
     device : str
@@ -138,13 +147,13 @@ def measure(dwi: Dwi, gm: np.ndarray, csf: np.ndarray, fibre: np.ndarray, device
         pooled[name] = _isotropic(squares.mean(0), (s0[where].astype(float) ** 2).mean(), shells,
                                   noise)
     usable = [i for i, shell in enumerate(shells) if _determines(acquisition, shell)]
-    level = torch.as_tensor(s0[fibre].astype(float), device=device)
+    fibre_s0 = torch.as_tensor(s0[fibre].astype(float), device=device)
     fits = {}
     for i in usable:
         signal = torch.as_tensor(dwi.signal[fibre][:, shells[i].indices].astype(float),
                                  device=device)
-        fits[i] = fit_prolate(signal / level[:, None],
-                              acquisition.btensors[shells[i].indices] / 1000, noise[i] / level)
+        fits[i] = fit_prolate(signal / fibre_s0[:, None],
+                              acquisition.btensors[shells[i].indices] / 1000, noise[i] / fibre_s0)
     nearest = [usable[int(np.argmin([abs(shells[i].b - shell.b) for i in usable]))]
                for shell in shells]
     axial, radial = (torch.stack([fits[i][k] for i in nearest], 1).cpu().numpy() for k in (0, 1))
@@ -178,6 +187,7 @@ def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.
     """
     b = torch.as_tensor(btensors, dtype=attenuation.dtype, device=attenuation.device)
     trace = torch.einsum("nii->n", b)
+    # log S/S0 = x · (xx xy xz yy yz zz)
     x = torch.as_tensor(tensor.design(btensors * 1000)[:, :6], dtype=b.dtype, device=b.device)
     d = torch.log(attenuation.clamp(min=1e-3)) @ torch.linalg.pinv(x).T
     full = d[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].unflatten(1, (3, 3))
@@ -186,7 +196,7 @@ def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.
     theta = torch.cat([radial[:, None], vectors[:, :, 2]
                        * (values[:, 2] - radial).clamp(0.05, 2).sqrt()[:, None]], 1)
 
-    def predict(theta):
+    def compute_residual(theta):  # and the Jacobian of the prediction
         bu = torch.einsum("nij,vj->vni", b, theta[:, 1:])
         clean = torch.exp(-trace * theta[:, :1] - torch.einsum("vni,vi->vn", bu, theta[:, 1:]))
         magnitude = torch.sqrt(clean**2 + noise[:, None] ** 2)
@@ -194,14 +204,14 @@ def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.
         return attenuation - magnitude, -slope * (clean**2 / magnitude)[..., None]
 
     damping = torch.full_like(radial, 1e-3)
-    residual, jacobian = predict(theta)
+    residual, jacobian = compute_residual(theta)
     for _ in range(STEPS):
         normal = jacobian.mT @ jacobian
         diagonal = torch.diagonal(normal, dim1=1, dim2=2)
         normal = normal + torch.diag_embed(damping[:, None] * diagonal + 1e-12)
         step = torch.linalg.solve(normal, (jacobian.mT @ residual[..., None])[..., 0])
         moved = _clip_to_bounds(theta + step)
-        new_residual, new_jacobian = predict(moved)
+        new_residual, new_jacobian = compute_residual(moved)
         better = (new_residual**2).sum(1) < (residual**2).sum(1)
         theta = torch.where(better[:, None], moved, theta)
         residual = torch.where(better[:, None], new_residual, residual)
@@ -212,12 +222,12 @@ def fit_prolate(attenuation: Float[torch.Tensor, "voxel n"], btensors: Float[np.
 
 def mix(mode: str, measured: Diffusivities, acquisition: Acquisition, count: int, seed: int,
         device: str) -> Mixtures:
-    """Simulate voxels of a mode.
+    """Simulate voxels of a mode with random fractions and directions.
 
     Parameters
     ----------
     mode : str
-        One of `syn`, `sample-mean`, `sample` and RANDOM.
+        One of `syn`, `sample-mean`, `sample` and RANDOM (see the module).
     measured : Diffusivities
     acquisition : Acquisition
     count : int
@@ -230,21 +240,23 @@ def mix(mode: str, measured: Diffusivities, acquisition: Acquisition, count: int
     -------
     Mixtures
     """
-    return fill(mode, measured, acquisition, *layout(count, seed), seed, device)
+    fractions, directions = draw_fractions_and_directions(count, seed)
+    return simulate_given(mode, measured, acquisition, fractions, directions, seed, device)
 
 
-def fill(mode: str, measured: Diffusivities, acquisition: Acquisition, fractions: np.ndarray,
-         directions: np.ndarray, seed: int | Sequence[int], device: str) -> Mixtures:
+def simulate_given(mode: str, measured: Diffusivities, acquisition: Acquisition,
+                   fractions: np.ndarray, directions: np.ndarray, seed: int | Sequence[int],
+                   device: str) -> Mixtures:
     """Simulate voxels of a mode with given (voxel, 5) fractions and (voxel, 3, 3) directions."""
-    tensors = populate(mode, measured, directions, seed)
-    share = attenuation(fractions[:, -tensors.shape[1]:], tensors, acquisition, device)
+    tensors = draw_tensors(mode, measured, directions, seed)
+    signal = attenuation(fractions[:, -tensors.shape[1]:], tensors, acquisition, device)
     if mode != RANDOM:
-        return Mixtures(share, fractions, directions, tensors)
+        return Mixtures(signal, fractions, directions, tensors)
     rng = np.random.default_rng([*np.atleast_1d(seed), 3])
-    profile = rng.uniform(0, MAX_DIFFUSIVITY, share.shape)
+    profile = rng.uniform(0, MAX_DIFFUSIVITY, signal.shape)
     white = fractions[:, :len(FIBRES)].sum(1, keepdims=True)
-    share += white * np.exp(-acquisition.bvals / 1000 * profile)
-    return Mixtures(share, fractions, directions, tensors, profile)
+    signal += white * np.exp(-acquisition.bvals / 1000 * profile)
+    return Mixtures(signal, fractions, directions, tensors, profile)
 
 
 def draw(mode: str, measured: Diffusivities, count: int, seed: int) -> tuple[np.ndarray, ...]:
@@ -257,23 +269,23 @@ def draw(mode: str, measured: Diffusivities, count: int, seed: int) -> tuple[np.
     tensors : (count, 5, shell, 6) ndarray
         µm²/ms; (count, 2, shell, 6) in mode RANDOM.
     """
-    fractions, directions = layout(count, seed)
-    return fractions, directions, populate(mode, measured, directions, seed)
+    fractions, directions = draw_fractions_and_directions(count, seed)
+    return fractions, directions, draw_tensors(mode, measured, directions, seed)
 
 
-def layout(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_fractions_and_directions(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw fractions (count, 5), five uniform numbers divided by their sum, and directions
     (count, 3, 3), uniform on the sphere."""
-    shared = np.random.default_rng([seed, 0])
-    fractions = shared.uniform(size=(count, len(COMPARTMENTS)))
+    rng = np.random.default_rng([seed, 0])
+    fractions = rng.uniform(size=(count, len(COMPARTMENTS)))
     fractions /= fractions.sum(1, keepdims=True)
-    directions = shared.standard_normal((count, len(FIBRES), 3))
+    directions = rng.standard_normal((count, len(FIBRES), 3))
     return fractions, directions / np.linalg.norm(directions, axis=2, keepdims=True)
 
 
-def populate(mode: str, measured: Diffusivities, directions: np.ndarray,
-             seed: int | Sequence[int]) -> np.ndarray:
-    """Draw the tensors (voxel, compartment, shell, 6) of a mode (µm²/ms).
+def draw_tensors(mode: str, measured: Diffusivities, directions: np.ndarray,
+                 seed: int | Sequence[int]) -> np.ndarray:
+    """Draw the tensors (voxel, compartment, shell, xx xy xz yy yz zz) of a mode (µm²/ms).
 
     Compartments are all five, in mode RANDOM grey matter and CSF only.
     """
@@ -344,6 +356,7 @@ def _isotropic(squares: np.ndarray, s0_squared: np.ndarray | np.floating,
 
 
 def _clip_to_bounds(theta: torch.Tensor) -> torch.Tensor:
+    """Clip (r, u) to 0 ≤ r and r + |u|² ≤ MAX_DIFFUSIVITY."""
     radial = theta[:, :1].clamp(0, MAX_DIFFUSIVITY)
     length = theta[:, 1:].norm(dim=1, keepdim=True).clamp(min=1e-12)
     largest = (MAX_DIFFUSIVITY - radial).sqrt()

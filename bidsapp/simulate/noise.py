@@ -6,7 +6,8 @@ or a tensor that broadcasts against the signal, for example (voxel, 1) if it var
 of n coils combined by root sum of squares (Constantinides et al. 1997,
 doi:10.1002/mrm.1910380524; n = 1 is Rician) follow
 
-    M² = |S + ε|² + Σ …,   E[M²] = S² + 2nσ²,   E[M] = σ √(π/2) L_½^(n−1)(−S²/2σ²) (`mean`).
+    M² = |S + ε_1|² + |ε_2|² + … + |ε_n|²,    ε_i complex,
+    E[M²] = S² + 2nσ²,   E[M] = σ √(π/2) L_½^(n−1)(−S²/2σ²) (`mean`).
 """
 
 from __future__ import annotations

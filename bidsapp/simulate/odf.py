@@ -140,7 +140,7 @@ def sharpen(odf: Float[torch.Tensor, "*batch size"], power: int, l_max: int
 
 def crossing(axis: Float[torch.Tensor, "*batch 3"], angle: Float[torch.Tensor, "*batch"],
              azimuth: Float[torch.Tensor, "*batch"]) -> Float[torch.Tensor, "*batch 3"]:
-    """Compute axes at `angle` from the given ones, rotated about them by `azimuth` (radian)."""
+    """Compute axes that cross the given ones at `angle`, with `azimuth` about them (radian)."""
     # the coordinate axis least aligned with `axis` avoids degenerate cases
     least = torch.nn.functional.one_hot(axis.abs().argmin(-1), 3).to(axis.dtype)
     u = torch.nn.functional.normalize(torch.linalg.cross(axis, least), dim=-1)

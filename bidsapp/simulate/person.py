@@ -1,13 +1,16 @@
 """One person of a phantom: the deformed atlas with individual tissue properties.
 
-A point x of the person lies at s(x + u(x)) in the atlas. s is a scale per axis, and u is a cubic
-B-spline whose coefficients stay below 0.4 of their spacing in every component, so that the map is
-one to one (Choi and Lee 2000, doi:10.1006/gmod.2000.0531). The tissue follows the constrained
-two-compartment model (`forward.two_compartments`; d in µm²/ms, f the neurite fraction) with
+A point x of the person lies at s(x + u(x)) in the atlas. s is a scale per axis (s > 1 is a head
+smaller than the atlas), and u is a cubic B-spline whose coefficients stay below 0.4 of their
+spacing in every component, so that the map is one to one (Choi and Lee 2000,
+doi:10.1006/gmod.2000.0531). The tissue follows the constrained two-compartment model
+(`forward.two_compartments`; d in µm²/ms, f the neurite fraction) with
 
-    d = d_tissue + offset + slope_d (age − 50) + smooth variation in space     (f likewise).
+    d = d_tissue + offset + slope_d (age − 50) + v(x) + p(a)     (f likewise),
 
-f depends on age in white matter, d in white and grey matter. In a lesion f is lower and d higher.
+where v varies smoothly within the person, and p smoothly with the point a in the atlas, alike in
+all people. f depends on age in white matter, d in white and grey matter. In the white matter of a
+lesion f is lower and d higher.
 """
 
 from __future__ import annotations
@@ -27,22 +30,22 @@ PROPERTIES = {"wm": {"d": 1.75, "f": 0.62}, "gm": {"d": 1.35, "f": 0.30}}
 """Mean d (µm²/ms) and f at MEAN_AGE."""
 
 OFFSET_SD = {"d_wm": 0.10, "f_wm": 0.065, "d_gm": 0.14, "f_gm": 0.08, "log_kappa": 0.25}
-"""SDs between people; that of log κ applies to white and grey matter."""
+"""SDs between people, in the unit of each property; κ of white and grey matter share one offset."""
 
 VARIATION_SD = {"d": 0.06, "f": 0.025}
 """SDs of the smooth variation within a person."""
 
 CALLOSAL_F = 0.10
-"""Increase of f per callosal share: the corpus callosum is the densest of the large bundles."""
+"""Increase of white matter's f where all fibres are callosal: these are the densest."""
 
 KAPPA = {"wm": 24.0, "gm": 2.2}
-"""Watson concentration of a fibre system within a voxel."""
+"""Median Watson concentration of a fibre system in white matter, and of grey matter."""
 
 MIN_STRENGTH = 1e-12
 """Sum of the squared currents below which there are no fibres and the tissue is isotropic."""
 
 SIZE_SD = 0.04
-"""SD of the log of the size of a head; that of its axes relative to each other is half of it."""
+"""SD of the log scale that all axes of a head share; each axis adds its own, of half this SD."""
 
 WARP_SD, WARP_SPACING = 3.0, 40.0
 """SD and coefficient spacing of the warp (mm)."""
@@ -69,13 +72,13 @@ class Person:
     sex : str
         F or M.
     scale : (3,) ndarray
-        Scale s of each axis.
+        Scale s of each axis, from the person to the atlas.
     warp : SplineField
         Displacement u (mm).
     variation : SplineField
         Smooth variation of d and f.
     offset : dict
-        Difference from the mean of each property of OFFSET_SD.
+        Difference from the mean of each property of OFFSET_SD, in its unit.
     lesion : (centre, radius) or None
         Both in mm; the centre is in coordinates of the person.
     """
@@ -111,7 +114,7 @@ class TissueMaps:
     t1, lesion : (n,) ndarray
         T1-weighted intensity and share of the lesion, 0–1.
     kappa : dict
-        Watson concentration by tissue.
+        Watson concentration of WM and GM.
     """
 
     share: np.ndarray
@@ -140,7 +143,7 @@ def draw_person(options: PhantomOptions, atlas: Atlas, label: str, age: float, s
     lesion : bool
         Whether there is a lesion.
     tissue : sequence of float
-        Offsets from the mean in SDs, in the order of OFFSET_SD.
+        Offsets from the mean (z-scores), in the order of OFFSET_SD.
 
     Returns
     -------
@@ -166,7 +169,7 @@ def draw_person(options: PhantomOptions, atlas: Atlas, label: str, age: float, s
 
 
 def tissue_at(person: Person, atlas: Atlas, options: PhantomOptions, pattern: SplineField,
-              points: Float[np.ndarray, "n 3"], place: Float[np.ndarray, "n 3"],
+              points: Float[np.ndarray, "n 3"], atlas_points: Float[np.ndarray, "n 3"],
               jacobian: Float[np.ndarray, "n 3 3"]) -> TissueMaps:
     """Compute the tissue at points of a person.
 
@@ -176,24 +179,25 @@ def tissue_at(person: Person, atlas: Atlas, options: PhantomOptions, pattern: Sp
     atlas : Atlas
     options : PhantomOptions
     pattern : SplineField
-        Variation of d and f in the atlas, common to all people.
+        Variation p of d and f within the atlas, alike in all people.
     points : (n, 3) ndarray
         Points in coordinates of the person (mm).
-    place : (n, 3) ndarray
+    atlas_points : (n, 3) ndarray
         The same points in the atlas (mm).
     jacobian : (n, 3, 3) ndarray
-        ∂place/∂y at each point; y is the frame of the axes that are returned.
+        ∂atlas_points/∂y at each point, with y the frame in which axes are returned.
 
     Returns
     -------
     TissueMaps
     """
-    share = atlas.sample(atlas.tissue, place)
-    flow = atlas.sample(atlas.flow, place)
+    share = atlas.sample(atlas.tissue, atlas_points)
+    flow = atlas.sample(atlas.flow, atlas_points)
     strength = np.linalg.norm(flow, axis=1) ** 2
     total = strength.sum(0)
     weight = np.where(total > MIN_STRENGTH, strength / np.maximum(total, MIN_STRENGTH), 0)
-    vectors = np.concatenate([flow, atlas.sample(atlas.outward, place)[None]]).transpose(0, 2, 1)
+    vectors = np.concatenate([flow, atlas.sample(atlas.outward, atlas_points)[None]])
+    vectors = vectors.transpose(0, 2, 1)
     axes = np.linalg.solve(jacobian, vectors[..., None])[..., 0]
     length = np.linalg.norm(axes, axis=-1, keepdims=True)
     axes = np.where(length > 1e-9, axes / np.maximum(length, 1e-9), [0, 0, 1.0])
@@ -202,7 +206,7 @@ def tissue_at(person: Person, atlas: Atlas, options: PhantomOptions, pattern: Sp
         centre, radius = person.lesion
         distance = np.linalg.norm(points - centre, axis=1) / radius
         lesion = (1 / (1 + np.exp(12 * (distance - 1)))).astype(np.float32)
-    vary = person.variation.at(points) + pattern.at(place)
+    vary = person.variation.at(points) + pattern.at(atlas_points)
     years = person.age - MEAN_AGE
     d = np.stack([PROPERTIES[t]["d"] + person.offset[f"d_{t}"] + options.age_slope_d * years
                   + vary[0] for t in PROPERTIES])
@@ -211,5 +215,5 @@ def tissue_at(person: Person, atlas: Atlas, options: PhantomOptions, pattern: Sp
     f[0] *= 1 + LESION_F * lesion
     d[0] *= 1 + LESION_D * lesion
     return TissueMaps(share, np.clip(d, 0.3, 2.9), np.clip(f, 0.02, 0.95), axes, weight,
-                  atlas.sample(atlas.t1, place), lesion,
+                  atlas.sample(atlas.t1, atlas_points), lesion,
                   {t: k * math.exp(person.offset["log_kappa"]) for t, k in KAPPA.items()})

@@ -1,4 +1,4 @@
-"""Scans of the people of a phantom, and their truth on each scan's grid.
+"""Simulate a scan of a phantom's person at a site, and its truth on the grid of the scan.
 
 A scan is simulated in the scanner's frame (world RAS+ of its images). With the rigid pose y = R x +
 t of the head, a point y of a fine grid lies at a(y) in the atlas. The fibre axes there are
@@ -7,13 +7,14 @@ t of the head, a point y of a fine grid lies at a(y) in the atlas. The fibre axe
     S = Σ_tissue share s0 e1 Σ_c f_c exp(−ΔTE/T2_c) ∫ ODF exp(−b c(y) B : D_c)
 
 with stick and zeppelin in white and grey matter and free water in CSF. c(y) is actual over nominal
-b; it multiplies the diffusivities, which is equivalent. e1 = 1 − exp(−TR/T1), relative to that of
+b; it multiplies the diffusivities, which is equivalent. e1 = 1 − exp(−TR/T1), over its value at
 the reference site. A separable point spread function maps S to voxels. ΔTE is relative to the
 reference site's echo time, so f is a fraction of the signal at that echo time.
 
-The truth of a voxel is computed with the reference site's point spread: shares; d and f averaged
-over white and grey matter; the ODF averaged with weight s0; FA and MD of the tensor Σ s0 share D̄ /
-Σ s0 share, D̄ = Σ_c f_c ∫ ODF D_c(n) dn, the limit of b → 0.
+The truth of a voxel is computed with the reference site's point spread: the tissue shares; d and f,
+averaged over white and grey matter by share; the ODF, averaged over them by share s0; and FA and MD
+of the tensor Σ share s0 D̄ / Σ share s0 over all tissues, D̄ = Σ_c f_c ∫ ODF D_c(n) dn, which is the
+limit of b → 0.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ L_MAX = 8
 """Highest degree of the ODFs."""
 
 S0 = {"wm": 1.0, "gm": 1.25, "csf": 3.0}
-"""Signal at b = 0 and the reference site's echo time, in multiples of UNIT."""
+"""Signal at b = 0 with the echo and repetition time of the reference site, in multiples of UNIT."""
 
 UNIT = 1000.0
 """Intensity of pure white matter at b = 0 in the images."""
@@ -65,7 +66,7 @@ T1_LESION = -0.25
 """Relative change of the T1-weighted signal in a lesion."""
 
 T1_SNR = 3.0
-"""SNR of the T1-weighted image relative to that of the DWI."""
+"""SNR of the T1-weighted image over that of the DWI."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,20 +110,20 @@ class Scan:
     Parameters
     ----------
     grid, fine : Grid
-        Grid of the DWI and its maps; grid of `t1` and `t1_tissue`.
+        Grid of the DWI and its maps; grid of the simulated cells, which is that of the T1w.
     signal : (n, x, y, z) ndarray
-        Measured signal.
+        Measured signal; pure white matter is near UNIT at b = 0.
     reference : (n, x, y, z) ndarray
         Noise-free signal of the reference site on the same grid, with the same pose and table.
     acquisition : Acquisition
         Nominal b-table.
     mask, lesion : (x, y, z) bool ndarray
     tissue : (3, x, y, z) ndarray
-        Shares of TISSUES.
+        Shares of TISSUES, with the point spread of the reference site.
     truth : dict
         Maps by name, (x, y, z) or (coefficient, x, y, z), 0 outside of the mask.
     t1, t1_tissue : (x, y, z) and (3, x, y, z) ndarray
-        T1-weighted image and shares of TISSUES on its grid.
+        T1-weighted image and shares of TISSUES on its grid, without point spread.
     pose : (4, 4) ndarray
         Rigid transformation from person to scanner coordinates (mm).
     jacobian : float
@@ -150,7 +151,8 @@ def draw_pose(options: PhantomOptions, *names: object) -> np.ndarray:
     Parameters
     ----------
     options : PhantomOptions
-        SDs of rotation (degrees) and shift (mm), which are limited to 2 SD.
+        `pose_rotation` and `pose_shift`: SDs of rotation (degrees) and shift (mm) about and along
+        each axis. Draws are limited to 2 SD.
     *names : object
         Words that identify the scan; the draw depends on them and the seed.
 
@@ -180,6 +182,7 @@ def simulate_scan(person: Person, site: Site, reference: Site, table: Acquisitio
     reference : Site
         Reference site of the phantom.
     table : Acquisition
+        Nominal b-table of the site.
     atlas : Atlas
     options : PhantomOptions
     pose : (4, 4) ndarray
@@ -190,11 +193,11 @@ def simulate_scan(person: Person, site: Site, reference: Site, table: Acquisitio
     Scan
     """
     fine, grid = Grid.over(BOX, atlas.step), Grid.over(BOX, site.voxel)
-    place, inside, jacobian = _map_to_atlas(person, atlas, fine, pose)
+    atlas_points, inside, jacobian = _map_to_atlas(person, atlas, fine, pose)
     points = fine.points[inside]
     pattern = SplineField.draw(stream(options.random_seed, "pattern"), np.array([0.05, 0.02]), 35.0)
     tissue = tissue_at(person, atlas, options, pattern, (points - pose[:3, 3]) @ pose[:3, :3],
-                       place, jacobian)
+                       atlas_points, jacobian)
     model = _Model(tissue, table)
     imager = _Imager(inside.reshape(fine.shape), fine, grid, site.fwhm)
     reference_imager = _Imager(inside.reshape(fine.shape), fine, grid, reference.fwhm)
@@ -210,8 +213,8 @@ def simulate_scan(person: Person, site: Site, reference: Site, table: Acquisitio
     t1, t1_tissue = np.zeros(fine.shape, np.float32), np.zeros((3, *fine.shape), np.float32)
     t1.reshape(-1)[inside] = tissue.t1 * (1 + T1_LESION * tissue.lesion)
     t1_tissue.reshape(3, -1)[:, inside] = tissue.share
-    level = site.level(fine.points).reshape(fine.shape)
-    t1 = add_noise(t1 * level, level / (T1_SNR * site.snr), site, rng)
+    t1_level = site.level(fine.points).reshape(fine.shape)
+    t1 = add_noise(t1 * t1_level, t1_level / (T1_SNR * site.snr), site, rng)
     return Scan(
         grid, fine, UNIT * measured, UNIT * reference_signal, table, mask=mask,
         lesion=reference_imager(tissue.lesion[None])[0] > 0.5, tissue=np.clip(shares, 0, 1),
@@ -221,10 +224,19 @@ def simulate_scan(person: Person, site: Site, reference: Site, table: Acquisitio
 
 def _map_to_atlas(person: Person, atlas: Atlas, fine: Grid, pose: np.ndarray
                   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Map the fine grid's points to the atlas: a(y) (n, 3) inside the brain, the mask of these
-    points and ∂a/∂y (n, 3, 3).
+    """Map the points of the fine grid to the atlas.
 
-    The warp varies little over twice the step, so it is evaluated on such a grid and interpolated.
+    The map varies little over twice the atlas' step, so it is evaluated on such a grid and
+    interpolated.
+
+    Returns
+    -------
+    atlas_points : (n, 3) ndarray
+        a(y) of the points inside the brain.
+    inside : (point,) bool ndarray
+        Whether a point of the fine grid is inside the brain; n are.
+    jacobian : (n, 3, 3) ndarray
+        ∂a/∂y at these points.
     """
     coarse = Grid.over(BOX + 2 * atlas.step * np.array([-1, 1]), 2 * atlas.step)
     points = (coarse.points - pose[:3, 3]) @ pose[:3, :3]
@@ -236,14 +248,14 @@ def _map_to_atlas(person: Person, atlas: Atlas, fine: Grid, pose: np.ndarray
     def interpolated(fields: np.ndarray, index: np.ndarray) -> np.ndarray:
         return np.stack([ndimage.map_coordinates(f, index, order=1) for f in fields], -1)
 
-    place = interpolated(lattice, index)
-    inside = atlas.sample(atlas.tissue, place).sum(0) > 0.02
+    mapped = interpolated(lattice, index)
+    inside = atlas.sample(atlas.tissue, mapped).sum(0) > 0.02
     jacobian = interpolated(slopes.reshape(9, *coarse.shape), index[:, inside])
-    return place[inside], inside, jacobian.reshape(-1, 3, 3)
+    return mapped[inside], inside, jacobian.reshape(-1, 3, 3)
 
 
 class _Imager:
-    """Point spread function from fine cells inside the brain to voxels."""
+    """Point spread from values of fine cells inside the brain (k, n) to images (k, x, y, z)."""
 
     def __init__(self, inside: np.ndarray, fine: Grid, grid: Grid, fwhm: float) -> None:
         self.box = ndimage.find_objects(inside.astype(np.int8))[0]
@@ -268,7 +280,8 @@ class _Imager:
 
 
 def add_noise(clean: np.ndarray, sigma: np.ndarray, site: Site, rng: torch.Generator) -> np.ndarray:
-    """Add the noise of the site's coils to an image; an infinite SNR leaves it unchanged."""
+    """Add the noise of the site's coils, of SD sigma per channel and in the unit of the image; an
+    infinite SNR leaves the image unchanged."""
     if not np.isfinite(site.snr):
         return clean
     return noise.noncentral_chi(torch.as_tensor(clean, dtype=torch.float32),
@@ -325,14 +338,14 @@ class _Model:
         """Compute the maps of the truth from the parameters of the forward model."""
         share, d, f = self.tissue.share, self.tissue.d, self.tissue.f
         level = np.stack([share[i] * S0[name] for i, name in enumerate(S0)])
-        unit = np.array([1, 0, 0, 1, 0, 1], np.float32)[:, None]
-        tensor = level[2] * D_CSF * unit
+        identity = np.array([1, 0, 0, 1, 0, 1], np.float32)[:, None]  # xx xy xz yy yz zz
+        tensor = level[2] * D_CSF * identity
         density = np.zeros((sh.size(L_MAX), share.shape[1]), np.float32)
         for i, name in enumerate(("wm", "gm")):
             coefficients = self.odf[name].numpy().T
             density += level[i] * coefficients
-            radial = (1 - f[i]) ** 2 * d[i]
-            tensor += level[i] * (radial * unit
+            radial = (1 - f[i]) ** 2 * d[i]  # D̄ without dispersion: (1 − f) zeppelin + f stick
+            tensor += level[i] * (radial * identity
                                   + (d[i] - radial) * (_second_moments().T @ coefficients))
         rows = [share[:2].sum(0), (share[:2] * d).sum(0), (share[:2] * f).sum(0), level.sum(0)]
         maps = np.maximum(image(np.vstack([*rows, tensor, density]))[:, mask], [[1e-6]] * 4
@@ -340,10 +353,10 @@ class _Model:
         mean = (maps[4:10] / maps[3]).T
         values = np.linalg.eigvalsh(mean[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3))
         md = values.mean(-1)
-        spread = ((values - md[:, None]) ** 2).sum(-1) / (values**2).sum(-1)
+        fa = np.sqrt(1.5 * ((values - md[:, None]) ** 2).sum(-1) / (values**2).sum(-1))
         scale = np.maximum(maps[10] * np.sqrt(4 * np.pi), 1e-6)
         truth = {"diffusivity": maps[1] / maps[0], "neuritefraction": maps[2] / maps[0],
-                 "odf": maps[10:] / scale, "fa": np.sqrt(1.5 * spread), "md": md / 1000}
+                 "odf": maps[10:] / scale, "fa": fa, "md": md / 1000}
         out = {}
         for key, value in truth.items():
             out[key] = np.zeros((*value.shape[:-1], *mask.shape), np.float32)
@@ -352,6 +365,7 @@ class _Model:
 
 
 def _saturation(repetition_time: float, t1: float) -> float:
+    """Compute the longitudinal magnetisation before excitation, over equilibrium (times in s)."""
     return 1 - math.exp(-repetition_time / t1)
 
 

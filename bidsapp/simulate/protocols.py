@@ -1,8 +1,7 @@
-"""Acquisitions in the form that networks take: shells with directions, an SH fit of each, and
-noise.
+"""Acquisitions as networks take them: shells with directions, an SH fit of each, and noise.
 
 Several protocols are stacked, one per group of voxels, and padded to the same number of shells and
-directions. A minibatch may so contain many protocols; one acquisition is a stack of one group.
+directions, so that a minibatch may contain many protocols. One acquisition is a stack of one group.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.simulate import forward, odf
 
 L_FIT = 8
-"""Highest degree of the SH fit of a shell."""
+"""Highest degree of the SH fit of a shell; a shell of few directions has a lower one."""
 
 REDUNDANCY = 1.3
 """Minimum number of directions per coefficient of a fit; 6 directions suffice for degree 2."""
@@ -48,7 +47,8 @@ class Protocols:
     basis : (group, shell, direction, coefficient) tensor
         SH functions along the directions; 0 if there is no direction.
     fit : (group, shell, size(8), direction) tensor
-        Matrix from signals to the coefficients that they determine.
+        Least-squares matrix from signals to coefficients; rows of degrees that the shell does not
+        determine are 0.
     """
 
     b: Float[torch.Tensor, "group shell"]
@@ -94,7 +94,7 @@ class Protocols:
 def measure(protocols: Protocols, signals: Float[torch.Tensor, "group voxels shell direction"],
             noise: Float[torch.Tensor, " voxel"], generator: torch.Generator
             ) -> tuple[Float[torch.Tensor, "coef voxel shell"], Float[torch.Tensor, "voxel 2"]]:
-    """Add Rician noise, normalise by the mean b0 and fit every shell.
+    """Simulate a measurement: add Rician noise, normalise by the mean b0 and fit every shell.
 
     Parameters
     ----------
@@ -265,7 +265,7 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
         half of the protocols.
     b0 : (int, int)
         Range of the number of b0 volumes.
-    known : float
+    s0_known : float
         Share of protocols whose S0 is known.
 
     Returns
@@ -286,21 +286,22 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
         k = rng.choice(np.arange(shells[0], max_shells + 1), p=share)
         available = [b_delta[0], *(x for x in b_delta[1:] if rng.random() < 0.5)]
         while True:
-            level = np.sort(rng.uniform(b[0] ** 0.5, b[1] ** 0.5, k) ** 2)
+            b_value = np.sort(rng.uniform(b[0] ** 0.5, b[1] ** 0.5, k) ** 2)
             shape = rng.choice(available, k)
-            if all((level[shape == x][1:] > 1.15 * level[shape == x][:-1]).all() for x in b_delta):
+            if all((b_value[shape == x][1:] > 1.15 * b_value[shape == x][:-1]).all()
+                   for x in b_delta):
                 break
-        values[g, :k], shapes[g, :k] = level, shape
+        values[g, :k], shapes[g, :k] = b_value, shape
         for s in range(k):
             n = round(rng.uniform(directions[0]**0.5, directions[1]**0.5) ** 2)
             count[g, s] = n
             xyz[g, s, :n] = spread(n) @ rotations[g, s].T
-    volumes = np.where(rng.random(groups) < s0_known, np.inf,
-                       rng.integers(b0[0], b0[1] + 1, groups))
+    b0_count = np.where(rng.random(groups) < s0_known, np.inf,
+                        rng.integers(b0[0], b0[1] + 1, groups))
 
     def put(array):
         array = array if array.dtype == int else array.astype(np.float32)
         return torch.as_tensor(array, device=generator.device)
 
-    return build(put(values), put(shapes), put(count), put(volumes), put(xyz), l_max,
+    return build(put(values), put(shapes), put(count), put(b0_count), put(xyz), l_max,
                  even=True)

@@ -1,8 +1,11 @@
 """Scanner effects of a site: b-value, echo time, point spread, gain, coil profile and noise.
 
 The first site is the reference: all its properties are nominal, and its noise is Rician (one coil).
-Every other site differs in each property by ± U(0.75, 1.25) times the size of the effect, with
-signs balanced over sites. A difference is therefore close to the size of its option and never zero.
+Each of the others differs from it by ± U(0.75, 1.25) times the size of the effect, property by
+property, with signs balanced over sites. A difference is therefore close to the size of its option
+and never zero. Gain, repetition time and SNR differ in their logarithm. Coil profile, bias field
+and nonlinearity are random fields, of which the effect is the SD. Only sites B, D, … have several
+coils.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from bidsapp.options import PhantomOptions
 from bidsapp.simulate.fields import SplineField, stream
 
 FWHM = 2.5
-"""FWHM (mm) of the reference site's point spread in addition to the average over a voxel."""
+"""FWHM (mm) of the Gaussian of the reference site's point spread (`spread_matrix`)."""
 
 FIELD_SPACING = 90.0
-"""Distance of the coefficients (mm) of coil, bias and gradient fields, which vary over a head."""
+"""Spacing of the coefficients (mm) of coil, bias and gradient fields, smooth over a head."""
 
-B0_SHARE = 10
+WEIGHTED_PER_B0 = 10
 """Number of weighted volumes per b0 volume."""
 
 
@@ -41,22 +44,25 @@ class Site:
     echo_time, repetition_time : float
         ms and s.
     fwhm : float
-        FWHM of the point spread in addition to the average over a voxel (mm).
+        FWHM of the Gaussian of the point spread (mm).
     gain : float
+        Factor of all intensities.
     coil : float
-        SD of the log of the coil profile, to which the noise is inversely proportional.
+        SD of the log of the coil profile. Images are corrected for it, so that the noise is
+        inversely proportional to it and the signal is unchanged.
     bias : float
         SD of the log of the bias field that remains in the image.
     snr : float
         SNR of a b = 0 image of pure white matter.
     coils : int
-        Number of coils: the noise is Rician for 1, else non-central χ.
+        Number of coils: 1 gives Rician noise, more give non-central χ noise.
     directions : int
         Number per shell.
     voxel : float
         Voxel size (mm).
     fields : SplineField
-        Fields of coil profile, bias and nonlinearity with SD 1, in scanner coordinates.
+        Fields of coil profile, bias and nonlinearity, in this order, with SD 1; in scanner
+        coordinates.
     """
 
     name: str
@@ -79,7 +85,7 @@ class Site:
         return self.gain * np.exp(self.bias * self._field(1, points))
 
     def sigma(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
-        """Compute the (n,) noise SD of one channel for a signal of 1 before the factor `level`."""
+        """Compute the (n,) noise SD of one real channel, in the unit of signals times `level`."""
         return self.level(points) * np.exp(-self.coil * self._field(0, points)) / self.snr
 
     def b_factor(self, points: Float[np.ndarray, "n 3"]) -> np.ndarray:
@@ -129,7 +135,7 @@ def site_name(i: int) -> str:
 
 
 def _levels(options: PhantomOptions, name: str) -> np.ndarray:
-    """Draw (sites,) multiples of an effect: 0 for the reference, ± U(0.75, 1.25) for the others."""
+    """Draw (sites,) factors of an effect: 0 for the reference, ± U(0.75, 1.25) for the others."""
     rng = stream(options.random_seed, "effect", name)
     others = options.sites - 1
     signs = rng.permutation(np.resize(rng.permutation([-1, 1]), others))
@@ -139,8 +145,8 @@ def _levels(options: PhantomOptions, name: str) -> np.ndarray:
 def gradient_table(shells: tuple[float, ...], directions: int) -> Acquisition:
     """Create the gradient table of a site.
 
-    Directions of a shell repel each other and their antipodes (dipy) and are rotated at random; b0
-    volumes are interspersed. Sites with the same number of directions have the same table.
+    Directions of a shell start at random and repel each other and their antipodes (dipy). b0
+    volumes are interspersed. The table depends on the arguments alone, not on the phantom's seed.
 
     Parameters
     ----------
@@ -163,7 +169,7 @@ def gradient_table(shells: tuple[float, ...], directions: int) -> Acquisition:
         repelled, _ = disperse_charges(HemiSphere(xyz=start), iters=1000)
         bvecs += list(repelled.vertices)
         bvals += [float(b)] * directions
-    n = max(2, round(len(bvals) / B0_SHARE))
+    n = max(2, round(len(bvals) / WEIGHTED_PER_B0))
     order = rng.permutation(len(bvals))  # drift or an early stop affects all shells
     positions = np.linspace(0, len(bvals), n, endpoint=False).astype(int)
     return Acquisition(np.insert(np.array(bvals)[order], positions, 0.0),
@@ -172,9 +178,10 @@ def gradient_table(shells: tuple[float, ...], directions: int) -> Acquisition:
 
 def spread_matrix(centres: Float[np.ndarray, " m"], voxel: float, fine: Float[np.ndarray, " n"],
                   step: float, fwhm: float) -> Float[np.ndarray, "m n"]:
-    """Compute the weights of fine cells in voxels along one axis.
+    """Compute the weights of fine cells in voxels along one axis: the point spread function.
 
-    A weight is the integral over the cell of a box of the voxel's width convolved with a Gaussian.
+    It is a box of the voxel's width convolved with a Gaussian. A weight is its integral over a
+    cell.
     The three-dimensional point spread is the product of those of the axes.
 
     Parameters

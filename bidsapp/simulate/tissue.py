@@ -29,12 +29,13 @@ class TissueModel:
     prior : callable
         Function from uniform numbers (voxel, n) within 0–1 to parameters (voxel, n).
     compartments : callable
-        Function from parameters to the compartments along every fibre of the density.
+        Function from parameters to the compartments about each fibre axis of the density.
     watson : callable, optional
         Function from parameters to κ, if the model prescribes a Watson density. Without it,
         densities are arbitrary and drawn by `draw_odfs`.
     aligned : callable, optional
-        Function from parameters to compartments along the axis of the Watson density alone.
+        Function from parameters to further compartments, which are not dispersed: all lie along
+        the axis of the Watson density.
     """
 
     names: tuple[str, ...]
@@ -77,8 +78,8 @@ class TissueModel:
         densities = odf.watson(axis, self.watson(parameters), l_max)
         s = protocols.coefficients(densities, self.compartments(parameters))
         if self.aligned is not None:
-            one_axis = sh.evaluate(l_max, axis)  # w_l = 1
-            s = s + protocols.coefficients(one_axis, self.aligned(parameters))
+            delta = sh.evaluate(l_max, axis)  # w_l = 1
+            s = s + protocols.coefficients(delta, self.aligned(parameters))
         return s, densities
 
     def densities(self, count: int, generator: torch.Generator, l_max: int, **odfs: Any
@@ -115,6 +116,7 @@ THREE_COMPARTMENTS = TissueModel(
 
 
 def _concentration(odi: torch.Tensor) -> torch.Tensor:
+    """Compute κ from the orientation dispersion index."""
     return 1 / torch.tan(odi.clamp(0.0025, 0.999) * (math.pi / 2))
 
 
@@ -126,11 +128,13 @@ def _second_moment(kappa: torch.Tensor) -> torch.Tensor:
 
 
 def _noddi_outside(p: torch.Tensor) -> list[forward.Compartment]:
-    inside, odi, free = p.unbind(1)
-    tau, radial = _second_moment(_concentration(odi)), NODDI_PARALLEL * (1 - inside)
-    spread = NODDI_PARALLEL - radial
-    axial, across = radial + spread * tau, radial + spread * (1 - tau) / 2
-    return [forward.zeppelin((1 - free) * (1 - inside), axial, across)]
+    """Compute the extra-neurite tensor: the average of zeppelins (d, d (1 − NDI)) over the Watson
+    density."""
+    ndi, odi, fiso = p.unbind(1)
+    tau, radial = _second_moment(_concentration(odi)), NODDI_PARALLEL * (1 - ndi)
+    difference = NODDI_PARALLEL - radial
+    axial, across = radial + difference * tau, radial + difference * (1 - tau) / 2
+    return [forward.zeppelin((1 - fiso) * (1 - ndi), axial, across)]
 
 
 NODDI_PARALLEL, NODDI_FREE = 1.7, 3.0
@@ -138,9 +142,9 @@ NODDI_PARALLEL, NODDI_FREE = 1.7, 3.0
 
 
 def _noddi_prior(u: torch.Tensor) -> torch.Tensor:
-    spread = 0.01 + 0.98 * 2 * u[:, 1]
+    uniform_odi = 0.01 + 0.98 * 2 * u[:, 1]
     kappa = 256.0 ** (2 * u[:, 1] - 1)  # log-uniform in 1–256
-    odi = torch.where(u[:, 1] < 0.5, spread, 2 / math.pi * torch.atan(1 / kappa))
+    odi = torch.where(u[:, 1] < 0.5, uniform_odi, 2 / math.pi * torch.atan(1 / kappa))
     return torch.stack([u[:, 0], odi, u[:, 2]], 1)
 
 
@@ -213,8 +217,8 @@ def draw_odfs(count: int, generator: torch.Generator, l_max: int, *,
     bundles = torch.arange(simulated_count - fans, device=device) % 3 + 1
     axes = odf.random_rotations(3 * len(bundles), generator)[:, :, 0].float().view(-1, 3, 3)
     density = odf.watson(axes, log_uniform(*axes.shape[:2]), l_max)
-    single = sh.evaluate(l_max, axes)  # a delta: w_l = 1
-    density = torch.where(uniform(*axes.shape[:2], 1) < DELTA, single, density)
+    delta = sh.evaluate(l_max, axes)  # w_l = 1
+    density = torch.where(uniform(*axes.shape[:2], 1) < DELTA, delta, density)
     share = -torch.log(uniform(*axes.shape[:2]).clamp(min=1e-7))
     share = share * (torch.arange(3, device=device) < bundles[:, None])
     kappa = log_uniform(fans).clamp(max=128)

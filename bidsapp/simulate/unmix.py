@@ -1,10 +1,11 @@
-"""Fit mixtures of a participant's tissues to each of their voxels, for synthetic images.
+"""Fit a mixture of the participant's tissues to each voxel, for synthetic images.
 
 The attenuation of a voxel is decomposed into fibres of a fixed set of directions, grey matter and
-CSF, all with the mean diffusivities of the participant (`simulate.mixture`), by least squares under
-w ≥ 0. This is spherical deconvolution (Dell'Acqua et al. 2007, doi:10.1109/TBME.2007.891166, as
-extended to tissues by Jeurissen et al. 2014, doi:10.1016/j.neuroimage.2014.07.061) with a fibre
-response of one prolate tensor per shell. Its lobes give up to three fibre directions.
+CSF, all with the mean diffusivities of the participant (`simulate.mixture`), by least squares with
+non-negative weights. This is spherical deconvolution (Dell'Acqua et al. 2007,
+doi:10.1109/TBME.2007.891166, as extended to tissues by Jeurissen et al. 2014,
+doi:10.1016/j.neuroimage.2014.07.061) with a fibre response of one prolate tensor per shell. Its
+lobes give up to three fibre directions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from bidsapp.acquisition import Acquisition
 from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
-from bidsapp.simulate.mixture import FIBRES, Diffusivities, attenuation, populate
+from bidsapp.simulate.mixture import FIBRES, Diffusivities, attenuation, draw_tensors
 
 DIRECTIONS = 128
 """Number of directions on the half sphere; neighbours are 13° apart."""
@@ -24,7 +25,7 @@ STEPS = 200
 """Steps of the accelerated projected gradient method."""
 
 CONE = 25.0
-"""Half angle (degrees) of a fibre population around its largest weight."""
+"""Half angle (degrees) of the cone of a fibre population."""
 
 MIN_SHARE = 0.1
 """Populations smaller than this share of the largest are discarded."""
@@ -36,9 +37,10 @@ BLOCK = 4096
 def unmix(dwi: Dwi, measured: Diffusivities, device: str) -> tuple[np.ndarray, np.ndarray]:
     """Decompose each voxel into fibre populations, grey matter and CSF.
 
-    If there is `Dwi.tissue`, it determines the fractions of white matter, grey matter and CSF up to
-    its sum; the signal determines the rest and the fibre populations. In voxels without fibres in
-    the signal, white matter counts as grey matter.
+    The signal determines the fibre populations. Fibre weight outside of the three largest, or in
+    populations below MIN_SHARE, counts as grey matter. Where `Dwi.tissue` is given, it determines
+    the fractions of white matter, grey matter and CSF; if its sum is below 1, the signal determines
+    the rest. White matter of `Dwi.tissue` without fibres in the signal counts as grey matter.
 
     Parameters
     ----------
@@ -61,9 +63,9 @@ def unmix(dwi: Dwi, measured: Diffusivities, device: str) -> tuple[np.ndarray, n
 
     def fit(signal: torch.Tensor) -> dict[str, torch.Tensor]:
         a, n = signal.new_tensor(system), signal.new_tensor(axes)
-        level = signal[:, b0].mean(1, keepdim=True)
+        s0 = signal[:, b0].mean(1, keepdim=True)
         clean = torch.sqrt((signal**2 - noise**2).clamp(min=0))  # without the noise floor
-        w = _nonnegative(a, torch.where(level > 0, clean / level, 0).clamp(max=2))
+        w = _nonnegative(a, torch.where(s0 > 0, clean / s0, 0).clamp(max=2))
         share, direction = _lobes(w[:, :-2], n)
         rest = w[:, :-2].sum(1, keepdim=True) - share.sum(1, keepdim=True)
         return {"parts": torch.cat([share, w[:, -2:-1] + rest, w[:, -1:]], 1),
@@ -92,7 +94,7 @@ def half_sphere(count: int) -> np.ndarray:
 
 def dictionary(axes: np.ndarray, measured: Diffusivities, acquisition: Acquisition) -> np.ndarray:
     """Compute (axis + 2, measurement) attenuations of a fibre along each axis, grey matter, CSF."""
-    tensors = populate("syn", measured, np.repeat(axes[:, None], len(FIBRES), axis=1), 0)
+    tensors = draw_tensors("syn", measured, np.repeat(axes[:, None], len(FIBRES), axis=1), 0)
     columns = np.concatenate([tensors[:, 0], tensors[:1, -2], tensors[:1, -1]])[:, None]
     return attenuation(np.ones((len(columns), 1)), columns, acquisition, "cpu")
 
@@ -111,7 +113,10 @@ def _nonnegative(a: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _lobes(weight: torch.Tensor, axes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find weights (voxel, 3) and mean axes (voxel, 3, 3) of the three largest lobes."""
+    """Find weights (voxel, 3) and mean axes (voxel, 3, 3) of the three largest lobes.
+
+    A lobe is the cone of half angle CONE that holds the largest weight.
+    """
     near = ((axes @ axes.T).abs() > np.cos(np.radians(CONE))).to(weight)
     outer = (axes[:, :, None] * axes[:, None]).flatten(1)
     shares, directions = [], []

@@ -219,7 +219,7 @@ def test_unmixing_finds_what_was_mixed(rng):
     apart = np.degrees(np.arccos(np.abs((n[:, 0] * n[:, 1]).sum(1))))
     n = n[apart > 60]
     fractions = np.tile([0.5, 0.35, 0, 0, 0.15], (len(n), 1))
-    made = mixture.fill("syn", measured, dwi.acquisition, fractions, n, 0, "cpu")
+    made = mixture.simulate_given("syn", measured, dwi.acquisition, fractions, n, 0, "cpu")
     mask = np.ones((len(n), 1, 1), bool)
     clean = Dwi((1000 * made.attenuation).astype(np.float32), mask, np.eye(4), dwi.acquisition)
     found, axes = unmix.unmix(clean, measured, "cpu")

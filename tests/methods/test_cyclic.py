@@ -82,7 +82,7 @@ def test_invariants_are_those_of_the_formula(rng):
 def test_critics_and_generators_pull_apart(rng, monkeypatch):
     """The critic's own gradient is that of the loss, the generator's its negative."""
     x, y = neighbourhoods(rng), 2 * neighbourhoods(rng)
-    monkeypatch.setattr(cyclic, "BLUR", 0.0)
+    monkeypatch.setattr(cyclic, "CRITIC_NOISE", 0.0)
     cycle = Cycle(lively(1), lively(2), critic=8)
     cycle(x, y)["adversarial"].backward()
     turned = cycle.to_b.coarse[0].weight.grad.clone(), cycle.real_b[0].weight.grad.clone()

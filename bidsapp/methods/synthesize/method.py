@@ -129,8 +129,8 @@ def _image(mode: str, dwi: Dwi, measured: Diffusivities, layout: tuple[np.ndarra
     diffusivities: list[np.ndarray] = []
     for k, start in enumerate(range(0, len(signal), BLOCK)):
         rows = slice(start, start + BLOCK)
-        mixtures = mixture.fill(mode, measured, dwi.acquisition, layout[0][rows],
-                                layout[1][rows], [seed, 4, k], device)
+        mixtures = mixture.simulate_given(mode, measured, dwi.acquisition, layout[0][rows],
+                                          layout[1][rows], [seed, 4, k], device)
         signal[rows] = _noisy(dwi.mean_b0[rows, None] * mixtures.attenuation, sd, [seed, 5, k])
         diffusivities.append(_diffusivities(mixtures))
     shells = _shell_names(dwi.acquisition.shells)
