@@ -106,7 +106,7 @@ def in_training(options: argparse.Namespace, method, trained: checkpoint.Checkpo
     network = trained.into(maps.build(tissue, trained.card.network, grid=options.grid))
     generator = torch.Generator().manual_seed(20_000)
     batches = [simulate(1024, 64, generator) for _ in range(options.samples // 1024)]
-    found, truth, density, noise = learn.predictions(network, batches)
+    found, truth, density, noise = learn.predict(network, batches)
     error = maps.clamp_parameters(tissue, found.mean) - truth
     sd = maps.calibrate_sd(tissue, found, noise, trained.card.constants)
     inside, snr = (error.abs() <= maps.QUANTILE * sd).float(), 1 / noise[:, 0]

@@ -111,7 +111,7 @@ def trained(options: argparse.Namespace, densities: torch.Tensor | None
         simulate.hinted = options.hint == "yes"
         start = time.perf_counter()
         history = training.train(
-            network, simulate.batches,
+            network, simulate.draw_pool,
             lambda model, b: published_loss(model(*b.inputs), b.parameters, b.odf), recipe.schedule,
             seed=options.seed, device="cpu", saved=options.state, name="published")
         seconds = time.perf_counter() - start

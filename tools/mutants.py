@@ -202,7 +202,7 @@ MUTANTS = (
     Mutant("training.py", '[state["step"] - state["drawn"]:])', "[0:])",
            "a resumed training sees samples again", "test_training.py -k resumed"),
     Mutant("methods/estimate_freewater/method.py",
-           "torch.where(fraction > MAX_WATER, 0, fraction) * level", "fraction * level",
+           "torch.where(fraction > MAX_WATER, 0, fraction) * s0", "fraction * s0",
            "water is removed where nothing else is left",
            "test_freewater.py -k signal_stays"),
     Mutant("microstructure/deconvolution.py", "share[:, 2] >= MIN_WHITE",

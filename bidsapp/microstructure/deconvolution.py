@@ -25,7 +25,7 @@ from bidsapp.progress import track
 log = logging.getLogger(__name__)
 
 L_MAX = 8
-"""Degree of the densities."""
+"""Highest degree of the densities."""
 
 MIN_DIRECTIONS = 45
 """Minimum number of directions of one shell: the number of coefficients of degree 8."""
@@ -34,13 +34,13 @@ MAX_RUNS = 20
 """Maximum number of runs of a study that are deconvolved."""
 
 MIN_WHITE = 0.2
-"""Minimum share of white matter in a voxel's signal; below it the density is not reliable."""
+"""Minimum volume fraction of white matter in a voxel; below it the density is not reliable."""
 
 
 def deconvolve(dwi: Dwi, single_fibre: Bool[np.ndarray, " voxel"], gm: Bool[np.ndarray, " voxel"],
                csf: Bool[np.ndarray, " voxel"], where: Bool[np.ndarray, " voxel"]
               ) -> Float[torch.Tensor, "row 45"]:
-    """Deconvolve voxels of white matter.
+    """Estimate the densities of the voxels that contain white matter.
 
     Parameters
     ----------
@@ -53,14 +53,15 @@ def deconvolve(dwi: Dwi, single_fibre: Bool[np.ndarray, " voxel"], gm: Bool[np.n
     Returns
     -------
     (row, 45) tensor
-        Coefficients (basis of `bidsapp.sh`, ∫ = 1) of the voxels of `where` whose share of white
-        matter is MIN_WHITE or more. Densities are non-negative up to the solver's tolerance.
+        Coefficients (basis of `bidsapp.sh`, ∫ = 1) of the voxels of `where` with signal at b = 0
+        and a volume fraction of white matter of MIN_WHITE or more; there may be none. Densities
+        are non-negative up to the solver's tolerance.
 
     Raises
     ------
     Refusal
         There is no b0, there are fewer than two linear shells or none of MIN_DIRECTIONS directions,
-        or a tissue has no voxels.
+        or a tissue or `where` has no voxels.
     """
     from dipy.core.gradients import gradient_table
     from dipy.core.sphere import Sphere
@@ -95,9 +96,10 @@ def deconvolve(dwi: Dwi, single_fibre: Bool[np.ndarray, " voxel"], gm: Bool[np.n
         values = fit.odf(Sphere(xyz=points))
     odfs = torch.from_numpy(values @ (weights[:, None] * sh.basis(L_MAX, points)))
     share = fit.volume_fractions / np.maximum(fit.volume_fractions.sum(1, keepdims=True), 1e-9)
+    # dipy's order is CSF, grey matter, white matter
     valid = torch.from_numpy(share[:, 2] >= MIN_WHITE) & odfs.isfinite().all(1)
-    total = odfs[valid, :1] * np.sqrt(4 * np.pi)
-    return (odfs[valid] / total).float()
+    integral = odfs[valid, :1] * np.sqrt(4 * np.pi)
+    return (odfs[valid] / integral).float()
 
 
 def deconvolve_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels: int, seed: int,
@@ -111,7 +113,8 @@ def deconvolve_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels:
     runs : sequence of str
         Runs, of which up to MAX_RUNS are drawn.
     voxels : int
-        Maximum number of voxels of all runs together.
+        Maximum number of voxels of all runs together, drawn from the whole brain. Those without
+        white matter are left out afterwards.
     seed : int
     device : str
 

@@ -32,7 +32,8 @@ class SphericalMethod(Estimator, Trainable):
     intended_use: ClassVar[str]
 
     def recipe(self, *variants: str) -> learn.Recipe:
-        """Read the recipe of a training for all protocols or, with "one", for one acquisition."""
+        """Read the recipe of a training for all protocols or, with the variant "one", for one
+        acquisition."""
         return learn.read_recipe(self.tissue, self.settings("training", *variants))
 
     @cached_property
@@ -66,7 +67,8 @@ class SphericalMethod(Estimator, Trainable):
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Train a network for the acquisition that all runs of the cohort share.
 
-        A share `simulate.tissue.MEASURED` of the training densities is deconvolved from the runs.
+        A share `simulate.tissue.MEASURED` of the training densities is deconvolved from the runs,
+        unless the tissue model prescribes Watson densities or no run can be deconvolved.
         """
         if changed := [path for path in self.changed_settings if path.startswith(FROM_RUNS)]:
             raise UsageError(f"--set {self.name}.{changed[0]}: a training at group level takes it "

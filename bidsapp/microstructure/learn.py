@@ -1,4 +1,7 @@
-"""Training of a network on simulated voxels, its calibration and its card."""
+"""Training of a network on simulated voxels, its calibration and its card.
+
+`bidsapp.microstructure` defines density, power, hint and protocol.
+"""
 
 from __future__ import annotations
 
@@ -40,20 +43,21 @@ from bidsapp.simulate.protocols import Protocols
 from bidsapp.simulate.tissue import TissueModel
 
 L_SIMULATED = 16
-"""Degree of simulated densities and signals; that of fits and maps is 8. The parts above 8 of the
-signal of sharp bundles alias into the fit, in training as in a scan."""
+"""Highest degree of simulated densities and signals; that of fits and maps is 8. The signal of
+sharp bundles has parts above degree 8, which alias into the fit, in training as in a scan."""
 
 SHARPENED = (1, 2, 4)
-"""Powers to which measured densities are raised, each for a third of them, because deconvolution to
-degree 8 underestimates their sharpness."""
+"""Exponents of the values of measured densities, because deconvolution to degree 8 underestimates
+their sharpness. The training draws from the densities of all exponents alike."""
 
 CASES = 3
-"""Number of density powers that a hint marginalises over, in addition to that of a single fibre."""
+"""Number of quantiles of the power of densities that a hint is averaged over, in addition to the
+power of a single fibre."""
 
 HINT_BLOCK = 256
-"""Voxels per block, so that the lattices of their hints fit in the cache."""
+"""Voxels whose hints are computed at a time, so that their likelihoods fit in the cache."""
 
-LEVEL = 0.9
+COVERAGE = 0.9
 """Share of true parameters that ± QUANTILE SDs are calibrated to cover."""
 
 BIAS_BANDS = (4, 4, 3)
@@ -64,11 +68,12 @@ BANDS, CELLS = 24, (8, 5)
 calibrated."""
 
 MIN_SHELLS = 2
-"""Minimum number of shells for the use of a network for all protocols. It is trained with single
-shells, too, but one shell separates diffusivity and fraction by the prior alone."""
+"""Minimum number of shells of a run to which a network for all protocols is applied. It is trained
+with single shells, too, but with one shell only the prior separates diffusivity and fraction."""
 
-USUAL, NOISE_BANDS = 0.995, 8
-"""Share of simulated signals whose misfit is accepted, and number of noise bands of that limit."""
+MISFIT_LEVEL, NOISE_BANDS = 0.995, 8
+"""Share of simulated signals whose misfit is accepted, and number of bands of noise, each with a
+limit of its own."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Recipe:
         replaced by that of the acquisition.
     schedule : Schedule
     trained_for : TrainingDomain
-        Domain of the network; with `shell_count`, protocols are drawn from it.
+        Training domain of the network. With `shell_count`, random protocols are drawn from it.
     acquisition : Acquisition, optional
         The only acquisition of the training, instead of random protocols.
     s0_known : bool
@@ -91,20 +96,21 @@ class Recipe:
     batch : int
         Voxels per minibatch.
     groups : int
-        Protocols per minibatch.
+        Protocols per minibatch, each with the same number of voxels.
     pool : int
         Minibatches that are simulated together, which is faster than one by one.
     passes : int
-        Number of times that each minibatch is used.
+        Number of times that the minibatches of a pool are used.
     beta : float
         Exponent of the weight SD^(2 beta − 2) of a voxel's squared error: 1 minimises the mean
         square error, 0 maximises the likelihood.
     density : float
         Weight of the density's mean square error over the sphere.
     unbiased : float
-        Weight of the squared mean error in bands of dispersion and noise (`compute_loss`).
+        Weight of the squared mean error in bands (`compute_loss`, `bias_bands`).
     held_out : int
-        Voxels of the validation; the calibration has 8 times as many, the final test 4 times.
+        Number of voxels of the validation. The calibration has 8 times as many, and the final test
+        4 times.
     odfs : mapping
         Options of `simulate.tissue.draw_odfs`.
     """
@@ -142,11 +148,12 @@ def read_recipe(tissue: TissueModel, table: Mapping[str, Any]) -> Recipe:
 
 
 class SimulatedMinibatch(NamedTuple):
-    """Simulated voxels: what a network sees, and what it should say.
+    """Simulated voxels, ordered by protocol: input of a network and true output.
 
-    x: (coefficient, voxel, shell) of S/S0. noise: (voxel, 2). shells: (group, shell, 3). hint:
-    (voxel, value). parameters: (voxel, parameter). odf: (voxel, coefficient) of the density, up to
-    degree 8.
+    x: (coefficient, voxel, shell) of S/S0. noise: (voxel, 2), σ/S0 of one measurement and of the
+    mean b0. shells: (group, shell, 3), b (ms/µm²), b_delta and 1/√directions of each protocol.
+    hint: (voxel, value). parameters: (voxel, parameter), true. odf: (voxel, coefficient) of the
+    true density, up to degree 8.
     """
 
     x: torch.Tensor
@@ -163,7 +170,7 @@ class SimulatedMinibatch(NamedTuple):
 
 
 class Simulator:
-    """Simulator of minibatches: input and target output of a network.
+    """Simulator of minibatches.
 
     All random numbers come from the generator passed to each call.
 
@@ -173,27 +180,27 @@ class Simulator:
     table : (row, 45) tensor, optional
         Coefficients of measured densities.
     power : (case, degree) tensor, optional
-        Powers of the densities for the hints; default: those of the densities that are drawn. A
-        trained network needs the powers of its training.
+        Powers of the densities for the hints (`density_power`); default: those of the densities
+        that are drawn. A trained network needs the powers of its training.
     """
 
     def __init__(self, recipe: Recipe, table: torch.Tensor | None = None,
                  power: torch.Tensor | None = None) -> None:
         self.recipe = recipe
         self.table = None if table is None else torch.cat(
-            [odf.sharpen(table, power, L_SIMULATED) for power in SHARPENED])
+            [odf.sharpen(table, exponent, L_SIMULATED) for exponent in SHARPENED])
         acquisition = recipe.acquisition
         self.fixed = None if acquisition is None else protocols.from_acquisition(
             acquisition, acquisition.shells, L_SIMULATED, s0_known=recipe.s0_known)
         self.power = density_power(recipe, self.table) if power is None else power
         self.hinted = takes_hint(recipe.network)
 
-    def protocols(self, groups: int, generator: torch.Generator) -> Protocols:
-        """Draw `groups` protocols, or return that of the acquisition."""
-        drawn = self.fixed or self._draw(groups, generator)
-        return drawn.to(torch.zeros((), device=generator.device))
+    def draw_protocols(self, groups: int, generator: torch.Generator) -> Protocols:
+        """Draw `groups` random protocols, or return that of the recipe's acquisition."""
+        stack = self.fixed or self._draw_random(groups, generator)
+        return stack.to(torch.zeros((), device=generator.device))
 
-    def _draw(self, groups: int, generator: torch.Generator) -> Protocols:
+    def _draw_random(self, groups: int, generator: torch.Generator) -> Protocols:
         domain = self.recipe.trained_for
         assert domain.shell_count
         low, high = domain.shells[0].b
@@ -203,34 +210,37 @@ class Simulator:
             b_delta=tuple(s.b_delta for s in domain.shells))
 
     def __call__(self, count: int, groups: int, generator: torch.Generator) -> SimulatedMinibatch:
-        """Draw `count` voxels."""
-        side = self.protocols(groups, generator)
+        """Simulate `count` voxels, the same number for each of `groups` protocols."""
+        stack = self.draw_protocols(groups, generator)
         tissue = self.recipe.tissue
         parameters = tissue.draw(count, generator)
-        s, odfs = tissue.simulate(side, parameters, generator, L_SIMULATED, table=self.table,
+        s, odfs = tissue.simulate(stack, parameters, generator, L_SIMULATED, table=self.table,
                                   **self.recipe.odfs)
         assert self.recipe.trained_for.snr
         low, high = map(math.log, self.recipe.trained_for.snr)
         snr = torch.exp(low + (high - low) * torch.rand(count, generator=generator,
                                                         device=generator.device))
-        x, noise = protocols.measure(side, side.signals(s), 1 / snr, generator)
-        found = self.hints(x, noise, side.shells) if self.hinted else x.new_zeros(count, 0)
-        return SimulatedMinibatch(x, noise, side.shells, found, parameters,
+        x, noise = protocols.measure(stack, stack.signals(s), 1 / snr, generator)
+        hint = self.compute_hints(x, noise, stack.shells) if self.hinted else x.new_zeros(count, 0)
+        return SimulatedMinibatch(x, noise, stack.shells, hint, parameters,
                                   odfs[:, :sh.size(protocols.L_FIT)])
 
-    def hints(self, x: torch.Tensor, noise: torch.Tensor, shells: torch.Tensor) -> torch.Tensor:
-        """Compute the hints of all voxels, in blocks of whole groups that fit in the cache."""
+    def compute_hints(self, x: torch.Tensor, noise: torch.Tensor, shells: torch.Tensor
+                      ) -> torch.Tensor:
+        """Compute the hints of all voxels, in blocks of whole groups or of parts of the only
+        group."""
         power, per_group = self.power.to(x), x.shape[1] // len(shells)
         groups = max(1, HINT_BLOCK // per_group)
-        each = shells.split(groups)
+        shell_blocks = shells.split(groups)
         size = min(per_group, HINT_BLOCK) if len(shells) == 1 else groups * per_group
         parts = zip(x.split(size, 1), noise.split(size), strict=True)
         tissue = self.recipe.tissue
-        return torch.cat([compute_hint(Likelihood(tissue, power, *part, each[i % len(each)]))
-                          for i, part in enumerate(parts)])
+        return torch.cat([
+            compute_hint(Likelihood(tissue, power, *part, shell_blocks[i % len(shell_blocks)]))
+            for i, part in enumerate(parts)])
 
-    def batches(self, generator: torch.Generator) -> list[SimulatedMinibatch]:
-        """Simulate the minibatches of the next steps of a training."""
+    def draw_pool(self, generator: torch.Generator) -> list[SimulatedMinibatch]:
+        """Simulate the minibatches of the next steps of a training: a pool, `passes` times."""
         recipe = self.recipe
         groups = recipe.groups if self.fixed is None else 1
         pool = self(recipe.pool * recipe.batch, recipe.pool * groups, generator)
@@ -244,7 +254,7 @@ class Simulator:
 
 def density_power(recipe: Recipe, table: torch.Tensor | None
                   ) -> Float[torch.Tensor, "case degree"]:
-    """Compute the powers of the drawn densities: mean squares of their coefficients by degree.
+    """Compute the powers for the hints from densities drawn from the prior of a training.
 
     Parameters
     ----------
@@ -255,8 +265,9 @@ def density_power(recipe: Recipe, table: torch.Tensor | None
     Returns
     -------
     (case, degree) tensor
-        Powers of degrees 2, 4, 6, 8. If hints are posterior means: quantiles over densities and, in
-        the last row, the power of a single fibre, the largest possible. Otherwise the mean.
+        Mean squares of the coefficients of degrees 2, 4, 6, 8. If hints are posterior means, rows
+        are quantiles over densities and, last, the power of a single fibre, the largest possible.
+        If hints maximise the likelihood (`needs_search`), the only row is the mean over densities.
     """
     generator = torch.Generator().manual_seed(0)
     drawn = recipe.tissue.densities(4096, generator, protocols.L_FIT, table=table, **recipe.odfs)
@@ -272,13 +283,13 @@ def compute_loss(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, o
                  noise: torch.Tensor) -> torch.Tensor:
     """Compute the loss of a minibatch.
 
-    It is the sum of the negative Gaussian log likelihood of the parameters, weighted by SD^(2 beta)
-    (Seitzer et al. 2022, arXiv:2203.09168), the mean square error of the density over the sphere,
-    and the squared mean error in bands of dispersion and noise, in units of the SD.
+    It is the sum of three terms: the negative Gaussian log likelihood of the parameters, weighted
+    by SD^(2 beta) (Seitzer et al. 2022, arXiv:2203.09168); `recipe.density` times the mean square
+    error of the density over the sphere; and `recipe.unbiased` times the squared mean error, in
+    units of the SD, in each band of coherence, sharpness and noise (`bias_bands`).
 
-    The last term counteracts a property of the posterior mean over all densities: it is biased in
-    one direction for coherent bundles and in the other for dispersed ones, because noise makes them
-    hard to distinguish.
+    The last term counteracts a bias of the posterior mean over all densities. For coherent bundles
+    it has one sign and for dispersed ones the other, because noise makes them hard to distinguish.
 
     Parameters
     ----------
@@ -317,14 +328,15 @@ def compute_loss(recipe: Recipe, estimate: Estimate, parameters: torch.Tensor, o
 
 def bias_bands(odf: Float[torch.Tensor, "voxel size"], noise: Float[torch.Tensor, " voxel"]
                ) -> Int[torch.Tensor, " voxel"]:
-    """Find the band of each voxel.
+    """Number the band of each voxel, 0 to ∏ BIAS_BANDS − 1.
 
-    Bands divide the `coherence` of its density, the square root of `sharpness`, which distinguishes
-    crossing bundles from a dispersed one, and log σ/S0 from 0.01 to 0.1.
+    Bands have equal widths in the `coherence` of the density, in the square root of its
+    `sharpness`, and in log σ/S0 from 0.01 to 0.1. Coherence alone does not distinguish crossing
+    bundles from a dispersed one; sharpness does.
     """
-    level = noise.clamp(0.01, 0.1).log10() + 2
+    noise_level = noise.clamp(0.01, 0.1).log10() + 2  # 0–1
     band = torch.zeros_like(noise, dtype=torch.long)
-    values = coherence(odf), sharpness(odf).sqrt(), level
+    values = coherence(odf), sharpness(odf).sqrt(), noise_level
     for count, value in zip(BIAS_BANDS, values, strict=True):
         band = count * band + (count * value).long().clamp(0, count - 1)
     return band
@@ -349,8 +361,8 @@ def initial_weights(method: str, recipe: Recipe, init: Path | None) -> Checkpoin
     Returns
     -------
     Checkpoint or None
-        The checkpoint in `init`; without it, the bundled weights if they fit the network. None
-        stands for random weights.
+        The checkpoint in `init`; without `init`, the bundled weights if their shapes are those of
+        the network. None stands for random weights.
 
     Raises
     ------
@@ -368,8 +380,8 @@ def initial_weights(method: str, recipe: Recipe, init: Path | None) -> Checkpoin
         return checkpoint
     bundled = bundled_weights(method)
     shapes = {k: v.shape for k, v in network.state_dict().items()}
-    fits = bundled and shapes == {k: v.shape for k, v in bundled.tensors.items()}
-    return bundled if fits else None
+    same_shapes = bundled and shapes == {k: v.shape for k, v in bundled.tensors.items()}
+    return bundled if same_shapes else None
 
 
 def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | None = None,
@@ -390,13 +402,14 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
     table : (row, 45) tensor, optional
         Measured densities.
     intended_use : str
-        Text of the card.
+        Intended use, for the model card.
     start : Checkpoint, optional
-        Initial weights. Their card holds the powers of the densities of their hints.
+        Initial weights; default: random. Hints are computed with the powers on their card.
     devices : (int, int)
         As in `training.train`.
     new_hints : bool
-        Compute hints for the densities drawn now instead of those of `start`.
+        Whether hints are computed with the powers of the densities of this training instead of
+        those on the card of `start`.
 
     Returns
     -------
@@ -409,17 +422,18 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
         start.into(network)
     simulate = Simulator(recipe, table,
                          read_density_power(start.card) if start and not new_hints else None)
-    batches = _held_out(simulate, recipe, recipe.held_out, seed + 1, device)
+    held_out = _held_out(simulate, recipe, recipe.held_out, seed + 1, device)
 
     def validate(model: nn.Module) -> float:
-        # beta = 0, the likelihood: with another beta the loss need not decrease with the error
+        # with beta = 0 the loss is the likelihood; with another beta, better estimates may have a
+        # larger loss
         plain = replace(recipe, beta=0.0)
         return float(np.mean([
             float(compute_loss(plain, model(*b.inputs), b.parameters, b.odf, b.noise))
-            for b in batches]))
+            for b in held_out]))
 
     history = training.train(
-        network, simulate.batches,
+        network, simulate.draw_pool,
         lambda model, b: compute_loss(recipe, model(*b.inputs), b.parameters, b.odf, b.noise),
         recipe.schedule, seed=seed, device=device, validate=validate, saved=saved, name=method,
         devices=devices)
@@ -430,8 +444,8 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
                                                             seed + 3, device))
     domain = recipe.trained_for
     if domain.shell_count:
-        fewest, most = domain.shell_count
-        domain = replace(domain, shell_count=(max(MIN_SHELLS, fewest), max(MIN_SHELLS, most)))
+        low, high = domain.shell_count
+        domain = replace(domain, shell_count=(max(MIN_SHELLS, low), max(MIN_SHELLS, high)))
     return Checkpoint(network.state_dict(), Card(
         method=method, network=dict(recipe.network), seed=seed, trained_for=domain,
         training={"steps": int(history[-1]["step"]) if history else 0,
@@ -447,12 +461,15 @@ def train(method: str, recipe: Recipe, *, seed: int, device: str, saved: Path | 
         constants=constants, metrics=metrics))
 
 
-def train_for_acquisition(method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition],
-            snr: Sequence[float], *, steps: int | None, seed: int, device: str,
-            states: Path | None, intended_use: str, init: Path | None = None,
-            table: torch.Tensor | None = None, devices: tuple[int, int] = (1, 1)
-            ) -> tuple[str, Checkpoint]:
+def train_for_acquisition(
+        method: str, recipe: Recipe, acquisitions: Mapping[str, Acquisition], snr: Sequence[float],
+        *, steps: int | None, seed: int, device: str, states: Path | None, intended_use: str,
+        init: Path | None = None, table: torch.Tensor | None = None,
+        devices: tuple[int, int] = (1, 1)) -> tuple[str, Checkpoint]:
     """Train a network for the acquisition that all runs share.
+
+    Runs share an acquisition if their shells have the same b (rounded to 100 s/mm²), b_delta and
+    number of directions. The directions of the simulation are those of the first run.
 
     Parameters
     ----------
@@ -463,9 +480,9 @@ def train_for_acquisition(method: str, recipe: Recipe, acquisitions: Mapping[str
         Acquisition of each run.
     snr : sequence of float
         S0 over the noise SD of each run. The training covers half the smallest to twice the
-        largest.
+        largest; the range of the recipe if no value is finite.
     steps : int or None
-        Maximum number of steps; None for that of the recipe.
+        Number of steps; None for that of the recipe.
     seed, device, intended_use, table, devices
         As in `train`.
     states : Path or None
@@ -510,7 +527,7 @@ def train_for_acquisition(method: str, recipe: Recipe, acquisitions: Mapping[str
     name, start = f"{method}_{shell_name}", initial_weights(method, recipe, init)
     if states:
         states.mkdir(parents=True, exist_ok=True)
-    # the file name excludes states of other acquisitions, initial weights or recipes
+    # the digest in the file name prevents a training from resuming the state of another one
     digest = hashlib.sha256(repr((
         __version__, recipe.network, recipe.batch, recipe.pool, recipe.passes, recipe.beta,
         recipe.density, recipe.unbiased, recipe.odfs, recipe.trained_for.snr, recipe.held_out,
@@ -524,24 +541,41 @@ def train_for_acquisition(method: str, recipe: Recipe, acquisitions: Mapping[str
 
 def _held_out(simulate: Simulator, recipe: Recipe, count: int, seed: int, device: str
               ) -> list[SimulatedMinibatch]:
+    """Simulate `count` voxels in minibatches of 1024 voxels of 64 protocols or of the only one."""
     generator = torch.Generator(device).manual_seed(seed)
     return [simulate(1024, recipe.groups if recipe.groups == 1 else 64, generator)
             for _ in range(count // 1024)]
 
 
 @torch.no_grad()
-def predictions(network: nn.Module, batches: Sequence[SimulatedMinibatch]
-                ) -> tuple[Estimate, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute estimates, true parameters, density errors (voxel,) and noise (voxel, 2)."""
+def predict(network: nn.Module, minibatches: Sequence[SimulatedMinibatch]
+            ) -> tuple[Estimate, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the estimates of all minibatches.
+
+    Parameters
+    ----------
+    network : Module
+    minibatches : sequence of SimulatedMinibatch
+
+    Returns
+    -------
+    estimates : Estimate
+    truth : (voxel, n) tensor
+        True parameters.
+    error : (voxel,) tensor
+        Mean square error of each density (`density_error`).
+    noise : (voxel, 2) tensor
+        σ/S0 of one measurement and of the mean b0.
+    """
     parts = []
-    for b in batches:
+    for b in minibatches:
         e = network(*b.inputs)
         parts.append((*e, b.parameters, density_error(e.odf, b.odf), b.noise))
     mean, log_sd, odfs, truth, error, noise = (torch.cat(p) for p in zip(*parts, strict=True))
     return Estimate(mean, log_sd, odfs), truth, error, noise
 
 
-def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[SimulatedMinibatch]
+def calibrate(network: nn.Module, recipe: Recipe, minibatches: Sequence[SimulatedMinibatch]
               ) -> dict[str, Any]:
     """Calibrate SDs and misfit on held-out simulation.
 
@@ -551,51 +585,52 @@ def calibrate(network: nn.Module, recipe: Recipe, batches: Sequence[SimulatedMin
     ----------
     network : Module
     recipe : Recipe
-    batches : sequence of Minibatch
+    minibatches : sequence of SimulatedMinibatch
 
     Returns
     -------
     dict
-        `sd` and `sd_where`: for each parameter, factors of the SD in bands of predicted SD and then
-        of estimated coherence and noise, with which ± 1.645 SD cover 90 % of the true values.
-        `misfit`: quantile 0.995 of the misfit in bands of noise.
+        `sd`: for each parameter, factors of the SD in bands of predicted SD (`maps.interpolate`).
+        `sd_where`: further factors in bands of estimated coherence and noise (`maps.bilinear`).
+        With both, ± 1.645 SD cover 90 % of the true values (`maps.calibrate_sd`). `misfit`:
+        quantile 0.995 of the misfit in bands of noise.
     """
-    estimates, truth, _, noise = predictions(network, batches)
+    estimates, truth, _, noise = predict(network, minibatches)
     sd = predicted_sd(estimates)
     score = (clamp_parameters(recipe.tissue, estimates.mean) - truth).abs() / sd / QUANTILE
     with torch.no_grad():
         misfits = torch.cat([misfit(recipe.tissue, b.x, b.noise, b.shells, network(*b.inputs))
-                             for b in batches])
-    by_sd = {name: _in_bands(sd[:, i], score[:, i], LEVEL, BANDS)
+                             for b in minibatches])
+    by_sd = {name: _in_bands(sd[:, i], score[:, i], COVERAGE, BANDS)
              for i, name in enumerate(recipe.tissue.names)}
     where = {name: _in_cells(coherence(estimates.odf), noise[:, 0],
                              score[:, i] / interpolate(by_sd[name], sd[:, i]))
              for i, name in enumerate(recipe.tissue.names)}
     return {"sd": by_sd, "sd_where": where,
-            "misfit": _in_bands(noise[:, 0], misfits, USUAL, NOISE_BANDS)}
+            "misfit": _in_bands(noise[:, 0], misfits, MISFIT_LEVEL, NOISE_BANDS)}
 
 
 def _in_bands(x: torch.Tensor, value: torch.Tensor, level: float, bands: int
               ) -> dict[str, list[float]]:
-    """Compute the quantile `level` of values in bands of x of equal counts."""
+    """Compute the quantile `level` of values in bands of x with equal numbers of voxels."""
     order = x.argsort()
     return {"at": [float(v.median()) for v in x[order].tensor_split(bands)],
             "value": [_quantile(v, level) for v in value[order].tensor_split(bands)]}
 
 
 def _in_cells(x: torch.Tensor, y: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
-    """Compute the quantile LEVEL of values in bands of x and y.
+    """Compute the quantile COVERAGE of values in each cell of bands of x and y.
 
-    Bands of x have equal width within 0–1, so that the factor changes gradually; bands of y have
-    equal counts.
+    Bands of x have equal widths within 0–1, so that the factor changes gradually. Bands of y have
+    equal numbers of voxels.
     """
     row = (CELLS[0] * x).long().clamp(0, CELLS[0] - 1)
     edges = torch.quantile(y, torch.linspace(0, 1, CELLS[1] + 1)[1:-1].to(y))
     column = torch.bucketize(y.contiguous(), edges)
     return {"rows": [(k + 0.5) / CELLS[0] for k in range(CELLS[0])],
             "columns": [float(v.median()) for v in y.sort().values.tensor_split(CELLS[1])],
-            "value": [[_quantile(value[(row == i) & (column == k)], LEVEL) for k in range(CELLS[1])]
-                      for i in range(CELLS[0])]}
+            "value": [[_quantile(value[(row == i) & (column == k)], COVERAGE)
+                       for k in range(CELLS[1])] for i in range(CELLS[0])]}
 
 
 def _quantile(values: torch.Tensor, level: float) -> float:
@@ -605,9 +640,9 @@ def _quantile(values: torch.Tensor, level: float) -> float:
 
 
 def measure(network: nn.Module, recipe: Recipe, constants: Mapping[str, Any],
-            batches: Sequence[SimulatedMinibatch]) -> dict[str, Any]:
+            minibatches: Sequence[SimulatedMinibatch]) -> dict[str, Any]:
     """Measure mean square errors and the coverage of ± 1.645 SD on held-out simulation."""
-    estimates, truth, density, noise = predictions(network, batches)
+    estimates, truth, density, noise = predict(network, minibatches)
     sd = calibrate_sd(recipe.tissue, estimates, noise, constants)
     error = clamp_parameters(recipe.tissue, estimates.mean) - truth
     return {"samples": len(truth), "mse_density": float(density.mean())} | {

@@ -1,4 +1,7 @@
-"""Estimation of maps from a Dwi: domain check, preparation, network and calibrated SDs."""
+"""Estimation of maps from a Dwi: selection of weights and shells, network and calibrated SDs.
+
+`bidsapp.microstructure` defines density, power, hint and protocol.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +33,19 @@ QUANTILE = 1.6448536269514722
 """Half width, in SDs, of the 90 % interval of a normal distribution."""
 
 TOLERANCE = 0.01
-"""Tolerated misfit, relative to S0, of the signal that the network's estimate predicts."""
+"""Error of the predicted signal, relative to S0, that is tolerated in addition to the noise."""
 
 ASSUMED_SNR = 20.0
 """S0 over the noise SD assumed if the noise could not be measured."""
 
 GRID = 95
-"""Degree of the half grids of an applied network (1537 points). Densities are then equivariant to
-rotations within 2e-4, and SDs within 3e-4, even for signals unlike those of the training, which
-need the finest grid. On the coarse grid of the training they are equivariant within 2 %."""
+"""Degree of the half grids of an applied network: 1537 points, of which no two are antipodal.
+Densities are then equivariant to rotations within 2e-4, and SDs within 3e-4, even for signals
+unlike those of the training, which need the finest grid. On the coarse grid of the training they
+are equivariant within 2 %."""
 
-TINY = 200.0
-"""b-values (s/mm²) that are all below this may be in ms/µm²."""
+SMALL_B = 200.0
+"""b-value (s/mm²) below which all shells suggest that b-values are in ms/µm²."""
 
 BLOCK = 512
 """Voxels per block, so that the layers fit in the cache."""
@@ -76,8 +80,8 @@ def takes_hint(description: Mapping[str, Any]) -> bool:
     return bool(description.get("hinted", description["architecture"] == "spherical"))
 
 
-def check(card: Card, acquisition: Acquisition, *, allow: bool = False
-          ) -> tuple[list[Shell], list[str]]:
+def select_shells(card: Card, acquisition: Acquisition, *, allow: bool = False
+                  ) -> tuple[list[Shell], list[str]]:
     """Select the shells of a run that a network uses.
 
     Parameters
@@ -107,22 +111,22 @@ def check(card: Card, acquisition: Acquisition, *, allow: bool = False
     shells, count = list(acquisition.shells), card.network.get("shells")
     possible = bool(shells) and acquisition.b0.any() and count in (None, len(shells))
     if not (allow and possible):
-        tiny = max((s.b for s in shells), default=math.inf) < TINY
+        small = max((s.b for s in shells), default=math.inf) < SMALL_B
         raise Refusal(
             f"{card.method} does not fit: {'; '.join(violations)}. "
-            + "Check that b-values are in s/mm², not ms/µm²; " * tiny
-            + f"{'t' if tiny else 'T'}rain on such runs (group --train {card.method}), or leave it "
-            f"out of --estimate.{f' {OVERRIDE}' if possible else ''}")
+            + "Check that b-values are in s/mm², not ms/µm²; " * small
+            + f"{'t' if small else 'T'}rain on such runs (group --train {card.method}), or leave "
+            f"it out of --estimate.{f' {OVERRIDE}' if possible else ''}")
     return shells, violations
 
 
 def describe_shells_used(card: Card, acquisition: Acquisition, shells: Sequence[Shell],
                          violations: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Describe how the shells of an estimate differ from those of the training.
+    """Describe which shells an estimate uses, and how they differ from those of the training.
 
-    All shells are used even if there are more than in training: on simulated signals of five
-    shells, weights trained with one to four had smaller errors with all shells than with any four,
-    at the same coverage.
+    All shells within the ranges of the training are used even if there are more than in training.
+    On simulated signals of five shells, weights trained with one to four had smaller errors with
+    all shells than with any four, at the same coverage.
 
     Parameters
     ----------
@@ -131,7 +135,7 @@ def describe_shells_used(card: Card, acquisition: Acquisition, shells: Sequence[
     acquisition : Acquisition
         Acquisition of the run.
     shells, violations
-        Results of `check`.
+        Results of `select_shells`.
 
     Returns
     -------
@@ -152,25 +156,26 @@ def describe_shells_used(card: Card, acquisition: Acquisition, shells: Sequence[
         notices.append(f"{short}: used outside of the training domain because of "
                        f"--allow-extrapolation: {'; '.join(violations)}. The intervals were not "
                        "calibrated for that.")
-    most = domain.shell_count[1] if domain.shell_count else len(shells)
-    if len(shells) > most:
-        outside.append(f"{len(shells)} shells, trained with up to {most}")
+    max_shells = domain.shell_count[1] if domain.shell_count else len(shells)
+    if len(shells) > max_shells:
+        outside.append(f"{len(shells)} shells, trained with up to {max_shells}")
         notices.append(
-            f"{short}: used {len(shells)} shells; the network was trained with up to {most}. The "
-            f"intervals were not calibrated for that. Compare with an estimate from {most} shells, "
-            f"or train a network for this acquisition (group --train {card.method}).")
+            f"{short}: used {len(shells)} shells; the network was trained with up to {max_shells}. "
+            "The intervals were not calibrated for that. Compare with an estimate from "
+            f"{max_shells} shells, or train a network for this acquisition (group --train "
+            f"{card.method}).")
     if outside:
         parameters["OutOfDistribution"] = outside
     return parameters, notices
 
 
 def read_density_power(card: Card) -> Float[torch.Tensor, "case degree"]:
-    """Read from a card the powers of the densities with which the hints of the training were made.
+    """Read from a card the powers with which the hints of the training were computed.
 
     Raises
     ------
     DataError
-        The card holds a single power; earlier versions wrote such cards.
+        The powers have one dimension, as on cards of earlier versions.
     """
     power = torch.tensor(card.constants["density_power"])
     if power.ndim != 2:
@@ -218,10 +223,10 @@ def select_weights(name: str, weights: Sequence[Checkpoint], acquisition: Acquis
     Returns
     -------
     Checkpoint
-        Among weights whose domain contains the acquisition: those trained for shells with the most
-        similar numbers of directions, or else those for all protocols. If none contains it and
-        `allow`: the last weights that can be applied, because the bundled ones were trained for the
-        most acquisitions.
+        Among weights whose domain contains the acquisition: those trained for one acquisition with
+        the most similar numbers of directions, or else those for all protocols. If no domain
+        contains it and `allow`: the last weights that can be applied. The bundled ones are last,
+        because they were trained for the most acquisitions.
 
     Raises
     ------
@@ -234,12 +239,12 @@ def select_weights(name: str, weights: Sequence[Checkpoint], acquisition: Acquis
             abs(len(shell) - trained.directions[0])
             for shell, trained in zip(acquisition.shells, domain.shells, strict=True)))
 
-    if fitting := [c for c in weights if not c.card.trained_for.violations(acquisition)]:
-        return min(fitting, key=direction_difference)
+    if suitable := [c for c in weights if not c.card.trained_for.violations(acquisition)]:
+        return min(suitable, key=direction_difference)
     refusals = []
     for checkpoint in weights[::-1]:
         try:
-            check(checkpoint.card, acquisition, allow=allow)
+            select_shells(checkpoint.card, acquisition, allow=allow)
         except Refusal as refusal:
             refusals.append(refusal)
         else:
@@ -269,14 +274,14 @@ def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str,
     dwi : Dwi
     device : str
     allow : bool
-        Whether a run outside of the training domain is accepted (`check`).
+        Whether a run outside of the training domain is accepted (`select_shells`).
 
     Returns
     -------
     maps : dict
         The parameters NAME and their SDs NAME_std, (voxel,); odf, (voxel, 45) coefficients; flag,
-        (voxel,): 1 if the signal does not look like the simulated ones, 2 if the noise is above
-        their range.
+        (voxel,): 1 if the misfit is larger than in simulation, 2 if the noise is above the range
+        of the training, else 0.
     counts : dict
         Numbers of voxels without b0 signal and with each flag.
     parameters : dict
@@ -289,10 +294,10 @@ def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str,
     Raises
     ------
     Refusal
-        As `check`.
+        As `select_shells`.
     """
     card, acquisition = checkpoint.card, dwi.acquisition
-    shells, violations = check(card, acquisition, allow=allow)
+    shells, violations = select_shells(card, acquisition, allow=allow)
     domain = card.trained_for
     network = checkpoint.into(build(tissue, card.network, grid=GRID)).to(device)
     protocol = protocols.from_acquisition(acquisition, shells, protocols.L_FIT,
@@ -304,31 +309,33 @@ def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str,
     shell_input = _shell_input(protocol, shells, domain, dwi, gain).to(device)
     assert domain.snr
     low, high = (1 / snr for snr in reversed(domain.snr))
-    # a search needs double precision: else rounding decides its path on a flat ridge
+    # a search for the maximum likelihood needs double precision: else rounding decides its path
+    # on a flat ridge
     precision = torch.float64 if needs_search(tissue) else torch.float32
     power = read_density_power(card).to(device, precision)
     hinted = takes_hint(card.network)
-    mean_gain = 0.0 if dwi.s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
+    # noise of the mean b0 relative to that of one weighted measurement
+    b0_noise = 0.0 if dwi.s0_known else len(b0) ** -0.5 * dwi.gain(b0.cpu().numpy()) / gain
 
     def estimate_block(signal: torch.Tensor) -> dict[str, torch.Tensor]:
-        level = signal[:, b0].mean(1)
-        usable = level > 0
-        level = torch.where(usable, level, 1)
-        # a valid S/S0 is between 0 and 2; values outside are clipped, and such voxels are flagged
-        ratio = (signal / level[:, None]).clamp(0, 2)
-        x = torch.stack([fit @ ratio[:, i].T for fit, i in zip(fits, index, strict=True)], 2)
-        sigma = (dwi.noise_sd * gain / level if dwi.noise_sd
-                 else torch.full_like(level, 1 / ASSUMED_SNR))
+        s0 = signal[:, b0].mean(1)
+        usable = s0 > 0
+        s0 = torch.where(usable, s0, 1)
+        # S/S0 is clipped to 0–2; values outside come from artefacts or from too small an S0
+        attenuation = (signal / s0[:, None]).clamp(0, 2)
+        x = torch.stack([fit @ attenuation[:, i].T for fit, i in zip(fits, index, strict=True)], 2)
+        sigma = (dwi.noise_sd * gain / s0 if dwi.noise_sd
+                 else torch.full_like(s0, 1 / ASSUMED_SNR))
         clipped = sigma.clamp(low, high)[:, None]
-        noise = torch.cat([clipped, mean_gain * clipped], 1)
+        noise = torch.cat([clipped, b0_noise * clipped], 1)
         inputs = (v.to(power) for v in (x, noise, shell_input))
-        start = (compute_hint(Likelihood(tissue, power, *inputs)).float() if hinted
-                 else x.new_zeros(len(signal), 0))
-        output = network(x, noise, shell_input, start)
+        hint = (compute_hint(Likelihood(tissue, power, *inputs)).float() if hinted
+                else x.new_zeros(len(signal), 0))
+        output = network(x, noise, shell_input, hint)
         sd = calibrate_sd(tissue, output, noise, card.constants)
-        unusual = misfit(tissue, x, noise, shell_input, output) > interpolate(
+        strange = misfit(tissue, x, noise, shell_input, output) > interpolate(
             card.constants["misfit"], noise[:, 0])
-        flag = torch.where(sigma > 1.001 * high, 2.0, torch.where(unusual, 1.0, 0.0))
+        flag = torch.where(sigma > 1.001 * high, 2.0, torch.where(strange, 1.0, 0.0))
         return {"mean": clamp_parameters(tissue, output.mean), "sd": sd,
                 "odf": limit_degrees(output.odf), "flag": flag, "usable": usable}
 
@@ -347,8 +354,9 @@ def _shell_input(protocol: protocols.Protocols, shells: Sequence[Shell], domain:
                  dwi: Dwi, gain: float) -> Float[torch.Tensor, "1 shell 3"]:
     """Compute the network's input of each shell: b, b_delta and 1/√directions.
 
-    A shell whose noise differs from that of all shells (`gain`) gets the number of directions that
-    would explain it. For networks of all protocols the number does not exceed that of the training.
+    A shell of other noise than the mean (`gain`) gets the number of directions for which the mean
+    over the shell would have the same SD. For networks of all protocols the number does not exceed
+    the maximum of the training.
     """
     values = protocol.shells.to(torch.float32)
     values[..., 2] *= values.new_tensor([dwi.gain(s.indices) / gain for s in shells])
@@ -373,7 +381,7 @@ def _name_maps(values: Mapping[str, np.ndarray], tissue: TissueModel, short: str
 
 
 def clamp_parameters(tissue: TissueModel, mean: Float[torch.Tensor, "voxel n"]
-            ) -> Float[torch.Tensor, "voxel n"]:
+                     ) -> Float[torch.Tensor, "voxel n"]:
     """Clamp parameters to the ranges of the tissue model."""
     low, high = mean.new_tensor(tissue.ranges).T
     return torch.minimum(torch.maximum(mean, low), high)
@@ -393,8 +401,8 @@ def limit_degrees(odf: Float[torch.Tensor, "voxel coef"]) -> Float[torch.Tensor,
 
 
 def coherence(odf: Float[torch.Tensor, "voxel size"]) -> Float[torch.Tensor, " voxel"]:
-    """Compute the coherence of densities: the norm of degree 2, 0 of an isotropic density and 1 of
-    a single fibre."""
+    """Compute the coherence of densities: the norm of degree 2, relative to that of a single fibre
+    without dispersion. An isotropic density has 0."""
     return odf[:, 1:6].norm(dim=1) / math.sqrt(5 / (4 * math.pi))
 
 
@@ -411,7 +419,7 @@ def calibrate_sd(tissue: TissueModel, estimate: Estimate, noise: Float[torch.Ten
     """Compute calibrated posterior SDs.
 
     The predicted SDs are multiplied by two factors of the calibration (`learn.calibrate`): one
-    depends on the predicted SD, the other on estimated coherence and noise.
+    depends on the predicted SD, the other on the coherence of the estimated density and on noise.
 
     Parameters
     ----------
@@ -470,9 +478,9 @@ def _between(at: Float[torch.Tensor, " point"], x: Float[torch.Tensor, " voxel"]
 def misfit(tissue: TissueModel, x: Float[torch.Tensor, "coef voxel shell"],
            noise: Float[torch.Tensor, "voxel 2"], shells: Float[torch.Tensor, "group shell 3"],
            estimate: Estimate) -> Float[torch.Tensor, " voxel"]:
-    """Compute the misfit between the fitted signal and the signal predicted from the estimate.
+    """Compute the misfit between the measured signal and the signal predicted from the estimate.
 
-    It is the root mean square difference of their coefficients in units of their noise,
+    It is the root mean square difference of their SH coefficients in units of their noise SD,
     √(4π (σ² + TOLERANCE²)/directions).
 
     Parameters
@@ -499,5 +507,5 @@ def misfit(tissue: TissueModel, x: Float[torch.Tensor, "coef voxel shell"],
         parts = parts + tissue.aligned(p)
     k = forward.kernel(parts, 1000 * b, b_delta, protocols.L_FIT)
     residual = (x - forward.convolve(estimate.odf, k).permute(2, 0, 1)) * (x != 0)
-    level = scale.clamp(min=1e-3) * (4 * math.pi * (noise[:, :1] ** 2 + TOLERANCE**2)).sqrt()
-    return ((residual / level) ** 2).sum((0, 2)).div((x != 0).sum((0, 2)).clamp(min=1)).sqrt()
+    sd = scale.clamp(min=1e-3) * (4 * math.pi * (noise[:, :1] ** 2 + TOLERANCE**2)).sqrt()
+    return ((residual / sd) ** 2).sum((0, 2)).div((x != 0).sum((0, 2)).clamp(min=1)).sqrt()

@@ -590,7 +590,7 @@ def test_batches_drawn_together_keep_voxels_with_their_protocols():
     recipe = replace(methods.get("estimate_scnn2").recipe(), batch=32, groups=4, pool=3,
                      passes=1)
     simulate = learn.Simulator(recipe)
-    batches = simulate.batches(torch.Generator().manual_seed(5))
+    batches = simulate.draw_pool(torch.Generator().manual_seed(5))
     assert len(batches) == 3
     for x, noise, shells, found, parameters, density in batches:
         assert x.shape[1] == len(noise) == len(found) == len(parameters) == len(density) == 32

@@ -14,8 +14,8 @@ from bidsapp.kinds import Derived, Estimator
 
 
 class Tensor(Estimator):
-    """Estimator of FA, MD, AD, RD, principal direction, S0, residual SD, and errors of FA and
-    MD."""
+    """Estimator of FA, MD, AD, RD, principal direction, S0, residual SD, and standard errors of FA
+    and MD."""
 
     def volumes(self, acquisition: Acquisition) -> np.ndarray:
         """Select the volumes to which the tensor is fitted (`tensor.volumes`)."""

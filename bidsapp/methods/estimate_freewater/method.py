@@ -26,8 +26,8 @@ MAX_WATER = 0.8
 ASSUMED_SNR = 25.0
 """S0 over the noise SD assumed if the noise could not be measured (as in the paper)."""
 
-LEVELS = 101
-"""Number of quantiles of the noise over S0 that represent all voxels in the training."""
+NOISE_LEVELS = 101
+"""Number of quantiles of the noise SD over S0 of the run, from which the training draws."""
 
 AXIAL, RADIAL, GREY, WATER = (1.4, 2.0), (0.15, 0.45), (0.7, 0.9), 3.0
 """Diffusivities of the literature (µm²/ms): ranges of single fibres and grey matter of adults
@@ -49,41 +49,42 @@ class FreeWater(Estimator):
         notices: list[str] = []
         try:
             regions = tissue.find_regions(dwi, device)
-            measured = mixture.measure(dwi, regions.gm, regions.csf, regions.single_fibre, device)
+            diffusivities = mixture.measure(dwi, regions.gm, regions.csf, regions.single_fibre,
+                                            device)
             source = "measured in this run"
             notices += regions.notices
         except Refusal as refusal:
-            measured, source = literature_diffusivities(len(acquisition.shells)), "literature"
+            diffusivities, source = literature_diffusivities(len(acquisition.shells)), "literature"
             notices.append("Free water: the network was trained with diffusivities of the "
                            "literature, because those of this run could not be measured "
                            f"({refusal})")
         s0 = dwi.mean_b0
         sigma = dwi.noise_of(np.flatnonzero(~acquisition.b0))
-        noise = (np.quantile(sigma / s0[s0 > 0], np.linspace(0, 1, LEVELS))
+        noise = (np.quantile(sigma / s0[s0 > 0], np.linspace(0, 1, NOISE_LEVELS))
                  if sigma and (s0 > 0).any() else np.array([1 / ASSUMED_SNR]))
         options = self.settings("network")
-        model, error = network.train_network(measured, acquisition, noise, dwi.s0_known, seed,
-                                             device, options)
+        model, error = network.train_network(diffusivities, acquisition, noise, dwi.s0_known,
+                                             seed, device, options)
 
-        water = water_attenuation(measured, acquisition)
+        water = torch.as_tensor(water_attenuation(diffusivities, acquisition),
+                                dtype=torch.float32, device=device)
         b0 = torch.as_tensor(acquisition.b0, device=device)
         chosen = tensor.volumes(acquisition)
         x = tensor.design(acquisition[chosen].btensors)
-        decay = torch.as_tensor(water, dtype=torch.float32, device=device)
 
         def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
-            shares, level = network.normalise(signal, b0)
-            fraction, sd = model(shares)
-            removed = torch.where(fraction > MAX_WATER, 0, fraction) * level
-            fit = tensor.fit((signal - removed[:, None] * decay)[:, chosen], x)
+            attenuation, s0 = network.normalise(signal, b0)
+            fraction, sd = model(attenuation)
+            water_s0 = torch.where(fraction > MAX_WATER, 0, fraction) * s0
+            fit = tensor.fit((signal - water_s0[:, None] * water)[:, chosen], x)
             fa, md, failed = fit["fa"], fit["md"], fit["failed"]
-            uncorrected = (removed == 0) | failed | fit["clamped"]
+            uncorrected = (water_s0 == 0) | failed | fit["clamped"]
             if uncorrected.any():
-                plain = tensor.fit(signal[uncorrected][:, chosen], x)
+                original = tensor.fit(signal[uncorrected][:, chosen], x)
                 for values, key in ((fa, "fa"), (md, "md"), (failed, "failed")):
-                    values[uncorrected] = plain[key]
+                    values[uncorrected] = original[key]
             return {"fraction": fraction, "fraction_std": sd, "fa": fa, "md": md,
-                    "uncorrected": uncorrected, "usable": (level > 0) & ~failed}
+                    "uncorrected": uncorrected, "usable": (s0 > 0) & ~failed}
 
         maps = map_voxels(estimate, dwi.signal, device)
         usable, uncorrected = maps.pop("usable"), maps.pop("uncorrected")
@@ -95,7 +96,7 @@ class FreeWater(Estimator):
         return Derived(maps, counts, {
             "Diffusivities": source,
             "WaterDiffusivity": {f"b{s.b:.0f}": float(f"{d / 1000:.4g}") for s, d in zip(
-                shells, measured.csf_mean, strict=True)},
+                shells, diffusivities.csf_mean, strict=True)},
             "CorrectedUpTo": MAX_WATER,
             "NotCorrected": f"where the fraction is above {MAX_WATER}, or no tensor with positive "
                             "eigenvalues is left, FA and MD are those of the signal as it is",
@@ -123,7 +124,7 @@ def literature_diffusivities(shells: int) -> Diffusivities:
     return Diffusivities(axial, radial, gm, csf, gm.mean(0), csf[0])
 
 
-def water_attenuation(measured: Diffusivities, acquisition: Acquisition) -> np.ndarray:
-    """Compute the (measurement,) S/S0 of the mean CSF of the mixtures."""
-    csf = measured.csf_mean[None, None, :, None] * np.array([1, 0, 0, 1, 0, 1])
+def water_attenuation(diffusivities: Diffusivities, acquisition: Acquisition) -> np.ndarray:
+    """Compute S/S0 (measurement,) of CSF of mean diffusivity."""
+    csf = diffusivities.csf_mean[None, None, :, None] * np.array([1, 0, 0, 1, 0, 1])
     return mixture.attenuation(np.ones((1, 1)), csf, acquisition, "cpu")[0]

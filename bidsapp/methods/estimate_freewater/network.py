@@ -21,7 +21,7 @@ NARROWEST = 8
 """Minimum width of a hidden layer."""
 
 CHUNK = 10_000
-"""Mixtures that are simulated at a time."""
+"""Number of mixtures that are simulated at a time."""
 
 MAX_NOISE = 0.2
 """Maximum noise SD over S0 in the training; voxels with more noise are background."""
@@ -54,17 +54,17 @@ class Network(nn.Module):
         return out[:, 0], 0.5 * out[:, 1]
 
 
-def draw_mixtures(measured: Diffusivities, acquisition: Acquisition, count: int, seed: int,
+def draw_mixtures(diffusivities: Diffusivities, acquisition: Acquisition, count: int, seed: int,
                   device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Simulate mixtures without noise for the training.
 
-    Every other voxel is a mixture of `mixture.draw` (mode `sample`). In the rest, water is uniform
-    on 0–1 and any tissue may be absent, so that pure tissue and pure water occur, too: each tissue
-    is kept with a probability that is itself uniform on ¼–1, but at least one is kept.
+    One half of the voxels are mixtures of `mixture.draw` (mode `sample`). In the other half, water
+    is uniform on 0–1 and any tissue may be absent, so that pure tissue and pure water occur, too:
+    each tissue is kept with a probability that is itself uniform on ¼–1, but at least one is kept.
 
     Parameters
     ----------
-    measured : Diffusivities
+    diffusivities : Diffusivities
     acquisition : Acquisition
     count : int
         Number of voxels.
@@ -81,14 +81,14 @@ def draw_mixtures(measured: Diffusivities, acquisition: Acquisition, count: int,
     signals, water = [], []
     for i in range(-(-count // CHUNK)):
         entropy = np.random.SeedSequence([seed, i]).generate_state(1)[0]
-        fractions, _, tensors = mixture.draw("sample", measured, CHUNK, int(entropy))
+        fractions, _, tensors = mixture.draw("sample", diffusivities, CHUNK, int(entropy))
         rng = np.random.default_rng([seed, i])
         tissue = fractions[1::2, :-1]
         keep = rng.uniform(size=tissue.shape) < rng.uniform(0.25, 1, (len(tissue), 1))
         keep[np.arange(len(tissue)), rng.integers(tissue.shape[1], size=len(tissue))] = True
         tissue = tissue * keep
-        share = rng.uniform(size=(len(tissue), 1))
-        fractions[1::2] = np.hstack([tissue / tissue.sum(1, keepdims=True) * (1 - share), share])
+        free = rng.uniform(size=(len(tissue), 1))
+        fractions[1::2] = np.hstack([tissue / tissue.sum(1, keepdims=True) * (1 - free), free])
         attenuation = mixture.attenuation(fractions, tensors, acquisition, device)
         signals.append(torch.as_tensor(attenuation, dtype=torch.float32, device=device))
         water.append(torch.as_tensor(fractions[:, -1], dtype=torch.float32, device=device))
@@ -106,27 +106,28 @@ def normalise(signal: torch.Tensor, b0: torch.Tensor) -> tuple[torch.Tensor, tor
 
     Returns
     -------
-    ratio : (voxel, n) tensor
+    attenuation : (voxel, n) tensor
         S/S0 of the weighted volumes, clipped to 0–1; 0 if S0 is not positive.
     s0 : (voxel,) tensor
     """
     s0 = signal[:, b0].mean(1)
-    level = torch.where(s0 > 0, s0, torch.inf)
-    return (signal[:, ~b0] / level[:, None]).clamp(0, 1), s0
+    divisor = torch.where(s0 > 0, s0, torch.inf)
+    return (signal[:, ~b0] / divisor[:, None]).clamp(0, 1), s0
 
 
-def train_network(measured: Diffusivities, acquisition: Acquisition, noise: np.ndarray,
+def train_network(diffusivities: Diffusivities, acquisition: Acquisition, noise: np.ndarray,
                   s0_known: bool, seed: int, device: str, options: Mapping[str, Any]
                   ) -> tuple[Network, float]:
     """Train a network for one acquisition.
 
-    The loss is (f − f̂)²/2 + σ² log σ + …, the Gaussian likelihood weighted by its variance
-    (Seitzer et al. 2022, β = 1). Its gradient for f̂ is that of the squared error, and its minimum
-    for σ is the SD of the residual.
+    With fraction f, estimate f̂ and SD σ, the loss is the Gaussian negative log likelihood times σ²,
+    (f − f̂)²/2 + σ² log σ (Seitzer et al. 2022, arXiv:2203.09168, β = 1), where the factor σ² has no
+    gradient. The gradient for f̂ is thus that of the squared error, and the minimum over σ is at
+    the SD of f − f̂.
 
     Parameters
     ----------
-    measured : Diffusivities
+    diffusivities : Diffusivities
         Diffusivities of the mixtures.
     acquisition : Acquisition
     noise : (k,) ndarray
@@ -146,7 +147,7 @@ def train_network(measured: Diffusivities, acquisition: Acquisition, noise: np.n
     """
     b0 = torch.as_tensor(acquisition.b0, device=device)
     levels = torch.as_tensor(noise, dtype=torch.float32, device=device).clamp(max=MAX_NOISE)
-    clean, water = draw_mixtures(measured, acquisition, options["samples"], 2 * seed, device)
+    clean, water = draw_mixtures(diffusivities, acquisition, options["samples"], 2 * seed, device)
 
     def noisy_input(signal: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         pick = torch.randint(len(levels), (len(signal), 1), generator=generator, device=device)
@@ -173,7 +174,7 @@ def train_network(measured: Diffusivities, acquisition: Acquisition, noise: np.n
     with one_thread():
         train(network, draw, loss, Schedule(**options["schedule"]), seed=seed, device=device,
               name="free water")
-    held_out, truth = draw_mixtures(measured, acquisition, CHUNK, 2 * seed + 1, device)
+    held_out, truth = draw_mixtures(diffusivities, acquisition, CHUNK, 2 * seed + 1, device)
     with torch.no_grad():
         predicted, _ = network(noisy_input(held_out, torch.Generator(device).manual_seed(seed + 1)))
     return network, float((predicted - truth).square().mean().sqrt())

@@ -40,7 +40,8 @@ FRACTIONS, NODES, WINDOW = 64, 6, 4.0
 d."""
 
 TABLE, INVERSE = 1024, 512
-"""Number of entries over d of the tabulated signal, and of the inverse from which d starts."""
+"""Number of intervals of the table of the signal as a function of d, and of the inverse table, from
+which d starts."""
 
 ASSUMED_SNR = 20.0
 """S0 over the noise SD assumed if the noise could not be measured."""
@@ -49,10 +50,10 @@ PER_SIGMA, MAX_SIGMA = 32, 32
 """Entries per noise SD, and range in noise SDs, of the table of the Rician excess."""
 
 SMOOTHING = 0.25
-"""Maximum number of SH coefficients per direction of the fit for the mean and the Rician excess."""
+"""Maximum number of SH coefficients per direction in the fit of a shell (`average_weights`)."""
 
 LAPLACE_BELTRAMI = 0.006
-"""Weight of the penalty l²(l + 1)² when that fit estimates the expected signal."""
+"""Weight of the penalty l²(l + 1)² in the fit that smooths a shell (`average_weights`)."""
 
 BLOCK = 256
 """Voxels per block, so that their likelihoods fit in the cache."""
@@ -61,7 +62,7 @@ BLOCK = 256
 def h(alpha: np.ndarray | np.floating) -> np.ndarray:
     """Compute h(α) = ∫₀¹ exp(−α x²) dx.
 
-    By erf for α > 0, Dawson's integral for α < 0 and a series near 0.
+    It is computed by erf for α > 0, by Dawson's integral for α < 0 and by a series near 0.
 
     >>> float(h(np.float64(0)))
     1.0
@@ -97,6 +98,7 @@ def powder_mean(d, f, b, b_delta):
     """
     total, by_d, by_f = 0.0, 0.0, 0.0
     axial_rate, radial_rate = b * (1 - b_delta) / 3, b * (2 * (1 - b_delta) / 3 + b_delta)
+    # fraction, its derivative by f, radial diffusivity, its derivatives by d and by f
     sticks, zeppelins = (f, 1, 0 * d, 0, 0), (1 - f, -1, (1 - f) * d, 1 - f, -d)
     for share, share_by_f, radial, radial_by_d, radial_by_f in (sticks, zeppelins):
         alpha = b * b_delta * (d - radial)
@@ -137,9 +139,10 @@ class Protocol:
 class Posterior:
     """Posterior mean and SD of d and f under a flat prior, with S0 marginalised.
 
-    The data are z = S̄/(mean b0) and λ = σ/(mean b0). With Gaussian noise and a flat prior on S0, z
-    is normal around p(d, f) with covariance λ² [diag(n²) + n0² p pᵀ]. With r = (z − p)/(λ n) and
-    q = n0 p/n, the Sherman–Morrison formula gives
+    The data are z = S̄/(mean b0) and λ = σ/(mean b0); p is the model's S̄/S0, and n and n0 are
+    `noise` and `noise_s0` of the protocol. With Gaussian noise and a flat prior on S0, z is normal
+    around p(d, f) with covariance λ² [diag(n²) + n0² p pᵀ]. With r = (z − p)/(λ n) and q = n0 p/n,
+    the Sherman–Morrison formula gives
 
         −2 log L = |r|² − (r·q)²/(1 + |q|²) + log(1 + |q|²).
 
@@ -162,6 +165,7 @@ class Posterior:
         p = protocol.predict(*np.meshgrid(d, f))[0]
         self.table = tensor(np.concatenate([p[:, :-1], np.diff(p, axis=1)], 2)).flatten(0, 1).T
         self.table = self.table.contiguous()
+        # Σ p/n decreases with d; its inverse gives the d from which the optimum is sought
         total = (p / protocol.noise).sum(2)
         self.step = float(total.max()) / INVERSE
         totals = np.arange(INVERSE + 1) * self.step
@@ -198,8 +202,8 @@ class Posterior:
         Returns
         -------
         dict
-            `mean` and `std` of d and f, and `start`, the node of the highest likelihood; all
-            (voxel, 2).
+            `mean` and `std` of d and f, and `start`, the d and f of the highest likelihood among
+            the nodes; all (voxel, 2).
         """
         level = noise[:, None] * self.noise
         z = z.T[:, :, None]
@@ -345,7 +349,7 @@ def subtract_rician_excess(signal: Float[torch.Tensor, "voxel n"],
     signal : (voxel, n) tensor
         Magnitudes.
     smooth : (n, n) tensor
-        Smoothing that estimates the expectation of the magnitudes.
+        Smoothing matrix, by which magnitudes are multiplied to estimate their expectations.
     sigma : float
         Noise SD.
     table : (entry,) tensor
@@ -364,7 +368,7 @@ def subtract_rician_excess(signal: Float[torch.Tensor, "voxel n"],
 
 def average_weights(acquisition: Acquisition, shell: Shell
                     ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n n"]]:
-    """Compute the weights of the mean over the sphere, and a smoothing of a shell.
+    """Compute the weights of the mean over the sphere, and a smoothing matrix, of a shell.
 
     The mean is the degree-0 coefficient of a least-squares SH fit, exact for any set of directions
     up to its degree (Afzali et al. 2021, doi:10.1038/s41598-021-93558-1). The smoothing is that
@@ -394,7 +398,7 @@ class SphericalMean(Estimator):
 
     def check(self, acquisition: Acquisition) -> None:
         """Raise Refusal if there is no b0, or fewer than two shells of six directions."""
-        if len(_usable(acquisition)) < 2 or not acquisition.b0.any():
+        if len(_usable_shells(acquisition)) < 2 or not acquisition.b0.any():
             shells = ", ".join(f"{len(s)} at b = {s.b:.0f} (b_delta {s.b_delta:.2g})"
                                for s in acquisition.shells) or "none weighted"
             raise Refusal(
@@ -406,34 +410,34 @@ class SphericalMean(Estimator):
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         acquisition = dwi.acquisition
         self.check(acquisition)
-        shells = _usable(acquisition)
+        shells = _usable_shells(acquisition)
         b0 = np.flatnonzero(acquisition.b0)
-        groups = [(b0, np.full(len(b0), 1 / len(b0)), np.full((len(b0),) * 2, 1 / len(b0))),
-                  *((shell.indices, *average_weights(acquisition, shell)) for shell in shells)]
+        # volumes, averaging weights and smoothing matrix of the b0 and of each shell
+        averaging = [(b0, np.full(len(b0), 1 / len(b0)), np.full((len(b0),) * 2, 1 / len(b0))),
+                     *((shell.indices, *average_weights(acquisition, shell)) for shell in shells)]
         noise = np.array([np.linalg.norm(weights) * dwi.gain(index)
-                          for index, weights, _ in groups])
+                          for index, weights, _ in averaging])
         protocol = Protocol(np.array([shell.b for shell in shells]) / 1000,
                             np.array([shell.b_delta for shell in shells]), noise[1:],
                             0.0 if dwi.s0_known else noise[0])
-        levels = [dwi.noise_of(index) for index, *_ in groups]
-        tensors = [(torch.as_tensor(index, device=device), *(
+        sigmas = [dwi.noise_of(index) for index, *_ in averaging]
+        on_device = [(torch.as_tensor(index, device=device), *(
             torch.as_tensor(a, dtype=torch.float32, device=device) for a in (
                 weights, smooth, rician_excess(np.linalg.norm(smooth) / len(index) ** 0.5))))
-            for index, weights, smooth in groups]
+            for index, weights, smooth in averaging]
         posterior = Posterior(protocol, device)
 
         def estimate(signal: torch.Tensor) -> dict[str, torch.Tensor]:
             averages = []
-            for sigma, (index, weights, smooth, table) in zip(levels, tensors, strict=True):
+            for sigma, (index, weights, smooth, table) in zip(sigmas, on_device, strict=True):
                 part = signal[:, index]
                 if sigma:
                     part = subtract_rician_excess(part, smooth, sigma, table)
                 averages.append(part @ weights)
             usable = averages[0] > 0
-            level = torch.where(usable, averages[0], 1)
-            z = torch.stack(averages[1:], 1) / level[:, None]
-            noise = dwi.noise_sd / level if dwi.noise_sd else torch.full_like(
-                level, 1 / ASSUMED_SNR)
+            s0 = torch.where(usable, averages[0], 1)
+            z = torch.stack(averages[1:], 1) / s0[:, None]
+            noise = dwi.noise_sd / s0 if dwi.noise_sd else torch.full_like(s0, 1 / ASSUMED_SNR)
             return posterior(z, noise) | {"z": z, "usable": usable}
 
         estimates = map_voxels(estimate, dwi.signal, device, BLOCK)
@@ -453,7 +457,7 @@ class SphericalMean(Estimator):
             "Shells": [round(shell.b) for shell in shells]}, usable)
 
 
-def _usable(acquisition: Acquisition) -> list[Shell]:
+def _usable_shells(acquisition: Acquisition) -> list[Shell]:
     """Select the shells that have a mean over directions."""
     return [shell for shell in acquisition.shells
             if abs(shell.b_delta) <= 0.05 or len(shell) >= MIN_DIRECTIONS]

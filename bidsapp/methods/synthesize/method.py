@@ -34,8 +34,8 @@ TERMS = ("dxx", "dxy", "dxz", "dyy", "dyz", "dzz")
 
 
 class Synthesis(Synthesizer):
-    """Synthesizer of mixtures of three fibre populations, grey matter and CSF in a run's
-    b-table."""
+    """Synthesizer of mixtures of three fibre populations, grey matter and CSF with the gradient
+    table of a run."""
 
     wants_tissue = True
 
@@ -85,12 +85,12 @@ class Synthesis(Synthesizer):
         columns: dict[str, dict[str, dict[str, str]]] = {}
         for mode in modes:
             mixtures = mixture.mix(mode, measured, dwi.acquisition, voxels, seed, device)
-            signals[mode] = _noisy(s0 * mixtures.attenuation, sd, [seed, 1])
-            truth[mode], columns[mode] = _truth(mixtures, shells)
+            signals[mode] = _add_noise(s0 * mixtures.attenuation, sd, [seed, 1])
+            truth[mode], columns[mode] = _tabulate_truth(mixtures, shells)
         images = {}
         if image:
             layout = unmix(dwi, measured, device)
-            images = {mode: _image(mode, dwi, measured, layout, sd, seed, device)
+            images = {mode: _simulate_image(mode, dwi, measured, layout, sd, seed, device)
                       for mode in modes}
         labels = np.select([regions.single_fibre, regions.gm, regions.csf], [3, 1, 2], 0)
         parameters = {
@@ -101,7 +101,7 @@ class Synthesis(Synthesizer):
             "CSFVoxels": int(regions.csf.sum()),
             "SingleFibreVoxels": int(regions.single_fibre.sum()),
             "SingleFibreRegion": "corpus callosum" if regions.callosum else "brain",
-            **_summary(measured, shells)}
+            **_summarise_diffusivities(measured, shells)}
         notices = [*regions.notices, *([] if regions.callosum else [
             f"Synthesis: fewer than {tissue.MIN_VOXELS} voxels with FA > "
             f"{tissue.SINGLE_FIBRE_FA:g} were found in the corpus callosum. The "
@@ -117,22 +117,28 @@ class Synthesis(Synthesizer):
                                            self.settings("score")))
 
 
-def _noisy(clean: np.ndarray, sd: float, seed: Sequence[int]) -> np.ndarray:
+def _add_noise(clean: np.ndarray, sd: float, seed: Sequence[int]) -> np.ndarray:
+    """Add Rician noise. Seeds are [seed, 1] of single voxels and [seed, 5, block] of an image, so
+    that they differ from those of `simulate.mixture`."""
     noise = np.random.default_rng(seed).standard_normal((2, *clean.shape))
     return np.hypot(clean + sd * noise[0], sd * noise[1]).astype(np.float32)
 
 
-def _image(mode: str, dwi: Dwi, measured: Diffusivities, layout: tuple[np.ndarray, np.ndarray],
-           sd: float, seed: int, device: str) -> SyntheticImage:
-    """Simulate the voxels of the mask with their mean b0 and the given (fractions, directions)."""
+def _simulate_image(mode: str, dwi: Dwi, measured: Diffusivities,
+                    layout: tuple[np.ndarray, np.ndarray], sd: float, seed: int, device: str
+                    ) -> SyntheticImage:
+    """Simulate the voxels of the mask with their mean b0.
+
+    `layout` holds the fractions (voxel, 5) and directions (voxel, 3, 3) that `unmix` returns.
+    """
     signal = np.empty(dwi.signal.shape, np.float32, order="F")
     diffusivities: list[np.ndarray] = []
     for k, start in enumerate(range(0, len(signal), BLOCK)):
         rows = slice(start, start + BLOCK)
         mixtures = mixture.simulate_given(mode, measured, dwi.acquisition, layout[0][rows],
                                           layout[1][rows], [seed, 4, k], device)
-        signal[rows] = _noisy(dwi.mean_b0[rows, None] * mixtures.attenuation, sd, [seed, 5, k])
-        diffusivities.append(_diffusivities(mixtures))
+        signal[rows] = _add_noise(dwi.mean_b0[rows, None] * mixtures.attenuation, sd, [seed, 5, k])
+        diffusivities.append(_list_diffusivities(mixtures))
     shells = _shell_names(dwi.acquisition.shells)
     fibre_names = [f"{c}_{direction}" for c in FIBRES for direction in ("axial", "radial")]
     names = [f"{name}_{b}" for b in shells
@@ -148,7 +154,7 @@ def _image(mode: str, dwi: Dwi, measured: Diffusivities, layout: tuple[np.ndarra
         "S0": "mean b0 of each voxel", "NoiseSeed": [seed, 5]})
 
 
-def _diffusivities(mixtures: Mixtures) -> np.ndarray:
+def _list_diffusivities(mixtures: Mixtures) -> np.ndarray:
     """List diffusivities (voxel, k) in mm²/s: per shell axial and radial of each fibre, grey matter
     and CSF; then, in `random-wm`, white matter in each volume."""
     xx, trace = mixtures.tensors[..., 0], mixtures.tensors[..., [0, 3, 5]].sum(-1)
@@ -172,8 +178,8 @@ def _shell_names(shells: Sequence[Shell]) -> list[str]:
             for s in shells]
 
 
-def _truth(mixtures: Mixtures, shells: Sequence[Shell]
-           ) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
+def _tabulate_truth(mixtures: Mixtures, shells: Sequence[Shell]
+                    ) -> tuple[pd.DataFrame, dict[str, dict[str, str]]]:
     """Tabulate the truth, one row per voxel (diffusivities in mm²/s), and describe each column."""
     columns: dict[str, np.ndarray] = {}
     descriptions: dict[str, dict[str, str]] = {}
@@ -206,8 +212,8 @@ def _truth(mixtures: Mixtures, shells: Sequence[Shell]
     return pd.DataFrame(columns), descriptions
 
 
-def _summary(measured: Diffusivities, shells: Sequence[Shell]
-             ) -> Mapping[str, Mapping[str, float]]:
+def _summarise_diffusivities(measured: Diffusivities, shells: Sequence[Shell]
+                             ) -> Mapping[str, Mapping[str, float]]:
     """Summarise mean diffusivities (mm²/s) by shell for the sidecar."""
     means = {"GreyMatter": measured.gm_mean, "CSF": measured.csf_mean,
              "SingleFibreAxial": measured.axial.mean(0),

@@ -26,7 +26,7 @@ from bidsapp.simulate.noise import rician
 from bidsapp.training import Schedule, seeded, train
 
 CODE = 7
-"""Minimum width of the code: the number of unknowns of the compared tensor."""
+"""Minimum width of the code: the number of unknowns of the tensor fit, S0 among them."""
 
 MIN_FA = 0.2
 """Measured FA above which directions are compared."""
@@ -52,7 +52,8 @@ def score_modes(dwi: Dwi, measured: Diffusivities, modes: Sequence[str], s0: flo
     Returns
     -------
     dict
-        Results of `compare` by mode; `noise` is that of another measurement.
+        Results of `compare` by mode; `noise` is that of the measured signal with noise added
+        (`noise_model`).
     """
     out = {}
     for mode in modes:
@@ -96,6 +97,7 @@ class Autoencoder(nn.Module):
         self.layers = mlp(layer_widths(len(mean)), partial(nn.LeakyReLU, slope))
 
     def forward(self, signal: torch.Tensor, s0: torch.Tensor | None = None) -> torch.Tensor:
+        """Reproduce signals; `s0` is unused, as `compare` passes it to every model."""
         return self.layers((signal - self.mean) / self.scale) * self.scale + self.mean
 
 
@@ -139,19 +141,17 @@ def train_autoencoder(attenuation: np.ndarray, sd: float, seed: int, device: str
 
 
 def noise_model(sd: float, seed: int, device: str) -> Callable[..., torch.Tensor]:
-    """Create a model for `compare` that adds Rician noise of SD `sd` (signal units).
-
-    Its errors are those of noise alone.
-    """
+    """Create a model for `compare` that adds Rician noise of SD `sd` (signal units) instead of
+    reproducing the signal, so that its errors are those of noise alone."""
     generator = torch.Generator(device).manual_seed(seed)
     return lambda signal, s0: rician(signal, sd / s0[:, None], generator)
 
 
 def compare(dwi: Dwi, model: Callable[..., torch.Tensor], device: str) -> dict[str, float]:
-    """Compute the errors of a model on the measured signal.
+    """Compute the errors of a model that reproduces the measured signal.
 
-    FA, MD and direction are those of one tensor fitted to all volumes of either signal. Voxels
-    without S0 or without a tensor are excluded.
+    FA, MD and direction are those of one tensor that is fitted to all volumes of each of the two
+    signals. Voxels without b0 signal, or where no tensor fits the measured signal, are excluded.
 
     Parameters
     ----------
