@@ -121,7 +121,7 @@ def deconvolve_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels:
     Returns
     -------
     (row, 45) tensor or None
-        Coefficients as `deconvolve` returns them; None if no run can be deconvolved.
+        Coefficients as `deconvolve` returns them; None if there are none.
     """
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(np.array(runs))[:MAX_RUNS]
@@ -135,7 +135,8 @@ def deconvolve_study(load: Callable[[str], Dwi], runs: Sequence[str], *, voxels:
             rows.append(deconvolve(dwi, regions.single_fibre, regions.gm, regions.csf, where))
         except Refusal as refusal:
             log.warning("%s: no densities could be estimated for the training: %s", run, refusal)
-    return torch.cat(rows) if rows else None
+    densities = torch.cat([torch.zeros(0, sh.size(L_MAX)), *rows])
+    return densities if len(densities) else None
 
 
 def _shell_means(acquisition: Acquisition) -> Float[np.ndarray, " volume"]:

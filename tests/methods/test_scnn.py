@@ -468,7 +468,7 @@ def test_training_for_one_acquisition():
     maps = estimating.estimate(trained, tissue.TWO_COMPARTMENTS, simulate_voxels(acq, 8), "cpu")[0]
     assert all(np.isfinite(m).all() for m in maps.values())
     with pytest.raises(Refusal, match="needed are 20 × b 700, 40 × b 2000"):
-        estimating.check(trained.card, acquisition())
+        estimating.select_shells(trained.card, acquisition())
 
 
 # --- trained at group level, used at participant level

@@ -144,3 +144,11 @@ def test_real_densities_follow_the_tensor(test_data):
                            tensor.design(dwi.acquisition.btensors))["direction"].numpy()
     angle = np.degrees(np.arccos(np.abs((peak * direction).sum(1)).clip(max=1)))
     assert np.median(angle) < 6 and np.quantile(angle, 0.9) < 15
+
+
+def test_study_without_white_matter_among_its_voxels(monkeypatch, tmp_path):
+    """All of the few voxels that are drawn may lie elsewhere: then there are no densities."""
+    folder = head.write_dataset(tmp_path, scheme=((0, 4), (1000, 20), (2000, 45)))
+    monkeypatch.setattr(deconvolution, "MIN_WHITE", 2.0)
+    assert deconvolution.deconvolve_study(lambda _: load_first_run(folder), ["a"], voxels=3,
+                                          seed=0, device="cpu") is None
