@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -458,11 +459,17 @@ def run_all(invocation: Invocation, inventory: find.Inventory, workers: int
     """Process participants, `workers` of them at a time; yield label and success of each."""
     todo = inventory.participants
     with logging_redirect_tqdm(), tqdm(total=len(todo), desc="participants", disable=None) as bar:
+        finished = itertools.count(1)  # a bar that is not shown does not count
+
+        def advance() -> None:
+            bar.update()
+            log.info("%d of %d participants done", next(finished), len(todo))
+
         if workers == 1:
             for label in todo:
                 ok = process_participant(invocation, label, inventory.runs[label],
                                          inventory.problems[label])
-                bar.update()
+                advance()
                 yield label, ok
                 if not ok and invocation.options.stop_on_first_crash:
                     return
@@ -478,7 +485,7 @@ def run_all(invocation: Invocation, inventory: find.Inventory, workers: int
                                        inventory.runs[label], inventory.problems[label]): label
                        for label in todo}
             for future in as_completed(futures):
-                bar.update()
+                advance()
                 if future.cancelled():
                     continue
                 label, ok = futures[future], not future.exception() and future.result()

@@ -158,7 +158,7 @@ def test_flipped_vectors_are_flagged(tmp_path, rng, capsys):
         record = json.loads((out / "sub-01/log/sub-01_dwi.json").read_text())
         qc = record["qc"]
         assert told == alarm and (qc["fibre_coherence_best"] > qc["fibre_coherence"]) == alarm
-        assert any("correct the .bvec" in n for n in record["notices"]) == alarm
+        assert any("correct the .bvec" in n for n in record["warnings"]) == alarm
         assert ("row negated in the .bvec" in (out / "sub-01.html").read_text()) == alarm
     described = json.loads((out / "sub-01/dwi/sub-01_desc-image_qc.json").read_text())
     assert described["fibre_coherence"]["Units"] == "1"

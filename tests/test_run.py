@@ -167,6 +167,7 @@ def test_several_participants_at_a_time(processed, tmp_path):
                            "--nprocs", "2", "--omp-nthreads", "1"], capture_output=True,
                           text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "of 2 participants done" in done.stderr
     maps = [p.relative_to(out) for p in out.glob("sub-*/dwi/*.nii.gz")]
     assert all((tmp_path / "out" / m).read_bytes() == (out / m).read_bytes() for m in maps)
 

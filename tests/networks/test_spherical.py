@@ -58,7 +58,7 @@ def test_half_grid_integrates_products(degree):
 
 
 def test_half_grid_ends_somewhere():
-    with pytest.raises(ValueError, match="95 is the most"):
+    with pytest.raises(ValueError, match="95 is the highest"):
         sh.half_grid(96)
 
 
