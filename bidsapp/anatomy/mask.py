@@ -20,11 +20,11 @@ LEVELS = 1024
 
 NO_BRAIN = ("median-Otsu found no brain in the mean b0. Check the image, or give a mask through a "
             "derivatives folder.")
-"""Message of an image in which the threshold leaves nothing."""
+"""Message for an image in which no voxel is above the threshold."""
 
 
 def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
-    """Read a brain mask on the grid of the DWI.
+    """Read a brain mask, and check that it is on the grid of the DWI.
 
     Parameters
     ----------

@@ -45,8 +45,8 @@ def posteriors(dwi: Dwi, t1w: Path, probsegs: Sequence[Path] = (), work_dir: Pat
     t1w : Path
         T1w image of the same head.
     probsegs : sequence of Path
-        Probability maps of the three tissues in the space of `t1w`, in the order of TISSUES, which
-        are used instead of Atropos'.
+        Probability maps of the three tissues in the world coordinates of `t1w`, in the order of
+        TISSUES, which are used instead of Atropos'. Their grids may differ from that of `t1w`.
     work_dir : Path, optional
         Folder for temporary files.
 
@@ -58,7 +58,8 @@ def posteriors(dwi: Dwi, t1w: Path, probsegs: Sequence[Path] = (), work_dir: Pat
     Raises
     ------
     DataError
-        An image cannot be read, has no contrast, or covers less than half of the brain.
+        An image cannot be read, has no contrast, or covers less than half of the brain; or the
+        brain mask is too thin for N4.
     """
     image, affine = _read(t1w)
     transform = rigid.align(dwi, image, affine)
@@ -79,7 +80,7 @@ def posteriors(dwi: Dwi, t1w: Path, probsegs: Sequence[Path] = (), work_dir: Pat
 
 def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir: Path | None
              ) -> list[np.ndarray]:
-    """Posterior maps in the order of TISSUES, reproducible by one thread and a fixed seed (r)."""
+    """Posterior maps in the order of TISSUES, reproducible by one thread and a fixed seed (r=0)."""
     import ants
     from scipy.ndimage import binary_erosion, binary_opening, label
 
@@ -104,7 +105,8 @@ def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir:
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y, z) float32 of voxels of FINEST or larger, and its affine."""
+    """Read an image, (x, y, z) float32, with voxels reduced to FINEST where smaller, and its
+    affine."""
     from scipy.ndimage import gaussian_filter, zoom
 
     image = open_image(path)
@@ -136,7 +138,8 @@ def _to_anatomy(dwi: Dwi, image: np.ndarray, affine: np.ndarray, transform: np.n
 
 
 def _sample(values: np.ndarray, affine: np.ndarray, at: np.ndarray, size: float) -> np.ndarray:
-    """Means over voxels of `size` mm at (3, voxel) indices; 0 outside the image."""
+    """Means over voxels of `size` mm at (3, voxel) coordinates, by a Gaussian of the variance of
+    that box; 0 outside the image."""
     from scipy.ndimage import gaussian_filter, map_coordinates
 
     voxel = np.linalg.norm(affine[:3, :3], axis=0)

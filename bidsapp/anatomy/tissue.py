@@ -1,10 +1,12 @@
-"""Segmentation of grey matter, CSF and single-fibre voxels.
+"""Segmentation of grey matter, white matter, CSF and single-fibre voxels.
 
-Grey matter and CSF come from the posteriors of a T1w image if there is a plausible one. Otherwise
-they come from the diffusion images alone, by a hidden Markov random field segmentation (the
-algorithm of FAST, Zhang et al. 2001, doi:10.1109/42.906424, implemented by dipy). Its inputs are
-computed from ratios of signals, so that a bias field cancels: mean diffusivity separates fluid from
-tissue, and FA separates white from grey matter.
+`find_regions` selects voxels of pure tissue, whose signals are then measured. `labels` labels all
+voxels of grey and white matter. Both use the posteriors of a T1w image if there is one;
+`find_regions` only if MD agrees with them. Otherwise tissue comes from the diffusion images alone,
+by a hidden Markov random field segmentation (the algorithm of FAST, Zhang et al. 2001,
+doi:10.1109/42.906424, implemented by dipy). Its inputs are computed from ratios of signals, so that
+a bias field cancels: mean diffusivity separates fluid from tissue, and FA separates white from grey
+matter.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ SMOOTHNESS = 0.1
 """β of the Markov random field, as in dipy's tutorial."""
 
 SINGLE_FIBRE_FA = 0.7
-"""FA above which a voxel counts as a single fibre, the threshold of the paper."""
+"""FA above which a voxel counts as a single fibre: the threshold of the paper that
+`methods/synthesize` implements."""
 
 CALLOSUM_FA, LEFT_RIGHT = 0.4, 0.8
 """Smallest FA and smallest |x| of the principal direction in the region of the corpus callosum."""
@@ -40,7 +43,8 @@ FLUID = 1.5
 signal."""
 
 MIXED = 0.1
-"""Smallest share of fluid in the middle class of MD. With less, the class counts as tissue."""
+"""Smallest share of fluid in the middle class of MD, by its mean between those of tissue and fluid.
+With less, the class counts as tissue."""
 
 SURE, PURE = 0.8, 0.95
 """Smallest posteriors of a tissue's voxels: SURE for a voxel and all its neighbours; PURE for a
@@ -53,7 +57,7 @@ NAMES = {"wm": WHITE, "gm": GREY}
 """Names of the labels in tables and metrics."""
 
 MIN_VOXELS = 10
-"""Smallest number of voxels that describe a tissue."""
+"""Smallest number of voxels from which a tissue is measured."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Regions:
     gm, csf, single_fibre : (voxel,) bool
         The voxels.
     callosum : bool
-        Whether the single fibres are from the corpus callosum; otherwise from anywhere.
+        Whether the single fibres are from the corpus callosum; otherwise they are from anywhere
+        deeper than DEPTH inside the mask.
     source : str
         Origin of grey matter and CSF: `DWI` or `T1w`.
     notices : tuple of str
@@ -97,7 +102,7 @@ def find_regions(dwi: Dwi, device: str) -> Regions:
     Raises
     ------
     Refusal
-        There are fewer than MIN_VOXELS of one of them.
+        There are fewer than MIN_VOXELS voxels of one of the three.
     """
     chosen = tensor.volumes(dwi.acquisition)
     x = tensor.design(dwi.acquisition[chosen].btensors)
@@ -127,12 +132,14 @@ def find_regions(dwi: Dwi, device: str) -> Regions:
 
 
 def single_fibres(dwi: Dwi, fa: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Find voxels of FA > 0.7 in the corpus callosum, or anywhere if the slab does not show it.
+    """Find voxels of FA > 0.7 in the corpus callosum or, if the slab does not show it, anywhere
+    deep inside the mask.
 
     The corpus callosum is the red region of a colour FA map near the midline. Its principal
     directions are left–right, and it lies within 20 mm of the mid-sagittal plane of the mask, deep
     inside the mask, and not far below its centre, where the transverse fibres of the pons are.
-    Small parts are dropped. Genu and splenium may be separate, as in a slab.
+    Parts that are small beside the largest are dropped. Genu and splenium may be separate, as in a
+    slab. The faces of the image do not limit the depth.
 
     Parameters
     ----------
@@ -141,7 +148,7 @@ def single_fibres(dwi: Dwi, fa: np.ndarray, direction: np.ndarray) -> tuple[np.n
     fa : (voxel,)
         FA; 0 excludes a voxel.
     direction : (voxel, 3)
-        Principal directions, world.
+        Principal directions, world RAS+.
 
     Returns
     -------
@@ -186,7 +193,8 @@ def from_posteriors(dwi: Dwi, md: np.ndarray, usable: np.ndarray
     Returns
     -------
     pair of (voxel,) bool, or None
-        Grey matter and CSF; None if MD contradicts the T1w image.
+        Grey matter and CSF; None if MD contradicts the T1w image, or one of the two has fewer
+        than MIN_VOXELS voxels.
     """
     assert dwi.tissue is not None
     gm, csf = (_eroded(dwi, usable & (p > SURE), usable & (p > PURE)) for p in dwi.tissue.T[[0, 2]])
@@ -240,8 +248,9 @@ def classes(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
     """Segment grey matter, white matter and CSF from MD and FA.
 
     CSF is the highest of three classes of MD (tissue, mixed, fluid). Grey matter is the lower of
-    two classes of FA within tissue. If hardly any voxel is mixed, the middle class is the upper
-    part of tissue and counts as tissue. If the highest class is not clearly fluid, there is no CSF.
+    two classes of FA within tissue. If the middle class has hardly more MD than tissue (MIXED), it
+    is the upper part of tissue and counts as tissue. If three classes cannot be separated, there
+    are two, tissue and fluid. If the highest class is not clearly fluid (FLUID), there is no CSF.
     Mixed voxels belong to none of the three.
 
     Parameters

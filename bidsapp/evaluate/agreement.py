@@ -1,7 +1,8 @@
-"""Measures of harmonization: errors against a target, agreement between sites, group effects.
+"""Measures of harmonization: errors against a target, edges, agreement between sites.
 
-The functions are pure functions of arrays. `estimate` is the harmonized image, and `truth` its
-target: the scan at the reference site, with its noise or without.
+Most are pure functions of arrays; `compare_sites` and `compare_tables` take tables. `estimate` is
+the harmonized image, and `truth` its target: the scan at the reference site, with its noise or
+without.
 """
 
 from __future__ import annotations
@@ -57,16 +58,16 @@ def nmse(estimate: np.ndarray, truth: np.ndarray) -> float:
     return mse(estimate, truth) / float(np.square(truth, dtype=np.float64).mean())
 
 
-def shell_maps(ratio: Float[np.ndarray, "voxel direction"], acquisition: Acquisition,
+def shell_maps(attenuation: Float[np.ndarray, "voxel direction"], acquisition: Acquisition,
                device: str = "cpu") -> dict[str, np.ndarray]:
     """Fit the tensor to the S/S0 of one shell, and to S/S0 = 1 at b = 0.
 
     Parameters
     ----------
-    ratio
-        (voxel, direction) S/S0.
+    attenuation
+        (voxel, direction) S/S0 of the shell.
     acquisition
-        Acquisition of the shell alone.
+        Acquisition of the shell alone, without b0 volumes.
     device
         cpu, cuda or cuda:N.
 
@@ -76,8 +77,8 @@ def shell_maps(ratio: Float[np.ndarray, "voxel direction"], acquisition: Acquisi
         fa (1), md (mm²/s), and direction, (voxel, 3) unit vectors.
     """
     x = np.concatenate([tensor.design(acquisition.btensors), tensor.design(np.zeros((1, 3, 3)))])
-    values = np.ones((len(ratio), len(x)), np.float32)
-    values[:, :-1] = np.maximum(ratio, MIN_ATTENUATION)
+    values = np.ones((len(attenuation), len(x)), np.float32)
+    values[:, :-1] = np.maximum(attenuation, MIN_ATTENUATION)
 
     def fit(signal: torch.Tensor) -> dict[str, torch.Tensor]:
         maps = tensor.fit(signal, x)
@@ -94,10 +95,10 @@ def angle(one: Float[np.ndarray, "voxel 3"], other: Float[np.ndarray, "voxel 3"]
 
 def ssim(estimate: Float[np.ndarray, "x y z"], truth: Float[np.ndarray, "x y z"],
          mask: Bool[np.ndarray, "x y z"]) -> float:
-    """Compute the mean structural similarity of two volumes over a mask.
+    """Compute the structural similarity of two volumes, averaged over a mask.
 
-    (Wang et al. 2004, doi:10.1109/TIP.2003.819861, eq. 13, with a Gaussian window.) The range L is
-    that of the truth within the mask. Both volumes are set to 0 outside.
+    It is that of Wang et al. 2004 (doi:10.1109/TIP.2003.819861, eq. 13) with a Gaussian window. The
+    dynamic range L is that of the truth within the mask. Both volumes are set to 0 outside.
     """
     from scipy.ndimage import gaussian_filter
 
@@ -158,7 +159,7 @@ def better_than_second(errors: Mapping[str, Float[np.ndarray, " participant"]]
 
 
 def icc(values: Float[np.ndarray, "participant site"]) -> float:
-    """Estimate ICC(3,1), consistency, without an interval (`icc_consistency`)."""
+    """Estimate ICC(3,1), consistency: the value of `icc_consistency` without its interval."""
     return icc_consistency(values).value
 
 
@@ -226,7 +227,8 @@ def paired_difference(values: Float[np.ndarray, "participant site"],
                       weights: Float[np.ndarray, " site"]) -> Estimate:
     """Estimate Σ_j w_j μ_j, with μ_j the mean of site j, from participants scanned at every site.
 
-    It is the mean over participants of Σ_j w_j x_j, with Student's t interval.
+    It is the mean over participants of Σ_j w_j x_j, with x_j a participant's value at site j, and
+    Student's t interval. For a difference, the weights add up to 0.
     """
     from scipy.stats import t
 
@@ -266,6 +268,13 @@ def site_auc(features: Float[np.ndarray, "scan feature"], sites: np.ndarray,
 
     The classifier is a logistic regression on standardised features, with one participant left out
     in turn.
+
+    Parameters
+    ----------
+    features
+        A row for each scan.
+    sites, participants
+        (scan,) labels. Each site needs two participants.
 
     Returns
     -------
@@ -309,18 +318,21 @@ def compare_sites(table: pd.DataFrame, features: Sequence[str], reference: str |
     features
         Columns of the table.
     reference
-        The site from which differences are taken; None for the mean of the means of all sites.
+        The site from which differences are taken. If it is None or not in the table, differences
+        are from the mean of the means of all sites, that of the site itself included.
 
     Yields
     ------
     dict
-        statistic, of, batch, people, value, low and high (95 % interval, NaN if there is none).
+        statistic, of (the feature), batch, people (number of participants), value, low and high
+        (95 % interval, NaN if there is none).
 
         For each feature, over participants scanned at every site: `icc_consistency`,
-        `icc_agreement` and `cov`. For each feature and site: `paired_difference`, over participants
-        scanned at the site and at the reference (without a reference: at every site), or
-        `unpaired_difference` if those are fewer than MIN_PARTICIPANTS. For each site: `auc` from
-        all features. A statistic of fewer than MIN_PARTICIPANTS is left out.
+        `icc_agreement` and `cov` (`variation`). For each feature and site: `paired_difference`,
+        over participants scanned at the site and at the reference (without a reference: at every
+        site), or `unpaired_difference` if those are fewer than MIN_PARTICIPANTS. For each site:
+        `auc` from all features. A statistic of fewer than MIN_PARTICIPANTS is left out; an
+        unpaired difference and `auc` need as many at each site.
     """
     means = table.dropna(subset=[*features]).groupby(["participant", "batch"])[[*features]].mean()
     batches = sorted(means.index.unique("batch"))
@@ -347,13 +359,14 @@ def compare_sites(table: pd.DataFrame, features: Sequence[str], reference: str |
 def _differences(wide: pd.DataFrame, feature: str, reference: str | None
                  ) -> Iterator[dict[str, Any]]:
     """Estimate the difference of each site, given a row per participant and a column per site."""
+    has_reference = reference in wide.columns
     for batch in wide.columns:
         if batch == reference:
             continue
-        compared = wide if reference not in wide.columns else wide[[batch, reference]]
+        compared = wide[[batch, reference]] if has_reference else wide
         weights = (compared.columns == batch).astype(float)
-        weights -= (1 / len(weights) if compared is wide
-                    else (compared.columns == reference).astype(float))
+        weights -= ((compared.columns == reference).astype(float) if has_reference
+                    else 1 / len(weights))
         paired = compared.dropna().to_numpy()
         groups = [column.dropna().to_numpy() for _, column in compared.items()]
         if len(paired) >= MIN_PARTICIPANTS:
@@ -385,13 +398,13 @@ def compare_tables(statistics: pd.DataFrame, features: Sequence[str],
     tables
         Other tables of harmonized features, by name.
     reference
-        The site from which differences are taken.
+        As for `compare_sites`.
 
     Returns
     -------
     DataFrame
         The rows of `compare_sites` with a column `data`: `measured`, `harmonized`, or the name of
-        a table. Where only some runs were harmonized, the measured maps of just those runs come,
+        a table. If only some runs were harmonized, the measured maps of these runs alone follow,
         too.
     """
     after = quality.harmonized_columns(statistics, features)

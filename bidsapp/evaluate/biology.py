@@ -8,7 +8,8 @@ doi:10.1111/j.2517-6161.1954.tb00159.x), all θ with
     (a − θ b)² ≤ t² c (s_aa − 2 θ s_ab + θ² s_bb),
 
 where s is the covariance of the residuals of the two fits, on the same participants, and c s_bb the
-variance of b. The interval has no ends if b itself may be 0; the effect is then undetermined.
+variance of b (c depends on the design alone). If the 95 % interval of b contains 0, the interval of
+the ratio is unbounded, and nothing can be said about the effect.
 
 Local contrast of a map x against r, the map of the same participant's scan at the reference site,
 is
@@ -16,8 +17,8 @@ is
     Σ (x_i − x_j)(r_i − r_j) / Σ (r_i − r_j)²
 
 over neighbouring voxels i, j of one tissue. The noise of x is independent of r, so that neither
-noise nor its removal changes the expected sum. Blurring of the steps that both scans show lowers
-it.
+noise nor its removal changes the expected sum. Blurring of the differences that both scans show
+lowers it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bidsapp.evaluate import quality
 from bidsapp.evaluate.agreement import CONFIDENCE
 
 LOSS = 0.1
-"""Maximum share of an effect that may be lost, or added to it, without a warning."""
+"""Share of an effect that may be lost, or added to it, without a warning."""
 
 MAPS = {"fa": "FA", "md": "MD"}
 """Names of the maps in text, by their keys."""
@@ -48,10 +49,10 @@ TISSUES = {"wm": "white matter", "gm": "grey matter"}
 
 KEPT, LOST, GROWN = "not lost", "lost", "exaggerated"
 REFERENCE, OPEN = "as at the reference", "cannot be told"
-"""Verdicts of `verdict`."""
+"""Results of `verdict`."""
 
 CHANGES = {LOST: "lost from", GROWN: "added to"}
-"""Verdicts that give a warning, as words of a sentence."""
+"""Verdicts that give a warning, and their words: "more than 10 % was … effects"."""
 
 CONTRAST_OF_REFERENCE = 1.0
 """Local contrast of the reference scan against itself."""
@@ -62,7 +63,7 @@ COLUMNS = ["effect", "people", "before", "after", "reference", "ratio", "low", "
 
 class Ratio(NamedTuple):
     """An effect before and after harmonization, the ratio after / before, and the ends of its 95 %
-    interval; NaN if the interval has none."""
+    interval; NaN if it is unbounded."""
 
     before: float
     after: float
@@ -74,9 +75,9 @@ class Ratio(NamedTuple):
 def ratio_of_effects(before: Float[np.ndarray, " participant"],
                      after: Float[np.ndarray, " participant"],
                      covariate: Float[np.ndarray, " participant"] | None = None) -> Ratio:
-    """Compare an effect in two values of each participant.
+    """Compute an effect before and after harmonization, and Fieller's interval of the ratio.
 
-    The effect is the slope over the covariate, or the mean without one.
+    The effect is the slope of the values over the covariate or, without one, their mean.
 
     Parameters
     ----------
@@ -85,6 +86,11 @@ def ratio_of_effects(before: Float[np.ndarray, " participant"],
         coefficients (2, or 1 without covariate).
     covariate
         Must differ between participants.
+
+    Returns
+    -------
+    Ratio
+        The ratio is NaN if the effect before is 0.
     """
     from scipy.stats import t
 
@@ -98,7 +104,7 @@ def ratio_of_effects(before: Float[np.ndarray, " participant"],
     spread = (residual.T @ residual / free / (design[:, -1] ** 2).sum()
               * t.ppf((1 + CONFIDENCE) / 2, free) ** 2)
     b, a = coefficients[-1]
-    # the parabola in θ is below 0 between the ends of the interval if it opens upwards
+    # outer θ² − 2 middle θ + inner ≤ 0: an interval if the parabola opens upwards
     outer, middle, inner = b * b - spread[0, 0], a * b - spread[0, 1], a * a - spread[1, 1]
     low = high = math.nan
     if outer > 0:
@@ -121,15 +127,15 @@ def neighbours(inside: Bool[np.ndarray, "x y z"], labels: Integer[np.ndarray, "x
     Returns
     -------
     (2, pair) int
-        Rows of both voxels among the voxels of the mask.
+        Rows of both voxels of each pair among the voxels of the mask.
     """
     row = np.full(inside.shape, -1)
     row[inside] = np.arange(inside.sum())
     pairs = []
     for axis in range(inside.ndim):
-        (first, second), (one, other) = (
+        (first, second), (label, next_label) = (
             (v[:-1], v[1:]) for v in (np.moveaxis(row, axis, 0), np.moveaxis(labels, axis, 0)))
-        same = (first >= 0) & (second >= 0) & (one == other) & (one > 0)
+        same = (first >= 0) & (second >= 0) & (label == next_label) & (label > 0)
         pairs.append(np.stack([first[same], second[same]]))
     return np.concatenate(pairs, axis=1)
 
@@ -149,8 +155,9 @@ def verdict(ratio: Ratio, reference: float = math.nan) -> str:
     str
         `lost`: the ratio lies below 1 − LOSS, and its interval below 1. `exaggerated`: the ratio
         lies above 1 + LOSS, and its interval above 1. `as at the reference` replaces either of them
-        if the effect went no more than LOSS beyond the effect at the reference, that is, if it was
-        corrected. `not lost`: the interval lies above 1 − LOSS. `cannot be told`: none of these.
+        if the change corrected the effect: it has the sign of the effect at the reference, and fell
+        to no less than 1 − LOSS, or rose to no more than 1 + LOSS, times that effect. `not lost`:
+        the interval lies above 1 − LOSS. `cannot be told`: none of these, or no bounded interval.
     """
     if not math.isfinite(ratio.low):
         return OPEN
@@ -165,8 +172,8 @@ def verdict(ratio: Ratio, reference: float = math.nan) -> str:
 
 
 def judge_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
-    """Judge the effects on FA and MD in a cross-validation, in participants held out of the
-    training.
+    """Judge how effects in FA and MD survive in a cross-validation, in participants held out of
+    the training.
 
     Parameters
     ----------
@@ -179,7 +186,8 @@ def judge_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        batch, shell, tissue, measure and COLUMNS.
+        batch, shell, tissue, measure and COLUMNS. An effect of a covariate needs three
+        participants, local contrast two.
     """
     rows = []
     for key, group in table[table["measure"].isin([*MAPS])].groupby(
@@ -200,8 +208,9 @@ def judge_folds(table: pd.DataFrame, statistics: pd.DataFrame) -> pd.DataFrame:
 
 def judge_in_sample(statistics: pd.DataFrame, features: Sequence[str],
               tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Judge the effects on FA and MD over the brain mask, in participants of whom some may be those
-    of the training.
+    """Judge how the effects of covariates in mean FA and MD over the brain mask survive.
+
+    Some of the participants may be those of the training.
 
     Parameters
     ----------
@@ -216,7 +225,8 @@ def judge_in_sample(statistics: pd.DataFrame, features: Sequence[str],
     Returns
     -------
     DataFrame
-        data, batch, measure (the feature) and COLUMNS, for the sites that harmonization changed.
+        data (`harmonized` or the name of a table), batch, measure (the feature) and COLUMNS, for
+        the sites and features that harmonization changed.
     """
     after = quality.harmonized_columns(statistics, features)
     both = statistics.dropna(subset=[*after])  # runs that were not harmonized are left out

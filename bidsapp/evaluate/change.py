@@ -25,13 +25,14 @@ class Change:
     Parameters
     ----------
     signal : mapping of str to Pair
-        Mean over the volumes of each shell, divided by the mean b0, by the shell's name.
+        Mean over the volumes of each shell, divided by the mean b0, by the shell's name. It is 0 if
+        the mean b0 is not positive, and not divided if there is no b0 volume.
     maps : mapping of str to Pair
-        fa (1) and md (mm²/s) of the tensor of the volumes up to b = 1500 s/mm²; empty if they do
-        not determine a tensor.
-    angle : (voxel,)
+        fa (1) and md (mm²/s) of the tensor of the volumes that `tensor.volumes` selects; empty if
+        they do not determine a tensor.
+    angle : (single-fibre voxel,)
         Angle in degrees between the principal directions before and after, in the voxels that had
-        a single fibre before.
+        a single fibre before (`tissue.single_fibres`).
     """
 
     signal: Mapping[str, Pair]
@@ -92,7 +93,8 @@ def summarize_change(change: Change, after: Dwi) -> dict[str, Any]:
     Returns
     -------
     dict
-        Signal by shell and noise after harmonization, and the median angle.
+        Noise and median signal of each shell after harmonization, in signal units, the median
+        angle, and the number of single-fibre voxels.
     """
     levels = {f"harmonized_{shell_name(s)}_signal": float(np.median(mean_volume(after, s.indices)))
               for s in after.acquisition.shells}

@@ -1,17 +1,18 @@
-"""K-fold cross-validation of a harmonizer over participants scanned at both sites.
+"""K-fold cross-validation of a harmonizer over participants scanned at a site and the reference.
 
 The participants of a fold are held out, the method learns from the others, and the scans of the
 held-out participants are harmonized. Measured and harmonized scans are resampled on the grid of the
-same participant's scan at the reference site. There, over the voxels of a tissue,
+same participant's scan at the reference site. With y that scan, and ŷ the measured or the
+harmonized one, over the voxels of a tissue,
 
     NMSE = Σ (y − ŷ)² / Σ y²
 
     bias = mean of ŷ − y
 
-are computed for S/S0 along the directions of that scan, and for FA and MD of the shell alone. y and
-ŷ come from SH series of the same degree and smoothing for all methods, so that the smoothing of a
-series does not count as harmonization. `biology` judges the differences between participants and
-the local contrast.
+are computed for S/S0 along the directions of y, and for FA and MD of each shell alone. y and ŷ come
+from SH series of the same degree and smoothing for all methods, so that the smoothing of a series
+does not count as harmonization. `biology` judges the differences between participants and the local
+contrast.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ ROW = ["batch", "fold", "participant", "shell", "tissue", "measure"]
 """Columns that identify a row of the table of a cross-validation."""
 
 PER = {"nmse": "scale", "bias": "voxels", "mean": "voxels", "contrast": "edges"}
-"""Divisors of the sums of `sum_squares`."""
+"""Columns of `sum_squares` by which its sums are divided, by the name of the sum."""
 
 SHOWN = 3
 """Number of measures that a warning names; the table holds all."""
 
 WORSE_BIAS = 0.01
-"""Minimum growth of a bias that is reported, as a share of the mean."""
+"""Minimum growth of a bias that is reported, as a share of the mean at the reference site."""
 
 
 def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitted:
@@ -72,8 +73,9 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
     Returns
     -------
     Fitted
-        The result of `method.fit`, the tables of the cross-validation and of its effects, and on
-        the cards the means over participants and the warnings.
+        The result of `method.fit` with all participants. Added are the tables of the
+        cross-validation and of its effects (`biology.judge_folds`) and, on the model cards, means
+        over participants and warnings.
 
     Raises
     ------
@@ -85,27 +87,27 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
     method.preflight(cohort)  # report problems that do not depend on the folds first
     by_site = pairs.pair_runs(cohort.statistics, cohort.reference_batch or "",
                               cohort.paired_by == "session")
-    parts, rows = split_folds(method, cohort, settings, by_site), []
+    folds, rows = split_folds(method, cohort, settings, by_site), []
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, states=settings.states or Path(folder))
         whole = method.fit(cohort, settings)
         cards = {batch: c.card for c in whole.checkpoints.values() for batch in c.card.batches}
-        for fold, people in enumerate(parts, 1):
-            log.info("%s: fold %d of %d, without sub-%s", method.name, fold, len(parts),
+        for fold, people in enumerate(folds, 1):
+            log.info("%s: fold %d of %d, without sub-%s", method.name, fold, len(folds),
                      ", sub-".join(people))
             rest = method._fit(_without(cohort, people), settings)
             for batch, model in ((b, c) for c in rest.checkpoints.values() for b in c.card.batches):
                 tested = [p for p in by_site[batch] if p.participant in people]
                 rows += [{"batch": batch, "fold": fold, **row,
                           "shell": cards[batch].trained_for.shells[row["shell"]].name}
-                         for row in _test(method, cohort, settings, model, batch, tested)]
+                         for row in _test_pairs(method, cohort, settings, model, batch, tested)]
     table = _divide(pd.DataFrame(rows).groupby(ROW, sort=False, as_index=False).sum())
     effects = biology.judge_folds(table, cohort.statistics)
     checkpoints, notices = {}, list(whole.notices)
     for name, checkpoint in whole.checkpoints.items():
         batches = checkpoint.card.batches
         of_model = effects[effects["batch"].isin(batches)]
-        warnings = describe_losses(table[table["batch"].isin(batches)], of_model)
+        warnings = describe_deterioration(table[table["batch"].isin(batches)], of_model)
         for warning in warnings:
             log.warning("%s: %s", name, warning)
         notices += [f"{name}: {warning}" for warning in warnings]
@@ -119,7 +121,7 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
         **whole.tables, **{k: t for k, t in tables.items() if len(t)}})
 
 
-def describe_losses(table: pd.DataFrame, effects: pd.DataFrame) -> list[str]:
+def describe_deterioration(table: pd.DataFrame, effects: pd.DataFrame) -> list[str]:
     """Describe in sentences what a model makes worse in held-out participants.
 
     Parameters
@@ -132,7 +134,7 @@ def describe_losses(table: pd.DataFrame, effects: pd.DataFrame) -> list[str]:
     Returns
     -------
     list of str
-        The measures of which the mean error rose, the maps of which the absolute mean bias grew by
+        The measures whose mean NMSE rose, the maps (FA and MD) whose absolute mean bias grew by
         more than WORSE_BIAS of the mean, and the effects that are lost or exaggerated.
     """
     means = table.groupby(["measure", "tissue", "shell", "batch"], as_index=False,
@@ -183,7 +185,7 @@ def _check_init(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) 
 
 def split_folds(method: Harmonizer, cohort: Cohort, settings: TrainingSettings,
                 by_site: Mapping[str, Sequence[pairs.Pair]]) -> list[list[str]]:
-    """Split the participants into folds, with those of each site spread evenly.
+    """Split the participants into folds, with those of the same sites spread evenly.
 
     Parameters
     ----------
@@ -207,7 +209,7 @@ def split_folds(method: Harmonizer, cohort: Cohort, settings: TrainingSettings,
         participants outside a fold are too few for a training.
     """
     assert settings.folds
-    batches: dict[str, list[str]] = {}
+    sites_of: dict[str, list[str]] = {}
     for batch, scans in by_site.items():
         people = {p.participant for p in scans}
         if len(people) < settings.folds:
@@ -217,20 +219,20 @@ def split_folds(method: Harmonizer, cohort: Cohort, settings: TrainingSettings,
                 "outside each fold to learn from."
                 + f" Use up to {len(people)} folds." * (len(people) > 2))
         for person in people:
-            batches.setdefault(person, []).append(batch)
-    shuffled = np.random.default_rng([settings.seed, 1]).permutation(sorted(batches)).tolist()
-    shuffled.sort(key=lambda person: batches[person])
-    parts = [sorted(shuffled[k::settings.folds]) for k in range(settings.folds)]
-    for part in parts:
+            sites_of.setdefault(person, []).append(batch)
+    shuffled = np.random.default_rng([settings.seed, 1]).permutation(sorted(sites_of)).tolist()
+    shuffled.sort(key=lambda person: sites_of[person])
+    folds = [sorted(shuffled[k::settings.folds]) for k in range(settings.folds)]
+    for fold in folds:
         try:
-            method.preflight(_without(cohort, part))
+            method.preflight(_without(cohort, fold))
         except UsageError as error:
             raise UsageError(
                 f"--folds {settings.folds}: without the participants of one fold, "
-                f"sub-{', sub-'.join(part)}, the training is not possible. {error}"
-                + f" More folds, up to {len(batches)}, hold fewer participants out."
-                * (len(part) > 1)) from error
-    return parts
+                f"sub-{', sub-'.join(fold)}, the training is not possible. {error}"
+                + f" More folds, up to {len(sites_of)}, hold fewer participants out."
+                * (len(fold) > 1)) from error
+    return folds
 
 
 def _without(cohort: Cohort, people: Sequence[str]) -> Cohort:
@@ -238,9 +240,10 @@ def _without(cohort: Cohort, people: Sequence[str]) -> Cohort:
     return replace(cohort, statistics=table[~table["participant"].isin(people)])
 
 
-def _test(method: Harmonizer, cohort: Cohort, settings: TrainingSettings, model: Checkpoint,
-          batch: str, scans: Sequence[pairs.Pair]) -> Iterator[dict[str, Any]]:
-    """Harmonize the sources of some pairs, and yield the rows of `sum_squares` by participant."""
+def _test_pairs(method: Harmonizer, cohort: Cohort, settings: TrainingSettings, model: Checkpoint,
+                batch: str, scans: Sequence[pairs.Pair]) -> Iterator[dict[str, Any]]:
+    """Harmonize the sources of some pairs, and yield the rows of `sum_squares` with the
+    participant."""
     run = None
     for pair in track(scans, f"{method.name}: testing"):
         source, target, registration = method.register(
@@ -258,7 +261,7 @@ def _test(method: Harmonizer, cohort: Cohort, settings: TrainingSettings, model:
 
 def sum_squares(source: Dwi, harmonized: Dwi, target: Dwi, registration: pairs.Registration
                 ) -> Iterator[dict[str, Any]]:
-    """Sum errors over the voxels of each tissue, to be divided later (PER).
+    """Sum errors, values and contrast over the voxels of each tissue, to be divided later (PER).
 
     Parameters
     ----------
@@ -267,46 +270,47 @@ def sum_squares(source: Dwi, harmonized: Dwi, target: Dwi, registration: pairs.R
     target : Dwi
         The same participant's run at the reference site.
     registration : Registration
-        Registration of the target to the source.
+        Registration of the target to the source. Sums are over its `overlap`, on the target's grid.
 
     Yields
     ------
     dict
         shell (its index), tissue and measure; nmse, bias, mean and contrast (`biology`), each
-        before and after, as sums; scale, the sum of the target's squares; voxels, their number;
-        and edges, the sum of squares of the target's steps. The signal has no contrast.
+        before and after, as sums; scale, the sum of the target's squares; voxels, the number of
+        values; and edges, the sum of squares of the target's differences between neighbours. The
+        signal has no contrast.
     """
     inside = registration.overlap
     labels, truth = registration.labels[inside], pairs.attenuation(target, registration)
-    steps = biology.neighbours(inside, registration.labels)
+    neighbours = biology.neighbours(inside, registration.labels)
     for k, (shell, source_shell) in enumerate(zip(
             target.acquisition.shells, source.acquisition.shells, strict=True)):
         bvecs = target.acquisition.bvecs[shell.indices]
         x = tensor.design(target.acquisition.btensors[shell.indices])[:, :6]
-        directed = np.linalg.matrix_rank(x) == x.shape[1]
-        fewer = float(min(len(shell), len(source_shell)))
-        l_max = sh.degree_for(fewer, L_MAX) if directed else 0
+        has_tensor = np.linalg.matrix_rank(x) == x.shape[1]
+        n_directions = float(min(len(shell), len(source_shell)))
+        l_max = sh.degree_for(n_directions, L_MAX) if has_tensor else 0
         basis = sh.basis(l_max, bvecs).astype(np.float32)
         fit = sh.smooth_fit(l_max, bvecs, pairs.SMOOTHING).astype(np.float32)
+        # of the target, of the source, and of the harmonized source
         series = [truth[:, shell.indices] @ fit.T,
                   *(pairs.resample(dwi.select_shell(source_shell), l_max, registration)
                     [0, 1:-1, 1:-1, 1:-1][inside] for dwi in (source, harmonized))]
         measures = [_measures(c @ basis.T, x if l_max else None) for c in series]
         for name, value in tissue.NAMES.items():
-            rows, edges = labels == value, steps[:, labels[steps[0]] == value]
+            rows, first, second = labels == value, *neighbours[:, labels[neighbours[0]] == value]
             for measure in measures[0]:
-                every = [m[measure].astype(np.float64) for m in measures]
-                y, *both = (m[rows] for m in every)
-                rise, *rises = ((m[edges[1]] - m[edges[0]] for m in every) if measure
-                                in biology.MAPS else (np.zeros(0),) * 3)
+                maps = [m[measure].astype(np.float64) for m in measures]
+                y, *both = (m[rows] for m in maps)
+                y_steps, *both_steps = ((m[second] - m[first] for m in maps) if measure
+                                        in biology.MAPS else (np.zeros(0),) * 3)
                 row = {"shell": k, "tissue": name, "measure": measure, "voxels": y.size,
-                       "scale": np.square(y).sum(), "edges": np.square(rise).sum()}
-                for when, values, value_rise in zip(("before", "after"), both, rises,
-                                                    strict=True):
+                       "scale": np.square(y).sum(), "edges": np.square(y_steps).sum()}
+                for when, values, steps in zip(("before", "after"), both, both_steps, strict=True):
                     row |= {f"nmse_{when}": np.square(values - y).sum(),
                             f"bias_{when}": (values - y).sum(),
                             f"mean_{when}": values.sum(),
-                            f"contrast_{when}": (value_rise * rise).sum()}
+                            f"contrast_{when}": (steps * y_steps).sum()}
                 yield row
 
 
@@ -321,11 +325,11 @@ def _divide(sums: pd.DataFrame) -> pd.DataFrame:
 
 
 def _measures(signal: np.ndarray, design: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Compute the measures of S/S0: the signal itself, and FA and MD if there is a tensor."""
+    """Compute the measures of S/S0: the signal itself, and FA and MD if there is a design."""
     if design is None:
         return {"signal": signal}
     fa, md = tensor.fa_and_md(torch.from_numpy(signal),
-                                   torch.from_numpy(np.linalg.pinv(design)).float())
+                              torch.from_numpy(np.linalg.pinv(design)).float())
     return {"signal": signal, "fa": fa.numpy(), "md": md.numpy() / 1000}  # mm²/s
 
 

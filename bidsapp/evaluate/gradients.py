@@ -3,9 +3,9 @@
 Principal directions run along fibres, so that a voxel agrees more with the neighbour along its
 direction than with the others (Schilling et al. 2019, doi:10.1016/j.mri.2019.01.018; Jeurissen et
 al. 2014, doi:10.1016/j.media.2014.05.012). A flip or swap P of the table's axes turns the tensor
-D into P D Pᵀ and its principal direction v into P v exactly, so that one fit serves all 24 tables
-that differ by more than a sign. Over pairs of neighbours (x, y) with FA above MIN_FA, weighted by
-FA(x) FA(y), and with y the one of the 26 neighbours of x nearest to ± P v(x),
+D into P D Pᵀ and its principal direction v into P v exactly, so that one fit serves all 24 tables.
+(There are 48, but P and −P are equivalent.) Over pairs of neighbours (x, y) with FA above MIN_FA,
+weighted by FA(x) FA(y), and with y the one of the 26 neighbours of x nearest to ± P v(x),
 
     coherence(P) = mean |v(x) · v(y)| − mean of the same over all neighbours.
 
@@ -28,7 +28,7 @@ MIN_FA = 0.3
 """Minimum FA of the voxels that are used."""
 
 MAX_VOXELS = 100_000
-"""Maximum number of voxels: as many slices about the middle of the mask are used."""
+"""Maximum number of voxels. Of a larger mask, the slices about its middle are used."""
 
 COHERENT = 0.75
 """Minimum agreement along the fibres with the best table. It is 0.85 or more in heads, 0.66 in a
@@ -39,11 +39,12 @@ GAIN = 0.02
 crystal."""
 
 LESS = 0.75
-"""Share of the best table's coherence below which the given table is wrong."""
+"""Share of the best table's coherence. The given table is wrong only if its coherence is lower."""
 
 MIN_Z = 6.0
-"""Minimum difference between both tables, in standard errors. Slabs of a liquid crystal reach 5.7;
-slabs of heads with a correct table reach 6.3, but with a gain below GAIN."""
+"""Minimum difference between the coherence of the best and of the given table, in standard errors.
+Slabs of a liquid crystal reach 5.7; slabs of heads with a correct table reach 6.3, but with a
+coherence below GAIN."""
 
 STEPS = np.array([n for n in product((-1, 0, 1), repeat=3) if n > (0, 0, 0)])
 """Steps, (13, 3), to the neighbours of a voxel, without the opposite steps."""
@@ -58,8 +59,8 @@ class Coherence:
     given, best : float
         Coherence with either table.
     better : str
-        Flip or swap that turns the given table into the best one, in words; empty if the given
-        table is as good or the evidence does not suffice.
+        Flip or swap that turns the given table into the best one, in words (`describe`); empty if
+        the given table is as good or the evidence does not suffice.
     """
 
     given: float
@@ -133,7 +134,8 @@ def list_tables() -> list[np.ndarray]:
 
 
 def describe(table: np.ndarray) -> str:
-    """Describe a flip or swap of the rows of a .bvec, in words that follow "with"."""
+    """Describe a flip or swap of the rows of a .bvec: `rows y x z in place of x y z, the first row
+    negated`."""
     order = np.abs(table).argmax(axis=1)
     words = ([f"rows {' '.join('xyz'[i] for i in order)} in place of x y z"]
              if list(order) != [0, 1, 2] else [])
@@ -152,7 +154,8 @@ def describe_mismatch(coherence: Coherence) -> str:
 
 
 def _slab(mask: np.ndarray) -> np.ndarray:
-    """Select slices about the middle of the mask with up to MAX_VOXELS voxels, three at least."""
+    """Select slices about the middle of the mask: as many as hold MAX_VOXELS voxels, but at least
+    three."""
     sizes = mask.sum(axis=(0, 1))
     low = high = int(np.searchsorted(np.cumsum(sizes), mask.sum() / 2))
     while low > 0 or high < len(sizes) - 1:

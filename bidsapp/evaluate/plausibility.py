@@ -21,15 +21,15 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError
 
 NEGATIVE_MEAN = -0.05
-"""Minimum mean of a volume, as a share of the mean b0: noise about 0 can lower the mean of a
-strongly weighted volume this far."""
+"""Minimum mean of a volume, as a share of the mean of b0 volumes: noise about 0 can lower the mean
+of a strongly weighted volume this far."""
 
 NEGATIVE_SHARE = 0.05
 """Maximum share of negative values in the mask: interpolation leaves fewer."""
 
 WRAPPED = -0.25
-"""Share of the largest mean b0 below which a value has overflowed: noise and the undershoot of
-interpolation are smaller."""
+"""Share of the highest values of the mean b0, below which a value has overflowed. It is negative:
+noise and the undershoot of interpolation are smaller."""
 
 WEIGHTED = 400.0
 """b in s/mm² from which the mean signal of any tissue or liquid is clearly below that of b = 0."""
@@ -48,12 +48,12 @@ MIN_DIRECTIONS = 12
 much."""
 
 STRUCTURE = 0.1
-"""SD of the correlations between volumes from which a shell has contrast between directions. It is
-0.2 to 0.45 in heads and a liquid crystal, and 0.01 to 0.05 in water."""
+"""SD of the correlations between the volumes of a shell, above which the signal depends on the
+direction. It is 0.2 to 0.45 in heads and a liquid crystal, and 0.01 to 0.05 in water."""
 
 DIRECTED = 1.0
-"""Minimum share of the contrast that the directions explain, divided by the SD of the correlations:
-noise lowers both alike. The ratio is 2 or more in heads and a liquid crystal, and up to 0.8 in
+"""Minimum share of the contrast that the directions explain (R²), divided by that SD: noise lowers
+both alike. The ratio is 2 or more in heads and a liquid crystal, and up to 0.8 in
 97.5 % of 200 wrong orders of 12 directions."""
 
 
@@ -63,7 +63,7 @@ def check(dwi: Dwi, mean_b0: np.ndarray) -> list[str]:
     Parameters
     ----------
     dwi
-        The signal within the mask.
+        The signal within the mask, with one b0 volume at least.
     mean_b0
         (x, y, z) mean of the b0 volumes, inside and outside the mask.
 
@@ -75,7 +75,8 @@ def check(dwi: Dwi, mean_b0: np.ndarray) -> list[str]:
     Raises
     ------
     DataError
-        The signal is constant or negative, has overflowed, or does not fall with b.
+        A volume is constant or negative in its mean, all volumes have the same mean, integers have
+        overflowed, or the signal does not fall with b.
     """
     acquisition = dwi.acquisition
     _refuse_wrapped(mean_b0)
@@ -148,8 +149,9 @@ def _refuse_wrapped(mean_b0: np.ndarray) -> None:
 def _refuse_order(means: np.ndarray, acquisition: Acquisition) -> None:
     """Refuse volumes in a wrong order: b0 volumes are the brightest, and shells darken with b.
 
-    If volume k + 1 is clearly darker, the k brightest volumes must be the k b0 volumes. This also
-    holds for a single b0 volume, and a volume with signal dropout does not look misplaced.
+    With k b0 volumes, the k brightest volumes must be these, provided that the next is clearly
+    darker than the k-th. So a single b0 volume can be checked, and a b0 volume with signal dropout
+    does not look misplaced. Medians of shells are compared as well.
     """
     b0, weighted = acquisition.b0, acquisition.bvals >= WEIGHTED
     ranked = np.flatnonzero(b0 | weighted)
@@ -179,7 +181,7 @@ def _refuse_order(means: np.ndarray, acquisition: Acquisition) -> None:
 
 
 def _check_directions(dwi: Dwi, means: np.ndarray) -> list[str]:
-    """Warn if the directions do not explain how the volumes of a shell differ.
+    """Describe the first shell whose directions do not explain how its volumes differ, if any.
 
     Each volume is divided by its mean, so that signal dropout does not count. Spherical harmonics
     of degree 2 explain a share R² of Σ (S − mean of the shell)² over voxels and volumes. A share

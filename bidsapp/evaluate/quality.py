@@ -1,6 +1,7 @@
 """Quality measures of a run: the signal, slices that look corrupted, statistics of the maps.
 
-`describe_columns` has a Description and Units for every key of these functions.
+`describe_columns` describes the columns of all tables of the group level, those of `agreement`,
+`biology` and `crossvalidation` included.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ MIN_VOLUMES = 6
 """Minimum number of volumes of a shell for its slices to be assessed."""
 
 STATISTICS = {"mean": "Mean", "sd": "Standard deviation", "median": "Median"}
-"""Statistics of a map, by the end of their column's name."""
+"""Statistics of a map, by the suffix of the column."""
 
 FIXED: dict[str, tuple[str, str]] = {
     "n_voxels": ("Voxels in the brain mask", "voxels"),
@@ -69,7 +70,8 @@ FIXED: dict[str, tuple[str, str]] = {
     "harmonization_voxels": ("Number of single-fibre voxels: FA > 0.7 in the corpus callosum, or "
                              "deep in the brain", "voxels"),
 }
-"""Description and Units of the columns of desc-image_qc.tsv that no method determines."""
+"""Description and Units of the columns of desc-image_qc.tsv that are the same for all methods and
+shells."""
 
 _AGAINST = "the registered scan at the reference site, over voxels of the tissue"
 _MAP = "S/S0 and FA: 1; MD: mm²/s"
@@ -89,7 +91,7 @@ GROUP: dict[str, tuple[str, str]] = {
     "ratio": ("after / before", "1"),
     "low": ("Lower end of the 95 % confidence interval", "as the number"),
     "high": ("Upper end of the 95 % confidence interval", "as the number")}
-"""Description and Units of the columns of group tables that are not measures of a run."""
+"""Description and Units of the numbers in the other tables of the group level."""
 
 IDENTIFIERS = {
     "participant": "Participant label, without sub-", "session": "Session label, without ses-",
@@ -116,12 +118,12 @@ IDENTIFIERS = {
                "interval above 1; as at the reference: lost or exaggerated, but no more than "
                "10 % beyond the effect at the reference site; cannot be told: none of these",
 }
-"""Descriptions of the columns that identify a row, and of those with words."""
+"""Descriptions of the columns, of any table, that say what a row is about."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """Signal of each slice relative to the prediction from the other volumes of the shell.
+    """Signal of each slice relative to the prediction from the volumes of its shell.
 
     Parameters
     ----------
@@ -265,7 +267,14 @@ def slice_signal(dwi: Dwi) -> Slices:
 
 
 def summarize_maps(method: Method, derived: Derived) -> dict[str, float | None]:
-    """Compute mean, SD and median of each scalar map over the voxels with an estimate.
+    """Compute mean, SD and median of each scalar map over the voxels with a valid, finite value.
+
+    Parameters
+    ----------
+    method : Method
+        The estimator, which names and describes its maps.
+    derived : Derived
+        Its maps of a run.
 
     Returns
     -------
@@ -313,7 +322,8 @@ def harmonized_columns(table: pd.DataFrame, features: Iterable[str]) -> dict[str
 
 
 def map_features(keys: Iterable[str]) -> list[str]:
-    """Select the columns that ComBat works on: means of maps, without uncertainty maps."""
+    """Select the columns that ComBat works on: means of maps, without maps of standard errors
+    (`_std`)."""
     of_maps = _map_columns()
     return [k for k in keys
             if k in of_maps and k.endswith("_mean") and not k.endswith("_std_mean")]
@@ -324,12 +334,14 @@ def find_outliers(table: pd.DataFrame) -> pd.DataFrame:
 
     z = (x − median) / (1.4826 MAD), or / (1.2533 mean absolute deviation) if the MAD is 0
     (Iglewicz & Hoaglin 1993), among the runs of the site if it has MIN_RUNS values, otherwise among
-    all runs if these have. |z| > OUTLIER is an outlier.
+    all runs if these have. |z| > OUTLIER is an outlier. Measures that are (nearly) the same in all
+    runs have none.
 
     Parameters
     ----------
     table
-        A row for each run: run, batch, and quality measures.
+        A row for each run: run, batch, and quality measures. Those of the measured signal and the
+        statistics of maps are tested; other columns are not.
 
     Returns
     -------
@@ -418,6 +430,7 @@ def _map_statistics(method: str, key: str, entry: Mapping[str, Any]
 
 
 def _is_signal(key: str) -> bool:
+    """Whether a column is a quality measure of the measured signal."""
     fixed = key in FIXED and not key.startswith("harmonization_")
     return fixed or bool(re.fullmatch(r"b\d+\w*_(signal|snr)", key))
 

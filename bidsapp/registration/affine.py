@@ -15,8 +15,8 @@ from bidsapp.registration.image import Image
 from bidsapp.registration.itk import FLIP, temporary_folder, to_ants
 
 SHRINK, MIN_VOXELS = (6, 4, 2, 1), 8
-"""Shrink factors of the resolution levels, and the number of voxels that must remain along each
-axis: a factor is lower if fewer would remain."""
+"""Shrink factors of the resolution levels, and the minimum number of voxels along each axis of a
+shrunken image. Factors that would leave fewer are lowered."""
 
 ITERATIONS = (500, 250, 100, 10)
 """Iterations at each level. At full resolution, the slowest level, more than ten changed nothing

@@ -1,14 +1,14 @@
 """Deformable registration by SyN of antspyx (Avants et al. 2008, doi:10.1016/j.media.2007.06.004).
 
-The metric is the local cross-correlation over all voxels. It is computed on one thread, so that
-results are identical to the byte. The voxel of the fixed image at the world point p corresponds to
-the point φ(p) of the moving image,
+The metric is the local cross-correlation over all voxels. antspyx runs on one thread (`to_ants`),
+so that results are identical to the byte. The voxel of the fixed image at the world point p
+corresponds to the point φ(p) of the moving image,
 
     φ(p) = M(p + u(p)),   J = ∂φ/∂p = R S,
 
-with M a rigid or affine transform, u the displacement, and R the rotation of the polar
-decomposition (finite strain: Alexander et al. 2001, doi:10.1109/42.963816). A direction n of the
-moving image corresponds to Rᵀ n in the fixed image.
+with M a rigid or affine transform that is found first, u the displacement, and R the rotation of
+the polar decomposition (finite strain: Alexander et al. 2001, doi:10.1109/42.963816). A direction n
+of the moving image corresponds to Rᵀ n in the fixed image.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ RADIUS = 3
 def displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work_dir: Path | None,
                  iterations: Sequence[int] = ITERATIONS, flow: float = 3.0
                  ) -> Float[np.ndarray, "x y z 3"]:
-    """Find the displacement u between two images on one grid.
+    """Find the displacement u between two images on one grid, after M has been applied.
 
     Parameters
     ----------
     fixed, moving : (x, y, z)
-        The two images.
+        The fixed image, and the moving image resampled by M on its grid.
     affine : (4, 4)
         Voxel indices of both images to world RAS+, mm.
     work_dir : Path or None
@@ -45,13 +45,13 @@ def displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work
     iterations : sequence of int
         Iterations at a quarter, at half and at full resolution.
     flow : float
-        Variance, in voxels², of the Gaussian that smooths each update. The default is that of
-        antspyx, which suits different heads.
+        Variance, in voxels², of the Gaussian that smooths each update. The default, that of
+        antspyx, suits images of different heads.
 
     Returns
     -------
     (x, y, z, 3)
-        Displacement in the world, mm.
+        u at the voxels of the grid: world RAS+, mm.
     """
     images = [to_ants(v, affine) for v in (fixed, moving)]
     import ants
@@ -77,8 +77,13 @@ def rotations(points: Float[np.ndarray, "x y z 3"], affine: np.ndarray
         φ at the voxels of a grid: world, mm.
     affine : (4, 4)
         Voxel indices of the grid to world RAS+, mm.
+
+    Returns
+    -------
+    (x, y, z, 3, 3)
+        Rᵀ at each voxel, which rotates directions of the moving image to the fixed image.
     """
-    slopes = np.stack(np.gradient(points, axis=(0, 1, 2)), -1)  # (world axis, voxel axis)
+    slopes = np.stack(np.gradient(points, axis=(0, 1, 2)), -1)  # (…, world axis, voxel axis)
     left, _, right = np.linalg.svd(slopes @ np.linalg.inv(affine[:3, :3]))
     left[..., -1] *= np.linalg.det(left @ right)[..., None]
     return (left @ right).swapaxes(-1, -2)

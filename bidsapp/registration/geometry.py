@@ -1,4 +1,4 @@
-"""Coordinates of grids in the world (RAS+, mm)."""
+"""Conversion between voxels and world points (RAS+, mm), and values of voxels on a grid."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def canonical(mask: np.ndarray, affine: np.ndarray
     mask, affine
         Mask and affine with the new axes.
     rows : (voxel,) int
-        For each voxel of the new mask, its row among the voxels of the old one.
+        For each voxel of the new mask, its row among the voxels of the old one: `signal[rows]` is
+        the signal of the reoriented image.
     """
     axes = orientations.io_orientation(affine)
     row = np.full(mask.shape, -1)
@@ -74,11 +75,11 @@ def fill_nearest(values: Float[np.ndarray, "voxel k"], mask: np.ndarray,
     Parameters
     ----------
     values : (voxel, k)
-        Values of the voxels of the mask, or of the usable ones among them.
+        Values of the voxels of the mask; with `usable`, of the usable ones alone.
     mask : (x, y, z) bool
         Mask of the values.
     usable : (voxel of the mask,) bool, optional
-        Voxels of the mask that have a value; default: all.
+        Voxels of the mask that have a row in `values`; default: all.
     margin : int
         Voxels that are added on each side of the grid.
 

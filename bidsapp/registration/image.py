@@ -25,6 +25,11 @@ def sample(values: Float[np.ndarray, "x y z"], affine: np.ndarray,
         World points, mm.
     beyond : str
         Value outside the image: `constant`, 0; `nearest`, that of the nearest edge.
+
+    Returns
+    -------
+    (…)
+        Values at the points.
     """
     from scipy.ndimage import map_coordinates
 

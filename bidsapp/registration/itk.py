@@ -1,4 +1,4 @@
-"""Conversion of images for antspyx, from the world frame (RAS+) to that of ITK (LPS+)."""
+"""Images for antspyx in the frame of ITK (LPS+), and a folder for its temporary files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,20 @@ FLIP = np.array([-1.0, -1.0, 1.0])
 def to_ants(values: np.ndarray, affine: np.ndarray) -> Any:
     """Make an image for antspyx, which then computes on one thread with a fixed seed.
 
+    Variables of the environment that are already set (ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS,
+    ANTS_RANDOM_SEED) have precedence.
+
     Parameters
     ----------
     values : (x, y, z)
         The image.
     affine : (4, 4)
         Voxel indices to world RAS+, mm.
+
+    Returns
+    -------
+    ants.ANTsImage
+        The image in float32.
     """
     os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
     os.environ.setdefault("ANTS_RANDOM_SEED", "1")
@@ -39,7 +47,7 @@ def to_ants(values: np.ndarray, affine: np.ndarray) -> Any:
 
 @contextmanager
 def temporary_folder(work_dir: Path | None) -> Iterator[str]:
-    """Make a temporary folder for the block, with all temporary files of antspyx in it."""
+    """Make a temporary folder for the block, which Python's `tempfile`, and so antspyx, uses."""
     before = tempfile.tempdir
     with scratch.temporary(work_dir) as folder:
         tempfile.tempdir = str(folder)

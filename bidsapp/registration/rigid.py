@@ -21,8 +21,8 @@ BINS = 32
 """Bins of each image in the joint histogram."""
 
 RIM = 2
-"""Voxels around the brain mask that are compared as well, since the brain's edge constrains the
-registration of a slab."""
+"""Width in voxels of the rim around the brain mask that is compared as well, since the brain's edge
+constrains the registration of a slab."""
 
 COARSE, FINE = (4.0, 4.0, 0.1, 10_000), (0.0, 1.0, 0.01, 40_000)
 """Settings of the coarse and the fine search: smoothing (SD, mm), first step (mm or degrees),
@@ -32,15 +32,15 @@ PITCHES = (0.0, -10.0, 10.0)
 """Rotations about the left–right axis at the starts of the registration, in degrees."""
 
 MAX_MOVE = 30.0
-"""Largest change of each parameter from its start, in mm or degrees."""
+"""Change of a parameter from its start beyond which the cost rises steeply, in mm or degrees."""
 
 
 def align(dwi: Dwi, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Register a diffusion series to an image of the same head.
 
     The coarse search runs on smoothed images from several starts: with the images as they are and
-    with their centres aligned, each at three pitch angles of the head. The fine search refines the
-    best result.
+    with their centres aligned (of the brain mask, and of the voxels of the image that are brighter
+    than its mean), each at three pitch angles of the head. The fine search refines the best result.
 
     Parameters
     ----------
@@ -82,7 +82,8 @@ def _search(start: np.ndarray, settings: tuple[float, float, float, int], fixed:
             region: np.ndarray, dwi: Dwi, centre: np.ndarray, image: np.ndarray,
             affine: np.ndarray) -> tuple[np.ndarray, float]:
     """Find the rotation vector (degrees) and translation (mm) of the least cost near `start`, and
-    the cost: minus the normalised mutual information, (H(a) + H(b)) / H(a, b)."""
+    the cost: minus the normalised mutual information, (H(a) + H(b)) / H(a, b), plus the excess of
+    each parameter over MAX_MOVE."""
     from scipy.ndimage import gaussian_filter, map_coordinates
     from scipy.optimize import minimize
     from scipy.spatial.transform import Rotation
@@ -94,8 +95,10 @@ def _search(start: np.ndarray, settings: tuple[float, float, float, int], fixed:
     every = max(1, int(region.sum()) // max_points)
     points = transform_points(dwi.affine, np.argwhere(region)[::every]) - centre
     rows = _levels(smooth[region], smooth[dwi.mask]).astype(np.int64)[::every] * BINS
+    # at least to the resolution of the series: a FWHM of one of its voxels
     moving = gaussian_filter(image, max(sigma, size.mean() / 2.355)
                              / np.linalg.norm(affine[:3, :3], axis=0))
+    # level 0 is the signal 0, which points outside the image get, too
     moving = _levels(moving, moving[moving > moving.mean()], low=0.0)
     to_voxel = np.linalg.inv(affine)
 
@@ -113,7 +116,8 @@ def _search(start: np.ndarray, settings: tuple[float, float, float, int], fixed:
 
 
 def _levels(values: np.ndarray, reference: np.ndarray, low: float | None = None) -> np.ndarray:
-    """Scale values to 0 … BINS − 1 over the 1st to 98th percentile of the reference, float32."""
+    """Scale values to 0 … BINS − 1, float32, from `low` or the reference's 1st percentile to its
+    98th."""
     ends = np.percentile(reference, (1, 98))
     bottom = ends[0] if low is None else low
     scaled = (values - bottom) / max(ends[1] - bottom, 1e-12) * BINS

@@ -1,9 +1,9 @@
 """A template of several participants' FA images, and its registration to each of them.
 
 The point p of the fixed image corresponds to φ(p) = A (p + u(p)) of the moving image. A is affine
-(`registration.affine`). The displacement u is found as between scans of one head
-(`registration.deformable`), but only at half the resolution, since the maps that are resampled with
-it are smooth.
+(`registration.affine`), and the displacement u is that of SyN (`registration.deformable`) up to
+half the resolution. Full resolution is left out, since the maps that are resampled with φ are
+smooth.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build(images: Sequence[Image], work_dir: Path | None = None
           ) -> tuple[Image, list[Float[np.ndarray, "x y z 3"]]]:
     """Build a template from FA images.
 
-    It starts as the image of median volume, so that its size is not extreme.
+    It starts as the image whose brain has the median volume, so that its size is not extreme.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def build(images: Sequence[Image], work_dir: Path | None = None
     template : Image
         Mean of the registered images.
     points : list of (x, y, z, 3)
-        For each image, the world points (mm) that correspond to the template's voxels.
+        For each image, φ at the template's voxels: world points of the image, mm.
     """
     start = sorted(images, key=lambda i: i.volume)[(len(images) - 1) // 2]
     affine, shape = _grid(images, start)
@@ -94,8 +94,8 @@ def register(fixed: Image, moving: Image, work_dir: Path | None = None
 
 
 def _grid(images: Sequence[Image], start: Image) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Affine and shape of a grid around `start`, along the axes of the world, with the median voxel
-    size of the images."""
+    """Affine and shape of a grid around `start`, along the axes of the world, with isotropic voxels
+    of the images' median size."""
     size = float(np.median([abs(np.linalg.det(i.affine[:3, :3])) ** (1 / 3) for i in images]))
     points = transform_points(start.affine, np.argwhere(start.values > 0))
     low, high = points.min(0) - MARGIN, points.max(0) + MARGIN

@@ -315,7 +315,7 @@ def test_models_that_make_it_worse_say_so():
     """A bias of FA that grows by 2 % of its mean is told, one by 0.5 % is not; and errors that
     rise, whatever the tissue."""
     def doubts(bias_after, nmse_after):
-        return crossvalidation.describe_losses(pd.DataFrame([{
+        return crossvalidation.describe_deterioration(pd.DataFrame([{
             "batch": "B", "shell": "b1000", "tissue": "wm", "measure": measure, "fold": 1,
             "participant": "01", "nmse_before": 0.1, "nmse_after": nmse_after,
             "bias_before": 0.001, "bias_after": bias_after, "mean_before": 0.401,
