@@ -27,31 +27,32 @@ B_MAX = 100_000.0
 """Largest b-value of any acquisition, in s/mm². Larger numbers are in another unit."""
 
 SHELL_GAP, SHELL_GAP_MIN = 0.1, 60.0
-"""Smallest step between sorted b-values that starts a new shell, as a share of b and in s/mm²; the
-larger of the two applies."""
+"""Largest step between neighbouring b-values of one shell, as a share of b and in s/mm²; the larger
+of the two applies."""
 
 NORM_TOLERANCE = 0.02
 """Largest deviation of a b-vector's length from 1."""
 
 SAME_B, SAME_SHAPE = 0.05, 0.05
-"""Largest difference between equal shells: in b, as a share of it, and in b_delta."""
+"""Largest differences between shells that count as the same: in b, as a share of it, and in
+b_delta."""
 
 READOUT_MAX = 1.0
-"""Longest readout of an EPI, in s. Larger numbers are in ms."""
+"""Upper limit of the total readout time of an EPI, in s. Larger numbers are in ms."""
 
 
 @dataclass(frozen=True)
 class PhaseEncoding:
-    """Direction and duration of the phase encoding of an EPI image.
+    """Direction of the phase encoding and total readout time of an EPI image.
 
     Parameters
     ----------
     axis : int
         Voxel axis of the image: 0, 1 or 2 (i, j or k in BIDS).
     sign : int
-        1 if lines are encoded towards larger indices, −1 if towards smaller ones.
+        −1 for a direction that BIDS writes with a minus (`j-`), otherwise 1.
     readout : float, optional
-        Total readout time as BIDS defines it, in s, below 1; None if it is unknown.
+        Total readout time as BIDS defines it, in s, between 0 and 1; None if it is unknown.
 
     Raises
     ------
@@ -85,12 +86,12 @@ class PhaseEncoding:
         Returns
         -------
         PhaseEncoding or None
-            None if the sidecar has no direction.
+            None if the sidecar has no direction, whatever its readout time.
 
         Raises
         ------
         DataError
-            One of them has a value that BIDS does not allow.
+            The direction is none of BIDS, or the readout time is not between 0 and 1 s.
         """
         if (direction := metadata.get("PhaseEncodingDirection")) is None:
             return None
@@ -134,15 +135,15 @@ class Shell:
 
 @dataclass(frozen=True, eq=False)
 class Acquisition:
-    """A gradient table with tensor-valued encoding, checked when it is made.
+    """A gradient table with tensor-valued encoding, checked and copied when it is made.
 
     Parameters
     ----------
     bvals : (n,)
         b-values, 0 to 100 000 s/mm².
     bvecs : (n, 3)
-        Symmetry axes of the b-tensors in world RAS+. They must have unit length (within 2 %; they
-        are then normalised) if b ≥ 50 s/mm² and b_delta ≠ 0, and must be finite otherwise.
+        Symmetry axes of the b-tensors in world RAS+, finite. If b ≥ 50 s/mm² and b_delta ≠ 0, their
+        length must be 1 within 2 %. All but zero vectors are normalised.
     b_delta : (n,), optional
         Shapes of the b-tensors, within [−½, 1]; default: linear encoding.
     small_delta, big_delta, echo_time : float, optional
@@ -151,7 +152,8 @@ class Acquisition:
     Raises
     ------
     DataError
-        A value is not allowed. The message names the first such volume and a remedy.
+        A value is not allowed. The message names the first such volume, counted from 0, and a
+        remedy.
     """
 
     bvals: np.ndarray
@@ -179,24 +181,24 @@ class Acquisition:
                 f"shape {b_delta.shape}; one vector and one b_delta per volume are needed. Export "
                 "the three again from the same series."
             )
-        _first(~np.isfinite(bvals) | (bvals < 0), "b-value {v} of volume {i} is not a number ≥ 0 "
-               "s/mm². Correct it, or remove the volume from image and table.", bvals)
-        _first(bvals > B_MAX, f"b-value {{v}} of volume {{i}} is above {B_MAX:,.0f} s/mm², which "
-               "no scanner reaches. b-values are needed in s/mm²: divide values in s/m² by 1 000 "
-               "000; convert values in other units so that they agree with the protocol.", bvals)
-        _first((b_delta < -0.5 - 1e-6) | (b_delta > 1 + 1e-6) | ~np.isfinite(b_delta),
-               "b_delta {v} of volume {i} lies outside [-0.5, 1] (1 linear, 0 spherical, -0.5 "
-               "planar). Correct the encoding file.", b_delta)
-        _first(~np.isfinite(bvecs).all(1), "b-vector {v} of volume {i} is not finite. Correct it, "
-               "or remove the volume from image and table.", bvecs)
+        _reject(~np.isfinite(bvals) | (bvals < 0), "b-value {v} of volume {i} is not a number ≥ 0 "
+                "s/mm². Correct it, or remove the volume from image and table.", bvals)
+        _reject(bvals > B_MAX, f"b-value {{v}} of volume {{i}} is above {B_MAX:,.0f} s/mm², which "
+                "no scanner reaches. b-values are needed in s/mm²: divide values in s/m² by 1 000 "
+                "000; convert values in other units so that they agree with the protocol.", bvals)
+        _reject((b_delta < -0.5 - 1e-6) | (b_delta > 1 + 1e-6) | ~np.isfinite(b_delta),
+                "b_delta {v} of volume {i} lies outside [-0.5, 1] (1 linear, 0 spherical, -0.5 "
+                "planar). Correct the encoding file.", b_delta)
+        _reject(~np.isfinite(bvecs).all(1), "b-vector {v} of volume {i} is not finite. Correct it, "
+                "or remove the volume from image and table.", bvecs)
         norm = np.linalg.norm(bvecs, axis=1)
         oriented = (bvals >= B0_MAX) & (np.abs(b_delta) > 1e-6)
-        _first(oriented & (norm < 1e-6), "the b-vector of volume {i} (b = {v} s/mm²) is zero: a "
-               "weighted volume needs a direction. Take the table from the scanner again; if the "
-               "volume is a trace image, remove it from image and table.", bvals)
-        _first(oriented & (np.abs(norm - 1) > NORM_TOLERANCE), "the b-vector of volume {i} has "
-               "length {v}, 1 is needed. If lengths encode the b-value, scale the b-values by the "
-               "squared length and normalise the vectors.", norm)
+        _reject(oriented & (norm < 1e-6), "the b-vector of volume {i} (b = {v} s/mm²) is zero: a "
+                "weighted volume needs a direction. Take the table from the scanner again; if the "
+                "volume is a trace image, remove it from image and table.", bvals)
+        _reject(oriented & (np.abs(norm - 1) > NORM_TOLERANCE), "the b-vector of volume {i} has "
+                "length {v}, 1 is needed. If lengths encode the b-value, scale the b-values by the "
+                "squared length and normalise the vectors.", norm)
         bvecs[norm > 1e-6] /= norm[norm > 1e-6, None]
         for array in (bvals, bvecs, b_delta):
             array.flags.writeable = False
@@ -241,7 +243,8 @@ class Acquisition:
     def shells(self) -> tuple[Shell, ...]:
         """Weighted measurements grouped by b_delta (rounded to 0.05) and b, ascending in b.
 
-        A step between sorted b-values above max(60 s/mm², 10 % of b) starts a new shell.
+        A step between sorted b-values above max(60 s/mm², 10 % of b) starts a new shell. b-values
+        without such a step form one shell, however wide.
         """
         groups = []
         shape = np.round(self.b_delta / 0.05) * 0.05
@@ -315,8 +318,8 @@ def describe_shape(b_delta: float) -> str:
     return "" if abs(b_delta - 1) <= SAME_SHAPE else f" (b_delta {b_delta:.2g})"
 
 
-def _first(bad: Any, message: str, values: np.ndarray) -> None:
-    """Raise DataError about the first bad volume i with its value v."""
+def _reject(bad: Any, message: str, values: np.ndarray) -> None:
+    """Raise DataError if any volume is bad: about the first one, i, with its value v."""
     if bad.any():
         i = int(np.argmax(bad))
         value = values[i]

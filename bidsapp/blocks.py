@@ -1,4 +1,4 @@
-"""Computation on voxels: the device, blocks of voxels, slabs of a grid with a halo."""
+"""Computation on voxels in blocks or slabs that fit in memory, the device, and the memory limit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from bidsapp.errors import UsageError
 log = logging.getLogger(__name__)
 
 WORKERS = 16
-"""Largest number of parallel blocks. Each took 10 to 32 MB (smt, dti, scnn2)."""
+"""Largest number of blocks that are computed in parallel on a CPU. Each took 10 to 32 MB (smt, dti,
+scnn2)."""
 
 
 def choose_device(wanted: str) -> str:
-    """Choose the device, with a warning if the CPU must replace a GPU.
+    """Choose the device, with a warning if the CPU must replace a GPU that was asked for.
 
     Parameters
     ----------
@@ -99,8 +100,9 @@ def map_volume(
     ----------
     function : callable
         Slabs (x', y, z, …) of the volumes on `device` → {name: (x', y, z, …)}, without gradients.
-        The result of a voxel may depend only on voxels up to `halo` planes away. At the faces of
-        the grid a slab ends, as the grid does.
+        The result of a voxel may depend only on voxels up to `halo` planes away. A slab at the
+        first or last plane of the grid has no halo on that side, so that the function pads there as
+        it would for the whole grid.
     volumes : sequence of (x, y, z, …)
         Volumes on one grid; they are not changed.
     halo : int
@@ -109,9 +111,9 @@ def map_volume(
     device : str
         Device of the computation. On a GPU that runs out of memory slabs are halved.
     slab : int, optional
-        Number of planes along x in a slab, without the halo. By default a slab has a million
-        numbers (16 million on a GPU), fewer if a thread would have no slab, but no fewer planes
-        than the halo.
+        Number of planes along x in a slab, without the halo. By default a slab has up to a million
+        numbers (16 million on a GPU), fewer if some threads would otherwise have no slab, but at
+        least as many planes as the halo.
 
     Returns
     -------

@@ -59,7 +59,7 @@ class Card:
     Raises
     ------
     ValueError
-        A field has another type, or a harmonizer lacks its sites.
+        A field has another type, or a harmonizer lacks its sites or its reference site.
     """
 
     method: str
@@ -145,7 +145,7 @@ def pack(checkpoint: Checkpoint) -> dict[str, bytes]:
     Parameters
     ----------
     checkpoint : Checkpoint
-        Weights and card; the digest of the card is set.
+        Weights and card; the digest is computed, whatever the card holds.
 
     Returns
     -------

@@ -1,6 +1,8 @@
 """The training domain of a checkpoint: acquisitions, voxel sizes, sites and participants.
 
 Each method with trained weights checks a run against it before it uses them. b-values are in s/mm².
+A domain has one of two forms. Training for one protocol (`shell_count` is None) gives the shells of
+its runs. Training for many, by simulation, draws `shell_count` shells from the ranges `shells`.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from bidsapp.acquisition import (
 )
 from bidsapp.errors import Refusal
 
-NOMINAL = 0.01
-"""Share by which the mean b of a shell may lie outside a range, such as 499.6 for 500 s/mm²."""
+RANGE_TOLERANCE = 0.01
+"""Share by which the mean b of a shell may lie outside a range that shells are drawn from, such as
+499.6 for 500 s/mm²."""
 
 DIRECTIONS = 0.1
 """Share by which a shell may have fewer or more directions than in training, as if a volume was
@@ -36,7 +39,7 @@ OVERRIDE = "To continue, give --allow-extrapolation, which is noted in every sid
 
 @dataclass(frozen=True)
 class ShellRange:
-    """The range of one shell over the runs of a training, or the range that shells are drawn from.
+    """The range of one shell over the training runs, or from which simulated shells are drawn.
 
     Parameters
     ----------
@@ -104,9 +107,11 @@ class TrainingDomain:
         Without `shell_count`: the shells that a run must have, no more and no fewer, ascending in
         b. With `shell_count`: ranges of shells; a shell is used if it lies in one of them.
     b0 : tuple of int
-        Smallest and largest number of b0 volumes.
+        Smallest and largest number of b0 volumes in training. If the smallest is 1 or more, a run
+        must have a b0 volume, whatever their number.
     shell_count : tuple of int, optional
-        Smallest and largest number of shells that lie within `shells`.
+        Smallest and largest number of shells in training. A run must have the smallest number
+        within `shells`; more than the largest is no violation.
     snr : tuple of float, optional
         Smallest and largest SNR of the b0 signal.
     voxel_size : tuple of (float, float)
@@ -154,18 +159,24 @@ class TrainingDomain:
 
     @classmethod
     def from_acquisitions(cls, acquisitions: Sequence[Acquisition], **more: Any) -> TrainingDomain:
-        """Describe acquisitions that have the same shells.
+        """Describe acquisitions that have the same shells, without `shell_count`.
 
         Parameters
         ----------
         acquisitions : sequence of Acquisition
-            Acquisitions of the runs of a training.
+            Acquisitions of the runs of a training. Their shells are matched in order; the caller
+            ensures that they are alike.
         **more
             Other fields of the domain.
 
         Returns
         -------
         TrainingDomain
+
+        Raises
+        ------
+        ValueError
+            The numbers of shells differ.
         """
         shells = tuple(
             ShellRange((round(min(s.b for s in same), 1), round(max(s.b for s in same), 1)),
@@ -256,10 +267,11 @@ class TrainingDomain:
     def usable_shells(self, acquisition: Acquisition) -> list[Shell]:
         """Select the shells of a run that lie in the training domain.
 
-        Without `shell_count`, these are the shells that match those of the training one by one,
-        whatever their number of directions. With it, a shell needs at least as many directions as
-        the smallest of the training, unless its b-tensors are spherical. More directions than in
-        training do no harm, since they carry less noise.
+        Without `shell_count`, the first shell of the run is compared with the first of the
+        training, and so on, whatever their number of directions. With it, a shell may lie in any of
+        the ranges, and needs at least the smallest number of directions of that range, unless its
+        b-tensors are spherical. More directions than in training do no harm, since they carry less
+        noise.
 
         Parameters
         ----------
@@ -274,12 +286,12 @@ class TrainingDomain:
             return [shell for shell, trained in zip(acquisition.shells, self.shells, strict=False)
                     if trained.holds(shell, SAME_B)]
         return [shell for shell in acquisition.shells if any(
-            trained.holds(shell, NOMINAL)
+            trained.holds(shell, RANGE_TOLERANCE)
             and (len(shell) >= trained.directions[0] or abs(shell.b_delta) < SAME_SHAPE)
             for trained in self.shells)]
 
     def nearest_shells(self, acquisition: Acquisition) -> list[int]:
-        """Find the nearest shell of the training, in b, for each shell of a run.
+        """Find the shell of the training that is nearest in b, for each shell of a run.
 
         Parameters
         ----------

@@ -27,7 +27,8 @@ DAMAGE = (OSError, EOFError, ValueError, zlib.error)
 """Exceptions that are raised when a truncated or changed file is read."""
 
 NOISE_VOXELS = 20_000
-"""Largest number of voxels for the estimate of the noise level, spread evenly over the mask."""
+"""Number of voxels, at least, for the estimate of the noise level, spread evenly over the mask; all
+voxels of a smaller mask."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class FieldMap:
     ------
     DataError
         An image is missing, or a sidecar lacks what is needed to compute the field.
+    ValueError
+        The kind is unknown, or there is no image.
     """
 
     kind: str
@@ -223,7 +226,7 @@ class Run:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that all results depend on."""
+        """The files that every result depends on: images, tables and mask."""
         return tuple(f for p in self.parts for f in p.files) + ((self.mask,) if self.mask else ())
 
     @property
@@ -241,7 +244,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Dwi:
-    """The signal of one run inside its mask, and its acquisition.
+    """The signal of one run inside its mask, and its acquisition; the images are read-only.
 
     Parameters
     ----------
@@ -260,9 +263,9 @@ class Dwi:
     tissue : (voxel, 3) float32, optional
         Probabilities of grey matter, white matter and CSF from a T1w image, Σ ≤ 1.
     noise_gain : (measurement,), optional
-        Factor by which the noise SD of each measurement differs from `noise_sd`, as after
-        harmonization; None if it is 1 for all. If the noise is correlated between measurements, it
-        is the gain of independent noise that changes the mean over a shell's directions as much.
+        Noise SD of each measurement as a multiple of `noise_sd`, which harmonization changes; None
+        if it is 1 for all. Where harmonization made the noise of a shell correlated, the factor is
+        that of independent noise with the same SD of the mean over directions.
     s0_known : bool
         Whether the b0 volumes are S0 without noise, as in simulations. Measured volumes never are,
         not even after division by the mean b0.
@@ -339,10 +342,10 @@ def peak_memory(voxels: int, measurements: int) -> float:
 def noise_sd(dwi: Dwi) -> float | None:
     """Estimate the noise SD from the residuals of SH fits.
 
-    Each shell of n directions is fitted with the largest number p ≤ 0.75 n of SH coefficients, and
-    the b0 volumes with their mean. In each voxel σ² = Σ residual² / Σ (n − p). The estimate is the
-    median over voxels, divided by the median of χ²_ν/ν, ν = Σ (n − p), so that it is unbiased for
-    Gaussian noise.
+    Each shell of n directions is fitted with the largest number p ≤ 0.75 n of SH coefficients (up
+    to degree 8), and the b0 volumes with their mean (p = 1); a single volume is left out. In each
+    voxel Σ residual² of Gaussian noise is distributed as σ² χ²_ν with ν = Σ (n − p). Therefore σ²
+    is estimated as the median of Σ residual² over voxels, divided by the median of χ²_ν.
 
     Parameters
     ----------
@@ -403,7 +406,7 @@ def open_image(path: Path) -> Any:
     except Exception as error:  # nibabel raises many kinds on damaged headers
         raise DataError(f"{path}: cannot be read as NIfTI ({error}). "
                         "Copy or convert the file again.") from error
-    _require_place(image, path)
+    _require_geometry(image, path)
     if (stored := image.get_data_dtype()).kind not in "iuf":
         content = f"complex numbers ({stored})" if stored.kind == "c" else "colours, not numbers"
         raise DataError(f"{path}: holds {content}. One real number per voxel is needed: write the "
@@ -412,8 +415,8 @@ def open_image(path: Path) -> Any:
     return image
 
 
-def _require_place(image: Any, path: Path) -> None:
-    """Raise DataError unless voxel sizes, affine, qform and sform are finite and the affine can be
+def _require_geometry(image: Any, path: Path) -> None:
+    """Raise DataError unless voxel sizes, affine, qform and sform are finite, and the affine can be
     inverted."""
     try:
         matrices = (image.affine, image.get_qform(coded=True)[0], image.get_sform(coded=True)[0])
@@ -439,7 +442,7 @@ def read_array(image: Any, dtype: Any = None) -> np.ndarray:
     image : nibabel image
         An image from `open_image`.
     dtype : numpy dtype, optional
-        Type of the values; default: that of the image.
+        Type of the values; default: that of the file, or float64 if its header scales the values.
 
     Returns
     -------
@@ -460,7 +463,7 @@ def read_array(image: Any, dtype: Any = None) -> np.ndarray:
 
 
 def check_end(image: Any) -> None:
-    """Check that a file ends after its last value, and its gzip checksum, which is stored there.
+    """Check that a file ends after its last value, and the gzip checksum, which follows that value.
 
     It should be called after all values were read in order, so that nothing is read twice.
 

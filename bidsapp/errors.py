@@ -14,7 +14,10 @@ class DataError(QSphereError):
 
 
 class Refusal(QSphereError):
-    """A method does not apply to an acquisition; the report says so, and other methods run."""
+    """A method does not apply to a run; the report says so, and other methods run.
+
+    The exit code is 1 if the command names the method, and 0 if it belongs to the default set.
+    """
 
 
 def describe(error: BaseException) -> str:

@@ -18,13 +18,13 @@ from typing import Any
 from bidsapp.errors import UsageError
 
 TRAINING = "training"
-"""Table that the group level reads; the participant level reads all others."""
+"""Table that the group level reads; the participant level reads all others but VARIANTS."""
 
 SLOPPY = "sloppy"
 ONE = "one"
 VARIANTS = (ONE, SLOPPY)
-"""Tables with other values for the tables beside them: for a network of a single acquisition, and
-for --sloppy."""
+"""Tables of tables that replace values of the tables of the same name: `one.training` for a network
+of a single acquisition, `sloppy.training` for --sloppy."""
 
 CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic"),
            "output": ("change", "series"),
@@ -90,7 +90,7 @@ def paths(tables: Mapping[str, Any], key: str, sloppy: bool = False) -> list[str
 
 
 def values(tables: Mapping[str, Any], sloppy: bool = False) -> dict[str, Any]:
-    """List the values of all hyper-parameters by path; the arguments are those of `paths`."""
+    """List the values of all hyper-parameters by path, as in training.toml (arguments: `paths`)."""
     variants = [SLOPPY] if sloppy else []
     return {path: value for name in tables if name not in VARIANTS
             for path, value in _leaves(select(tables, name, variants, {}), f"{name}.")}
@@ -115,7 +115,7 @@ def resolve(tables: Mapping[str, Any], method: str, key: str, text: str, sloppy:
     Returns
     -------
     dict
-        The value by each path that the key names.
+        The value, once for each path that the key names, by path.
 
     Raises
     ------
@@ -144,7 +144,10 @@ def resolve(tables: Mapping[str, Any], method: str, key: str, text: str, sloppy:
 
 
 def _check(option: str, default: Any, value: Any) -> Any:
-    """Check that a value has the type and range of its default; convert int to float if needed."""
+    """Check the type of a value, which is that of its default, and its size; convert int to float.
+
+    An int must be at least 1 and a float at least 0, or the default if that is smaller.
+    """
     if isinstance(default, list):
         if not isinstance(value, list) or not value:
             raise UsageError(f"{option}: a list is needed, such as {default}.")

@@ -38,7 +38,8 @@ class Derived:
     maps : mapping of str to ndarray
         (voxel,) or (voxel, k) float32, by key of the method's outputs.json.
     counts : mapping
-        Numbers of voxels with special treatment, and the shells used, for the QC table.
+        Entries of the QC table: numbers of voxels that are flagged or have no estimate, and the
+        shells that were used.
     parameters : mapping
         Content of Model.Parameters in the sidecar.
     valid : (voxel,) bool, optional
@@ -57,13 +58,13 @@ class Derived:
     synthetic: Synthetic | None = None
 
     def without_intervals(self, reason: str) -> Derived:
-        """Remove the maps of standard deviations, and record the reason."""
+        """Remove the maps of standard deviations (`…_std`), and record the reason, a clause."""
         return replace(self, maps={k: v for k, v in self.maps.items() if not k.endswith("_std")},
                        parameters={**self.parameters, "Uncertainty": f"not given: {reason}"})
 
     def widen_intervals(self, factor: float, ranges: Mapping[str, Sequence[float | None]]
                         ) -> Derived:
-        """Multiply the standard deviations by a factor, up to the maximum of their map's range.
+        """Multiply the standard deviations (`…_std`) by a factor, up to the maximum of their range.
 
         Parameters
         ----------
@@ -91,13 +92,14 @@ class Harmonized:
     signal : (voxel, measurement) float32
         In the gradient table and units of the run.
     reapply : callable
-        Applies the same harmonization to another signal of the run, or to a part of its voxels.
-        What was determined for this run, as a registration, stays fixed.
+        Dwi → (voxel, measurement) signal: applies the same harmonization to another signal of the
+        run, or to a part of its voxels. What was determined for this run, such as a registration,
+        stays fixed.
     counts, parameters, notices
         As in `Derived`.
     errors : sequence of float
-        For each shell of the run, SD of the method's own error of the mean over directions,
-        relative to that mean.
+        For each shell of the run, the SD of the error that the method itself makes in the mean over
+        directions, as a share of that mean.
     no_intervals : str
         Reason, as a clause, why no estimator can give an interval from this signal; empty if
         estimators can.
@@ -188,7 +190,7 @@ class TrainingSettings:
     Parameters
     ----------
     max_steps : int, optional
-        Maximum number of optimiser steps of each stage.
+        Maximum number of optimiser steps of each stage; None for those of training.toml.
     folds : int, optional
         Number of folds of the cross-validation; None for no cross-validation.
     seed : int
@@ -376,7 +378,7 @@ class Method(ABC):
 
 
 class FromSignal(Method):
-    """A method that computes images from a signal without changing the signal.
+    """A method that computes maps or synthetic signals from a signal, which stays as it is.
 
     Attributes
     ----------
@@ -470,11 +472,14 @@ class Trainable(Method):
 
 
 class SignalStep(Method):
-    """A method that computes a signal from another one. Its outputs.json has a "signal"."""
+    """A method that replaces the signal of a run by a computed one, for the methods that follow.
+
+    Its outputs.json has a "signal".
+    """
 
 
 class Upsampler(SignalStep):
-    """A method that adds measurements to a signal."""
+    """A method that adds computed measurements to a signal."""
 
     @abstractmethod
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Upsampled:
@@ -488,7 +493,7 @@ class Upsampler(SignalStep):
 
 
 class SiteHarmonizer(SignalStep, Trainable):
-    """A method that maps the signal of one site to that of another."""
+    """A method that maps the signal of other sites to that of the reference site."""
 
     @abstractmethod
     def harmonize(self, dwi: Dwi, model: Checkpoint, batch: str, device: str) -> Harmonized:
@@ -508,13 +513,13 @@ class SiteHarmonizer(SignalStep, Trainable):
         Raises
         ------
         Refusal
-            The Dwi cannot be harmonized, even if extrapolation is allowed; the message says what
-            is needed.
+            The Dwi cannot be harmonized, even outside the training domain; the message says what is
+            needed.
         """
 
 
 class GroupAnalysis(Trainable):
-    """A method that works on the tables of all participants, not on images."""
+    """A method of the group level that works on tables of map statistics, not on images."""
 
     def check(self, acquisition: Acquisition) -> None:
         raise Refusal(f"{self.name} works on tables of map statistics, not on images. Use "

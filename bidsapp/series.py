@@ -29,7 +29,7 @@ class Series:
     Parameters
     ----------
     images : tuple of nibabel images
-        Magnitudes, (x, y, z, volume) each, all on the grid of the first.
+        Magnitudes, (x, y, z, volume) each, all of the shape of the first, whose affine is used.
     acquisition : Acquisition
         As many measurements as the images have volumes.
     phase_encoding : PhaseEncoding, optional
@@ -40,7 +40,8 @@ class Series:
     Raises
     ------
     DataError
-        An image is not 4-D or has another grid than the first, or the numbers of volumes differ.
+        An image is not 4-D, has another shape (x, y, z) than the first, or the numbers of volumes
+        differ.
     """
 
     images: tuple[Any, ...]
@@ -130,7 +131,7 @@ class Series:
         """
         if not 0 <= i < len(self):
             raise IndexError(f"volume {i} of {len(self)}")
-        return self._volume(*next(islice(self._places(), i, None)))
+        return self._volume(*next(islice(self._positions(), i, None)))
 
     def mean(self, volumes: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "x y z"]:
         """Compute the mean magnitude of some volumes; NaN and Inf count as 0.
@@ -150,7 +151,7 @@ class Series:
             No volume is selected, or a file is damaged.
         """
         total: np.ndarray | None = None
-        for chosen, (k, i) in zip(volumes, self._places(), strict=True):
+        for chosen, (k, i) in zip(volumes, self._positions(), strict=True):
             if chosen:
                 volume = read_volume(self.images[k], i)
                 volume[~np.isfinite(volume)] = 0
@@ -163,10 +164,9 @@ class Series:
                work_dir: Path | None = None) -> Dwi:
         """Read the magnitude inside a mask, volume by volume.
 
-        NaN and Inf become 0 and are counted. Parts after the first are scaled so that their mean b0
-        in the mask equals that of the first part, if both have b0 volumes. The volumes are
-        contiguous in memory, so that each is written at once and a block of voxels is a short piece
-        of each.
+        NaN and Inf become 0 and are counted. Each part with b0 volumes is scaled so that their mean
+        in the mask equals that of the first such part. The signal is stored volume by volume, so
+        that each volume is written at once.
 
         Parameters
         ----------
@@ -186,9 +186,9 @@ class Series:
         ------
         DataError
             An image is damaged (its checksum or length is wrong), a volume has no finite value
-            inside the mask, or the mask is empty.
+            inside the mask, the mask is empty, or the disk has no room for the signal.
         """
-        signal = _empty(int(mask.sum()), len(self), memory, work_dir)
+        signal = _allocate(int(mask.sum()), len(self), memory, work_dir)
         invalid, first, reference = 0, 0, None
         for image in self.images:
             part = slice(first, first := first + image.shape[3])
@@ -213,7 +213,7 @@ class Series:
                     signal[:, part] *= reference / level
         return Dwi(signal, mask, self.affine, self.acquisition, invalid=invalid)
 
-    def _places(self) -> Iterator[tuple[int, int]]:
+    def _positions(self) -> Iterator[tuple[int, int]]:
         """Index of the image, and of the volume in it, for each volume."""
         return ((k, i) for k, image in enumerate(self.images) for i in range(image.shape[3]))
 
@@ -247,7 +247,7 @@ def _open_phase(file: ImageFile) -> Any:
     return open_image(file.image)
 
 
-def _empty(voxels: int, measurements: int, memory: float, work_dir: Path | None) -> np.ndarray:
+def _allocate(voxels: int, measurements: int, memory: float, work_dir: Path | None) -> np.ndarray:
     """Allocate (voxel, measurement) float32 with contiguous volumes, in memory or in a file."""
     if peak_memory(voxels, measurements) <= memory:
         return np.empty((measurements, voxels), np.float32).T

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 
 MAX_CONDITION = 1e3
-"""Smallest condition number of a basis whose columns count as linearly dependent. It is below 3 in
-the protocols of scanners, whose directions are spread over the sphere."""
+"""Condition number from which the columns of a basis count as linearly dependent. Directions that
+are spread over the sphere, as in the protocols of scanners, give less than 3."""
 
 
 def size(l_max: int) -> int:
@@ -320,19 +320,20 @@ def rish_gain(coefficients: Float[torch.Tensor, "*batch size"],
               features: Float[torch.Tensor, "*batch degree"]) -> Float[torch.Tensor, "*batch size"]:
     """Compute the gain √(features_l / RISH_l) of each coefficient (Koppers et al. 2018, eq. 1).
 
-    The product with it keeps the shape of each degree and changes its size.
+    The coefficients times their gains have the given features; within each degree the coefficients
+    keep their proportions.
 
     Parameters
     ----------
     coefficients : (…, size)
         Coefficients of a function.
     features : (…, degree)
-        RISH features that the product has.
+        RISH features that the coefficients shall have, one per degree.
 
     Returns
     -------
     (…, size)
-        The gains; 0 for a degree that is 0.
+        The gains, equal within each degree; 0 for a degree whose coefficients are all 0.
     """
     power = rish(coefficients)
     scale = torch.where(power > 0, features / power.clamp(min=torch.finfo(power.dtype).tiny), 0)

@@ -26,11 +26,12 @@ from bidsapp.acquisition import SHELL_GAP, Acquisition
 TERMS = 7
 """Number of unknowns of the fit: six tensor entries and log S0."""
 
-MIN_LOG_SIGNAL = 1e-6
-"""Smallest eigenvalue of a tensor, times the largest entry of the design (as in dipy)."""
+MIN_EXPONENT = 1e-6
+"""Smallest product of an eigenvalue and the largest entry of the design: b·D at the highest b (as
+in dipy)."""
 
 LEAST_RATIO = 0.01
-"""Smallest S/S0 in `fa_and_md`; a lower signal is noise alone."""
+"""Value to which lower S/S0 are raised in `fa_and_md`, since they are noise alone."""
 
 SATURATED_FA = 0.999
 """FA above which a tensor counts as saturated."""
@@ -39,7 +40,7 @@ B_MAX = 1500.0
 """Highest b-value of the shells that a tensor is fitted to, in s/mm². Beyond it kurtosis lowers MD.
 """
 
-ENOUGH = 6 * 900.0**2
+MIN_SUM_B2 = 6 * 900.0**2
 """Smallest sum of b² over the volumes of a tensor, in (s/mm²)². The variance of its entries falls
 with this sum. Six directions of b = 900 s/mm², the clinical minimum, reach it."""
 
@@ -48,7 +49,8 @@ B_TOLERANCE = 0.05
 the deviations of their gradients."""
 
 INDEPENDENT = 0.01
-"""Smallest singular value of linearly independent columns of the design, scaled to unit length."""
+"""Smallest singular value of the design, its columns scaled to unit length, that counts as an
+unknown that is determined."""
 
 
 def design(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 7"]:
@@ -81,7 +83,7 @@ def volumes(acquisition: Acquisition, b_max: float = B_MAX) -> np.ndarray:
     """Select the volumes that a tensor is fitted to.
 
     These are the b0 volumes and the shells up to `b_max`. If they do not determine a tensor, or
-    determine it so poorly that noise dominates (Σ b² below ENOUGH), the next higher shells are
+    determine it so poorly that noise dominates (Σ b² below MIN_SUM_B2), the next higher shells are
     added one by one until they suffice. An example is an acquisition with six directions of
     b = 200 s/mm² and a shell of b = 2000 s/mm². A measurement has the b-value of its shell unless
     it differs from it by more than SHELL_GAP, as in acquisitions without shells.
@@ -96,7 +98,7 @@ def volumes(acquisition: Acquisition, b_max: float = B_MAX) -> np.ndarray:
     Returns
     -------
     (n,) int
-        Indices of the volumes, ascending; all volumes if no selection determines a tensor.
+        Indices of the volumes, ascending; all volumes if no selection suffices.
     """
     b = acquisition.bvals.copy()
     for shell in acquisition.shells:
@@ -108,7 +110,7 @@ def volumes(acquisition: Acquisition, b_max: float = B_MAX) -> np.ndarray:
     for highest in (limit, *np.unique(b[b > limit])):
         chosen = np.flatnonzero(b <= highest)
         if (len(chosen) >= TERMS and rank(weighted[chosen]) == TERMS
-                and np.square(b[chosen]).sum() >= ENOUGH):
+                and np.square(b[chosen]).sum() >= MIN_SUM_B2):
             return chosen
     return np.arange(len(acquisition))
 
@@ -130,7 +132,7 @@ def attenuation_fit(btensors: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "
 
 
 def fa_and_md(ratio: Float[torch.Tensor, "*batch n"], fit: Float[torch.Tensor, "*fits 6 n"]
-                   ) -> tuple[Float[torch.Tensor, "*batch"], Float[torch.Tensor, "*batch"]]:
+              ) -> tuple[Float[torch.Tensor, "*batch"], Float[torch.Tensor, "*batch"]]:
     """Compute FA and MD of attenuations, with finite gradients everywhere, including isotropy.
 
         FA² = 3/2 ‖D − MD 1‖² / ‖D‖²,  MD = tr D / 3.
@@ -176,47 +178,49 @@ def fit(signal: Float[torch.Tensor, "voxel n"], x: Float[np.ndarray, "n 7"], *,
     -------
     dict of (voxel,)
         `fa`; `md`, `ad`, `rd` (mm²/s); `direction` (voxel, 3), unit vectors of arbitrary sign in
-        the frame of the b-tensors; `s0` and `sigma` (signal units); `fa_std`, `md_std`, the
-        standard errors of the tensor before clamping, that of FA at most ½, the largest possible
-        SD of a value within 0–1. With n = 7, sigma and the standard errors are 0. The flags are
-        `failed` (no tensor: all values are 0), `clamped` (an eigenvalue was raised to the smallest
-        allowed) and `saturated` (FA ≥ 0.999).
+        the frame of the b-tensors; `s0` and `sigma` (signal units); `fa_std` and `md_std` (mm²/s),
+        standard errors that refer to the tensor before clamping; `fa_std` is at most ½, the largest
+        possible SD of a value within 0–1. With n = 7, sigma and the standard errors are 0. The
+        flags are `failed` (no tensor: all values are 0), `clamped` (an eigenvalue was raised to the
+        smallest allowed) and `saturated` (FA ≥ 0.999).
     """
     columns = torch.as_tensor(x, dtype=signal.dtype, device=signal.device)
     signal = signal.T.contiguous()
-    use, holes = torch.ones_like(columns[:, :1]), None
+    use, incomplete = torch.ones_like(columns[:, :1]), None
     low, high = torch.aminmax(signal.detach())
     if not bool((low > 0) & (high < torch.inf)):
         valid = (signal > 0) & (signal < torch.inf)
-        use, holes = valid.to(signal.dtype), (~valid).any(0).nonzero()[:, 0]
+        use, incomplete = valid.to(signal.dtype), (~valid).any(0).nonzero()[:, 0]
         signal = torch.where(valid, signal, 1)
     log_s = torch.log(signal)
     beta = torch.linalg.pinv(columns) @ log_s  # right for voxels without missing values
-    if holes is not None:
-        some = use[:, holes]
-        solved = _solve(*_ldl(_normal(columns, some)), columns.T @ (some * log_s[:, holes]))
-        beta = beta.index_copy(1, holes, solved)
+    if incomplete is not None:
+        some = use[:, incomplete]
+        solved = _solve(*_ldl(_normal(columns, some)), columns.T @ (some * log_s[:, incomplete]))
+        beta = beta.index_copy(1, incomplete, solved)
     predicted = columns @ beta
     residual = log_s - predicted
+    # weights and errors are relative to exp(top), the largest predicted signal of each voxel
     top = predicted.amax(0) if weighted else torch.zeros_like(predicted[0])
     weight = (torch.exp(2 * (predicted - top)) if weighted else torch.ones_like(predicted)) * use
     # solving for the change from OLS keeps the accuracy in float32
-    pull = weight * residual
-    right = columns.T @ pull
+    weighted_residual = weight * residual
+    right = columns.T @ weighted_residual
     lower, pivots, deficient = _ldl(_normal(columns, weight))
     change = _solve(lower, pivots, deficient, right)
     beta = beta + change
-    spare = (use.sum(0) - TERMS).clamp(min=0)
-    squares = ((pull * residual).sum(0) - (right * change).sum(0)).clamp(min=0)
-    error = torch.sqrt(squares / spare.clamp(min=1) + 1e-30) * (spare > 0)
+    dof = (use.sum(0) - TERMS).clamp(min=0)
+    squares = ((weighted_residual * residual).sum(0) - (right * change).sum(0)).clamp(min=0)
+    error = torch.sqrt(squares / dof.clamp(min=1) + 1e-30) * (dof > 0)
     return _maps(beta, error, top, lower, pivots, deficient,
-                 smallest=MIN_LOG_SIGNAL / float(-x[:, :6].min()))
+                 smallest=MIN_EXPONENT / float(-x[:, :6].min()))
 
 
 def _maps(beta: Float[torch.Tensor, "7 voxel"], error: Float[torch.Tensor, " voxel"],
           top: Float[torch.Tensor, " voxel"], lower: list[torch.Tensor],
           pivots: Float[torch.Tensor, "7 voxel"], deficient: Bool[torch.Tensor, " voxel"],
           smallest: float) -> dict[str, torch.Tensor]:
+    """Compute the maps of `fit`. error: sigma / exp(top); smallest: eigenvalue, µm²/ms."""
     d = beta[:6].double()
     eigenvalues, direction = _eigen(d)
     clamped = eigenvalues[2] < smallest

@@ -58,7 +58,8 @@ class Schedule:
     validate_every : int
         Steps between validations. The state is saved at each validation.
     patience : int, optional
-        Validations without progress after which the training stops; None: it never stops early.
+        Validations without progress after which the training stops; None: it never stops early, nor
+        does a training without validation.
     clip : float, optional
         Largest norm of the gradient; None: no limit.
     precision : str
@@ -66,7 +67,8 @@ class Schedule:
     factor : float
         Factor of the learning rate at a plateau, between 0 and 1.
     plateau : int
-        Validations without progress that make a plateau.
+        Validations without progress (of the training loss, if there is no validation) that make a
+        plateau.
     betas : sequence of float
         β₁ and β₂ of Adam; β₁ is also the momentum of `sgd`.
 
@@ -155,7 +157,8 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Minibatch
     model : torch.nn.Module
         Model to optimise.
     draw : callable
-        Draws the minibatches of the next steps, one or more, from a generator, on its device.
+        generator → minibatches of the next steps, one or more. They are drawn from the generator
+        alone, on its device.
     loss : callable
         (model, minibatch) → scalar to minimise.
     schedule : Schedule
@@ -165,7 +168,7 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Minibatch
     device : str
         `cpu`, `cuda` or `cuda:N`.
     validate : callable, optional
-        Model in eval mode → scalar to minimise, the same on every rank.
+        Model in eval mode → scalar to minimise. It must return the same value on every rank.
     saved : Path, optional
         File of the training's state. If it exists, the training is resumed from it. The number of
         steps may then differ: cosine and step decay follow the new number from the step of the
@@ -185,7 +188,7 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Minibatch
     Raises
     ------
     DataError
-        The loss is not finite.
+        The mean loss between two validations is not finite.
     UsageError
         `saved` cannot be read, or belongs to another training.
     """
@@ -250,7 +253,11 @@ def train(model: nn.Module, draw: Callable[[torch.Generator], Sequence[Minibatch
 def _minibatches(draw: Callable[[torch.Generator], Sequence[Minibatch]],
                  generator_at: Callable[[int], torch.Generator], state: dict[str, Any]
                  ) -> Iterator[Minibatch]:
-    """Yield the minibatch of each step from that of the state on; note in it what was drawn."""
+    """Yield the minibatches from the step of the state on.
+
+    `drawn` in the state is the step of the last call of `draw`, so that a resumed training can draw
+    the same minibatches again.
+    """
     queue: deque[Minibatch] = deque()
     if state["step"] > state["drawn"]:
         queue.extend(draw(generator_at(state["drawn"]))[state["step"] - state["drawn"]:])
@@ -390,7 +397,7 @@ def _describe_validation(state: Mapping[str, Any]) -> str:
 
 def _resume(fabric: Any, saved: Path, state: dict[str, Any], schedule: Schedule, decay: Any,
             name: str) -> None:
-    """Load the state of an interrupted training, and set its decay for the new number of steps."""
+    """Load the state of an interrupted training, and adapt the decay to the new number of steps."""
     new = state["of"]
     try:
         old = fabric.load(saved, {}, weights_only=True)["of"]

@@ -156,7 +156,8 @@ MUTANTS = (
     Mutant("tensor.py", "twice = 2 - diagonal", "twice = torch.ones_like(diagonal)",
            "off-diagonal entries count once in the error of FA", "test_tensor.py -k 'gradients or "
            "standard_errors'"),
-    Mutant("tensor.py", "np.square(b[chosen]).sum() >= ENOUGH", "np.square(b[chosen]).sum() > 0",
+    Mutant("tensor.py", "np.square(b[chosen]).sum() >= MIN_SUM_B2",
+           "np.square(b[chosen]).sum() > 0",
            "a tensor is fitted to shells that leave it to the noise",
            "test_tensor.py -k volumes_of_a_tensor"),
     # ---- simulation

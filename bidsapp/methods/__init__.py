@@ -27,7 +27,7 @@ def names(kind: str = "") -> list[str]:
 
 
 def trainable(name: str, context: MethodContext | None = None) -> Trainable:
-    """Load a method that `--train` names.
+    """Load a method that `--train` names, by its full or short name.
 
     Raises
     ------
@@ -59,7 +59,8 @@ def read_settings(texts: Sequence[str], used: Sequence[Method], training: bool,
     Returns
     -------
     dict
-        As `MethodContext.settings`.
+        Values by path (`hyperparameters.resolve`), by the method's name, for
+        `MethodContext.settings`.
 
     Raises
     ------
@@ -92,7 +93,7 @@ def read_settings(texts: Sequence[str], used: Sequence[Method], training: bool,
 
 
 def find(name: str, kind: str = "") -> str:
-    """Find the folder of a method.
+    """Find the name of a method's folder.
 
     Parameters
     ----------

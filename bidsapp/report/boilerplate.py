@@ -1,4 +1,4 @@
-"""The methods text, read from the folders of the methods (outputs.json and README.md)."""
+"""The methods text and its references, read from outputs.json and README.md of the methods."""
 
 from __future__ import annotations
 
@@ -37,16 +37,19 @@ def of_method(method: Method) -> tuple[str, str]:
 
 
 def references(chosen: Sequence[Method]) -> list[tuple[str, str]]:
-    """List the references of the paragraphs, each once: (description, https://doi.org/…)."""
-    found = dict(REFERENCES)
+    """List REFERENCES and those of methods, each once: (description, https://doi.org/…).
+
+    The references of a method are the DOIs in the first paragraph of its README, and its URL.
+    """
+    descriptions = dict(REFERENCES)
     for method in chosen:
         readme, url = _readme(method), str(method.outputs["model"].get("URL", ""))
         for text in (_first_paragraph(readme), url):
             for match in DOI.finditer(text):
                 doi = match.group(1).rstrip(".")
-                found.setdefault(doi, _authors(text[:match.start()])
-                                 or f"{method.short}: {_clause(method.outputs['model'])}")
-    return [(what, f"https://doi.org/{doi}") for doi, what in found.items()]
+                descriptions.setdefault(doi, _authors(text[:match.start()])
+                                        or f"{method.short}: {_clause(method.outputs['model'])}")
+    return [(what, f"https://doi.org/{doi}") for doi, what in descriptions.items()]
 
 
 def markdown(paragraphs: Sequence[tuple[str, str]], chosen: Sequence[Method]) -> str:
@@ -68,13 +71,12 @@ def markdown(paragraphs: Sequence[tuple[str, str]], chosen: Sequence[Method]) ->
 
 def _method(method: Method) -> str:
     model = method.outputs["model"]
-    made = list(dict.fromkeys(map(_clause, method.outputs.get("maps", {}).values())))
+    maps = list(dict.fromkeys(map(_clause, method.outputs.get("maps", {}).values())))
     text = f"{model['Description'].rstrip('.')} ({model['URL']})."
-    about = _first_paragraph(_readme(method))
-    if about:
-        text += f" {about}"
-    if made:
-        text += f" Maps: {'; '.join(made)}."
+    if summary := _first_paragraph(_readme(method)):
+        text += f" {summary}"
+    if maps:
+        text += f" Maps: {'; '.join(maps)}."
     if changed := method.changed_settings:
         text += (" Hyper-parameters that differ from the method's own: "
                  f"{'; '.join(f'{path} = {value}' for path, value in changed.items())}.")
@@ -94,8 +96,8 @@ def _readme(method: Method) -> str:
 def _first_paragraph(readme: str) -> str:
     """Take the first block of text that is no heading, on one line, without emphasis."""
     blocks = (b.strip() for b in readme.split("\n\n"))
-    found = next((b for b in blocks if b and not b.startswith("#")), "")
-    return re.sub(r"\*\*|`", "", " ".join(found.split()))
+    first = next((b for b in blocks if b and not b.startswith("#")), "")
+    return re.sub(r"\*\*|`", "", " ".join(first.split()))
 
 
 def _authors(before: str) -> str:

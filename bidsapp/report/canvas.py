@@ -1,7 +1,7 @@
 """Slices in display orientation, mosaics of them, and SVG files that are reproducible to the byte.
 
-The display is neurological (left is left): axes of the image are flipped and swapped into the order
-closest to world RAS+, never resampled. Each mosaic is one RGB image.
+The display is neurological (left is left). A canonical volume is one whose axes were flipped and
+swapped into the order closest to world RAS+, without resampling. Each mosaic is one RGB image.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ TILE = 110
 """Maximum of pixels along the longer side of a slice in a mosaic."""
 
 Limits = tuple[float, float]
+"""Values at the two ends of a colour scale."""
+
 LEVELS = 128
 """Number of colours of a colour scale: fewer make smaller files, and 128 look continuous."""
 
@@ -72,7 +74,7 @@ def svg(drawn: Figure) -> bytes:
 
 
 def _smaller_png(match: re.Match[bytes]) -> bytes:
-    """Compress an image without loss: no alpha, and a palette where 256 colours are enough."""
+    """Compress an opaque image without loss: no alpha, and a palette if 256 colours suffice."""
     from PIL import Image
 
     image: Any = Image.open(io.BytesIO(base64.b64decode(match[0])))
@@ -92,15 +94,16 @@ def _smaller_png(match: re.Match[bytes]) -> bytes:
 
 @dataclass(frozen=True)
 class View:
-    """Slices across one display axis.
+    """Slices across one axis of the canonical grid.
 
     Parameters
     ----------
     axis : int
+        0 sagittal, 1 coronal, 2 axial.
     positions : tuple of int
-        Indices in the canonical grid.
+        Canonical indices of the slices along the axis.
     zooms : tuple of float
-        mm per pixel.
+        mm per pixel, to the right and upwards.
     """
 
     axis: int
@@ -116,7 +119,9 @@ class Canvas:
     affine : (4, 4)
         Canonical voxel indices to world RAS+, mm.
     axes : (3, 3)
-        Columns of the affine at unit length.
+        Columns of the affine at unit length: world directions of the canonical axes.
+    zooms : tuple of float
+        Voxel size along the canonical axes, mm.
     mask : (x, y, z) bool
         Brain mask in the canonical grid.
     """
@@ -138,7 +143,7 @@ class Canvas:
         return nib.apply_orientation(volume, self.orientation)
 
     def place(self, axis: int, index: int) -> tuple[int, int]:
-        """Find the canonical axis and position of slice `index` across image axis `axis`."""
+        """Find the canonical axis and index of slice `index` across axis `axis` of the image."""
         to, flip = int(self.orientation[axis, 0]), self.orientation[axis, 1]
         return to, index if flip > 0 else self.dwi.mask.shape[axis] - 1 - index
 
@@ -154,9 +159,11 @@ class Canvas:
 
     @cached_property
     def views(self) -> tuple[View, ...]:
-        """Choose the widest plane of the mask in two rows, and the others in one row each.
+        """Choose the slices: those of the plane with the largest area in two rows, others in one.
 
-        A plane is shown where its shorter side is at least a quarter of its longer one.
+        Axial planes are preferred, their area counting 1.3 times. Another plane is shown if its
+        shorter side is at least a quarter of its longer one, and the mask extends across it by more
+        than a quarter of its largest extent.
         """
         size = np.array([b.stop - b.start for b in self.box]) * self.zooms
         planes = {a: [d for d in range(3) if d != a] for a in (2, 1, 0)}
@@ -173,22 +180,24 @@ class Canvas:
         return tuple(views)
 
     def _spread(self, axis: int, count: int) -> tuple[int, ...]:
-        """Spread at most `count` positions evenly over the slices that hold the mask."""
+        """Spread at most `count` positions evenly over slices with 15 % or more of the largest area
+        of the mask."""
         area = self.mask.sum(axis=tuple({0, 1, 2} - {axis}))
         there = np.flatnonzero(area >= 0.15 * area.max())
         picked = np.linspace(0, len(there) - 1, min(count, len(there)))
         return tuple(int(there[round(p)]) for p in picked)
 
     def tile(self, volume: np.ndarray, axis: int, position: int, crop: bool = True) -> np.ndarray:
-        """Cut a slice of a canonical (x, y, z[, 3]) volume: (row, column[, 3]), bottom first."""
+        """Cut a slice of a canonical volume (x, y, z[, 3]): (row, column[, 3]), bottom first."""
         box: list[slice | int] = list(self.box if crop else (slice(None),) * 3)
         box[axis] = position
         return np.swapaxes(volume[tuple(box)], 0, 1)
 
     def mosaic(self, volume: np.ndarray, view: View, crop: bool = True) -> np.ndarray:
-        """Arrange slices of a canonical volume in rows one pixel apart, the first at top left.
+        """Arrange slices of a canonical volume in rows, framed in black, the first at top left.
 
-        Row 0 is the bottom. Slices longer than TILE pixels are thinned out.
+        Row 0 of the mosaic is the bottom. Of slices longer than TILE pixels every second (third, …)
+        pixel is kept.
         """
         tiles = [self.tile(volume, view.axis, p, crop) for p in view.positions]
         step = -(-max(tiles[0].shape[:2]) // TILE)
@@ -266,7 +275,7 @@ def show(ax: Axes, image: np.ndarray, zooms: tuple[float, float]) -> None:
 
 
 def draw_outline(ax: Axes, inside: np.ndarray) -> None:
-    """Draw the border of a boolean image, without the inner points of straight pieces."""
+    """Draw the border of a boolean image; straight pieces keep only their end points."""
     from contourpy import contour_generator
     from matplotlib.collections import LineCollection
 

@@ -28,20 +28,28 @@ MAPS = {"fa": ("FA", "gray", ""), "md": ("MD", "viridis", "mm²/s")}
 
 
 def of_change(change: Change, dwi: Dwi) -> list[Figure]:
-    """Draw FA, MD and the mean signal of each shell: before, after and the difference."""
+    """Draw FA, MD and the mean S/S0 of each shell: before, after and the difference.
+
+    Parameters
+    ----------
+    change : Change
+        Values of the voxels before and after harmonization.
+    dwi : Dwi
+        Signal of the run, whose mask and affine place the voxels.
+    """
     canvas = Canvas(dwi)
-    said = (f"The median angle between the principal directions before and after is "
-            f"{change.median_angle:.2g}° over {len(change.angle)} single-fibre voxels."
-            if change.median_angle is not None else
-            f"Only {len(change.angle)} single-fibre voxels (FA above 0.7, in the corpus callosum "
-            "or deep in the brain), so the change of fibre directions is not reported.")
+    remark = (f"The median angle between the principal directions before and after is "
+              f"{change.median_angle:.2g}° over {len(change.angle)} single-fibre voxels."
+              if change.median_angle is not None else
+              f"Only {len(change.angle)} single-fibre voxels (FA above 0.7, in the corpus callosum "
+              "or deep in the brain), so the change of fibre directions is not reported.")
     drawn = []
     with mpl.rc_context(STYLE):
         for name, pair in change.maps.items():
             title, cmap, unit = MAPS[name]
             drawn.append(_figure(canvas, pair, title, cmap, unit, "dwimap",
                                  {"model": "tensor", "param": name, "desc": "change"},
-                                 said if name == "fa" else ""))
+                                 remark if name == "fa" else ""))
         for name, pair in change.signal.items():
             desc = f"change{name.replace('_', '')}"
             drawn.append(_figure(canvas, pair, f"Mean S/S0 of {name.replace('_', ', ')}", "gray",
@@ -50,15 +58,15 @@ def of_change(change: Change, dwi: Dwi) -> list[Figure]:
 
 
 def _figure(canvas: Canvas, pair: Pair, title: str, cmap: str, unit: str, suffix: str,
-            entities: dict[str, str], said: str) -> Figure:
+            entities: dict[str, str], remark: str) -> Figure:
     before, after = pair
     difference = after - before
     low, high = map(float, np.percentile(np.concatenate(pair), (2, 98)))
-    low = min(low, 0.0)
+    low = min(low, 0.0)  # the scale includes 0
     high = high if high > low else low + 1
     most = float(np.percentile(np.abs(difference), 98)) or high / 100
     view = canvas.views[0]
-    step = -(-len(view.positions) // PER_ROW)
+    step = -(-len(view.positions) // PER_ROW)  # thin the slices out to one row
     view = View(view.axis, view.positions[step // 2::step], view.zooms)
     rows = [(before, (low, high), cmap, "before"), (after, (low, high), cmap, "after"),
             (difference, (-most, most), DIFFERENCE, "after − before")]
@@ -83,4 +91,4 @@ def _figure(canvas: Canvas, pair: Pair, title: str, cmap: str, unit: str, suffix
                f"{difference.mean():+.3g}, mean absolute change {np.abs(difference).mean():.3g}. "
                "Where a lesion or a fold shows in the difference, harmonization changed it. ")
     return Figure(suffix, entities, svg(drawn), f"{title} before and after harmonization",
-                  (caption + said).strip(), "Harmonization")
+                  (caption + remark).strip(), "Harmonization")

@@ -23,7 +23,8 @@ def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
     cohort : Cohort
         All runs, with their map statistics.
     fitted : mapping of str to Fitted
-        Trained methods, of which some made tables of harmonized statistics.
+        Results of the trained methods, by name. Tables with `batch` and map statistics hold
+        harmonized statistics, and are drawn.
     """
     features = list(cohort.features)
     if not features:
@@ -67,7 +68,7 @@ def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
 
 def _distributions(tables: Sequence[tuple[str, Any]], features: Sequence[str],
                    units: Mapping[str, str]) -> bytes:
-    """Draw a panel per feature and a row per site; of two tables, the first with open circles."""
+    """Draw a panel per feature and a row per site: points of the last table filled, others open."""
     batches = sorted({str(b) for _, table in tables for b in table["batch"]})
     columns = min(2, len(features))
     rows = -(-len(features) // columns)

@@ -1,4 +1,4 @@
-"""Figures of a run as SVG; outputs.json says how a map is shown."""
+"""Figures of a run as SVG: its signal, and its maps as outputs.json of their method says."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ def of_signal(dwi: Dwi, mean_b0: np.ndarray) -> list[Figure]:
     """
     canvas = Canvas(dwi)
     with mpl.rc_context(STYLE):
-        return [_gradients(dwi), _mean_b0(canvas, mean_b0), _levels(dwi), _slices(canvas)]
+        return [_gradients(dwi), _mean_b0(canvas, mean_b0), _snr(dwi), _slices(canvas)]
 
 
 def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
-    """Draw each map whose entry in outputs.json says `"report": true`, and the directions.
+    """Draw each map whose entry in outputs.json says `"report": true`, and all maps of directions.
 
     Colours of a scalar map run over `display`, else `range`; an end that is null is the 98th
     percentile (2nd for the lower). A map of three components is a direction: |x| red, |y| green,
-    |z| blue, times `fa` where the method has one; it comes first. Glyphs of an ODF are drawn on the
-    map `background`.
+    |z| blue, times `fa` where the method has one; it comes first. A map of more components is an
+    ODF, whose glyphs are drawn on the map that its entry names as `background`.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def _mean_b0(canvas: Canvas, mean_b0: np.ndarray) -> Figure:
         "distorts the statistics.", "Brain mask")
 
 
-def _levels(dwi: Dwi) -> Figure:
+def _snr(dwi: Dwi) -> Figure:
     """Draw the mean signal of each volume and the distribution of SNR over the mask by shell."""
     acquisition, noise = dwi.acquisition, dwi.noise_sd
     groups = [(quality.shell_name(s), s.indices) for s in acquisition.shells]
@@ -206,19 +206,19 @@ def _levels(dwi: Dwi) -> Figure:
 def _slices(canvas: Canvas) -> Figure:
     """Draw the relative signal of each slice, and the suspected slices beside their shell mean."""
     dwi = canvas.dwi
-    found = quality.slice_signal(dwi)
-    worst = found.suspects
-    shown = worst[:SHOWN_SLICES]
+    slices = quality.slice_signal(dwi)
+    suspects = slices.suspects
+    shown = suspects[:SHOWN_SLICES]
     tall = min(2.2, 0.6 + 0.1 * dwi.mask.shape[2])
     height = tall + 0.8 + (2.6 if shown else 0)
     drawn = figure(height)
     bottom = (height - tall - 0.3) / height
     ax = drawn.add_axes((0.07, bottom, 0.83, tall / height))
     ax.set_facecolor("#dddddd")
-    ax.imshow(100 * found.change, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-30, vmax=30,
+    ax.imshow(100 * slices.change, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-30, vmax=30,
               interpolation="none")
-    if worst:
-        k, i = np.array(worst).T
+    if suspects:
+        k, i = np.array(suspects).T
         ax.plot(i, k, "s", markerfacecolor="none", markeredgecolor="black", markersize=6)
     ax.set_xlabel("volume")
     ax.set_ylabel("slice")
@@ -233,13 +233,14 @@ def _slices(canvas: Canvas) -> Figure:
     for row, label in enumerate(("volume", "shell mean") if shown else ()):
         drawn.text(0.012, (1.66 - 1.1 * row) / height, label, rotation=90, va="center", size=8)
     for n, (k, i) in enumerate(shown):
-        _suspect(drawn, canvas, n, k, i, found, height)
-    if not np.isfinite(found.change).any():
+        _suspect(drawn, canvas, n, k, i, slices, height)
+    if not np.isfinite(slices.change).any():
         text = f"Not assessed: no shell has {quality.MIN_VOLUMES} volumes or more."
-    elif worst:
-        text = (f"{len(worst)} slice(s) in {len({i for _, i in worst})} volume(s) look corrupted "
-                "(black squares)" + (f"; the worst {len(shown)} are drawn below, over the same "
-                                     "slice of the mean of its shell." if shown else "."))
+    elif suspects:
+        text = (f"{len(suspects)} slice(s) in {len({i for _, i in suspects})} volume(s) look "
+                "corrupted (black squares)"
+                + (f"; the worst {len(shown)} are drawn below, over the same "
+                   "slice of the mean of its shell." if shown else "."))
     else:
         text = "No slice looks corrupted."
     return Figure(
@@ -250,24 +251,24 @@ def _slices(canvas: Canvas) -> Figure:
         "Signal")
 
 
-def _suspect(drawn: Any, canvas: Canvas, n: int, k: int, i: int, found: quality.Slices,
+def _suspect(drawn: Any, canvas: Canvas, n: int, k: int, i: int, slices: quality.Slices,
              height: float) -> None:
-    """Draw column n of the suspected slices: the slice above, the mean of its shell below."""
+    """Draw suspected slice k of volume i in column n, over the same slice of its shell mean."""
     dwi = canvas.dwi
     groups = [s.indices for s in dwi.acquisition.shells] + [np.flatnonzero(dwi.acquisition.b0)]
     group = next(g for g in groups if i in g)
     axis, position = canvas.place(2, k)
     zooms = [z for a, z in enumerate(canvas.zooms) if a != axis]
-    usual = quality.mean_volume(dwi, group)
+    shell_mean = quality.mean_volume(dwi, group)
     tiles = [canvas.tile(canvas.canonical(dwi.unmask(v)), axis, position)
-             for v in (dwi.signal[:, i], usual)]
+             for v in (dwi.signal[:, i], shell_mean)]
     top = max(float(np.percentile(tiles[1], 99)), 1e-12)
     for row, tile in enumerate(tiles):
         ax = drawn.add_axes((0.03 + 0.12 * n, (1.12 - 1.1 * row) / height, 0.115, 1.08 / height))
         show(ax, np.clip(tile / top, 0, 1) * 255, (zooms[0], zooms[1]))
         if row == 0:
-            ax.set_title(f"slice {k}, vol. {i}\n{found.change[k, i]:+.0%}, z = {found.z[k, i]:.0f}",
-                         size=8, weight="normal")
+            ax.set_title(f"slice {k}, vol. {i}\n{slices.change[k, i]:+.0%}, "
+                         f"z = {slices.z[k, i]:.0f}", size=8, weight="normal")
 
 
 def _directions(canvas: Canvas, direction: np.ndarray, fa: np.ndarray | None,
@@ -317,14 +318,14 @@ def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities:
 
 def _glyphs(canvas: Canvas, odf: np.ndarray, derived: Derived, outputs: Mapping[str, Any],
             entry: Mapping[str, Any], entities: dict[str, str], section: str) -> Figure:
-    behind, share = outputs["maps"][entry["background"]], derived.maps[entry["background"]]
-    sure = derived.maps.get("flag", 0 * share) == 0
-    sure = sure & (True if derived.valid is None else derived.valid)
-    ground = coloured(canvas.canonical(canvas.dwi.unmask(share)), tuple(behind["range"]), "gray",
-                      canvas.mask)
-    title, what = short(entry["Description"]), short(behind["Description"])
-    drawn, caption = glyphs.draw(canvas, odf, share, sure, ground, title, what)
-    return Figure("dwimap", entities, drawn, title, caption, section)
+    behind, weight = outputs["maps"][entry["background"]], derived.maps[entry["background"]]
+    unflagged = derived.maps.get("flag", 0 * weight) == 0
+    with_glyph = unflagged & (True if derived.valid is None else derived.valid)
+    background = coloured(canvas.canonical(canvas.dwi.unmask(weight)), tuple(behind["range"]),
+                          "gray", canvas.mask)
+    title, weight_name = short(entry["Description"]), short(behind["Description"])
+    image, caption = glyphs.draw(canvas, odf, weight, with_glyph, background, title, weight_name)
+    return Figure("dwimap", entities, image, title, caption, section)
 
 
 def units_of(entry: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Glyphs of orientation densities.
+"""Glyphs of orientation densities (ODFs).
 
 The glyph of a voxel is the surface whose distance from the centre along n is proportional to the
 density along n, seen from outside and coloured by n. Each pixel is computed independently: along
@@ -23,17 +23,18 @@ CELL = 32
 """Pixels along the shorter side of a voxel."""
 
 MOST = 32
-"""Maximum of voxels along a side of the window, so that glyphs can be distinguished."""
+"""Largest number of voxels along a side of the window, so that glyphs can be distinguished."""
 
 TILTS = 48
 """Steps of θ from 0 to π."""
 
 BLOCK = 32
-"""Voxels whose surfaces fit the cache."""
+"""Number of voxels whose surfaces are computed at once, few enough to fit the cache."""
 
 PEAK = 90
-"""Percentile of the peaks that is drawn as long as half a voxel. The peak of a single bundle is
-many times that of a crossing, which would be a dot if the highest peak filled the voxel."""
+"""Percentile of the densities at the peaks of all voxels that is drawn as long as half a voxel. The
+peak of a single bundle is many times that of a crossing, which would be a dot if the highest peak
+filled the voxel."""
 
 NAMES = ("Sagittal", "Coronal", "Axial")
 TOWARDS = (1, -1, 1)
@@ -49,13 +50,16 @@ class Cut:
 
 
 def densest(amount: np.ndarray, axis: int, zooms: tuple[float, ...]) -> Cut:
-    """Find the square window across `axis`, at most MOST voxels wide, that holds most of `amount`.
+    """Find the window across `axis` that holds the largest sum of `amount`.
+
+    The window is a square in mm, cut to the volume, of MOST voxels along the axis of finer voxels.
 
     Parameters
     ----------
     amount : (x, y, z)
-        Canonical volume, ≥ 0.
+        Canonical volume of what the window should hold, ≥ 0.
     axis : int
+        Canonical axis.
     zooms : tuple of float
         Voxel size, mm.
     """
@@ -63,8 +67,8 @@ def densest(amount: np.ndarray, axis: int, zooms: tuple[float, ...]) -> Cut:
     side = MOST * min(zooms[a] for a in plane)
     size = [1 if a == axis else max(1, min(int(side / zooms[a] + 1e-6), amount.shape[a]))
             for a in range(3)]
-    found = uniform_filter(amount.astype(np.float64), size, mode="constant")
-    best = np.unravel_index(int(found.argmax()), found.shape)
+    means = uniform_filter(amount.astype(np.float64), size, mode="constant")
+    best = np.unravel_index(int(means.argmax()), means.shape)
     starts = [min(max(int(b) - n // 2, 0), full - n)
               for b, n, full in zip(best, size, amount.shape, strict=True)]
     x, y, z = (slice(s, s + n) for s, n in zip(starts, size, strict=True))
@@ -78,7 +82,7 @@ def surfaces(odf: np.ndarray, frame: np.ndarray, cell: tuple[int, int]
     Parameters
     ----------
     odf : (voxel, coefficient)
-        Densities; 1 is as long as half the shorter side of a cell.
+        SH coefficients of densities; a density of 1 is as long as half the shorter side of a cell.
     frame : (3, 3)
         Columns are the world directions of right, up and towards the viewer.
     cell : (int, int)
@@ -102,18 +106,18 @@ def surfaces(odf: np.ndarray, frame: np.ndarray, cell: tuple[int, int]
     world /= np.linalg.norm(world, axis=-1, keepdims=True)
     basis = sh.evaluate(sh.l_max_of(odf.shape[1]), torch.from_numpy(world.reshape(-1, 3))).numpy()
     reach = (rho[near][:, None] / np.sin(theta)).astype(np.float32)
-    seen = (np.abs(world) * 255).round().astype(np.uint8)
+    hues = (np.abs(world) * 255).round().astype(np.uint8)
     colours = np.zeros((len(odf), *cell, 3), np.uint8)
     inside = np.zeros((len(odf), *cell), bool)
     for first in range(0, len(odf), BLOCK):
         block = slice(first, first + BLOCK)
         reached = (odf[block].astype(np.float32) @ basis.T).reshape(-1, *reach.shape) >= reach
         inside[block, near] = reached.any(-1)
-        colours[block, near] = seen[np.arange(len(seen)), reached.argmax(-1)]
+        colours[block, near] = hues[np.arange(len(hues)), reached.argmax(-1)]
     return colours, inside
 
 
-def painted(canvas: Canvas, odf: np.ndarray, rows: np.ndarray, ground: np.ndarray, cut: Cut
+def painted(canvas: Canvas, odf: np.ndarray, rows: np.ndarray, background: np.ndarray, cut: Cut
             ) -> np.ndarray:
     """Render a window with its glyphs: (row, column, 3) uint8, row 0 at the bottom.
 
@@ -121,9 +125,10 @@ def painted(canvas: Canvas, odf: np.ndarray, rows: np.ndarray, ground: np.ndarra
     ----------
     canvas : Canvas
     odf : (voxel, coefficient)
+        As in `surfaces`.
     rows : (x, y, z) int
         Canonical volume of row numbers of `odf`, −1 for no glyph.
-    ground : (x, y, z, 3) uint8
+    background : (x, y, z, 3) uint8
         Canonical background, shown at half its brightness.
     cut : Cut
     """
@@ -136,7 +141,7 @@ def painted(canvas: Canvas, odf: np.ndarray, rows: np.ndarray, ground: np.ndarra
     def tile(volume: np.ndarray) -> np.ndarray:
         return np.swapaxes(volume[cut.box].squeeze(cut.axis), 0, 1)
 
-    image = (tile(ground) // 2).repeat(cell[0], 0).repeat(cell[1], 1)
+    image = (tile(background) // 2).repeat(cell[0], 0).repeat(cell[1], 1)
     index = tile(rows)
     there = np.argwhere(index >= 0)
     glyphs = surfaces(odf[index[index >= 0]], frame, cell)
@@ -146,36 +151,36 @@ def painted(canvas: Canvas, odf: np.ndarray, rows: np.ndarray, ground: np.ndarra
     return image
 
 
-def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
-         ground: np.ndarray, title: str, what: str) -> tuple[bytes, str]:
+def draw(canvas: Canvas, odf: np.ndarray, weight: np.ndarray, with_glyph: np.ndarray,
+         background: np.ndarray, title: str, weight_name: str) -> tuple[bytes, str]:
     """Draw glyphs of the most anisotropic windows.
 
     Parameters
     ----------
     canvas : Canvas
     odf : (voxel, coefficient)
-        Densities with an integral of 1.
-    share : (voxel,)
-        Map by which they are multiplied; `what` describes it.
-    drawn : (voxel,) bool
+        SH coefficients of densities with an integral of 1 over the sphere.
+    weight : (voxel,)
+        Map by which they are multiplied; `weight_name` describes it.
+    with_glyph : (voxel,) bool
         Voxels that have a glyph.
-    ground : (x, y, z, 3) uint8
-        The map `share` as a canonical background.
-    title, what : str
+    background : (x, y, z, 3) uint8
+        The map `weight` as a canonical background.
+    title, weight_name : str
 
     Returns
     -------
     svg : bytes
     caption : str
     """
-    odf = np.where(drawn[:, None], odf * share[:, None], 0)
+    odf = np.where(with_glyph[:, None], odf * weight[:, None], 0)
     basis = sh.basis(sh.l_max_of(odf.shape[1]), sh.half_grid(59)[0]).T.astype(np.float32)
     peaks = np.concatenate([(odf[i:i + 4096] @ basis).max(1) for i in range(0, len(odf), 4096)])
-    peak = float(np.percentile(peaks[drawn], PEAK)) if drawn.any() else 1.0
+    peak = float(np.percentile(peaks[with_glyph], PEAK)) if with_glyph.any() else 1.0
     peak = peak if peak > 0 else 1.0
     scaled = odf / np.maximum(peaks, peak)[:, None]
     rows = np.full(canvas.dwi.mask.shape, -1)
-    rows[canvas.dwi.mask] = np.where(drawn, np.arange(len(odf)), -1)
+    rows[canvas.dwi.mask] = np.where(with_glyph, np.arange(len(odf)), -1)
     rows = canvas.canonical(rows)
     # windows are chosen by the power above degree 0, since isotropic densities show nothing; the
     # small constant breaks the tie where there is none
@@ -183,7 +188,7 @@ def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
     amount = canvas.canonical(canvas.dwi.unmask(power))
     axes = [v.axis for v in canvas.views if v.axis in (2, 1)] or [canvas.views[0].axis]
     cuts = [densest(amount, axis, canvas.zooms) for axis in sorted(axes, reverse=True)]
-    images = [painted(canvas, scaled, rows, ground, cut) for cut in cuts]
+    images = [painted(canvas, scaled, rows, background, cut) for cut in cuts]
 
     side, gap, head = 6.6, 0.08, 0.6
     tall = [side * min(1, i.shape[0] / i.shape[1]) for i in images]
@@ -202,7 +207,7 @@ def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
         for x, label, end in zip((0.01, 0.99), LABELS[cut.axis], ("left", "right"), strict=True):
             ax.text(x, 0.5, label, transform=ax.transAxes, ha=end, va="center", color="white")
         across, up = (a for a in range(3) if a != cut.axis)
-        whole = canvas.tile(ground, cut.axis, cut.box[cut.axis].start)
+        whole = canvas.tile(background, cut.axis, cut.box[cut.axis].start)
         room = WIDTH - side - 0.15 - gap
         ratio = whole.shape[0] * canvas.zooms[up] / (whole.shape[1] * canvas.zooms[across])
         small = min(room, height / ratio)
@@ -213,12 +218,12 @@ def draw(canvas: Canvas, odf: np.ndarray, share: np.ndarray, drawn: np.ndarray,
         sides = [cut.box[a].stop - cut.box[a].start for a in (across, up)]
         where.add_patch(Rectangle((first[0], first[1]), sides[0], sides[1], fill=False,
                                   edgecolor="#E69F00", linewidth=1.2))
-    what = what[0].lower() + what[1:]
+    weight_name = weight_name[0].lower() + weight_name[1:]
     return svg(page), (
         "In each voxel, the distance from the centre is the density along that direction times "
-        f"the {what}, on one scale that starts at 0: half a voxel is {peak:.2g} 1/sr, the "
+        f"the {weight_name}, on one scale that starts at 0: half a voxel is {peak:.2g} 1/sr, the "
         f"{PEAK}th percentile of all peaks (glyphs with a higher one are drawn as long). Colour: "
         "direction, red left–right, green anterior–posterior, blue inferior–superior, world axes. "
-        f"Background: {what}, at half brightness. The window holds the most anisotropic voxels; "
-        f"the small picture shows where it lies. {(~drawn).mean():.2%} of the voxels are flagged "
-        "or have no estimate, and have no glyph.")
+        f"Background: {weight_name}, at half brightness. The window holds the most anisotropic "
+        f"voxels; the small picture shows where it lies. {(~with_glyph).mean():.2%} of the voxels "
+        "are flagged or have no estimate, and have no glyph.")

@@ -1,7 +1,7 @@
 """HTML pages: one per participant and one for the group, each a single file that opens offline.
 
-Figures are embedded as data URIs, so their ids cannot clash; everything else from the data is
-escaped by the template engine.
+Figures are embedded as data URIs, so that ids inside the SVGs cannot clash; all other text from the
+data is escaped by the template engine.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def participant(label: str, records: Sequence[Mapping[str, Any]], problems: Sequ
         title=f"sub-{label}", label=label, runs=runs, problems=problems,
         failed=[r for r in runs if r["state"] != "complete"],
         refused=_refused(runs), status=status,
-        options=_text(log / "options.toml") if log else "",
-        log=log.relative_to(root) if log else "", **_common(_texts(records), used))
+        options=_read(log / "options.toml") if log else "",
+        log=log.relative_to(root) if log else "", **_common(_paragraphs(records), used))
 
 
 def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects: pd.DataFrame,
@@ -80,6 +80,7 @@ def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects
     effects : DataFrame
         Effects of covariates before and after harmonization (`biology.judge_in_sample`).
     drawn : sequence of Figure
+        Figures of the group (`distributions.of_group`).
     fitted : mapping of str to Fitted
         Results of the trained methods, by name.
     chosen : sequence of Method
@@ -118,46 +119,46 @@ def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects
         trained=[{"name": name, "model": result.model, "tables": list(result.tables),
                   "harmonizes": "ReferenceBatch" in result.model and bool(result.checkpoints),
                   "weights": list(result.checkpoints), "folds": _folds(result),
-                  "effects": _of_folds(result),
+                  "effects": _fold_effects(result),
                   "notices": result.notices,
                   "metrics": _metrics(result.model.get("Metrics", {}))}
                  for name, result in fitted.items()],
-        **_common([*_texts(records), *map(boilerplate.of_method, chosen)],
+        **_common([*_paragraphs(records), *map(boilerplate.of_method, chosen)],
                   [*estimates, *chosen]))
 
 
-def _between(found: pd.DataFrame, reference: str) -> dict[str, Any] | None:
+def _between(table: pd.DataFrame, reference: str) -> dict[str, Any] | None:
     """Arrange agreement between sites: a row for each map and kind of data, a cell for each
-    statistic; and how well a classifier separates each site."""
-    if not len(found):
+    statistic; and how well a classifier separates each site (AUC). None for an empty table."""
+    if not len(table):
         return None
-    maps, batches = found[found["statistic"] != "auc"], []
+    maps, batches = table[table["statistic"] != "auc"], []
     rows = []
-    for (of, data), own in maps.groupby(["of", "data"], sort=False):
-        cells = {(row["statistic"], row["batch"]): row for row in own.to_dict("records")}
+    for (of, data), selected in maps.groupby(["of", "data"], sort=False):
+        cells = {(row["statistic"], row["batch"]): row for row in selected.to_dict("records")}
         differences = {batch: (_interval(row), statistic == "unpaired_difference")
                        for (statistic, batch), row in cells.items() if "difference" in statistic}
         batches += [batch for batch in differences if batch not in batches]
         rows.append({"name": str(of).removesuffix("_mean"), "data": data,
-                     "people": own["people"].max(), "differences": differences,
+                     "people": selected["people"].max(), "differences": differences,
                      **{name: next((_interval(row) for (statistic, _), row in cells.items()
                                     if statistic == name), "")
                         for name in ("icc_consistency", "icc_agreement", "cov")}})
     sites = [{"batch": batch, "cells": ", ".join(
-        f"{row['data']} {_interval(row)}" for row in own.to_dict("records"))}
-        for batch, own in found[found["statistic"] == "auc"].groupby("batch", sort=False)]
+        f"{row['data']} {_interval(row)}" for row in selected.to_dict("records"))}
+        for batch, selected in table[table["statistic"] == "auc"].groupby("batch", sort=False)]
     return {"rows": rows, "batches": batches, "reference": reference, "sites": sites}
 
 
-def _effects(found: pd.DataFrame) -> list[dict[str, Any]]:
-    """Format rows of `biology`."""
+def _effects(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Format covariate effects, which are rows of a table of `biology`."""
     return [{"bad": row["verdict"] in biology.CHANGES, "name": biology.describe(row),
              "people": row["people"], "verdict": row["verdict"], "ratio": biology.format_ratio(row),
              "values": [_number(row[k]) for k in ("before", "after", "reference")]}
-            for row in found.to_dict("records")]
+            for row in table.to_dict("records")]
 
 
-def _of_folds(result: Fitted) -> dict[str, Any] | None:
+def _fold_effects(result: Fitted) -> dict[str, Any] | None:
     """Find the table of covariate effects of a cross-validation, and format its rows."""
     return next(({"table": name, "rows": _effects(table)} for name, table in result.tables.items()
                  if "verdict" in table), None)
@@ -169,11 +170,11 @@ def _interval(row: Mapping[Any, Any]) -> str:
     return f"{value} ({low} to {high})" if low != "nan" else value
 
 
-def _metrics(found: Mapping[str, Any]) -> dict[str, Any] | None:
+def _metrics(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     """Arrange metrics: a row for each metric, a cell for each model."""
-    models = {k: v for k, v in found.items() if isinstance(v, Mapping)} or {"Value": found}
-    names = list(dict.fromkeys(name for own in models.values() for name in own))
-    rows = [{"name": name, "cells": [_number(own.get(name)) for own in models.values()]}
+    models = {k: v for k, v in metrics.items() if isinstance(v, Mapping)} or {"Value": metrics}
+    names = list(dict.fromkeys(name for values in models.values() for name in values))
+    rows = [{"name": name, "cells": [_number(values.get(name)) for values in models.values()]}
             for name in names]
     return {"models": list(models), "rows": rows} if rows else None
 
@@ -185,15 +186,16 @@ def _folds(result: Fitted) -> dict[str, Any] | None:
         if "fold" not in table:
             continue
         rows, pair = [], ["nmse_before", "nmse_after"]
-        for key, own in table.groupby(["batch", "shell", "tissue", "measure"], sort=False):
-            cells = [" → ".join(map(_number, row)) for row in own.groupby("fold")[pair].mean()
-                     .itertuples(index=False)]
-            before, after = own[pair].mean()
-            bias = own[["bias_before", "bias_after"]].mean()
+        for key, selected in table.groupby(["batch", "shell", "tissue", "measure"], sort=False):
+            means = selected.groupby("fold")[pair].mean()
+            cells = [" → ".join(map(_number, row)) for row in means.itertuples(index=False)]
+            before, after = selected[pair].mean()
+            bias = selected[["bias_before", "bias_after"]].mean()
             rows.append({"key": key, "cells": cells, "mean": f"{_number(before)} → "
                          f"{_number(after)}", "change": f"{100 * (after / before - 1):+.0f} %",
                          "bias": " → ".join(f"{b:+.2g}" for b in bias), "worse": after > before,
-                         "better": f"{int((own[pair[1]] < own[pair[0]]).sum())} of {len(own)}"})
+                         "better": f"{int((selected[pair[1]] < selected[pair[0]]).sum())} of "
+                                   f"{len(selected)}"})
         return {"table": name, "rows": rows, "folds": sorted(table["fold"].unique().tolist())}
     return None
 
@@ -233,12 +235,12 @@ def _scores(scores: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _refused(runs: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    """Group runs by the method that refused them and its reason."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """List the runs that each method refused, by method and reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         for refusal in run["refusals"].items():
-            found.setdefault(refusal, []).append(run["id"])
-    return found
+            groups.setdefault(refusal, []).append(run["id"])
+    return groups
 
 
 def _sections(figures: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -249,7 +251,7 @@ def _sections(figures: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[st
     return sections
 
 
-def _texts(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _paragraphs(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Gather the paragraphs of the methods text from the records of runs, each once."""
     return list(dict.fromkeys(tuple(p) for record in records
                               for p in record.get("paragraphs", ())))
@@ -258,37 +260,37 @@ def _texts(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def _common(paragraphs: Sequence[tuple[str, str]], used: Sequence[Method]) -> dict[str, Any]:
     """Gather the variables of the template that all pages share."""
     return {
-        "style": _text(HERE / "style.css"), "version": __version__,
+        "style": _read(HERE / "style.css"), "version": __version__,
         "paragraphs": paragraphs, "references": boilerplate.references(used),
         "versions": {"QSphere": __version__, "Python": platform.python_version(),
                      **{p: _version(p) for p in PACKAGES}}}
 
 
 def _methods(names: Iterable[str]) -> list[Method]:
-    """Load each named method once; leave out those that no longer exist."""
-    found = []
+    """Load each named method once; names without a method, as in old records, are left out."""
+    loaded = []
     for name in dict.fromkeys(names):
         try:
-            found.append(methods.get(name))
+            loaded.append(methods.get(name))
         except UsageError:
             continue
-    return found
+    return loaded
 
 
 def _latest(folder: Path) -> Path | None:
     """Find the log folder of the latest invocation; the names begin with the time."""
-    found = sorted(p for p in folder.glob("*/") if (p / "status.json").is_file())
-    return found[-1] if found else None
+    folders = sorted(p for p in folder.glob("*/") if (p / "status.json").is_file())
+    return folders[-1] if folders else None
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(_text(path))
+        return json.loads(_read(path))
     except (ValueError, RecursionError):
         return {}
 
 
-def _text(path: Path) -> str:
+def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
