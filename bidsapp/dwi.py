@@ -316,7 +316,8 @@ class Dwi:
     def select_shell(self, shell: Shell) -> Dwi:
         """Select the volumes of a shell and the b0 volumes."""
         part = np.sort(np.r_[np.flatnonzero(self.acquisition.b0), shell.indices])
-        return replace(self, signal=self.signal[:, part], acquisition=self.acquisition[part])
+        return replace(self, signal=self.signal[:, part], acquisition=self.acquisition[part],
+                       noise_gain=None if self.noise_gain is None else self.noise_gain[part])
 
     @property
     def mean_b0(self) -> np.ndarray:

@@ -35,9 +35,9 @@ def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
         drawn = [Figure(
             "dwimap", {"desc": "distributions"},
             _distributions([("as measured", cohort.statistics)], features, units),
-            "Map statistics by batch",
+            "Map statistics by site",
             f"Mean of each map over the brain mask; a point per run ({runs} in all), a line from "
-            "the lower to the upper quartile and a bar at the median of each batch.",
+            "the lower to the upper quartile and a bar at the median of each site.",
             "Distributions")]
         if pairs := quality.harmonized_columns(cohort.statistics, features):
             after = cohort.statistics[["batch", *pairs]].rename(columns=pairs)
@@ -61,7 +61,7 @@ def of_group(cohort: Cohort, fitted: Mapping[str, Fitted]) -> list[Figure]:
                                    units),
                     f"Before and after {label}",
                     f"{method}: the statistics of every run before (open circles), and after "
-                    "(filled circles; runs of one participant in one batch are averaged first).",
+                    "(filled circles; runs of one participant in one site are averaged first).",
                     "Harmonization"))
     return drawn
 

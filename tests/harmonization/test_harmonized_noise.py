@@ -77,6 +77,9 @@ def test_gain_of_a_map_that_is_known(rng, b0):
     twice = replace(dwi, noise_gain=gain)
     again = harmonizer.noise_gain(twice, Harmonized(scaled(dwi), scaled, errors=[0.0]))
     np.testing.assert_allclose(again, gain**2, rtol=1e-4)
+    second = dwi.acquisition.shells[1]  # a shell alone keeps its own gain
+    alone = twice.select_shell(second)
+    assert alone.noise_of(alone.acquisition.shells[0].indices) == twice.noise_of(second.indices)
 
 
 def test_a_series_keeps_the_noise_of_means_over_directions(rng):

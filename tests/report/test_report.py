@@ -511,7 +511,7 @@ def test_group_page(rng):
     assert difference["statistic"] == "unpaired_difference"
     assert "Site <B> less Site A" in seen.text
     low, high = (f"{difference[end]:.3g}" for end in ("low", "high"))
-    assert f"{difference['value']:.3g} ({low} to {high}), different people" in seen.text
+    assert f"{difference['value']:.3g} ({low} to {high}), different participants" in seen.text
     assert "in sample" not in seen.text, "nothing was harmonized"
     assert "sub-03.html" in seen.links
     for words in ("Site <B> 6 6", "12 run(s)", "covariates: age", "-4.2", "1 lies below",
