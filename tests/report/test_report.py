@@ -509,7 +509,7 @@ def test_group_page(rng):
     assert "AUC: Site A: measured" in seen.text or "AUC: Site <B>: measured" in seen.text
     difference = between[(between["data"] == "combat") & (between["of"] == "dti_fa_mean")].iloc[0]
     assert difference["statistic"] == "unpaired_difference"
-    assert "Site <B> less Site A" in seen.text
+    assert "Site <B> minus Site A" in seen.text
     low, high = (f"{difference[end]:.3g}" for end in ("low", "high"))
     assert f"{difference['value']:.3g} ({low} to {high}), different participants" in seen.text
     assert "in sample" not in seen.text, "nothing was harmonized"
