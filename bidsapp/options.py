@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from bidsapp import spaces
 from bidsapp.errors import UsageError
 
 MODES = ("syn", "sample-mean", "sample", "random-wm")
@@ -125,6 +126,13 @@ class Options:
     synthesize_image: bool = option(
         False, "also a whole image of each mode, in the participant's own anatomy",
         level="participant")
+    output_spaces: tuple[str, ...] = option(
+        (), "spaces in which maps are written too: T1w, or TemplateFlow names with :res-N where "
+        "wanted; default: dwi", level="participant", aliases=("--output_spaces",),
+        metavar="SPACE")
+    output_resolution: float | None = option(
+        None, "voxel size in the output spaces that name no res-N; default: the smallest edge of "
+        "the run's voxels", level="participant", metavar="MM")
     allow_extrapolation: bool = option(
         False, "use a model outside what it was trained for; noted in every sidecar",
         level="participant")
@@ -222,6 +230,12 @@ class Options:
         if self.init and not self.train:
             raise UsageError(f"--init {self.init}: weights that a training starts from. Give a "
                              "METHOD with --train, or leave it out.")
+        if self.output_resolution is not None and not 0.2 <= self.output_resolution <= 20:
+            raise UsageError(f"--output-resolution {self.output_resolution:g}: a size between 0.2 "
+                             "and 20 mm is needed.")
+        if not spaces.parse(self.output_spaces) and self.output_resolution:
+            raise UsageError("--output-resolution belongs to --output-spaces. Give a SPACE with "
+                             "it (T1w or a template), or leave it out.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: needed is auto, cpu, cuda or cuda:N.")
         for text in self.set:

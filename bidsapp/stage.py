@@ -32,6 +32,9 @@ class Stage:
     tissue : callable, optional
         Gives (voxel, 3) probabilities of grey matter, white matter and CSF, or None, and a
         sentence on them; called where a method wants them.
+    anatomy : callable, optional
+        Gives the run's T1w image and where the diffusion images lie in it
+        (`anatomy.t1w.Anatomy`); raises DataError where that cannot be had.
     """
 
     dwi: Dwi
@@ -41,3 +44,4 @@ class Stage:
     no_intervals: str = ""
     widening: float = 1.0
     tissue: Callable[[], tuple[np.ndarray | None, str]] = lambda: (None, "")
+    anatomy: Callable[[], Any] = lambda: None

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -127,6 +127,11 @@ class Step(ABC):
         self.context, self.takes = context, takes
 
     @property
+    def needs(self) -> list[Step]:
+        """The steps without whose results it cannot be done."""
+        return [self.takes] if self.takes else []
+
+    @property
     @abstractmethod
     def parameters(self) -> Mapping[str, Any]:
         """All that the result depends on beside the signal that it takes."""
@@ -229,9 +234,11 @@ class Measure(Step):
         return self._stage(replace(dwi, noise_sd=facts["noise_sd"]))
 
     def _stage(self, dwi: Dwi) -> Stage:
-        # once for all methods that want it
-        tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir))
-        return Stage(dwi, tissue=tissue)
+        # once for all methods and spaces that want it
+        anatomy = cache(partial(register_t1w, self.context.run, dwi))
+        tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir,
+                               anatomy))
+        return Stage(dwi, tissue=tissue, anatomy=anatomy)
 
 
 class Harmonize(Step):
@@ -516,12 +523,26 @@ def doubt(run: Run, dwi: Dwi, mean_b0: np.ndarray) -> tuple[list[str], dict[str,
                     "fibre_coherence_best": found.best if found else None}
 
 
-def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None) -> tuple[np.ndarray | None, str]:
+def register_t1w(run: Run, dwi: Dwi) -> t1w.Anatomy:
+    """Read the run's T1w image and register the run to it.
+
+    Raises
+    ------
+    DataError
+        There is none, or it cannot be used.
+    """
+    if run.t1w is None:
+        raise DataError("no T1w image was found for this run.")
+    return t1w.register(dwi, run.t1w)
+
+
+def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None, anatomy: Callable[[], t1w.Anatomy]
+                ) -> tuple[np.ndarray | None, str]:
     """Tissue probabilities from the run's T1w image where that can be had, and a sentence on it."""
     if run.t1w is None:
         return None, "No T1w image was found: tissue comes from the DWI alone."
     try:
-        tissue = t1w.posteriors(dwi, run.t1w, run.probsegs, work_dir)
+        tissue = t1w.posteriors(dwi, run.t1w, run.probsegs, work_dir, anatomy())
     except DataError as error:
         return None, f"The T1w image is not used, tissue comes from the DWI alone: {error}"
     return tissue, f"Tissue was sought in {run.t1w.name}."

@@ -45,8 +45,8 @@ def build(images: Sequence[Image], work_dir: Path | None = None
     return template, places
 
 
-def register(fixed: Image, moving: Image, work_dir: Path | None = None
-           ) -> Float[np.ndarray, "x y z 3"]:
+def register(fixed: Image, moving: Image, work_dir: Path | None = None,
+             iterations: Sequence[int] = ITERATIONS) -> Float[np.ndarray, "x y z 3"]:
     """φ at the voxels of `fixed`: world points of `moving`. The same whatever the order of the
     axes of `fixed`."""
     import nibabel as nib
@@ -57,7 +57,7 @@ def register(fixed: Image, moving: Image, work_dir: Path | None = None
     linear = affine_registration.register(Image(values, affine), moving, work_dir)
     points = world_points(values.shape, affine)
     seen = moving.at(transform_points(linear, points))
-    u = displacement(values, seen, affine, work_dir, ITERATIONS)
+    u = displacement(values, seen, affine, work_dir, iterations)
     back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], order)
     return nib.orientations.apply_orientation(transform_points(linear, points + u), back)
 

@@ -218,7 +218,7 @@ def _texts(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def _common(paragraphs: Sequence[tuple[str, str]], used: Sequence[Method]) -> dict[str, Any]:
     return {
         "style": _text(HERE / "style.css"), "version": __version__,
-        "paragraphs": paragraphs, "references": boilerplate.references(used),
+        "paragraphs": paragraphs, "references": boilerplate.references(used, paragraphs),
         "versions": {"QSphere": __version__, "Python": platform.python_version(),
                      **{p: _version(p) for p in PACKAGES}}}
 
