@@ -94,9 +94,10 @@ def parse(names: tuple[str, ...]) -> tuple[Space, ...]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 3, 0.5)
             raise UsageError(
-                f"--output-spaces {name}: no such space. Needed is {DWI}, {T1W} or a template of "
-                f"TemplateFlow ({HOME} is {home()})."
-                + f" Did you mean {' or '.join(near)}?" * bool(near))
+                f"--output-spaces {name}: no such space. Needed is {DWI}, {T1W} or a template "
+                f"that {home()} ({HOME}) lists."
+                + f" Did you mean {' or '.join(near)}?" * bool(near)
+                + f" Another template of TemplateFlow must be fetched first. {_fetch(name)}")
     given = argparse.Namespace(spaces=None)
     try:
         niworkflows.OutputReferencesAction(["--output-spaces"], "spaces", nargs="+")(
@@ -115,6 +116,9 @@ def _space(reference: Any) -> Space:
                          f"{T1W} or the T1w image of a template.")
     if not reference.standard:
         return Space(reference.space)
+    if unknown := reference.spec.keys() - {"cohort", "res", "resolution"}:
+        raise UsageError(f"--output-spaces {reference}: {', '.join(unknown)} is not known. Needed "
+                         "is res-N or cohort-N after the template's name.")
     cohort = str(reference.spec.get("cohort", ""))
     res = str(reference.spec.get("res", reference.spec.get("resolution", "native")))
     space = Space(reference.space, cohort, "" if res == "native" else res)
@@ -133,18 +137,21 @@ def _space(reference: Any) -> Space:
             return Space(space.name, cohort, space.res, image, mask)
     if not wanted:
         raise UsageError(
-            f"--output-spaces {space}: TemplateFlow has no T1w image of it. "
-            + (f"There are res-{', res-'.join(str(_resolution(i)) for i in images)}."
+            f"--output-spaces {space}: {home()} ({HOME}) lists no T1w image of it. "
+            + (f"There is res-{', res-'.join(str(_resolution(i)) for i in images)}."
                if images else "Name another template."))
-    number = _resolution(wanted[0])
-    more = "".join(f", {key}={value}" for key, value in (
-        ("resolution", number), ("cohort", cohort)) if value)
     raise UsageError(
         f"--output-spaces {space}: {wanted[0].name} or its brain mask (desc-brain_mask) is not in "
-        f"{home()}. Needed are both, for nothing is downloaded at run time. On a machine with "
-        f"network run: {HOME}={home()} python -c \"from templateflow.api import get; "
-        f"get('{space.name}', suffix=['T1w', 'mask'], desc=[None, 'brain'], "
-        f"extension='.nii.gz'{more})\", and let {HOME} name that folder here.")
+        f"{home()}. Needed are both, for nothing is downloaded at run time. "
+        + _fetch(space.name, resolution=_resolution(wanted[0]), cohort=cohort))
+
+
+def _fetch(template: str, **more: Any) -> str:
+    """Say how a template is fetched. more: keys of the query, left out where they are empty."""
+    keys = "".join(f", {key}={value}" for key, value in more.items() if value)
+    return (f"On a machine with network run: {HOME}={home()} python -c \"from templateflow.api "
+            f"import get; get('{template}', suffix=['T1w', 'mask'], desc=[None, 'brain'], "
+            f"extension='.nii.gz'{keys})\", and let {HOME} name that folder here.")
 
 
 def _resolution(image: Path) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from bidsapp import sh
 from bidsapp.dwi import open_image, read_array
@@ -78,8 +78,8 @@ def through(points: Float[np.ndarray, "*grid 3"], place: Float[np.ndarray, "x y 
                               for k in range(3)], -1)
 
 
-def scalars(values: Float[np.ndarray, "voxel k"], mask: np.ndarray, affine: np.ndarray,
-            points: Float[np.ndarray, "n 3"], order: int = 1) -> Float[np.ndarray, "n k"]:
+def scalars(values: Shaped[np.ndarray, "voxel k"], mask: np.ndarray, affine: np.ndarray,
+            points: Float[np.ndarray, "n 3"], order: int = 1) -> Shaped[np.ndarray, "n k"]:
     """Interpolate maps that are known in a mask.
 
     The nearest values stand outside the mask, so that the zeros there do not bleed in; the result
