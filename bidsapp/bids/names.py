@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 ENTITIES = ("sub", "ses", "sample", "task", "tracksys", "acq", "ce", "trc", "stain", "rec", "dir",
-            "run", "echo", "part", "chunk", "space", "cohort", "res", "from", "to", "mode",
-            "label", "model", "param", "stat", "desc")
+            "run", "echo", "part", "chunk", "from", "to", "mode", "space", "cohort",
+            "res", "label", "model", "param", "stat", "desc")
 """BIDS order, with the entities of BEP016 (model, param) and `stat` before `desc`."""
 
 BIDSIGNORE = ("*.html", "logs", "log", "figures", "group", "*_dwimap.*", "*_dwi.bval",

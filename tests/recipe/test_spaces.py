@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from bidsapp import cli, sh, spaces
@@ -173,12 +173,14 @@ def check_maps(out, entities, to_head, turn, similar, degrees):
     assert unturned > 2.5 * degrees  # else this would show nothing
 
 
+@pytest.mark.slow
 def test_maps_in_the_space_of_the_t1w_image(work):
     back = np.linalg.inv(pose())
     check_maps(work[1], "space-T1w", lambda p: p @ back[:3, :3].T + back[:3, 3],
                pose()[:3, :3] @ FIBRE, 0.93, 3)
 
 
+@pytest.mark.slow
 def test_maps_in_the_space_of_a_template(work):
     """The truth of the fibres' turn is the rotation alone: the bend adds a few degrees to it."""
     turn = Rotation.from_rotvec(TILT, degrees=True).as_matrix().T @ FIBRE
@@ -189,6 +191,7 @@ def test_maps_in_the_space_of_a_template(work):
     np.testing.assert_allclose(fa.affine, there.affine, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_transform_is_the_truth_and_itk_reads_it(work):
     ants = pytest.importorskip("ants")
     path = work[1] / "sub-01/dwi/sub-01_from-dwi_to-T1w_mode-image_xfm.txt"
@@ -200,19 +203,28 @@ def test_the_transform_is_the_truth_and_itk_reads_it(work):
     assert np.linalg.norm(seen - corners, axis=1).max() < 1.5
 
 
-def test_ants_does_the_same_with_the_field(work):
+def test_ants_does_the_same_with_the_field(rng, tmp_path):
+    """A bent transform, read by ITK: the same image as ours."""
     ants = pytest.importorskip("ants")
-    stem = work[1] / "sub-01/dwi/sub-01"
-    fixed = ants.image_read(f"{stem}_space-Bent_res-2_model-tensor_param-md_dwimap.nii.gz")
-    moving = ants.image_read(f"{stem}_model-tensor_param-md_dwimap.nii.gz")
+    shape, affine = grid((5.0, 4.0, 6.0), (90, 80, 90))
+    values = gaussian_filter(rng.standard_normal(shape), 1.5).astype(np.float32)
+    new_shape, new = grid((3.0, 5.0, 4.0), (40, 40, 40))
+    points = from_template(world_points(new_shape, new))
+    save(tmp_path / "old.nii.gz", values, affine)
+    save(tmp_path / "new.nii.gz", np.zeros(new_shape, np.float32), new)
+    (tmp_path / "xfm.nii.gz").write_bytes(resample.pack_field(points, new))
     theirs = ants.apply_transforms(
-        fixed, moving, [f"{stem}_from-dwi_to-Bent_res-2_mode-image_xfm.nii.gz"]).numpy()
-    inside = np.asarray(read(work[1], "space-Bent_res-2_desc-brain_mask").dataobj) > 0
-    deep = binary_erosion(inside, iterations=4)  # outside, ours does not mix with the zeros there
-    assert deep.sum() > 1000
-    np.testing.assert_allclose(fixed.numpy()[deep], theirs[deep], atol=1e-6)
+        *(ants.image_read(str(tmp_path / f"{name}.nii.gz")) for name in ("new", "old")),
+        [str(tmp_path / "xfm.nii.gz")]).numpy()
+    read_back = resample.read_points(tmp_path / "xfm.nii.gz", new_shape, new)
+    np.testing.assert_allclose(read_back, points, atol=1e-5)
+    ours = resample.scalars(values.reshape(-1, 1), np.ones(shape, bool), affine,
+                            read_back.reshape(-1, 3))
+    np.testing.assert_allclose(ours[:, 0].reshape(new_shape), theirs, atol=1e-5)
+    assert np.ptp(theirs) > 0.1
 
 
+@pytest.mark.slow
 def test_a_space_and_an_estimate_that_are_added_are_done_alone(work):
     first, second, third = work[2]
     assert first and second and all("space-T1w" in name for name in second)
@@ -221,6 +233,7 @@ def test_a_space_and_an_estimate_that_are_added_are_done_alone(work):
     assert any("space-T1w_model-smt" in n for n in third)
 
 
+@pytest.mark.slow
 def test_what_was_resampled_goes_with_its_map(work, tmp_path):
     """Another setting of an estimator, without the space: the resampled maps would be wrong."""
     bids, out, _ = work
@@ -231,6 +244,7 @@ def test_what_was_resampled_goes_with_its_map(work, tmp_path):
     assert left and not any("model-tensor" in name for name in left)
 
 
+@pytest.mark.slow
 def test_sidecars_texts_and_page(work):
     out = work[1]
     about = json.loads((out / "sub-01/dwi/sub-01_space-Bent_res-2_model-tensor_param-fa_dwimap"
@@ -245,9 +259,11 @@ def test_sidecars_texts_and_page(work):
     text = (out / "logs/CITATION.md").read_text()
     assert "TemplateFlow" in text and "interpolated once" in text and "Ciric" in text
     page = (out / "sub-01.html").read_text()
+    assert (out / "sub-01/dwi/sub-01_from-dwi_to-Bent_mode-image_res-2_xfm.nii.gz").is_file()
     assert "FA in the space T1w" in page and "sub-01_space-Bent_res-2_…_dwimap.nii.gz" in page
 
 
+@pytest.mark.slow
 def test_the_validator_has_nothing_to_say(work):
     validator = Path(sys.executable).with_name("bids-validator-deno")
     done = subprocess.run([validator, str(work[1]), "-r", "--format", "json"],
@@ -256,6 +272,7 @@ def test_the_validator_has_nothing_to_say(work):
             if i.get("severity", "error") in ("error", "warning")] == []
 
 
+@pytest.mark.slow
 def test_without_a_t1w_image_the_space_alone_is_refused(home, tmp_path, capsys):
     bids, out = write_head(tmp_path / "bids", t1w=False), tmp_path / "out"
     argv = (bids, out, "participant", "--estimate", "dti", "--output-spaces", "T1w")
@@ -268,6 +285,7 @@ def test_without_a_t1w_image_the_space_alone_is_refused(home, tmp_path, capsys):
     assert qsphere(*argv[:-2]) == 0
 
 
+@pytest.mark.slow
 def test_the_dry_run_tells_the_spaces(work, capsys):
     assert qsphere(*work[:2], "participant", "--estimate", "dti", "--output-spaces", "T1w", "Bent",
                    "--output-resolution", "2.5", "--dry-run") == 0
