@@ -124,7 +124,7 @@ def as_input(action: argparse.Action) -> dict[str, Any]:
 def kind(action: argparse.Action) -> str:
     if action.nargs == 0:
         return "Flag"
-    if action.type is int:
+    if action.type in (int, float):
         return "Number"
     return "File" if action.type is Path and action.dest not in CREATED else "String"
 
