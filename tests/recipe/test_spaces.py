@@ -320,6 +320,7 @@ def test_a_resolution_needs_a_space(home, tmp_path, argv):
         cli.parse([str(tmp_path / "in"), str(tmp_path / "out"), "participant", *argv])
 
 
+@pytest.mark.slow
 def test_an_empty_cache_stays_empty(tmp_path):
     """TemplateFlow would write thousands of empty files there; the names are known all the same."""
     folder = tmp_path / "cache"
