@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from bidsapp import spaces
 from bidsapp.errors import UsageError
 
 MODES = ("syn", "sample-mean", "sample", "random-wm")
@@ -130,6 +131,13 @@ class Options:
     synthesize_image: bool = option(
         False, "also synthesize a whole image of each mode, in the participant's anatomy",
         level="participant")
+    output_spaces: tuple[str, ...] = option(
+        (), "spaces in which maps are written too: T1w, or TemplateFlow names with :res-N where "
+        "wanted; default: dwi", level="participant", aliases=("--output_spaces",),
+        metavar="SPACE")
+    output_resolution: float | None = option(
+        None, "voxel size in the output spaces that name no res-N; default: the smallest edge of "
+        "the run's voxels", level="participant", metavar="MM")
     allow_extrapolation: bool = option(
         False, "apply models outside of their training domain; noted in every sidecar",
         level="participant")
@@ -229,6 +237,12 @@ class Options:
         if self.init and not self.train:
             raise UsageError(f"--init {self.init} belongs to a training. Give a METHOD with "
                              "--train, or leave the option out.")
+        if self.output_resolution is not None and not 0.2 <= self.output_resolution <= 20:
+            raise UsageError(f"--output-resolution {self.output_resolution:g}: a size between 0.2 "
+                             "and 20 mm is needed.")
+        if not spaces.parse(self.output_spaces) and self.output_resolution:
+            raise UsageError("--output-resolution belongs to --output-spaces. Give a SPACE with "
+                             "it (T1w or a template), or leave the option out.")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: auto, cpu, cuda or cuda:N is needed.")
         for text in self.set:

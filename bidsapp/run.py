@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bidsapp import checkpoint, methods, training
+from bidsapp import checkpoint, methods, spaces, training
 from bidsapp.bids import btable, find
 from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.blocks import choose_device, memory_limit
@@ -91,7 +91,8 @@ def participant(options: Options) -> int:
     dataset = Dataset(options.output_dir, links)
     dataset.claim()
     dataset.describe(inventory.name, inventory.authors, boilerplate.acknowledge())
-    dataset.write_text("logs/CITATION.md", plan.methods_text(models, chosen, upsampler))
+    dataset.write_text("logs/CITATION.md", plan.methods_text(
+        models, chosen, upsampler, spaces.parse(options.output_spaces)))
     if options.boilerplate_only:
         return 0
     memory, device = available_memory(options), choose_device(options.device)
@@ -520,7 +521,9 @@ def regenerate_reports(options: Options) -> int:
 
 def input_datasets(options: Options) -> dict[str, Path]:
     """Map the names of the input datasets in `bids:NAME:…` URIs to their folders."""
-    return {"raw": options.bids_dir, **dict(options.derivatives)}
+    templates = any(space.image for space in spaces.parse(options.output_spaces))
+    return {"raw": options.bids_dir, **({"templateflow": spaces.home()} if templates else {}),
+            **dict(options.derivatives)}
 
 
 def dry_run(inventory: find.Inventory, models: Sequence[harmonize.Model],

@@ -33,6 +33,9 @@ class Stage:
     tissue : callable, optional
         Returns (voxel, 3) probabilities of grey matter, white matter and CSF, or None, and a
         sentence on them. It is called if a method needs them.
+    anatomy : callable, optional
+        Returns the T1w image of the run and where the diffusion images lie in it
+        (`anatomy.t1w.Anatomy`); raises DataError if there is none that can be used.
     """
 
     dwi: Dwi
@@ -42,3 +45,4 @@ class Stage:
     no_intervals: str = ""
     widening: float = 1.0
     tissue: Callable[[], tuple[np.ndarray | None, str]] = lambda: (None, "")
+    anatomy: Callable[[], Any] = lambda: None

@@ -129,7 +129,7 @@ def boutiques_type(action: argparse.Action) -> str:
     """Select the Boutiques type of an argument."""
     if action.nargs == 0:
         return "Flag"
-    if action.type is int:
+    if action.type in (int, float):
         return "Number"
     return "File" if action.type is Path and action.dest not in CREATED else "String"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,8 +35,42 @@ SMOOTHNESS = "[0.1,1x1x1]"
 """Weight and radius of Atropos' Markov random field."""
 
 
-def posteriors(dwi: Dwi, t1w: Path, probsegs: Sequence[Path] = (), work_dir: Path | None = None
-               ) -> np.ndarray:
+class Anatomy(NamedTuple):
+    """A T1w image, at most as fine as FINEST, and where the diffusion images lie in it.
+
+    Parameters
+    ----------
+    image : (x, y, z) float32
+    affine : (4, 4)
+        Its voxel indices to world RAS+, mm.
+    transform : (4, 4)
+        World of the diffusion images → world of the T1w image, mm.
+    """
+
+    image: np.ndarray
+    affine: np.ndarray
+    transform: np.ndarray
+
+
+def register(dwi: Dwi, t1w: Path) -> Anatomy:
+    """Read a T1w image of the same head and register the diffusion images to it.
+
+    Raises
+    ------
+    DataError
+        The image is unreadable, without contrast, or shows less than half of the brain.
+    """
+    image, affine = read(t1w)
+    transform = rigid.align(dwi, image, affine)
+    at = _voxels(dwi.mask, dwi.affine, transform, affine)
+    coverage = np.all((at >= 0) & (at <= np.array(image.shape)[:, None] - 1), axis=0).mean()
+    if coverage < MIN_COVERAGE:
+        raise DataError(f"{t1w}: covers only {coverage:.0%} of the brain in the diffusion images.")
+    return Anatomy(image, affine, transform)
+
+
+def posteriors(dwi: Dwi, t1w: Path, probsegs: Sequence[Path] = (), work_dir: Path | None = None,
+               anatomy: Anatomy | None = None) -> np.ndarray:
     """Estimate the tissue probabilities of the brain's voxels.
 
     Parameters
@@ -49,6 +84,8 @@ def posteriors(dwi: Dwi, t1w: Path, probsegs: Sequence[Path] = (), work_dir: Pat
         TISSUES, which are used instead of Atropos'. Their grids may differ from that of `t1w`.
     work_dir : Path, optional
         Folder for temporary files.
+    anatomy : Anatomy, optional
+        Result of `register` for these images; default: it is called.
 
     Returns
     -------
@@ -61,16 +98,11 @@ def posteriors(dwi: Dwi, t1w: Path, probsegs: Sequence[Path] = (), work_dir: Pat
         An image cannot be read, has no contrast, or covers less than half of the brain; or the
         brain mask is too thin for N4.
     """
-    image, affine = _read(t1w)
-    transform = rigid.align(dwi, image, affine)
-    at = _voxels(dwi.mask, dwi.affine, transform, affine)
-    coverage = np.all((at >= 0) & (at <= np.array(image.shape)[:, None] - 1), axis=0).mean()
-    if coverage < MIN_COVERAGE:
-        raise DataError(f"{t1w}: covers only {coverage:.0%} of the brain in the diffusion images.")
+    image, affine, transform = anatomy = anatomy or register(dwi, t1w)
     if probsegs:
-        maps = [_read(path) for path in probsegs]
+        maps = [read(path) for path in probsegs]
     else:
-        brain = _to_anatomy(dwi, image, affine, transform)
+        brain = brain_mask(dwi, anatomy)
         maps = [(m, affine) for m in _atropos(image, affine, brain, work_dir)]
     size = np.linalg.norm(dwi.affine[:3, :3], axis=0).mean()
     columns = [_sample(m, a, _voxels(dwi.mask, dwi.affine, transform, a), size) for m, a in maps]
@@ -104,9 +136,14 @@ def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir:
     return [maps[1], maps[2], maps[0]]  # from dark to bright: CSF, grey matter, white matter
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image, (x, y, z) float32, with voxels reduced to FINEST where smaller, and its
-    affine."""
+def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image, (x, y, z) float32, and its affine; voxels smaller than FINEST are enlarged.
+
+    Raises
+    ------
+    DataError
+        It is unreadable or no volume with contrast.
+    """
     from scipy.ndimage import gaussian_filter, zoom
 
     image = open_image(path)
@@ -127,14 +164,18 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return zoom(smooth, factor, order=1, grid_mode=True, mode="nearest"), affine
 
 
-def _to_anatomy(dwi: Dwi, image: np.ndarray, affine: np.ndarray, transform: np.ndarray
-                ) -> np.ndarray:
-    """The brain mask on the T1w grid."""
+def brain_mask(dwi: Dwi, anatomy: Anatomy) -> np.ndarray:
+    """Bring the brain mask of the diffusion images to the grid of the T1w image.
+
+    Returns
+    -------
+    (x, y, z) bool
+    """
     from scipy.ndimage import affine_transform
 
-    to_dwi = np.linalg.inv(transform @ dwi.affine) @ affine
+    to_dwi = np.linalg.inv(anatomy.transform @ dwi.affine) @ anatomy.affine
     return affine_transform(dwi.mask.astype(np.float32), to_dwi[:3, :3], to_dwi[:3, 3],
-                            image.shape, order=1) > 0.5
+                            anatomy.image.shape, order=1) > 0.5
 
 
 def _sample(values: np.ndarray, affine: np.ndarray, at: np.ndarray, size: float) -> np.ndarray:

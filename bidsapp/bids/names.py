@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 ENTITIES = ("sub", "ses", "sample", "task", "tracksys", "acq", "ce", "trc", "stain", "rec", "dir",
-            "run", "echo", "part", "chunk", "space", "res", "label", "model", "param",
-            "stat", "desc")
+            "run", "echo", "part", "chunk", "from", "to", "mode", "space", "cohort",
+            "res", "label", "model", "param", "stat", "desc")
 """Entities in BIDS order, with those of BEP016 (model, param) and `stat` before `desc`."""
 
 BIDSIGNORE = ("*.html", "logs", "log", "figures", "group", "*_dwimap.*", "*_dwi.bval",
-              "*_dwi.bvec", "*_dwi.b", "*_dwi.btens", "*_qc.*", "*_truth.*", "*_xfm.*")
+              "*_dwi.bvec", "*_dwi.b", "*_dwi.btens", "*_qc.*", "*_truth.*", "*_xfm.*",
+              "*_cohort-*")
 """Patterns of outputs that the BIDS validator would refuse, since its schema lacks them."""
 
 

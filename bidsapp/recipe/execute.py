@@ -201,15 +201,16 @@ class Execution:
         return self.dataset.is_complete(self.dataset.record(step.record), step.fingerprint)
 
     def _lacks_signal(self, step: Step) -> bool:
-        """Whether the step that makes its signal was refused."""
-        return step.takes is not None and "refusal" in self.dataset.record(step.takes.record)
+        """Whether a step that it needs was refused, or lacks a signal itself."""
+        return any("refusal" in self.dataset.record(other.record) or self._lacks_signal(other)
+                   for other in step.needs)
 
     def _do(self, step: Step) -> None:
         report = StepReport()
         with self.dataset.transaction(step.record, step.fingerprint) as transaction:
             about: dict[str, Any] = {
                 "name": step.name,
-                "takes": {step.takes.name: step.takes.fingerprint} if step.takes else {}}
+                "takes": {other.name: other.fingerprint for other in step.needs}}
             try:
                 taken = self.stage(step.takes) if step.takes else None
                 given = step.apply(taken, transaction, report)

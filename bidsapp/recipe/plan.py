@@ -16,6 +16,7 @@ from bidsapp.errors import QSphereError, Refusal
 from bidsapp.kinds import Estimator, FromSignal, MethodContext, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
+from bidsapp.recipe.spaces import Register, Resample, paragraph
 from bidsapp.recipe.steps import (
     PREPARATION,
     Estimate,
@@ -26,6 +27,7 @@ from bidsapp.recipe.steps import (
     Upsample,
 )
 from bidsapp.report import boilerplate
+from bidsapp.spaces import Space, parse
 
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
 """Estimators that run without --estimate, as far as their folders exist."""
@@ -65,11 +67,16 @@ def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequenc
         upsampled = Upsample(context, changed[-1] if changed else measured, upsampler)
         signals.append(upsampled)
         changed.append(upsampled)
-    steps = signals
+    steps, estimates = signals, []
     for method in chosen:
-        steps.append(Estimate(context, measured, method))
+        made = [Estimate(context, measured, method)]
         if isinstance(method, Estimator):
-            steps += [Estimate(context, signal, method) for signal in changed]
+            made += [Estimate(context, signal, method) for signal in changed]
+            estimates += made
+        steps += made
+    for space in parse(context.options.output_spaces):
+        registered = Register(context, measured, space)
+        steps += [registered, *(Resample(context, registered, estimate) for estimate in estimates)]
     return steps
 
 
@@ -161,8 +168,9 @@ def _describe_field_map(field_map: FieldMap) -> str:
 
 
 def methods_text(models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
-                 upsampler: Upsampler | None = None) -> str:
+                 upsampler: Upsampler | None = None, spaces: Sequence[Space] = ()) -> str:
     """Write the methods text of all steps that a plan may hold, with references."""
     used = [*{m.method.name: m.method for m in models}.values(),
             *([upsampler] if upsampler else []), *chosen]
-    return boilerplate.markdown([*PREPARATION, *map(boilerplate.of_method, used)], used)
+    return boilerplate.markdown([*PREPARATION, *map(boilerplate.of_method, used),
+                                 *map(paragraph, spaces)], used)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -156,6 +156,11 @@ class Step(ABC):
         self.context, self.takes = context, takes
 
     @property
+    def needs(self) -> list[Step]:
+        """The steps without whose results it cannot be done."""
+        return [self.takes] if self.takes else []
+
+    @property
     @abstractmethod
     def parameters(self) -> Mapping[str, Any]:
         """All that the result depends on, apart from the signal that the step takes; hashed."""
@@ -279,9 +284,11 @@ class Measure(Step):
         return self._stage(replace(dwi, noise_sd=facts["noise_sd"]))
 
     def _stage(self, dwi: Dwi) -> Stage:
-        # cached: several methods may use it
-        tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir))
-        return Stage(dwi, tissue=tissue)
+        # cached: several methods and spaces may use them
+        anatomy = cache(partial(register_t1w, self.context.run, dwi))
+        tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir,
+                               anatomy))
+        return Stage(dwi, tissue=tissue, anatomy=anatomy)
 
 
 class Harmonize(Step):
@@ -590,7 +597,21 @@ def check_plausibility(run: Run, dwi: Dwi, mean_b0: np.ndarray
                       "fibre_coherence_best": coherence.best if coherence else None}
 
 
-def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None) -> tuple[np.ndarray | None, str]:
+def register_t1w(run: Run, dwi: Dwi) -> t1w.Anatomy:
+    """Read the T1w image of a run and register the run to it.
+
+    Raises
+    ------
+    DataError
+        There is no T1w image, or it cannot be used.
+    """
+    if run.t1w is None:
+        raise DataError("no T1w image was found for this run.")
+    return t1w.register(dwi, run.t1w)
+
+
+def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None, anatomy: Callable[[], t1w.Anatomy]
+                ) -> tuple[np.ndarray | None, str]:
     """Compute tissue probabilities from the T1w image of a run, and say where they come from.
 
     Returns
@@ -603,7 +624,7 @@ def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None) -> tuple[np.ndarray |
     if run.t1w is None:
         return None, "No T1w image was found: tissue comes from the DWI alone."
     try:
-        tissue = t1w.posteriors(dwi, run.t1w, run.probsegs, work_dir)
+        tissue = t1w.posteriors(dwi, run.t1w, run.probsegs, work_dir, anatomy())
     except DataError as error:
         return None, f"The T1w image is not used, tissue comes from the DWI alone: {error}"
     return tissue, f"Tissue was segmented in {run.t1w.name}."

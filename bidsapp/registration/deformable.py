@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -67,8 +68,8 @@ def displacement(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, work
     return u * FLIP
 
 
-def rotations(points: Float[np.ndarray, "x y z 3"], affine: np.ndarray
-              ) -> Float[np.ndarray, "x y z 3 3"]:
+def rotations(points: Float[np.ndarray, "x y z 3"], affine: np.ndarray,
+              inside: Any = ...) -> Float[np.ndarray, "*voxel 3 3"]:
     """Compute Rᵀ of the polar decomposition of ∂φ/∂p.
 
     Parameters
@@ -77,13 +78,15 @@ def rotations(points: Float[np.ndarray, "x y z 3"], affine: np.ndarray
         φ at the voxels of a grid: world, mm.
     affine : (4, 4)
         Voxel indices of the grid to world RAS+, mm.
+    inside : (x, y, z) bool, optional
+        Voxels whose rotations are computed; default: all.
 
     Returns
     -------
-    (x, y, z, 3, 3)
+    (…, 3, 3)
         Rᵀ at each voxel, which rotates directions of the moving image to the fixed image.
     """
-    slopes = np.stack(np.gradient(points, axis=(0, 1, 2)), -1)  # (…, world axis, voxel axis)
+    slopes = np.stack([np.gradient(points, axis=a)[inside] for a in range(3)], -1)
     left, _, right = np.linalg.svd(slopes @ np.linalg.inv(affine[:3, :3]))
     left[..., -1] *= np.linalg.det(left @ right)[..., None]
     return (left @ right).swapaxes(-1, -2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from nibabel import orientations
 
 
@@ -67,7 +67,7 @@ def canonical(mask: np.ndarray, affine: np.ndarray
     return inside, affine @ orientations.inv_ornt_aff(axes, mask.shape), row[inside]
 
 
-def fill_nearest(values: Float[np.ndarray, "voxel k"], mask: np.ndarray,
+def fill_nearest(values: Shaped[np.ndarray, "voxel k"], mask: np.ndarray,
                  usable: np.ndarray | None = None, margin: int = 0
                  ) -> Float[np.ndarray, "x y z k"]:
     """Put the values of voxels on their grid, and fill the rest with the nearest of them.

@@ -62,8 +62,8 @@ def build(images: Sequence[Image], work_dir: Path | None = None
     return template, points
 
 
-def register(fixed: Image, moving: Image, work_dir: Path | None = None
-           ) -> Float[np.ndarray, "x y z 3"]:
+def register(fixed: Image, moving: Image, work_dir: Path | None = None,
+             iterations: Sequence[int] = ITERATIONS) -> Float[np.ndarray, "x y z 3"]:
     """Register two images by an affine and a deformable transform.
 
     The result does not depend on the storage order of `fixed`.
@@ -74,6 +74,8 @@ def register(fixed: Image, moving: Image, work_dir: Path | None = None
         The two images.
     work_dir : Path, optional
         Folder for temporary files.
+    iterations : sequence of int
+        Of SyN, at a quarter, half and the whole of the resolution.
 
     Returns
     -------
@@ -88,7 +90,7 @@ def register(fixed: Image, moving: Image, work_dir: Path | None = None
     linear = affine_registration.register(Image(values, affine), moving, work_dir)
     points = world_points(values.shape, affine)
     resampled = moving.at(transform_points(linear, points))
-    u = displacement(values, resampled, affine, work_dir, ITERATIONS)
+    u = displacement(values, resampled, affine, work_dir, iterations)
     back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], order)
     return nib.orientations.apply_orientation(transform_points(linear, points + u), back)
 

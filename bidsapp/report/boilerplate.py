@@ -24,6 +24,14 @@ REFERENCES = {
 }
 """References by DOI that hold for every run. Methods bring their own."""
 
+CITED = {
+    "10.1038/s41592-022-01681-2": "Ciric et al. 2022, TemplateFlow",
+    "10.1016/S0031-3203(98)00091-0": "Studholme et al. 1999, normalised mutual information",
+    "10.1016/j.media.2007.06.004": "Avants et al. 2008, SyN",
+    "10.1109/42.963816": "Alexander et al. 2001, reorientation by finite strain",
+}
+"""DOI → what it is, of what some paragraphs cite beside the methods."""
+
 
 def acknowledge() -> str:
     """Write the sentence for HowToAcknowledge of dataset_description.json."""
@@ -36,12 +44,15 @@ def of_method(method: Method) -> tuple[str, str]:
     return f"Method: {method.short}", _method(method)
 
 
-def references(chosen: Sequence[Method]) -> list[tuple[str, str]]:
-    """List REFERENCES and those of methods, each once: (description, https://doi.org/…).
+def references(chosen: Sequence[Method], paragraphs: Sequence[tuple[str, str]] = ()
+               ) -> list[tuple[str, str]]:
+    """List references, each once: (description, https://doi.org/…).
 
-    The references of a method are the DOIs in the first paragraph of its README, and its URL.
+    They are REFERENCES, those of CITED that a paragraph names, and those of the chosen methods: the
+    DOIs in the first paragraph of the README of each, and its URL.
     """
-    descriptions = dict(REFERENCES)
+    texts = " ".join(text for _, text in paragraphs)
+    descriptions = REFERENCES | {doi: text for doi, text in CITED.items() if doi in texts}
     for method in chosen:
         readme, url = _readme(method), str(method.outputs["model"].get("URL", ""))
         for text in (_first_paragraph(readme), url):
@@ -65,7 +76,7 @@ def markdown(paragraphs: Sequence[tuple[str, str]], chosen: Sequence[Method]) ->
              "(CC0)._"]
     parts += [f"## {heading}\n\n{text}" for heading, text in paragraphs]
     parts.append("## References\n\n" + "\n".join(
-        f"{k}. {what}. <{url}>" for k, (what, url) in enumerate(references(chosen), 1)))
+        f"{k}. {what}. <{url}>" for k, (what, url) in enumerate(references(chosen, paragraphs), 1)))
     return "\n\n".join(parts) + "\n"
 
 

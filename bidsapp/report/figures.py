@@ -32,6 +32,9 @@ SHOWN_SLICES = 8
 BRIGHT_FA = 0.7
 """FA at which colours are brightest."""
 
+WHITE_FA = 0.3
+"""FA above which voxels count as white matter in the check of a registration."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -102,6 +105,34 @@ def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
             elif entry.get("report"):
                 drawn.append(_glyphs(canvas, values, derived, outputs, entry, entities, section))
     return drawn
+
+
+def of_space(grid: Any, reference: np.ndarray, fa: np.ndarray, space: str,
+             entities: Mapping[str, str]) -> Figure:
+    """Draw the reference image of an output space with the outline of the white matter by FA.
+
+    Parameters
+    ----------
+    grid : object
+        With `mask` (x, y, z) bool, the brain in the space, and `affine`.
+    reference, fa : (x, y, z)
+    space : str
+        Its name.
+    entities : mapping
+        Of the figure's file name.
+    """
+    canvas = Canvas(grid)
+    volume = canvas.canonical(reference)
+    limits = (0.0, float(np.percentile(volume[canvas.mask], 99.5)) or 1.0)
+    with mpl.rc_context(STYLE):
+        drawn = mosaics(canvas, coloured(volume, limits, "gray", np.ones_like(canvas.mask)),
+                        f"{space} with the outline of FA above {WHITE_FA:g}",
+                        outline=canvas.canonical(fa > WHITE_FA))
+    return Figure(
+        "dwimap", entities, svg(drawn), f"FA in the space {space}",
+        f"Grey: the reference image of the space. The line surrounds FA above {WHITE_FA:g} as "
+        "resampled to it. It should follow white matter; elsewhere the registration has failed, "
+        "and the maps in this space must not be used.", "Output spaces")
 
 
 def _gradients(dwi: Dwi) -> Figure:

@@ -261,7 +261,7 @@ def _common(paragraphs: Sequence[tuple[str, str]], used: Sequence[Method]) -> di
     """Gather the variables of the template that all pages share."""
     return {
         "style": _read(HERE / "style.css"), "version": __version__,
-        "paragraphs": paragraphs, "references": boilerplate.references(used),
+        "paragraphs": paragraphs, "references": boilerplate.references(used, paragraphs),
         "versions": {"QSphere": __version__, "Python": platform.python_version(),
                      **{p: _version(p) for p in PACKAGES}}}
 

@@ -72,7 +72,7 @@ def scanned(tmp_path_factory):
 @pytest.mark.slow
 def test_the_move_is_found(scanned):
     dwi, _, path = scanned
-    found = rigid.align(dwi, *t1w._read(path))
+    found = rigid.align(dwi, *t1w.read(path))
     turn = Rotation.from_matrix(found[:3, :3] @ pose()[:3, :3].T).magnitude()
     assert np.degrees(turn) < 1
     points = np.c_[np.argwhere(dwi.mask), np.ones(len(dwi.signal))] @ dwi.affine.T

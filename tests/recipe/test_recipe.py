@@ -11,6 +11,7 @@ from bidsapp import checkpoint, cli, methods
 from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
 from bidsapp.recipe import harmonize
+from bidsapp.recipe.execute import Execution
 from bidsapp.recipe.plan import chosen_methods, plan
 from bidsapp.recipe.steps import RunContext, StepReport, load_run
 from bidsapp.stage import Stage
@@ -196,3 +197,16 @@ def estimate(bids, out, name):
     (run,) = find.find_runs(options).runs["02"]
     context = RunContext(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
     return plan(context, (), chosen_methods(options))[-1]
+
+
+def test_a_refusal_reaches_all_later_steps():
+    """Also those of which a step stands between, whose record is then gone."""
+    first = SimpleNamespace(record="first", needs=[])
+    refused = SimpleNamespace(record="refused", needs=[first])
+    second = SimpleNamespace(record="second", needs=[refused])
+    last = SimpleNamespace(record="last", needs=[first, second])
+    records = {"refused": {"refusal": "the run lies outside of the training"}}
+    dataset = SimpleNamespace(record=lambda path: records.get(path, {}))
+    execution = Execution(SimpleNamespace(dataset=dataset), [])
+    assert [execution._lacks_signal(s) for s in (first, refused, second, last)] == [
+        False, False, True, True]

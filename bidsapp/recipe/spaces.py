@@ -1,0 +1,318 @@
+"""Steps that bring finished maps to an output space: find the transform, then resample.
+
+`Register` keeps the transform and the brain mask of a space. `Resample` takes the maps of one
+estimator there, so that an estimate that is added later is resampled alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from bidsapp.anatomy import t1w
+from bidsapp.bids import sidecar
+from bidsapp.bids.inherit import entities_of
+from bidsapp.bids.writer import Transaction, sha256, to_json
+from bidsapp.dwi import open_image, read_array
+from bidsapp.errors import DataError, Refusal
+from bidsapp.recipe.steps import Estimate, RunContext, Step, StepReport, voxel_size
+from bidsapp.registration import deformable, resample, template
+from bidsapp.registration.geometry import transform_points, world_points
+from bidsapp.registration.image import Image, sample
+from bidsapp.report import figures
+from bidsapp.spaces import T1W, Space
+from bidsapp.stage import Stage
+
+log = logging.getLogger("qsphere")
+
+LEAST_BRAIN = 0.5
+"""Volume of the brain in the diffusion images over that of the template, below which the
+registration to the template would have to stretch a slab over a whole brain."""
+
+
+class Register(Step):
+    """Find where a space lies in the diffusion images; write the transform and the brain mask.
+
+    Parameters
+    ----------
+    context : RunContext
+        Of the run.
+    takes : Step
+        The one that gives the measured signal.
+    space : Space
+        The space.
+    """
+
+    def __init__(self, context: RunContext, takes: Step, space: Space) -> None:
+        super().__init__(context, takes)
+        self.space = space
+        self.name = "_".join(["space", *(v if k != "res" else f"res{v}"
+                                         for k, v in space.entities.items())])
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        image, space = self.context.run.t1w, self.space
+        return {"space": str(space), "resolution": self.context.options.output_resolution,
+                "t1w": sha256(image) if image and image.is_file() else str(image),
+                "template": [sha256(f) for f in (space.image, space.mask) if f]}
+
+    @property
+    def title(self) -> str:
+        return f"output space {self.space}"
+
+    def describe(self) -> str:
+        image = self._require_t1w()
+        way = (f"T1w registered to {self.space.image.name}" if self.space.image
+               else "rigid registration")
+        return f"maps in the space {self.space}: {image.name}, {way}, {self._resolution}"
+
+    @property
+    def paragraphs(self) -> list[tuple[str, str]]:
+        return [paragraph(self.space)]
+
+    @property
+    def transform(self) -> PurePosixPath:
+        """Path of the transform below OUTPUT_DIR."""
+        space = self.space
+        return self.context.path(
+            "xfm", ".nii.gz" if space.image else ".txt",
+            **{"from": self.context.run.entities.get("space", "dwi"), "mode": "image",
+               "to": "+".join(filter(None, (space.name, space.cohort))),
+               **({"res": space.res} if space.res else {})})
+
+    @property
+    def mask(self) -> PurePosixPath:
+        """Path of the brain mask in the space, below OUTPUT_DIR."""
+        return self.context.path("mask", desc="brain", **self.space.entities)
+
+    @property
+    def reference(self) -> Path:
+        """Path of the image that defines the space."""
+        return self.space.image or self._require_t1w()
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Sidecar keys of every image in the space."""
+        uri = self.context.dataset.uri
+        return {"SpatialReference": uri(self.reference),
+                "Resolution": self._resolution,
+                "Transform": uri(self.context.dataset.root / self.transform)}
+
+    @cached_property
+    def size(self) -> float:
+        """Edge of the voxels, mm, where the space has no resolution of its own."""
+        return self.context.options.output_resolution or min(voxel_size(self.context.run))
+
+    @property
+    def _resolution(self) -> str:
+        return (f"res-{self.space.res} of {self.space.name}" if self.space.res
+                else f"{self.size:.3g} mm isotropic")
+
+    def _require_t1w(self) -> Path:
+        """Path of the T1w image. Raises Refusal where the run cannot be brought to the space."""
+        run = self.context.run
+        if run.entities.get("space") == self.space.name:
+            raise Refusal(f"the run is in the space {self.space.name} already, and so are its "
+                          "maps.")
+        if run.t1w is None:
+            raise Refusal(
+                f"{run.name} has no T1w image, and without one the diffusion images cannot be "
+                f"registered to {self.space} reliably. Add sub-{run.participant}[/ses-…]/anat/"
+                "…_T1w.nii.gz, or leave the space out. The maps in the space of the diffusion "
+                "images are complete.")
+        return run.t1w
+
+    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
+        assert stage
+        context, dwi, source = self.context, stage.dwi, self._require_t1w()
+        if dwi.acquisition.b0.all() or not dwi.acquisition.b0.any():
+            raise Refusal("the registration needs volumes with and without weighting.")
+        log.info("%s: registering to %s", context.run.name, self.space)
+        try:
+            anatomy = stage.anatomy()
+            reference = open_image(self.reference)
+            shape, affine = ((reference.shape[:3], reference.affine) if self.space.res else
+                             resample.output_grid(reference.shape, reference.affine, self.size))
+            points = world_points(shape, affine)
+            if self.space.image:
+                points = self._from_template(stage, anatomy, points)
+        except DataError as error:
+            raise Refusal(str(error)) from error
+        back = np.linalg.inv(anatomy.transform)
+        points = transform_points(back, points)
+        inside = sample(dwi.mask.astype(np.float32), dwi.affine, points) > 0.5
+        if not inside.any():
+            raise Refusal(f"the brain lies outside the field of view of {self.space}. Check the "
+                          "headers of the images.")
+        mask = context.dataset.uri(context.dataset.root / context.mask)
+        transaction.image(self.mask, inside.astype(np.uint8), like(reference, shape, affine), {
+            **_elsewhere(sidecar.mask(context.run, context.dataset, mask)), **self.about,
+            "Sources": [mask, self.about["Transform"]]})
+        transaction.bytes(self.transform, resample.pack_field(points, affine) if self.space.image
+                          else resample.pack_rigid(back))
+        transaction.text(self.transform.with_name(
+            f"{self.transform.name.partition('.')[0]}.json"), to_json({
+            "Description": "ITK transform that brings images of the diffusion run to the space "
+                           f"{self.space} (antsApplyTransforms -t)",
+            "Sources": [*map(context.dataset.uri, (*context.run.files, source)),
+                        self.about["SpatialReference"]]}))
+        report.notices.append(
+            f"Maps in the space {self.space} ({self._resolution}): {self.mask.parent}/"
+            f"{self.mask.name.replace('_desc-brain_mask.nii.gz', '_…_dwimap.nii.gz')}. The figures "
+            "and tables here are of the space of the diffusion images.")
+        return stage
+
+    def _from_template(self, stage: Stage, anatomy: t1w.Anatomy, points: np.ndarray) -> np.ndarray:
+        """Find the world points of the T1w image for those of the template."""
+        assert self.space.image and self.space.mask
+        values, affine = t1w.read(self.space.image)
+        fixed = Image(np.where(t1w.read(self.space.mask)[0] > 0.5, values, 0), affine)
+        moving = Image(np.where(t1w.brain_mask(stage.dwi, anatomy), anatomy.image, 0),
+                       anatomy.affine)
+        if moving.volume < LEAST_BRAIN * fixed.volume:
+            raise Refusal(
+                f"the diffusion images show {moving.volume / 1000:.0f} mL of brain, and "
+                f"{self.space} has {fixed.volume / 1000:.0f} mL: a part cannot be registered to "
+                f"the whole. Use --output-spaces {T1W}.")
+        place = template.register(fixed, moving, self.context.options.work_dir,
+                                  deformable.ITERATIONS)
+        return resample.through(points, place, affine)
+
+    def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
+        assert stage
+        return stage
+
+
+class Resample(Step):
+    """Bring the maps of an estimator to a space.
+
+    Parameters
+    ----------
+    context : RunContext
+        Of the run.
+    takes : Register
+        The step that found the transform.
+    estimate : Estimate
+        The step that made the maps.
+    """
+
+    takes: Register
+
+    def __init__(self, context: RunContext, takes: Register, estimate: Estimate) -> None:
+        super().__init__(context, takes)
+        self.takes, self.estimate = takes, estimate
+        self.name = f"{takes.name}_{estimate.name}"
+
+    @property
+    def needs(self) -> list[Step]:
+        return [self.takes, self.estimate]
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        return {"estimate": self.estimate.fingerprint}
+
+    @property
+    def title(self) -> str:
+        return f"{self.estimate.name} in the space {self.takes.space}"
+
+    def describe(self) -> str:
+        self.takes.describe()
+        self.estimate.describe()
+        return f"  {self.title}"
+
+    @property
+    def paragraphs(self) -> list[tuple[str, str]]:
+        return []
+
+    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> None:
+        context, space = self.context, self.takes.space
+        root = context.dataset.root
+        grid = open_image(root / self.takes.mask)
+        inside = read_array(grid) > 0
+        points = resample.read_points(root / self.takes.transform, grid.shape, grid.affine)
+        mask = read_array(open_image(root / context.mask)) > 0
+        images = [PurePosixPath(name) for name in context.dataset.record(
+            self.estimate.record)["outputs"] if name.endswith("_dwimap.nii.gz")]
+        log.info("%s: %s, %d images", context.run.name, self.title, len(images))
+        turns = np.empty(0)
+        for path in images:
+            image = open_image(root / path)
+            values = read_array(image)[mask]
+            values = values.reshape(len(values), -1)
+            about = context.dataset.record(path.with_name(
+                f"{path.name.removesuffix('.nii.gz')}.json"))
+            kind = about.get("OrientationEncoding", {}).get("Type")
+            at = points[inside]
+            if kind and not len(turns):
+                turns = deformable.rotations(points, grid.affine, inside)
+            if kind == "unit3vector":
+                way = "linear, of n nᵀ, turned with the head"
+                new = resample.directions(values, mask, image.affine, at, turns)
+            elif kind == "sh":
+                way = "linear, of the coefficients, turned with the head"
+                new = resample.densities(values, mask, image.affine, at, turns)
+            elif kind:
+                report.notices.append(f"{path.name} is not written in the space {space}: it holds "
+                                      f"directions ({kind}) that would have to be turned.")
+                continue
+            else:
+                nearest = about.get("Units") == "label"
+                way = "nearest voxel" if nearest else "linear"
+                new = resample.scalars(values, mask, image.affine, at, 0 if nearest else 1)
+            whole = np.zeros((*inside.shape, new.shape[1]), image.get_data_dtype())
+            whole[inside] = new
+            whole = whole if image.ndim > 3 else whole[..., 0]
+            entities = {**entities_of(path.name), **space.entities}
+            uri = context.dataset.uri(root / path)
+            transaction.image(
+                context.path("dwimap", **entities), whole, grid,
+                {**_elsewhere(about), **self.takes.about, "Interpolation": way,
+                 "Sources": [uri, self.takes.about["Transform"]]})
+            if path.name.endswith("_model-tensor_param-fa_dwimap.nii.gz"):
+                report.figures.append(self._figure(whole, inside, grid.affine))
+
+    def _figure(self, fa: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> figures.Figure:
+        """The reference of the space with the outline of the white matter by FA."""
+        values, own = t1w.read(self.takes.reference)
+        shown = sample(values, own, world_points(inside.shape, affine))
+        canvas = SimpleNamespace(mask=inside, affine=affine)
+        return figures.of_space(canvas, shown, fa, str(self.takes.space),
+                                {**self.takes.space.entities, "desc": "fa"})
+
+
+def like(reference: Any, shape: tuple[int, ...], affine: np.ndarray) -> Any:
+    """Make an empty image on a grid, in the frame (NIfTI code) of another image."""
+    import nibabel as nib
+
+    image = nib.Nifti1Image(np.empty(shape, np.uint8), affine)
+    code = int(reference.get_sform(coded=True)[1] or reference.get_qform(coded=True)[1] or 2)
+    image.set_qform(affine, code)
+    image.set_sform(affine, code)
+    return image
+
+
+def _elsewhere(about: Mapping[str, Any]) -> dict[str, Any]:
+    """A sidecar without what is true of the grid of the diffusion images alone."""
+    return {k: v for k, v in about.items() if k not in sidecar.SPATIAL}
+
+
+def paragraph(space: Space) -> tuple[str, str]:
+    """Heading and text on a space, for the methods text."""
+    text = ("The attenuation of the diffusion signal was registered rigidly to the participant's "
+            "T1w image by normalised mutual information (doi:10.1016/S0031-3203(98)00091-0). ")
+    if space.image:
+        text += ("The T1w image, inside the brain mask of the diffusion images, was registered to "
+                 f"the template {space} of TemplateFlow (doi:10.1038/s41592-022-01681-2) by an "
+                 "affine transform (mutual information) and SyN (local cross-correlation; "
+                 "doi:10.1016/j.media.2007.06.004). The transforms were composed. ")
+    return f"Output space: {space}", text + (
+        "Finished maps were interpolated once, linearly, from the grid of the diffusion images to "
+        "that of the space; labels took the value of the nearest voxel. Directions and densities "
+        "of orientations were turned with the head, by the rotation of the polar decomposition of "
+        "the transform's Jacobian (doi:10.1109/42.963816).")
