@@ -69,7 +69,7 @@ def canonical(mask: np.ndarray, affine: np.ndarray
 
 def fill_nearest(values: Shaped[np.ndarray, "voxel k"], mask: np.ndarray,
                  usable: np.ndarray | None = None, margin: int = 0
-                 ) -> Float[np.ndarray, "x y z k"]:
+                 ) -> Shaped[np.ndarray, "x y z k"]:
     """Put the values of voxels on their grid, and fill the rest with the nearest of them.
 
     Parameters
