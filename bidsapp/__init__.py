@@ -2,11 +2,11 @@
 
 The map of the house, in the order a run flows through it:
 
-    cli.py          argv → options.py: one frozen Options
+    cli.py, cli_phantom.py  argv → options.py: one frozen dataclass of options
     run.py          participant(options), group(options): two linear recipes
-    phantom.py      phantom(options): a multi-site dataset with known truth (cli_phantom.py)
-    recipe/         plan.py: the steps of a run, in order; steps.py: what each does;
-                    execute.py: those that are not complete; outputs.py: the files they leave
+    phantom.py      phantom(options): a multi-site dataset with known ground truth
+    recipe/         plan.py: the steps of a run, in order; steps.py, harmonize.py, spaces.py: what
+                    each does; execute.py: do those that are not complete; outputs.py: their files
     report/         figures and HTML pages
     bids/           find runs and what corrects them, read b-tables and sidecars; the one writer of
                     derivatives
@@ -23,6 +23,7 @@ The map of the house, in the order a run flows through it:
     blocks.py       device choice, blocks of voxels, slabs of a grid with a halo
     checkpoint.py   trained weights and their card
     progress.py     progress of what takes minutes
+    spaces.py       output spaces, and where their templates are
     stage.py        a signal on its way through the steps of a run
     series.py       Series: the volumes of a run on their grid, read lazily; Series → Dwi
     dwi.py          Run: paths and entities; Dwi: signal inside a mask, float32
@@ -34,6 +35,8 @@ The map of the house, in the order a run flows through it:
     workers.py      processes side by side, and what ends them
     scratch.py      temporary folders that outlive nobody
     errors.py       the few exceptions a user meets
+
+    weights/        bundled checkpoints, no code
 
 Imports go one way, from the top of this list to the bottom; import-linter enforces it.
 """

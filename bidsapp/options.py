@@ -121,7 +121,7 @@ class Options:
         None, "a trained harmonizer: its folder, its name under OUTPUT_DIR/group/models, or a "
         "method name: uses its model for the run's site", level="participant", metavar="MODEL")
     upsample: str | None = option(
-        None, "path or name of a trained network that predicts more gradient directions",
+        None, "method that predicts the signal along more gradient directions; none is bundled yet",
         level="participant", metavar="MODEL")
     synthesize: tuple[str, ...] = option(
         (), f"synthetic signals with known ground truth: {' '.join(MODES)}", level="participant",

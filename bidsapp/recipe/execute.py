@@ -26,11 +26,11 @@ from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.dwi import Run
 from bidsapp.errors import DataError, Refusal, describe
 from bidsapp.evaluate import quality
-from bidsapp.kinds import Estimator, FromSignal, Upsampler
+from bidsapp.kinds import FromSignal, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.plan import chosen_methods, chosen_upsampler, plan
-from bidsapp.recipe.steps import RunContext, Step, StepReport
+from bidsapp.recipe.steps import Harmonize, Measure, RunContext, Step, StepReport
 from bidsapp.report import figures, page
 from bidsapp.stage import Stage
 
@@ -106,7 +106,7 @@ def process_participant(invocation: Invocation, label: str, runs: list[Run], pro
             status[run.name] = process_run(context, models, chosen, upsampler, folder)
             if status[run.name]["status"] == "failed" and options.stop_on_first_crash:
                 break
-        ok = not problems and all(is_done(s, options) for s in status.values())
+        ok = not problems and all(s["complete"] for s in status.values())
         try:
             dataset.write_text(f"{folder}/options.toml", tomli_w.dumps(options.as_dict()))
             dataset.write_text(f"{folder}/status.json", to_json({
@@ -146,21 +146,23 @@ def process_run(context: RunContext, models: Sequence[harmonize.Model],
     try:
         if conflict := conflicting_model(dataset, run, models):
             log.error("%s: %s", run.name, conflict)
-            return {"status": "refused", "error": f"{run.name}: {conflict}"}
+            return {"status": "refused", "complete": False, "error": f"{run.name}: {conflict}"}
         execution = Execution(context, plan(context, models, chosen, upsampler))
         changed = execution.run()
         seconds = round(time.monotonic() - start, 1)
-        refusals = execution.summarize(changed, seconds)
+        refusals, complete = execution.summarize(changed, seconds)
         if changed:
             log.info("%s: done in %.1f s", run.name, seconds)
         else:
             log.info("%s: complete and unchanged, skipped", run.name)
-        return {"status": "done" if changed else "skipped", "refusals": refusals}
+        return {"status": "done" if changed else "skipped", "complete": complete,
+                "refusals": refusals}
     except Exception as error:  # one run's failure must not stop the others
         message = describe(error)
         log.error("%s: %s", run.name, message, exc_info=context.options.verbose > 1)
         crash = f"{folder}/crash-{run.name}.txt"
-        facts = {"name": run.name, "entities": run.entities, "status": "failed", "error": message,
+        facts = {"name": run.name, "entities": run.entities, "status": "failed",
+                 "complete": False, "error": message,
                  "batch": run.batch, "batch_source": run.batch_source,
                  "files": [dataset.uri(f) for f in run.files], "crash": crash}
         try:
@@ -233,7 +235,7 @@ class Execution:
                 self.stage(step.takes) if step.takes else None, self.dataset.record(step.record))
         return self._stages[step.name]
 
-    def summarize(self, changed: bool, seconds: float) -> dict[str, str]:
+    def summarize(self, changed: bool, seconds: float) -> tuple[dict[str, str], bool]:
         """Write the record and the quality table of the run from the records of its steps.
 
         Steps of earlier invocations that are not in this plan are included, unless the signal that
@@ -248,25 +250,29 @@ class Execution:
 
         Returns
         -------
-        dict of str to str
+        refusals : dict of str to str
             Reasons of the steps that were refused, by their titles.
+        complete : bool
+            Whether none of them was required (`Step.required`).
         """
         context, run, dataset = self.context, self.context.run, self.dataset
         records = {step.name: dataset.record(step.record) for step in self.steps
                    if not self._lacks_signal(step)}
         refusals = {step.title: records[step.name]["refusal"] for step in self.steps
                     if "refusal" in records.get(step.name, ())}
+        complete = not any(step.required for step in self.steps
+                           if "refusal" in records.get(step.name, ()))
         records |= self._earlier(records)
         done = [r for r in records.values() if "refusal" not in r]
         content = {"fingerprints": [r["fingerprint"] for r in records.values()],
                    "batch": [run.batch, run.batch_source], "covariates": run.covariates}
         mark = hashlib.sha256(to_json(content).encode()).hexdigest()
         if not changed and dataset.is_complete(dataset.record(run_record(run)), mark):
-            return refusals
+            return refusals, complete
         qc: dict[str, Any] = {}
         for record in done:
             qc |= record["qc"]
-            if records.get("harmonized", {}).get("unchanged") and _measures(record):
+            if records.get(Harmonize.name, {}).get("unchanged") and record.get("estimates"):
                 # at the reference site the harmonized signal is the measured one
                 qc |= {f"harmonized_{key}": value for key, value in record["qc"].items()}
         scores = [r["scores"] for r in done if "scores" in r]
@@ -278,16 +284,16 @@ class Execution:
                 "batch_source": run.batch_source, "covariates": run.covariates,
                 "files": [dataset.uri(f) for f in run.files], "status": "done",
                 "seconds": seconds,
-                **{k: v for k, v in records["measured"].items() if k in MEASURED},
+                **{k: v for k, v in records[Measure.name].items() if k in MEASURED},
                 "qc": qc, "refusals": refusals,
                 **{key: list(dict.fromkeys(text for r in done for text in r.get(key, ())))
                    for key in ("warnings", "notices")},
                 "methods": [*dict.fromkeys(r["method"] for r in done if "method" in r)],
                 "paragraphs": [*dict.fromkeys(tuple(p) for r in done for p in r["paragraphs"])],
-                "harmonizer": records.get("harmonized", {}).get("harmonizer"),
+                "harmonizer": records.get(Harmonize.name, {}).get("harmonizer"),
                 "figures": [f for r in done for f in r["figures"]],
                 **({"scores": scores[-1]} if scores else {})}
-        return refusals
+        return refusals, complete
 
     def _earlier(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Find the valid records of earlier steps that are not in the plan, and remove the others.
@@ -319,11 +325,6 @@ MEASURED = ("n_voxels", "n_volumes", "mask_source", "voxel_size", "shells", "n_b
 """Entries of the record of the step `measured` that the record of the run repeats."""
 
 
-def _measures(record: Mapping[str, Any]) -> bool:
-    """Whether a record belongs to an estimator of the measured signal."""
-    return list(record["takes"]) == ["measured"] and record.get("estimates", False)
-
-
 def mixed_harmonizers(dataset: Dataset) -> str:
     """Say which runs of OUTPUT_DIR have different harmonizers; empty if all have the same."""
     runs: dict[str, list[str]] = {}
@@ -349,19 +350,6 @@ def run_records(dataset: Dataset, label: str = "*") -> list[dict[str, Any]]:
 def run_record(run: Run) -> PurePosixPath:
     """Name the record of a run, below OUTPUT_DIR."""
     return names.output_path(run.entities, "dwi", ".json", "log")
-
-
-def is_done(status: Mapping[str, Any], options: Options) -> bool:
-    """Whether everything that the user asked for was done to a run.
-
-    An estimate of the default set that the acquisition does not support may be left out; a
-    harmonization, and a method that was asked for by its name, may not.
-    """
-    optional = set() if options.estimate else {m.name for m in chosen_methods(options)
-                                               if isinstance(m, Estimator)}
-    return status["status"] not in ("failed", "refused") and not any(
-        name.removeprefix("harmonized_").removeprefix("upsampled_") not in optional
-        for name in status.get("refusals", ()))
 
 
 def conflicting_model(dataset: Dataset, run: Run, models: Sequence[harmonize.Model]) -> str | None:

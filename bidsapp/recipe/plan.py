@@ -7,13 +7,12 @@ holds their paragraphs for a methods section (`Step.paragraphs`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from bidsapp import methods
 from bidsapp.bids.inherit import entities_of, name_of
 from bidsapp.dwi import FIELD_MAPS, FieldMap, Run, peak_memory
 from bidsapp.errors import QSphereError, Refusal
-from bidsapp.kinds import Estimator, FromSignal, MethodContext, Upsampler
+from bidsapp.kinds import Estimator, FromSignal, Method, MethodContext, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.spaces import Register, Resample, paragraph
@@ -67,13 +66,13 @@ def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequenc
         upsampled = Upsample(context, changed[-1] if changed else measured, upsampler)
         signals.append(upsampled)
         changed.append(upsampled)
-    steps, estimates = signals, []
+    steps, estimates = [*signals], list[Estimate]()
     for method in chosen:
-        made = [Estimate(context, measured, method)]
+        of_method = [Estimate(context, measured, method)]
         if isinstance(method, Estimator):
-            made += [Estimate(context, signal, method) for signal in changed]
-            estimates += made
-        steps += made
+            of_method += [Estimate(context, signal, method) for signal in changed]
+            estimates += of_method
+        steps += of_method
     for space in parse(context.options.output_spaces):
         registered = Register(context, measured, space)
         steps += [registered, *(Resample(context, registered, estimate) for estimate in estimates)]
@@ -88,32 +87,33 @@ def chosen_methods(options: Options) -> list[FromSignal]:
     UsageError
         A method does not exist, or none of them has a hyper-parameter that --set names.
     """
-    available = methods.names("estimate_")
-    estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in available]
-    chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
-              *([methods.get("synthesize")] if options.synthesize else [])]
-    context = MethodContext(
-        options.sloppy, options.output_dir / harmonize.MODELS,
-        methods.read_settings(options.set, chosen, training=False, sloppy=options.sloppy),
-        allow_extrapolation=options.allow_extrapolation)
-    chosen = [methods.get(method.name, context=context) for method in chosen]
-    return [m for m in chosen if isinstance(m, FromSignal)]
+    return [m for m in _methods(options) if isinstance(m, FromSignal)]
 
 
 def chosen_upsampler(options: Options) -> Upsampler | None:
-    """Load the method that --upsample names (of a path, the last part); None without the option.
+    """Load the method that --upsample names; None without the option.
 
     Raises
     ------
     UsageError
-        The method does not exist.
+        As of `chosen_methods`.
     """
-    if not options.upsample:
-        return None
-    context = MethodContext(options.sloppy, options.output_dir / harmonize.MODELS)
-    method = methods.get(Path(options.upsample).name, "upsample", context)
-    assert isinstance(method, Upsampler), f"{method.name} is no Upsampler"
-    return method
+    return next((m for m in _methods(options) if isinstance(m, Upsampler)), None)
+
+
+def _methods(options: Options) -> list[Method]:
+    """Load the methods that the options name, harmonizers apart, with what the command tells
+    them."""
+    available = methods.names("estimate_")
+    estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in available]
+    chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
+              *([methods.get("synthesize")] if options.synthesize else []),
+              *([methods.get(options.upsample, "upsample")] if options.upsample else [])]
+    context = MethodContext(
+        options.sloppy, options.output_dir / harmonize.MODELS,
+        methods.read_settings(options.set, chosen, training=False, sloppy=options.sloppy),
+        allow_extrapolation=options.allow_extrapolation)
+    return [methods.get(method.name, context=context) for method in chosen]
 
 
 def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],

@@ -214,6 +214,10 @@ class Resample(Step):
         return [self.takes, self.estimate]
 
     @property
+    def required(self) -> bool:
+        return self.estimate.required
+
+    @property
     def parameters(self) -> Mapping[str, Any]:
         return {"estimate": self.estimate.fingerprint}
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from bidsapp.dwi import Dwi, Part, Run, noise_sd, open_image
 from bidsapp.errors import DataError, Refusal
 from bidsapp.evaluate import change, gradients, plausibility, quality
 from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
-from bidsapp.kinds import Estimator, FromSignal, Synthesizer, Upsampler
+from bidsapp.kinds import Estimator, FromSignal, Method, Synthesizer, Upsampler
 from bidsapp.microstructure.maps import WEIGHTS
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
@@ -40,6 +40,10 @@ from bidsapp.series import Series
 from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
+
+ROUNDING = 1e-3
+"""Largest difference of the b-tensors of a gradient table and of its text, relative to the highest
+b-value."""
 
 MADE_MASK = "median-Otsu of the mean b0"
 """Source in the sidecar of a brain mask that was computed, since none came with the data."""
@@ -151,6 +155,8 @@ class Step(ABC):
     """
 
     name: str
+    desc: ClassVar[str] = ""
+    """Entity of the images of the signal that the step makes, and of the maps of that signal."""
 
     def __init__(self, context: RunContext, takes: Step | None = None) -> None:
         self.context, self.takes = context, takes
@@ -181,6 +187,11 @@ class Step(ABC):
     def title(self) -> str:
         """Name of the step in messages."""
         return self.name
+
+    @property
+    def required(self) -> bool:
+        """Whether the user asked for the step by name, so that a refusal is a failure."""
+        return True
 
     @abstractmethod
     def describe(self) -> str:
@@ -294,7 +305,7 @@ class Measure(Step):
 class Harmonize(Step):
     """Map the signal to a reference site, by the model for the site of the run."""
 
-    name = "harmonized"
+    name = desc = "harmonized"
 
     def __init__(self, context: RunContext, takes: Step, models: Sequence[harmonize.Model]) -> None:
         super().__init__(context, takes)
@@ -380,7 +391,7 @@ class Harmonize(Step):
 class Upsample(Step):
     """Predict the signal of further measurements."""
 
-    name = "upsampled"
+    name = desc = "upsampled"
 
     def __init__(self, context: RunContext, takes: Step, method: Upsampler) -> None:
         super().__init__(context, takes)
@@ -393,7 +404,8 @@ class Upsample(Step):
     @property
     def parameters(self) -> Mapping[str, Any]:
         options = self.context.options
-        return {"method": self.method.name, "sloppy": options.sloppy, "seed": options.random_seed}
+        return {"method": self.method.name, **depends_on_weights(options, self.method),
+                "sloppy": options.sloppy, "seed": options.random_seed}
 
     def describe(self) -> str:
         self.method.check(self.context.acquisition)
@@ -432,24 +444,21 @@ class Estimate(Step):
     def __init__(self, context: RunContext, takes: Step, method: FromSignal) -> None:
         super().__init__(context, takes)
         self.method = method
-        self.desc = "" if isinstance(takes, Measure) else takes.name
-        self.name = "_".join(filter(None, (self.desc, method.name)))
+        self.signal = takes.desc
+        self.name = "_".join(filter(None, (self.signal, method.name)))
+
+    @property
+    def required(self) -> bool:
+        return bool(self.context.options.estimate) or isinstance(self.method, Synthesizer)
 
     @property
     def parameters(self) -> Mapping[str, Any]:
-        options, name = self.context.options, self.method.name
-        # cards of all weights of the method, since `run` selects among them; a card holds a hash of
-        # its weights
-        weights = [WEIGHTS / name / CARD,
-                   *sorted((options.output_dir / harmonize.MODELS).glob(f"{name}_*/{CARD}"))]
+        options = self.context.options
         anatomy = self.context.run.anatomy if self.method.wants_tissue else ()
         synthesis = [options.synthesize, options.synthesize_voxels, options.synthesize_image]
-        hashes = [sha256(f) for f in weights if f.is_file()]
-        return {"method": name, "weights": hashes,
-                "allow_extrapolation": bool(hashes) and options.allow_extrapolation,
+        return {"method": self.method.name, **depends_on_weights(options, self.method),
                 "anatomy": [sha256(f) if f.is_file() else str(f) for f in anatomy],
                 "synthesis": synthesis if isinstance(self.method, Synthesizer) else None,
-                "settings": self.method.changed_settings,
                 "sloppy": options.sloppy, "seed": options.random_seed}
 
     def describe(self) -> str:
@@ -458,7 +467,7 @@ class Estimate(Step):
                       if isinstance(self.method, Estimator) else [])
         image = self.context.run.t1w
         source = image.name if image else "the DWI alone, no T1w"
-        return (self.method.name + f" of the {self.desc} signal" * bool(self.desc)
+        return (self.method.name + f" of the {self.signal} signal" * bool(self.signal)
                 + f": tissue from {source}" * self.method.wants_tissue
                 + "".join(f"; {k} = {v}" for k, v in self.method.changed_settings.items())
                 + f", outside of its training: {'; '.join(violations)}" * bool(violations))
@@ -485,18 +494,31 @@ class Estimate(Step):
         elif stage.widening > 1:
             derived = derived.widen_intervals(stage.widening, method.ranges)
         outputs(context, transaction, stage).write(method, derived)
-        prefix = f"{self.desc}_" if self.desc else ""
+        prefix = f"{self.signal}_" if self.signal else ""
         report.qc |= {f"{prefix}{key}": value for key, value in
                       {**derived.counts, **quality.summarize_maps(method, derived)}.items()}
         for notice in derived.notices:
             log.info("%s: %s", context.run.name, notice)
         report.notices += derived.notices
-        if not self.desc:
+        if not self.signal:
             report.facts = {"method": method.name, "estimates": isinstance(method, Estimator)}
             report.figures += figures.of_maps(method, derived, stage.dwi)
         if derived.synthetic:
             report.facts["scores"] = {"columns": method.outputs["scores"],
                                       "rows": derived.synthetic.scores}
+
+
+def depends_on_weights(options: Options, method: Method) -> dict[str, Any]:
+    """List what the result of a method with weights depends on.
+
+    These are the cards of all its weights, since the method selects among them (a card holds a hash
+    of its weights), its hyper-parameters, and whether weights may be used outside of their domain.
+    """
+    cards = [WEIGHTS / method.name / CARD,
+             *sorted((options.output_dir / harmonize.MODELS).glob(f"{method.name}_*/{CARD}"))]
+    hashes = [sha256(f) for f in cards if f.is_file()]
+    return {"weights": hashes, "settings": method.changed_settings,
+            "allow_extrapolation": bool(hashes) and options.allow_extrapolation}
 
 
 def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[str, Any]) -> Stage:
@@ -509,9 +531,10 @@ def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[s
     part = Part(image, bval, bvec, btens if btens.exists() else None)
     written = replace(context.run, parts=(part,))
     acquisition = btable.load_acquisition(written)
-    if len(acquisition) == len(stage.dwi.acquisition):
-        # the same measurements; the gradient table that was written is rounded
-        acquisition = stage.dwi.acquisition
+    taken = stage.dwi.acquisition
+    if len(acquisition) == len(taken) and np.allclose(
+            acquisition.btensors, taken.btensors, rtol=0, atol=ROUNDING * taken.bvals.max()):
+        acquisition = taken  # the table that was written is this one, rounded
     dwi = Series.from_run(written, acquisition).within(
         stage.dwi.mask, memory=context.memory, work_dir=context.options.work_dir)
     gain = facts["noise_gain"]

@@ -74,7 +74,7 @@ def group(cohort: Cohort, outliers: pd.DataFrame, between: pd.DataFrame, effects
     cohort : Cohort
         All runs, with their map statistics.
     outliers : DataFrame
-        `quality.outliers` of the statistics.
+        `quality.find_outliers` of the statistics.
     between : DataFrame
         Agreement between sites (`agreement.compare_tables`).
     effects : DataFrame

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from bidsapp.bids.writer import Dataset
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.execute import Execution
 from bidsapp.recipe.plan import chosen_methods, plan
-from bidsapp.recipe.steps import RunContext, StepReport, load_run
+from bidsapp.recipe.steps import RunContext, StepReport, load_run, outputs, reload_signal
 from bidsapp.stage import Stage
 from support import bids_tree as truth
 from support.app import content, qsphere
@@ -210,3 +211,23 @@ def test_a_refusal_reaches_all_later_steps():
     execution = Execution(SimpleNamespace(dataset=dataset), [])
     assert [execution._lacks_signal(s) for s in (first, refused, second, last)] == [
         False, False, True, True]
+
+
+def test_a_signal_is_read_back_with_its_own_directions(study, tmp_path):
+    """As many measurements along others are not taken for those before; the same, written as text,
+    are again those before, to the bit."""
+    context = estimate(study[0], tmp_path, "dti").context
+    dwi = load_run(context.run)[0]
+    with context.dataset.transaction(context.path("step", ".json", "log", desc="x")) as transaction:
+        transaction.image(context.mask, dwi.mask.astype(np.uint8), context.like, {})
+    facts = {"about": {}, "no_intervals": "", "widening": 1.0, "noise_gain": None}
+    for rotation in (np.eye(3), np.eye(3)[[1, 2, 0]]):
+        table = dwi.acquisition.rotated(rotation)
+        stage = Stage(replace(dwi, acquisition=table), desc="toy")
+        with context.dataset.transaction(
+                context.path("step", ".json", "log", desc="toy")) as transaction:
+            outputs(context, transaction, stage).write_signal(
+                methods.get("harmonize_mica"), {"Description": "", "Units": ""}, {})
+        again = reload_signal(context, Stage(dwi), "toy", facts).dwi.acquisition
+        np.testing.assert_allclose(again.bvecs, table.bvecs, atol=1e-5)
+        assert (again is dwi.acquisition) == (rotation == np.eye(3)).all()

@@ -92,9 +92,8 @@ class Mica(shared.Harmonizer):
 
     def _quantiles(self, cohort: Cohort, run: str) -> np.ndarray:
         """Compute the quantiles, (shell, GRID), of one run."""
-        assert cohort.load is not None
         try:
-            return intensity.quantiles(cohort.load(run))
+            return intensity.quantiles(self.load(cohort, run))
         except DataError as error:
             raise UsageError(f"--train {self.name}: {run} {error}") from error
 
