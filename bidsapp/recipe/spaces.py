@@ -244,7 +244,7 @@ class Resample(Step):
         images = [PurePosixPath(name) for name in context.dataset.record(
             self.estimate.record)["outputs"] if name.endswith("_dwimap.nii.gz")]
         log.info("%s: %s, %d images", context.run.name, self.title, len(images))
-        turns = np.empty(0)
+        rotations = np.empty(0)
         for path in images:
             image = open_image(root / path)
             values = read_array(image)[mask]
@@ -252,23 +252,25 @@ class Resample(Step):
             about = context.dataset.record(path.with_name(
                 f"{path.name.removesuffix('.nii.gz')}.json"))
             kind = about.get("OrientationEncoding", {}).get("Type")
-            at = points[inside]
-            if kind and not len(turns):
-                turns = deformable.rotations(points, grid.affine, inside)
+            if kind and not len(rotations):
+                rotations = deformable.rotations(points, grid.affine, inside)
             if kind == "unit3vector":
-                way = "linear, of n nᵀ, turned with the head"
-                new = resample.directions(values, mask, image.affine, at, turns)
+                way = "linear, of n nᵀ, rotated with the head"
+                new = resample.directions(values, mask, image.affine, points[inside],
+                                          rotations)
             elif kind == "sh":
-                way = "linear, of the coefficients, turned with the head"
-                new = resample.densities(values, mask, image.affine, at, turns)
+                way = "linear, of the coefficients, rotated with the head"
+                new = resample.densities(values, mask, image.affine, points[inside],
+                                          rotations)
             elif kind:
                 report.notices.append(f"{path.name} is not written in the space {space}: it holds "
-                                      f"directions ({kind}) that would have to be turned.")
+                                      f"directions ({kind}) that would have to be rotated.")
                 continue
             else:
                 nearest = about.get("Units") == "label"
                 way = "nearest voxel" if nearest else "linear"
-                new = resample.scalars(values, mask, image.affine, at, 0 if nearest else 1)
+                new = resample.scalars(values, mask, image.affine, points[inside],
+                                       order=0 if nearest else 1)
             whole = np.zeros((*inside.shape, new.shape[1]), image.get_data_dtype())
             whole[inside] = new
             whole = whole if image.ndim > 3 else whole[..., 0]
@@ -282,9 +284,9 @@ class Resample(Step):
                 report.figures.append(self._figure(whole, inside, grid.affine))
 
     def _figure(self, fa: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> figures.Figure:
-        """The reference of the space with the outline of the white matter by FA."""
-        values, own = t1w.read(self.takes.reference)
-        shown = sample(values, own, world_points(inside.shape, affine))
+        """Draw the reference of the space with the outline of FA."""
+        values, reference_affine = t1w.read(self.takes.reference)
+        shown = sample(values, reference_affine, world_points(inside.shape, affine))
         canvas = SimpleNamespace(mask=inside, affine=affine)
         return figures.of_space(canvas, shown, fa, str(self.takes.space),
                                 {**self.takes.space.entities, "desc": "fa"})
@@ -302,12 +304,12 @@ def like(reference: Any, shape: tuple[int, ...], affine: np.ndarray) -> Any:
 
 
 def _elsewhere(about: Mapping[str, Any]) -> dict[str, Any]:
-    """A sidecar without what is true of the grid of the diffusion images alone."""
+    """Remove the entries of a sidecar that hold on the grid of the diffusion images only."""
     return {k: v for k, v in about.items() if k not in sidecar.SPATIAL}
 
 
 def paragraph(space: Space) -> tuple[str, str]:
-    """Heading and text on a space, for the methods text."""
+    """Write the section of the methods text on a space: heading and text."""
     text = ("The attenuation of the diffusion signal was registered rigidly to the participant's "
             "T1w image by normalised mutual information (doi:10.1016/S0031-3203(98)00091-0). ")
     if space.image:
@@ -318,5 +320,5 @@ def paragraph(space: Space) -> tuple[str, str]:
     return f"Output space: {space}", text + (
         "Finished maps were interpolated once, linearly, from the grid of the diffusion images to "
         "that of the space; labels took the value of the nearest voxel. Directions and densities "
-        "of orientations were turned with the head, by the rotation of the polar decomposition of "
+        "of orientations were rotated with the head, by the rotation of the polar decomposition of "
         "the transform's Jacobian (doi:10.1109/42.963816).")
