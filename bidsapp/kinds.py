@@ -164,6 +164,8 @@ class TrainingSettings:
         cpu, cuda or cuda:N.
     devices : tuple of int
         Devices per node, and nodes, of the processes that train together.
+    workers : int
+        Processes that register scans side by side, for which memory suffices.
     states : Path, optional
         Folder in which the state of an interrupted training is kept.
     init : Path, optional
@@ -175,6 +177,7 @@ class TrainingSettings:
     seed: int = 0
     device: str = "cpu"
     devices: tuple[int, int] = (1, 1)
+    workers: int = 1
     states: Path | None = None
     init: Path | None = None
 

@@ -173,6 +173,7 @@ class PairedScans:
             share = found[training.processes()[0]::together]
             for pair in track(share, f"{method.name}: registering, this process:"):
                 method.register(cohort, pair, deformable, kept, settings.device)
+        method.register_all(cohort, found, deformable, kept, settings)
         for i, pair in enumerate(track(found, f"{method.name}: registering")):
             source, target, registration = method.register(cohort, pair, deformable, kept,
                                                    settings.device)

@@ -18,6 +18,7 @@ from bidsapp.registration import affine as affine_registration
 from bidsapp.registration.deformable import displacement
 from bidsapp.registration.geometry import transform_points, world_points
 from bidsapp.registration.image import Image
+from bidsapp.workers import spread
 
 ROUNDS = 2
 """The first template is one person's image, each further one the mean after a registration to the
@@ -30,18 +31,21 @@ ITERATIONS = (40, 20, 0)
 """Of SyN, at a quarter, half and the whole of the resolution."""
 
 
-def build(images: Sequence[Image], work_dir: Path | None = None
+def build(images: Sequence[Image], work_dir: Path | None = None, workers: int = 1
           ) -> tuple[Image, list[Float[np.ndarray, "x y z 3"]]]:
     """The template of FA images, and for each of them the world points at which the template's
-    voxels lie. It begins as the image of median volume: its size is nobody's extreme."""
+    voxels lie. It begins as the image of median volume: its size is nobody's extreme. workers:
+    processes that register side by side, each an image at a time."""
     start = sorted(images, key=lambda i: i.volume)[(len(images) - 1) // 2]
     affine, shape = _grid(images, start)
     template = Image(start.at(world_points(shape, affine)).astype(np.float32), affine)
-    for number in range(1, ROUNDS + 1):
-        places = [register(template, image, work_dir) for image in track(
-            images, f"template, round {number} of {ROUNDS}: registering")]
-        mean = np.mean([image.at(p) for image, p in zip(images, places, strict=True)], axis=0)
-        template = Image(mean.astype(np.float32), affine)
+    with spread(workers) as each:
+        for number in range(1, ROUNDS + 1):
+            found = each(register, [(template, image, work_dir) for image in images])
+            places = [next(found) for _ in track(
+                images, f"template, round {number} of {ROUNDS}: registering")]
+            mean = np.mean([image.at(p) for image, p in zip(images, places, strict=True)], axis=0)
+            template = Image(mean.astype(np.float32), affine)
     return template, places
 
 

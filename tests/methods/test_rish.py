@@ -309,7 +309,7 @@ def test_place_repeats_itself_whatever_the_order_of_the_axes(blob):
 
 
 def test_registrations_to_a_template_are_told(monkeypatch, caplog):
-    monkeypatch.setattr(template, "register", lambda fixed, moving, work_dir=None: world_points(
+    monkeypatch.setattr(template, "register", lambda fixed, moving, work_dir: world_points(
         fixed.values.shape, fixed.affine))
     with caplog.at_level("INFO", "qsphere"):
         template.build([Image(np.ones((4, 4, 4)), np.eye(4))] * 3)
@@ -327,6 +327,20 @@ def test_template_is_the_mean_of_the_people(blob):
              for i, p in zip((image, other, image), places, strict=True)]
     assert min(alike) > 0.95
     assert abs(mean.values.max() / image.values.max() - 1) < 0.15
+
+
+@pytest.mark.slow
+def test_template_is_the_same_by_two_processes(blob, monkeypatch):
+    image, other, _ = blob
+    mean, places = template.build([image, other])
+
+    def registers(*_):
+        raise AssertionError("the other processes were to register")
+
+    monkeypatch.setattr(template.affine_registration, "register", registers)
+    same, same_places = template.build([image, other], workers=2)
+    np.testing.assert_array_equal(same.values, mean.values)
+    np.testing.assert_array_equal(same_places, places)
 
 
 @pytest.mark.parametrize("design", ["matched", "confounded"])

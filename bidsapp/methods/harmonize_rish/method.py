@@ -106,7 +106,7 @@ class Rish(shared.Harmonizer):
                    for shell in scope.training_domain(cohort, batches, targets).shells]
         runs = [run for rows in batches.values() for run in rows["run"]]
         images = [self._fa(cohort, run, settings.device) for run in track(runs, f"{self.name}: FA")]
-        mean, places = template.build(images, settings.states)
+        mean, places = template.build(images, settings.states, settings.workers)
         least, doubts = self._alike(runs, images, mean, places)
         metrics = {"template_correlation": round(least, 3)}
         at = dict(zip(runs, places, strict=True))
