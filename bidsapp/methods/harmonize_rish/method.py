@@ -87,9 +87,10 @@ class Rish(shared.Harmonizer):
 
     def preflight(self, cohort: Cohort) -> list[str]:
         """As of `Harmonizer.preflight` and `harmonizer.group_differences`; and where people are
-        few."""
+        few, unless every batch has the same people, whose differences cancel."""
         batches = shared.runs_by_site(self, cohort)
-        few = shared.small_sites(batches, WANTED)
+        same = len({frozenset(rows["participant"]) for rows in batches.values()}) == 1
+        few = "" if same else shared.small_sites(batches, WANTED)
         told = [f"{few}; mean RISH was stable from {WANTED} in each batch on. With fewer the "
                 "scales hold people's differences, too."] if few else []
         return [*told, *shared.group_differences(self, cohort, batches)]
