@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import starmap
 from typing import Any
@@ -83,7 +84,8 @@ def spread(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     ------
     callable
         Takes a function and the tuples of its arguments, and iterates over its results in their
-        order. The first exception, in this order, is raised.
+        order. The first exception, in this order, is raised, and MemoryError where a process died,
+        of which too little memory is the usual cause.
     """
     if workers == 1:
         yield starmap
@@ -93,7 +95,10 @@ def spread(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
         def results(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
                     ) -> Iterator[Any]:
             futures = [executor.submit(task, _single_threaded, function, *args) for args in calls]
-            return (future.result() for future in futures)
+            try:
+                yield from (future.result() for future in futures)
+            except BrokenProcessPool as error:
+                raise MemoryError("a process that worked for this one died") from error
 
         yield results
 

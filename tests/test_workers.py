@@ -98,6 +98,8 @@ def test_calls_are_spread_over_processes_of_one_thread():
         assert {*each(torch.get_num_threads, [()] * 4)} == {1}
         with pytest.raises(ZeroDivisionError):
             [*each(divmod, [(1, 1), (1, 0)])]
+    with pytest.raises(MemoryError, match=r"a process .* died"), spread(2) as each:
+        [*each(os._exit, [(1,)])]
     assert dict(os.environ) == before
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-PHANTOM = ("--participants", "6", "--sites", "2", "--voxel-size", "6", "--directions", "20",
+PHANTOM = ("--participants", "6", "--sites", "2", "--voxel-size", "5", "--directions", "20",
            "--lesions", "0")
 """Coarse, so that there is time for enough people to learn from and to test."""
 
@@ -54,7 +54,7 @@ def main() -> int:
             or run("bidsapp", bids, out, "group", *masks, "--train", "harmonize_combat",
                    "harmonize_rish", "--reference-batch", "siteA", "--folds", 2)
             or run("bidsapp", bids, out, "participant", *masks, "--harmonize", "rish",
-                   "--participant-label", "01"))
+                   "--participant-label", "01", "02"))
     if code == 0:
         print("\nmaps:", *sorted(out.glob("sub-*/ses-*/dwi")), sep="\n  ")
         print("\ntruth:", bids / "sourcedata" / "truth", sep="\n  ")
