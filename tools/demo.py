@@ -15,8 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 PHANTOM = ("--participants", "6", "--sites", "2", "--voxel-size", "5", "--directions", "20",
-           "--lesions", "0")
-"""Coarse, so that there is time for enough people to learn from and to test."""
+           "--lesions", "0", "--snr", "50", "--effect-echo-time", "40",
+           "--effect-miscalibration", "0")
+"""Coarse, so that there is time for enough people to learn from and to test; with a difference of
+echo times that stands out of the noise."""
 
 MEASURES = {"signal": "signal", "fa": "FA", "md": "MD"}
 
