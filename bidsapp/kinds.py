@@ -199,6 +199,8 @@ class TrainingSettings:
         cpu, cuda or cuda:N.
     devices : tuple of int
         Number of devices per node, and of nodes, that train together.
+    workers : int
+        Number of processes that register scans side by side.
     states : Path, optional
         Folder in which the state of an interrupted training is kept.
     init : Path, optional
@@ -210,6 +212,7 @@ class TrainingSettings:
     seed: int = 0
     device: str = "cpu"
     devices: tuple[int, int] = (1, 1)
+    workers: int = 1
     states: Path | None = None
     init: Path | None = None
 

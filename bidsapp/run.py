@@ -6,12 +6,12 @@ import hashlib
 import itertools
 import logging
 import math
-import os
 import time
 import uuid
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,7 +23,7 @@ from bidsapp import checkpoint, methods, spaces, training
 from bidsapp.bids import btable, find
 from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.blocks import choose_device, memory_limit
-from bidsapp.dwi import FIXED_MEMORY, Run, open_image, peak_memory
+from bidsapp.dwi import FIXED_MEMORY, Dwi, Run, open_image, peak_memory
 from bidsapp.errors import DataError, UsageError
 from bidsapp.evaluate import agreement, biology, crossvalidation, quality
 from bidsapp.harmonization import pairs
@@ -142,8 +142,11 @@ def group(options: Options) -> int:
     if options.work_dir:
         make_work_dir(options.work_dir)
     rank, devices = training.processes()
-    cohort = load_cohort(options, inventory, statistics, covariates, devices)
-    settings = training_settings(options, devices)
+    runs = {run.name: run for label in inventory.participants for run in inventory.runs[label]
+            if run.name in set(statistics["run"])}
+    workers, memory = share_pairs(options, runs.values(), available_memory(options), devices)
+    cohort = load_cohort(options, runs, statistics, covariates, memory)
+    settings = training_settings(options, devices, workers)
     if rank:  # of several processes that train together, only the first writes
         for method in trained:
             fit(method, cohort, settings)
@@ -202,32 +205,37 @@ def expand_shorthands(options: Options, trained: Sequence[Trainable]) -> list[st
     return texts
 
 
-def load_cohort(options: Options, inventory: find.Inventory, statistics: pd.DataFrame,
-                covariates: Sequence[str], devices: tuple[int, int]) -> Cohort:
+def load_cohort(options: Options, runs: Mapping[str, Run], statistics: pd.DataFrame,
+                covariates: Sequence[str], memory: float) -> Cohort:
     """Gather what trainings need of the processed runs; `load` reads a signal on demand.
 
-    devices: devices per node and number of nodes (`training.processes`).
+    memory: bytes that a process may use.
     """
-    runs = {run.name: run for label in inventory.participants for run in inventory.runs[label]
-            if run.name in set(statistics["run"])}
-    memory = available_memory(options) / devices[0]  # one process per device of this node
     per_scan = FIXED_MEMORY + (memory - FIXED_MEMORY) / SCANS_IN_MEMORY
     return Cohort(
         statistics, tuple(quality.map_features(statistics.columns)), covariates=tuple(covariates),
         reference_batch=options.reference_batch, paired_by=options.paired_by,
         acquisitions={name: btable.load_acquisition(run) for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
-        load=lambda name: load_run(runs[name], memory=per_scan, work_dir=options.work_dir)[0])
+        load=partial(load_signal, runs, per_scan, options.work_dir))
 
 
-def training_settings(options: Options, devices: tuple[int, int]) -> TrainingSettings:
+def load_signal(runs: Mapping[str, Run], memory: float, work_dir: Path | None, name: str) -> Dwi:
+    """Load a run by its name. A function of the module, so that other processes can call it."""
+    return load_run(runs[name], memory=memory, work_dir=work_dir)[0]
+
+
+def training_settings(options: Options, devices: tuple[int, int], workers: int
+                      ) -> TrainingSettings:
     """Gather the options that all trainings share.
 
-    devices: devices per node and number of nodes (`training.processes`).
+    devices: devices per node and number of nodes (`training.processes`). workers: number of
+    processes that register side by side.
     """
     return TrainingSettings(
         max_steps=options.max_steps, folds=options.folds, seed=options.random_seed,
-        device=choose_device(options.device), devices=devices, init=options.init,
+        device=choose_device(options.device), devices=devices, workers=workers,
+        init=options.init,
         states=options.work_dir or options.output_dir / "group/log")
 
 
@@ -390,6 +398,21 @@ def share_cpus(options: Options, inventory: find.Inventory, memory: float, devic
     return workers, options.omp_nthreads or max(1, options.nprocs // workers)
 
 
+def share_pairs(options: Options, runs: Collection[Run], memory: float, devices: tuple[int, int]
+                ) -> tuple[int, float]:
+    """Decide how many processes register scans side by side, and the memory of each in bytes.
+
+    As many as CPUs and memory allow, beside this process, which waits for them. On a GPU, and where
+    several processes train together, each of these registers its own share alone.
+    """
+    alone = 1, memory / devices[0]
+    if choose_device(options.device) != "cpu" or math.prod(devices) > 1:
+        return alone
+    pair = FIXED_MEMORY + SCANS_IN_MEMORY * (max(FIXED_MEMORY, *map(memory_of, runs)) - FIXED_MEMORY)
+    workers = min(options.nprocs, int((memory - FIXED_MEMORY) // pair))
+    return (workers, (memory - FIXED_MEMORY) / workers) if workers > 1 else alone
+
+
 def memory_of(run: Run) -> float:
     """Predict the peak memory of a run in bytes from the headers of its images.
 
@@ -475,13 +498,7 @@ def run_all(invocation: Invocation, inventory: find.Inventory, workers: int
                 if not ok and invocation.options.stop_on_first_crash:
                     return
             return
-        # threads of BLAS in the new processes; not more than the user allows
-        inherited = os.environ.get("OMP_NUM_THREADS", "")
-        threads = invocation.threads
-        if inherited.isdecimal():
-            threads = min(threads, int(inherited))
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        with pool(workers) as executor:
+        with pool(workers, invocation.threads) as executor:
             futures = {executor.submit(task, process_participant, invocation, label,
                                        inventory.runs[label], inventory.problems[label]): label
                        for label in todo}

@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import starmap
 from typing import Any
 
 TERMINATED = 128 + signal.SIGTERM
@@ -37,13 +39,15 @@ def sigterm_exits() -> Iterator[None]:
 
 
 @contextmanager
-def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def pool(workers: int, threads: int = 1) -> Iterator[ProcessPoolExecutor]:
     """Start worker processes that end with this one, however it ends.
 
     Parameters
     ----------
     workers : int
         Number of processes.
+    threads : int
+        Threads of BLAS in each of them, or fewer if OMP_NUM_THREADS is lower.
 
     Yields
     ------
@@ -51,13 +55,22 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         Executor of the processes; functions are submitted through `task`.
     """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_follow_parent) as executor:
-        try:
-            yield executor
-        except BaseException:
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
+    inherited = os.environ.get("OMP_NUM_THREADS")
+    limit = int(inherited) if inherited and inherited.isdecimal() else threads
+    os.environ["OMP_NUM_THREADS"] = str(min(threads, limit))
+    try:
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_follow_parent) as executor:
+            try:
+                yield executor
+            except BaseException:
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
+    finally:
+        if inherited is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = inherited
 
 
 def task(function: Callable[..., Any], *args: Any) -> Any:
@@ -66,6 +79,45 @@ def task(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     except SystemExit:
         os._exit(TERMINATED)  # the executor would catch the exception and start the next task
+
+
+@contextmanager
+def spread(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Start processes of one thread each, for calls that do not depend on each other.
+
+    Parameters
+    ----------
+    workers
+        Number of processes; with 1 the calls are made in this one.
+
+    Yields
+    ------
+    callable
+        Takes a function and the tuples of its arguments, and iterates over its results in their
+        order. The first exception, in this order, is raised, and MemoryError where a process died,
+        of which too little memory is the usual cause.
+    """
+    if workers == 1:
+        yield starmap
+        return
+    with pool(workers) as executor:
+
+        def results(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
+                    ) -> Iterator[Any]:
+            futures = [executor.submit(task, _single_threaded, function, *args) for args in calls]
+            try:
+                yield from (future.result() for future in futures)
+            except BrokenProcessPool as error:
+                raise MemoryError("a process that worked for this one died") from error
+
+        yield results
+
+
+def _single_threaded(function: Callable[..., Any], *args: Any) -> Any:
+    import torch
+
+    torch.set_num_threads(1)
+    return function(*args)
 
 
 def _leave(*_: Any) -> None:

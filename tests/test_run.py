@@ -186,6 +186,25 @@ def test_cpus_are_shared_by_participants(bids_tree, argv, memory, device, expect
     assert run.share_cpus(options, found, memory * need, device) == expected
 
 
+@pytest.mark.parametrize("argv,memory,device,devices,expected", [
+    ((), 100, "cpu", (1, 1), (6, 100 / 6)), ((), 2.5, "cpu", (1, 1), (2, 1.25)),
+    ((), 1.9, "cpu", (1, 1), (1, None)), ((), -1, "cpu", (1, 1), (1, None)),
+    (("--nprocs", "1"), 100, "cpu", (1, 1), (1, None)), ((), 100, "cuda", (1, 1), (1, None)),
+    ((), 100, "cpu", (2, 1), (1, None))])
+def test_cpus_are_shared_by_pairs(bids_tree, monkeypatch, argv, memory, device, devices, expected):
+    """Six CPUs; memory beside that of the process that waits, in units of what a pair needs."""
+    options = cli.parse([str(bids_tree(("01", "02"))), "out", "group", "--nprocs", "6", *argv])
+    found = find.find_runs(options)
+    runs = [r for own in found.runs.values() for r in own]
+    pair = 2 * run.memory_of(runs[0]) - run.FIXED_MEMORY
+    assert pair > run.FIXED_MEMORY
+    monkeypatch.setattr(run, "choose_device", lambda _: device)
+    whole = run.FIXED_MEMORY + memory * pair
+    workers, share = run.share_pairs(options, runs, whole, devices)
+    assert workers == expected[0]
+    assert share == pytest.approx(expected[1] * pair if expected[1] else whole / devices[0])
+
+
 def test_dry_run_writes_nothing(bids_tree, tmp_path, capsys):
     bids = bids_tree()
     assert qsphere(bids, tmp_path / "out", PARTICIPANT, "--dry-run") == 0

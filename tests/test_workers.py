@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from bidsapp.workers import TERMINATED
+from bidsapp.workers import TERMINATED, spread
 
 PROGRAM = """
 import signal, sys, time
@@ -84,6 +85,22 @@ def test_sigterm_sweeps(start):
     assert process.returncode == TERMINATED == 143
     assert not [*folder.iterdir()]
     assert told == "program: terminated. Run the same command again to continue.\n"
+
+
+def test_calls_are_spread_over_processes_of_one_thread():
+    before = dict(os.environ)
+    with spread(1) as each:
+        assert [*each(os.getpid, [()])] == [os.getpid()]
+    with spread(2) as each:
+        assert [*each(pow, [(2, k) for k in range(9)])] == [2**k for k in range(9)]
+        assert os.getpid() not in each(os.getpid, [()] * 4)
+        assert {*each(os.getenv, [("OMP_NUM_THREADS",)] * 4)} == {"1"}
+        assert {*each(torch.get_num_threads, [()] * 4)} == {1}
+        with pytest.raises(ZeroDivisionError):
+            [*each(divmod, [(1, 1), (1, 0)])]
+    with pytest.raises(MemoryError, match=r"a process .* died"), spread(2) as each:
+        [*each(os._exit, [(1,)])]
+    assert dict(os.environ) == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are listed in /proc")

@@ -91,6 +91,9 @@ def fit(method: Harmonizer, cohort: Cohort, settings: TrainingSettings) -> Fitte
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, states=settings.states or Path(folder))
         whole = method.fit(cohort, settings)
+        assert settings.states
+        method.register_all(cohort, [*chain.from_iterable(by_site.values())],
+                            not method.context.sloppy, settings.states, settings)
         cards = {batch: c.card for c in whole.checkpoints.values() for batch in c.card.batches}
         for fold, people in enumerate(folds, 1):
             log.info("%s: fold %d of %d, without sub-%s", method.name, fold, len(folds),

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,8 @@ from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.harmonization import pairs
 from bidsapp.harmonization.scope import COVARIATES, suggest_name
 from bidsapp.kinds import Cohort, Fitted, Harmonized, Method, SiteHarmonizer, TrainingSettings
+from bidsapp.progress import track
+from bidsapp.workers import spread
 
 log = logging.getLogger("qsphere")
 
@@ -171,6 +173,29 @@ class Harmonizer(SiteHarmonizer):
                 f"voxels of grey and white matter. Needed are {tissue.MIN_VOXELS} of each. "
                 "Check the brain mask, or leave the participant out with --participant-label.")
         return source, target, registration
+
+    def register_all(self, cohort: Cohort, scans: Sequence[pairs.Pair], deformable: bool,
+                     folder: Path, settings: TrainingSettings) -> None:
+        """Register pairs side by side, by `settings.workers` processes.
+
+        `register` then finds the registrations in the folder.
+
+        Raises
+        ------
+        UsageError
+            As of `register`.
+        """
+        if settings.workers > 1:
+            with spread(settings.workers) as each:
+                done = each(_register, [(self, cohort, pair, deformable, folder, settings.device)
+                                        for pair in scans])
+                for _ in track(scans, f"{self.name}: registering, {settings.workers} at a time"):
+                    next(done)
+
+
+def _register(method: Harmonizer, *args: Any) -> None:
+    """Call `method.register` without sending its result back."""
+    method.register(*args)
 
 
 OUTPUTS = CHANGE, SERIES = "change", "series"

@@ -279,6 +279,7 @@ class PairedScans:
             share = scans[training.processes()[0]::processes]
             for pair in track(share, f"{method.name}: registering, this process:"):
                 method.register(cohort, pair, deformable, states, settings.device)
+        method.register_all(cohort, scans, deformable, states, settings)
         for i, pair in enumerate(track(scans, f"{method.name}: registering")):
             source, target, registration = method.register(cohort, pair, deformable, states,
                                                            settings.device)

@@ -19,6 +19,7 @@ from bidsapp.registration import affine as affine_registration
 from bidsapp.registration.deformable import displacement
 from bidsapp.registration.geometry import transform_points, world_points
 from bidsapp.registration.image import Image
+from bidsapp.workers import spread
 
 ROUNDS = 2
 """Rounds of the template's construction. The first template is one participant's image; each round
@@ -31,7 +32,7 @@ ITERATIONS = (40, 20, 0)
 """Iterations of SyN at a quarter, at half and at full resolution."""
 
 
-def build(images: Sequence[Image], work_dir: Path | None = None
+def build(images: Sequence[Image], work_dir: Path | None = None, workers: int = 1
           ) -> tuple[Image, list[Float[np.ndarray, "x y z 3"]]]:
     """Build a template from FA images.
 
@@ -43,6 +44,8 @@ def build(images: Sequence[Image], work_dir: Path | None = None
         FA images, one per participant.
     work_dir : Path, optional
         Folder for temporary files.
+    workers : int
+        Number of processes that register side by side.
 
     Returns
     -------
@@ -54,11 +57,13 @@ def build(images: Sequence[Image], work_dir: Path | None = None
     start = sorted(images, key=lambda i: i.volume)[(len(images) - 1) // 2]
     affine, shape = _grid(images, start)
     template = Image(start.at(world_points(shape, affine)).astype(np.float32), affine)
-    for number in range(1, ROUNDS + 1):
-        points = [register(template, image, work_dir) for image in track(
-            images, f"template, round {number} of {ROUNDS}: registering")]
-        mean = np.mean([image.at(p) for image, p in zip(images, points, strict=True)], axis=0)
-        template = Image(mean.astype(np.float32), affine)
+    with spread(workers) as each:
+        for number in range(1, ROUNDS + 1):
+            results = each(register, [(template, image, work_dir) for image in images])
+            points = [next(results) for _ in track(
+                images, f"template, round {number} of {ROUNDS}: registering")]
+            mean = np.mean([image.at(p) for image, p in zip(images, points, strict=True)], axis=0)
+            template = Image(mean.astype(np.float32), affine)
     return template, points
 
 

@@ -29,6 +29,7 @@ from support.travelling_heads import (
     NOISE,
     PEOPLE,
     head,
+    load_head,
     sloppy_method,
     study,
 )
@@ -297,6 +298,48 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
     assert other.card.metrics == one.card.metrics
     assert sorted(p.name[:29] + p.name[-7:] for p in (tmp_path / "cut").glob("*.ckpt")) == [
         f"harmonize_golkov_B-to-A.b1000.{k}.ckpt" for k in (1, 2)]
+
+
+def load_with_a_broken_mask(run):
+    """Of the mask of 02B five voxels are left."""
+    dwi = load_head(run)
+    if run != "02B":
+        return dwi
+    rows = np.arange(100, 105)
+    mask = np.zeros_like(dwi.mask)
+    mask[tuple(np.argwhere(dwi.mask)[rows].T)] = True
+    return replace(dwi, signal=dwi.signal[rows], mask=mask)
+
+
+def register_all(folder, workers, load=load_head, deformable=True):
+    folder.mkdir()
+    known, settings = study(PEOPLE[:2], load=load, states=folder, workers=workers)
+    found = pairs.pair_runs(known.statistics, "A")["B"]
+    patches.PairedScans(sloppy_method(), known, settings, found, [30], 4, deformable,
+                        folder)
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_pairs_that_are_registered_side_by_side_are_the_same(tmp_path, monkeypatch):
+    alone = register_all(tmp_path / "1", 1)
+    assert len([name for name in alone if name.startswith(pairs.PREFIX)]) == 2
+
+    def registers(*_):
+        raise AssertionError("the other processes were to register")
+
+    monkeypatch.setattr(pairs, "_register", registers)
+    assert register_all(tmp_path / "2", 2) == alone
+
+
+@pytest.mark.slow
+def test_a_pair_that_cannot_be_registered_is_told_alike(tmp_path):
+    told = []
+    for workers in (1, 2):
+        with pytest.raises(UsageError, match="02B and 02A: the scans of this participant") as error:
+            register_all(tmp_path / str(workers), workers, load_with_a_broken_mask, False)
+        told.append(str(error.value))
+    assert told[0] == told[1]
 
 
 def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):

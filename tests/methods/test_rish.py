@@ -146,7 +146,7 @@ def test_shape_of_every_degree_stays():
 
 
 @pytest.mark.slow
-def test_card(caplog):
+def test_card():
     method = methods.get("harmonize_rish")
     fitted = method.fit(study(), kinds.TrainingSettings())
     (name,) = fitted.checkpoints
@@ -158,9 +158,19 @@ def test_card(caplog):
     assert card.metrics["template_correlation"] > 0.8
     assert abs(card.metrics["scale_b1000_l0"] * SCALE[0] - 1) < 0.03
     assert card.metrics["bounded_b1000_l0"] == 0
-    (few,) = fitted.notices
-    assert few.startswith("A has 3 participants, B has 3 participants") and few in caplog.text
+    assert not fitted.notices
     assert pack(fitted.checkpoints[name]) == pack(trained()[1]), "the same training, the same bytes"
+
+
+@pytest.mark.parametrize("rows,doubts", [
+    ([(i, b) for i in range(3) for b in "AB"], []),
+    ([(i, b) for i in range(4) for b in "AB" if (i, b) != (3, "B")],
+     ["A has 4 participants, B has 3 participants; mean RISH was stable from 16"]),
+    ([(i, "AB"[i % 2]) for i in range(6)],
+     ["A has 3 participants, B has 3 participants; mean RISH was stable from 16"])])
+def test_few_people_are_told_unless_they_are_the_same(rows, doubts):
+    told = methods.get("harmonize_rish").preflight(study(rows))
+    assert [sentence[:len(doubt)] for sentence, doubt in zip(told, doubts, strict=True)] == doubts
 
 
 @pytest.mark.slow
@@ -310,7 +320,7 @@ def test_place_repeats_itself_whatever_the_order_of_the_axes(blob):
 
 
 def test_registrations_to_a_template_are_told(monkeypatch, caplog):
-    monkeypatch.setattr(template, "register", lambda fixed, moving, work_dir=None: world_points(
+    monkeypatch.setattr(template, "register", lambda fixed, moving, work_dir: world_points(
         fixed.values.shape, fixed.affine))
     with caplog.at_level("INFO", "qsphere"):
         template.build([Image(np.ones((4, 4, 4)), np.eye(4))] * 3)
@@ -328,6 +338,20 @@ def test_template_is_the_mean_of_the_people(blob):
              for i, p in zip((image, other, image), places, strict=True)]
     assert min(alike) > 0.95
     assert abs(mean.values.max() / image.values.max() - 1) < 0.15
+
+
+@pytest.mark.slow
+def test_template_is_the_same_by_two_processes(blob, monkeypatch):
+    image, other, _ = blob
+    mean, places = template.build([image, other])
+
+    def registers(*_):
+        raise AssertionError("the other processes were to register")
+
+    monkeypatch.setattr(template.affine_registration, "register", registers)
+    same, same_places = template.build([image, other], workers=2)
+    np.testing.assert_array_equal(same.values, mean.values)
+    np.testing.assert_array_equal(same_places, places)
 
 
 @pytest.mark.parametrize("design", ["matched", "confounded"])

@@ -43,6 +43,11 @@ def head(person, site, noise=NOISE):
     return Dwi((800 * values).astype(np.float32), mask, AFFINE, Acquisition(BVALS, AXES))
 
 
+def load_head(run):
+    """Simulate a scan by its name, as "01A"."""
+    return head(run[:2], run[2])
+
+
 def study(people=PEOPLE, sites="AB", load=None, acquisitions=None, **more):
     """Make the Cohort and the TrainingSettings of people scanned at every one of `sites`.
 
@@ -55,7 +60,7 @@ def study(people=PEOPLE, sites="AB", load=None, acquisitions=None, **more):
     settings = kinds.TrainingSettings(seed=1, **{k: more.pop(k) for k in own & more.keys()})
     return kinds.Cohort(
         table, reference_batch=more.pop("reference_batch", "A"), acquisitions=known,
-        load=load or (lambda run: head(run[:2], run[2])),
+        load=load or load_head,
         voxel_sizes={r: tuple(ZOOMS) for r in table["run"]}, **more), settings
 
 

@@ -95,9 +95,11 @@ class Rish(shared.Harmonizer):
                           "out with --bids-filter-file, or harmonize with harmonize_mica.")
 
     def preflight(self, cohort: Cohort) -> list[str]:
-        """Check the cohort; warn of small sites and of differences between the groups."""
+        """Check the cohort; warn of small sites, unless all have the same participants, whose
+        differences cancel, and of differences between the groups."""
         batches = shared.runs_by_site(self, cohort)
-        small = shared.small_sites(batches, RECOMMENDED_PARTICIPANTS)
+        same = len({frozenset(rows["participant"]) for rows in batches.values()}) == 1
+        small = "" if same else shared.small_sites(batches, RECOMMENDED_PARTICIPANTS)
         warnings = [f"{small}. Mean RISH is stable from {RECOMMENDED_PARTICIPANTS} participants "
                     "per site. With fewer, the scales also contain differences between people."
                     ] if small else []
@@ -114,7 +116,7 @@ class Rish(shared.Harmonizer):
                    for shell in scope.training_domain(cohort, batches, sources).shells]
         runs = [run for rows in batches.values() for run in rows["run"]]
         images = [self._fa(cohort, run, settings.device) for run in track(runs, f"{self.name}: FA")]
-        mean, points = template.build(images, settings.states)
+        mean, points = template.build(images, settings.states, settings.workers)
         lowest, warnings = self._check_registrations(runs, images, mean, points)
         metrics = {"template_correlation": round(lowest, 3)}
         by_run = dict(zip(runs, points, strict=True))
