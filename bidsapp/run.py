@@ -408,7 +408,8 @@ def share_pairs(options: Options, runs: Collection[Run], memory: float, devices:
     alone = 1, memory / devices[0]
     if choose_device(options.device) != "cpu" or math.prod(devices) > 1:
         return alone
-    pair = FIXED_MEMORY + SCANS_IN_MEMORY * (max(FIXED_MEMORY, *map(memory_of, runs)) - FIXED_MEMORY)
+    scan = max(FIXED_MEMORY, *map(memory_of, runs)) - FIXED_MEMORY
+    pair = FIXED_MEMORY + SCANS_IN_MEMORY * scan
     workers = min(options.nprocs, int((memory - FIXED_MEMORY) // pair))
     return (workers, (memory - FIXED_MEMORY) / workers) if workers > 1 else alone
 

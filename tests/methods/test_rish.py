@@ -165,9 +165,9 @@ def test_card():
 @pytest.mark.parametrize("rows,doubts", [
     ([(i, b) for i in range(3) for b in "AB"], []),
     ([(i, b) for i in range(4) for b in "AB" if (i, b) != (3, "B")],
-     ["A has 4 participants, B has 3 participants; mean RISH was stable from 16"]),
+     ["A has 4 participants, B has 3 participants. Mean RISH is stable from 16"]),
     ([(i, "AB"[i % 2]) for i in range(6)],
-     ["A has 3 participants, B has 3 participants; mean RISH was stable from 16"])])
+     ["A has 3 participants, B has 3 participants. Mean RISH is stable from 16"])])
 def test_few_people_are_told_unless_they_are_the_same(rows, doubts):
     told = methods.get("harmonize_rish").preflight(study(rows))
     assert [sentence[:len(doubt)] for sentence, doubt in zip(told, doubts, strict=True)] == doubts
