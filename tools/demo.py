@@ -16,10 +16,8 @@ from pathlib import Path
 import pandas as pd
 
 PHANTOM = ("--participants", "6", "--sites", "2", "--voxel-size", "5", "--directions", "20",
-           "--lesions", "0", "--snr", "50", "--effect-echo-time", "40",
-           "--effect-miscalibration", "0")
-"""Coarse, so that there is time for enough people to learn from and to test; with a difference of
-echo times that stands out of the noise."""
+           "--lesions", "0")
+"""Coarse, so that there is time for enough people to learn from and to test."""
 
 MEASURES = {"signal": "signal", "fa": "FA", "md": "MD"}
 
