@@ -156,6 +156,10 @@ def group(options: Options) -> int:
     with dataset.lock("group"):
         fitted = train_and_write(dataset, cohort, settings, trained)
         fitted |= load_fitted(dataset, cohort, fitted)
+        references = {str(f.model["ReferenceBatch"]) for f in fitted.values()
+                      if f.model.get("ReferenceBatch")}
+        if cohort.reference_batch is None and len(references) == 1:  # that of earlier trainings
+            cohort = replace(cohort, reference_batch=references.pop())
         write_group(dataset, cohort, fitted)
         assert settings.states
         for registration in settings.states.glob(f"{pairs.PREFIX}*"):
@@ -303,10 +307,9 @@ def group_record(name: str) -> PurePosixPath:
 
 
 def table_digest(cohort: Cohort) -> str:
-    """Hash map statistics, sites and covariates of all runs, and the reference site (SHA-256)."""
+    """Hash map statistics, sites and covariates of all runs (SHA-256)."""
     used = cohort.statistics[["run", "batch", *cohort.covariates, *cohort.features]]
-    content = to_json([used.to_dict("list"), cohort.reference_batch])
-    return hashlib.sha256(content.encode()).hexdigest()
+    return hashlib.sha256(to_json(used.to_dict("list")).encode()).hexdigest()
 
 
 def write_table(transaction: Transaction, name: str, table: pd.DataFrame) -> None:
@@ -488,7 +491,7 @@ def run_all(invocation: Invocation, inventory: find.Inventory, workers: int
 
         def advance() -> None:
             bar.update()
-            log.info("%d of %d participants done", next(finished), len(todo))
+            log.info("%d of %d participants processed", next(finished), len(todo))
 
         if workers == 1:
             for label in todo:

@@ -92,7 +92,8 @@ def parse(names: tuple[str, ...]) -> tuple[Space, ...]:
     known = [DWI, T1W, *niworkflows.SpatialReferences.standard_spaces]
     for name in (text.partition(":")[0] for text in asked):
         if name not in known:
-            near = difflib.get_close_matches(name, known, 3, 0.5)
+            near = ([k for k in known if k.lower().startswith(name.lower())][:3]
+                    or difflib.get_close_matches(name, known, 3, 0.5))
             raise UsageError(
                 f"--output-spaces {name}: no such space. Needed is {DWI}, {T1W} or a template "
                 f"that {home()} ({HOME}) lists."

@@ -113,10 +113,11 @@ def select_shells(card: Card, acquisition: Acquisition, *, allow: bool = False
     if not (allow and possible):
         small = max((s.b for s in shells), default=math.inf) < SMALL_B
         raise Refusal(
-            f"{card.method} does not fit: {'; '.join(violations)}. "
+            f"{card.method} was not trained for this acquisition: {'; '.join(violations)}. "
             + "Check that b-values are in s/mm², not ms/µm²; " * small
-            + f"{'t' if small else 'T'}rain on such runs (group --train {card.method}), or leave "
-            f"it out of --estimate.{f' {OVERRIDE}' if possible else ''}")
+            + f"{'l' if small else 'L'}eave it out of --estimate, or train it on such runs (group "
+            f"--train {card.method}) if they determine its parameters."
+            + (f" {OVERRIDE}" if possible else ""))
     return shells, violations
 
 

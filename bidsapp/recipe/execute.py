@@ -283,7 +283,7 @@ class Execution:
                 "name": run.name, "entities": run.entities, "batch": run.batch,
                 "batch_source": run.batch_source, "covariates": run.covariates,
                 "files": [dataset.uri(f) for f in run.files], "status": "done",
-                "seconds": seconds,
+                "seconds": seconds, "all_done": complete,
                 **{k: v for k, v in records[Measure.name].items() if k in MEASURED},
                 "qc": qc, "refusals": refusals,
                 **{key: list(dict.fromkeys(text for r in done for text in r.get(key, ())))

@@ -160,8 +160,9 @@ class Register(Step):
             f"{self.transform.name.partition('.')[0]}.json"), to_json({
             "Description": "ITK transform that brings images of the diffusion run to the space "
                            f"{self.space} (antsApplyTransforms -t)",
-            "Sources": [*map(context.dataset.uri, (*context.run.files, source)),
-                        self.about["SpatialReference"]]}))
+            "Sources": list(dict.fromkeys([
+                *map(context.dataset.uri, (*context.run.files, source)),
+                self.about["SpatialReference"]]))}))
         report.notices.append(
             f"Maps in the space {self.space} ({self._resolution}): {self.mask.parent}/"
             f"{self.mask.name.replace('_desc-brain_mask.nii.gz', '_…_dwimap.nii.gz')}. The figures "

@@ -41,6 +41,11 @@ from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
 
+UNCORRECTED = ("The images are raw, and QSphere did not correct noise, Gibbs ringing, motion, eddy "
+               "currents or distortion. Data that need it must be preprocessed first (see "
+               "--derivatives).")
+"""Notice of a run that was not preprocessed."""
+
 ROUNDING = 1e-3
 """Largest difference of the b-tensors of a gradient table and of its text, relative to the highest
 b-value."""
@@ -276,6 +281,8 @@ class Measure(Step):
                           sidecar.mask(run, context.dataset, source))
         report.warnings, coherence = check_plausibility(run, dwi, mean_b0)
         report.qc |= quality.measure_quality(dwi) | coherence
+        if not run.preprocessed:
+            report.notices.append(UNCORRECTED)
         report.figures += figures.of_signal(dwi, mean_b0)
         acquisition = dwi.acquisition
         report.facts = {

@@ -131,8 +131,9 @@ def of_space(grid: Any, reference: np.ndarray, fa: np.ndarray, space: str,
     return Figure(
         "dwimap", entities, svg(drawn), f"FA in the space {space}",
         f"Grey: the reference image of the space. The line surrounds FA above {WHITE_FA:g} as "
-        "resampled to it. It should follow white matter; elsewhere the registration has failed, "
-        "and the maps in this space must not be used.", "Output spaces")
+        "resampled to it: white matter, and the rim of the mask where that holds skull. Inside the "
+        "brain it should follow white matter. If it does not, the registration has failed: do not "
+        "use the maps in this space.", "Output spaces")
 
 
 def _gradients(dwi: Dwi) -> Figure:

@@ -65,8 +65,8 @@ MIN_CORRELATION = 0.5
 """Correlation of FA with the template below which a registration is doubtful."""
 
 UNKNOWN_ERROR = (
-    "the scales depend on who is in the two groups, which changes estimates by more than noise "
-    "does, and no participant scanned at both sites shows by how much")
+    "the scales depend on the participants of the two groups, which changes estimates by more than "
+    "noise does, and RISH does not measure by how much")
 """Reason why maps have no confidence interval. On a phantom with eight different people per site,
 90 % intervals for noise alone covered 74–88 %, and with the standard errors of the group means,
 taken as independent between shells, 100 %."""
