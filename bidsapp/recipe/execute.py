@@ -315,7 +315,7 @@ class Execution:
         for path, record in others.items():
             if record.get("name") not in kept:
                 if record.get("outputs"):
-                    log.info("%s: %s is removed, since its signal has changed",
+                    log.info("%s: %s is removed, since what it was made from has changed",
                              self.context.run.name, record.get("name", path.name))
                 self.dataset.discard(path)
         return kept

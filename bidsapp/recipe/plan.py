@@ -128,10 +128,15 @@ def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Seq
                  f"{most:.1f} GB"]
     except QSphereError as error:
         return [f"{name}: would fail: {error}"]
+    refused: list[Step] = []
     for step in steps[1:]:
+        if any(other in refused for other in step.needs):
+            refused.append(step)
+            continue
         try:
             lines.append(f"  {step.describe()}")
         except Refusal as refusal:
+            refused.append(step)
             lines.append(f"  {step.title}: refused: {refusal}")
     return lines + describe_corrections(context.run)
 

@@ -66,6 +66,10 @@ class Register(Step):
     def title(self) -> str:
         return f"output space {self.space}"
 
+    @property
+    def required(self) -> bool:
+        return self.context.run.entities.get("space") != self.space.name
+
     def describe(self) -> str:
         image = self._require_t1w()
         way = (f"T1w registered to {self.space.image.name}" if self.space.image
@@ -227,8 +231,6 @@ class Resample(Step):
         return f"{self.estimate.name} in the space {self.takes.space}"
 
     def describe(self) -> str:
-        self.takes.describe()
-        self.estimate.describe()
         return f"  {self.title}"
 
     @property
@@ -275,7 +277,8 @@ class Resample(Step):
             whole = np.zeros((*inside.shape, new.shape[1]), image.get_data_dtype())
             whole[inside] = new
             whole = whole if image.ndim > 3 else whole[..., 0]
-            entities = {**entities_of(path.name), **space.entities}
+            entities = {**{k: v for k, v in entities_of(path.name).items() if k != "res"},
+                        **space.entities}
             uri = context.dataset.uri(root / path)
             transaction.image(
                 context.path("dwimap", **entities), whole, grid,

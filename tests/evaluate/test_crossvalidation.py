@@ -138,14 +138,14 @@ def test_a_fold_knows_nothing_of_those_it_is_tested_on():
     """Other scans of 03 change every model but that of the fold in which 03 is tested: the
     distribution that intensities are warped to, the scale of the loss and the network's weights."""
     method, models, tables = sloppy_method("harmonize_hybrid"), [], []
-    learn = method.learn
+    fit = method._fit
 
     def recorded(known, settings):
-        fitted = learn(known, settings)
+        fitted = fit(known, settings)
         models[-1].append((set(known.statistics["participant"]), fitted.checkpoints))
         return fitted
 
-    method.learn = recorded
+    method._fit = recorded
     for noise in (NOISE, 4 * NOISE):
         models.append([])
         fitted = crossvalidation.fit(method, *study(
@@ -205,7 +205,7 @@ def test_pairs_are_registered_once(tmp_path, monkeypatch):
     assert [len(c) for c in calls] == [4, 4]
     pd.testing.assert_frame_equal(first, third, check_exact=True)
     # not kept, and learned from the same
-    (one,), (other,) = (f.checkpoints.values() for f in (made, network.learn(
+    (one,), (other,) = (f.checkpoints.values() for f in (made, network._fit(
         *study(max_steps=2))))
     assert [len(c) for c in calls] == [7, 7]
     for name, weights in one.tensors.items():

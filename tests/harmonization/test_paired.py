@@ -336,7 +336,7 @@ def test_pairs_that_are_registered_side_by_side_are_the_same(tmp_path, monkeypat
 def test_a_pair_that_cannot_be_registered_is_told_alike(tmp_path):
     told = []
     for workers in (1, 2):
-        with pytest.raises(UsageError, match="02B and 02A: the scans of this participant") as error:
+        with pytest.raises(UsageError, match="02B and 02A: the brain masks of these") as error:
             register_all(tmp_path / str(workers), workers, load_with_a_broken_mask, False)
         told.append(str(error.value))
     assert told[0] == told[1]

@@ -17,7 +17,12 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError
 from bidsapp.harmonization import pairs
 from bidsapp.registration.deformable import rotations
-from bidsapp.registration.geometry import canonical, fill_nearest, world_points
+from bidsapp.registration.geometry import (
+    canonical,
+    fill_nearest,
+    grid_coordinates,
+    world_points,
+)
 from support import bids_tree, synthetic_head
 
 BVALS, AXES = bids_tree.table(((0, 4), (1000, 30)))
@@ -133,7 +138,7 @@ def test_a_deformation_is_kept_where_there_is_one(scans, bend):
     def bent(points):
         return points + bend * np.sin(points[..., 1:2] / 15) * [0, 1, 0]
 
-    at = pairs.grid_coordinates(np.linalg.inv(AFFINE), bent(place))
+    at = grid_coordinates(AFFINE, bent(place))
     mask = map_coordinates(source.mask.astype(float), at, order=1) > 0.5
     signal = np.stack([map_coordinates(source.unmask(v), at, order=3)[mask]
                        for v in source.signal.T], 1).astype(np.float32)

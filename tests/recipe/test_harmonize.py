@@ -435,11 +435,13 @@ def test_shells_that_differ_between_batches(rng):
         methods.get("harmonize_mica").fit(study, TrainingSettings())
 
 
-def test_scan_without_signal(rng):
+@pytest.mark.parametrize("invalid,message", [
+    (77, r"77 values of sub-0 are NaN or infinite \(4.3%"), (0, r"sub-0 .*only 0%")])
+def test_scan_without_signal(rng, invalid, message):
     study = sites(rng)
     dead = replace(study, load=lambda name: replace(
-        study.load(name), signal=np.zeros_like(study.load(name).signal), invalid=77))
-    with pytest.raises(UsageError, match=r"only 0% .* \(77 values of the run are NaN"):
+        study.load(name), signal=np.zeros_like(study.load(name).signal), invalid=invalid))
+    with pytest.raises(UsageError, match=message):
         methods.get("harmonize_mica").fit(dead, TrainingSettings())
 
 

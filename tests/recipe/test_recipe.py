@@ -104,7 +104,7 @@ def test_what_was_made_of_a_signal_that_changed_is_removed(study, tmp_path, caps
     assert not times(tmp_path / "out", "*model-tensor*")
     assert not times(tmp_path / "out", "*desc-harmonized*")
     assert times(tmp_path / "out", "*model-smt*")
-    assert "since its signal has changed" in capsys.readouterr().err
+    assert "since what it was made from has changed" in capsys.readouterr().err
     assert not {c for c in columns(tmp_path / "out") if "dti" in c or "harmoni" in c}
 
 
@@ -148,10 +148,11 @@ def test_fingerprints_follow_what_a_step_takes(study):
     """A step's fingerprint changes with its own parameters and with those of the steps before."""
     bids, out = study
 
-    def fingerprints(*more, models=()):
+    def fingerprints(*more, models=(), **covariates):
         options = cli.parse([str(bids), str(out), "participant", "--estimate", "dti", "scnn2",
                              *more])
         (run,) = find.find_runs(options).runs["02"]
+        run = replace(run, covariates={**run.covariates, **covariates})
         context = RunContext(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
         return {s.name: s.fingerprint for s in plan(context, models, chosen_methods(options))}
 
@@ -169,6 +170,9 @@ def test_fingerprints_follow_what_a_step_takes(study):
     assert other["estimate_dti"] == plain["estimate_dti"]
     assert other["estimate_scnn2"] != plain["estimate_scnn2"]
     assert other["harmonized"] != with_model["harmonized"]
+    older = fingerprints(models=models, age=99)
+    assert older["harmonized"] != with_model["harmonized"]
+    assert older["measured"] == with_model["measured"]
     assert other["harmonized_estimate_dti"] != with_model["harmonized_estimate_dti"]
 
 

@@ -14,8 +14,10 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from bidsapp import cli, sh, spaces
+from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
 from bidsapp.errors import UsageError
+from bidsapp.recipe.plan import chosen_methods, plan
 from bidsapp.recipe.spaces import Register
 from bidsapp.recipe.steps import RunContext
 from bidsapp.registration import deformable, resample
@@ -133,7 +135,7 @@ def work(home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("spaces")
     bids, out, logs = write_head(folder / "bids"), folder / "out", []
     for more in ((), ("--output-spaces", "T1w"),
-                 ("smt", "--output-spaces", "T1w", "Bent:res-2")):
+                 ("smt", "scnn2", "--output-spaces", "T1w", "Bent:res-2")):
         before = {p: p.stat().st_mtime_ns for p in out.glob("sub-01/dwi/*_dwimap.nii.gz")}
         assert qsphere(bids, out, "participant", "--estimate", "dti", *more) == 0
         logs.append([p.name for p in out.glob("sub-01/dwi/*_dwimap.nii.gz")
@@ -229,7 +231,7 @@ def test_a_space_and_an_estimate_that_are_added_are_done_alone(work):
     first, second, third = work[2]
     assert first and second and all("space-T1w" in name for name in second)
     assert {n.replace("space-T1w_", "") for n in second} == set(first)
-    assert all("model-smt" in n or "space-Bent" in n for n in third)
+    assert all("model-smt" in n or "model-scnn2" in n or "space-Bent" in n for n in third)
     assert any("space-T1w_model-smt" in n for n in third)
 
 
@@ -397,3 +399,48 @@ def test_a_grid_of_another_size_covers_the_same_field(size, count):
     assert shape == count
     np.testing.assert_allclose(np.linalg.norm(new[:3, :3], axis=0), size)
     np.testing.assert_allclose(new @ [-0.5, -0.5, -0.5, 1], affine @ [-0.5, -0.5, -0.5, 1])
+
+
+@pytest.mark.slow
+def test_labels_and_densities_in_the_space_of_the_t1w_image(work):
+    """A label stays one of the labels; the peak of a density turns with the head."""
+    flag = np.asarray(read(work[1], "space-T1w_model-scnn2_param-flag_dwimap").dataobj)
+    assert set(np.unique(flag)) <= {0, 1, 2}
+    odf = read(work[1], "space-T1w_model-scnn2_param-odf_dwimap")
+    back = np.linalg.inv(pose())
+    label = tissue(world_points(odf.shape[:3], odf.affine) @ back[:3, :3].T + back[:3, 3])
+    deep = binary_erosion(label == WHITE, iterations=3)
+    points, _ = sh.half_grid(59)
+    peaks = points[(np.asarray(odf.dataobj)[deep] @ sh.basis(8, points).T).argmax(1)]
+    angle = np.degrees(np.arccos(np.abs(peaks @ pose()[:3, :3] @ FIBRE).clip(0, 1)))
+    unturned = np.degrees(np.arccos(np.abs(pose()[:3, :3] @ FIBRE @ FIBRE)))
+    assert np.median(angle) < 4 < unturned - 4
+
+
+def test_what_steps_depend_on(home, tmp_path):
+    """Size of the voxels, T1w image, sidecar, and settings of an estimator: each is in the
+    fingerprints of the steps that use it, and in no other."""
+    bids = write_head(tmp_path / "bids")
+
+    def fingerprints(*argv):
+        options = cli.parse([str(bids), str(tmp_path / "out"), "participant", "--estimate", "dti",
+                             "freewater", "--output-spaces", "T1w", *argv])
+        (run,) = find.find_runs(options).runs["01"]
+        context = RunContext(options, Dataset(tmp_path / "out", {"raw": bids}), run, "cpu", np.inf)
+        return {step.name: step.fingerprint for step in plan(context, (), chosen_methods(options))}
+
+    def changed(before, after):
+        return {name for name in before if before[name] != after[name]}
+
+    plain = fingerprints()
+    space = {name for name in plain if name.startswith("space")}
+    assert space == {"space_T1w", "space_T1w_estimate_dti", "space_T1w_estimate_freewater"}
+    assert changed(plain, fingerprints("--output-resolution", "3")) == space
+    assert changed(plain, fingerprints("--set", "estimate_dti.fit.b_max=2500")) == {
+        "estimate_dti", "space_T1w_estimate_dti"}
+    image = bids / "sub-01/anat/sub-01_T1w.nii.gz"
+    t1w = nib.load(image)
+    nib.save(nib.Nifti1Image(np.asarray(t1w.dataobj)[::-1] + 1, t1w.affine), image)
+    assert changed(plain, replaced := fingerprints()) == space | {"estimate_freewater"}
+    (bids / "sub-01/dwi/sub-01_dwi.json").write_text('{"EchoTime": 0.1}')
+    assert changed(replaced, fingerprints()) == set(plain)
