@@ -38,7 +38,7 @@ SMOOTHNESS = "[0.1,1x1x1]"
 class Anatomy(NamedTuple):
     """A T1w image, at most as fine as FINEST, and where the diffusion images lie in it.
 
-    Parameters
+    Attributes
     ----------
     image : (x, y, z) float32
     affine : (4, 4)

@@ -45,7 +45,7 @@ NODES = 24
 class Compartment(NamedTuple):
     """Signal fraction and axially symmetric diffusion tensor.
 
-    Parameters
+    Attributes
     ----------
     fraction : (voxel,) tensor
     axial, radial : (voxel,) or (voxel, shell) tensor
