@@ -35,7 +35,7 @@ from bidsapp.simulate.bands import bands, other_bands
 
 SNR = (10, 15, 22, 33, 50, 70, 100)
 BANDS = 8
-"""Of a parameter."""
+"""Number of bands of a parameter."""
 
 COVERED, BIAS, RATIO = (0.85, 0.95), 0.25, 1.05
 """Limits asked of every band: coverage, mean error in SDs, square error over smt's."""

@@ -48,7 +48,7 @@ def brain(voxels):
 
 
 def seconds(function, device):
-    """Of a call, the mean over as many as take AT_LEAST; the first is not timed."""
+    """Time a call: the mean over as many calls as take AT_LEAST seconds, without the first."""
     def wait():
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)

@@ -52,7 +52,7 @@ PUBLISHED = {("SHResNet, published (Koppers et al. 2018), real data", "scan"): {
 same measure, tissue and reference, and nowhere else."""
 
 NMSE = "NMSE, % (change, %)", "NMSE, % (change, % [95 % interval])"
-"""Of one site, and of several."""
+"""Heads of the error tables of one site and of several sites."""
 
 BIAS = "bias of the mean over a tissue, %, and (root mean square error of a person's mean, %)"
 NAMES = {"signal": "S/S0", "fa": "FA", "md": "MD", "ndi": "NDI", "odi": "ODI"}

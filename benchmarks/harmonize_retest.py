@@ -44,7 +44,7 @@ OLD, NEW, ENCODING = "v60d1", "v61", "PA"
 """Sessions, the reference batch's first, and the direction of phase encoding."""
 
 DEGREE = 2
-"""Of the series: 12 directions determine no more."""
+"""Highest degree of the series, which is all that 12 directions determine."""
 
 TISSUES = {"WM": tissue.WHITE, "GM": tissue.GREY}
 MAPS = {"signal": "S/S0", "fa": "FA", "md": "MD"}

@@ -44,7 +44,7 @@ def tensor_maps(signal, acquisition):
 
 
 def maps_of(signal, acquisition):
-    """What is compared, by name, of (voxel, measurement) signal."""
+    """Compute the compared quantities of a signal, (voxel, measurement), by name."""
     b0 = signal[:, acquisition.b0].mean(1)
     maps = tensor_maps(signal, acquisition)
     maps["residual"] = maps.pop("sigma") / maps.pop("s0")

@@ -53,7 +53,7 @@ from bidsapp.simulate.tissue import TWO_COMPARTMENTS, draw_bundles, draw_odfs
 
 SNR = 50.0
 POINTS = 3072
-"""Of the published grid, which weigh the ODF in the published loss."""
+"""Number of points of the published grid, which weights the ODF in the published loss."""
 
 
 class Reference(nn.Module):

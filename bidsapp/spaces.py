@@ -86,8 +86,9 @@ def parse(names: tuple[str, ...]) -> tuple[Space, ...]:
     if not set(asked) - {DWI}:
         return ()
     if "acpc" in asked:
-        raise UsageError("--output-spaces acpc is not available: AC and PC are not sought. Ask "
-                         "for T1w or for a template.")
+        raise UsageError("--output-spaces acpc: alignment to the anterior and posterior commissure "
+                         f"is not implemented. Needed is {DWI}, {T1W} or a template. Use {T1W}, or "
+                         "a template that is aligned to them, as MNI152NLin2009cAsym.")
     niworkflows = _niworkflows()
     known = [DWI, T1W, *niworkflows.SpatialReferences.standard_spaces]
     for name in (text.partition(":")[0] for text in asked):

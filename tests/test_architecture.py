@@ -1,4 +1,4 @@
-"""What holds for the house as a whole; the direction of imports is import-linter's (pyproject)."""
+"""Rules of the repository as a whole; the direction of imports is import-linter's (pyproject)."""
 
 import ast
 import re
@@ -49,7 +49,7 @@ def imported_modules(file):
 
 
 def test_no_test_is_imported():
-    """What tests share lies in tests/support, and benchmarks share nothing with tests."""
+    """Test modules share tests/support only, and benchmarks share nothing with tests."""
     tests = {f.stem for f in TESTS.rglob("test_*.py")} | {"conftest"}
     for file in TESTS.rglob("*.py"):
         parts = {part for name in imported_modules(file) for part in name.split(".")}
@@ -112,7 +112,7 @@ def test_one_version(name, pattern):
 
 
 def test_containers_set_the_same_environment():
-    """What the Dockerfile sets, Singularity.def sets too, but for folders that its users own."""
+    """Both containers set the same environment, but for folders that belong to the user."""
     docker = set(re.findall(r"^(?:ENV|   ) ([A-Z_]+)=", (ROOT / "Dockerfile").read_text(),
                             re.MULTILINE))
     singularity = set(re.findall(r"^    export ([A-Z_]+)=", (ROOT / "Singularity.def").read_text(),

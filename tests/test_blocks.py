@@ -115,7 +115,7 @@ def test_slabs_with_a_halo_join_to_the_whole(kernel, image, slab, threads):
 
 @pytest.mark.parametrize("halo", [0, 1])
 def test_a_halo_that_is_too_thin_shows(kernel, image, halo):
-    """Where slabs meet, and nowhere else."""
+    """Results are wrong where slabs meet, and nowhere else."""
     whole = box(kernel, torch.from_numpy(image)).numpy()
     found = map_volume(lambda part: {"box": box(kernel, part)}, [image], halo, "cpu", 6)["box"]
     wrong = (found != whole).any((1, 2))

@@ -129,7 +129,7 @@ def fitted_like(found, wanted, tolerance):
 
 
 def compute(function, turn):
-    """What a function of a device returns: on the CPU (turn 0), on the other device (1)."""
+    """Call a function of a device on the CPU (turn 0) and on the other device (turn 1)."""
     with SameDraws():
         return function(("cpu", DEVICE)[turn])
 

@@ -11,7 +11,7 @@ from support import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = ("plots/", "methods/", "reference/", "benchmarks/", "contributing.md")
-"""What docs/hooks.py writes when the documentation is built; mkdocs checks links to it."""
+"""Pages that docs/hooks.py writes when the documentation is built; mkdocs checks their links."""
 
 
 def cells(line):

@@ -1,4 +1,4 @@
-"""What checkpoints may be used for: domains refuse bad state, and runs outside of them are told."""
+"""Training domains refuse bad state, and list how a run lies outside of them."""
 
 import json
 from dataclasses import asdict, replace
@@ -13,13 +13,13 @@ from bidsapp.errors import Refusal
 LINEAR = ShellRange((500.0, 5000.0), 1.0, (6, 90))
 SPHERICAL = ShellRange((500.0, 5000.0), 0.0, (6, 90))
 ANY = TrainingDomain((LINEAR,), (1, 16), shell_count=(2, 4), snr=(10.0, 100.0))
-"""As of a network for all protocols."""
+"""Make the domain of a network for all protocols."""
 
 ONE = TrainingDomain((ShellRange((1000.0, 1000.0), 1.0, (12, 14)),
                       ShellRange((1950.0, 2050.0), 1.0, (16, 16))), (1, 2),
                      voxel_size=((2.0, 2.0), (2.0, 2.5), (3.0, 3.0)), sites=("B", "C"),
                      covariates={"age": (20, 60), "sex": ("F",)}, snr=(10.0, 20.0))
-"""As of a harmonizer."""
+"""Make the domain of a harmonizer."""
 
 
 def run(*shells, b0=1, b_delta=1.0):

@@ -116,7 +116,7 @@ DAMAGE = {
 
 
 QUICK = ("truncated", "no bvec", "text in bval", "NaN in the sform")
-"""Of the image, its tables and its header; each kind of damage is tested where it is read, too."""
+"""Damage of the image, its tables and its header; each kind is also tested where it is read."""
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else
@@ -240,7 +240,7 @@ def test_stop_on_first_crash(bids_tree, tmp_path):
 
 @pytest.mark.slow
 def test_stop_on_first_crash_with_several_at_a_time(bids_tree, tmp_path):
-    """What runs already is finished, told and listed; the rest is not begun."""
+    """Participants that are being processed are finished and listed; the others are not begun."""
     labels = [f"{i:02}" for i in range(1, 9)]
     bids, out = bids_tree(labels), tmp_path / "out"
     os.truncate(bids / f"{STEM}.nii.gz", 0)

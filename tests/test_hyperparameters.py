@@ -21,7 +21,7 @@ def qsphere(*argv):
 
 
 def given(method, *texts, sloppy=False, training=True):
-    """What `--set` changes of one method."""
+    """Read the hyper-parameters that `--set` changes of one method."""
     return methods.read_settings([f"{method}.{text}" for text in texts], [methods.get(method)],
                                  training, sloppy).get(method)
 

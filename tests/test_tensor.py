@@ -257,7 +257,7 @@ def test_volumes_without_shells(rng):
 
 
 def low_shells(acq, most=1500):
-    """What dipy is to fit: the volumes of b up to this, chosen without this program's rule."""
+    """Select the volumes that dipy fits, up to a b-value, without the rule of this program."""
     return np.flatnonzero(acq.bvals < 1.05 * most)
 
 
@@ -328,8 +328,8 @@ def test_dti_says_that_it_takes_a_high_shell(rng):
 
 
 def test_figures_of_a_page_show_one_tensor(rng):
-    """What compares a run before and after harmonization takes the shells that dti takes, although
-    a tensor through all shells differs."""
+    """The comparison of a run before and after harmonization uses the shells that dti uses,
+    although a tensor through all shells differs."""
     assert get("estimate_dti").settings("fit")["b_max"] == tensor.B_MAX
     acq = multishell(rng, (1000, 30), (3000, 30))
     slow, fast = tensors(50, rng, high=0.6e-3)[0], tensors(50, rng, low=1e-3)[0]
@@ -353,7 +353,7 @@ def test_fa_and_md_of_attenuations_are_those_of_the_tensor(rng):
 @pytest.mark.parametrize("ratio", [np.full(30, np.exp(-0.8)), np.ones(30), np.zeros(30),
                                    np.full(30, -0.2)], ids=["isotropic", "no decay", "0", "< 0"])
 def test_fa_and_md_of_attenuations_can_be_learned_from(rng, ratio):
-    """Where roots or logarithms have none, gradients are finite all the same."""
+    """Gradients are finite even at the singularities of roots and logarithms."""
     matrix = torch.from_numpy(tensor.attenuation_fit(acquisition(rng, n_b0=0).btensors))
     signal = torch.tensor(ratio, requires_grad=True)
     sum(tensor.fa_and_md(signal, matrix)).backward()

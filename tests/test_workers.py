@@ -1,4 +1,4 @@
-"""What ends a run ends its workers, and nothing half-written stays."""
+"""Workers end with their parent, however it ends, and nothing half-written stays."""
 
 import os
 import signal

@@ -132,32 +132,6 @@ def sharpness(estimate: Float[np.ndarray, "x y z"], truth: Float[np.ndarray, "x 
     return float((one * other).sum() / (other**2).sum())
 
 
-def better_than_second(errors: Mapping[str, Float[np.ndarray, " participant"]]
-                       ) -> tuple[str, str, float]:
-    """Compare the two methods with the smallest mean errors.
-
-    Parameters
-    ----------
-    errors
-        One error per participant, in the same order, for each of two or more methods.
-
-    Returns
-    -------
-    best, second : str
-        The two methods.
-    p : float
-        p value of Wilcoxon's two-sided signed-rank test between them over participants. With n
-        participants it is at least 2^(1 − n). It is 1 if all errors are equal.
-    """
-    from scipy.stats import wilcoxon
-
-    best, second = sorted(errors, key=lambda m: float(np.mean(errors[m])))[:2]
-    difference = np.subtract(errors[best], errors[second])
-    if not difference.any():
-        return best, second, 1.0
-    return best, second, float(wilcoxon(difference).pvalue)
-
-
 def icc(values: Float[np.ndarray, "participant site"]) -> float:
     """Estimate ICC(3,1), consistency: the value of `icc_consistency` without its interval."""
     return icc_consistency(values).value

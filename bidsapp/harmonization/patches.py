@@ -28,7 +28,7 @@ from bidsapp.progress import track
 BLOCK = 1024
 """Number of voxels that pass a network at a time: few enough to stay in the processor's cache."""
 
-HALF_OF_CHI_SQUARE = 0.4549
+MEDIAN_CHI_SQUARE = 0.4549
 """Median of χ² with one degree of freedom."""
 
 MEASURES = ("signal", "fa", "md")
@@ -386,7 +386,7 @@ def mean_errors(source: Dwi, target: Dwi, registration: pairs.Registration) -> l
         level = float(np.median(means[1]))
         noise = sum(_noise_of_ratio(dwi, shell, level)
                     for dwi, shell in zip((source, target), shells, strict=True))
-        square = float(np.median(np.square(means[0] - means[1]))) / HALF_OF_CHI_SQUARE
+        square = float(np.median(np.square(means[0] - means[1]))) / MEDIAN_CHI_SQUARE
         errors.append(math.sqrt(max(square - noise, 0)) / level)
     return errors
 

@@ -136,7 +136,9 @@ class Register(Step):
         assert stage
         context, dwi, source = self.context, stage.dwi, self._require_t1w()
         if dwi.acquisition.b0.all() or not dwi.acquisition.b0.any():
-            raise Refusal("the registration needs volumes with and without weighting.")
+            raise Refusal(f"{context.run.name} has {int(dwi.acquisition.b0.sum())} b0 and "
+                          f"{int((~dwi.acquisition.b0).sum())} weighted volumes. A registration "
+                          "needs both. Leave the space out, or acquire them.")
         log.info("%s: registering to %s", context.run.name, self.space)
         try:
             anatomy = stage.anatomy()

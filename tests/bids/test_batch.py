@@ -1,4 +1,4 @@
-"""What a batch is: the order of sources, what is ambiguous, covariates."""
+"""Sites of runs: the order of sources, what is ambiguous, covariates."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What corrects a raw run: phase encodings, field maps and phase images, and by which rule."""
+"""Data that correct a raw run: phase encodings, field maps and phase images, and their rules."""
 
 import json
 import shutil

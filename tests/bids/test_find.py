@@ -1,4 +1,4 @@
-"""What is found in a dataset: participants, runs, masks; and what is told when it is not."""
+"""Finding participants, runs and masks in a dataset, and messages when they are missing."""
 
 import json
 import re

@@ -103,17 +103,6 @@ def test_sharpness_of_a_blurred_wave(rng):
     assert abs(noisy - wanted) < 0.01
 
 
-def test_best_against_second():
-    """Six people who all prefer one: of 2⁶ patterns of signs two are as extreme, p = 2/64."""
-    def best(**errors):
-        return agreement.better_than_second({k: np.array(v, float) for k, v in errors.items()})
-
-    assert best(none=[9] * 6, b=[2, 3, 4, 5, 6, 7], a=[1, 1.9, 2.8, 3.7, 4.6, 5.5]) == (
-        "a", "b", 2 / 64)
-    assert best(x=[1, 2], y=[1, 2]) == ("x", "y", 1.0)
-    assert best(a=[1, 2, 3, 4], b=[2, 1, 4, 3.5])[2] > 0.2
-
-
 TABLE = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9],
                   [6, 2, 4, 7]], float)
 """Shrout & Fleiss 1979, table 2: six targets, four judges."""
@@ -149,8 +138,8 @@ def test_intervals_of_icc_cover(rng, estimate, truth):
 
 
 def test_differences_between_sites():
-    """Of the same people as scipy's paired t test, of different ones as its Welch test; to the mean
-    of three sites by hand."""
+    """Those of the same people equal scipy's paired t test, those of different people its Welch
+    test, and those to the mean of three sites a calculation by hand."""
     one, other = TABLE[:, 0], TABLE[:, 1]
     for found, interval in (
             (agreement.paired_difference(TABLE[:, :2], np.array([1.0, -1])),

@@ -1,5 +1,5 @@
-"""What is left of people's differences, against what is known: analytic effects, smoothing that
-must be noticed, noise removal that must not."""
+"""Effects of age, sex and contrast after harmonization, against known ones: analytic effects,
+smoothing that must be noticed, noise removal that must not."""
 
 from dataclasses import replace
 
@@ -206,8 +206,8 @@ def test_what_is_unchanged_is_kept_and_smoothing_is_noticed(people, monkeypatch)
 
 
 def test_tables_of_people_who_may_have_taught(rng):
-    """Of 40 people the harmonized column keeps half of the slope of MD; the reference batch, whose
-    values stay, has no row. Without age or sex there is none."""
+    """The harmonized column of 40 people keeps half of the slope of MD. The reference site, whose
+    values are unchanged, has no row, and without age or sex there is no row at all."""
     age = rng.uniform(20, 80, 40)
     batch = np.repeat(["A", "B"], 20)
     md = 8e-4 + 2e-6 * age + rng.normal(0, 1e-5, 40)

@@ -49,8 +49,8 @@ def series(dwi, registration, l_max, shell=slice(3, None)):
 
 @pytest.mark.slow
 def test_errors_are_those_of_their_formulae():
-    """Of intensity warping, learned from the others, applied to 02: against numpy, and the tensor
-    fit that the app uses."""
+    """Errors of intensity warping, learned from the others and applied to 02, equal those by numpy
+    and the tensor fit that the app uses."""
     method, (known, settings) = sloppy_method("harmonize_mica"), study(sites="ABC", folds=3)
     fitted = crossvalidation.fit(method, known, settings)
     (table, _), (model,) = fitted.tables.values(), fitted.checkpoints.values()

@@ -1,4 +1,4 @@
-"""What cannot be right is refused or flagged, and real data, right as they are, are not."""
+"""Impossible data are refused and improbable data flagged; correct real data are not."""
 
 from dataclasses import replace
 
@@ -270,8 +270,8 @@ def test_large_masks_are_judged_by_their_middle(dwi, monkeypatch):
 # real data
 
 FLIPPED = "sub-01_ses-v60d1_acq-ortho_dir-AP"
-"""Of canon_retest: as it is, its directions lie 52° from those of the same session's dir-PA; with
-the third row negated, 15° (median, FA > 0.4)."""
+"""A run of canon_retest. Its directions are 52° from those of dir-PA in the same session; with the
+third row negated, 15° (median, FA > 0.4)."""
 
 DATA = {"siemens_xa30": [], "uih_dti16": [], "canon_retest": [], "nyu_3shell": [],
         "mdt_multishell": ["derivatives/mask"], "dib2019_btensor": []}

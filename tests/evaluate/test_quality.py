@@ -288,7 +288,7 @@ def real(run):
     ("siemens_xa30", 1), ("uih_dti16", 0), ("mdt_multishell", 0), ("nyu_3shell", 0),
     ("dib2019_btensor", 0), ("canon_retest", 7)])
 def test_real_data_has_few_suspected_slices(test_data, folder, most):
-    """Of 1560 and 5280 slices; those of canon_retest hold voids that are plain to see."""
+    """The datasets have 1560 and 5280 slices; those of canon_retest hold visible voids."""
     options = cli.parse([str(test_data(folder)), "unused", "participant"])
     there = find.find_runs(options).runs.values()
     found = [quality.slice_signal(real(run)) for run in itertools.chain(*there)]

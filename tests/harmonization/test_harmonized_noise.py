@@ -1,4 +1,4 @@
-"""What becomes of noise, and of intervals, where a signal is harmonized."""
+"""Noise and intervals after a signal was harmonized."""
 
 from dataclasses import replace
 
@@ -92,8 +92,8 @@ def test_a_series_keeps_the_noise_of_means_over_directions(rng):
 
 @pytest.mark.parametrize("b0", [1, 7])
 def test_intervals_cover_after_harmonization(rng, b0):
-    """Of a scanner whose shells are scaled: 90 % of truths, and of the tensor-like level taken for
-    all shells far fewer or more."""
+    """The scanner scales its shells. Intervals cover 90 % of the truths; with one noise level for
+    all shells they cover far fewer or more."""
     clean, d, f = scan(rng, b0)
     there = replace(clean, signal=scaled(clean))  # the scanner divides what the map multiplies
     dwi = noisy(there, rng)

@@ -21,7 +21,8 @@ def scan(rng, low, power=1.0):
 
 
 def test_quantiles_are_those_of_the_distribution(rng):
-    """Of a uniform one, within what Dvoretzky, Kiefer and Wolfowitz allow n values, at 1e-6."""
+    """Those of a uniform distribution are within the bound of Dvoretzky, Kiefer and Wolfowitz for n
+    values, at 1e-6."""
     p = (np.arange(intensity.GRID) + 0.5) / intensity.GRID
     found = intensity.quantiles(scan(rng, 0.1))
     for row, n, scale in zip(found, (12, 16), (1, 0.5), strict=True):

@@ -56,8 +56,8 @@ def shresnet():
 
 @pytest.mark.slow
 def test_learns_the_factors_of_the_orders(shresnet):
-    """Of held-out participants the error falls to less than a third: what remains is noise, whose
-    share in 'before' is known, and what a hundred steps leave."""
+    """The error of held-out participants falls to less than a third. The rest is noise, whose share
+    in 'before' is known, and what a hundred steps do not learn."""
     _, fitted = shresnet
     (checkpoint,) = fitted.checkpoints.values()
     m = checkpoint.card.metrics
@@ -85,8 +85,8 @@ def test_harmonizes_who_it_has_not_seen(shresnet):
 
 @pytest.mark.slow
 def test_hybrid_brings_fa_and_md_near():
-    """Of whom it has not seen, in white matter, against the reference without noise; noise is kept,
-    for it is added to."""
+    """In white matter of participants it did not learn from, against the noise-free reference.
+    Noise stays, since the change is added to the signal."""
     method, fitted = fit("harmonize_hybrid")
     (checkpoint,) = fitted.checkpoints.values()
     dwi, truth = head("07", "B"), head("07", "A", noise=0)
@@ -181,7 +181,7 @@ def test_several_batches_in_one_command():
 
 @pytest.mark.slow
 def test_a_new_batch_leaves_the_models_of_others_alone(tmp_path):
-    """What was trained on the same scans is not trained again; other scans, seeds or steps are."""
+    """A network is not trained again on the same scans, but on other scans, seeds or steps."""
     method = sloppy_method("harmonize_golkov")
     first = method.fit(*study(PEOPLE[:2], max_steps=2))
     method = sloppy_method("harmonize_golkov", models=tmp_path)
@@ -301,7 +301,7 @@ def test_an_interrupted_training_gives_the_same_weights(tmp_path, monkeypatch):
 
 
 def load_with_a_broken_mask(run):
-    """Of the mask of 02B five voxels are left."""
+    """Load a scan; the mask of 02B has only five voxels left."""
     dwi = load_head(run)
     if run != "02B":
         return dwi
@@ -343,7 +343,7 @@ def test_a_pair_that_cannot_be_registered_is_told_alike(tmp_path):
 
 
 def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
-    """What is not changed has the error that errors are measured in."""
+    """An unchanged signal has an error of 1, the unit in which errors are measured."""
     method, (known, settings) = sloppy_method("harmonize_hybrid"), study()
     found = pairs.pair_runs(known.statistics, "A")["B"][:1]
     own = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path).samples[0]
@@ -355,7 +355,7 @@ def test_loss_of_the_hybrid_is_in_units_of_what_there_is(tmp_path):
 
 @pytest.mark.slow
 def test_errors_of_the_validation_are_those_of_their_formula(tmp_path):
-    """Of whom it did not learn from, before the network, against numpy."""
+    """Errors before the network, of those it did not learn from, equal those by numpy."""
     method, (known, settings) = sloppy_method(), study(max_steps=1)
     found = pairs.pair_runs(known.statistics, "A")["B"][:2]
     travellers = patches.PairedScans(method, known, settings, found, [30], 4, False, tmp_path)

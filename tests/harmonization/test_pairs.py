@@ -81,7 +81,7 @@ def core():
 
 
 def test_coefficients_after_alignment_are_those_of_the_truth(request, core, aligned):
-    """Where tissue is uniform, interpolation is exact: what remains is the noise of the fit,
+    """Interpolation is exact in uniform tissue. What remains is the noise of the fit,
     σ/S0 √(Σ F² + c²/4) (of the weighted volumes and of the mean of 4 b0s), of which splines keep
     most, and the error of the turn. SyN, which learns nothing there, turns a little."""
     fit = sh.smooth_fit(4, AXES[4:], pairs.SMOOTHING)

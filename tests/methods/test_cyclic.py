@@ -181,7 +181,7 @@ def test_people_in_both_batches_validate(tmp_path):
 
 
 def test_loss_of_pairs_holds_fa_and_md_in_units_of_what_there_is(tmp_path):
-    """What is not changed has the error that errors are measured in, three times the weight."""
+    """An unchanged signal has an error of three times the weight, since each measure counts 1."""
     method, (known, settings) = brief(1), study(["01A", "01B"])
     recipe = method.settings("training")
     found = method.scans(known, "B", "A")

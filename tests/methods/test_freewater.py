@@ -172,8 +172,8 @@ def test_head_is_its_own_model():
 
 
 def test_where_little_else_is_left_the_signal_stays(monkeypatch):
-    """Of nine parts water and one of grey matter. Whatever a network says: up to MAX_WATER its
-    water is taken away, beyond it none."""
+    """A voxel holds nine parts of water and one of grey matter. Whatever fraction a network gives,
+    up to MAX_WATER the water is removed, and above it none is."""
     acq = acquisition(((0, 2), (1000, 12), (2000, 16)))
     b = acq.bvals / 1000
     clean = np.tile(0.1 * np.exp(-0.8 * b) + 0.9 * np.exp(-3 * b), (60, 1))

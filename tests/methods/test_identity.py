@@ -123,7 +123,7 @@ def test_identity_has_no_bias(name, directions):
 
 
 def test_edges_of_the_mask_see_their_nearest_voxel():
-    """What is the same everywhere stays so where a patch leaves the mask."""
+    """A uniform signal stays uniform at the edge of the mask, which patches cross."""
     dwi = bundles(30)
     same = np.tile(dwi.signal[:1], (len(dwi.signal), 1))
     method, model = paired("harmonize_golkov")

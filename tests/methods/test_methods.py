@@ -57,7 +57,7 @@ def brain(acq, rng, rotation=None, sd=4.0, anatomy=None):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """What a group level leaves: weights of the method that ships with none, for `acquisition`."""
+    """Folder of models of the group level, for the method that has no bundled weights."""
     folder = tmp_path_factory.mktemp("models")
     method = methods.get("estimate_mlp2", context=kinds.MethodContext(sloppy=True))
     cohort = kinds.Cohort(pd.DataFrame({"snr_b0": [50.0]}), acquisitions={"one": acquisition()})
@@ -244,7 +244,7 @@ def test_harmonizer_leaves_its_input_unchanged(harmonizer, rng):
 
 
 def test_harmonizer_is_independent_of_voxel_order(harmonizer, rng):
-    """Of the order of the image's axes: a network may look at neighbours, but not at numbers."""
+    """The result does not depend on the order of the image's axes, only on neighbourhood."""
     method, model = harmonizer
     dwi = person(rng)
     order = np.arange(dwi.mask.size).reshape(dwi.mask.shape)[::-1].transpose(2, 0, 1)

@@ -105,7 +105,7 @@ def test_extrapolates_to_as_many_shells_as_it_takes(trained, tmp_path):
 
 
 def test_turns_not_with_the_head(trained):
-    """What a spherical network keeps within 1e-3 moves here by more than 1e-2: hence a baseline."""
+    """A rotation changes the estimates by more than 1e-2, those of a spherical network by 1e-3."""
     network = trained.into(estimating.build(tissue.TWO_COMPARTMENTS, trained.card.network))
     noise, turn = torch.tensor([[0.02, 0.0]]).expand(50, 2), Rotation.random(1, random_state=2)
 
@@ -181,7 +181,7 @@ def test_weights_from_before_there_were_cases_are_refused(first, tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_training_does_not_start_again(first, tmp_path):
-    """Where a state is kept, it is gone on from, whatever the training would start from."""
+    """A training continues from its kept state, whatever weights it would start from."""
     state = tmp_path / "state.ckpt"
     recipe = replace(near(small_recipe(), 4), schedule=training.Schedule(4, 1e-2, validate_every=2))
     whole = learn.train("estimate_scnn2", recipe, seed=8, device="cpu", start=first, saved=state)

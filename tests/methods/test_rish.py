@@ -331,7 +331,7 @@ def test_registrations_to_a_template_are_told(monkeypatch, caplog):
 
 @pytest.mark.slow
 def test_template_is_the_mean_of_the_people(blob):
-    """Of copies of one image that lie differently: as sharp as each, and each found in it."""
+    """Copies of an image in different poses give a template as sharp as each, and found in each."""
     image, other, _ = blob
     mean, places = template.build([image, other, image])
     alike = [np.corrcoef(i.at(p).ravel(), mean.values.ravel())[0, 1]

@@ -537,7 +537,7 @@ def test_other_acquisitions_take_the_weights_that_ship(study, tmp_path):
 
 
 def test_the_network_for_just_these_directions_is_selected():
-    """Of several that were trained for a run's shells with a tenth more or fewer directions."""
+    """Several were trained with a tenth more or fewer directions; the exact one is selected."""
     shipped = estimating.bundled_weights("estimate_scnn2")
     runs = [acquisition((1000, 2000), (n, 60)) for n in (29, 30, 31)]
     weights = [replace(shipped, card=replace(
@@ -560,8 +560,8 @@ def test_a_training_for_several_acquisitions_is_refused(study):
 
 
 def test_a_training_does_not_go_on_from_the_state_of_another(tmp_path, monkeypatch):
-    """Of people with another SNR, another weight of mean errors or another learning rate; more
-    steps are the same one."""
+    """Another SNR, weight of mean errors or learning rate is another training; more steps are the
+    same training."""
     def state(**how):
         known = {"recipe": methods.get("estimate_scnn2").recipe("one"), "snr": [20.0], "steps": 5}
         known |= how

@@ -73,7 +73,7 @@ def test_noise_is_that_of_the_run(dwi):
 
 
 def test_noise_is_that_of_each_voxel():
-    """Where S0 is a tenth, the noise of S/S0 is ten times as large."""
+    """A tenth of S0 makes the noise of S/S0 ten times as large."""
     signal = torch.full((2, 20_000), 0.8)
     noisy = score.noise_model(10.0, 0, "cpu")(signal, torch.tensor([100.0, 1000.0]))
     assert (noisy - signal).std(1).tolist() == pytest.approx([0.1, 0.01], rel=0.05)

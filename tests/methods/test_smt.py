@@ -184,7 +184,7 @@ def test_posterior_equals_brute_force(rng, noise_s0, sigma):
 
 
 def test_rician_excess_is_that_of_drawn_magnitudes(rng):
-    """Where the expectation is known exactly, the excess is E[M] − A; Monte Carlo, 4 SE."""
+    """The excess is E[M] − A, where the expectation is known exactly; Monte Carlo, 4 SE."""
     table = rician_excess(0.0)
     for amplitude in (0.5, 1.0, 2.0, 5.0):
         m = np.hypot(amplitude + rng.normal(size=400_000), rng.normal(size=400_000))

@@ -1,4 +1,4 @@
-"""What holds on average must hold where it is used: estimates by dispersion, SNR, acquisition."""
+"""Estimates hold in bands of dispersion, SNR and acquisition, not only on average."""
 
 import math
 from dataclasses import replace

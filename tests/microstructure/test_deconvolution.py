@@ -50,7 +50,7 @@ def crossing(angle, voxels=20):
 
 
 def deconvolved(dwi, single, where=None):
-    """Of the fibre voxels, or of others."""
+    """Deconvolve the fibre voxels, or those of `where`."""
     voxel = np.arange(len(dwi.signal))
     fibres = len(dwi.signal) - 2 * ISOTROPIC
     return deconvolve(dwi, np.r_[single, np.zeros(2 * ISOTROPIC, bool)],

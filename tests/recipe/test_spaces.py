@@ -300,7 +300,7 @@ def test_the_dry_run_tells_the_spaces(work, capsys):
 @pytest.mark.parametrize("name,words", [
     ("T1W", r"no such space.*Did you mean T1w\?"),
     ("Bend", r"Did you mean Bent\?.*templateflow\.api"),
-    ("acpc", "not available"),
+    ("acpc", "not implemented"),
     ("T1w:res-2", "Modifiers are not allowed"),
     ("Bent:res-1", r"lists no T1w image.*There is res-2"),
     ("Bent:res-2mm", "--output-resolution MM"),
@@ -338,7 +338,7 @@ def test_an_empty_cache_stays_empty(tmp_path):
 
 
 def test_a_slab_is_not_stretched_over_a_template(home, tmp_path):
-    """What the diffusion images show is too little of a brain."""
+    """The diffusion images show too small a part of the brain."""
     (space,) = spaces.parse(("Bent:res-2",))
     shape, affine = grid((4.0, 4.0, 4.0))
     mask = tissue(world_points(shape, affine)) > 0
@@ -382,7 +382,7 @@ def test_directions_and_densities_turn_alike(rng):
 
 
 def test_turns_are_those_of_the_head():
-    """Of a grid that shows the head in a pose, the turn is that of the pose."""
+    """On a grid that shows the head in a pose, directions rotate as the pose does."""
     shape, affine = grid((3.0, 4.0, 5.0), (30, 30, 30))
     back = np.linalg.inv(pose())
     points = world_points(shape, affine) @ back[:3, :3].T + back[:3, 3]

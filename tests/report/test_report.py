@@ -179,7 +179,7 @@ def test_colours_of_values():
 
 
 def test_the_palette_loses_nothing(rng):
-    """What is embedded equals what was given, for few colours and for many."""
+    """An embedded picture equals the original, with few colours and with many."""
     dwi = make_dwi(rng, (40, 40, 5))
     drawn = canvas.Canvas(dwi)
     for most in (8, 256):
@@ -361,7 +361,7 @@ def test_what_glyphs_stand_on_is_there(name):
 
 
 class Page(HTMLParser):
-    """What a page holds: ids, targets of links, sources of pictures, tags, text."""
+    """Contents of a page: ids, targets of links, sources of pictures, tags, text."""
 
     def __init__(self, text):
         super().__init__()
@@ -539,8 +539,8 @@ def effect(ratio, low, high, **more):
 
 
 def test_group_page_tells_what_is_left_of_peoples_differences(rng):
-    """What is lost is red, and a note above; what cannot be told has its interval, or says that it
-    has none. Errors that rose are red, too."""
+    """Lost effects are red and in a warning above; undecided ones have their interval, or say that
+    it has no ends. Errors that rose are red, too."""
     study = make_study(rng)
     inside = {"shell": "b1000", "tissue": "wm"}
     found = pd.DataFrame([effect(0.71, 0.6, 0.82, measure="md", **inside),

@@ -331,7 +331,7 @@ def test_each_effect_changes_what_it_should_and_nothing_else(atlas, name, same):
 
 
 def test_miscalibrated_b_is_another_b(atlas):
-    """What a site with b too high by a factor measures is what the reference measures at that b."""
+    """A site whose b is too high by a factor measures as the reference does at that b."""
     options = only("miscalibration", snr=float("inf"))
     factor = site.draw_sites(options)[1].b_scale
     assert abs(factor - 1) > 0.02

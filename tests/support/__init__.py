@@ -1,4 +1,4 @@
-"""What several test modules share: synthetic data with known truth, and calls of the app."""
+"""Helpers of several test modules: synthetic data with known truth, and calls of the app."""
 
 from pathlib import Path
 
