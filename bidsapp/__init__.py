@@ -13,6 +13,8 @@ The map of the house, in the order a run flows through it:
     evaluate/       quality, implausible input, agreement of sites, biology, cross-validation
     methods/        one folder per published method: check, apply, outputs.json, README.md
     harmonization/  what harmonizers share: pairs of scans, patches, intensity, cohorts
+    preprocess/     raw images to clean signal: noise, Gibbs ringing, distortion, motion, eddy
+                    currents, bias field
     microstructure/ what spherical estimators share: trained, calibrated, applied; fibre densities
     kinds.py        the kinds of method: what each takes and returns
     training.py     the only optimisation loop
@@ -28,6 +30,7 @@ The map of the house, in the order a run flows through it:
     series.py       Series: the volumes of a run on their grid, read lazily; Series → Dwi
     dwi.py          Run: paths and entities; Dwi: signal inside a mask, float32
     tensor.py       batched, differentiable diffusion tensor fit
+    gp.py           Gaussian process over b-tensors: a volume predicted from the others
     sh.py           spherical harmonics
     domain.py       what trained weights may be used for
     hyperparameters.py  training.toml of a method, and --set over it
