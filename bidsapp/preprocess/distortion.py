@@ -125,8 +125,11 @@ def undistort(image: Float[np.ndarray, "x y z"], hz: Float[np.ndarray, "x y z"],
         points = transform_points(move, points)
     where = grid_coordinates(affine if image_affine is None else image_affine, points)
     where[encoding.axis] += shift
-    factor = 1 + np.gradient(shift, axis=encoding.axis)
-    return (map_coordinates(image.astype(np.float32), where, order=3) * factor).astype(np.float32)
+    edge = np.array(image.shape).reshape(3, 1, 1, 1) - 0.5
+    seen = ((where >= -0.5) & (where <= edge)).all(axis=0)
+    factor = seen * (1 + np.gradient(shift, axis=encoding.axis))
+    values = map_coordinates(image.astype(np.float32), where, order=3, mode="nearest")
+    return (values * factor).astype(np.float32)
 
 
 def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray, "x y z"],
