@@ -14,10 +14,10 @@ minimises
 with u the displacement in voxels for the mean readout time, ∇u per mm times the voxel size along
 the phase axis, and φ(t) = t⁴/(1 − t²), which keeps |∂d| below 1, so that no voxel folds (Ruthotto
 et al. 2013, doi:10.1007/978-3-642-36480-8_25; Julian and Ruthotto 2024, doi:10.1002/hbm.26713).
-u lives at the faces between the voxels of a line: its mean is the displacement of a voxel, and its
-difference the derivative. The data couple neighbours of one line only, so the Gauss–Newton matrix
-without the smoothness across lines is tridiagonal, and is solved exactly as the preconditioner of
-conjugate gradients.
+The derivative of the data is the central difference, which the resampling of a series uses, too;
+those of α and β are differences of neighbours, so that a line is monotone. The data couple voxels
+of one line only: without the smoothness across lines, the Gauss–Newton matrix is pentadiagonal, and
+its factors precondition conjugate gradients.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ MIN_STEP = 0.01
 
 STEPS, TOLERANCE = 8, 3e-3
 """Most Gauss–Newton steps in one alternation, and the relative decrease of E that ends them."""
+
+FLOOR = 0.05
+"""Signal added to the images before their cumulative intensities are matched."""
 
 CG_STEPS, CG_TOLERANCE = 12, 0.1
 """Most steps of conjugate gradients in a Gauss–Newton step, and the relative residual that ends
@@ -166,8 +169,6 @@ def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray,
         The encodings are not opposite or have no readout time, the images are not 3-D, have
         different grids, or no signal.
     """
-    import torch
-
     _check_pair(first, second, first_encoding, second_encoding)
     second_affine = affine if second_affine is None else second_affine
     readout = np.array([_seconds(first_encoding), _seconds(second_encoding)])
@@ -204,13 +205,12 @@ def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray,
             if change < STILL * size.mean() * 2**level:
                 break
     assert u is not None
-    faces = u.cpu().numpy() / scale
-    hz = np.transpose((faces[:-1] + faces[1:]) / 2, np.argsort(order)).astype(np.float32)
+    back = np.argsort(order)
+    hz = np.transpose(u.cpu().numpy() / scale, back).astype(np.float32)
     corrected = (undistort(first, hz, affine, first_encoding),
                  undistort(second, hz, affine, second_encoding, move, second_affine))
-    slope = np.transpose(np.diff(faces, axis=0), np.argsort(order))[head]
+    slope = np.gradient(hz, axis=axis)[head]
     factors = [1 + r * slope for r in readout]
-    del torch
     return Field(hz, move, corrected, _correlation(*images, head), _correlation(*corrected, head),
                  (float(np.min(factors)), float(np.max(factors))))
 
@@ -280,13 +280,11 @@ def _halve(image: np.ndarray) -> np.ndarray:
 
 
 def _double(u: Any, shape: tuple[int, ...]) -> Any:
-    """Displacements at the faces of a grid of half the size → those of a grid of `shape`."""
-    import torch.nn.functional as F
+    """Displacements on a grid of half the size → those on a grid of `shape`."""
+    from torch.nn.functional import interpolate
 
-    n, y, z = u.shape
-    u = F.interpolate(u[None, None], (2 * n - 1, y, z), mode="trilinear", align_corners=True)
-    u = F.interpolate(u, (2 * n - 1, 2 * y, 2 * z), mode="trilinear")[0, 0]
-    return 2 * u[:shape[0] + 1, :shape[1], :shape[2]]
+    fine = 2 * interpolate(u[None, None], scale_factor=2, mode="trilinear")[0, 0]
+    return fine[:shape[0], :shape[1], :shape[2]]
 
 
 class _Problem:
@@ -346,41 +344,39 @@ class _Problem:
 
     def transport(self):
         """Match the cumulative intensities of each line (optimal transport in one dimension)."""
-        torch, n = self.torch, self.shape[0]
-        flat = [torch.as_tensor(i, dtype=torch.float32).reshape(n, -1).T + 0.05
-                for i in (self.first, self.second)]
-        mass = [i.cumsum(1) / i.sum(1, keepdim=True) for i in flat]
-        mass = [torch.cat([torch.zeros_like(m[:, :1]), m], 1) for m in mass]
-        face = torch.arange(n + 1, dtype=torch.float32).expand_as(mass[0])
-        level = torch.linspace(0, 1, 4 * n + 1).expand(len(face), -1).contiguous()
-        q1, q2 = (_interpolate(level, m, face) for m in mass)
-        r1, r2 = self.ratio
-        shift = (q1 - q2) / (r1 - r2)
-        u = _interpolate(face.contiguous(), (q1 - r1 * shift).contiguous(), shift)
-        return self._smooth(u.T.reshape(n + 1, *self.shape[1:])).to(self.device)
-
-    def _smooth(self, u):
         from scipy.ndimage import gaussian_filter
 
-        return self.torch.as_tensor(gaussian_filter(u.numpy(), 1.0))
+        torch, n = self.torch, self.shape[0]
+        flat = [torch.as_tensor(i, dtype=torch.float32).reshape(n, -1).T + FLOOR
+                for i in (self.first, self.second)]
+        mass = [torch.nn.functional.pad(i.cumsum(1) / i.sum(1, keepdim=True), (1, 0)) for i in flat]
+        face = torch.arange(n + 1, dtype=torch.float32).expand_as(mass[0]).contiguous()
+        share = torch.linspace(0, 1, 4 * n + 1).expand(len(face), -1).contiguous()
+        q1, q2 = (_interpolate(share, m, face) for m in mass)
+        r1, r2 = self.ratio
+        shift = (q1 - q2) / (r1 - r2)
+        u = _interpolate(face[:, :-1] + 0.5, q1 - r1 * shift, shift)
+        smooth = gaussian_filter(u.T.reshape(self.shape).numpy(), 1.0)
+        return self._tensor(smooth)
 
     def _energy(self, u):
         """E at u, with what its derivatives need."""
         r1, r2 = self.ratio
-        middle, slope = (u[1:] + u[:-1]) / 2, u[1:] - u[:-1]
-        if float(slope.abs().max()) * max(abs(r1), abs(r2)) >= 1:
+        steps = u.diff(dim=0)
+        if not float(steps.abs().max()) * max(abs(r1), abs(r2)) < 1:
             return np.inf, ()
-        w1, g1 = self._evaluate(self.lines[0], self.index + r1 * middle)
-        w2, g2 = self._evaluate(self.lines[1], self.index + r2 * middle)
+        slope = self.torch.gradient(u, dim=0)[0]
+        w1, g1 = self._evaluate(self.lines[0], self.index + r1 * u)
+        w2, g2 = self._evaluate(self.lines[1], self.index + r2 * u)
         j1, j2 = 1 + r1 * slope, 1 + r2 * slope
         residual = w1 * j1 - w2 * j2
-        energy = 0.5 * residual.square().sum() + self.alpha / 2 * slope.square().sum()
+        energy = 0.5 * residual.square().sum() + self.alpha / 2 * steps.square().sum()
         for axis, weight in enumerate(self.across, 1):
             energy = energy + weight / 2 * u.diff(dim=axis).square().sum()
         for r in self.ratio:
-            t = (r * slope).square()
+            t = (r * steps).square()
             energy = energy + BARRIER * (t * t / (1 - t)).sum()
-        return float(energy), (residual, r1 * g1 * j1 - r2 * g2 * j2, r1 * w1 - r2 * w2, slope)
+        return float(energy), (residual, r1 * g1 * j1 - r2 * g2 * j2, r1 * w1 - r2 * w2, steps)
 
     def _laplace(self, u):
         """α times the transposed gradient of the gradient across lines."""
@@ -393,30 +389,36 @@ class _Problem:
         return out
 
     def _normal_equations(self, u, parts):
-        """Gradient of E, the lines' part of its Gauss–Newton matrix, and the Jacobian's rows."""
-        residual, a, c, slope = parts
-        stiff = self.torch.full_like(slope, self.alpha)
-        force = self.alpha * slope
+        """Gradient of E, the three bands of its Gauss–Newton matrix along the lines, and the
+        Jacobian's entries before, at and behind each voxel."""
+        residual, a, c, steps = parts
+        stiff = self.torch.full_like(steps, self.alpha)
+        force = self.alpha * steps
         for r in self.ratio:
-            t = r * slope
+            t = r * steps
             gap = 1 - t * t
             force += BARRIER * r * 2 * t * (1 / gap**2 - 1)
             stiff += BARRIER * r * r * (2 / gap**2 - 2 + 8 * t * t / gap**3)
-        lower, upper = a / 2 - c, a / 2 + c
-        gradient = self._laplace(u)
-        gradient[:-1] += lower * residual - force
-        gradient[1:] += upper * residual + force
-        diagonal = self.torch.zeros_like(u)
-        diagonal[:-1] += lower.square() + stiff
-        diagonal[1:] += upper.square() + stiff
-        return gradient, diagonal, lower * upper - stiff, (lower, upper)
+        before, at, behind = -c / 2, a.clone(), c / 2
+        before[0], at[0], behind[0] = 0, a[0] - c[0], c[0]
+        before[-1], at[-1], behind[-1] = -c[-1], a[-1] + c[-1], 0
+        rows = before, at, behind
+        gradient = self._laplace(u) + _transposed(rows, residual)
+        gradient[:-1] -= force
+        gradient[1:] += force
+        diagonal = at.square()
+        diagonal[1:] += behind[:-1].square() + stiff
+        diagonal[:-1] += before[1:].square() + stiff
+        beside = at[:-1] * behind[:-1] + before[1:] * at[1:] - stiff
+        beyond = before[1:-1] * behind[1:-1]
+        return gradient, (diagonal, beside, beyond), rows
 
     def solve(self, u):
         """Minimise E over the field by Gauss–Newton steps from u."""
         energy, parts = self._energy(u)
         for _ in range(STEPS):
-            gradient, diagonal, beside, _ = self._normal_equations(u, parts)
-            step = self._conjugate_gradients(-gradient, diagonal, beside)
+            gradient, bands, _ = self._normal_equations(u, parts)
+            step = self._conjugate_gradients(-gradient, bands)
             expected = float((gradient * step).sum())
             length = 1.0
             trial, parts = self._energy(u + step)
@@ -431,21 +433,24 @@ class _Problem:
                 break
         return u, energy
 
-    def _conjugate_gradients(self, right, diagonal, beside):
-        """Solve for right sides (…, faces, y, z)."""
+    def _conjugate_gradients(self, right, bands):
+        """Solve for right sides (…, x, y, z)."""
         torch = self.torch
+        diagonal, beside, beyond = bands
 
         def product(v):
             out = self._laplace(v)
             out.addcmul_(diagonal, v)
-            out[..., :-1, :, :].addcmul_(beside, v[..., 1:, :, :])
-            out[..., 1:, :, :].addcmul_(beside, v[..., :-1, :, :])
+            for band in (beside, beyond):
+                n = len(band)
+                out[..., :n, :, :].addcmul_(band, v[..., -n:, :, :])
+                out[..., -n:, :, :].addcmul_(band, v[..., :n, :, :])
             return out
 
         def dot(a, b):
             return (a * b).sum((-3, -2, -1), keepdim=True)
 
-        precondition = self._tridiagonal(diagonal, beside)
+        precondition = self._factorise(bands)
         x, r = torch.zeros_like(right), right.clone()
         z = precondition(r)
         p, rz = z.clone(), dot(r, z)
@@ -462,25 +467,36 @@ class _Problem:
             p = z + rz / old.clamp(min=1e-30) * p
         return x
 
-    def _tridiagonal(self, diagonal, beside):
-        """Factorise the matrix of each line, with the diagonal of the smoothness across lines."""
-        d = diagonal.clone()
+    def _factorise(self, bands):
+        """Factorise the matrix of each line, with the diagonal of the smoothness across lines, as
+        L D Lᵀ; the result solves with it."""
+        d, e, f = (band.clone() for band in bands)
         for axis, weight in enumerate(self.across, 1):
             d += 2 * weight
             for end in (0, -1):
                 d.select(axis, end).sub_(weight)
-        ratio = self.torch.empty_like(beside)
-        for i in range(len(beside)):
-            ratio[i] = beside[i] / d[i]
-            d[i + 1].addcmul_(ratio[i], beside[i], value=-1)
+        n = len(d)
+        near, far = self.torch.empty_like(e), self.torch.empty_like(f)
+        for i in range(n - 1):
+            near[i] = e[i] / d[i]
+            d[i + 1].addcmul_(near[i], e[i], value=-1)
+            if i < n - 2:
+                far[i] = f[i] / d[i]
+                e[i + 1].addcmul_(near[i], f[i], value=-1)
+                d[i + 2].addcmul_(far[i], f[i], value=-1)
 
         def solve(b):
-            x = b.clone()
-            for i in range(len(ratio)):
-                x[..., i + 1, :, :].addcmul_(ratio[i], x[..., i, :, :], value=-1)
-            x /= d
-            for i in reversed(range(len(ratio))):
-                x[..., i, :, :].addcmul_(ratio[i], x[..., i + 1, :, :], value=-1)
+            x = b.movedim(-3, 0).clone()
+            for i in range(n - 1):
+                x[i + 1].addcmul_(near[i], x[i], value=-1)
+                if i < n - 2:
+                    x[i + 2].addcmul_(far[i], x[i], value=-1)
+            x = x.movedim(0, -3) / d
+            lines = x.movedim(-3, 0)
+            for i in reversed(range(n - 1)):
+                lines[i].addcmul_(near[i], lines[i + 1], value=-1)
+                if i < n - 2:
+                    lines[i].addcmul_(far[i], lines[i + 2], value=-1)
             return x
 
         return solve
@@ -496,27 +512,23 @@ class _Problem:
         torch, r2 = self.torch, self.ratio[1]
         _, parts = self._energy(u)
         residual = parts[0]
-        gradient, diagonal, beside, rows = self._normal_equations(u, parts)
+        gradient, bands, rows = self._normal_equations(u, parts)
         to = self.frames[0]
         spacing = np.linalg.norm(to[:3, :3], axis=0)
         axes = to[:3, :3] / spacing  # the axes of the image in the world
         centre = (np.array(self.shape) - 1) / 2 * spacing
-        middle, slope = (u[1:] + u[:-1]) / 2, u[1:] - u[:-1]
-        where = self.index + r2 * middle
+        where = self.index + r2 * u
         g = [self._evaluate(self.lines[1], where)[1] / spacing[0]]
         g += [self._evaluate(self._polynomials(np.gradient(self.placed, spacing[a], axis=a)),
                              where)[0] for a in (1, 2)]
         x = [self._tensor((np.arange(n) * s - c).reshape([-1 if a == k else 1 for a in range(3)]))
              for k, (n, s, c) in enumerate(zip(self.shape, spacing, centre, strict=True))]
-        x[0] = x[0] + r2 * middle * spacing[0]
-        columns = -(1 + r2 * slope) * torch.stack([
+        x[0] = x[0] + r2 * u * spacing[0]
+        columns = -(1 + r2 * torch.gradient(u, dim=0)[0]) * torch.stack([
             g[2] * x[1] - g[1] * x[2], g[0] * x[2] - g[2] * x[0], g[1] * x[0] - g[0] * x[1],
             g[1], g[2]])
-        coupling = torch.zeros(5, *u.shape, device=self.device)
-        coupling[:, :-1] += rows[0] * columns
-        coupling[:, 1:] += rows[1] * columns
-        solved = self._conjugate_gradients(torch.cat([-gradient[None], coupling]), diagonal,
-                                           beside)
+        coupling = torch.stack([_transposed(rows, c) for c in columns])
+        solved = self._conjugate_gradients(torch.cat([-gradient[None], coupling]), bands)
         flat = columns.reshape(5, -1)
         schur = flat @ flat.T - coupling.reshape(5, -1) @ solved[1:].reshape(5, -1).T
         right = -flat @ residual.reshape(-1) - coupling.reshape(5, -1) @ solved[0].reshape(-1)
@@ -530,6 +542,15 @@ class _Problem:
         while np.isinf(self._energy(u + length * change)[0]) and length > MIN_STEP:
             length /= 2
         return u + length * change, move @ delta
+
+
+def _transposed(rows, v):
+    """Apply the transposed Jacobian of entries (before, at, behind) the voxels of a line."""
+    before, at, behind = rows
+    out = at * v
+    out[1:] += behind[:-1] * v[:-1]
+    out[:-1] += before[1:] * v[1:]
+    return out
 
 
 def _interpolate(at, x, y):
