@@ -22,13 +22,16 @@ its factors precondition conjugate gradients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from bidsapp.acquisition import PhaseEncoding
+from bidsapp.dwi import open_image
 from bidsapp.errors import DataError
 from bidsapp.registration.geometry import grid_coordinates, transform_points, world_points
 
@@ -213,6 +216,217 @@ def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray,
     factors = [1 + r * slope for r in readout]
     return Field(hz, move, corrected, _correlation(*images, head), _correlation(*corrected, head),
                  (float(np.min(factors)), float(np.max(factors))))
+
+
+def field_from_gre(kind: str, images: Sequence[Float[np.ndarray, "x y z"]],
+                   magnitude: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
+                   b0: Float[np.ndarray, "u v w"], b0_affine: Float[np.ndarray, "4 4"],
+                   encoding: PhaseEncoding, *, echo_times: tuple[float, float] | None = None,
+                   units: str | None = None) -> Field:
+    """Compute the field from a gradient-echo map, and place it on a b0 image.
+
+    The phase Δφ between the echoes is unwrapped inside the head (Herráez et al. 2002,
+    doi:10.1364/AO.41.007437), h = Δφ / (2π ΔTE), and the phase difference that Siemens writes has
+    the same sign. Outside the head the field continues smoothly. The magnitude is registered to the
+    b0, then once more to the b0 that the field has undistorted.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `bidsapp.dwi.FIELD_MAPS`: `phasediff`, `phases` or `fieldmap`.
+    images : sequence of (x, y, z)
+        The phase difference, the phases of both echoes, or the field.
+    magnitude : (x, y, z)
+        Magnitude on the same grid.
+    affine : (4, 4)
+        Voxel indices of these images to world RAS+, mm.
+    b0 : (u, v, w)
+        The distorted image.
+    b0_affine : (4, 4)
+        Its voxel indices to world.
+    encoding : PhaseEncoding
+        Its phase encoding, with the readout time.
+    echo_times : tuple of float, optional
+        Echo times in s, the second larger; not for `fieldmap`.
+    units : str, optional
+        `Units` of the sidecar. A phase without units is recognised by its range.
+
+    Returns
+    -------
+    Field
+        The field on the grid of the b0; `move` is the world of the b0 → world of the magnitude.
+
+    Raises
+    ------
+    DataError
+        The unit is unknown, the grids differ, the magnitude is empty, or a time is missing.
+    """
+    from bidsapp.anatomy.mask import median_otsu
+    from bidsapp.registration.image import sample
+    from bidsapp.registration.rigid import register
+
+    _seconds(encoding)
+    hz, notices = _measured_field(kind, images, magnitude, echo_times, units)
+    mask = median_otsu(b0)
+    points = world_points(b0.shape, b0_affine)
+    undistorted = b0
+    for _ in range(2):
+        move = register(undistorted * mask, mask, b0_affine, magnitude, affine)
+        there = transform_points(move, points)
+        placed = sample(hz, affine, there, beyond="nearest").astype(np.float32)
+        undistorted = undistort(b0, placed, b0_affine, encoding)
+        mask = median_otsu(undistorted)
+    return _single(placed, undistorted, move, encoding, mask, notices)
+
+
+def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
+                   encoding: PhaseEncoding, t1w: Float[np.ndarray, "u v w"],
+                   t1w_affine: Float[np.ndarray, "4 4"], mask: Bool[np.ndarray, "x y z"] | None
+                   = None, *, work_dir: Path | None = None) -> Field:
+    """Estimate the field by registering a b0 image to the T1w along the phase axis alone.
+
+    The T1w, whose order of grey levels is the reverse of a b0's, gets the histogram of the b0. SyN
+    of antspyx (Avants et al. 2008, doi:10.1016/j.media.2007.06.004) then deforms along the phase
+    axis, as Wang et al. 2017 (doi:10.3389/fninf.2017.00017) do. It is the least exact of the
+    fields, since it follows edges alone.
+
+    Parameters
+    ----------
+    b0 : (x, y, z)
+        The distorted image.
+    affine : (4, 4)
+        Its voxel indices to world RAS+, mm.
+    encoding : PhaseEncoding
+        Its phase encoding, with the readout time.
+    t1w : (u, v, w)
+        The brain of the T1w, 0 outside.
+    t1w_affine : (4, 4)
+        Voxel indices of the T1w to the world of the b0: after a rigid registration.
+    mask : (x, y, z) bool, optional
+        Brain mask of the b0; default: median-Otsu.
+    work_dir : Path, optional
+        Folder for temporary files.
+
+    Returns
+    -------
+    Field
+
+    Raises
+    ------
+    DataError
+        The readout time is unknown, or the T1w's brain does not overlap with the b0's.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    from bidsapp.anatomy.mask import median_otsu
+    from bidsapp.registration.image import sample
+    from bidsapp.registration.itk import FLIP, temporary_folder, to_ants
+
+    seconds, axis = _seconds(encoding), encoding.axis
+    mask = median_otsu(b0) if mask is None else mask
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    blur = np.maximum(size / np.linalg.norm(t1w_affine[:3, :3], axis=0), 0) / 2.355
+    reference = sample(gaussian_filter(t1w.astype(np.float32), blur), t1w_affine,
+                       world_points(b0.shape, affine))
+    brain = reference > 0.2 * np.median(t1w[t1w > 0])
+    if not (brain & mask).sum() > 0.5 * mask.sum():
+        raise DataError(f"the T1w's brain covers {(brain & mask).sum() / mask.sum():.0%} of the "
+                        "b0's; at least half is needed. Check that both are of one person, and "
+                        "their registration.")
+    order = np.argsort(np.argsort(-reference[brain])) / max(int(brain.sum()) - 1, 1)
+    fixed = np.zeros(b0.shape, np.float32)
+    fixed[brain] = np.quantile(b0[mask], order)
+    frame = np.diag([*size, 1.0])  # along the voxel axes, so that one component is the phase axis
+    images = [to_ants(i, frame) for i in (fixed, np.where(mask, b0, 0))]
+    import ants
+
+    with temporary_folder(work_dir) as folder:
+        result = ants.registration(
+            *images, type_of_transform="SyNOnly", initial_transform="Identity", syn_metric="CC",
+            syn_sampling=3, reg_iterations=(40, 20, 10), flow_sigma=3.0, total_sigma=0.5,
+            restrict_transformation=tuple(int(a == axis) for a in range(3)),
+            outprefix=f"{folder}/syn")
+        warp = next(f for f in result["fwdtransforms"] if f.endswith(".nii.gz"))
+        u = np.asarray(open_image(Path(warp)).dataobj, np.float32)[..., 0, axis] * FLIP[axis]
+    hz = gaussian_filter(u / size[axis] / seconds, 1.0).astype(np.float32)
+    undistorted = undistort(b0, hz, affine, encoding)
+    return _single(hz, undistorted, np.eye(4), encoding, mask, (
+        "The field was estimated from the T1w image, the least exact way. Acquire an image of "
+        "opposite phase encoding or a field map where possible.",))
+
+
+def _single(hz: np.ndarray, undistorted: np.ndarray, move: np.ndarray, encoding: PhaseEncoding,
+            mask: np.ndarray, notices: tuple[str, ...]) -> Field:
+    """The Field of a single image."""
+    factor = 1 + np.gradient(_seconds(encoding) * hz, axis=encoding.axis)[mask]
+    if factor.min() <= 0:
+        notices += (f"The field folds {(factor <= 0).mean():.1%} of the brain's voxels onto "
+                    "others, where the signal cannot be recovered.",)
+    return Field(hz, move, (undistorted,), np.nan, np.nan,
+                 (float(factor.min()), float(factor.max())), notices)
+
+
+def _measured_field(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarray,
+                    echo_times: tuple[float, float] | None, units: str | None
+                    ) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The field in Hz on the grid of a gradient-echo map, continued outside the head."""
+    from skimage.restoration import unwrap_phase
+
+    if any(i.shape != magnitude.shape for i in images) or magnitude.ndim != 3:
+        raise DataError(f"the field map has the shape {images[0].shape}, and its magnitude "
+                        f"{magnitude.shape}; the same three sizes are needed. Export both again.")
+    if not np.nan_to_num(magnitude).max() > 0:
+        raise DataError("the magnitude of the field map holds no signal above 0. Convert it again.")
+    head = _head([magnitude])
+    if kind == "fieldmap":
+        if units not in FIELD_UNITS:
+            raise DataError(f"the field map has the unit {units!r}; Hz, rad/s or T is needed. "
+                            "Correct Units in its sidecar.")
+        return _continue(images[0] * FIELD_UNITS[units], magnitude * head), ()
+    if echo_times is None or not 0 < echo_times[0] < echo_times[1]:
+        raise DataError(f"the echo times of the field map are {echo_times}; two are needed, the "
+                        "second larger than the first. Correct its sidecar.")
+    phases, notices = zip(*(_radians(i, units) for i in images), strict=True)
+    wrapped = np.angle(np.exp(1j * (phases[0] if kind == "phasediff" else phases[1] - phases[0])))
+    phase = np.ma.filled(unwrap_phase(np.ma.array(wrapped, mask=~head), rng=0), 0.0)
+    phase -= 2 * np.pi * np.round(np.median(phase[head]) / (2 * np.pi))
+    hz = phase / (2 * np.pi * (echo_times[1] - echo_times[0]))
+    return _continue(hz, magnitude * head), tuple(dict.fromkeys(n for n in notices if n))
+
+
+FIELD_UNITS = {"Hz": 1.0, "rad/s": 1 / (2 * np.pi), "T": 42.577e6}
+"""Hz per unit of a measured field."""
+
+
+def _radians(phase: np.ndarray, units: str | None) -> tuple[np.ndarray, str]:
+    """Convert a phase to radians by its range, and say so where the sidecar states another unit."""
+    low, high = float(np.nanmin(phase)), float(np.nanmax(phase))
+    if 0 < high - low <= 2 * np.pi * 1.01:
+        return phase, ""
+    note = (f"The phase of the field map spans {low:g} to {high:g} though its Units are rad; it "
+            "was taken for the integers of the scanner.") if units == "rad" else ""
+    if -4096 <= low < 0 and 1000 < high <= 4096:
+        return phase * (np.pi / 4096), note
+    if 0 <= low and 1000 < high <= 4096:
+        return (phase - 2048) * (np.pi / 2048), note
+    raise DataError(f"the phase of the field map spans {low:g} to {high:g} with the unit {units!r};"
+                    " radians, -4096 to 4096 or 0 to 4095 are needed. Convert it to radians, and "
+                    "write Units: rad in its sidecar.")
+
+
+def _continue(hz: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Smooth a field with weights, and continue it where there are none, by Gaussians of growing
+    width."""
+    from scipy.ndimage import gaussian_filter
+
+    weight = (weight / weight.max()).astype(np.float32) ** 2
+    total, out = np.zeros_like(weight), np.zeros_like(weight)
+    for width in (0.7, 2.0, 5.0, 12.0, 30.0):
+        w = gaussian_filter(weight, width) + 1e-12
+        part = gaussian_filter(weight * np.nan_to_num(hz).astype(np.float32), width) / w
+        share = (1 - total) * np.clip(w / 0.02, 0, 1)
+        out, total = out + share * part, total + share
+    return out + (1 - total) * part
 
 
 _HALF = np.diag([2.0, 2.0, 2.0, 1.0])
