@@ -146,7 +146,7 @@ def undistort(image: Float[np.ndarray, "x y z"], hz: Float[np.ndarray, "x y z"],
     return (values * factor).astype(np.float32)
 
 
-def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray, "x y z"],
+def field_from_pair(first: np.ndarray, second: np.ndarray,
                     affine: Float[np.ndarray, "4 4"], first_encoding: PhaseEncoding,
                     second_encoding: PhaseEncoding, *, second_affine: np.ndarray | None = None,
                     device: str = "cpu", smoothness: float = SMOOTHNESS) -> Field:
@@ -222,12 +222,13 @@ def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray,
                  undistort(second, hz, affine, second_encoding, move, second_affine))
     slope = np.gradient(hz, axis=axis)[head]
     factors = [1 + r * slope for r in readout]
-    return Field(hz, move, corrected, _correlation(images[0], images[1], head), _correlation(*corrected, head),
+    before, after = (_correlation(a[head], b[head]) for a, b in (images, corrected))
+    return Field(hz, move, corrected, before, after,
                  (float(np.min(factors)), float(np.max(factors))))
 
 
-def field_from_gre(kind: str, images: Sequence[Float[np.ndarray, "x y z"]],
-                   magnitude: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
+def field_from_gre(kind: str, images: Sequence[np.ndarray],
+                   magnitude: np.ndarray, affine: Float[np.ndarray, "4 4"],
                    b0: Float[np.ndarray, "u v w"], b0_affine: Float[np.ndarray, "4 4"],
                    encoding: PhaseEncoding, *, echo_times: tuple[float, float] | None = None,
                    units: str | None = None) -> Field:
@@ -293,8 +294,8 @@ def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 
                    = None, *, work_dir: Path | None = None) -> Field:
     """Estimate the field by registering a b0 image to the T1w along the phase axis alone.
 
-    The T1w, whose order of grey levels is the reverse of a b0's, gets the histogram of the b0. SyN
-    of antspyx (Avants et al. 2008, doi:10.1016/j.media.2007.06.004) then deforms along the phase
+    Both images are reduced to local contrast, which has no bias field, and that of the T1w, whose
+    grey levels have the reverse order, gets the histogram of the b0's. SyN of antspyx (Avants et al. 2008, doi:10.1016/j.media.2007.06.004) then deforms along the phase
     axis, as Wang et al. 2017 (doi:10.3389/fninf.2017.00017) do. It is the least exact of the
     fields, since it follows edges alone.
 
@@ -341,17 +342,20 @@ def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 
         raise DataError(f"the T1w's brain covers {(brain & mask).sum() / mask.sum():.0%} of the "
                         "b0's; at least half is needed. Check that both are of one person, and "
                         "their registration.")
-    order = np.argsort(np.argsort(-reference[brain])) / max(int(brain.sum()) - 1, 1)
+    brain &= mask
+    edges = _contrast(reference, brain, affine, 1.0)
+    moving = _contrast(b0, mask, affine, 1.0)
+    order = np.argsort(np.argsort(-edges[brain])) / max(int(brain.sum()) - 1, 1)
     fixed = np.zeros(b0.shape, np.float32)
-    fixed[brain] = np.quantile(b0[mask], order)
+    fixed[brain] = np.quantile(moving[mask], order)
     frame = np.diag([*size, 1.0])  # along the voxel axes, so that one component is the phase axis
-    images = [to_ants(i, frame) for i in (fixed, np.where(mask, b0, 0))]
+    images = [to_ants(image, frame) for image in (fixed, moving)]
     import ants
 
     with temporary_folder(work_dir) as folder:
         result = ants.registration(
             *images, type_of_transform="SyNOnly", initial_transform="Identity", syn_metric="CC",
-            syn_sampling=3, reg_iterations=(40, 20, 10), flow_sigma=3.0, total_sigma=0.5,
+            syn_sampling=5, reg_iterations=(40, 20, 0), grad_step=0.1, flow_sigma=9, total_sigma=3,
             restrict_transformation=tuple(int(a == axis) for a in range(3)),
             outprefix=f"{folder}/syn")
         warp = next(f for f in result["fwdtransforms"] if f.endswith(".nii.gz"))
@@ -542,8 +546,8 @@ def _head(images: list[np.ndarray]) -> np.ndarray:
     return binary_fill_holes(labels == np.bincount(labels.ravel())[1:].argmax() + 1)
 
 
-def _correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
-    return float(np.corrcoef(a[mask], b[mask])[0, 1])
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a, b)[0, 1])
 
 
 def _halve(image: np.ndarray) -> np.ndarray:
