@@ -47,6 +47,9 @@ ROUNDS, STILL = 10, 0.02
 """Most steps of the motion at a level (one at full resolution), and the motion in voxels that ends
 them."""
 
+MIN_SLICES = 4
+"""Fewest voxels along an axis that show the motion."""
+
 MIN_STEP = 0.01
 """Shortest part of a Gauss–Newton step that is tried."""
 
@@ -108,7 +111,7 @@ def undistort(image: Float[np.ndarray, "x y z"], hz: Float[np.ndarray, "x y z"],
     Parameters
     ----------
     image : (x, y, z)
-        The distorted volume.
+        The distorted volume; NaN and Inf count as 0.
     hz : (x, y, z)
         Field in Hz on the grid of the result.
     affine : (4, 4)
@@ -142,7 +145,8 @@ def undistort(image: Float[np.ndarray, "x y z"], hz: Float[np.ndarray, "x y z"],
     edge = np.array(image.shape).reshape(3, 1, 1, 1) - 0.5
     seen = ((where >= -0.5) & (where <= edge)).all(axis=0)
     factor = seen * (1 + np.gradient(shift, axis=encoding.axis))
-    values = map_coordinates(image.astype(np.float32), where, order=3, mode="nearest")
+    values = map_coordinates(np.nan_to_num(image.astype(np.float32), posinf=0, neginf=0), where,
+                             order=3, mode="nearest")
     return (values * factor).astype(np.float32)
 
 
@@ -205,7 +209,7 @@ def field_from_pair(first: np.ndarray, second: np.ndarray,
         u = problem.transport() if u is None else _double(u, shape)
         problem.place(move)
         u, energy = problem.solve(u)
-        for _ in range(ROUNDS if level else 1):
+        for _ in range(0 if min(u.shape) < MIN_SLICES else ROUNDS if level else 1):
             trial, trial_move = problem.solve_with_motion(u, move)
             problem.place(trial_move)
             trial, trial_energy = problem.solve(trial)
@@ -295,9 +299,10 @@ def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 
     """Estimate the field by registering a b0 image to the T1w along the phase axis alone.
 
     Both images are reduced to local contrast, which has no bias field, and that of the T1w, whose
-    grey levels have the reverse order, gets the histogram of the b0's. SyN of antspyx (Avants et al. 2008, doi:10.1016/j.media.2007.06.004) then deforms along the phase
-    axis, as Wang et al. 2017 (doi:10.3389/fninf.2017.00017) do. It is the least exact of the
-    fields, since it follows edges alone.
+    grey levels have the reverse order, gets the histogram of the b0's. SyN of antspyx (Avants et
+    al. 2008, doi:10.1016/j.media.2007.06.004) then deforms along the phase axis, as Wang et al.
+    2017 (doi:10.3389/fninf.2017.00017) do. It is the least exact of the fields: that of
+    siemens_xa30 correlates by 0.5 with the field of its pair.
 
     Parameters
     ----------

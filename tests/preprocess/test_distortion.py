@@ -91,10 +91,15 @@ def shift_error(hz, affine=AFFINE, brain=BRAIN):
 def test_the_true_field_undoes_the_distortion():
     """undistort has the model's sign and intensity: both directions give the tissue back."""
     truth = field(world()).astype(np.float32)
+    still = acquire(PhaseEncoding(1, 1, 1e-9))
+    gentle = BRAIN & (np.abs(np.gradient(READOUT * truth, axis=1)) < 0.3)
+    assert gentle.sum() > 0.95 * BRAIN.sum()
     for encoding, image in zip((FORWARD, BACKWARD), pair(0.0), strict=True):
         restored = undistort(image, truth, AFFINE, encoding)
-        error = ((restored - tissue(world()))[BRAIN] ** 2).mean()
-        assert error < 0.02 * ((image - tissue(world()))[BRAIN] ** 2).mean()
+        dense = restored / (1 + encoding.sign * np.gradient(READOUT * truth, axis=1))
+        wrong, shifted, right = (((i - still)[gentle] ** 2).mean()
+                                 for i in (image, dense, restored))
+        assert right < 0.05 * wrong and right < 0.5 * shifted
 
 
 def test_pair_finds_the_field():
@@ -126,7 +131,7 @@ def test_readout_times_may_differ():
 
 @pytest.mark.parametrize("axis", [0, 2])
 def test_any_axis(axis):
-    """The head lies as before; the image's axes are permuted, so that another one is the phase's."""
+    """The head lies as before, and the image's axes are permuted."""
     order = [1, 0, 2] if axis == 0 else [0, 2, 1]
     affine = AFFINE[:, [*order, 3]]
     encodings = [PhaseEncoding(axis, s, READOUT) for s in (1, -1)]
@@ -205,12 +210,12 @@ def test_pairs_that_are_refused(change, message):
 GRE_AFFINE = np.diag([-5.0, 5.0, 5.0, 1.0])
 GRE_SHAPE = (36, 40, 30)
 GRE_AFFINE[:3, 3] = -GRE_AFFINE[:3, :3] @ (np.array(GRE_SHAPE) - 1) / 2
-TIMES = (0.005, 0.010)
+TIMES = (0.005, 0.015)
 
 
 def phase_of(time):
-    """Phase of an echo, (−π, π]: it wraps at ±100 Hz for the difference of TIMES."""
-    return np.angle(np.exp(2j * np.pi * time * (70 + field(world(GRE_AFFINE, GRE_SHAPE)))))
+    """Phase of an echo, (−π, π]: it wraps at ±50 Hz for the difference of TIMES."""
+    return np.angle(np.exp(2j * np.pi * time * field(world(GRE_AFFINE, GRE_SHAPE))))
 
 
 def magnitude():
@@ -225,16 +230,17 @@ def magnitude():
     ("phasediff", lambda: [np.round((phase_of(TIMES[1] - TIMES[0]) / np.pi + 1) * 2047.5)],
      "arbitrary"),
     ("phases", lambda: [phase_of(t) for t in TIMES], "rad"),
-    ("fieldmap", lambda: [70 + field(world(GRE_AFFINE, GRE_SHAPE))], "Hz"),
-    ("fieldmap", lambda: [2 * np.pi * (70 + field(world(GRE_AFFINE, GRE_SHAPE)))], "rad/s"),
-    ("fieldmap", lambda: [(70 + field(world(GRE_AFFINE, GRE_SHAPE))) / 42.577e6], "T"),
+    ("fieldmap", lambda: [field(world(GRE_AFFINE, GRE_SHAPE))], "Hz"),
+    ("fieldmap", lambda: [2 * np.pi * field(world(GRE_AFFINE, GRE_SHAPE))], "rad/s"),
+    ("fieldmap", lambda: [field(world(GRE_AFFINE, GRE_SHAPE)) / 42.577e6], "T"),
 ])
 def test_field_maps_of_every_kind_and_unit(kind, images, units):
     result = field_from_gre(kind, images(), magnitude(), GRE_AFFINE, pair()[0], AFFINE, FORWARD,
                             echo_times=TIMES, units=units)
     inner = tissue(world()) > 0.9
-    error = (result.hz - 70 - field(world()))[inner]
-    assert np.sqrt((error**2).mean()) < 2.5 and abs(np.median(error)) < 1.0
+    error = (result.hz - field(world()))[inner]
+    assert np.abs(field(world(GRE_AFFINE, GRE_SHAPE))[magnitude() > 0]).max() > 60
+    assert np.sqrt((error**2).mean()) < 1.0 and abs(np.median(error)) < 0.2
     assert np.array_equal(result.move, np.eye(4))
 
 
