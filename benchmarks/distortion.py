@@ -213,7 +213,7 @@ def smoothness(rng):
     brain = (r < 1) & (signal > 0.5)
     clean = [acquire(SHAPE, AFFINE, e) for e in encodings]
     pairs = {snr: [noisy(i, snr, rng) for i in clean] for snr in (10, 20, 40)}
-    for alpha in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
+    for alpha in (0.005, 0.02, 0.05, 0.1, 0.3, 1.0):
         cells = []
         for pair in pairs.values():
             hz = distortion.field_from_pair(*pair, AFFINE, *encodings, smoothness=alpha).hz

@@ -35,7 +35,7 @@ from bidsapp.dwi import open_image
 from bidsapp.errors import DataError
 from bidsapp.registration.geometry import grid_coordinates, transform_points, world_points
 
-SMOOTHNESS, BARRIER = 0.03, 1e-3
+SMOOTHNESS, BARRIER = 0.05, 1e-3
 """Weights α of the field's gradient and β of the barrier, for images whose mean in the head is 1.
 α was chosen by the error of the field on simulated heads (benchmarks/distortion.py)."""
 
