@@ -100,8 +100,9 @@ class FieldMap:
     magnitudes : tuple of ImageFile
         Magnitudes of the echoes, for all kinds but `opposite`.
     rule : str
-        Rule by which it belongs to the run: `B0FieldSource`, `IntendedFor`, or `session` if no
-        sidecar assigns it and both are of one session.
+        Rule by which it belongs to the run: `B0FieldSource`, `IntendedFor`, `session` if no
+        sidecar assigns it and both are of one session, or `run` if its images are parts of the run
+        (merged runs).
 
     Raises
     ------
@@ -174,11 +175,11 @@ class Run:
     preprocessed : bool
         Whether the images are already corrected. The fields below are set only if they are not.
     phase_encoding : PhaseEncoding, optional
-        Phase encoding of all parts; None if it is unknown.
+        Phase encoding of the first part, which only merged runs do not share; None if unknown.
     field_maps : tuple of FieldMap
         Field maps that may be used, the most trusted first.
     phase : tuple of ImageFile
-        Phase image of each part, or empty.
+        Phase image of each part, or the imaginary part if the images are `part-real`; or empty.
     notices : tuple of str
         Sentences on corrections that are missing or broken.
 
@@ -269,6 +270,9 @@ class Dwi:
     s0_known : bool
         Whether the b0 volumes are S0 without noise, as in simulations. Measured volumes never are,
         not even after division by the mean b0.
+    magnitude : bool
+        Whether the signal is the magnitude of complex data, so that its noise is Rician. If not,
+        it is the real part after removal of the phase, with Gaussian noise and no noise floor.
 
     Raises
     ------
@@ -287,6 +291,7 @@ class Dwi:
     tissue: np.ndarray | None = None
     noise_gain: np.ndarray | None = None
     s0_known: bool = False
+    magnitude: bool = True
 
     def __post_init__(self) -> None:
         if not self.mask.any():

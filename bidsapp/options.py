@@ -15,6 +15,15 @@ from bidsapp.errors import UsageError
 MODES = ("syn", "sample-mean", "sample", "random-wm")
 """Modes of --synthesize."""
 
+CORRECTIONS = ("denoise", "gibbs", "motion", "distortion", "bias")
+"""Corrections of raw images, in the order in which --preprocess lists them."""
+
+DENOISERS = ("denoise", "mppca", "patch2self")
+"""Denoising methods of --preprocess: QSphere's own, and those of DIPY by name."""
+
+GRADIENT_CHECKS = ("stop", "fix", "warn", "off")
+"""Values of --gradient-check."""
+
 LEVELS = ("participant", "group")
 
 
@@ -114,9 +123,24 @@ class Options:
     batch_column: str | None = option(
         None, "column of --batch-file or participants.tsv that names the site", metavar="NAME")
 
+    preprocess: tuple[str, ...] = option(
+        ("auto",), "corrections of the images. auto (default): all that raw images allow, none for "
+        f"preprocessed ones; none; or some of {' '.join(CORRECTIONS)}, where mppca or patch2self "
+        "may replace denoise", level="participant", group="participant level", metavar="STEP",
+        choices=("auto", "none", *CORRECTIONS, *DENOISERS[1:]))
+    fallback_total_readout_time: float | None = option(
+        None, "TotalReadoutTime of raw images whose sidecar has none", level="participant",
+        metavar="SECONDS")
+    merge_distortion_groups: bool = option(
+        False, "join runs that differ in the direction of phase encoding, once corrected, to one",
+        level="participant")
+    gradient_check: str = option(
+        "stop", "what to do with b-vectors that are probably flipped or permuted: stop (default) "
+        "fails the run, fix corrects and records them, warn, or off", level="participant",
+        choices=GRADIENT_CHECKS)
     estimate: tuple[str, ...] = option(
         (), "microstructure methods; default: dti smt scnn2, where the acquisition allows",
-        group="participant level", level="participant", metavar="NAME")
+        level="participant", metavar="NAME")
     harmonize: str | None = option(
         None, "a trained harmonizer: its folder, its name under OUTPUT_DIR/group/models, or a "
         "method name: uses its model for the run's site", level="participant", metavar="MODEL")
@@ -243,6 +267,7 @@ class Options:
         if not spaces.parse(self.output_spaces) and self.output_resolution:
             raise UsageError("--output-resolution belongs to --output-spaces. Give a SPACE with "
                              "it (T1w or a template), or leave the option out.")
+        self._check_preprocessing()
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: auto, cpu, cuda or cuda:N is needed.")
         for text in self.set:
@@ -255,6 +280,36 @@ class Options:
                 raise UsageError(f"--derivatives: two datasets are called {name!r}"
                                  f"{' (BIDS_DIR has this name)' if name == 'raw' else ''}. "
                                  "Give each a name of its own, as NAME=PATH.")
+
+    def corrections(self, preprocessed: bool) -> tuple[str, ...]:
+        """List the corrections that --preprocess asks for, in the order of CORRECTIONS.
+
+        Parameters
+        ----------
+        preprocessed : bool
+            Whether the images are preprocessed already; then `auto` asks for none.
+        """
+        if self.preprocess == ("auto",):
+            return () if preprocessed else CORRECTIONS
+        order = (*DENOISERS, *CORRECTIONS[1:])
+        return tuple(sorted(set(self.preprocess) - {"none"}, key=order.index))
+
+    def _check_preprocessing(self) -> None:
+        named = " ".join(self.preprocess)
+        if len(self.preprocess) > 1 and {"auto", "none"} & set(self.preprocess):
+            raise UsageError(f"--preprocess {named}: auto and none stand alone. Give one of them, "
+                             f"or name corrections: {' '.join(CORRECTIONS)}.")
+        if len(set(DENOISERS) & set(self.preprocess)) > 1:
+            raise UsageError(f"--preprocess {named}: one denoising method is needed. Give one of "
+                             f"{', '.join(DENOISERS)}.")
+        seconds = self.fallback_total_readout_time
+        if seconds is not None and not 0 < seconds < 1:
+            raise UsageError(f"--fallback-total-readout-time {seconds:g}: a number of "
+                             "seconds between 0 and 1 is needed. Divide milliseconds by 1000.")
+        if self.merge_distortion_groups and not {"auto", "distortion"} & set(self.preprocess):
+            raise UsageError(f"--merge-distortion-groups: the runs must be corrected first, and "
+                             f"--preprocess {named} does not correct distortion. Add distortion, "
+                             "or leave the option out.")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as plain values that --config-file can read.

@@ -1,0 +1,442 @@
+"""The step that corrects the images of a run, and writes them once.
+
+The corrections share one interpolation and one written image, so they are one step of the plan,
+with one record, which keeps parameters, numbers and figures of each. Their order is
+
+    noise → Gibbs ringing → phase (complex data) → susceptibility field
+    → motion, eddy currents, outlier slices → one interpolation → bias field → brain mask.
+
+A correction that a run does not allow is left out, with a notice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.anatomy import t1w
+from bidsapp.anatomy.mask import median_otsu, read_mask
+from bidsapp.bids import btable, sidecar
+from bidsapp.bids.inherit import entities_of, name_of
+from bidsapp.bids.writer import Transaction, sha256
+from bidsapp.dwi import FIELD_MAPS, Dwi, FieldMap, ImageFile, Part, Run, open_image, read_array
+from bidsapp.errors import DataError
+from bidsapp.evaluate import quality
+from bidsapp.options import DENOISERS
+from bidsapp.preprocess import bias, denoise, distortion, gibbs, motion, phase
+from bidsapp.preprocess.model import Geometry, resample
+from bidsapp.recipe.outputs import write_tables
+from bidsapp.recipe.steps import MADE_MASK, RunContext, Step, StepReport, check_gradients
+from bidsapp.registration.geometry import transform_points, world_points
+from bidsapp.report import boilerplate, corrections
+from bidsapp.series import Series
+from bidsapp.stage import Stage
+
+log = logging.getLogger("qsphere")
+
+
+class Preprocess(Step):
+    """Correct the images of a run as --preprocess says, and write them with all that was found."""
+
+    name = "preprocessed"
+
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(context)
+        self.done: list[str] = []
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        run, options = self.context.run, self.context.options
+        others = [*run.phase, *(image for field_map in run.field_maps
+                                for image in (*field_map.images, *field_map.magnitudes))]
+        files = [*run.files, *(image.image for image in others), *([run.t1w] if run.t1w else [])]
+        return {"entities": run.entities,
+                "inputs": [sha256(f) if f.is_file() else str(f) for f in files],
+                "metadata": [part.metadata for part in (*run.parts, *others)],
+                "corrections": self.context.corrections,
+                "fallback_readout": options.fallback_total_readout_time,
+                "gradient_check": options.gradient_check}
+
+    @property
+    def title(self) -> str:
+        return "preprocessing"
+
+    def describe(self) -> str:
+        lines = describe_run(self.context.run) if not self.context.run.preprocessed else []
+        return "\n    ".join([f"corrections: {' '.join(self.context.corrections)}", *lines])
+
+    @property
+    def paragraphs(self) -> list[tuple[str, str]]:
+        return [(f"Correction: {name}", boilerplate.CORRECTIONS[name]) for name in self.done]
+
+    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> None:
+        chosen = self.context.corrections
+        corrector = Corrector(self.context, report)
+        for method in DENOISERS:
+            if method in chosen:
+                corrector.denoise(method)
+        if "gibbs" in chosen:
+            corrector.unring()
+        corrector.remove_phase()
+        if "distortion" in chosen:
+            corrector.find_field()
+        if "motion" in chosen:
+            corrector.find_motion()
+        corrector.interpolate()
+        if "bias" in chosen:
+            corrector.remove_bias()
+        corrector.find_mask()
+        corrector.check_gradients()
+        corrector.write(transaction)
+        self.done = [entry["name"] for entry in report.facts["corrections"]]
+
+
+class Corrector:
+    """Correct the series of one run; hold the series and what the corrections have found so far.
+
+    Parameters
+    ----------
+    context : RunContext
+        The run.
+    report : StepReport
+        Receives numbers, figures and sentences.
+    """
+
+    def __init__(self, context: RunContext, report: StepReport) -> None:
+        run = context.run
+        self.context, self.run, self.report = context, run, report
+        self.acquisition = context.acquisition
+        self.affine = np.asarray(context.like.affine, dtype=np.float64)
+        self.encodings = volume_encodings(run, context.options.fallback_total_readout_time)
+        self.volumes, invalid = load(run, self.acquisition)
+        self.magnitude = not np.iscomplexobj(self.volumes)
+        self.reference = self.first_b0()
+        self.mask = median_otsu(self.reference)
+        report.facts = {"invalid": invalid, "corrections": []}
+        report.qc["ndc_raw"] = quality.neighbouring_correlation(self.dwi())
+        self.raw_b0 = self.reference
+        self.field: distortion.Field | None = None
+        self.geometry: Geometry | None = None
+        self.motion: motion.MotionEstimate | None = None
+        self.sources: list[str] = []
+
+    def dwi(self) -> Dwi:
+        """Collect the magnitude of the series, as it is now, inside the mask."""
+        signal = self.volumes[self.mask]
+        return Dwi(np.ascontiguousarray(np.abs(signal) if np.iscomplexobj(signal) else signal),
+                   self.mask, self.affine, self.acquisition)
+
+    def first_b0(self) -> np.ndarray:
+        """Magnitude of the first b0 volume, in whose place all others are brought."""
+        return np.abs(self.volumes[..., np.argmax(self.acquisition.b0)])
+
+    def note(self, name: str, text: str, start: float) -> None:
+        """Add a correction to the report: its name, a sentence, and its seconds."""
+        seconds = round(time.monotonic() - start, 1)
+        log.info("%s: %s (%.1f s)", self.run.name, text, seconds)
+        self.report.facts["corrections"].append({"name": name, "text": text, "seconds": seconds})
+
+    def skip(self, reason: str) -> None:
+        """Say why a correction is left out."""
+        log.info("%s: %s", self.run.name, reason)
+        self.report.notices.append(reason)
+
+    def denoise(self, method: str) -> None:
+        """Remove noise by a method of `options.DENOISERS`."""
+        if len(self.acquisition) < denoise.MIN_VOLUMES:
+            return self.skip(f"Noise was not removed: {len(self.acquisition)} volumes are too few "
+                             f"to tell it from the signal, {denoise.MIN_VOLUMES} are needed.")
+        start, before = time.monotonic(), self.volumes
+        result = denoise.denoise(before, self.acquisition, method, device=self.context.device)
+        self.volumes = result.signal
+        sd = float(np.median(result.sigma[self.mask]))
+        self.report.qc["preproc_noise_sd"] = sd
+        self.note(method, f"noise removed by {method}; its SD is {sd:.3g}, the median of the "
+                          "brain", start)
+        residual = np.sqrt(np.mean(np.abs(before - self.volumes)**2, axis=-1))
+        shown = int(np.argmax(self.acquisition.bvals))
+        self.report.figures += [corrections.of_denoising(
+            np.abs(before[..., shown]), np.abs(self.volumes[..., shown]), result.sigma, residual,
+            self.mask, self.affine)]
+
+    def unring(self) -> None:
+        """Remove Gibbs ringing in the plane of the slices."""
+        start, encoding = time.monotonic(), self.encodings[0]
+        slices = slice_axis(self.run.metadata)
+        axes = tuple(a for a in range(3) if a != slices)
+        result = gibbs.unring(self.volumes, (axes[0], axes[1]),
+                              partial_fourier=self.run.metadata.get("PartialFourier"),
+                              phase_axis=encoding.axis if encoding else None,
+                              device=self.context.device)
+        self.volumes = result.volumes
+        if result.notice:
+            self.skip(result.notice)
+        if result.axes:
+            self.note("gibbs", "Gibbs ringing removed along "
+                               f"{' and '.join('ijk'[a] for a in result.axes)}", start)
+
+    def remove_phase(self) -> None:
+        """Turn complex volumes into real ones, without their background phase."""
+        if self.magnitude:
+            return
+        start = time.monotonic()
+        self.volumes = phase.remove_background(self.volumes, slice_axis(self.run.metadata))
+        self.note("complex", "background phase of each slice removed; the signal is the real part",
+                  start)
+
+    def find_field(self) -> None:
+        """Find the susceptibility field by the most trusted images that serve."""
+        encoding = self.encodings[0]
+        if encoding is None or encoding.readout is None:
+            missing = "PhaseEncodingDirection" if encoding is None else "TotalReadoutTime"
+            return self.skip(f"Distortion was not corrected: the sidecar has no {missing}. Add it"
+                             + (", or give --fallback-total-readout-time." if encoding else "."))
+        self.report.notices += self.run.notices
+        for kind, images, find in field_sources(self.context):
+            start = time.monotonic()
+            try:
+                found = find(self.first_b0(), self.affine, encoding, self.mask)
+            except DataError as error:
+                self.skip(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
+                          f"field: {error}")
+                continue
+            self.field = found
+            self.sources += [self.context.dataset.uri(path) for path in images]
+            self.report.notices += found.notices
+            largest = float(np.abs(found.hz[self.mask]).max())
+            self.report.qc |= {"field_max": largest, "field_correlation_before": found.before,
+                               "field_correlation_after": found.after}
+            text = (f"susceptibility field from {FIELD_SOURCES[kind]} "
+                    f"({', '.join(map(name_of, images))}): up to {largest:.0f} Hz in the brain")
+            if np.isfinite(found.after):
+                text += (f"; correlation of the two b0 images {found.before:.3f} before and "
+                         f"{found.after:.3f} after")
+            self.note(f"distortion_{kind}", text, start)
+            pair = None if kind != "opposite" else (*found.images, *found.corrected)
+            self.report.figures.append(corrections.of_field(
+                found.hz, self.mask, self.affine, found.before, found.after, pair))
+            return None
+        return self.skip("Distortion was not corrected: no image gives the susceptibility field.")
+
+    def find_motion(self) -> None:
+        """Find motion, eddy currents and outlier slices."""
+        start = time.monotonic()
+        undistorted = self.first_b0() if self.field is None else next(resample(
+            [self.first_b0()], self.still(1), self.affine, self.volumes.shape[:3]))
+        mask = median_otsu(undistorted)
+        found = motion.estimate(
+            self.volumes, self.acquisition, self.encodings, self.affine, mask,
+            None if self.field is None else self.field.hz,
+            slice_axis=slice_axis(self.run.metadata),
+            device=self.context.device)
+        self.motion = found
+        self.geometry = found.geometry
+        self.report.notices += found.notices
+        distance = found.framewise_displacement
+        replaced = int(found.outliers.sum())
+        self.report.qc |= {"fd_mean": float(distance[1:].mean()) if len(distance) > 1 else 0.0,
+                           "fd_max": float(distance.max()), "n_replaced_slices": replaced}
+        self.note("motion", "motion and eddy currents corrected: framewise displacement "
+                  f"{self.report.qc['fd_mean']:.2f} mm on average, {distance.max():.2f} mm at most; "
+                  f"{replaced} outlier slices replaced", start)
+        self.report.figures += [
+            corrections.of_motion(found.geometry.translations, found.degrees,
+                                  found.geometry.eddy, distance, self.acquisition.b0),
+            corrections.of_carpet(found.z, found.outliers, self.acquisition.bvals)]
+
+    def still(self, volumes: int) -> Geometry:
+        """Geometry of volumes that did not move, in the susceptibility field."""
+        return Geometry.static(self.affine, self.volumes.shape[:3], self.encodings[:volumes],
+                              None if self.field is None else self.field.hz)
+
+    def interpolate(self) -> None:
+        """Resample all volumes once, through all transforms; rotate the b-vectors."""
+        if self.field is None and self.motion is None:
+            return
+        start = time.monotonic()
+        if self.motion is not None:
+            self.volumes, self.acquisition = motion.apply(
+                self.volumes, self.acquisition, self.motion)
+        else:
+            self.volumes = np.stack([*resample(
+                np.moveaxis(self.volumes, -1, 0), self.still(len(self.acquisition)), self.affine,
+                self.volumes.shape[:3])], axis=-1)
+        self.mask = median_otsu(self.mean_b0())
+        self.note("interpolation", "all volumes resampled once, by cubic splines, with the "
+                  "Jacobian of the distortion", start)
+
+    def mean_b0(self) -> np.ndarray:
+        """Mean of the b0 volumes, (x, y, z)."""
+        return self.volumes[..., self.acquisition.b0].mean(axis=-1)
+
+    def remove_bias(self) -> None:
+        """Divide by the bias field of the mean b0."""
+        start = time.monotonic()
+        try:
+            found = bias.estimate(self.mean_b0(), self.mask, self.affine)
+        except DataError as error:
+            return self.skip(f"The bias field was not corrected: {error}")
+        self.volumes /= found.field[..., None]
+        low, high = (float(f(found.field[self.mask])) for f in (np.min, np.max))
+        self.report.qc |= {"bias_min": low, "bias_max": high}
+        self.note("bias", f"bias field of the mean b0 removed by N4: {low:.2f} to {high:.2f} in "
+                          "the brain", start)
+
+    def find_mask(self) -> None:
+        """Find the brain on the corrected images."""
+        start, run = time.monotonic(), self.run
+        self.mask_source = MADE_MASK
+        self.mask = median_otsu(self.mean_b0())
+        if run.mask:
+            self.mask = read_mask(run.mask, self.mask.shape, self.affine)
+            self.mask_source = self.context.dataset.uri(run.mask)
+            if self.field is not None:
+                self.skip(f"{run.mask.name} was given, and is used although distortion was "
+                          "corrected since. Check that it still follows the brain.")
+
+    def check_gradients(self) -> None:
+        """Check the b-vectors on the corrected signal; turn them with the head afterwards."""
+        checked = check_gradients(self.run, self.dwi(), self.context.options.gradient_check)
+        self.report.warnings += checked.warnings
+        self.report.qc |= checked.qc
+        self.about.update(checked.about)
+        if checked.about:  # the table is wrong in the scanner, before it is turned with the head
+            axes = btable.fsl_axes(self.affine)
+            table = axes @ checked.table @ axes.T
+            acquisition = self.context.acquisition
+            acquisition = replace(acquisition, bvecs=acquisition.bvecs @ table.T)
+            if self.geometry is not None:
+                acquisition = acquisition.rotated(np.swapaxes(self.geometry.rotations, 1, 2))
+            self.acquisition = acquisition
+
+    def write(self, transaction: Transaction) -> None:
+        """Write the corrected images, the brain mask, the field and the confounds."""
+        context, run, dataset = self.context, self.run, self.context.dataset
+        raw = sidecar.base(run, dataset, "")
+        raw["Sources"] = [*dict.fromkeys([*raw["Sources"], *self.sources])]
+        raw |= {"SkullStripped": False, **self.about}
+        done = {entry["name"]: entry["text"] for entry in self.report.facts["corrections"]}
+        image = context.path("dwi", desc="preproc")
+        transaction.image(image, self.volumes, context.like, {
+            **raw, "Description": "Diffusion series after the corrections that are listed",
+            "Corrections": done})
+        write_tables(transaction, image, self.acquisition, self.affine)
+        transaction.image(context.path("dwiref"), self.mean_b0(), context.like,
+                          {**raw, "Description": "Mean of the corrected b0 volumes"})
+        transaction.image(context.mask, self.mask.astype(np.uint8), context.like,
+                          sidecar.mask(run, dataset, self.mask_source))
+        if self.field is not None:
+            transaction.image(
+                context.path("fieldmap", folder="fmap", desc="preproc"), self.field.hz,
+                context.like, {**raw, "Units": "Hz", "Description": "Susceptibility field in the "
+                               "place of the first b0 volume"})
+        rows, columns = corrections.confounds(
+            self.context.acquisition, self.acquisition, self.motion)
+        transaction.table(context.path("timeseries", ".tsv", desc="confounds"), rows, columns)
+        dwi = self.dwi()
+        correlation = quality.neighbouring_correlations
+        self.report.figures += [
+            corrections.of_b0(self.raw_b0, self.mean_b0(), self.mask, self.affine),
+            corrections.of_correlation(self.raw_correlation, correlation(dwi))]
+        self.report.facts |= {
+            "mask_source": self.mask_source, "about": self.about,
+            "magnitude": self.magnitude}
+
+
+FieldFinder = Callable[[np.ndarray, np.ndarray, PhaseEncoding, np.ndarray], distortion.Field]
+"""Finds a field for a b0 image, its affine, its phase encoding and the brain mask."""
+
+
+def field_sources(context: RunContext) -> Iterator[tuple[str, list[Path], FieldFinder]]:
+    """Yield what gives the susceptibility field, the most trusted first: its kind (a key of
+    FIELD_SOURCES), its images and a function."""
+    run, fallback = context.run, context.options.fallback_total_readout_time
+    for field_map in run.field_maps:
+        if field_map.kind == "opposite":
+            image = next(i for i in field_map.images if run.phase_encoding and
+                         run.phase_encoding.opposes(PhaseEncoding.from_sidecar(i.metadata)))
+            yield field_map.kind, [image.image], partial(_field_from_pair, image, fallback)
+        else:
+            yield (field_map.kind, [i.image for i in (*field_map.images, *field_map.magnitudes)],
+                   partial(_field_from_gre, field_map))
+    if run.t1w:
+        yield "t1w", [run.t1w], partial(_field_from_t1w, run.t1w)
+
+
+def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.ndarray,
+                     affine: np.ndarray, encoding: PhaseEncoding, mask: np.ndarray
+                     ) -> distortion.Field:
+    opposite = PhaseEncoding.from_sidecar(image.metadata)
+    assert opposite
+    if opposite.readout is None:
+        opposite = replace(opposite, readout=fallback)
+    second = open_image(image.image)
+    volumes = read_array(second, np.float32)
+    if isinstance(image, Part):
+        volumes = volumes[..., btable.read_acquisition(image).b0]
+    if not volumes.size:
+        raise DataError(f"{image.image}: has no b0 volume. One is needed: name another image.")
+    return distortion.field_from_pair(
+        b0, volumes.reshape(*second.shape[:3], -1).mean(axis=-1), affine, encoding, opposite,
+        second_affine=second.affine)
+
+
+FIELD_SOURCES = {**FIELD_MAPS, "t1w": "registration to the T1w image"}
+"""Names of what gives the susceptibility field, the most trusted first."""
+
+RULES = {"session": "of the same session, since no sidecar assigns one", "run": "a merged run"}
+"""Words for `FieldMap.rule`; others are sidecar keys."""
+
+
+def describe_run(run: Run) -> list[str]:
+    """Describe what can correct a run, in lines: its phase encoding, field maps (with the rule that
+    assigns each), phase images and T1w image."""
+    encoding = run.phase_encoding
+    readout = ("TotalReadoutTime unknown" if encoding is None or encoding.readout is None
+               else f"readout {1000 * encoding.readout:.4g} ms")
+    lines = [f"phase encoding {encoding.direction}, {readout}" if encoding
+             else "phase encoding unknown", *map(_describe_field_map, run.field_maps)]
+    if run.phase:
+        lines.append(f"phase {', '.join(name_of(p.image) for p in run.phase)}: complex data")
+    if run.t1w:
+        session = entities_of(run.t1w.name).get("ses")
+        lines.append(f"T1w {name_of(run.t1w)}: of the "
+                     f"{'same session' if session == run.session else 'participant'}")
+    return [*lines, *run.notices]
+
+
+def _describe_field_map(field_map: FieldMap) -> str:
+    images = ", ".join(name_of(image.image) for image in field_map.images)
+    magnitudes = ", ".join(name_of(image.image) for image in field_map.magnitudes)
+    rule = RULES.get(field_map.rule, f"by {field_map.rule}")
+    return (f"field map {images}" + f" with {magnitudes}" * bool(magnitudes)
+            + f": {FIELD_MAPS[field_map.kind]}, {rule}")
+
+
+def volume_encodings(run: Run, fallback: float | None) -> tuple[PhaseEncoding | None, ...]:
+    """Read the phase encoding of each volume of a raw run; an unknown readout is the fallback's.
+
+    Raises
+    ------
+    DataError
+        A sidecar holds an invalid phase encoding.
+    """
+    encodings: list[PhaseEncoding | None] = []
+    for part in run.parts:
+        encoding = PhaseEncoding.from_sidecar(part.metadata)
+        if encoding and encoding.readout is None:
+            encoding = replace(encoding, readout=fallback)
+        encodings += [encoding] * open_image(part.image).shape[3]
+    return tuple(encodings)
+
+
+def slice_axis(metadata: Mapping[str, Any]) -> int:
+    """Find the voxel axis across the slices: SliceEncodingDirection, else the third."""
+    direction = str(metadata.get("SliceEncodingDirection") or "k")[0]
+    return "ijk".index(direction) if direction in "ijk" else 2
