@@ -335,6 +335,21 @@ DESIGNS = {
 }
 """Designs of a phantom study, with their help texts."""
 
+ARTIFACTS = {
+    "distortion": "a susceptibility field; DWIs AP, b0 images PA and a GRE field map",
+    "motion": "of the head between volumes",
+    "eddy": "fields of eddy currents, up to quadratic",
+    "dropout": "signal lost in slices of weighted volumes",
+    "gibbs": "ringing by truncation of k-space",
+    "partial-fourier": "a quarter of k-space is not acquired, and filled with zeros",
+    "complex": "magnitude and phase, with a phase of each shot",
+    "skull": "skull and scalp",
+}
+"""Artifacts of a phantom's raw images, with their help texts."""
+
+ARTIFACT_OPTIONS = ("artifacts", "field_scale", "motion_mm", "motion_degrees", "eddy_hz", "dropout")
+"""Fields of PhantomOptions that matter only with artifacts."""
+
 
 @dataclass(frozen=True)
 class PhantomOptions:
@@ -398,6 +413,18 @@ class PhantomOptions:
     effect_voxel: float = option(
         0.0, "change of the voxel size, mm; 0 keeps scans of a participant paired voxel by voxel")
 
+    artifacts: tuple[str, ...] = option(
+        (), "artifacts to simulate, so that there is something to correct; default: none; all, or: "
+        + "; ".join(f"{k}: {v}" for k, v in ARTIFACTS.items()), choices=("all", *ARTIFACTS),
+        group="artifacts of raw images")
+    field_scale: float = option(1.0, "factor of the susceptibility field")
+    motion_mm: float = option(3.0, "largest translation of the head, mm")
+    motion_degrees: float = option(3.0, "largest rotation of the head, degrees")
+    eddy_hz: float = option(
+        10.0, "SD of the coefficients of an eddy-current field at b = 1000, Hz: its linear terms "
+        "100 mm from the centre; half of it is the SD of the constant and of the quadratic terms")
+    dropout: float = option(0.02, "share of the slices of weighted volumes that lose signal")
+
     def __post_init__(self) -> None:
         if self.design not in DESIGNS:
             raise UsageError(f"--design {self.design}: one of {', '.join(DESIGNS)} is needed.")
@@ -418,21 +445,32 @@ class PhantomOptions:
             value = getattr(self, name)
             if isinstance(value, float) and not (math.isfinite(value) or name == "snr"):
                 raise UsageError(f"{flag(name)} {value}: a finite number is needed.")
-            if name.startswith(("effect", "pose", "person_sd")) and value < 0:
+            if name.startswith(("effect", "pose", "person_sd", "motion", "eddy")) and value < 0:
                 raise UsageError(f"{flag(name)} {value:g}: 0 or more is needed (signs are drawn).")
         if not self.shells or min(self.shells) < 50 or max(self.shells) > 10000:
             raise UsageError(f"--shells {' '.join(f'{b:g}' for b in self.shells)}: b-values from "
                              "50 to 10000 s/mm² are needed.")
         if len(set(self.shells)) < len(self.shells):
             raise UsageError("--shells: each b-value once; for more volumes, raise --directions.")
-        if not 0 <= self.lesions <= 1:
-            raise UsageError(f"--lesions {self.lesions:g}: a share from 0 to 1 is needed.")
+        for name in ("lesions", "dropout"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise UsageError(f"--{name} {value:g}: a share from 0 to 1 is needed.")
+        if unknown := [a for a in self.artifacts if a not in ("all", *ARTIFACTS)]:
+            raise UsageError(f"--artifacts {unknown[0]}: all, or some of {', '.join(ARTIFACTS)} "
+                             "are needed.")
+        if self.motion_mm > 20 or self.motion_degrees > 20:
+            raise UsageError(f"--motion-mm {self.motion_mm:g}, --motion-degrees "
+                             f"{self.motion_degrees:g}: at most 20 mm and 20 degrees are needed.")
         low, high = self.ages
         if not 0 < low <= high <= 110:
             raise UsageError(f"--ages {low:g} {high:g}: the youngest and the oldest are needed, "
                              "within 1 to 110 years.")
         if not 1.5 <= self.voxel <= 12:
             raise UsageError(f"--voxel-size {self.voxel:g}: 1.5 to 12 mm are needed.")
+
+    def has(self, artifact: str) -> bool:
+        """Tell whether an artifact, one of ARTIFACTS, is simulated."""
+        return artifact in self.artifacts or "all" in self.artifacts
 
     @property
     def voxel(self) -> float:
