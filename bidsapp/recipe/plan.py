@@ -14,7 +14,7 @@ from bidsapp.errors import QSphereError, Refusal
 from bidsapp.kinds import Estimator, FromSignal, Method, MethodContext, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
-from bidsapp.recipe.preprocess import Preprocess, describe_correction
+from bidsapp.recipe.preprocess import Preprocess, paragraphs
 from bidsapp.recipe.spaces import Register, Resample, paragraph
 from bidsapp.recipe.steps import (
     PREPARATION,
@@ -151,5 +151,5 @@ def methods_text(options: Options, models: Sequence[harmonize.Model],
     used = [*{m.method.name: m.method for m in models}.values(),
             *([upsampler] if upsampler else []), *chosen]
     return boilerplate.markdown([
-        *map(describe_correction, options.corrections(preprocessed=False)), *PREPARATION,
+        *paragraphs(options.corrections(preprocessed=False)), *PREPARATION,
         *map(boilerplate.of_method, used), *map(paragraph, parse(options.output_spaces))], used)

@@ -73,7 +73,7 @@ class Preprocess(Step):
 
     @property
     def paragraphs(self) -> list[tuple[str, str]]:
-        return [(f"Correction: {name}", boilerplate.CORRECTIONS[name]) for name in self.done]
+        return paragraphs(self.done)
 
     def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> None:
         chosen = self.context.corrections
@@ -116,15 +116,16 @@ class Corrector:
         self.encodings = volume_encodings(run, context.options.fallback_total_readout_time)
         self.volumes, invalid = load(run, self.acquisition)
         self.magnitude = not np.iscomplexobj(self.volumes)
-        self.reference = self.first_b0()
-        self.mask = median_otsu(self.reference)
+        self.mask = median_otsu(self.first_b0())
         report.facts = {"invalid": invalid, "corrections": []}
-        report.qc["ndc_raw"] = quality.neighbouring_correlation(self.dwi())
-        self.raw_b0 = self.reference
+        raw = self.dwi()
+        self.raw_b0 = np.abs(self.volumes[..., self.acquisition.b0]).mean(axis=-1)
+        self.raw_correlations = quality.neighbouring_correlations(raw.signal, self.acquisition)
+        report.qc["ndc_raw"] = quality.neighbouring_correlation(raw)
         self.field: distortion.Field | None = None
-        self.geometry: Geometry | None = None
         self.motion: motion.MotionEstimate | None = None
         self.sources: list[str] = []
+        self.about: dict[str, Any] = {}
 
     def dwi(self) -> Dwi:
         """Collect the magnitude of the series, as it is now, inside the mask."""
@@ -135,6 +136,10 @@ class Corrector:
     def first_b0(self) -> np.ndarray:
         """Magnitude of the first b0 volume, in whose place all others are brought."""
         return np.abs(self.volumes[..., np.argmax(self.acquisition.b0)])
+
+    def by_volume(self) -> np.ndarray:
+        """The series as (n, x, y, z)."""
+        return np.moveaxis(self.volumes, -1, 0)
 
     def note(self, name: str, text: str, start: float) -> None:
         """Add a correction to the report: its name, a sentence, and its seconds."""
@@ -161,9 +166,9 @@ class Corrector:
                           "brain", start)
         residual = np.sqrt(np.mean(np.abs(before - self.volumes)**2, axis=-1))
         shown = int(np.argmax(self.acquisition.bvals))
-        self.report.figures += [corrections.of_denoising(
+        self.report.figures += corrections.of_denoising(
             np.abs(before[..., shown]), np.abs(self.volumes[..., shown]), result.sigma, residual,
-            self.mask, self.affine)]
+            self.mask, self.affine)
 
     def unring(self) -> None:
         """Remove Gibbs ringing in the plane of the slices."""
@@ -210,50 +215,58 @@ class Corrector:
             self.sources += [self.context.dataset.uri(path) for path in images]
             self.report.notices += found.notices
             largest = float(np.abs(found.hz[self.mask]).max())
-            self.report.qc |= {"field_max": largest, "field_correlation_before": found.before,
-                               "field_correlation_after": found.after}
-            text = (f"susceptibility field from {FIELD_SOURCES[kind]} "
-                    f"({', '.join(map(name_of, images))}): up to {largest:.0f} Hz in the brain")
-            if np.isfinite(found.after):
+            self.report.qc["field_max"] = largest
+            text = (f"susceptibility field from {', '.join(map(name_of, images))} "
+                    f"({FIELD_SOURCES[kind]}): up to {largest:.0f} Hz in the brain")
+            if kind == "opposite":
+                self.report.qc |= {"field_correlation_before": found.before,
+                                   "field_correlation_after": found.after}
                 text += (f"; correlation of the two b0 images {found.before:.3f} before and "
                          f"{found.after:.3f} after")
-            self.note(f"distortion_{kind}", text, start)
-            pair = None if kind != "opposite" else (*found.images, *found.corrected)
-            self.report.figures.append(corrections.of_field(
-                found.hz, self.mask, self.affine, found.before, found.after, pair))
+            self.note(PARAGRAPHS.get(kind, kind), text, start)
+            pair = (*found.measured, *found.corrected) if kind == "opposite" else None
+            self.report.figures += corrections.of_field(
+                found.hz, self.mask, self.affine, found.before, found.after, pair)
             return None
         return self.skip("Distortion was not corrected: no image gives the susceptibility field.")
 
     def find_motion(self) -> None:
         """Find motion, eddy currents and outlier slices."""
         start = time.monotonic()
-        undistorted = self.first_b0() if self.field is None else next(resample(
-            [self.first_b0()], self.still(1), self.affine, self.volumes.shape[:3]))
-        mask = median_otsu(undistorted)
+        b0 = self.first_b0()
+        if self.field is not None:
+            (b0,) = resample([b0], self.still(1), b0.shape, self.affine)
         found = motion.estimate(
-            self.volumes, self.acquisition, self.encodings, self.affine, mask,
+            self.by_volume(), self.acquisition, self.encodings, self.affine, median_otsu(b0),
             None if self.field is None else self.field.hz,
-            slice_axis=slice_axis(self.run.metadata),
-            device=self.context.device)
+            slice_axis=slice_axis(self.run.metadata), device=self.context.device)
         self.motion = found
-        self.geometry = found.geometry
         self.report.notices += found.notices
-        distance = found.framewise_displacement
-        replaced = int(found.outliers.sum())
-        self.report.qc |= {"fd_mean": float(distance[1:].mean()) if len(distance) > 1 else 0.0,
-                           "fd_max": float(distance.max()), "n_replaced_slices": replaced}
-        self.note("motion", "motion and eddy currents corrected: framewise displacement "
-                  f"{self.report.qc['fd_mean']:.2f} mm on average, {distance.max():.2f} mm at most; "
-                  f"{replaced} outlier slices replaced", start)
+        distance, replaced = self.head_motion().framewise_displacement[1:], found.outliers.sum()
+        self.report.qc |= {"fd_mean": float(distance.mean()) if len(distance) else 0.0,
+                           "fd_max": float(distance.max()) if len(distance) else 0.0,
+                           "n_replaced_slices": int(replaced)}
+        self.note("motion", "motion and eddy currents estimated: framewise displacement "
+                  f"{self.report.qc['fd_mean']:.2f} mm on average, "
+                  f"{self.report.qc['fd_max']:.2f} mm at most; {replaced} outlier slices replaced",
+                  start)
+        moved = self.head_motion()
         self.report.figures += [
-            corrections.of_motion(found.geometry.translations, found.degrees,
-                                  found.geometry.eddy, distance, self.acquisition.b0),
-            corrections.of_carpet(found.z, found.outliers, self.acquisition.bvals)]
+            *corrections.of_motion(moved.translations, moved.rotations, found.geometry.eddy,
+                                   moved.framewise_displacement, self.acquisition.b0),
+            *corrections.of_carpet(found.z, found.outliers, self.acquisition.bvals)]
+
+    def head_motion(self) -> quality.HeadMotion:
+        """Motion about the centre of the brain."""
+        assert self.motion
+        geometry = self.motion.geometry
+        centre = transform_points(self.affine, np.argwhere(self.mask)).mean(axis=0)
+        return quality.head_motion(geometry.rotations, geometry.translations, centre)
 
     def still(self, volumes: int) -> Geometry:
         """Geometry of volumes that did not move, in the susceptibility field."""
         return Geometry.static(self.affine, self.volumes.shape[:3], self.encodings[:volumes],
-                              None if self.field is None else self.field.hz)
+                               None if self.field is None else self.field.hz)
 
     def interpolate(self) -> None:
         """Resample all volumes once, through all transforms; rotate the b-vectors."""
@@ -261,15 +274,17 @@ class Corrector:
             return
         start = time.monotonic()
         if self.motion is not None:
-            self.volumes, self.acquisition = motion.apply(
-                self.volumes, self.acquisition, self.motion)
+            corrected, self.acquisition = motion.apply(self.by_volume(), self.motion)
         else:
-            self.volumes = np.stack([*resample(
-                np.moveaxis(self.volumes, -1, 0), self.still(len(self.acquisition)), self.affine,
-                self.volumes.shape[:3])], axis=-1)
+            corrected = resample(self.by_volume(), self.still(len(self.acquisition)),
+                                 self.volumes.shape[:3], self.affine)
+        result = np.empty_like(self.by_volume())
+        for volume, out in zip(corrected, result, strict=True):
+            out[...] = volume
+        self.volumes = np.moveaxis(result, 0, -1)
         self.mask = median_otsu(self.mean_b0())
-        self.note("interpolation", "all volumes resampled once, by cubic splines, with the "
-                  "Jacobian of the distortion", start)
+        self.note("resample", "all volumes interpolated once, by cubic splines, with the Jacobian "
+                  "of the distortion", start)
 
     def mean_b0(self) -> np.ndarray:
         """Mean of the b0 volumes, (x, y, z)."""
@@ -282,11 +297,10 @@ class Corrector:
             found = bias.estimate(self.mean_b0(), self.mask, self.affine)
         except DataError as error:
             return self.skip(f"The bias field was not corrected: {error}")
-        self.volumes /= found.field[..., None]
-        low, high = (float(f(found.field[self.mask])) for f in (np.min, np.max))
-        self.report.qc |= {"bias_min": low, "bias_max": high}
-        self.note("bias", f"bias field of the mean b0 removed by N4: {low:.2f} to {high:.2f} in "
-                          "the brain", start)
+        self.volumes /= found.values[..., None]
+        self.report.qc |= {"bias_min": found.lowest, "bias_max": found.highest}
+        self.note("bias", f"bias field of the mean b0 removed by N4: {found.lowest:.2f} to "
+                  f"{found.highest:.2f} in the brain (percentiles 1 and 99)", start)
 
     def find_mask(self) -> None:
         """Find the brain on the corrected images."""
@@ -311,8 +325,9 @@ class Corrector:
             table = axes @ checked.table @ axes.T
             acquisition = self.context.acquisition
             acquisition = replace(acquisition, bvecs=acquisition.bvecs @ table.T)
-            if self.geometry is not None:
-                acquisition = acquisition.rotated(np.swapaxes(self.geometry.rotations, 1, 2))
+            if self.motion is not None:
+                acquisition = acquisition.rotated(
+                    np.swapaxes(self.motion.geometry.rotations, 1, 2))
             self.acquisition = acquisition
 
     def write(self, transaction: Transaction) -> None:
@@ -336,18 +351,40 @@ class Corrector:
                 context.path("fieldmap", folder="fmap", desc="preproc"), self.field.hz,
                 context.like, {**raw, "Units": "Hz", "Description": "Susceptibility field in the "
                                "place of the first b0 volume"})
-        rows, columns = corrections.confounds(
-            self.context.acquisition, self.acquisition, self.motion)
-        transaction.table(context.path("timeseries", ".tsv", desc="confounds"), rows, columns)
         dwi = self.dwi()
-        correlation = quality.neighbouring_correlations
+        correlations = quality.neighbouring_correlations(dwi.signal, self.acquisition)
+        moved = self.head_motion() if self.motion else None
+        rows, columns = corrections.confounds(
+            context.acquisition, self.acquisition,
+            correlation_before=self.raw_correlations, correlation_after=correlations,
+            **({} if self.motion is None or moved is None else {
+                "translations": moved.translations, "rotations": moved.rotations,
+                "framewise_displacement": moved.framewise_displacement,
+                "eddy": self.motion.geometry.eddy, "replaced": self.motion.outliers}))
+        transaction.table(context.path("timeseries", ".tsv", desc="confounds"), rows, columns)
         self.report.figures += [
-            corrections.of_b0(self.raw_b0, self.mean_b0(), self.mask, self.affine),
-            corrections.of_correlation(self.raw_correlation, correlation(dwi))]
+            *corrections.of_b0(self.raw_b0, self.mean_b0(), self.mask, self.affine),
+            *corrections.of_correlation(self.raw_correlations, correlations)]
         self.report.facts |= {
             "mask_source": self.mask_source, "about": self.about,
             "magnitude": self.magnitude}
 
+
+def paragraphs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Write the sections of the methods text on corrections: (heading, text) each.
+
+    names: keys of `boilerplate.CORRECTIONS`, or names of --preprocess, of which one may stand for
+    several.
+    """
+    several = {"distortion": ("pair", "gre", "t1w", "resample"), "motion": ("motion", "resample")}
+    keys = dict.fromkeys(key for name in names for key in several.get(name, (name,)))
+    return [(f"Correction: {TITLES.get(key, key)}", boilerplate.CORRECTIONS[key]) for key in keys]
+
+
+TITLES = {"pair": "distortion, by opposite phase encoding", "gre": "distortion, by a GRE field map",
+          "t1w": "distortion, by the T1w image", "resample": "interpolation",
+          "complex": "phase", "gibbs": "Gibbs ringing", "denoise": "noise", "bias": "bias field"}
+"""Headings of corrections, where they differ from their key in `boilerplate.CORRECTIONS`."""
 
 FieldFinder = Callable[[np.ndarray, np.ndarray, PhaseEncoding, np.ndarray], distortion.Field]
 """Finds a field for a b0 image, its affine, its phase encoding and the brain mask."""
@@ -389,6 +426,9 @@ def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.nda
 
 FIELD_SOURCES = {**FIELD_MAPS, "t1w": "registration to the T1w image"}
 """Names of what gives the susceptibility field, the most trusted first."""
+
+PARAGRAPHS = {"opposite": "pair", "phasediff": "gre", "phases": "gre", "fieldmap": "gre"}
+"""Key of `boilerplate.CORRECTIONS` for each source of the field, where it has another name."""
 
 RULES = {"session": "of the same session, since no sidecar assigns one", "run": "a merged run"}
 """Words for `FieldMap.rule`; others are sidecar keys."""
