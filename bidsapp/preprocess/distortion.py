@@ -32,7 +32,7 @@ from bidsapp.acquisition import PhaseEncoding
 from bidsapp.errors import DataError
 from bidsapp.registration.geometry import grid_coordinates, transform_points, world_points
 
-SMOOTHNESS, BARRIER = 0.1, 1e-3
+SMOOTHNESS, BARRIER = 0.03, 1e-3
 """Weights α of the field's gradient and β of the barrier, for images whose mean in the head is 1.
 α was chosen by the error of the field on simulated heads (benchmarks/distortion.py)."""
 
@@ -40,8 +40,12 @@ LEVELS, MIN_SIZE = 3, 12
 """Number of resolutions, each with voxels of twice the size, and the fewest voxels along an axis
 that is halved."""
 
-ROUNDS = (3, 2, 2)
-"""Alternations of field and rigid motion at the levels, from coarse to fine."""
+ROUNDS, STILL = 10, 0.02
+"""Most steps of the motion at a level (one at full resolution), and the motion in voxels that ends
+them."""
+
+MIN_STEP = 0.01
+"""Shortest part of a Gauss–Newton step that is tried."""
 
 STEPS, TOLERANCE = 8, 3e-3
 """Most Gauss–Newton steps in one alternation, and the relative decrease of E that ends them."""
@@ -184,12 +188,18 @@ def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray,
         shape = pyramid[level][0].shape
         problem = _Problem(pyramid[level], frames[level], size, readout / scale, smoothness, device)
         u = problem.transport() if u is None else _double(u, shape)
-        for _ in range(ROUNDS[level - len(pyramid)] - 1):
-            problem.place(move)
-            u = problem.solve(u)
-            move, u = problem.motion(u, move)
         problem.place(move)
-        u = problem.solve(u)
+        u, energy = problem.solve(u)
+        for _ in range(ROUNDS if level else 1):
+            trial, trial_move = problem.solve_with_motion(u, move)
+            problem.place(trial_move)
+            trial, trial_energy = problem.solve(trial)
+            if trial_energy >= energy:
+                break
+            change = _distance(move, trial_move, frames[level][0], u.shape)
+            u, move, energy = trial, trial_move, trial_energy
+            if change < STILL * size.mean() * 2**level:
+                break
     assert u is not None
     faces = u.cpu().numpy() / scale
     hz = np.transpose((faces[:-1] + faces[1:]) / 2, np.argsort(order)).astype(np.float32)
@@ -208,6 +218,13 @@ _HALF[:3, 3] = 0.5
 
 def _reorder(affine: np.ndarray, order: list[int]) -> np.ndarray:
     return affine[:, [*order, 3]]
+
+
+def _distance(a: np.ndarray, b: np.ndarray, affine: np.ndarray, shape: tuple[int, ...]) -> float:
+    """The largest distance (mm) between where two motions take the corners of a grid."""
+    corners = transform_points(affine, np.indices((2, 2, 2)).reshape(3, -1).T * np.array(shape))
+    return float(np.linalg.norm(transform_points(a, corners) - transform_points(b, corners),
+                                axis=1).max())
 
 
 def _seconds(encoding: PhaseEncoding) -> float:
@@ -321,6 +338,7 @@ class _Problem:
             points = transform_points(move, world_points(self.shape, to))
             second = map_coordinates(self.second, grid_coordinates(of, points), order=3,
                                      mode="nearest")
+        self.placed = second
         self.lines[1:] = [self._polynomials(second)]
 
     def transport(self):
@@ -359,80 +377,86 @@ class _Problem:
         for r in self.ratio:
             t = (r * slope).square()
             energy = energy + BARRIER * (t * t / (1 - t)).sum()
-        return float(energy), (residual, r1 * g1 * j1 - r2 * g2 * j2, r1 * w1 - r2 * w2, slope,
-                               w2 * j2)
+        return float(energy), (residual, r1 * g1 * j1 - r2 * g2 * j2, r1 * w1 - r2 * w2, slope)
 
     def _laplace(self, u):
         """α times the transposed gradient of the gradient across lines."""
         out = self.torch.zeros_like(u)
-        for axis, weight in enumerate(self.across, 1):
+        for axis, weight in zip((-2, -1), self.across, strict=True):
             step = weight * u.diff(dim=axis)
             n = u.shape[axis] - 1
             out.narrow(axis, 1, n).add_(step)
             out.narrow(axis, 0, n).sub_(step)
         return out
 
+    def _normal_equations(self, u, parts):
+        """Gradient of E, the lines' part of its Gauss–Newton matrix, and the Jacobian's rows."""
+        residual, a, c, slope = parts
+        stiff = self.torch.full_like(slope, self.alpha)
+        force = self.alpha * slope
+        for r in self.ratio:
+            t = r * slope
+            gap = 1 - t * t
+            force += BARRIER * r * 2 * t * (1 / gap**2 - 1)
+            stiff += BARRIER * r * r * (2 / gap**2 - 2 + 8 * t * t / gap**3)
+        lower, upper = a / 2 - c, a / 2 + c
+        gradient = self._laplace(u)
+        gradient[:-1] += lower * residual - force
+        gradient[1:] += upper * residual + force
+        diagonal = self.torch.zeros_like(u)
+        diagonal[:-1] += lower.square() + stiff
+        diagonal[1:] += upper.square() + stiff
+        return gradient, diagonal, lower * upper - stiff, (lower, upper)
+
     def solve(self, u):
         """Minimise E over the field by Gauss–Newton steps from u."""
         energy, parts = self._energy(u)
         for _ in range(STEPS):
-            residual, a, c, slope, _ = parts
-            stiff = self.torch.full_like(slope, self.alpha)
-            force = self.alpha * slope
-            for r in self.ratio:
-                t = r * slope
-                gap = 1 - t * t
-                force += BARRIER * r * 2 * t * (1 / gap**2 - 1)
-                stiff += BARRIER * r * r * (2 / gap**2 - 2 + 8 * t * t / gap**3)
-            lower, upper = a / 2 - c, a / 2 + c  # the row of a voxel in the Jacobian
-            gradient = self._laplace(u)
-            gradient[:-1] += lower * residual - force
-            gradient[1:] += upper * residual + force
-            diagonal = self.torch.zeros_like(u)
-            diagonal[:-1] += lower.square() + stiff
-            diagonal[1:] += upper.square() + stiff
-            beside = lower * upper - stiff
+            gradient, diagonal, beside, _ = self._normal_equations(u, parts)
             step = self._conjugate_gradients(-gradient, diagonal, beside)
             expected = float((gradient * step).sum())
             length = 1.0
-            for _ in range(8):
-                trial, parts = self._energy(u + length * step)
-                if trial <= energy + 1e-4 * length * expected:
-                    break
+            trial, parts = self._energy(u + step)
+            while trial > energy + 1e-4 * length * expected and length > MIN_STEP:
                 length /= 2
-            else:
-                return u
+                trial, parts = self._energy(u + length * step)
+            if trial > energy:
+                break
             u, decrease = u + length * step, energy - trial
             energy = trial
             if decrease < TOLERANCE * energy:
                 break
-        return u
+        return u, energy
 
     def _conjugate_gradients(self, right, diagonal, beside):
+        """Solve for right sides (…, faces, y, z)."""
         torch = self.torch
 
         def product(v):
             out = self._laplace(v)
             out.addcmul_(diagonal, v)
-            out[:-1].addcmul_(beside, v[1:])
-            out[1:].addcmul_(beside, v[:-1])
+            out[..., :-1, :, :].addcmul_(beside, v[..., 1:, :, :])
+            out[..., 1:, :, :].addcmul_(beside, v[..., :-1, :, :])
             return out
+
+        def dot(a, b):
+            return (a * b).sum((-3, -2, -1), keepdim=True)
 
         precondition = self._tridiagonal(diagonal, beside)
         x, r = torch.zeros_like(right), right.clone()
         z = precondition(r)
-        p, rz = z.clone(), (r * z).sum()
-        stop = CG_TOLERANCE**2 * (r * r).sum()
+        p, rz = z.clone(), dot(r, z)
+        stop = CG_TOLERANCE**2 * dot(r, r)
         for _ in range(CG_STEPS):
             q = product(p)
-            length = rz / (p * q).sum()
+            length = rz / dot(p, q).clamp(min=1e-30)
             x += length * p
             r -= length * q
-            if (r * r).sum() <= stop:
+            if bool((dot(r, r) <= stop).all()):
                 break
             z = precondition(r)
-            old, rz = rz, (r * z).sum()
-            p = z + rz / old * p
+            old, rz = rz, dot(r, z)
+            p = z + rz / old.clamp(min=1e-30) * p
         return x
 
     def _tridiagonal(self, diagonal, beside):
@@ -450,46 +474,59 @@ class _Problem:
         def solve(b):
             x = b.clone()
             for i in range(len(ratio)):
-                x[i + 1].addcmul_(ratio[i], x[i], value=-1)
+                x[..., i + 1, :, :].addcmul_(ratio[i], x[..., i, :, :], value=-1)
             x /= d
             for i in reversed(range(len(ratio))):
-                x[i].addcmul_(ratio[i], x[i + 1], value=-1)
+                x[..., i, :, :].addcmul_(ratio[i], x[..., i + 1, :, :], value=-1)
             return x
 
         return solve
 
-    def motion(self, u, move):
-        """Take one Gauss–Newton step of the rigid motion across the phase axis.
+    def solve_with_motion(self, u, move):
+        """Take one Gauss–Newton step of field and motion together.
 
-        Its part along the phase axis is absorbed by the field, which is changed so that both images
-        still match.
+        The motion's columns are δ(x) = ω × x + τ without τ along the phase axis. The field is
+        eliminated by the Schur complement, since it can follow any motion locally.
         """
         from scipy.spatial.transform import Rotation
 
-        _, (residual, _, _, _, corrected) = self._energy(u)
+        torch, r2 = self.torch, self.ratio[1]
+        _, parts = self._energy(u)
+        residual = parts[0]
+        gradient, diagonal, beside, rows = self._normal_equations(u, parts)
         to = self.frames[0]
         spacing = np.linalg.norm(to[:3, :3], axis=0)
         axes = to[:3, :3] / spacing  # the axes of the image in the world
         centre = (np.array(self.shape) - 1) / 2 * spacing
+        middle, slope = (u[1:] + u[:-1]) / 2, u[1:] - u[:-1]
+        where = self.index + r2 * middle
+        g = [self._evaluate(self.lines[1], where)[1] / spacing[0]]
+        g += [self._evaluate(self._polynomials(np.gradient(self.placed, spacing[a], axis=a)),
+                             where)[0] for a in (1, 2)]
         x = [self._tensor((np.arange(n) * s - c).reshape([-1 if a == k else 1 for a in range(3)]))
              for k, (n, s, c) in enumerate(zip(self.shape, spacing, centre, strict=True))]
-        g1, g2 = (self.torch.gradient(corrected, dim=a)[0] / spacing[a] for a in (1, 2))
-        # δ = ω × x + τ, of which δ₁ and δ₂ count
-        columns = self.torch.stack([
-            g2 * x[1] - g1 * x[2], -g2 * x[0].expand_as(g2), g1 * x[0], g1, g2]).reshape(5, -1)
-        normal = (columns @ columns.T).double().cpu().numpy()
-        right = (columns @ residual.reshape(-1)).double().cpu().numpy()
-        p = np.linalg.lstsq(normal, right, rcond=1e-8)[0]
-        omega, tau = p[:3], np.r_[0, p[3:]]
-        rotation = axes @ Rotation.from_rotvec(omega).as_matrix() @ axes.T
-        if np.linalg.det(axes) < 0:
-            rotation = axes @ Rotation.from_rotvec(omega).as_matrix() @ axes.T
-        pivot = to[:3, 3] + axes @ centre
+        x[0] = x[0] + r2 * middle * spacing[0]
+        columns = -(1 + r2 * slope) * torch.stack([
+            g[2] * x[1] - g[1] * x[2], g[0] * x[2] - g[2] * x[0], g[1] * x[0] - g[0] * x[1],
+            g[1], g[2]])
+        coupling = torch.zeros(5, *u.shape, device=self.device)
+        coupling[:, :-1] += rows[0] * columns
+        coupling[:, 1:] += rows[1] * columns
+        solved = self._conjugate_gradients(torch.cat([-gradient[None], coupling]), diagonal,
+                                           beside)
+        flat = columns.reshape(5, -1)
+        schur = flat @ flat.T - coupling.reshape(5, -1) @ solved[1:].reshape(5, -1).T
+        right = -flat @ residual.reshape(-1) - coupling.reshape(5, -1) @ solved[0].reshape(-1)
+        p = np.linalg.solve(schur.double().cpu().numpy(), right.double().cpu().numpy())
         delta = np.eye(4)
-        delta[:3, :3] = rotation
-        delta[:3, 3] = pivot + axes @ tau - rotation @ pivot
-        along = (omega[1] * x[2] - omega[2] * x[1]) / spacing[0]
-        return move @ delta, u + along / (self.ratio[0] - self.ratio[1])
+        delta[:3, :3] = axes @ Rotation.from_rotvec(p[:3]).as_matrix() @ axes.T
+        pivot = to[:3, 3] + axes @ centre
+        delta[:3, 3] = pivot + axes @ np.r_[0, p[3:]] - delta[:3, :3] @ pivot
+        change = solved[0] - torch.tensordot(self._tensor(p), solved[1:], 1)
+        length = 1.0
+        while np.isinf(self._energy(u + length * change)[0]) and length > MIN_STEP:
+            length /= 2
+        return u + length * change, move @ delta
 
 
 def _interpolate(at, x, y):
