@@ -209,8 +209,8 @@ def expand_shorthands(options: Options, trained: Sequence[Trainable]) -> list[st
     return texts
 
 
-def load_cohort(dataset: Dataset, options: Options, runs: Mapping[str, Run], statistics: pd.DataFrame,
-                covariates: Sequence[str], memory: float) -> Cohort:
+def load_cohort(dataset: Dataset, options: Options, runs: Mapping[str, Run],
+                statistics: pd.DataFrame, covariates: Sequence[str], memory: float) -> Cohort:
     """Gather what trainings need of the processed runs; `load` reads a signal on demand.
 
     memory: bytes that a process may use.

@@ -196,7 +196,7 @@ class Series:
         reference = next(filter(None, levels), 0.0)
         for first, end, level in zip([0, *ends[:-1]], ends, levels, strict=True):
             if level and level != reference:
-                volumes[..., first:end] *= reference / level
+                volumes[..., first:end] = volumes[..., first:end] * (reference / level)
         return volumes, invalid
 
     def within(self, mask: Bool[np.ndarray, "x y z"], *, memory: float = np.inf,

@@ -15,12 +15,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bidsapp.acquisition import Acquisition, PhaseEncoding
-from bidsapp.anatomy import t1w
 from bidsapp.anatomy.mask import median_otsu, read_mask
 from bidsapp.bids import btable, sidecar
 from bidsapp.bids.inherit import entities_of, name_of
@@ -33,7 +34,7 @@ from bidsapp.preprocess import bias, denoise, distortion, gibbs, motion, phase
 from bidsapp.preprocess.model import Geometry, resample
 from bidsapp.recipe.outputs import write_tables
 from bidsapp.recipe.steps import MADE_MASK, RunContext, Step, StepReport, check_gradients
-from bidsapp.registration.geometry import transform_points, world_points
+from bidsapp.registration.geometry import transform_points
 from bidsapp.report import boilerplate, corrections
 from bidsapp.series import Series
 from bidsapp.stage import Stage
@@ -137,9 +138,9 @@ class Corrector:
         """Magnitude of the first b0 volume, in whose place all others are brought."""
         return np.abs(self.volumes[..., np.argmax(self.acquisition.b0)])
 
-    def by_volume(self) -> np.ndarray:
-        """The series as (n, x, y, z)."""
-        return np.moveaxis(self.volumes, -1, 0)
+    def by_volume(self) -> list[np.ndarray]:
+        """The volumes of the series, (x, y, z) each."""
+        return [*np.moveaxis(self.volumes, -1, 0)]
 
     def note(self, name: str, text: str, start: float) -> None:
         """Add a correction to the report: its name, a sentence, and its seconds."""
@@ -206,7 +207,7 @@ class Corrector:
         for kind, images, find in field_sources(self.context):
             start = time.monotonic()
             try:
-                found = find(self.first_b0(), self.affine, encoding, self.mask)
+                found, pair = find(self.first_b0(), self.affine, encoding, self.mask)
             except DataError as error:
                 self.skip(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
                           f"field: {error}")
@@ -218,13 +219,12 @@ class Corrector:
             self.report.qc["field_max"] = largest
             text = (f"susceptibility field from {', '.join(map(name_of, images))} "
                     f"({FIELD_SOURCES[kind]}): up to {largest:.0f} Hz in the brain")
-            if kind == "opposite":
+            if pair:
                 self.report.qc |= {"field_correlation_before": found.before,
                                    "field_correlation_after": found.after}
                 text += (f"; correlation of the two b0 images {found.before:.3f} before and "
                          f"{found.after:.3f} after")
             self.note(PARAGRAPHS.get(kind, kind), text, start)
-            pair = (*found.measured, *found.corrected) if kind == "opposite" else None
             self.report.figures += corrections.of_field(
                 found.hz, self.mask, self.affine, found.before, found.after, pair)
             return None
@@ -278,10 +278,10 @@ class Corrector:
         else:
             corrected = resample(self.by_volume(), self.still(len(self.acquisition)),
                                  self.volumes.shape[:3], self.affine)
-        result = np.empty_like(self.by_volume())
-        for volume, out in zip(corrected, result, strict=True):
-            out[...] = volume
-        self.volumes = np.moveaxis(result, 0, -1)
+        result = np.empty_like(self.volumes)
+        for v, volume in enumerate(corrected):
+            result[..., v] = volume
+        self.volumes = result
         self.mask = median_otsu(self.mean_b0())
         self.note("resample", "all volumes interpolated once, by cubic splines, with the Jacobian "
                   "of the distortion", start)
@@ -304,7 +304,7 @@ class Corrector:
 
     def find_mask(self) -> None:
         """Find the brain on the corrected images."""
-        start, run = time.monotonic(), self.run
+        run = self.run
         self.mask_source = MADE_MASK
         self.mask = median_otsu(self.mean_b0())
         if run.mask:
@@ -386,8 +386,10 @@ TITLES = {"pair": "distortion, by opposite phase encoding", "gre": "distortion, 
           "complex": "phase", "gibbs": "Gibbs ringing", "denoise": "noise", "bias": "bias field"}
 """Headings of corrections, where they differ from their key in `boilerplate.CORRECTIONS`."""
 
-FieldFinder = Callable[[np.ndarray, np.ndarray, PhaseEncoding, np.ndarray], distortion.Field]
-"""Finds a field for a b0 image, its affine, its phase encoding and the brain mask."""
+FieldFinder = Callable[[np.ndarray, np.ndarray, PhaseEncoding, np.ndarray],
+                       tuple[distortion.Field, tuple[np.ndarray, ...] | None]]
+"""Finds a field for a b0 image, its affine, its phase encoding and the brain mask. Returns it, and
+both b0 images as measured and corrected if it comes of opposite phase encodings."""
 
 
 def field_sources(context: RunContext) -> Iterator[tuple[str, list[Path], FieldFinder]]:
@@ -408,7 +410,7 @@ def field_sources(context: RunContext) -> Iterator[tuple[str, list[Path], FieldF
 
 def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.ndarray,
                      affine: np.ndarray, encoding: PhaseEncoding, mask: np.ndarray
-                     ) -> distortion.Field:
+                     ) -> tuple[distortion.Field, tuple[np.ndarray, ...]]:
     opposite = PhaseEncoding.from_sidecar(image.metadata)
     assert opposite
     if opposite.readout is None:
@@ -419,9 +421,26 @@ def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.nda
         volumes = volumes[..., btable.read_acquisition(image).b0]
     if not volumes.size:
         raise DataError(f"{image.image}: has no b0 volume. One is needed: name another image.")
-    return distortion.field_from_pair(
-        b0, volumes.reshape(*second.shape[:3], -1).mean(axis=-1), affine, encoding, opposite,
-        second_affine=second.affine)
+    other = volumes.reshape(*second.shape[:3], -1).mean(axis=-1)
+    found = distortion.field_from_pair(b0, other, affine, encoding, opposite,
+                                       second_affine=second.affine)
+    return found, (b0, other, *found.corrected)
+
+
+def _field_from_gre(field_map: FieldMap, b0: np.ndarray, affine: np.ndarray,
+                    encoding: PhaseEncoding, mask: np.ndarray) -> tuple[distortion.Field, None]:
+    raise DataError("not implemented")
+
+
+def _field_from_t1w(image: Path, b0: np.ndarray, affine: np.ndarray, encoding: PhaseEncoding,
+                    mask: np.ndarray) -> tuple[distortion.Field, None]:
+    raise DataError("not implemented")
+
+
+def load(run: Run, acquisition: Acquisition) -> tuple[np.ndarray, int]:
+    """Read the volumes of a run, complex if it has phase images; count values that are not finite.
+    """
+    return Series.from_run(run, acquisition).load()
 
 
 FIELD_SOURCES = {**FIELD_MAPS, "t1w": "registration to the T1w image"}

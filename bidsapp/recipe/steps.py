@@ -324,7 +324,8 @@ class Measure(Step):
         acquisition = dwi.acquisition
         report.facts = {
             "noise_sd": dwi.noise_sd, "invalid": dwi.invalid, "mask_source": source,
-            "about": about, "magnitude": dwi.magnitude, "corrected": bool(self.preprocess), "bvecs": dwi.acquisition.bvecs.tolist(),
+            "about": about, "magnitude": dwi.magnitude, "corrected": bool(self.preprocess),
+            "bvecs": dwi.acquisition.bvecs.tolist(),
             "n_voxels": len(dwi.signal), "n_volumes": len(acquisition),
             "n_b0": int(acquisition.b0.sum()),
             "voxel_size": [float(z) for z in context.like.header.get_zooms()[:3]],
@@ -763,7 +764,7 @@ def check_gradients(run: Run, dwi: Dwi, mode: str) -> GradientCheck:
 
 
 def corrected_run(dataset: Dataset, run: Run) -> Run:
-    """Describe the preprocessed images of a run in OUTPUT_DIR, which may not exist yet, as a run."""
+    """Describe the corrected images of a run in OUTPUT_DIR, which may not exist yet, as a run."""
     image, bval, bvec, btens = (
         dataset.root / names.output_path(run.entities, "dwi", extension, desc="preproc")
         for extension in (".nii.gz", ".bval", ".bvec", ".btens"))
