@@ -60,15 +60,15 @@ def test_figures_are_whole_and_reproducible(rng):
         assert not re.search(r"\bnan\b", figure.caption)
 
 
-@pytest.mark.parametrize("shape", [(12, 13, 1), (1, 13, 12), (2, 2, 2), (1, 1, 1)])
-@pytest.mark.parametrize("n", [1, 2])
-def test_degenerate_runs_can_be_drawn(rng, shape, n):
-    z = np.full((shape[2], n), np.nan)
-    for mask in (None, np.zeros(shape, bool)):
-        drawn = all_figures(rng, shape, n, mask, z)
-        for figure in drawn:
-            ElementTree.fromstring(figure.svg)
-            assert not re.search(r"\bnan\b", figure.caption)
+@pytest.mark.parametrize(("shape", "n", "empty"), [
+    ((12, 13, 1), 2, False), ((1, 13, 12), 2, True), ((2, 2, 2), 2, False), ((1, 1, 1), 1, True)])
+def test_degenerate_runs_can_be_drawn(rng, shape, n, empty):
+    """One slice, one voxel, one or two volumes, an empty mask, no slice assessed."""
+    mask = np.zeros(shape, bool) if empty else None
+    drawn = all_figures(rng, shape, n, mask, np.full((shape[2], n), np.nan))
+    for figure in drawn:
+        ElementTree.fromstring(figure.svg)
+        assert not re.search(r"\bnan\b", figure.caption)
     assert "No slice was assessed" in drawn[-2].caption
 
 
@@ -91,7 +91,8 @@ def test_arguments_are_not_modified(rng):
     kept = arrays.copy()
     mask = np.ones(shape, bool)
     corrections.of_denoising(*arrays, mask, AFFINE)
-    corrections.of_field(arrays[0], mask, AFFINE, pair=arrays)
+    (_, pair) = corrections.of_field(arrays[0], mask, AFFINE, np.nan, np.nan, arrays, ("AP", "PA"))
+    assert "correlation" not in pair.caption and "PA, corrected" in pair.svg.decode()
     corrections.of_b0(*arrays[:2], mask, AFFINE)
     np.testing.assert_array_equal(arrays, kept)
 
