@@ -222,7 +222,7 @@ def test_the_page_lists_the_corrections_before_the_signal(tmp_path):
     text = page.participant("01", [record], [], tmp_path)
     body = text[text.index('id="run-1"'):]
     order = [body.index(words) for words in (
-        ">Corrections</h3>", "PCA of 5×5×5 patches &amp; &lt;shrinkage&gt;.", "3.1 s",
+        ">Corrections</h3>", "PCA of 5×5×5 patches &amp; &lt;shrinkage&gt;.", "3.1\u00a0s",
         "<b>Head motion.</b>", ">Signal</h3>", "<b>Mean b0.</b>")]
     assert order == sorted(order)
     assert body.count(">Corrections</h3>") == 1 and "Framewise displacement" in body
