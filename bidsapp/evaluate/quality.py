@@ -76,8 +76,7 @@ FIXED: dict[str, tuple[str, str]] = {
     "field_correlation_before": ("Correlation over the brain mask of the b = 0 images of opposite "
                                  "phase encoding, as measured", "1"),
     "field_correlation_after": ("The same, corrected for the field", "1"),
-    "field_max": ("Largest absolute value of the susceptibility field in the brain mask: its 99th "
-                  "percentile", "Hz"),
+    "field_max": ("Largest absolute value of the susceptibility field in the brain mask", "Hz"),
     "fd_mean": ("Framewise displacement (Power et al. 2012): mean over all volumes but the first",
                 "mm"),
     "fd_max": ("Largest framewise displacement", "mm"),

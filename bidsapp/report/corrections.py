@@ -48,7 +48,10 @@ CHANGE_SECONDS = 1.0
 CARPET_LIMIT = 8.0
 """Robust z at which the colours of the carpet plot end."""
 
-MARK = "#BBBBBB"
+RED, GREEN, BLUE = PALETTE[1], PALETTE[2], PALETTE[0]
+"""Colours of x, y and z, as in maps of directions."""
+
+GREY = "#444444"
 
 
 class _Grid(NamedTuple):
@@ -93,7 +96,7 @@ def of_denoising(before: np.ndarray, after: np.ndarray, sigma: np.ndarray,
     before, after, sigma, rms = map(canvas.canonical, (before, after, sigma, residual_rms))
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.where(sigma > 0, rms / sigma, np.nan)
-    grey = _limits(before[canvas.mask], (0, 99.5))
+    grey = _limits(before[canvas.mask], (0, 98))
     level = _median(sigma[canvas.mask])
     span = 3 * (level or 1.0)
     noise, relative = (_limits(v[canvas.mask], (2, 98)) for v in (sigma, ratio))
@@ -136,7 +139,7 @@ def of_field(hz: np.ndarray, mask: np.ndarray, affine: np.ndarray,
     affine : (4, 4)
         Voxels to world RAS+, mm.
     correlation_before, correlation_after : float, optional
-        Correlation of the two b0s over the mask.
+        Correlation of the two b0s over the mask; unknown if None or NaN.
     pair : four of (x, y, z), optional
         The first and the second b0 as measured, and both corrected.
     names : (str, str)
@@ -194,7 +197,7 @@ def of_b0(before: np.ndarray, after: np.ndarray, mask: np.ndarray, affine: np.nd
     """
     canvas = _canvas(mask, affine)
     before, after = canvas.canonical(before), canvas.canonical(after)
-    grey = _limits(np.concatenate([before[canvas.mask], after[canvas.mask]]), (0, 99.5))
+    grey = _limits(np.concatenate([before[canvas.mask], after[canvas.mask]]), (0, 98))
     outline = canvas.mask if edge is None else canvas.canonical(edge)
     everywhere = np.ones_like(canvas.mask)
     strips = [_Strip(label, coloured(volume, grey, "gray", everywhere), outline=outline, gid=label)
@@ -234,22 +237,22 @@ def of_motion(translations: np.ndarray, rotations: np.ndarray, eddy: np.ndarray 
     list of Figure
     """
     fd = np.asarray(framewise_displacement, dtype=float)
-    panels: list[tuple[str, np.ndarray, Sequence[str]]] = [
-        ("translation (mm)", np.asarray(translations), ("x (left–right)", "y (back–front)",
-                                                        "z (down–up)")),
-        ("rotation (°)", np.asarray(rotations), ("about x (nod)", "about y (tilt)",
-                                                 "about z (turn)")),
-        ("framewise\ndisplacement (mm)", fd[:, None], ("",))]
+    xyz, others = (RED, GREEN, BLUE), (PALETTE[4], PALETTE[3], PALETTE[5])
+    panels: list[tuple[str, np.ndarray, Sequence[str], Sequence[str], str]] = [
+        ("translation (mm)", translations, ("x (left–right)", "y (back–front)", "z (down–up)"),
+         xyz, ".-"),
+        ("rotation (°)", rotations, ("about x (nod)", "about y (tilt)", "about z (turn)"),
+         xyz, ".-"),
+        ("framewise\ndisplacement (mm)", fd[:, None], ("",), (GREY,), ".-")]
     if eddy is not None:
-        panels += [("eddy currents (Hz)", eddy[:, :4], EDDY_TERMS[:4]),
-                   ("eddy currents (Hz)", eddy[:, 4:], EDDY_TERMS[4:])]
+        panels += [("eddy field (Hz)", eddy[:, :4], EDDY_TERMS[:4], (GREY, *xyz), "."),
+                   ("eddy field (Hz)", eddy[:, 4:], EDDY_TERMS[4:], (*xyz, *others), ".")]
     with mpl.rc_context(STYLE):
         axes, drawn = _by_volume([1.15] * len(panels), len(b0), b0)
-        for ax, (label, values, names) in zip(axes, panels, strict=True):
+        for ax, (label, values, names, colours, style) in zip(axes, panels, strict=True):
             ax.axhline(0, color="#888888", linewidth=0.6)
-            for k, name in enumerate(names):
-                ax.plot(values[:, k], ".-", markersize=3.5, linewidth=0.9,
-                        color=PALETTE[k % len(PALETTE)], label=name)
+            for column, name, colour in zip(np.transpose(values), names, colours, strict=True):
+                ax.plot(column, style, markersize=3.5, linewidth=0.9, color=colour, label=name)
             ax.set_ylabel(label, size=8)
             if len(names) > 1:
                 ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8,
@@ -262,8 +265,8 @@ def of_motion(translations: np.ndarray, rotations: np.ndarray, eddy: np.ndarray 
         text += (f"Framewise displacement: mean {np.nanmean(fd):.2g} mm, maximum "
                  f"{np.nanmax(fd):.2g} mm in volume {int(np.nanargmax(fd))}. ")
     if eddy is not None:
-        text += ("Eddy-current fields are polynomials of the position in the scanner, with x, y "
-                 f"and z in units of 100 mm; largest coefficient {_largest(eddy)} Hz. ")
+        text += ("Fields of eddy currents are polynomials of the position in the scanner, with x, "
+                 f"y and z in units of 100 mm; largest coefficient {_largest(eddy)} Hz. ")
     return [Figure("dwi", {"desc": "motion"}, image, "Head motion"
                    + (" and eddy currents" if eddy is not None else ""),
                    f"{text}Grey bands: b = 0.", SECTION)]
@@ -292,14 +295,14 @@ def of_carpet(z: np.ndarray, outliers: np.ndarray, bvals: np.ndarray) -> list[Fi
     tall = float(np.clip(0.06 * depth, 0.8, 3.6))
     with mpl.rc_context(STYLE):
         (above, top, carpet), drawn = _by_volume([0.5, 0.5, tall], n, None)
-        above.plot(bvals, ".", color="#444444", markersize=3.5)
+        above.plot(bvals, ".", color=GREY, markersize=3.5)
         above.set_ylabel("b (s/mm²)", size=8)
         above.set_ylim(0, 1.2 * max(1.0, float(np.max(bvals))))
         top.bar(range(n), outliers.sum(axis=0), width=0.8, color=PALETTE[1])
         top.set_ylabel("replaced", size=8)
         top.set_ylim(0, max(1, outliers.sum(axis=0).max(initial=0)) * 1.05)
-        for ax in (above, top):
-            ax.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+        for ax, most in ((above, 2), (top, 2), (carpet, 6)):
+            ax.yaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
         limits = (-CARPET_LIMIT, CARPET_LIMIT)
         carpet.set_facecolor("#dddddd")
         carpet.imshow(z, origin="lower", aspect="auto", cmap="RdBu_r", vmin=limits[0],
@@ -308,7 +311,6 @@ def of_carpet(z: np.ndarray, outliers: np.ndarray, bvals: np.ndarray) -> list[Fi
             [Rectangle((i - 0.5, k - 0.5), 1, 1) for k, i in np.argwhere(outliers)],
             facecolor="none", edgecolor="black", linewidth=0.8), autolim=False)
         carpet.set_ylabel("slice")
-        carpet.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         box = carpet.get_position()
         colour_bar(drawn.add_axes((box.x1 + 0.015, box.y0, 0.016, box.height * 0.9)), limits,
                    "RdBu_r", "z")
@@ -345,11 +347,13 @@ def of_correlation(before: np.ndarray, after: np.ndarray) -> list[Figure]:
     with mpl.rc_context(STYLE):
         (ax,), drawn = _by_volume([1.9], len(before), None)
         at = np.flatnonzero(both)
-        ax.vlines(at, before[both], after[both], color=MARK, linewidth=1)
+        ax.vlines(at, before[both], after[both], color="#BBBBBB", linewidth=1)
         ax.plot(before, "o", markersize=4, markerfacecolor="white", color=PALETTE[1],
                 label="before")
         ax.plot(after, "o", markersize=4, color=PALETTE[0], label="after")
         ax.set_ylabel("correlation")
+        if not both.any():
+            ax.set_ylim(0, 1)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, handlelength=1)
         image = svg(drawn)
     if both.any():
@@ -506,11 +510,12 @@ def _pair(canvas: Canvas, pair: Sequence[np.ndarray], names: tuple[str, str],
     strips = []
     titles = [f"{name}, {state}" for state in ("as measured", "corrected") for name in names]
     for volume, title in zip(pair, titles, strict=True):
-        grey = _limits(volume[canvas.mask], (0, 99.5))
+        grey = _limits(volume[canvas.mask], (0, 98))
         strips.append(_Strip(title, coloured(volume, grey, "gray", np.ones_like(canvas.mask)),
                              outline=canvas.mask))
     text = (f"Their correlation over the mask is {before:.3f} as measured and {after:.3f} "
-            "corrected. " if before is not None and after is not None else "")
+            "corrected. " if before is not None and after is not None
+            and np.isfinite([before, after]).all() else "")
     return Figure(
         "dwi", {"desc": "distortion"}, svg(_strips(canvas, _views(canvas)[:1], strips)),
         "b = 0 of opposite phase encoding",

@@ -217,7 +217,7 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
         "warnings": record.get("warnings", []),
         "size": " × ".join(f"{s:.3g}" for s in size) + " mm" if size else "",
         "shells": [{**s, "shape": _shape(s["b_delta"])} for s in record.get("shells", ())],
-        "corrections": [{**c, "time": f"{c['seconds']:.1f} s"}
+        "corrections": [{**c, "time": f"{c['seconds']:.1f}\u00a0s"}
                         for c in record.get("corrections", ())],
         "pictures_of_corrections": sections.pop("Corrections", []), "sections": sections,
         "qc": [{"name": k, "value": _number(v), **described[k]} for k, v in qc.items()],

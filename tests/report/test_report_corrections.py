@@ -60,15 +60,15 @@ def test_figures_are_whole_and_reproducible(rng):
         assert not re.search(r"\bnan\b", figure.caption)
 
 
-@pytest.mark.parametrize("shape", [(12, 13, 1), (1, 13, 12), (2, 2, 2), (1, 1, 1)])
-@pytest.mark.parametrize("n", [1, 2])
-def test_degenerate_runs_can_be_drawn(rng, shape, n):
-    z = np.full((shape[2], n), np.nan)
-    for mask in (None, np.zeros(shape, bool)):
-        drawn = all_figures(rng, shape, n, mask, z)
-        for figure in drawn:
-            ElementTree.fromstring(figure.svg)
-            assert not re.search(r"\bnan\b", figure.caption)
+@pytest.mark.parametrize(("shape", "n", "empty"), [
+    ((12, 13, 1), 2, False), ((1, 13, 12), 2, True), ((2, 2, 2), 2, False), ((1, 1, 1), 1, True)])
+def test_degenerate_runs_can_be_drawn(rng, shape, n, empty):
+    """One slice, one voxel, one or two volumes, an empty mask, no slice assessed."""
+    mask = np.zeros(shape, bool) if empty else None
+    drawn = all_figures(rng, shape, n, mask, np.full((shape[2], n), np.nan))
+    for figure in drawn:
+        ElementTree.fromstring(figure.svg)
+        assert not re.search(r"\bnan\b", figure.caption)
     assert "No slice was assessed" in drawn[-2].caption
 
 
@@ -91,7 +91,8 @@ def test_arguments_are_not_modified(rng):
     kept = arrays.copy()
     mask = np.ones(shape, bool)
     corrections.of_denoising(*arrays, mask, AFFINE)
-    corrections.of_field(arrays[0], mask, AFFINE, pair=arrays)
+    (_, pair) = corrections.of_field(arrays[0], mask, AFFINE, np.nan, np.nan, arrays, ("AP", "PA"))
+    assert "correlation" not in pair.caption and "PA, corrected" in pair.svg.decode()
     corrections.of_b0(*arrays[:2], mask, AFFINE)
     np.testing.assert_array_equal(arrays, kept)
 
@@ -106,6 +107,18 @@ def test_a_residual_with_anatomy_is_told_from_noise(rng):
         found.append(float(re.search(r"correlates ([+-]\d\.\d\d)", figure.caption)[1]))
         assert "Median noise SD 5." in figure.caption
     assert abs(found[0]) < 4 / np.sqrt(before.size) and found[1] == 1
+
+
+def test_noise_that_was_not_estimated_is_not_drawn(rng):
+    """Without a noise map, or where it is 0, there is no ratio to it."""
+    before, rms = rng.uniform(50, 100, (12, 13, 8)), np.full((12, 13, 8), 4.0)
+    mask = np.ones(before.shape, bool)
+    for sigma in (None, np.zeros(before.shape)):
+        (figure,) = corrections.of_denoising(before, before, sigma, rms, mask, AFFINE)
+        assert "noise SD" not in figure.svg.decode() and "RMS of 4" in figure.caption
+    half = np.where(np.arange(12)[:, None, None] < 6, 8.0, 0.0) + np.zeros(before.shape)
+    (figure,) = corrections.of_denoising(before, before, half, rms, mask, AFFINE)
+    assert "Median noise SD 8. " in figure.caption and "RMS of 0.5 noise SD" in figure.caption
 
 
 def test_the_sign_of_the_field_is_its_colour():
@@ -221,7 +234,7 @@ def test_the_page_lists_the_corrections_before_the_signal(tmp_path):
     text = page.participant("01", [record], [], tmp_path)
     body = text[text.index('id="run-1"'):]
     order = [body.index(words) for words in (
-        ">Corrections</h3>", "PCA of 5×5×5 patches &amp; &lt;shrinkage&gt;.", "3.1 s",
+        ">Corrections</h3>", "PCA of 5×5×5 patches &amp; &lt;shrinkage&gt;.", "3.1\u00a0s",
         "<b>Head motion.</b>", ">Signal</h3>", "<b>Mean b0.</b>")]
     assert order == sorted(order)
     assert body.count(">Corrections</h3>") == 1 and "Framewise displacement" in body
