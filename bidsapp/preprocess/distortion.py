@@ -14,21 +14,24 @@ minimises
 with u the displacement in voxels for the mean readout time, ∇u per mm times the voxel size along
 the phase axis, and φ(t) = t⁴/(1 − t²), which keeps |∂d| below 1, so that no voxel folds (Ruthotto
 et al. 2013, doi:10.1007/978-3-642-36480-8_25; Julian and Ruthotto 2024, doi:10.1002/hbm.26713).
-u lives at the faces between the voxels of a line: its mean is the displacement of a voxel, and its
-difference the derivative. The data couple neighbours of one line only, so the Gauss–Newton matrix
-without the smoothness across lines is tridiagonal, and is solved exactly as the preconditioner of
-conjugate gradients.
+The derivative of the data is the central difference, which the resampling of a series uses, too;
+those of α and β are differences of neighbours, so that a line is monotone. The data couple voxels
+of one line only: without the smoothness across lines, the Gauss–Newton matrix is pentadiagonal, and
+its factors precondition conjugate gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from bidsapp.acquisition import PhaseEncoding
+from bidsapp.dwi import open_image
 from bidsapp.errors import DataError
 from bidsapp.registration.geometry import grid_coordinates, transform_points, world_points
 
@@ -49,6 +52,9 @@ MIN_STEP = 0.01
 
 STEPS, TOLERANCE = 8, 3e-3
 """Most Gauss–Newton steps in one alternation, and the relative decrease of E that ends them."""
+
+FLOOR = 0.05
+"""Signal added to the images before their cumulative intensities are matched."""
 
 CG_STEPS, CG_TOLERANCE = 12, 0.1
 """Most steps of conjugate gradients in a Gauss–Newton step, and the relative residual that ends
@@ -125,8 +131,11 @@ def undistort(image: Float[np.ndarray, "x y z"], hz: Float[np.ndarray, "x y z"],
         points = transform_points(move, points)
     where = grid_coordinates(affine if image_affine is None else image_affine, points)
     where[encoding.axis] += shift
-    factor = 1 + np.gradient(shift, axis=encoding.axis)
-    return (map_coordinates(image.astype(np.float32), where, order=3) * factor).astype(np.float32)
+    edge = np.array(image.shape).reshape(3, 1, 1, 1) - 0.5
+    seen = ((where >= -0.5) & (where <= edge)).all(axis=0)
+    factor = seen * (1 + np.gradient(shift, axis=encoding.axis))
+    values = map_coordinates(image.astype(np.float32), where, order=3, mode="nearest")
+    return (values * factor).astype(np.float32)
 
 
 def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray, "x y z"],
@@ -163,8 +172,6 @@ def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray,
         The encodings are not opposite or have no readout time, the images are not 3-D, have
         different grids, or no signal.
     """
-    import torch
-
     _check_pair(first, second, first_encoding, second_encoding)
     second_affine = affine if second_affine is None else second_affine
     readout = np.array([_seconds(first_encoding), _seconds(second_encoding)])
@@ -201,15 +208,225 @@ def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray,
             if change < STILL * size.mean() * 2**level:
                 break
     assert u is not None
-    faces = u.cpu().numpy() / scale
-    hz = np.transpose((faces[:-1] + faces[1:]) / 2, np.argsort(order)).astype(np.float32)
+    back = np.argsort(order)
+    hz = np.transpose(u.cpu().numpy() / scale, back).astype(np.float32)
     corrected = (undistort(first, hz, affine, first_encoding),
                  undistort(second, hz, affine, second_encoding, move, second_affine))
-    slope = np.transpose(np.diff(faces, axis=0), np.argsort(order))[head]
+    slope = np.gradient(hz, axis=axis)[head]
     factors = [1 + r * slope for r in readout]
-    del torch
     return Field(hz, move, corrected, _correlation(*images, head), _correlation(*corrected, head),
                  (float(np.min(factors)), float(np.max(factors))))
+
+
+def field_from_gre(kind: str, images: Sequence[Float[np.ndarray, "x y z"]],
+                   magnitude: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
+                   b0: Float[np.ndarray, "u v w"], b0_affine: Float[np.ndarray, "4 4"],
+                   encoding: PhaseEncoding, *, echo_times: tuple[float, float] | None = None,
+                   units: str | None = None) -> Field:
+    """Compute the field from a gradient-echo map, and place it on a b0 image.
+
+    The phase Δφ between the echoes is unwrapped inside the head (Herráez et al. 2002,
+    doi:10.1364/AO.41.007437), h = Δφ / (2π ΔTE), and the phase difference that Siemens writes has
+    the same sign. Outside the head the field continues smoothly. The magnitude is registered to the
+    b0, then once more to the b0 that the field has undistorted.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `bidsapp.dwi.FIELD_MAPS`: `phasediff`, `phases` or `fieldmap`.
+    images : sequence of (x, y, z)
+        The phase difference, the phases of both echoes, or the field.
+    magnitude : (x, y, z)
+        Magnitude on the same grid.
+    affine : (4, 4)
+        Voxel indices of these images to world RAS+, mm.
+    b0 : (u, v, w)
+        The distorted image.
+    b0_affine : (4, 4)
+        Its voxel indices to world.
+    encoding : PhaseEncoding
+        Its phase encoding, with the readout time.
+    echo_times : tuple of float, optional
+        Echo times in s, the second larger; not for `fieldmap`.
+    units : str, optional
+        `Units` of the sidecar. A phase without units is recognised by its range.
+
+    Returns
+    -------
+    Field
+        The field on the grid of the b0; `move` is the world of the b0 → world of the magnitude.
+
+    Raises
+    ------
+    DataError
+        The unit is unknown, the grids differ, the magnitude is empty, or a time is missing.
+    """
+    from bidsapp.anatomy.mask import median_otsu
+    from bidsapp.registration.image import sample
+    from bidsapp.registration.rigid import register
+
+    _seconds(encoding)
+    hz, notices = _measured_field(kind, images, magnitude, echo_times, units)
+    mask = median_otsu(b0)
+    points = world_points(b0.shape, b0_affine)
+    undistorted = b0
+    for _ in range(2):
+        move = register(undistorted * mask, mask, b0_affine, magnitude, affine)
+        there = transform_points(move, points)
+        placed = sample(hz, affine, there, beyond="nearest").astype(np.float32)
+        undistorted = undistort(b0, placed, b0_affine, encoding)
+        mask = median_otsu(undistorted)
+    return _single(placed, undistorted, move, encoding, mask, notices)
+
+
+def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
+                   encoding: PhaseEncoding, t1w: Float[np.ndarray, "u v w"],
+                   t1w_affine: Float[np.ndarray, "4 4"], mask: Bool[np.ndarray, "x y z"] | None
+                   = None, *, work_dir: Path | None = None) -> Field:
+    """Estimate the field by registering a b0 image to the T1w along the phase axis alone.
+
+    The T1w, whose order of grey levels is the reverse of a b0's, gets the histogram of the b0. SyN
+    of antspyx (Avants et al. 2008, doi:10.1016/j.media.2007.06.004) then deforms along the phase
+    axis, as Wang et al. 2017 (doi:10.3389/fninf.2017.00017) do. It is the least exact of the
+    fields, since it follows edges alone.
+
+    Parameters
+    ----------
+    b0 : (x, y, z)
+        The distorted image.
+    affine : (4, 4)
+        Its voxel indices to world RAS+, mm.
+    encoding : PhaseEncoding
+        Its phase encoding, with the readout time.
+    t1w : (u, v, w)
+        The brain of the T1w, 0 outside.
+    t1w_affine : (4, 4)
+        Voxel indices of the T1w to the world of the b0: after a rigid registration.
+    mask : (x, y, z) bool, optional
+        Brain mask of the b0; default: median-Otsu.
+    work_dir : Path, optional
+        Folder for temporary files.
+
+    Returns
+    -------
+    Field
+
+    Raises
+    ------
+    DataError
+        The readout time is unknown, or the T1w's brain does not overlap with the b0's.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    from bidsapp.anatomy.mask import median_otsu
+    from bidsapp.registration.image import sample
+    from bidsapp.registration.itk import FLIP, temporary_folder, to_ants
+
+    seconds, axis = _seconds(encoding), encoding.axis
+    mask = median_otsu(b0) if mask is None else mask
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    blur = np.maximum(size / np.linalg.norm(t1w_affine[:3, :3], axis=0), 0) / 2.355
+    reference = sample(gaussian_filter(t1w.astype(np.float32), blur), t1w_affine,
+                       world_points(b0.shape, affine))
+    brain = reference > 0.2 * np.median(t1w[t1w > 0])
+    if not (brain & mask).sum() > 0.5 * mask.sum():
+        raise DataError(f"the T1w's brain covers {(brain & mask).sum() / mask.sum():.0%} of the "
+                        "b0's; at least half is needed. Check that both are of one person, and "
+                        "their registration.")
+    order = np.argsort(np.argsort(-reference[brain])) / max(int(brain.sum()) - 1, 1)
+    fixed = np.zeros(b0.shape, np.float32)
+    fixed[brain] = np.quantile(b0[mask], order)
+    frame = np.diag([*size, 1.0])  # along the voxel axes, so that one component is the phase axis
+    images = [to_ants(i, frame) for i in (fixed, np.where(mask, b0, 0))]
+    import ants
+
+    with temporary_folder(work_dir) as folder:
+        result = ants.registration(
+            *images, type_of_transform="SyNOnly", initial_transform="Identity", syn_metric="CC",
+            syn_sampling=3, reg_iterations=(40, 20, 10), flow_sigma=3.0, total_sigma=0.5,
+            restrict_transformation=tuple(int(a == axis) for a in range(3)),
+            outprefix=f"{folder}/syn")
+        warp = next(f for f in result["fwdtransforms"] if f.endswith(".nii.gz"))
+        u = np.asarray(open_image(Path(warp)).dataobj, np.float32)[..., 0, axis] * FLIP[axis]
+    hz = gaussian_filter(u / size[axis] / seconds, 1.0).astype(np.float32)
+    undistorted = undistort(b0, hz, affine, encoding)
+    return _single(hz, undistorted, np.eye(4), encoding, mask, (
+        "The field was estimated from the T1w image, the least exact way. Acquire an image of "
+        "opposite phase encoding or a field map where possible.",))
+
+
+def _single(hz: np.ndarray, undistorted: np.ndarray, move: np.ndarray, encoding: PhaseEncoding,
+            mask: np.ndarray, notices: tuple[str, ...]) -> Field:
+    """The Field of a single image."""
+    factor = 1 + np.gradient(_seconds(encoding) * hz, axis=encoding.axis)[mask]
+    if factor.min() <= 0:
+        notices += (f"The field folds {(factor <= 0).mean():.1%} of the brain's voxels onto "
+                    "others, where the signal cannot be recovered.",)
+    return Field(hz, move, (undistorted,), np.nan, np.nan,
+                 (float(factor.min()), float(factor.max())), notices)
+
+
+def _measured_field(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarray,
+                    echo_times: tuple[float, float] | None, units: str | None
+                    ) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The field in Hz on the grid of a gradient-echo map, continued outside the head."""
+    from skimage.restoration import unwrap_phase
+
+    if any(i.shape != magnitude.shape for i in images) or magnitude.ndim != 3:
+        raise DataError(f"the field map has the shape {images[0].shape}, and its magnitude "
+                        f"{magnitude.shape}; the same three sizes are needed. Export both again.")
+    if not np.nan_to_num(magnitude).max() > 0:
+        raise DataError("the magnitude of the field map holds no signal above 0. Convert it again.")
+    head = _head([magnitude])
+    if kind == "fieldmap":
+        if units not in FIELD_UNITS:
+            raise DataError(f"the field map has the unit {units!r}; Hz, rad/s or T is needed. "
+                            "Correct Units in its sidecar.")
+        return _continue(images[0] * FIELD_UNITS[units], magnitude * head), ()
+    if echo_times is None or not 0 < echo_times[0] < echo_times[1]:
+        raise DataError(f"the echo times of the field map are {echo_times}; two are needed, the "
+                        "second larger than the first. Correct its sidecar.")
+    phases, notices = zip(*(_radians(i, units) for i in images), strict=True)
+    wrapped = np.angle(np.exp(1j * (phases[0] if kind == "phasediff" else phases[1] - phases[0])))
+    phase = np.ma.filled(unwrap_phase(np.ma.array(wrapped, mask=~head), rng=0), 0.0)
+    phase -= 2 * np.pi * np.round(np.median(phase[head]) / (2 * np.pi))
+    hz = phase / (2 * np.pi * (echo_times[1] - echo_times[0]))
+    return _continue(hz, magnitude * head), tuple(dict.fromkeys(n for n in notices if n))
+
+
+FIELD_UNITS = {"Hz": 1.0, "rad/s": 1 / (2 * np.pi), "T": 42.577e6}
+"""Hz per unit of a measured field."""
+
+
+def _radians(phase: np.ndarray, units: str | None) -> tuple[np.ndarray, str]:
+    """Convert a phase to radians by its range, and say so where the sidecar states another unit."""
+    low, high = float(np.nanmin(phase)), float(np.nanmax(phase))
+    if 0 < high - low <= 2 * np.pi * 1.01:
+        return phase, ""
+    note = (f"The phase of the field map spans {low:g} to {high:g} though its Units are rad; it "
+            "was taken for the integers of the scanner.") if units == "rad" else ""
+    if -4096 <= low < 0 and 1000 < high <= 4096:
+        return phase * (np.pi / 4096), note
+    if 0 <= low and 1000 < high <= 4096:
+        return (phase - 2048) * (np.pi / 2048), note
+    raise DataError(f"the phase of the field map spans {low:g} to {high:g} with the unit {units!r};"
+                    " radians, -4096 to 4096 or 0 to 4095 are needed. Convert it to radians, and "
+                    "write Units: rad in its sidecar.")
+
+
+def _continue(hz: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Smooth a field with weights, and continue it where there are none, by Gaussians of growing
+    width."""
+    from scipy.ndimage import gaussian_filter
+
+    weight = (weight / weight.max()).astype(np.float32) ** 2
+    total, out = np.zeros_like(weight), np.zeros_like(weight)
+    for width in (0.7, 2.0, 5.0, 12.0, 30.0):
+        w = gaussian_filter(weight, width) + 1e-12
+        part = gaussian_filter(weight * np.nan_to_num(hz).astype(np.float32), width) / w
+        share = (1 - total) * np.clip(w / 0.02, 0, 1)
+        out, total = out + share * part, total + share
+    return out + (1 - total) * part
 
 
 _HALF = np.diag([2.0, 2.0, 2.0, 1.0])
@@ -277,13 +494,11 @@ def _halve(image: np.ndarray) -> np.ndarray:
 
 
 def _double(u: Any, shape: tuple[int, ...]) -> Any:
-    """Displacements at the faces of a grid of half the size → those of a grid of `shape`."""
-    import torch.nn.functional as F
+    """Displacements on a grid of half the size → those on a grid of `shape`."""
+    from torch.nn.functional import interpolate
 
-    n, y, z = u.shape
-    u = F.interpolate(u[None, None], (2 * n - 1, y, z), mode="trilinear", align_corners=True)
-    u = F.interpolate(u, (2 * n - 1, 2 * y, 2 * z), mode="trilinear")[0, 0]
-    return 2 * u[:shape[0] + 1, :shape[1], :shape[2]]
+    fine = 2 * interpolate(u[None, None], scale_factor=2, mode="trilinear")[0, 0]
+    return fine[:shape[0], :shape[1], :shape[2]]
 
 
 class _Problem:
@@ -343,41 +558,39 @@ class _Problem:
 
     def transport(self):
         """Match the cumulative intensities of each line (optimal transport in one dimension)."""
-        torch, n = self.torch, self.shape[0]
-        flat = [torch.as_tensor(i, dtype=torch.float32).reshape(n, -1).T + 0.05
-                for i in (self.first, self.second)]
-        mass = [i.cumsum(1) / i.sum(1, keepdim=True) for i in flat]
-        mass = [torch.cat([torch.zeros_like(m[:, :1]), m], 1) for m in mass]
-        face = torch.arange(n + 1, dtype=torch.float32).expand_as(mass[0])
-        level = torch.linspace(0, 1, 4 * n + 1).expand(len(face), -1).contiguous()
-        q1, q2 = (_interpolate(level, m, face) for m in mass)
-        r1, r2 = self.ratio
-        shift = (q1 - q2) / (r1 - r2)
-        u = _interpolate(face.contiguous(), (q1 - r1 * shift).contiguous(), shift)
-        return self._smooth(u.T.reshape(n + 1, *self.shape[1:])).to(self.device)
-
-    def _smooth(self, u):
         from scipy.ndimage import gaussian_filter
 
-        return self.torch.as_tensor(gaussian_filter(u.numpy(), 1.0))
+        torch, n = self.torch, self.shape[0]
+        flat = [torch.as_tensor(i, dtype=torch.float32).reshape(n, -1).T + FLOOR
+                for i in (self.first, self.second)]
+        mass = [torch.nn.functional.pad(i.cumsum(1) / i.sum(1, keepdim=True), (1, 0)) for i in flat]
+        face = torch.arange(n + 1, dtype=torch.float32).expand_as(mass[0]).contiguous()
+        share = torch.linspace(0, 1, 4 * n + 1).expand(len(face), -1).contiguous()
+        q1, q2 = (_interpolate(share, m, face) for m in mass)
+        r1, r2 = self.ratio
+        shift = (q1 - q2) / (r1 - r2)
+        u = _interpolate(face[:, :-1] + 0.5, q1 - r1 * shift, shift)
+        smooth = gaussian_filter(u.T.reshape(self.shape).numpy(), 1.0)
+        return self._tensor(smooth)
 
     def _energy(self, u):
         """E at u, with what its derivatives need."""
         r1, r2 = self.ratio
-        middle, slope = (u[1:] + u[:-1]) / 2, u[1:] - u[:-1]
-        if float(slope.abs().max()) * max(abs(r1), abs(r2)) >= 1:
+        steps = u.diff(dim=0)
+        if not float(steps.abs().max()) * max(abs(r1), abs(r2)) < 1:
             return np.inf, ()
-        w1, g1 = self._evaluate(self.lines[0], self.index + r1 * middle)
-        w2, g2 = self._evaluate(self.lines[1], self.index + r2 * middle)
+        slope = self.torch.gradient(u, dim=0)[0]
+        w1, g1 = self._evaluate(self.lines[0], self.index + r1 * u)
+        w2, g2 = self._evaluate(self.lines[1], self.index + r2 * u)
         j1, j2 = 1 + r1 * slope, 1 + r2 * slope
         residual = w1 * j1 - w2 * j2
-        energy = 0.5 * residual.square().sum() + self.alpha / 2 * slope.square().sum()
+        energy = 0.5 * residual.square().sum() + self.alpha / 2 * steps.square().sum()
         for axis, weight in enumerate(self.across, 1):
             energy = energy + weight / 2 * u.diff(dim=axis).square().sum()
         for r in self.ratio:
-            t = (r * slope).square()
+            t = (r * steps).square()
             energy = energy + BARRIER * (t * t / (1 - t)).sum()
-        return float(energy), (residual, r1 * g1 * j1 - r2 * g2 * j2, r1 * w1 - r2 * w2, slope)
+        return float(energy), (residual, r1 * g1 * j1 - r2 * g2 * j2, r1 * w1 - r2 * w2, steps)
 
     def _laplace(self, u):
         """α times the transposed gradient of the gradient across lines."""
@@ -390,30 +603,36 @@ class _Problem:
         return out
 
     def _normal_equations(self, u, parts):
-        """Gradient of E, the lines' part of its Gauss–Newton matrix, and the Jacobian's rows."""
-        residual, a, c, slope = parts
-        stiff = self.torch.full_like(slope, self.alpha)
-        force = self.alpha * slope
+        """Gradient of E, the three bands of its Gauss–Newton matrix along the lines, and the
+        Jacobian's entries before, at and behind each voxel."""
+        residual, a, c, steps = parts
+        stiff = self.torch.full_like(steps, self.alpha)
+        force = self.alpha * steps
         for r in self.ratio:
-            t = r * slope
+            t = r * steps
             gap = 1 - t * t
             force += BARRIER * r * 2 * t * (1 / gap**2 - 1)
             stiff += BARRIER * r * r * (2 / gap**2 - 2 + 8 * t * t / gap**3)
-        lower, upper = a / 2 - c, a / 2 + c
-        gradient = self._laplace(u)
-        gradient[:-1] += lower * residual - force
-        gradient[1:] += upper * residual + force
-        diagonal = self.torch.zeros_like(u)
-        diagonal[:-1] += lower.square() + stiff
-        diagonal[1:] += upper.square() + stiff
-        return gradient, diagonal, lower * upper - stiff, (lower, upper)
+        before, at, behind = -c / 2, a.clone(), c / 2
+        before[0], at[0], behind[0] = 0, a[0] - c[0], c[0]
+        before[-1], at[-1], behind[-1] = -c[-1], a[-1] + c[-1], 0
+        rows = before, at, behind
+        gradient = self._laplace(u) + _transposed(rows, residual)
+        gradient[:-1] -= force
+        gradient[1:] += force
+        diagonal = at.square()
+        diagonal[1:] += behind[:-1].square() + stiff
+        diagonal[:-1] += before[1:].square() + stiff
+        beside = at[:-1] * behind[:-1] + before[1:] * at[1:] - stiff
+        beyond = before[1:-1] * behind[1:-1]
+        return gradient, (diagonal, beside, beyond), rows
 
     def solve(self, u):
         """Minimise E over the field by Gauss–Newton steps from u."""
         energy, parts = self._energy(u)
         for _ in range(STEPS):
-            gradient, diagonal, beside, _ = self._normal_equations(u, parts)
-            step = self._conjugate_gradients(-gradient, diagonal, beside)
+            gradient, bands, _ = self._normal_equations(u, parts)
+            step = self._conjugate_gradients(-gradient, bands)
             expected = float((gradient * step).sum())
             length = 1.0
             trial, parts = self._energy(u + step)
@@ -428,21 +647,24 @@ class _Problem:
                 break
         return u, energy
 
-    def _conjugate_gradients(self, right, diagonal, beside):
-        """Solve for right sides (…, faces, y, z)."""
+    def _conjugate_gradients(self, right, bands):
+        """Solve for right sides (…, x, y, z)."""
         torch = self.torch
+        diagonal, beside, beyond = bands
 
         def product(v):
             out = self._laplace(v)
             out.addcmul_(diagonal, v)
-            out[..., :-1, :, :].addcmul_(beside, v[..., 1:, :, :])
-            out[..., 1:, :, :].addcmul_(beside, v[..., :-1, :, :])
+            for band in (beside, beyond):
+                n = len(band)
+                out[..., :n, :, :].addcmul_(band, v[..., -n:, :, :])
+                out[..., -n:, :, :].addcmul_(band, v[..., :n, :, :])
             return out
 
         def dot(a, b):
             return (a * b).sum((-3, -2, -1), keepdim=True)
 
-        precondition = self._tridiagonal(diagonal, beside)
+        precondition = self._factorise(bands)
         x, r = torch.zeros_like(right), right.clone()
         z = precondition(r)
         p, rz = z.clone(), dot(r, z)
@@ -459,25 +681,36 @@ class _Problem:
             p = z + rz / old.clamp(min=1e-30) * p
         return x
 
-    def _tridiagonal(self, diagonal, beside):
-        """Factorise the matrix of each line, with the diagonal of the smoothness across lines."""
-        d = diagonal.clone()
+    def _factorise(self, bands):
+        """Factorise the matrix of each line, with the diagonal of the smoothness across lines, as
+        L D Lᵀ; the result solves with it."""
+        d, e, f = (band.clone() for band in bands)
         for axis, weight in enumerate(self.across, 1):
             d += 2 * weight
             for end in (0, -1):
                 d.select(axis, end).sub_(weight)
-        ratio = self.torch.empty_like(beside)
-        for i in range(len(beside)):
-            ratio[i] = beside[i] / d[i]
-            d[i + 1].addcmul_(ratio[i], beside[i], value=-1)
+        n = len(d)
+        near, far = self.torch.empty_like(e), self.torch.empty_like(f)
+        for i in range(n - 1):
+            near[i] = e[i] / d[i]
+            d[i + 1].addcmul_(near[i], e[i], value=-1)
+            if i < n - 2:
+                far[i] = f[i] / d[i]
+                e[i + 1].addcmul_(near[i], f[i], value=-1)
+                d[i + 2].addcmul_(far[i], f[i], value=-1)
 
         def solve(b):
-            x = b.clone()
-            for i in range(len(ratio)):
-                x[..., i + 1, :, :].addcmul_(ratio[i], x[..., i, :, :], value=-1)
-            x /= d
-            for i in reversed(range(len(ratio))):
-                x[..., i, :, :].addcmul_(ratio[i], x[..., i + 1, :, :], value=-1)
+            x = b.movedim(-3, 0).clone()
+            for i in range(n - 1):
+                x[i + 1].addcmul_(near[i], x[i], value=-1)
+                if i < n - 2:
+                    x[i + 2].addcmul_(far[i], x[i], value=-1)
+            x = x.movedim(0, -3) / d
+            lines = x.movedim(-3, 0)
+            for i in reversed(range(n - 1)):
+                lines[i].addcmul_(near[i], lines[i + 1], value=-1)
+                if i < n - 2:
+                    lines[i].addcmul_(far[i], lines[i + 2], value=-1)
             return x
 
         return solve
@@ -493,27 +726,23 @@ class _Problem:
         torch, r2 = self.torch, self.ratio[1]
         _, parts = self._energy(u)
         residual = parts[0]
-        gradient, diagonal, beside, rows = self._normal_equations(u, parts)
+        gradient, bands, rows = self._normal_equations(u, parts)
         to = self.frames[0]
         spacing = np.linalg.norm(to[:3, :3], axis=0)
         axes = to[:3, :3] / spacing  # the axes of the image in the world
         centre = (np.array(self.shape) - 1) / 2 * spacing
-        middle, slope = (u[1:] + u[:-1]) / 2, u[1:] - u[:-1]
-        where = self.index + r2 * middle
+        where = self.index + r2 * u
         g = [self._evaluate(self.lines[1], where)[1] / spacing[0]]
         g += [self._evaluate(self._polynomials(np.gradient(self.placed, spacing[a], axis=a)),
                              where)[0] for a in (1, 2)]
         x = [self._tensor((np.arange(n) * s - c).reshape([-1 if a == k else 1 for a in range(3)]))
              for k, (n, s, c) in enumerate(zip(self.shape, spacing, centre, strict=True))]
-        x[0] = x[0] + r2 * middle * spacing[0]
-        columns = -(1 + r2 * slope) * torch.stack([
+        x[0] = x[0] + r2 * u * spacing[0]
+        columns = -(1 + r2 * torch.gradient(u, dim=0)[0]) * torch.stack([
             g[2] * x[1] - g[1] * x[2], g[0] * x[2] - g[2] * x[0], g[1] * x[0] - g[0] * x[1],
             g[1], g[2]])
-        coupling = torch.zeros(5, *u.shape, device=self.device)
-        coupling[:, :-1] += rows[0] * columns
-        coupling[:, 1:] += rows[1] * columns
-        solved = self._conjugate_gradients(torch.cat([-gradient[None], coupling]), diagonal,
-                                           beside)
+        coupling = torch.stack([_transposed(rows, c) for c in columns])
+        solved = self._conjugate_gradients(torch.cat([-gradient[None], coupling]), bands)
         flat = columns.reshape(5, -1)
         schur = flat @ flat.T - coupling.reshape(5, -1) @ solved[1:].reshape(5, -1).T
         right = -flat @ residual.reshape(-1) - coupling.reshape(5, -1) @ solved[0].reshape(-1)
@@ -527,6 +756,15 @@ class _Problem:
         while np.isinf(self._energy(u + length * change)[0]) and length > MIN_STEP:
             length /= 2
         return u + length * change, move @ delta
+
+
+def _transposed(rows, v):
+    """Apply the transposed Jacobian of entries (before, at, behind) the voxels of a line."""
+    before, at, behind = rows
+    out = at * v
+    out[1:] += behind[:-1] * v[:-1]
+    out[:-1] += before[1:] * v[1:]
+    return out
 
 
 def _interpolate(at, x, y):
