@@ -109,6 +109,18 @@ def test_a_residual_with_anatomy_is_told_from_noise(rng):
     assert abs(found[0]) < 4 / np.sqrt(before.size) and found[1] == 1
 
 
+def test_noise_that_was_not_estimated_is_not_drawn(rng):
+    """Without a noise map, or where it is 0, there is no ratio to it."""
+    before, rms = rng.uniform(50, 100, (12, 13, 8)), np.full((12, 13, 8), 4.0)
+    mask = np.ones(before.shape, bool)
+    for sigma in (None, np.zeros(before.shape)):
+        (figure,) = corrections.of_denoising(before, before, sigma, rms, mask, AFFINE)
+        assert "noise SD" not in figure.svg.decode() and "RMS of 4" in figure.caption
+    half = np.where(np.arange(12)[:, None, None] < 6, 8.0, 0.0) + np.zeros(before.shape)
+    (figure,) = corrections.of_denoising(before, before, half, rms, mask, AFFINE)
+    assert "Median noise SD 8. " in figure.caption and "RMS of 0.5 noise SD" in figure.caption
+
+
 def test_the_sign_of_the_field_is_its_colour():
     """Positive is red, negative blue, 0 white, and both ends are equally far from 0."""
     hz = np.zeros((6, 6, 1))
