@@ -55,16 +55,16 @@ CITED = {
 CORRECTIONS = {
     "complex": (
         "Magnitude and phase were combined to complex images. The phase of each slice of each "
-        "volume, one shot, was estimated from the low-pass filtered image and removed, and the real "
-        "part was kept (after Eichner et al. 2015, doi:10.1016/j.neuroimage.2015.07.074): its "
-        "noise is Gaussian, without a noise floor."),
+        "volume, one shot, was estimated from the low-pass filtered image and removed, and the "
+        "real part was kept (after Eichner et al. 2015, doi:10.1016/j.neuroimage.2015.07.074): "
+        "its noise is Gaussian, without a noise floor."),
     "denoise": (
         "Noise was removed by local principal component analysis: in patches of voxels, the mean "
         "of each volume was removed, and the singular values of the matrix of voxels by volumes "
         "were shrunk optimally for the mean square error (doi:10.1109/TIT.2017.2653801), with the "
         "noise level estimated from the same patch; each voxel is the weighted mean of all patches "
-        "that hold it. The noise floor of magnitudes (doi:10.1002/mrm.1910340618) was removed from "
-        "the result, and their noise level corrected (doi:10.1016/j.jmr.2006.01.016)."),
+        "that hold it. From magnitude images the noise floor (doi:10.1002/mrm.1910340618) was "
+        "removed too, and their noise level was corrected (doi:10.1016/j.jmr.2006.01.016)."),
     "mppca": (
         "Noise was removed by principal component analysis with thresholds from the "
         "Marchenko–Pastur law (MP-PCA, doi:10.1016/j.neuroimage.2016.08.016) as implemented in "
