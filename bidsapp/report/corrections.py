@@ -150,7 +150,7 @@ def of_field(hz: np.ndarray, mask: np.ndarray, affine: np.ndarray,
     affine : (4, 4)
         Voxels to world RAS+, mm.
     correlation_before, correlation_after : float, optional
-        Correlation of the two b0s over the mask; unknown if None or NaN.
+        Correlation of the two b0s in the head; unknown if None or NaN.
     pair : four of (x, y, z), optional
         The first and the second b0 as measured, and both corrected.
     names : (str, str)
@@ -188,7 +188,7 @@ def of_b0(before: np.ndarray, after: np.ndarray, mask: np.ndarray, affine: np.nd
 
     The two images are drawn one above the other, each under its label, and a style sheet in the SVG
     makes them swap: whoever looks at one place sees them flicker, and in print, in a viewer without
-    animation, or for a reader who asked for reduced motion both are there side by side.
+    animation, or for a reader who asked for reduced motion both are there.
 
     Parameters
     ----------
@@ -526,7 +526,7 @@ def _pair(canvas: Canvas, pair: Sequence[np.ndarray], names: tuple[str, str],
         grey = _limits(volume[canvas.mask], (0, 99))
         strips.append(_Strip(title, coloured(volume, grey, "gray", np.ones_like(canvas.mask)),
                              outline=canvas.mask))
-    text = (f"Their correlation over the mask is {before:.3f} as measured and {after:.3f} "
+    text = (f"Their correlation in the head is {before:.3f} as measured and {after:.3f} "
             "corrected. " if before is not None and after is not None
             and np.isfinite([before, after]).all() else "")
     return Figure(
