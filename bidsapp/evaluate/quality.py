@@ -73,8 +73,8 @@ FIXED: dict[str, tuple[str, str]] = {
     "preproc_noise_removed": ("Share of the noise variance that denoising removed: mean square of "
                               "what it took away divided by the mean square of the noise map, over "
                               "the brain mask", "1"),
-    "field_correlation_before": ("Correlation over the brain mask of the b = 0 images of opposite "
-                                 "phase encoding, as measured", "1"),
+    "field_correlation_before": ("Correlation in the head of the b = 0 images of opposite phase "
+                                 "encoding, as measured", "1"),
     "field_correlation_after": ("The same, corrected for the field", "1"),
     "field_max": ("Largest absolute value of the susceptibility field in the brain mask", "Hz"),
     "fd_mean": ("Framewise displacement (Power et al. 2012): mean over all volumes but the first",

@@ -30,6 +30,8 @@ CITED = {
     "10.1016/j.media.2007.06.004": "Avants et al. 2008, SyN",
     "10.1109/42.963816": "Alexander et al. 2001, reorientation by finite strain",
     "10.1109/TIT.2017.2653801": "Gavish & Donoho 2017, optimal shrinkage of singular values",
+    "10.1002/mrm.1910340618": "Gudbjartsson & Patz 1995, Rician noise",
+    "10.1016/j.jmr.2006.01.016": "Koay & Basser 2006, correction of magnitudes",
     "10.1016/j.neuroimage.2016.08.016": "Veraart et al. 2016, denoising by MP-PCA",
     "10.48550/arXiv.2011.01355": "Fadnavis et al. 2020, Patch2Self",
     "10.1002/mrm.26054": "Kellner et al. 2016, Gibbs ringing",
@@ -52,15 +54,17 @@ CITED = {
 
 CORRECTIONS = {
     "complex": (
-        "Magnitude and phase were combined to complex images. The background phase, which differs "
-        "between shots, was estimated from a smoothed copy of each image and removed, and the real "
-        "part was kept (after Eichner et al. 2015, doi:10.1016/j.neuroimage.2015.07.074): its "
-        "noise is Gaussian with mean zero, so that it has no noise floor."),
+        "Magnitude and phase were combined to complex images. The phase of each slice of each "
+        "volume, one shot, was estimated from the low-pass filtered image and removed, and the "
+        "real part was kept (after Eichner et al. 2015, doi:10.1016/j.neuroimage.2015.07.074): "
+        "its noise is Gaussian, without a noise floor."),
     "denoise": (
-        "Noise was removed by local principal component analysis: in patches of voxels, the "
-        "singular values of the matrix of voxels by volumes were shrunk optimally for the mean "
-        "square error (doi:10.1109/TIT.2017.2653801), with the noise level estimated from the "
-        "same patch; overlapping patches were averaged."),
+        "Noise was removed by local principal component analysis: in patches of voxels, the mean "
+        "of each volume was removed, and the singular values of the matrix of voxels by volumes "
+        "were shrunk optimally for the mean square error (doi:10.1109/TIT.2017.2653801), with the "
+        "noise level estimated from the same patch; each voxel is the weighted mean of all patches "
+        "that hold it. From magnitude images the noise floor (doi:10.1002/mrm.1910340618) was "
+        "removed too, and their noise level was corrected (doi:10.1016/j.jmr.2006.01.016)."),
     "mppca": (
         "Noise was removed by principal component analysis with thresholds from the "
         "Marchenko–Pastur law (MP-PCA, doi:10.1016/j.neuroimage.2016.08.016) as implemented in "

@@ -45,6 +45,9 @@ EDDY_TERMS = ("1", "x", "y", "z", "x²", "y²", "z²", "xy", "xz", "yz")
 CHANGE_SECONDS = 1.0
 """Time after which the images of the b = 0 figure change places, s."""
 
+FLICKER_SLICES = 6
+"""Maximum of slices in a row of the b = 0 figure; with fewer, the line leaves more to see."""
+
 CARPET_LIMIT = 8.0
 """Robust z at which the colours of the carpet plot end."""
 
@@ -71,7 +74,7 @@ class _Strip(NamedTuple):
     gid: str | None = None
 
 
-def of_denoising(before: np.ndarray, after: np.ndarray, sigma: np.ndarray,
+def of_denoising(before: np.ndarray, after: np.ndarray, sigma: np.ndarray | None,
                  residual_rms: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> list[Figure]:
     """Draw a volume before and after denoising, what was taken away, and the noise level.
 
@@ -79,8 +82,9 @@ def of_denoising(before: np.ndarray, after: np.ndarray, sigma: np.ndarray,
     ----------
     before, after : (x, y, z)
         One weighted volume.
-    sigma : (x, y, z)
-        Noise SD, in units of the signal; NaN where it is unknown.
+    sigma : (x, y, z), optional
+        Noise SD, in units of the signal; 0 or NaN where it is unknown, None if it was not
+        estimated.
     residual_rms : (x, y, z)
         Root mean square over volumes of what was taken away, in units of the signal.
     mask : (x, y, z) bool
@@ -93,35 +97,42 @@ def of_denoising(before: np.ndarray, after: np.ndarray, sigma: np.ndarray,
     list of Figure
     """
     canvas = _canvas(mask, affine)
-    before, after, sigma, rms = map(canvas.canonical, (before, after, sigma, residual_rms))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(sigma > 0, rms / sigma, np.nan)
-    grey = _limits(before[canvas.mask], (0, 98))
-    level = _median(sigma[canvas.mask])
-    span = 3 * (level or 1.0)
-    noise, relative = (_limits(v[canvas.mask], (2, 98)) for v in (sigma, ratio))
+    before, after, rms = map(canvas.canonical, (before, after, residual_rms))
+    noise = np.full(rms.shape, np.nan)
+    if sigma is not None:
+        np.copyto(noise, canvas.canonical(sigma), where=canvas.canonical(sigma) > 0)
+    level, typical = _median(noise[canvas.mask]), _median(rms[canvas.mask])
+    relative = rms if level is None else rms / noise
+    grey = _limits(before[canvas.mask], (0, 99))
+    span = 3 * (level or typical or 1.0)
+    noise_ends, relative_ends = (_limits(v[canvas.mask], (2, 98)) for v in (noise, relative))
     everywhere = np.ones_like(canvas.mask)
     strips = [
         _Strip("before", coloured(before, grey, "gray", everywhere)),
         _Strip("after", coloured(after, grey, "gray", everywhere)),
         _Strip("before − after", coloured(before - after, (-span, span), "gray", canvas.mask),
-               ((-span, span), "gray", "")),
-        _Strip("noise SD", coloured(sigma, noise, "viridis", canvas.mask), (noise, "viridis", "")),
-        _Strip("RMS over volumes of before − after, divided by the noise SD",
-               coloured(ratio, relative, "gray", canvas.mask), (relative, "gray", ""))]
+               ((-span, span), "gray", ""))]
+    if level is not None:
+        strips.append(_Strip("noise SD", coloured(noise, noise_ends, "viridis", canvas.mask),
+                             (noise_ends, "viridis", "")))
+    strips.append(_Strip(
+        "RMS over volumes of before − after" + (", divided by the noise SD" if level else ""),
+        coloured(relative, relative_ends, "gray", canvas.mask), (relative_ends, "gray", "")))
     with mpl.rc_context(STYLE):
         image = svg(_strips(canvas, _views(canvas)[:1], strips))
-    middle, anatomy = _median(ratio[canvas.mask]), _correlation(ratio, before, canvas.mask)
-    text = (f"Median noise SD {level:.4g}. " if level is not None else "")
+    middle, anatomy = _median(relative[canvas.mask]), _correlation(relative, before, canvas.mask)
+    text = f"Median noise SD {level:.4g}. " if level else ""
     if middle is not None:
-        text += (f"What was taken away has a median RMS of {middle:.2f} noise SD")
-        text += (f", whose map correlates {anatomy:+.2f} with the volume before. "
-                 if anatomy is not None else ". ")
+        text += (f"What was taken away has a median RMS of {middle:.3g}{' noise SD' * bool(level)}"
+                 + (f", whose map correlates {anatomy:+.2f} with the volume before. "
+                    if anatomy is not None else ". "))
     return [Figure(
         "dwi", {"desc": "denoising"}, image, "Denoising",
         "One weighted volume before and after, on one scale, and their difference from −3 to 3 "
-        f"times the median noise SD. {text}The difference and the last row should look like noise: "
-        "where they show anatomy, denoising took signal away.", SECTION)]
+        f"times the median {'noise SD' if level else 'RMS'}. {text}The difference and the last row "
+        "should look like noise: where they show anatomy, denoising took signal away. Where the "
+        "signal of magnitude images is near the noise, the difference may be above 0, since the "
+        "noise floor goes with the noise.", SECTION)]
 
 
 def of_field(hz: np.ndarray, mask: np.ndarray, affine: np.ndarray,
@@ -139,7 +150,7 @@ def of_field(hz: np.ndarray, mask: np.ndarray, affine: np.ndarray,
     affine : (4, 4)
         Voxels to world RAS+, mm.
     correlation_before, correlation_after : float, optional
-        Correlation of the two b0s over the mask; unknown if None or NaN.
+        Correlation of the two b0s in the head; unknown if None or NaN.
     pair : four of (x, y, z), optional
         The first and the second b0 as measured, and both corrected.
     names : (str, str)
@@ -177,7 +188,7 @@ def of_b0(before: np.ndarray, after: np.ndarray, mask: np.ndarray, affine: np.nd
 
     The two images are drawn one above the other, each under its label, and a style sheet in the SVG
     makes them swap: whoever looks at one place sees them flicker, and in print, in a viewer without
-    animation, or for a reader who asked for reduced motion both are there side by side.
+    animation, or for a reader who asked for reduced motion both are there.
 
     Parameters
     ----------
@@ -197,12 +208,12 @@ def of_b0(before: np.ndarray, after: np.ndarray, mask: np.ndarray, affine: np.nd
     """
     canvas = _canvas(mask, affine)
     before, after = canvas.canonical(before), canvas.canonical(after)
-    grey = _limits(np.concatenate([before[canvas.mask], after[canvas.mask]]), (0, 98))
+    grey = _limits(np.concatenate([before[canvas.mask], after[canvas.mask]]), (0, 99))
     outline = canvas.mask if edge is None else canvas.canonical(edge)
     everywhere = np.ones_like(canvas.mask)
     strips = [_Strip(label, coloured(volume, grey, "gray", everywhere), outline=outline, gid=label)
               for label, volume in (("before", before), ("after", after))]
-    views = _views(canvas)
+    views = _views(canvas, FLICKER_SLICES)
     views = [views[0], *views[1:][-1:]]  # axial and sagittal, where both are large
     with mpl.rc_context(STYLE):
         drawn = _strips(canvas, views, strips)
@@ -297,7 +308,8 @@ def of_carpet(z: np.ndarray, outliers: np.ndarray, bvals: np.ndarray) -> list[Fi
         (above, top, carpet), drawn = _by_volume([0.5, 0.5, tall], n, None)
         above.plot(bvals, ".", color=GREY, markersize=3.5)
         above.set_ylabel("b (s/mm²)", size=8)
-        above.set_ylim(0, 1.2 * max(1.0, float(np.max(bvals))))
+        highest = max(1.0, float(np.max(bvals)))
+        above.set_ylim(-0.15 * highest, 1.2 * highest)
         top.bar(range(n), outliers.sum(axis=0), width=0.8, color=PALETTE[1])
         top.set_ylabel("replaced", size=8)
         top.set_ylim(0, max(1, outliers.sum(axis=0).max(initial=0)) * 1.05)
@@ -454,12 +466,13 @@ def _canvas(mask: np.ndarray, affine: np.ndarray) -> Canvas:
     return Canvas(grid)
 
 
-def _views(canvas: Canvas) -> list[View]:
-    """Thin the views of a canvas out to one row each."""
+def _views(canvas: Canvas, most: int = PER_ROW) -> list[View]:
+    """Thin the views of a canvas out to one row each, of at most this many slices."""
     thinned = []
     for view in canvas.views:
-        step = -(-len(view.positions) // PER_ROW)
-        thinned.append(View(view.axis, view.positions[step // 2::step], view.zooms))
+        count = min(most, len(view.positions))
+        at = ((np.arange(count) + 0.5) * len(view.positions) / count).astype(int)
+        thinned.append(View(view.axis, tuple(view.positions[i] for i in at), view.zooms))
     return thinned
 
 
@@ -510,10 +523,10 @@ def _pair(canvas: Canvas, pair: Sequence[np.ndarray], names: tuple[str, str],
     strips = []
     titles = [f"{name}, {state}" for state in ("as measured", "corrected") for name in names]
     for volume, title in zip(pair, titles, strict=True):
-        grey = _limits(volume[canvas.mask], (0, 98))
+        grey = _limits(volume[canvas.mask], (0, 99))
         strips.append(_Strip(title, coloured(volume, grey, "gray", np.ones_like(canvas.mask)),
                              outline=canvas.mask))
-    text = (f"Their correlation over the mask is {before:.3f} as measured and {after:.3f} "
+    text = (f"Their correlation in the head is {before:.3f} as measured and {after:.3f} "
             "corrected. " if before is not None and after is not None
             and np.isfinite([before, after]).all() else "")
     return Figure(
@@ -534,7 +547,7 @@ def _by_volume(heights: Sequence[float], n: int, b0: np.ndarray | None
     top = total - head
     for height in heights:
         ax = drawn.add_axes((0.075, (top - height) / total, 0.8, height / total))
-        ax.set_xlim(-0.6, n - 0.4)
+        ax.set_xlim(-0.5, n - 0.5)
         ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         ax.tick_params(labelsize=8, labelbottom=len(axes) == len(heights) - 1)
         for i in np.flatnonzero(b0) if b0 is not None else ():
