@@ -56,6 +56,14 @@ STEPS, TOLERANCE = 8, 3e-3
 FLOOR = 0.05
 """Signal added to the images before their cumulative intensities are matched."""
 
+PLACINGS, PLACING_WIDTHS, CONTRAST, PLACING_POINTS = 2, (3.0, 1.5), 15.0, 20_000
+"""Registrations of a magnitude to a b0; smoothing of its two searches and the scale of the local
+mean that is subtracted (SD, mm); number of voxels that are compared."""
+
+MOVED = 0.9
+"""Largest ratio of 1 − ρ² after to before a registration that is believed. Without motion it was
+0.93 to 0.95 for the images of siemens_xa30, and 0.65 with one of 3° and 4 mm."""
+
 CG_STEPS, CG_TOLERANCE = 12, 0.1
 """Most steps of conjugate gradients in a Gauss–Newton step, and the relative residual that ends
 them."""
@@ -214,7 +222,7 @@ def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray,
                  undistort(second, hz, affine, second_encoding, move, second_affine))
     slope = np.gradient(hz, axis=axis)[head]
     factors = [1 + r * slope for r in readout]
-    return Field(hz, move, corrected, _correlation(*images, head), _correlation(*corrected, head),
+    return Field(hz, move, corrected, _correlation(images[0], images[1], head), _correlation(*corrected, head),
                  (float(np.min(factors)), float(np.max(factors))))
 
 
@@ -227,8 +235,9 @@ def field_from_gre(kind: str, images: Sequence[Float[np.ndarray, "x y z"]],
 
     The phase Δφ between the echoes is unwrapped inside the head (Herráez et al. 2002,
     doi:10.1364/AO.41.007437), h = Δφ / (2π ΔTE), and the phase difference that Siemens writes has
-    the same sign. Outside the head the field continues smoothly. The magnitude is registered to the
-    b0, then once more to the b0 that the field has undistorted.
+    the same sign. Outside the head the field continues smoothly. The magnitude is registered
+    rigidly to the b0 that the field undistorts, twice. It stays where the scanner put it unless the
+    images match much better elsewhere, since they show too little in common for a small motion.
 
     Parameters
     ----------
@@ -263,20 +272,19 @@ def field_from_gre(kind: str, images: Sequence[Float[np.ndarray, "x y z"]],
     """
     from bidsapp.anatomy.mask import median_otsu
     from bidsapp.registration.image import sample
-    from bidsapp.registration.rigid import register
 
     _seconds(encoding)
     hz, notices = _measured_field(kind, images, magnitude, echo_times, units)
-    mask = median_otsu(b0)
     points = world_points(b0.shape, b0_affine)
-    undistorted = b0
-    for _ in range(2):
-        move = register(undistorted * mask, mask, b0_affine, magnitude, affine)
-        there = transform_points(move, points)
-        placed = sample(hz, affine, there, beyond="nearest").astype(np.float32)
+    move = np.eye(4)
+    for _ in range(PLACINGS):
+        placed = sample(hz, affine, transform_points(move, points), beyond="nearest")
         undistorted = undistort(b0, placed, b0_affine, encoding)
         mask = median_otsu(undistorted)
-    return _single(placed, undistorted, move, encoding, mask, notices)
+        move = _place(undistorted, mask, b0_affine, magnitude, affine, move)
+    placed = sample(hz, affine, transform_points(move, points), beyond="nearest")
+    undistorted = undistort(b0, placed, b0_affine, encoding)
+    return _single(placed.astype(np.float32), undistorted, move, encoding, mask, notices)
 
 
 def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
@@ -366,6 +374,58 @@ def _single(hz: np.ndarray, undistorted: np.ndarray, move: np.ndarray, encoding:
                  (float(factor.min()), float(factor.max())), notices)
 
 
+def _place(b0: np.ndarray, mask: np.ndarray, b0_affine: np.ndarray, magnitude: np.ndarray,
+           affine: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Register a magnitude to an undistorted b0: world of the b0 → world of the magnitude.
+
+    The cost is 1 − ρ², with ρ the correlation of local contrast, whatever its sign.
+    """
+    from scipy.ndimage import binary_erosion, map_coordinates
+    from scipy.optimize import minimize
+    from scipy.spatial.transform import Rotation
+
+    inside = binary_erosion(mask)
+    points = transform_points(b0_affine, np.argwhere(inside))
+    every = max(1, len(points) // PLACING_POINTS)
+    centre, points = points.mean(axis=0), points[::every]
+    head = _head([magnitude])
+    inverse = np.linalg.inv(affine)
+
+    def matrix(p: np.ndarray) -> np.ndarray:
+        move = np.eye(4)
+        move[:3, :3] = Rotation.from_rotvec(p[:3], degrees=True).as_matrix()
+        move[:3, 3] = centre + p[3:] - move[:3, :3] @ centre
+        return start @ move
+
+    best = np.zeros(6)
+    for width in PLACING_WIDTHS:
+        fixed = _contrast(b0, mask, b0_affine, width)[inside][::every]
+        moving = _contrast(magnitude, head, affine, width)
+
+        def cost(p: np.ndarray, fixed: np.ndarray = fixed, moving: np.ndarray = moving) -> float:
+            where = transform_points(inverse @ matrix(p), points)
+            seen = map_coordinates(moving, where.T, order=1)
+            return float(1 - np.corrcoef(fixed, seen)[0, 1] ** 2) if seen.std() > 0 else 1.0
+
+        best = minimize(cost, best, method="Powell", options={
+            "xtol": 0.02, "ftol": 1e-5, "direc": np.eye(6)}).x
+    return matrix(best) if cost(best) < MOVED * cost(np.zeros(6)) else start
+
+
+def _contrast(image: np.ndarray, mask: np.ndarray, affine: np.ndarray, width: float) -> np.ndarray:
+    """The logarithm of an image between two scales: smoothed, less its mean over CONTRAST mm."""
+    from scipy.ndimage import gaussian_filter
+
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    log = np.log(np.maximum(image, max(np.percentile(image[mask], 2), 1e-6))) * mask
+
+    def smooth(sd: float) -> np.ndarray:
+        weight = gaussian_filter(mask.astype(np.float32), sd / size)
+        return gaussian_filter(log, sd / size) / np.maximum(weight, 0.05)
+
+    return ((smooth(width) - smooth(CONTRAST)) * mask).clip(-0.7, 0.7)
+
+
 def _measured_field(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarray,
                     echo_times: tuple[float, float] | None, units: str | None
                     ) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -407,7 +467,7 @@ def _radians(phase: np.ndarray, units: str | None) -> tuple[np.ndarray, str]:
             "was taken for the integers of the scanner.") if units == "rad" else ""
     if -4096 <= low < 0 and 1000 < high <= 4096:
         return phase * (np.pi / 4096), note
-    if 0 <= low and 1000 < high <= 4096:
+    if low >= 0 and 1000 < high <= 4096:
         return (phase - 2048) * (np.pi / 2048), note
     raise DataError(f"the phase of the field map spans {low:g} to {high:g} with the unit {units!r};"
                     " radians, -4096 to 4096 or 0 to 4095 are needed. Convert it to radians, and "
