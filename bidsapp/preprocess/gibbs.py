@@ -96,7 +96,8 @@ def unring(volumes: Shaped[np.ndarray, "x y z *n"], axes: tuple[int, ...] = (0, 
         corrected = tuple(a for a in axes if phase_axis not in (None, a))
         notice = (f"PartialFourier is {partial_fourier:g}. Ringing along the phase encoding then "
                   "has another period than its correction assumes and was left as it is"
-                  + ("." if corrected else "; without PhaseEncodingDirection that along both axes."))
+                  + ("." if corrected else
+                     "; without PhaseEncodingDirection this holds for both axes."))
     if not corrected:
         return Unrung(volumes.copy(), (), notice)
     rest = next(a for a in (0, 1, 2) if a not in axes)
