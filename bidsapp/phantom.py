@@ -316,9 +316,9 @@ def write_artifact_truth(tree: NewDataset, entities: dict[str, str], site: Site,
     affine, n = raw.scan.grid.affine, len(raw.magnitude)
     clean = TRUTH / names.output_path(entities, "dwi", ".nii.gz", desc="clean")
     tree.image(clean, raw.clean, affine, sidecar(
-        "Signal of this site without noise and artifacts, with the head at rest"),
-        site.repetition_time)
-    tree.gradients(clean, raw.scan.acquisition, affine)
+        "Signal of this site without noise and artifacts, with the head at rest; its b-vectors are "
+        "in the frame of the head"), site.repetition_time)
+    tree.gradients(clean, raw.felt, affine)
     if len(raw.reverse):
         tree.image(TRUTH / names.output_path(entities, "truth", ".nii.gz", desc="field"), raw.field,
                    affine, sidecar("Susceptibility field of the head at rest", Units="Hz"))
@@ -488,7 +488,8 @@ README_ARTIFACTS = """
 ## Artifacts
 
 The raw images have artifacts, and no masks. `sourcedata/truth` contains masks and tissue maps;
-`desc-clean_dwi`, the signal of the same site without noise and artifacts and with the head at rest;
+`desc-clean_dwi`, the signal of the same site without noise and artifacts and with the head at rest,
+with the b-vectors in the frame of the head;
 `desc-field_truth` (Hz); `desc-motion_truth.tsv`, `desc-eddy_truth.tsv` and
 `desc-outliers_truth.tsv`. A point x of the head at rest is in volume v at R x + t, and appears
 there displaced by T (h(x) + e(R x + t)) voxels along the phase-encoding direction, with the total
