@@ -230,10 +230,10 @@ def test_opposite_encodings_shift_oppositely(simulate):
     assert lines.sum() > 400
     assert np.abs(ap - rest)[lines].max() > 2
     np.testing.assert_allclose((ap + pa)[lines] / 2, rest[lines], atol=0.05)
-    # the direction j- moves signal in a positive field to lower y
+    # the direction j- moves signal in a positive field to lower y; voxels of 6 mm blur the field
     field = (raw.field * images[2]).sum(1) / images[2].sum(1).clip(1)
     expected = -raw.encoding.readout * raw.scan.grid.size * field
-    np.testing.assert_allclose((ap - rest)[lines], expected[lines], atol=0.3)
+    assert relative_difference((ap - rest)[lines], expected[lines]) < 0.03
     for i in images:
         assert i.sum() == pytest.approx(images[2].sum(), rel=1e-3)
     assert (raw.encoding.direction, raw.reverse_encoding.direction) == ("j-", "j")
