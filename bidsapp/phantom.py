@@ -275,17 +275,17 @@ def write_artifacts(tree: NewDataset, options: PhantomOptions, entities: dict[st
     pair = bool(len(raw.reverse))
 
     def epi(encoding: PhaseEncoding, **more: Any) -> dict[str, Any]:
-        partial = {"PartialFourier": PARTIAL_FOURIER, "PartialFourierDirection": "PHASE"}
+        zeros = {"PartialFourier": PARTIAL_FOURIER, "PartialFourierDirection": "PHASE"}
         return {**_epi(site), "PhaseEncodingDirection": encoding.direction,
                 "TotalReadoutTime": encoding.readout, "EffectiveEchoSpacing": ECHO_SPACING,
-                **(partial if options.has("partial-fourier") else {}), **more}
+                **(zeros if options.has("partial-fourier") else {}), **more}
 
-    own = {**entities, "dir": "AP"} if pair else entities
+    series = {**entities, "dir": "AP"} if pair else entities
     fields = {"B0FieldIdentifier": "pepolar", "B0FieldSource": ["pepolar", "gre"]} if pair else {}
-    dwi = names.output_path(own, "dwi", ".nii.gz")
+    dwi = names.output_path(series, "dwi", ".nii.gz")
     images = [dwi]
     if raw.phase is not None:
-        dwi, phase = (names.output_path(own, "dwi", ".nii.gz", part=p) for p in ("mag", "phase"))
+        dwi, phase = (names.output_path(series, "dwi", ".nii.gz", part=p) for p in ("mag", "phase"))
         images = [dwi, phase]
         tree.image(phase, raw.phase, affine, epi(raw.encoding, Units="rad", **fields), repetition)
         tree.gradients(phase, raw.scan.acquisition, affine)

@@ -32,15 +32,15 @@ def atlas():
 
 @pytest.fixture(scope="module")
 def simulate(atlas):
-    """The raw scan of one person, with these artifacts; each is simulated once."""
-    made = {}
+    """Function that simulates the raw scan of one person with artifacts, once for each choice."""
+    scans = {}
 
     def simulate(*names, **options):
         key = names, *options.items()
-        if key not in made:
+        if key not in scans:
             changed = replace(EXACT, artifacts=names, **options)
-            made[key] = artifacts.simulate_raw(*subject(atlas, changed), atlas, changed, POSE)
-        return made[key]
+            scans[key] = artifacts.simulate_raw(*subject(atlas, changed), atlas, changed, POSE)
+        return scans[key]
 
     return simulate
 
