@@ -275,17 +275,17 @@ def write_artifacts(tree: NewDataset, options: PhantomOptions, entities: dict[st
     pair = bool(len(raw.reverse))
 
     def epi(encoding: PhaseEncoding, **more: Any) -> dict[str, Any]:
-        partial = {"PartialFourier": PARTIAL_FOURIER, "PartialFourierDirection": "PHASE"}
+        zeros = {"PartialFourier": PARTIAL_FOURIER, "PartialFourierDirection": "PHASE"}
         return {**_epi(site), "PhaseEncodingDirection": encoding.direction,
                 "TotalReadoutTime": encoding.readout, "EffectiveEchoSpacing": ECHO_SPACING,
-                **(partial if options.has("partial-fourier") else {}), **more}
+                **(zeros if options.has("partial-fourier") else {}), **more}
 
-    own = {**entities, "dir": "AP"} if pair else entities
+    series = {**entities, "dir": "AP"} if pair else entities
     fields = {"B0FieldIdentifier": "pepolar", "B0FieldSource": ["pepolar", "gre"]} if pair else {}
-    dwi = names.output_path(own, "dwi", ".nii.gz")
+    dwi = names.output_path(series, "dwi", ".nii.gz")
     images = [dwi]
     if raw.phase is not None:
-        dwi, phase = (names.output_path(own, "dwi", ".nii.gz", part=p) for p in ("mag", "phase"))
+        dwi, phase = (names.output_path(series, "dwi", ".nii.gz", part=p) for p in ("mag", "phase"))
         images = [dwi, phase]
         tree.image(phase, raw.phase, affine, epi(raw.encoding, Units="rad", **fields), repetition)
         tree.gradients(phase, raw.scan.acquisition, affine)
@@ -316,9 +316,9 @@ def write_artifact_truth(tree: NewDataset, entities: dict[str, str], site: Site,
     affine, n = raw.scan.grid.affine, len(raw.magnitude)
     clean = TRUTH / names.output_path(entities, "dwi", ".nii.gz", desc="clean")
     tree.image(clean, raw.clean, affine, sidecar(
-        "Signal of this site without noise and artifacts, with the head at rest"),
-        site.repetition_time)
-    tree.gradients(clean, raw.scan.acquisition, affine)
+        "Signal of this site without noise and artifacts, with the head at rest; its b-vectors are "
+        "in the frame of the head"), site.repetition_time)
+    tree.gradients(clean, raw.felt, affine)
     if len(raw.reverse):
         tree.image(TRUTH / names.output_path(entities, "truth", ".nii.gz", desc="field"), raw.field,
                    affine, sidecar("Susceptibility field of the head at rest", Units="Hz"))
@@ -488,7 +488,8 @@ README_ARTIFACTS = """
 ## Artifacts
 
 The raw images have artifacts, and no masks. `sourcedata/truth` contains masks and tissue maps;
-`desc-clean_dwi`, the signal of the same site without noise and artifacts and with the head at rest;
+`desc-clean_dwi`, the signal of the same site without noise and artifacts and with the head at rest,
+with the b-vectors in the frame of the head;
 `desc-field_truth` (Hz); `desc-motion_truth.tsv`, `desc-eddy_truth.tsv` and
 `desc-outliers_truth.tsv`. A point x of the head at rest is in volume v at R x + t, and appears
 there displaced by T (h(x) + e(R x + t)) voxels along the phase-encoding direction, with the total

@@ -14,15 +14,16 @@ the edges approach each other. The steps are, volume by volume:
 1. the signal of the cells for the gradient that the turned head feels, Rᵀ g; scalp is added;
 2. the rigid motion, by cubic interpolation on the fine grid, and the receive field at y;
 3. the displacement (`transport`);
-4. the point spread: of the phantom, or for Gibbs ringing, in-plane, the truncated Fourier series
-   (`fourier_matrix`) instead of the voxel's box;
+4. the point spread: that of the phantom; for Gibbs ringing, the truncated Fourier series
+   (`fourier_matrix`) replaces the reference site's in the plane of the slices;
 5. the loss of slices, the phase of each shot, noise of each coil, zeros in the part of k-space that
    partial Fourier does not acquire, and the magnitude.
 
 The susceptibility field is the dipole field of an air-tissue model in a magnet along z (Marques and
 Bowtell 2005, doi:10.1002/cmr.b.20034), less the second-order polynomial that shimming removes.
 
-All coordinates are world RAS+ (mm). Nothing here is shared with the code that corrects.
+The phase-encoding axis is y, and the slice axis z; all coordinates are world RAS+ (mm). Nothing is
+shared with the code that corrects.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from scipy import fft, ndimage
 
 from bidsapp.acquisition import Acquisition, PhaseEncoding
@@ -49,10 +50,7 @@ from bidsapp.simulate.phantom import (
     place_head,
     simulate_scan,
 )
-from bidsapp.simulate.site import Site, spread_matrix
-
-PHASE_AXIS = 1
-"""Voxel axis of the phase encoding: the series has the direction j-, from anterior to posterior."""
+from bidsapp.simulate.site import FWHM, Site, spread_matrix
 
 ECHO_SPACING = 0.7e-3
 """Effective echo spacing (s)."""
@@ -138,8 +136,10 @@ class RawScan:
     t1 : (x, y, z) ndarray
         T1-weighted image on the grid `scan.fine`.
     clean : (n, x, y, z) ndarray
-        Noise-free signal of the same site without artifacts, with the head at rest and with the
-        nominal table.
+        Noise-free signal of the same site without artifacts, with the head at rest: what a perfect
+        correction returns. Its table is `felt`.
+    felt : Acquisition
+        Table of the series in the frame of the head: its b-vectors are Rᵀ g.
     sigma : (x, y, z) ndarray
         SD of the noise of one real channel.
     field : (x, y, z) ndarray
@@ -165,6 +165,7 @@ class RawScan:
     echo_times: tuple[float, float]
     t1: np.ndarray
     clean: np.ndarray
+    felt: Acquisition
     sigma: np.ndarray
     field: np.ndarray
     rotations: np.ndarray
@@ -193,8 +194,8 @@ def simulate_raw(person: Person, site: Site, reference: Site, table: Acquisition
     n, shape = len(table), scan.grid.shape
     acquired = Acquisition(np.append(table.bvals, np.zeros(m)),
                            np.concatenate([table.bvecs, np.zeros((m, 3))]))
-    readout = ECHO_SPACING * (shape[PHASE_AXIS] - 1)
-    encodings = PhaseEncoding(PHASE_AXIS, -1, readout), PhaseEncoding(PHASE_AXIS, 1, readout)
+    readout = ECHO_SPACING * (shape[1] - 1)
+    encodings = PhaseEncoding(1, -1, readout), PhaseEncoding(1, 1, readout)
     rotations, translations = draw_motion(n + m, options, *names)
     response = draw_gradient_response(options, *names)
     eddy = np.sqrt(acquired.bvals / 1000)[:, None] * acquired.bvecs @ response
@@ -202,9 +203,9 @@ def simulate_raw(person: Person, site: Site, reference: Site, table: Acquisition
 
     head = place_head(person, atlas, options, pose)
     field = susceptibility_field(person, atlas, options, pose)
-    scanner = _Scanner(head, scan.grid, site, field, options)
-    turned = replace(acquired, bvecs=np.einsum("vji,vj->vi", rotations, acquired.bvecs))
-    signal = head.signal(site, turned, options)
+    scanner = Scanner(head, scan.grid, site, field, options, person.label)
+    felt = replace(acquired, bvecs=np.einsum("vji,vj->vi", rotations, acquired.bvecs))
+    signal = head.signal(site, felt, options)
     magnitude = np.empty((n + m, *shape), np.float32)
     phase = np.empty((n, *shape), np.float32) if options.has("complex") else None
     rng = stream(options.random_seed, "artifacts", *names)
@@ -219,12 +220,11 @@ def simulate_raw(person: Person, site: Site, reference: Site, table: Acquisition
             phase[v] = np.angle(channels[0])
     phasediff, gre = (scanner.gradient_echo(rng) if m else
                       (None, np.empty((0, *shape), np.float32)))
-    clean = head.signal(site, table, options)
-    clean = np.stack([scanner.spread(scanner.cells(s), truncated=False) for s in clean])
+    clean = np.stack([scanner.spread(scanner.cells(s), truncated=False) for s in signal[:n]])
     clean *= scanner.level
     return RawScan(
         scan, UNIT * magnitude[:n], phase, encodings[0], UNIT * magnitude[n:], encodings[1],
-        phasediff, UNIT * gre, GRE_ECHO_TIMES, UNIT * scanner.t1(rng), UNIT * clean,
+        phasediff, UNIT * gre, GRE_ECHO_TIMES, UNIT * scanner.t1(rng), UNIT * clean, felt[:n],
         UNIT * scanner.sigma, field.at(scan.grid.points)[0].reshape(shape), rotations,
         translations, eddy, response, lost)
 
@@ -293,8 +293,7 @@ def susceptibility_field(person: Person, atlas: Atlas, options: PhantomOptions, 
                          ) -> SplineField:
     """Compute the field of the air around and inside of a head after shimming.
 
-    With the susceptibility χ, the relative change of the field is, in k-space, (1/3 − k_z²/k²) χ.
-    Where the head is tissue, χ is 0, elsewhere AIR.
+    Susceptibilities are relative to tissue, so that only air has one.
 
     Parameters
     ----------
@@ -325,17 +324,26 @@ def susceptibility_field(person: Person, atlas: Atlas, options: PhantomOptions, 
     for ellipsoid in AIR_SPACES:
         tissue = np.minimum(tissue, 1 - _ellipsoid(mapped, *ellipsoid).reshape(shape))
     tissue = ndimage.gaussian_filter(tissue, SMOOTH / FIELD_STEP)
-    k = fft.fftfreq(len(axis))
-    kx, ky, kz = np.meshgrid(k, k, k[:len(k) // 2 + 1], indexing="ij", sparse=True)
-    square = kx**2 + ky**2 + kz**2
-    square[0, 0, 0] = 1
-    dipole = 1 / 3 - kz**2 / square
-    dipole[0, 0, 0] = 0
-    relative = fft.irfftn(dipole * fft.rfftn(AIR * (1 - tissue)), shape)
+    relative = dipole_field(AIR * (1 - tissue))
     basis = eddy_basis(points, np.zeros(3)).reshape(*shape, -1)
     shim = np.linalg.lstsq(basis[brain], relative[brain], rcond=None)[0]
     field = options.field_scale * LARMOR * (relative - basis @ shim)
     return SplineField(ndimage.spline_filter(field, output=np.float32)[None], FIELD_STEP)
+
+
+def dipole_field(susceptibility: Float[np.ndarray, "n n n"]) -> Float[np.ndarray, "n n n"]:
+    """Compute the relative change of a magnetic field along z: (1/3 − k_z²/k²) χ in k-space.
+
+    Its mean is 0, and the susceptibility is continued periodically.
+    """
+    n = len(susceptibility)
+    k = fft.fftfreq(n)
+    kx, ky, kz = np.meshgrid(k, k, k[:n // 2 + 1], indexing="ij", sparse=True)
+    square = kx**2 + ky**2 + kz**2
+    square[0, 0, 0] = np.inf
+    dipole = 1 / 3 - kz**2 / square
+    dipole[0, 0, 0] = 0
+    return fft.irfftn(dipole * fft.rfftn(susceptibility), susceptibility.shape)
 
 
 def _ellipsoid(points: np.ndarray, centre: tuple, half_axes: tuple) -> np.ndarray:
@@ -420,11 +428,25 @@ def fourier_matrix(centres: Float[np.ndarray, " m"], voxel: float, cells: Float[
     return ((waves[0] * transfer) @ waves[1].conj().T).real
 
 
-class _Scanner:
-    """A head in a scanner: the cells of the fine grid, and how its images come about."""
+class Scanner:
+    """A head in a scanner, and how its images come about.
+
+    Parameters
+    ----------
+    head : Head
+        At rest.
+    grid : Grid
+        Grid of the images.
+    site : Site
+    field : SplineField
+        Susceptibility field (Hz) of the head at rest.
+    options : PhantomOptions
+    label : str
+        Label of the person, which with the seed determines phase and scalp.
+    """
 
     def __init__(self, head: Head, grid: Grid, site: Site, field: SplineField,
-                 options: PhantomOptions) -> None:
+                 options: PhantomOptions, label: str) -> None:
         self.head, self.grid, self.site, self.options = head, grid, site, options
         self.shape = head.fine.shape
         self.origin, self.steps = head.fine.affine[:3, 3], np.diag(head.fine.affine)[:3]
@@ -439,7 +461,8 @@ class _Scanner:
         away = ndimage.distance_transform_edt(~brain, sampling=step) - step / 2
         self.scalp = np.zeros(self.shape, np.float32)
         if options.has("skull"):
-            texture = SplineField.draw(stream(options.random_seed, "scalp"), np.array([0.2]), 15.0)
+            texture = SplineField.draw(stream(options.random_seed, "scalp", label),
+                                       np.array([0.2]), 15.0)
             layer = (np.clip((SCALP - away) / step + 0.5, 0, 1)
                      * np.clip((away - BONE) / step + 0.5, 0, 1))
             self.scalp += layer * np.exp(texture.at(head.fine.points)[0].reshape(self.shape))
@@ -449,12 +472,11 @@ class _Scanner:
         self.away = ndimage.distance_transform_edt(~content, sampling=step)
         self.matrices = {truncated: self._matrices(truncated)
                          for truncated in {False, options.has("gibbs")}}
-        self.position = torch.as_tensor(
-            (grid.points - self.centre) / 100, dtype=torch.float32).clamp(-1, 1)
+        self.position = torch.as_tensor((grid.points - self.centre) / 100, dtype=torch.float32)
         slices = np.broadcast_to(np.arange(grid.shape[2]), grid.shape).reshape(-1)
         self.slices = torch.as_tensor(slices.copy())
         self.generator = torch.Generator().manual_seed(int(stream(
-            options.random_seed, "phase", site.name).integers(2**62)))
+            options.random_seed, "phase", label, site.name).integers(2**62)))
         self.background = np.pi * noise.smooth_field(
             self.position, 3, 1, self.generator).numpy().reshape(grid.shape)
 
@@ -463,12 +485,13 @@ class _Scanner:
         matrices = []
         fine, voxel, fwhm = self.head.fine, self.grid.size, self.site.fwhm
         for i, (centres, cells) in enumerate(zip(self.grid.axes, fine.axes, strict=True)):
-            parts = BINS if i == PHASE_AXIS else 1
+            parts = BINS if i == 1 else 1
             width = fine.size / parts
             offsets = width * (np.arange(parts) - (parts - 1) / 2)
             cells = (cells[:, None] + offsets).reshape(-1)
             if truncated and i < 2:
-                matrix = fourier_matrix(centres, voxel, cells, width, fwhm)
+                excess = np.sqrt(max(0.0, fwhm**2 - FWHM**2))  # of sites that blur more
+                matrix = fourier_matrix(centres, voxel, cells, width, excess)
             else:
                 order = np.argsort(cells)
                 matrix = np.empty((len(centres), len(cells)))
@@ -485,8 +508,8 @@ class _Scanner:
     def spread(self, image: np.ndarray, truncated: bool | None = None) -> np.ndarray:
         """Apply the point spread to values on the fine grid, whose y axis may be divided into BINS
         per cell."""
-        if image.shape[PHASE_AXIS] == self.shape[PHASE_AXIS]:
-            image = np.repeat(image, BINS, PHASE_AXIS)
+        if image.shape[1] == self.shape[1]:
+            image = np.repeat(image, BINS, 1)
         x, y, z = self.matrices[self.options.has("gibbs") if truncated is None else truncated]
         return np.tensordot(x, y @ (image @ z.T), 1)
 
@@ -497,7 +520,7 @@ class _Scanner:
         signal: (n,) of the brain's cells. shift: mm along the y axis per Hz.
         """
         image = self.cells(signal, SCALP_S0 * np.exp(-b / 1000 * SCALP_D))
-        reach = np.linalg.norm(translation) + 130 * np.linalg.norm(rotation - np.eye(3), 2)
+        reach = np.linalg.norm(translation) + 150 * np.linalg.norm(rotation - np.eye(3), 2)
         near = self.away <= reach + (2 * self.head.fine.size if reach else 0)
         if reach:
             coefficients = ndimage.spline_filter(image, output=np.float32)
@@ -507,26 +530,22 @@ class _Scanner:
         image = image * self.fine_level
         if self.field is None and not eddy.any():
             return self.spread(image)
-        # lines along y are the last axis from here on
-        mass, near = (np.moveaxis(a, PHASE_AXIS, -1) for a in (BINS * image, near))
-        low = np.pad(near, [(0, 0), (0, 0), (0, 1)])
-        needed = low | np.roll(low, 1, -1)  # both edges of a cell
-        points = self._points(np.moveaxis(needed, -1, PHASE_AXIS), edge=True)
+        needed = np.zeros(np.add(self.shape, (0, 1, 0)), bool)  # edges of cells along y
+        needed[:, :-1] |= near
+        needed[:, 1:] |= near
+        points = self._points(needed) - self.steps * (0, 0.5, 0)
         hertz = eddy_basis(points, self.centre) @ eddy
         if self.field is not None:
             hertz = hertz + self.field.at(self._rest(points, rotation, translation))[0]
-        edges = np.broadcast_to(BINS * np.arange(low.shape[-1], dtype=float), low.shape).copy()
-        moved = np.zeros(np.moveaxis(needed, -1, PHASE_AXIS).shape)
-        moved[np.moveaxis(needed, -1, PHASE_AXIS)] = BINS / self.steps[PHASE_AXIS] * shift * hertz
-        edges += np.moveaxis(moved, PHASE_AXIS, -1)
-        shown = transport(mass, edges, BINS * self.shape[PHASE_AXIS]).astype(np.float32)
-        return self.spread(np.moveaxis(shown, -1, PHASE_AXIS))
+        edges = np.zeros(needed.shape) + np.arange(needed.shape[1])[:, None]
+        edges[needed] += shift * hertz / self.steps[1]
+        mass, edges = (np.moveaxis(BINS * a, 1, -1) for a in (image, edges))
+        shown = transport(mass, edges, BINS * self.shape[1]).astype(np.float32)
+        return self.spread(np.moveaxis(shown, -1, 1))
 
-    def _points(self, selected: np.ndarray, edge: bool = False) -> Float[np.ndarray, "n 3"]:
-        """World coordinates of the selected cells, or of their lower edges along y."""
-        index = np.stack(np.nonzero(selected), -1).astype(float)
-        index[:, PHASE_AXIS] -= edge / 2
-        return self.origin + self.steps * index
+    def _points(self, selected: np.ndarray) -> Float[np.ndarray, "n 3"]:
+        """World coordinates of the selected cells."""
+        return self.origin + self.steps * np.stack(np.nonzero(selected), -1)
 
     @staticmethod
     def _rest(points: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
@@ -534,7 +553,7 @@ class _Scanner:
         return (points - translation) @ rotation
 
     def receive(self, image: np.ndarray, b: float, rng: np.random.Generator
-                ) -> Float[np.ndarray, "coil x y z"]:
+                ) -> Complex[np.ndarray, "coil x y z"]:
         """Add phase and noise, and lose what partial Fourier does not acquire.
 
         With complex images, the coils are combined; otherwise the signal is in the first.
