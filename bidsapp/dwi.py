@@ -140,13 +140,22 @@ class FieldMap:
             return
         if self.kind == "phases" and len(self.images) < 2:
             raise DataError(f"{name}: the phase of the other echo is missing. Add it.")
-        stated = ([first.get(f"EchoTime{i}") for i in (1, 2)] if self.kind == "phasediff"
-                  else [image.metadata.get("EchoTime") for image in self.images])
-        times = [t for t in stated if isinstance(t, int | float)]
-        if len(times) != 2 or not 0 < times[0] < times[1]:
+        if self.echo_times is None:
             raise DataError(f"{name}: the echo times are "
-                            f"{', '.join(str(t)[:20] for t in stated)}. Two are needed, the second "
-                            "larger than the first. Correct the sidecar.")
+                            f"{', '.join(str(t)[:20] for t in self._stated_times)}. Two are "
+                            "needed, the second larger than the first. Correct the sidecar.")
+
+    @property
+    def echo_times(self) -> tuple[float, float] | None:
+        """Echo times of a phase difference or of two phases, s; None if there are none."""
+        times = [float(t) for t in self._stated_times if isinstance(t, int | float)]
+        return (times[0], times[1]) if len(times) == 2 and 0 < times[0] < times[1] else None
+
+    @property
+    def _stated_times(self) -> list[Any]:
+        if self.kind == "phasediff":
+            return [self.images[0].metadata.get(f"EchoTime{i}") for i in (1, 2)]
+        return [i.metadata.get("EchoTime") for i in self.images] if self.kind == "phases" else []
 
 
 @dataclass(frozen=True)

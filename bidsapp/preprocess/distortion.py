@@ -222,8 +222,8 @@ def field_from_pair(first: Float[np.ndarray, "x y z"], second: Float[np.ndarray,
                  undistort(second, hz, affine, second_encoding, move, second_affine))
     slope = np.gradient(hz, axis=axis)[head]
     factors = [1 + r * slope for r in readout]
-    return Field(hz, move, corrected, _correlation(images[0], images[1], head), _correlation(*corrected, head),
-                 (float(np.min(factors)), float(np.max(factors))))
+    return Field(hz, move, corrected, _correlation(images[0], images[1], head),
+                 _correlation(*corrected, head), (float(np.min(factors)), float(np.max(factors))))
 
 
 def field_from_gre(kind: str, images: Sequence[Float[np.ndarray, "x y z"]],

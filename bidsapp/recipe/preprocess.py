@@ -22,18 +22,26 @@ from typing import Any
 import numpy as np
 
 from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.anatomy import t1w
 from bidsapp.anatomy.mask import median_otsu, read_mask
 from bidsapp.bids import btable, sidecar
 from bidsapp.bids.inherit import entities_of, name_of
 from bidsapp.bids.writer import Transaction, sha256
 from bidsapp.dwi import FIELD_MAPS, Dwi, FieldMap, ImageFile, Part, Run, open_image, read_array
-from bidsapp.errors import DataError
+from bidsapp.errors import DataError, Refusal
 from bidsapp.evaluate import quality
 from bidsapp.options import DENOISERS
 from bidsapp.preprocess import bias, denoise, distortion, gibbs, motion, phase
 from bidsapp.preprocess.model import Geometry, resample
 from bidsapp.recipe.outputs import write_tables
-from bidsapp.recipe.steps import MADE_MASK, RunContext, Step, StepReport, check_gradients
+from bidsapp.recipe.steps import (
+    MADE_MASK,
+    RunContext,
+    Step,
+    StepReport,
+    check_gradients,
+    is_real,
+)
 from bidsapp.registration.geometry import transform_points
 from bidsapp.report import boilerplate, corrections
 from bidsapp.series import Series
@@ -154,18 +162,30 @@ class Corrector:
         self.report.notices.append(reason)
 
     def denoise(self, method: str) -> None:
-        """Remove noise by a method of `options.DENOISERS`."""
-        if len(self.acquisition) < denoise.MIN_VOLUMES:
-            return self.skip(f"Noise was not removed: {len(self.acquisition)} volumes are too few "
-                             f"to tell it from the signal, {denoise.MIN_VOLUMES} are needed.")
+        """Remove noise in and around the brain by a method of `options.DENOISERS`."""
+        from scipy.ndimage import binary_dilation
+
         start, before = time.monotonic(), self.volumes
-        result = denoise.denoise(before, self.acquisition, method, device=self.context.device)
+        try:
+            result = denoise.denoise(
+                before, binary_dilation(self.mask, iterations=MARGIN),
+                method={"denoise": "pca"}.get(method, method), bvals=self.acquisition.bvals,
+                device=self.context.device)
+        except Refusal as refusal:
+            self.skip(f"Noise was not removed: {refusal}")
+            return
         self.volumes = result.signal
-        sd = float(np.median(result.sigma[self.mask]))
-        self.report.qc["preproc_noise_sd"] = sd
-        self.note(method, f"noise removed by {method}; its SD is {sd:.3g}, the median of the "
-                          "brain", start)
+        self.magnitude = self.magnitude and result.law == "rician"
+        text = f"noise removed in patches of {' × '.join(map(str, result.patch))} voxels"
         residual = np.sqrt(np.mean(np.abs(before - self.volumes)**2, axis=-1))
+        if result.sigma is not None:
+            sd = float(np.median(result.sigma[self.mask]))
+            variance = float(np.mean(result.sigma[self.mask]**2))
+            channels = 2 if np.iscomplexobj(before) else 1
+            self.report.qc |= {"preproc_noise_sd": sd, "preproc_noise_removed": float(
+                np.mean(residual[self.mask]**2) / (channels * variance)) if variance else None}
+            text += f"; its SD is {sd:.3g} in the brain (median)"
+        self.note(method, text, start)
         shown = int(np.argmax(self.acquisition.bvals))
         self.report.figures += corrections.of_denoising(
             np.abs(before[..., shown]), np.abs(self.volumes[..., shown]), result.sigma, residual,
@@ -174,9 +194,7 @@ class Corrector:
     def unring(self) -> None:
         """Remove Gibbs ringing in the plane of the slices."""
         start, encoding = time.monotonic(), self.encodings[0]
-        slices = slice_axis(self.run.metadata)
-        axes = tuple(a for a in range(3) if a != slices)
-        result = gibbs.unring(self.volumes, (axes[0], axes[1]),
+        result = gibbs.unring(self.volumes, self.in_plane(),
                               partial_fourier=self.run.metadata.get("PartialFourier"),
                               phase_axis=encoding.axis if encoding else None,
                               device=self.context.device)
@@ -189,25 +207,32 @@ class Corrector:
 
     def remove_phase(self) -> None:
         """Turn complex volumes into real ones, without their background phase."""
-        if self.magnitude:
+        if not np.iscomplexobj(self.volumes):
             return
         start = time.monotonic()
-        self.volumes = phase.remove_background(self.volumes, slice_axis(self.run.metadata))
+        self.volumes = phase.remove_phase(self.volumes, self.in_plane(),
+                                          device=self.context.device).real
         self.note("complex", "background phase of each slice removed; the signal is the real part",
                   start)
+
+    def in_plane(self) -> tuple[int, int]:
+        """The two axes in the plane of the slices."""
+        first, second = (axis for axis in range(3) if axis != slice_axis(self.run.metadata))
+        return first, second
 
     def find_field(self) -> None:
         """Find the susceptibility field by the most trusted images that serve."""
         encoding = self.encodings[0]
         if encoding is None or encoding.readout is None:
             missing = "PhaseEncodingDirection" if encoding is None else "TotalReadoutTime"
-            return self.skip(f"Distortion was not corrected: the sidecar has no {missing}. Add it"
-                             + (", or give --fallback-total-readout-time." if encoding else "."))
+            self.skip(f"Distortion was not corrected: the sidecar has no {missing}. Add it"
+                      + (", or give --fallback-total-readout-time." if encoding else "."))
+            return
         self.report.notices += self.run.notices
         for kind, images, find in field_sources(self.context):
             start = time.monotonic()
             try:
-                found, pair = find(self.first_b0(), self.affine, encoding, self.mask)
+                found, pair = find(self.first_b0(), self.affine, encoding, self.dwi())
             except DataError as error:
                 self.skip(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
                           f"field: {error}")
@@ -227,8 +252,8 @@ class Corrector:
             self.note(PARAGRAPHS.get(kind, kind), text, start)
             self.report.figures += corrections.of_field(
                 found.hz, self.mask, self.affine, found.before, found.after, pair)
-            return None
-        return self.skip("Distortion was not corrected: no image gives the susceptibility field.")
+            return
+        self.skip("Distortion was not corrected: no image gives the susceptibility field.")
 
     def find_motion(self) -> None:
         """Find motion, eddy currents and outlier slices."""
@@ -296,7 +321,8 @@ class Corrector:
         try:
             found = bias.estimate(self.mean_b0(), self.mask, self.affine)
         except DataError as error:
-            return self.skip(f"The bias field was not corrected: {error}")
+            self.skip(f"The bias field was not corrected: {error}")
+            return
         self.volumes /= found.values[..., None]
         self.report.qc |= {"bias_min": found.lowest, "bias_max": found.highest}
         self.note("bias", f"bias field of the mean b0 removed by N4: {found.lowest:.2f} to "
@@ -307,6 +333,16 @@ class Corrector:
         run = self.run
         self.mask_source = MADE_MASK
         self.mask = median_otsu(self.mean_b0())
+        if run.t1w and not run.mask:
+            start = time.monotonic()
+            try:
+                anatomy = t1w.register(self.dwi(), run.t1w, self.context.device)
+                self.mask = t1w.mask_from_t1w(anatomy, self.mask, self.affine)
+                self.mask_source = self.context.dataset.uri(run.t1w)
+                self.note("brain", f"brain mask of {run.t1w.name}, brought to the corrected images",
+                          start)
+            except DataError as error:
+                self.skip(f"The brain mask is made of the mean b0, not of the T1w image: {error}")
         if run.mask:
             self.mask = read_mask(run.mask, self.mask.shape, self.affine)
             self.mask_source = self.context.dataset.uri(run.mask)
@@ -386,10 +422,10 @@ TITLES = {"pair": "distortion, by opposite phase encoding", "gre": "distortion, 
           "complex": "phase", "gibbs": "Gibbs ringing", "denoise": "noise", "bias": "bias field"}
 """Headings of corrections, where they differ from their key in `boilerplate.CORRECTIONS`."""
 
-FieldFinder = Callable[[np.ndarray, np.ndarray, PhaseEncoding, np.ndarray],
+FieldFinder = Callable[[np.ndarray, np.ndarray, PhaseEncoding, Dwi],
                        tuple[distortion.Field, tuple[np.ndarray, ...] | None]]
-"""Finds a field for a b0 image, its affine, its phase encoding and the brain mask. Returns it, and
-both b0 images as measured and corrected if it comes of opposite phase encodings."""
+"""Finds a field for a b0 image, its affine and phase encoding, and the series in the brain. Returns
+it, and both b0 images as measured and corrected if it comes of opposite phase encodings."""
 
 
 def field_sources(context: RunContext) -> Iterator[tuple[str, list[Path], FieldFinder]]:
@@ -405,11 +441,12 @@ def field_sources(context: RunContext) -> Iterator[tuple[str, list[Path], FieldF
             yield (field_map.kind, [i.image for i in (*field_map.images, *field_map.magnitudes)],
                    partial(_field_from_gre, field_map))
     if run.t1w:
-        yield "t1w", [run.t1w], partial(_field_from_t1w, run.t1w)
+        yield "t1w", [run.t1w], partial(
+            _field_from_t1w, run.t1w, context.device, context.options.work_dir)
 
 
 def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.ndarray,
-                     affine: np.ndarray, encoding: PhaseEncoding, mask: np.ndarray
+                     affine: np.ndarray, encoding: PhaseEncoding, dwi: Dwi
                      ) -> tuple[distortion.Field, tuple[np.ndarray, ...]]:
     opposite = PhaseEncoding.from_sidecar(image.metadata)
     assert opposite
@@ -428,20 +465,56 @@ def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.nda
 
 
 def _field_from_gre(field_map: FieldMap, b0: np.ndarray, affine: np.ndarray,
-                    encoding: PhaseEncoding, mask: np.ndarray) -> tuple[distortion.Field, None]:
-    raise DataError("not implemented")
+                    encoding: PhaseEncoding, dwi: Dwi) -> tuple[distortion.Field, None]:
+    images = [open_image(image.image) for image in field_map.images]
+    metadata = [image.metadata for image in field_map.images]
+    magnitude = read_array(open_image(field_map.magnitudes[0].image), np.float32)
+    return distortion.field_from_gre(
+        field_map.kind, [read_array(image, np.float32) for image in images], magnitude,
+        images[0].affine, b0, affine, encoding, units=metadata[0].get("Units"),
+        echo_times=field_map.echo_times), None
 
 
-def _field_from_t1w(image: Path, b0: np.ndarray, affine: np.ndarray, encoding: PhaseEncoding,
-                    mask: np.ndarray) -> tuple[distortion.Field, None]:
-    raise DataError("not implemented")
+def _field_from_t1w(image: Path, device: str, work_dir: Path | None, b0: np.ndarray,
+                    affine: np.ndarray, encoding: PhaseEncoding, dwi: Dwi
+                    ) -> tuple[distortion.Field, None]:
+    anatomy = t1w.register(dwi, image, device)
+    if anatomy.brain is None:
+        raise DataError(anatomy.notice)
+    return distortion.field_from_t1w(
+        b0, affine, encoding, np.where(anatomy.brain, anatomy.image, 0),
+        np.linalg.inv(anatomy.transform) @ anatomy.affine, dwi.mask, work_dir=work_dir), None
 
 
 def load(run: Run, acquisition: Acquisition) -> tuple[np.ndarray, int]:
-    """Read the volumes of a run, complex if it has phase images; count values that are not finite.
-    """
-    return Series.from_run(run, acquisition).load()
+    """Read the volumes of a run, complex if it has phase images or imaginary parts; count the
+    values that are not finite.
 
+    Raises
+    ------
+    DataError
+        A file is damaged, or the phase is in unknown units.
+    """
+    volumes, invalid = Series.from_run(run, acquisition).load()
+    if not run.phase:
+        return volumes, invalid
+    others = []
+    for image in run.phase:
+        values = read_array(open_image(image.image), np.float32)
+        try:
+            others.append(values if is_real(run) else
+                          phase.to_radians(values, image.metadata.get("Units")))
+        except DataError as error:
+            raise DataError(f"{image.image}: {error}") from error
+    other = np.nan_to_num(np.concatenate(others, axis=-1), posinf=0, neginf=0)
+    if other.shape != volumes.shape:
+        raise DataError(f"{run.phase[0].image}: has the shape {other.shape}, and the images have "
+                        f"{volumes.shape}. Convert both again, or remove the phase.")
+    return (phase.from_parts if is_real(run) else phase.from_polar)(volumes, other), invalid
+
+
+MARGIN = 4
+"""Voxels around the brain in which noise is removed, too."""
 
 FIELD_SOURCES = {**FIELD_MAPS, "t1w": "registration to the T1w image"}
 """Names of what gives the susceptibility field, the most trusted first."""

@@ -623,6 +623,9 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     DataError
         A file is missing or damaged, files contradict each other, or no mask can be made.
     """
+    if is_real(run) and not run.preprocessed:
+        raise DataError(f"{run.parts[0].image}: is the real part of complex images, of which the "
+                        "magnitude or a corrected signal is needed. Leave out --preprocess none.")
     series = Series.from_run(run, btable.load_acquisition(run))
     mean_b0 = series.mean(series.acquisition.b0)
     try:
@@ -632,6 +635,11 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
         raise DataError(f"{run.mask or run.parts[0].image}: {error}") from error
     dwi = series.within(mask, memory=memory, work_dir=work_dir)
     return replace(dwi, noise_sd=noise_sd(dwi)), mean_b0
+
+
+def is_real(run: Run) -> bool:
+    """Tell whether the images of a run are the real parts of complex ones."""
+    return run.entities.get("part") == "real"
 
 
 def load_measured(dataset: Dataset, run: Run, *, memory: float = math.inf,
