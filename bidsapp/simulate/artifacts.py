@@ -74,6 +74,9 @@ SCALP_S0, SCALP_D, SCALP_T1 = 1.2, 0.4, 1.0
 """Signal of the scalp at b = 0 (that of white matter is 1), its diffusivity (µm²/ms), and its
 T1-weighted intensity."""
 
+SHOT_RAMP = 2.0
+"""SD of the slopes of a shot's phase (rad per 100 mm) at b = 1000 s/mm²; ∝ √b."""
+
 GRE_ECHO_TIMES = (0.00492, 0.00738)
 """Echo times (s) of the GRE field map."""
 
@@ -223,10 +226,12 @@ def simulate_raw(person: Person, site: Site, reference: Site, table: Acquisition
     clean = np.stack([scanner.spread(scanner.cells(s), truncated=False) for s in signal[:n]])
     clean *= scanner.level
     return RawScan(
-        scan, UNIT * magnitude[:n], phase, encodings[0], UNIT * magnitude[n:], encodings[1],
-        phasediff, UNIT * gre, GRE_ECHO_TIMES, UNIT * scanner.t1(rng), UNIT * clean, felt[:n],
-        UNIT * scanner.sigma, field.at(scan.grid.points)[0].reshape(shape), rotations,
-        translations, eddy, response, lost)
+        scan, magnitude=UNIT * magnitude[:n], phase=phase, encoding=encodings[0],
+        reverse=UNIT * magnitude[n:], reverse_encoding=encodings[1], phasediff=phasediff,
+        gre=UNIT * gre, echo_times=GRE_ECHO_TIMES, t1=UNIT * scanner.t1(rng), clean=UNIT * clean,
+        felt=felt[:n], sigma=UNIT * scanner.sigma,
+        field=field.at(scan.grid.points)[0].reshape(shape), rotations=rotations,
+        translations=translations, eddy=eddy, gradient_response=response, lost=lost)
 
 
 # --- what is drawn
@@ -565,7 +570,7 @@ class Scanner:
         if self.options.has("complex"):
             shot = noise.shot_phase(
                 self.position, self.slices, 1, self.generator, offset=np.pi * (b > 0),
-                gradient=np.sqrt(b / 1000)).numpy().reshape(image.shape)
+                gradient=SHOT_RAMP * np.sqrt(b / 1000)).numpy().reshape(image.shape)
             channels[0] *= np.exp(1j * (self.background + shot))
         # zeros reduce the noise; its SD in the image is sigma in any case
         sigma = self.sigma / np.sqrt(PARTIAL_FOURIER if partial else 1)

@@ -194,7 +194,7 @@ def test_a_point_lands_where_the_model_says(atlas, sign):
         spot = np.exp(-np.sum((points - x)**2, 1) / (2 * 8.0**2)).astype(np.float32)
         image = device.show(spot, 0.0, r, t, shift, eddy)
         weights = image.reshape(-1) / image.sum()
-        np.testing.assert_allclose(weights @ device.grid.points, expected, atol=0.15)
+        np.testing.assert_allclose(weights @ device.grid.points, expected, atol=0.03)
         still = device.show(spot, 0.0, np.eye(3), np.zeros(3), 0.0, np.zeros(10))
         assert image.sum() == pytest.approx(still.sum(), rel=2e-3)
 
