@@ -258,12 +258,12 @@ class Acquisition:
         return tuple(sorted(groups, key=lambda g: (round(g.b), -g.b_delta)))
 
     def rotated(self, rotation: np.ndarray) -> Acquisition:
-        """Rotate the axes of all measurements, n → R n.
+        """Rotate the axes of the measurements, n → R n.
 
         Parameters
         ----------
-        rotation : (3, 3)
-            Orthogonal matrix R.
+        rotation : (3, 3) or (n, 3, 3)
+            Orthogonal matrix R of all measurements, or one of each.
 
         Returns
         -------
@@ -272,12 +272,13 @@ class Acquisition:
         Raises
         ------
         ValueError
-            The matrix is not orthogonal.
+            A matrix is not orthogonal, or their number is not that of the measurements.
         """
         rotation = np.asarray(rotation, dtype=np.float64)
-        if rotation.shape != (3, 3) or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-5):
-            raise ValueError("rotation must be an orthogonal (3, 3) matrix")
-        return replace(self, bvecs=self.bvecs @ rotation.T)
+        if (rotation.shape not in ((3, 3), (len(self), 3, 3))
+                or not np.allclose(rotation @ np.swapaxes(rotation, -1, -2), np.eye(3), atol=1e-5)):
+            raise ValueError("rotation must be an orthogonal (3, 3) matrix, or one per measurement")
+        return replace(self, bvecs=(rotation @ self.bvecs[..., None])[..., 0])
 
     def to_dipy(self):
         """Convert to dipy's GradientTable, with b-tensors unless all are linear."""

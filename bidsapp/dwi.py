@@ -100,8 +100,9 @@ class FieldMap:
     magnitudes : tuple of ImageFile
         Magnitudes of the echoes, for all kinds but `opposite`.
     rule : str
-        Rule by which it belongs to the run: `B0FieldSource`, `IntendedFor`, or `session` if no
-        sidecar assigns it and both are of one session.
+        Rule by which it belongs to the run: `B0FieldSource`, `IntendedFor`, `session` if no
+        sidecar assigns it and both are of one session, or `run` if its images are parts of the run
+        (merged runs).
 
     Raises
     ------
@@ -139,13 +140,22 @@ class FieldMap:
             return
         if self.kind == "phases" and len(self.images) < 2:
             raise DataError(f"{name}: the phase of the other echo is missing. Add it.")
-        stated = ([first.get(f"EchoTime{i}") for i in (1, 2)] if self.kind == "phasediff"
-                  else [image.metadata.get("EchoTime") for image in self.images])
-        times = [t for t in stated if isinstance(t, int | float)]
-        if len(times) != 2 or not 0 < times[0] < times[1]:
+        if self.echo_times is None:
             raise DataError(f"{name}: the echo times are "
-                            f"{', '.join(str(t)[:20] for t in stated)}. Two are needed, the second "
-                            "larger than the first. Correct the sidecar.")
+                            f"{', '.join(str(t)[:20] for t in self._stated_times)}. Two are "
+                            "needed, the second larger than the first. Correct the sidecar.")
+
+    @property
+    def echo_times(self) -> tuple[float, float] | None:
+        """Echo times of a phase difference or of two phases, s; None if there are none."""
+        times = [float(t) for t in self._stated_times if isinstance(t, int | float)]
+        return (times[0], times[1]) if len(times) == 2 and 0 < times[0] < times[1] else None
+
+    @property
+    def _stated_times(self) -> list[Any]:
+        if self.kind == "phasediff":
+            return [self.images[0].metadata.get(f"EchoTime{i}") for i in (1, 2)]
+        return [i.metadata.get("EchoTime") for i in self.images] if self.kind == "phases" else []
 
 
 @dataclass(frozen=True)
@@ -174,11 +184,11 @@ class Run:
     preprocessed : bool
         Whether the images are already corrected. The fields below are set only if they are not.
     phase_encoding : PhaseEncoding, optional
-        Phase encoding of all parts; None if it is unknown.
+        Phase encoding of the first part, which only merged runs do not share; None if unknown.
     field_maps : tuple of FieldMap
         Field maps that may be used, the most trusted first.
     phase : tuple of ImageFile
-        Phase image of each part, or empty.
+        Phase image of each part, or the imaginary part if the images are `part-real`; or empty.
     notices : tuple of str
         Sentences on corrections that are missing or broken.
 
@@ -269,6 +279,9 @@ class Dwi:
     s0_known : bool
         Whether the b0 volumes are S0 without noise, as in simulations. Measured volumes never are,
         not even after division by the mean b0.
+    magnitude : bool
+        Whether the signal is the magnitude of complex data, so that its noise is Rician. If not,
+        it is the real part after removal of the phase, with Gaussian noise and no noise floor.
 
     Raises
     ------
@@ -287,6 +300,7 @@ class Dwi:
     tissue: np.ndarray | None = None
     noise_gain: np.ndarray | None = None
     s0_known: bool = False
+    magnitude: bool = True
 
     def __post_init__(self) -> None:
         if not self.mask.any():

@@ -15,6 +15,15 @@ from bidsapp.errors import UsageError
 MODES = ("syn", "sample-mean", "sample", "random-wm")
 """Modes of --synthesize."""
 
+CORRECTIONS = ("denoise", "gibbs", "motion", "distortion", "bias")
+"""Corrections of raw images, in the order in which --preprocess lists them."""
+
+DENOISERS = ("denoise", "mppca", "patch2self")
+"""Denoising methods of --preprocess: QSphere's own, and those of DIPY by name."""
+
+GRADIENT_CHECKS = ("stop", "fix", "warn", "off")
+"""Values of --gradient-check."""
+
 LEVELS = ("participant", "group")
 
 
@@ -114,9 +123,24 @@ class Options:
     batch_column: str | None = option(
         None, "column of --batch-file or participants.tsv that names the site", metavar="NAME")
 
+    preprocess: tuple[str, ...] = option(
+        ("auto",), "corrections of the images. auto (default): all that raw images allow, none for "
+        f"preprocessed ones; none; or some of {' '.join(CORRECTIONS)}, where mppca or patch2self "
+        "may replace denoise", level="participant", group="participant level", metavar="STEP",
+        choices=("auto", "none", *CORRECTIONS, *DENOISERS[1:]))
+    fallback_total_readout_time: float | None = option(
+        None, "TotalReadoutTime of raw images whose sidecar has none", level="participant",
+        metavar="SECONDS")
+    merge_distortion_groups: bool = option(
+        False, "join runs that differ in the direction of phase encoding, once corrected, to one",
+        level="participant")
+    gradient_check: str = option(
+        "stop", "what to do with b-vectors that are probably flipped or permuted: stop (default) "
+        "fails the run, fix corrects and records them, warn, or off", level="participant",
+        choices=GRADIENT_CHECKS)
     estimate: tuple[str, ...] = option(
         (), "microstructure methods; default: dti smt scnn2, where the acquisition allows",
-        group="participant level", level="participant", metavar="NAME")
+        level="participant", metavar="NAME")
     harmonize: str | None = option(
         None, "a trained harmonizer: its folder, its name under OUTPUT_DIR/group/models, or a "
         "method name: uses its model for the run's site", level="participant", metavar="MODEL")
@@ -243,6 +267,7 @@ class Options:
         if not spaces.parse(self.output_spaces) and self.output_resolution:
             raise UsageError("--output-resolution belongs to --output-spaces. Give a SPACE with "
                              "it (T1w or a template), or leave the option out.")
+        self._check_preprocessing()
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: auto, cpu, cuda or cuda:N is needed.")
         for text in self.set:
@@ -255,6 +280,36 @@ class Options:
                 raise UsageError(f"--derivatives: two datasets are called {name!r}"
                                  f"{' (BIDS_DIR has this name)' if name == 'raw' else ''}. "
                                  "Give each a name of its own, as NAME=PATH.")
+
+    def corrections(self, preprocessed: bool) -> tuple[str, ...]:
+        """List the corrections that --preprocess asks for, in the order of CORRECTIONS.
+
+        Parameters
+        ----------
+        preprocessed : bool
+            Whether the images are preprocessed already; then `auto` asks for none.
+        """
+        if self.preprocess == ("auto",):
+            return () if preprocessed else CORRECTIONS
+        order = (*DENOISERS, *CORRECTIONS[1:])
+        return tuple(sorted(set(self.preprocess) - {"none"}, key=order.index))
+
+    def _check_preprocessing(self) -> None:
+        named = " ".join(self.preprocess)
+        if len(self.preprocess) > 1 and {"auto", "none"} & set(self.preprocess):
+            raise UsageError(f"--preprocess {named}: auto and none stand alone. Give one of them, "
+                             f"or name corrections: {' '.join(CORRECTIONS)}.")
+        if len(set(DENOISERS) & set(self.preprocess)) > 1:
+            raise UsageError(f"--preprocess {named}: one denoising method is needed. Give one of "
+                             f"{', '.join(DENOISERS)}.")
+        seconds = self.fallback_total_readout_time
+        if seconds is not None and not 0 < seconds < 1:
+            raise UsageError(f"--fallback-total-readout-time {seconds:g}: a number of "
+                             "seconds between 0 and 1 is needed. Divide milliseconds by 1000.")
+        if self.merge_distortion_groups and not {"auto", "distortion"} & set(self.preprocess):
+            raise UsageError(f"--merge-distortion-groups: the runs must be corrected first, and "
+                             f"--preprocess {named} does not correct distortion. Add distortion, "
+                             "or leave the option out.")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as plain values that --config-file can read.
@@ -279,6 +334,21 @@ DESIGNS = {
     "confounded": "each site has its own people, older from site to site",
 }
 """Designs of a phantom study, with their help texts."""
+
+ARTIFACTS = {
+    "distortion": "a susceptibility field; DWIs AP, b0 images PA and a GRE field map",
+    "motion": "of the head between volumes",
+    "eddy": "fields of eddy currents, up to quadratic",
+    "dropout": "signal lost in slices of weighted volumes",
+    "gibbs": "ringing by truncation of k-space",
+    "partial-fourier": "a quarter of k-space is not acquired, and filled with zeros",
+    "complex": "magnitude and phase, with a phase of each shot",
+    "skull": "skull and scalp",
+}
+"""Artifacts of a phantom's raw images, with their help texts."""
+
+ARTIFACT_OPTIONS = ("artifacts", "field_scale", "motion_mm", "motion_degrees", "eddy_hz", "dropout")
+"""Fields of PhantomOptions that matter only with artifacts."""
 
 
 @dataclass(frozen=True)
@@ -343,6 +413,18 @@ class PhantomOptions:
     effect_voxel: float = option(
         0.0, "change of the voxel size, mm; 0 keeps scans of a participant paired voxel by voxel")
 
+    artifacts: tuple[str, ...] = option(
+        (), "artifacts to simulate, so that there is something to correct; default: none; all, or: "
+        + "; ".join(f"{k}: {v}" for k, v in ARTIFACTS.items()), choices=("all", *ARTIFACTS),
+        group="artifacts of raw images")
+    field_scale: float = option(1.0, "factor of the susceptibility field")
+    motion_mm: float = option(3.0, "largest translation of the head, mm")
+    motion_degrees: float = option(3.0, "largest rotation of the head, degrees")
+    eddy_hz: float = option(
+        10.0, "SD of the coefficients of an eddy-current field at b = 1000, Hz: its linear terms "
+        "100 mm from the centre; half of it is the SD of the constant and of the quadratic terms")
+    dropout: float = option(0.02, "share of the slices of weighted volumes that lose signal")
+
     def __post_init__(self) -> None:
         if self.design not in DESIGNS:
             raise UsageError(f"--design {self.design}: one of {', '.join(DESIGNS)} is needed.")
@@ -363,21 +445,32 @@ class PhantomOptions:
             value = getattr(self, name)
             if isinstance(value, float) and not (math.isfinite(value) or name == "snr"):
                 raise UsageError(f"{flag(name)} {value}: a finite number is needed.")
-            if name.startswith(("effect", "pose", "person_sd")) and value < 0:
+            if name.startswith(("effect", "pose", "person_sd", "motion", "eddy")) and value < 0:
                 raise UsageError(f"{flag(name)} {value:g}: 0 or more is needed (signs are drawn).")
         if not self.shells or min(self.shells) < 50 or max(self.shells) > 10000:
             raise UsageError(f"--shells {' '.join(f'{b:g}' for b in self.shells)}: b-values from "
                              "50 to 10000 s/mm² are needed.")
         if len(set(self.shells)) < len(self.shells):
             raise UsageError("--shells: each b-value once; for more volumes, raise --directions.")
-        if not 0 <= self.lesions <= 1:
-            raise UsageError(f"--lesions {self.lesions:g}: a share from 0 to 1 is needed.")
+        for name in ("lesions", "dropout"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise UsageError(f"--{name} {value:g}: a share from 0 to 1 is needed.")
+        if unknown := [a for a in self.artifacts if a not in ("all", *ARTIFACTS)]:
+            raise UsageError(f"--artifacts {unknown[0]}: all, or some of {', '.join(ARTIFACTS)} "
+                             "are needed.")
+        if self.motion_mm > 20 or self.motion_degrees > 20:
+            raise UsageError(f"--motion-mm {self.motion_mm:g}, --motion-degrees "
+                             f"{self.motion_degrees:g}: at most 20 mm and 20 degrees are needed.")
         low, high = self.ages
         if not 0 < low <= high <= 110:
             raise UsageError(f"--ages {low:g} {high:g}: the youngest and the oldest are needed, "
                              "within 1 to 110 years.")
         if not 1.5 <= self.voxel <= 12:
             raise UsageError(f"--voxel-size {self.voxel:g}: 1.5 to 12 mm are needed.")
+
+    def has(self, artifact: str) -> bool:
+        """Tell whether an artifact, one of ARTIFACTS, is simulated."""
+        return artifact in self.artifacts or "all" in self.artifacts
 
     @property
     def voxel(self) -> float:

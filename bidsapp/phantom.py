@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,13 +15,15 @@ from scipy.stats import norm
 from tqdm import tqdm
 
 from bidsapp import __version__
+from bidsapp.acquisition import PhaseEncoding
 from bidsapp.bids import names
 from bidsapp.bids.new_dataset import NewDataset, new_dataset
 from bidsapp.bids.writer import CODE_URL
 from bidsapp.blocks import one_thread
-from bidsapp.options import DESIGNS, PhantomOptions
+from bidsapp.options import ARTIFACT_OPTIONS, DESIGNS, PhantomOptions
 from bidsapp.simulate import anatomy
 from bidsapp.simulate.anatomy import TISSUES, Atlas
+from bidsapp.simulate.artifacts import ECHO_SPACING, PARTIAL_FOURIER, RawScan, simulate_raw
 from bidsapp.simulate.fields import stream
 from bidsapp.simulate.person import (
     LESION_D,
@@ -103,11 +105,11 @@ def phantom(options: PhantomOptions) -> int:
         with ThreadPoolExecutor(1) as writer, tqdm(
                 total=sum(len(p.sites) for p in people), desc="scans", disable=None) as bar:
             previous = None
-            for participant, person, site, scan in simulate_scans(options, people, sites, atlas):
+            for scan in simulate_scans(options, people, sites, atlas,
+                                       simulate_raw if options.artifacts else simulate_scan):
                 if previous:
                     previous.result()
-                previous = writer.submit(write_scan, tree, options, participant, person, site,
-                                         scan)
+                previous = writer.submit(write_scan, tree, options, *scan)
                 bar.update()
             if previous:
                 previous.result()
@@ -176,7 +178,8 @@ def recruit(options: PhantomOptions) -> list[Participant]:
 
 
 def simulate_scans(options: PhantomOptions, people: list[Participant], sites: list[Site],
-                   atlas: Atlas) -> Iterator[tuple[Participant, Person, Site, Scan]]:
+                   atlas: Atlas, simulate: Callable[..., Any] = simulate_scan
+                   ) -> Iterator[tuple[Participant, Person, Site, Any]]:
     """Simulate all scans, participant by participant.
 
     Parameters
@@ -186,6 +189,8 @@ def simulate_scans(options: PhantomOptions, people: list[Participant], sites: li
     sites : list of Site
         The first is the reference site.
     atlas : Atlas
+    simulate : function
+        `simulate_scan`, or `simulate_raw` for raw images with artifacts.
 
     Yields
     ------
@@ -193,7 +198,8 @@ def simulate_scans(options: PhantomOptions, people: list[Participant], sites: li
     person : Person
         Anatomy and tissue of the participant.
     site : Site
-    scan : Scan
+    scan : Scan or RawScan
+        What `simulate` returns.
     """
     tables = {n: gradient_table(options.shells, n) for n in sorted({s.directions for s in sites})}
     for participant in people:
@@ -201,7 +207,7 @@ def simulate_scans(options: PhantomOptions, people: list[Participant], sites: li
                              participant.lesion, participant.tissue)
         for site in (sites[i] for i in participant.sites):
             pose = draw_pose(options, participant.label, site.name)
-            yield participant, person, site, simulate_scan(
+            yield participant, person, site, simulate(
                 person, site, sites[0], tables[site.directions], atlas, options, pose)
 
 
@@ -213,13 +219,16 @@ def describe(tree: NewDataset, options: PhantomOptions, people: list[Participant
     common = {"BIDSVersion": "1.10.0", "License": "CC0", "Authors": AUTHORS,
               "GeneratedBy": [generator]}
     tree.json("dataset_description.json", {"Name": title, "DatasetType": "raw", **common})
-    for folder, content in ((MASKS, "brain masks"), (TISSUE, "tissue maps"), (TRUTH, "truth")):
+    folders = {TRUTH: "truth"} if options.artifacts else {
+        MASKS: "brain masks", TISSUE: "tissue maps", TRUTH: "truth"}
+    readme = README + (README_ARTIFACTS if options.artifacts else "")
+    for folder, content in folders.items():
         tree.json(folder / "dataset_description.json", {
             "Name": f"{title}: {content}", "DatasetType": "derivative", **common,
             "DatasetLinks": {"raw": "../.."}, "SourceDatasets": [{"URL": "../.."}]})
-        tree.text(folder / "README.md", README)
+        tree.text(folder / "README.md", readme)
         tree.text(folder / ".bidsignore", "\n".join(names.BIDSIGNORE) + "\n")
-    tree.text("README.md", README)
+    tree.text("README.md", readme)
     travelling = options.design == "travelling"
     tree.table("participants.tsv", [{
         "participant_id": f"sub-{p.label}", "age": p.age, "sex": p.sex,
@@ -235,7 +244,8 @@ def describe(tree: NewDataset, options: PhantomOptions, people: list[Participant
 
 def write_sites(tree: NewDataset, options: PhantomOptions, sites: list[Site]) -> None:
     """Write the properties of all sites, the slopes of tissue over age, and the options."""
-    settings = {k: v for k, v in asdict(options).items() if k != "output_dir"}
+    unused = () if options.artifacts else ARTIFACT_OPTIONS
+    settings = {k: v for k, v in asdict(options).items() if k not in ("output_dir", *unused)}
     tree.json(TRUTH / "desc-sites_truth.json", {
         "Reference": sites[0].name, "Design": DESIGNS[options.design],
         "Sites": {s.name: {f.name: getattr(s, f.name) for f in fields(s) if f.name != "fields"}
@@ -249,51 +259,142 @@ def write_sites(tree: NewDataset, options: PhantomOptions, sites: list[Site]) ->
 def write_raw(tree: NewDataset, options: PhantomOptions, entities: dict[str, str], site: Site,
               scan: Scan) -> tuple[PurePosixPath, PurePosixPath]:
     """Write the raw DWI and T1w of a scan, and return their paths."""
-    affine, fine = scan.grid.affine, scan.fine.affine
-    scanner = {
-        "Manufacturer": "QSphere", "ManufacturersModelName": f"Phantom {site.name}",
-        "DeviceSerialNumber": site.name, "InstitutionName": site.name,
-        "MagneticFieldStrength": 3.0, "SoftwareVersions": __version__}
+    affine = scan.grid.affine
     dwi = names.output_path(entities, "dwi", ".nii.gz")
-    tree.image(dwi, _stored(scan.signal, options), affine, {
-        **scanner, "EchoTime": round(site.echo_time / 1000, 6),
-        "RepetitionTime": round(site.repetition_time, 6), "PhaseEncodingDirection": "j-",
-        "TotalReadoutTime": 0.05}, site.repetition_time)
+    tree.image(dwi, _stored(scan.signal, options), affine,
+               {**_epi(site), "PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05},
+               site.repetition_time)
     tree.gradients(dwi, scan.acquisition, affine)
+    return dwi, _write_t1(tree, options, entities, site, scan.t1, scan.fine.affine)
+
+
+def write_artifacts(tree: NewDataset, options: PhantomOptions, entities: dict[str, str], site: Site,
+                    raw: RawScan) -> tuple[PurePosixPath, PurePosixPath]:
+    """Write the raw images of a scan with artifacts, and return the paths of DWI and T1w."""
+    affine, repetition = raw.scan.grid.affine, site.repetition_time
+    pair = bool(len(raw.reverse))
+
+    def epi(encoding: PhaseEncoding, **more: Any) -> dict[str, Any]:
+        zeros = {"PartialFourier": PARTIAL_FOURIER, "PartialFourierDirection": "PHASE"}
+        return {**_epi(site), "PhaseEncodingDirection": encoding.direction,
+                "TotalReadoutTime": encoding.readout, "EffectiveEchoSpacing": ECHO_SPACING,
+                **(zeros if options.has("partial-fourier") else {}), **more}
+
+    series = {**entities, "dir": "AP"} if pair else entities
+    fields = {"B0FieldIdentifier": "pepolar", "B0FieldSource": ["pepolar", "gre"]} if pair else {}
+    dwi = names.output_path(series, "dwi", ".nii.gz")
+    images = [dwi]
+    if raw.phase is not None:
+        dwi, phase = (names.output_path(series, "dwi", ".nii.gz", part=p) for p in ("mag", "phase"))
+        images = [dwi, phase]
+        tree.image(phase, raw.phase, affine, epi(raw.encoding, Units="rad", **fields), repetition)
+        tree.gradients(phase, raw.scan.acquisition, affine)
+    tree.image(dwi, _stored(raw.magnitude, options), affine, epi(raw.encoding, **fields),
+               repetition)
+    tree.gradients(dwi, raw.scan.acquisition, affine)
+    if pair:
+        intended = {"IntendedFor": [f"bids::{path}" for path in images]}
+        tree.image(names.output_path({**entities, "dir": "PA"}, "epi", ".nii.gz", "fmap"),
+                   _stored(raw.reverse, options), affine,
+                   epi(raw.reverse_encoding, B0FieldIdentifier="pepolar", **intended), repetition)
+        assert raw.phasediff is not None  # there is one with every pair
+        gre = {**_scanner(site), "RepetitionTime": 0.5, "FlipAngle": 60,
+               "B0FieldIdentifier": "gre", **intended}
+        times = {f"EchoTime{i + 1}": t for i, t in enumerate(raw.echo_times)}
+        integers = np.rint(raw.phasediff * (4096 / np.pi)).clip(-4096, 4095).astype(np.int16)
+        tree.image(names.output_path(entities, "phasediff", ".nii.gz", "fmap"), integers, affine,
+                   {**gre, **times})
+        for i, (image, time) in enumerate(zip(raw.gre, raw.echo_times, strict=True)):
+            tree.image(names.output_path(entities, f"magnitude{i + 1}", ".nii.gz", "fmap"),
+                       _stored(image, options), affine, {**gre, "EchoTime": time})
+    return dwi, _write_t1(tree, options, entities, site, raw.t1, raw.scan.fine.affine)
+
+
+def write_artifact_truth(tree: NewDataset, entities: dict[str, str], site: Site, raw: RawScan,
+                         sidecar: Callable[..., dict[str, Any]]) -> None:
+    """Write what the artifacts of a scan are, and the signal without them."""
+    affine, n = raw.scan.grid.affine, len(raw.magnitude)
+    clean = TRUTH / names.output_path(entities, "dwi", ".nii.gz", desc="clean")
+    tree.image(clean, raw.clean, affine, sidecar(
+        "Signal of this site without noise and artifacts, with the head at rest; its b-vectors are "
+        "in the frame of the head"), site.repetition_time)
+    tree.gradients(clean, raw.felt, affine)
+    if len(raw.reverse):
+        tree.image(TRUTH / names.output_path(entities, "truth", ".nii.gz", desc="field"), raw.field,
+                   affine, sidecar("Susceptibility field of the head at rest", Units="Hz"))
+    volumes = [{"image": "dwi" if v < n else "epi", "volume": v if v < n else v - n}
+               for v in range(len(raw.eddy))]
+
+    def table(description: str, rows: list[dict[str, Any]], columns: dict[str, Any]) -> None:
+        path = TRUTH / names.output_path(entities, "truth", ".tsv", desc=description)
+        tree.table(path, rows, {**VOLUME, **columns})
+
+    table("motion", [{**volume, **dict(zip(MOTION, (*t, *r.ravel()), strict=True))}
+                     for volume, r, t in zip(volumes, raw.rotations, raw.translations,
+                                             strict=True)], MOTION)
+    table("eddy", [{**volume, **dict(zip(EDDY, e, strict=True))}
+                   for volume, e in zip(volumes, raw.eddy, strict=True)], EDDY)
+    if raw.lost.any():
+        table("outliers", [{**volumes[v], "slice": k, "lost": raw.lost[v, k]}
+                           for v, k in np.argwhere(raw.lost)], OUTLIERS)
+
+
+def _scanner(site: Site) -> dict[str, Any]:
+    """Sidecar of all images of a site."""
+    return {"Manufacturer": "QSphere", "ManufacturersModelName": f"Phantom {site.name}",
+            "DeviceSerialNumber": site.name, "InstitutionName": site.name,
+            "MagneticFieldStrength": 3.0, "SoftwareVersions": __version__}
+
+
+def _epi(site: Site) -> dict[str, Any]:
+    """Sidecar of a site's EPIs."""
+    return {**_scanner(site), "EchoTime": round(site.echo_time / 1000, 6),
+            "RepetitionTime": round(site.repetition_time, 6)}
+
+
+def _write_t1(tree: NewDataset, options: PhantomOptions, entities: dict[str, str], site: Site,
+              image: np.ndarray, affine: np.ndarray) -> PurePosixPath:
     t1w = names.output_path(entities, "T1w", ".nii.gz", "anat")
-    tree.image(t1w, _stored(scan.t1, options), fine, {
-        **scanner, "EchoTime": 0.003, "RepetitionTime": 2.3, "FlipAngle": 9})
-    return dwi, t1w
+    tree.image(t1w, _stored(image, options), affine, {
+        **_scanner(site), "EchoTime": 0.003, "RepetitionTime": 2.3, "FlipAngle": 9})
+    return t1w
 
 
 def write_scan(tree: NewDataset, options: PhantomOptions, participant: Participant, person: Person,
-               site: Site, scan: Scan) -> None:
-    """Write the raw images, derivatives and truth of one scan."""
+               site: Site, simulated: Scan | RawScan) -> None:
+    """Write the raw images, derivatives and truth of one scan.
+
+    With artifacts, masks and tissue maps are part of the truth.
+    """
     entities = {"sub": participant.label}
     if options.design == "travelling":
         entities["ses"] = site.name
+    raw = simulated if isinstance(simulated, RawScan) else None
+    scan = simulated.scan if isinstance(simulated, RawScan) else simulated
     affine, fine = scan.grid.affine, scan.fine.affine
-    dwi, t1w = write_raw(tree, options, entities, site, scan)
+    dwi, t1w = (write_artifacts(tree, options, entities, site, raw) if raw
+                else write_raw(tree, options, entities, site, scan))
+    masks, maps = (TRUTH, TRUTH) if raw else (MASKS, TISSUE)
 
     def sidecar(source: PurePosixPath, description: str, **extra: Any) -> dict[str, Any]:
         uri = f"bids:raw:{source}"
         return {"Description": description, "Sources": [uri], "SpatialReference": uri,
                 "SkullStripped": True, **extra}
 
-    tree.image(MASKS / names.output_path(entities, "mask", ".nii.gz", desc="brain"),
+    tree.image(masks / names.output_path(entities, "mask", ".nii.gz", desc="brain"),
                scan.mask.astype(np.uint8), affine, sidecar(dwi, "Brain mask", Type="Brain"))
     brain = (scan.t1_tissue.sum(0) > 0.5).astype(np.uint8)
-    tree.image(MASKS / names.output_path(entities, "mask", ".nii.gz", "anat", desc="brain"), brain,
+    tree.image(masks / names.output_path(entities, "mask", ".nii.gz", "anat", desc="brain"), brain,
                fine, sidecar(t1w, "Brain mask", Type="Brain"))
     for i, tissue in enumerate(TISSUES):
         label = LABELS[tissue]
         description = f"Share of {label} in a voxel, exact"
-        tree.image(TISSUE / names.output_path(entities, "probseg", ".nii.gz", "anat", label=label),
+        tree.image(maps / names.output_path(entities, "probseg", ".nii.gz", "anat", label=label),
                    scan.t1_tissue[i], fine, sidecar(t1w, description))
         tree.image(TRUTH / names.output_path(entities, "probseg", ".nii.gz", label=label),
                    scan.tissue[i], affine,
                    sidecar(dwi, f"{description}, with the reference's point spread"))
-    tree.image(TISSUE / names.output_path(entities, "dseg", ".nii.gz", "anat"),
+    tree.image(maps / names.output_path(entities, "dseg", ".nii.gz", "anat"),
                ((scan.t1_tissue.argmax(0) + 1) * brain).astype(np.uint8), fine,
                sidecar(t1w, "Tissue of the largest share: 1 WM, 2 GM, 3 CSF"))
     if person.lesion:
@@ -310,6 +411,8 @@ def write_scan(tree: NewDataset, options: PhantomOptions, participant: Participa
         dwi, "What the reference site measures without noise, on this scan's grid, in this pose, "
              "with this table"), site.repetition_time)
     tree.gradients(reference, scan.acquisition, affine)
+    if raw:
+        write_artifact_truth(tree, entities, site, raw, partial(sidecar, dwi))
     tree.json(TRUTH / names.output_path(entities, "truth", ".json"), {
         "Site": site.name, "Pose": scan.pose, "PoseDescription":
             "4x4, from the person's coordinates to the scanner's (world RAS+, mm)",
@@ -350,6 +453,18 @@ ODF_KEYS = {"OrientationEncoding": {
     "SphericalHarmonicOrder": "l = 0, 2, 4, ..., and m = -l, ..., l for each l",
     "SphericalHarmonicDegree": L_MAX}}
 
+VOLUME = {"image": {"Description": "Image: the DWI, or the EPI of the opposite phase encoding"},
+          "volume": {"Description": "Number of its volume, from 0"}}
+MOTION = {**{f"trans_{i}": {"Description": f"t_{i} of y = R x + t, from a point x of the head at "
+                            "rest to y, both world RAS+", "Units": "mm"} for i in "xyz"},
+          **{f"rot_{i}{j}": {"Description": f"R_{i}{j} of y = R x + t"}
+             for i in "xyz" for j in "xyz"}}
+EDDY = {name: {"Description": f"Coefficient of {name} of the eddy-current field, with x, y, z in "
+               "units of 100 mm from the centre of the grid, world RAS+", "Units": "Hz"}
+        for name in ("1", "x", "y", "z", "xx", "yy", "zz", "xy", "xz", "yz")}
+OUTLIERS = {"slice": {"Description": "Slice that lost signal, from 0, along the third axis"},
+            "lost": {"Description": "Share of the signal that is lost"}}
+
 README = """# A multi-site diffusion MRI phantom
 
 Simulated by `qsphere-phantom`: people who differ in anatomy, age and tissue, scanned at sites that
@@ -367,4 +482,16 @@ differ as real sites do. The dataset contains no data of real people, except for
 FA and MD are those of the mean diffusion tensor, the limit of b to 0. A tensor fitted at
 b = 1000 s/mm2 differs from it even without noise, because log S is not linear in b. Compare such
 fits with the same fit of `desc-reference_dwi`.
+"""
+
+README_ARTIFACTS = """
+## Artifacts
+
+The raw images have artifacts, and no masks. `sourcedata/truth` contains masks and tissue maps;
+`desc-clean_dwi`, the signal of the same site without noise and artifacts and with the head at rest,
+with the b-vectors in the frame of the head;
+`desc-field_truth` (Hz); `desc-motion_truth.tsv`, `desc-eddy_truth.tsv` and
+`desc-outliers_truth.tsv`. A point x of the head at rest is in volume v at R x + t, and appears
+there displaced by T (h(x) + e(R x + t)) voxels along the phase-encoding direction, with the total
+readout time T, the susceptibility field h and the eddy-current field e.
 """

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bidsapp import checkpoint, methods, spaces, training
-from bidsapp.bids import btable, find
+from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.blocks import choose_device, memory_limit
 from bidsapp.dwi import FIXED_MEMORY, Dwi, Run, open_image, peak_memory
@@ -48,7 +48,7 @@ from bidsapp.recipe.execute import (
     run_records,
     write_page,
 )
-from bidsapp.recipe.steps import RunContext, load_run, voxel_size
+from bidsapp.recipe.steps import RunContext, load_measured, read_measured, voxel_size
 from bidsapp.report import boilerplate, distributions, page
 from bidsapp.workers import pool, task
 
@@ -92,7 +92,7 @@ def participant(options: Options) -> int:
     dataset.claim()
     dataset.describe(inventory.name, inventory.authors, boilerplate.acknowledge())
     dataset.write_text("logs/CITATION.md", plan.methods_text(
-        models, chosen, upsampler, spaces.parse(options.output_spaces)))
+        options, models, chosen, upsampler))
     if options.boilerplate_only:
         return 0
     memory, device = available_memory(options), choose_device(options.device)
@@ -145,7 +145,7 @@ def group(options: Options) -> int:
     runs = {run.name: run for label in inventory.participants for run in inventory.runs[label]
             if run.name in set(statistics["run"])}
     workers, memory = share_pairs(options, runs.values(), available_memory(options), devices)
-    cohort = load_cohort(options, runs, statistics, covariates, memory)
+    cohort = load_cohort(dataset, options, runs, statistics, covariates, memory)
     settings = training_settings(options, devices, workers)
     if rank:  # of several processes that train together, only the first writes
         for method in trained:
@@ -209,8 +209,8 @@ def expand_shorthands(options: Options, trained: Sequence[Trainable]) -> list[st
     return texts
 
 
-def load_cohort(options: Options, runs: Mapping[str, Run], statistics: pd.DataFrame,
-                covariates: Sequence[str], memory: float) -> Cohort:
+def load_cohort(dataset: Dataset, options: Options, runs: Mapping[str, Run],
+                statistics: pd.DataFrame, covariates: Sequence[str], memory: float) -> Cohort:
     """Gather what trainings need of the processed runs; `load` reads a signal on demand.
 
     memory: bytes that a process may use.
@@ -219,14 +219,15 @@ def load_cohort(options: Options, runs: Mapping[str, Run], statistics: pd.DataFr
     return Cohort(
         statistics, tuple(quality.map_features(statistics.columns)), covariates=tuple(covariates),
         reference_batch=options.reference_batch, paired_by=options.paired_by,
-        acquisitions={name: btable.load_acquisition(run) for name, run in runs.items()},
+        acquisitions={name: read_measured(dataset, run)[1] for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
-        load=partial(load_signal, runs, per_scan, options.work_dir))
+        load=partial(load_signal, dataset, runs, per_scan, options.work_dir))
 
 
-def load_signal(runs: Mapping[str, Run], memory: float, work_dir: Path | None, name: str) -> Dwi:
+def load_signal(dataset: Dataset, runs: Mapping[str, Run], memory: float, work_dir: Path | None,
+                name: str) -> Dwi:
     """Load a run by its name. A function of the module, so that other processes can call it."""
-    return load_run(runs[name], memory=memory, work_dir=work_dir)[0]
+    return load_measured(dataset, runs[name], memory=memory, work_dir=work_dir)
 
 
 def training_settings(options: Options, devices: tuple[int, int], workers: int

@@ -160,6 +160,45 @@ class Series:
             raise DataError(f"{self.images[0].get_filename()}: no volume to average.")
         return np.asarray(total / int(volumes.sum()))
 
+    def load(self) -> tuple[Shaped[np.ndarray, "x y z n"], int]:
+        """Read all volumes on the whole grid.
+
+        NaN and Inf become 0 and are counted. Parts are scaled as in `within`, over the whole grid.
+
+        Returns
+        -------
+        volumes : (x, y, z, n) float32 or complex64
+            Stored volume by volume, so that each is contiguous.
+        invalid : int
+            Number of values that were set to 0.
+
+        Raises
+        ------
+        DataError
+            A file is damaged, or a volume holds no finite value.
+        """
+        volumes = np.moveaxis(np.empty(
+            (len(self), *self.shape), np.complex64 if self.is_complex else np.float32), 0, -1)
+        invalid = 0
+        for i, volume in enumerate(self):
+            bad = ~np.isfinite(volume)
+            if bad.all():
+                raise DataError(
+                    f"{self.images[0].get_filename()}: volume {i} holds no finite value. Remove it "
+                    "from the image, .bval and .bvec, or convert the series again.")
+            invalid += int(bad.sum())
+            volume[bad] = 0
+            volumes[..., i] = volume
+        ends = np.cumsum([image.shape[3] for image in self.images])
+        levels = [float(np.abs(volumes[..., part][..., self.acquisition.b0[part]]).mean())
+                  if self.acquisition.b0[part].any() else 0.0
+                  for part in map(slice, [0, *ends[:-1]], ends)]
+        reference = next(filter(None, levels), 0.0)
+        for first, end, level in zip([0, *ends[:-1]], ends, levels, strict=True):
+            if level and level != reference:
+                volumes[..., first:end] = volumes[..., first:end] * (reference / level)
+        return volumes, invalid
+
     def within(self, mask: Bool[np.ndarray, "x y z"], *, memory: float = np.inf,
                work_dir: Path | None = None) -> Dwi:
         """Read the magnitude inside a mask, volume by volume.

@@ -19,7 +19,9 @@ from typing import Any
 
 from bidsapp.errors import UsageError
 
-DWI, T1W = "dwi", "T1w"
+DWI, T1W, ACPC = "dwi", "T1w", "ACPC"
+"""Spaces of the participant: of the diffusion images, of the T1w image, and of the T1w image turned
+to the axes of MNI (`registration.acpc`)."""
 
 HOME = "TEMPLATEFLOW_HOME"
 """Variable of the environment that names the folder of templates."""
@@ -32,7 +34,7 @@ class Space:
     Parameters
     ----------
     name : str
-        T1w, or a template's name.
+        T1w, ACPC, or a template's name.
     cohort, res : str
         Labels of the template's cohort and resolution; empty where none was named.
     image, mask : Path, optional
@@ -70,7 +72,7 @@ def parse(names: tuple[str, ...]) -> tuple[Space, ...]:
     Parameters
     ----------
     names : tuple of str
-        `dwi`, `T1w`, or a template's name with `:res-N` and `:cohort-N` where wanted.
+        `dwi`, `T1w`, `acpc`, or a template's name with `:res-N` and `:cohort-N` where wanted.
 
     Returns
     -------
@@ -82,22 +84,20 @@ def parse(names: tuple[str, ...]) -> tuple[Space, ...]:
     UsageError
         A name means no space, or the files of a template are not here.
     """
-    asked = [name.rstrip(":") for name in names]
+    named = [name.rstrip(":") for name in names]
+    asked = [name for name in named if name.lower() != ACPC.lower()]  # niworkflows lacks it
+    aligned = (Space(ACPC),) * (len(asked) < len(named))
     if not set(asked) - {DWI}:
-        return ()
-    if "acpc" in asked:
-        raise UsageError("--output-spaces acpc: alignment to the anterior and posterior commissure "
-                         f"is not implemented. Needed is {DWI}, {T1W} or a template. Use {T1W}, or "
-                         "a template that is aligned to them, as MNI152NLin2009cAsym.")
+        return aligned
     niworkflows = _niworkflows()
-    known = [DWI, T1W, *niworkflows.SpatialReferences.standard_spaces]
+    known = [DWI, T1W, ACPC, *niworkflows.SpatialReferences.standard_spaces]
     for name in (text.partition(":")[0] for text in asked):
         if name not in known:
             near = ([k for k in known if k.lower().startswith(name.lower())][:3]
                     or difflib.get_close_matches(name, known, 3, 0.5))
             raise UsageError(
-                f"--output-spaces {name}: no such space. Needed is {DWI}, {T1W} or a template "
-                f"that {home()} ({HOME}) lists."
+                f"--output-spaces {name}: no such space. Needed is {DWI}, {T1W}, {ACPC} or a "
+                f"template that {home()} ({HOME}) lists."
                 + f" Did you mean {' or '.join(near)}?" * bool(near)
                 + f" Another template of TemplateFlow must be fetched first. {_fetch(name)}")
     given = argparse.Namespace(spaces=None)
@@ -107,8 +107,8 @@ def parse(names: tuple[str, ...]) -> tuple[Space, ...]:
     except (ValueError, KeyError) as error:
         raise UsageError(f"--output-spaces {' '.join(names)}: "
                          f"{' '.join(str(error).split())}") from error
-    return tuple(_space(reference) for reference in given.spaces.references
-                 if reference.space != DWI)
+    return aligned + tuple(_space(reference) for reference in given.spaces.references
+                           if reference.space != DWI)
 
 
 def _space(reference: Any) -> Space:

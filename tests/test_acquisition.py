@@ -101,6 +101,15 @@ def test_rotation_turns_tensors(rng):
         acq.rotated(2 * r)
 
 
+def test_rotation_per_measurement(rng):
+    acq = Acquisition(np.full(9, 1500.0), unit(rng, 9), rng.uniform(-0.5, 1, 9))
+    r = Rotation.random(9, random_state=3).as_matrix()
+    np.testing.assert_allclose(acq.rotated(r).btensors,
+                               r @ acq.btensors @ np.swapaxes(r, 1, 2), atol=1e-9)
+    with pytest.raises(ValueError, match="one per measurement"):
+        acq.rotated(r[:8])
+
+
 def test_indexing_keeps_tables_aligned(rng):
     acq = Acquisition(rng.uniform(100, 3000, 8), unit(rng, 8), rng.uniform(-0.5, 1, 8),
                       echo_time=0.08)

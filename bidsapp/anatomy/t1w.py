@@ -1,10 +1,10 @@
-"""Tissue posteriors on the grid of the diffusion images, from a T1w image of the participant.
+"""Brain mask and tissue posteriors from a T1w image of the participant.
 
-The brain mask of the diffusion images is moved to the T1w image by a rigid registration
-(`registration.rigid`). Inside it, the bias field is corrected by N4 (Tustison et al. 2010,
-doi:10.1109/TMI.2010.2046908) and tissue is segmented by Atropos (Avants et al. 2011,
-doi:10.1007/s12021-011-9109-y), both of antspyx. The posteriors are averaged over the voxels of the
-diffusion images.
+The diffusion images are registered to the T1w image by a rigid transform (`registration.rigid`).
+The brain is segmented in the T1w image by deepbet (`anatomy.deepbet`). Inside the brain mask of the
+diffusion images, the bias field of the T1w image is corrected by N4 (`anatomy.n4`) and tissue is
+segmented by Atropos of antspyx (Avants et al. 2011, doi:10.1007/s12021-011-9109-y). Masks and
+posteriors are averaged over the voxels of the diffusion images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float
 
+from bidsapp.anatomy import deepbet, n4
 from bidsapp.dwi import Dwi, open_image, read_array
 from bidsapp.errors import DataError
 from bidsapp.registration import rigid
@@ -31,6 +33,10 @@ images do not resolve more."""
 MIN_COVERAGE = 0.5
 """Smallest share of the brain mask that the T1w image must cover."""
 
+MIN_OVERLAP = 0.8
+"""Smallest overlap (Dice) of the brain masks of the T1w image and of the b0. It was 0.90 to 0.96,
+also for images of two people, and 0.66 where the registration failed."""
+
 SMOOTHNESS = "[0.1,1x1x1]"
 """Weight and radius of Atropos' Markov random field."""
 
@@ -41,32 +47,137 @@ class Anatomy(NamedTuple):
     Attributes
     ----------
     image : (x, y, z) float32
+        Without bias field, if the brain was found.
     affine : (4, 4)
         Its voxel indices to world RAS+, mm.
     transform : (4, 4)
         World of the diffusion images → world of the T1w image, mm.
+    brain : (x, y, z) bool or None
+        Brain in the T1w image; None if it was not found.
+    notice : str
+        Why the brain was not found, as a sentence; empty if it was.
     """
 
     image: np.ndarray
     affine: np.ndarray
     transform: np.ndarray
+    brain: np.ndarray | None = None
+    notice: str = ""
 
 
-def register(dwi: Dwi, t1w: Path) -> Anatomy:
-    """Read a T1w image of the same head and register the diffusion images to it.
+def register(dwi: Dwi, t1w: Path, device: str = "cpu") -> Anatomy:
+    """Read a T1w image of the same head and register the diffusion images to it (`align`)."""
+    return align(rigid.attenuation(dwi), dwi.mask, dwi.affine, t1w, device)
+
+
+def align(attenuation: Float[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z"],
+          affine: Float[np.ndarray, "4 4"], t1w: Path, device: str = "cpu") -> Anatomy:
+    """Register diffusion images to a T1w image of the same head by a rigid transform.
+
+    The T1w image is that of the brain without bias field, or that of the whole head if no brain is
+    found that agrees with the mask.
+
+    Parameters
+    ----------
+    attenuation : (x, y, z)
+        Mean weighted signal over mean b0, 0 outside the mask.
+    mask : (x, y, z) bool
+        Brain mask of the diffusion images.
+    affine : (4, 4)
+        Voxel indices of the diffusion images to world RAS+, mm.
+    t1w : Path
+        T1w image.
+    device : str
+        Device of torch, for the brain extraction.
+
+    Returns
+    -------
+    Anatomy
 
     Raises
     ------
     DataError
         The image is unreadable, without contrast, or shows less than half of the brain.
     """
-    image, affine = read(t1w)
-    transform = rigid.align(dwi, image, affine)
-    at = _voxels(dwi.mask, dwi.affine, transform, affine)
-    coverage = np.all((at >= 0) & (at <= np.array(image.shape)[:, None] - 1), axis=0).mean()
+    head, head_affine = read(t1w)
+    image, brain, notice = head, None, ""
+    transform = None
+    try:
+        brain = find_brain(head, head_affine, device)
+        image = head / n4.bias_field(head, brain, head_affine)
+        transform = rigid.register(attenuation, mask, affine, np.where(brain, image, 0),
+                                   head_affine)
+        _require_agreement(_to_dwi(brain, head_affine, transform, mask.shape, affine), mask)
+    except DataError as error:
+        image, brain, notice = head, None, str(error)
+        transform = rigid.register(attenuation, mask, affine, head, head_affine)
+    at = _voxels(mask, affine, transform, head_affine)
+    coverage = np.all((at >= 0) & (at <= np.array(head.shape)[:, None] - 1), axis=0).mean()
     if coverage < MIN_COVERAGE:
         raise DataError(f"{t1w}: covers only {coverage:.0%} of the brain in the diffusion images.")
-    return Anatomy(image, affine, transform)
+    return Anatomy(image, head_affine, transform, brain, notice)
+
+
+def find_brain(image: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
+               device: str = "cpu") -> Bool[np.ndarray, "x y z"]:
+    """Segment the brain in a T1w image by deepbet (`deepbet.extract`).
+
+    Raises
+    ------
+    DataError
+        The package deepbet is not installed, or no brain was found.
+    """
+    if not deepbet.is_installed():
+        raise DataError("the package deepbet, which holds the networks that find the brain in a "
+                        "T1w image, is not installed. The brain mask of the diffusion images is "
+                        "used instead.")
+    return deepbet.extract(image, affine, device)
+
+
+def mask_from_t1w(anatomy: Anatomy, mask: Bool[np.ndarray, "x y z"],
+                  affine: Float[np.ndarray, "4 4"]) -> Bool[np.ndarray, "x y z"]:
+    """Bring the brain mask of a T1w image to the grid of the diffusion images.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        Result of `align` for these images.
+    mask : (x, y, z) bool
+        Brain mask that was made from the mean b0.
+    affine : (4, 4)
+        Voxel indices of the diffusion images to world RAS+, mm.
+
+    Returns
+    -------
+    (x, y, z) bool
+        Voxels that are brain by more than half.
+
+    Raises
+    ------
+    DataError
+        The brain was not found in the T1w image (the notice of `anatomy`).
+    """
+    if anatomy.brain is None:
+        raise DataError(anatomy.notice)
+    return _to_dwi(anatomy.brain, anatomy.affine, anatomy.transform, mask.shape, affine)
+
+
+def _to_dwi(brain: np.ndarray, brain_affine: np.ndarray, transform: np.ndarray,
+            shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """A mask on the grid of the diffusion images: voxels of which more than half is inside."""
+    size = np.linalg.norm(affine[:3, :3], axis=0).mean()
+    at = _voxels(np.ones(shape, bool), affine, transform, brain_affine)
+    return (_sample(brain.astype(np.float32), brain_affine, at, size) > 0.5).reshape(shape)
+
+
+def _require_agreement(brain: np.ndarray, mask: np.ndarray) -> None:
+    """Raise DataError if two brain masks on one grid overlap too little (Dice's coefficient)."""
+    overlap = 2 * (brain & mask).sum() / (brain.sum() + mask.sum())
+    if overlap < MIN_OVERLAP:
+        raise DataError(
+            f"the brain that was found in the T1w image and that of the diffusion images overlap "
+            f"by {overlap:.2f} only (Dice); {MIN_OVERLAP} is needed. Check that the T1w image "
+            "is of this participant. The brain mask of the diffusion images is used instead.")
 
 
 def posteriors(dwi: Dwi, t1w: Path, probsegs: Sequence[Path] = (), work_dir: Path | None = None,
@@ -98,22 +209,58 @@ def posteriors(dwi: Dwi, t1w: Path, probsegs: Sequence[Path] = (), work_dir: Pat
         An image cannot be read, has no contrast, or covers less than half of the brain; or the
         brain mask is too thin for N4.
     """
-    image, affine, transform = anatomy = anatomy or register(dwi, t1w)
+    anatomy = anatomy or register(dwi, t1w)
     if probsegs:
         maps = [read(path) for path in probsegs]
     else:
-        brain = brain_mask(dwi, anatomy)
-        maps = [(m, affine) for m in _atropos(image, affine, brain, work_dir)]
+        maps = [(m, anatomy.affine) for m in segment(dwi, anatomy, work_dir)]
     size = np.linalg.norm(dwi.affine[:3, :3], axis=0).mean()
-    columns = [_sample(m, a, _voxels(dwi.mask, dwi.affine, transform, a), size) for m, a in maps]
+    columns = [_sample(m, a, _voxels(dwi.mask, dwi.affine, anatomy.transform, a), size)
+               for m, a in maps]
     p = np.column_stack(columns).clip(0, 1)
     return (p / np.maximum(p.sum(axis=1, keepdims=True), 1)).astype(np.float32)
 
 
-def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir: Path | None
-             ) -> list[np.ndarray]:
-    """Posterior maps in the order of TISSUES, reproducible by one thread and a fixed seed (r=0)."""
+def segment(dwi: Dwi, anatomy: Anatomy, work_dir: Path | None = None) -> list[np.ndarray]:
+    """Segment the tissues of the brain in a T1w image by Atropos.
+
+    The result is reproducible, by one thread and a fixed seed (r=0).
+
+    Parameters
+    ----------
+    dwi : Dwi
+        Its brain mask is used where the brain was not found in the T1w image.
+    anatomy : Anatomy
+        Result of `register`.
+    work_dir : Path, optional
+        Folder for temporary files.
+
+    Returns
+    -------
+    list of three (x, y, z) float32
+        Probabilities on the grid of the T1w image, in the order of TISSUES.
+
+    Raises
+    ------
+    DataError
+        The brain mask is too thin for N4.
+    """
     import ants
+
+    image, affine, inside = anatomy.image, anatomy.affine, anatomy.brain
+    if inside is None:
+        image, inside = _flatten(image, affine, brain_mask(dwi, anatomy))
+    with temporary_folder(work_dir):
+        classes = ants.atropos(to_ants(image, affine), to_ants(inside, affine), i="kmeans[3]",
+                               m=SMOOTHNESS, c="[5,0]", r=0)["probabilityimages"]
+    maps = sorted((c.numpy() for c in classes),
+                  key=lambda p: (p * image).sum() / max(p.sum(), 1e-9))
+    return [maps[1], maps[2], maps[0]]  # from dark to bright: CSF, grey matter, white matter
+
+
+def _flatten(image: np.ndarray, affine: np.ndarray, brain: np.ndarray
+             ) -> tuple[np.ndarray, np.ndarray]:
+    """Remove the bias field of a T1w image, and the scalp from a brain mask of diffusion images."""
     from scipy.ndimage import binary_erosion, binary_opening, label
 
     size = np.linalg.norm(affine[:3, :3], axis=0)
@@ -122,18 +269,11 @@ def _atropos(image: np.ndarray, affine: np.ndarray, brain: np.ndarray, work_dir:
     core = binary_erosion(brain, iterations=max(1, round(5 / size.mean())))
     if not core.any():
         raise DataError("the brain mask is too thin to estimate the bias field.")
-    flat = ants.n4_bias_field_correction(
-        to_ants(image, affine), mask=to_ants(core, affine),
-        shrink_factor=max(1, round(4 / size.mean())), rescale_intensities=False,
-        convergence={"iters": [50] * 4, "tol": 1e-7}).numpy()
+    flat = image / n4.bias_field(image, core, affine)
     inside = binary_opening(brain & (flat < 1.1 * np.percentile(flat[core], 99.5)))
     parts = label(inside)[0]
     inside = parts == np.bincount(parts.ravel())[1:].argmax() + 1 if parts.any() else core
-    with temporary_folder(work_dir):
-        classes = ants.atropos(to_ants(flat, affine), to_ants(inside, affine), i="kmeans[3]",
-                               m=SMOOTHNESS, c="[5,0]", r=0)["probabilityimages"]
-    maps = sorted((c.numpy() for c in classes), key=lambda p: (p * flat).sum() / max(p.sum(), 1e-9))
-    return [maps[1], maps[2], maps[0]]  # from dark to bright: CSF, grey matter, white matter
+    return flat, inside
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -165,12 +305,15 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def brain_mask(dwi: Dwi, anatomy: Anatomy) -> np.ndarray:
-    """Bring the brain mask of the diffusion images to the grid of the T1w image.
+    """Return the brain in the T1w image; if it was not found, the brain mask of the diffusion
+    images, brought to the grid of the T1w image.
 
     Returns
     -------
     (x, y, z) bool
     """
+    if anatomy.brain is not None:
+        return anatomy.brain
     from scipy.ndimage import affine_transform
 
     to_dwi = np.linalg.inv(anatomy.transform @ dwi.affine) @ anatomy.affine

@@ -151,14 +151,19 @@ def find_corrections(run: Run, root: Path, session: Session) -> Run:
     """
     notices = list(session.notices)
     try:
-        encoding = PhaseEncoding.from_sidecar(run.metadata)
+        encoding = PhaseEncoding.from_sidecar(run.parts[0].metadata)
         run = replace(run, phase_encoding=encoding)
         if encoding is None:
             notices.append("Distortion cannot be corrected: the sidecar has no "
                            "PhaseEncodingDirection. Add it.")
     except DataError as error:
         notices.append(f"Distortion cannot be corrected: {run.parts[0].image}: {error}")
-    field_maps = _field_maps(run, session.candidates, notices) if run.phase_encoding else ()
+    field_maps: list[FieldMap] = []
+    if encoding := run.phase_encoding:
+        opposite = tuple(part for part in run.parts[1:]
+                         if encoding.opposes(PhaseEncoding.from_sidecar(part.metadata)))
+        field_maps = ([FieldMap("opposite", opposite, rule="run")] if opposite  # merged runs
+                      else _field_maps(run, session.candidates, notices))
     phase = _phase(run, root, notices)
     return replace(run, field_maps=tuple(field_maps), phase=phase, notices=tuple(notices))
 
@@ -220,10 +225,12 @@ def _usable(group: Sequence[Candidate], run_dwis: Sequence[Candidate], notices: 
 
 
 def _phase(run: Run, root: Path, notices: list[str]) -> tuple[ImageFile, ...]:
-    """Find the phase image beside each part; empty if one is missing or cannot be read."""
+    """Find the phase image beside each magnitude, or the imaginary beside each real part; empty if
+    one is missing or cannot be read."""
     phases: list[ImageFile] = []
     for part in run.parts:
-        entities = {**entities_of(part.image.name), "part": "phase"}
+        entities = entities_of(part.image.name)
+        entities["part"] = "imag" if entities.get("part") == "real" else "phase"
         beside = [p for p in _images(part.image.parent)
                   if _suffix(p) == "dwi" and entities_of(p.name) == entities]
         try:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bidsapp.acquisition import B0_MAX, Acquisition
+from bidsapp.acquisition import B0_MAX, Acquisition, PhaseEncoding
 from bidsapp.bids import batch, corrections, preprocessed
 from bidsapp.bids.btable import largest_b, read_acquisition
 from bidsapp.bids.index import (
@@ -112,7 +112,8 @@ def find_runs(options: Options) -> Inventory:
     selected = [p for p in given if p in existing] if given else sorted(existing, key=label_order)
     problems: dict[str, list[str]] = {label: [] for label in selected}
     runs = {label: sorted(
-        _participant_runs(label, raw.get(label, []), root, derivatives, sessions, problems[label]),
+        _participant_runs(label, raw.get(label, []), root, derivatives, sessions, problems[label],
+                          options.merge_distortion_groups),
         key=lambda run: label_order(run.name)) for label in selected}
     empty = [label for label in runs if not runs[label] and not problems[label]]
     if len(empty) == len(runs):
@@ -137,7 +138,8 @@ def find_runs(options: Options) -> Inventory:
 
 def _participant_runs(label: str, raw: Sequence[Path], root: Path,
                       derivatives: Sequence[preprocessed.Derivative],
-                      sessions: Collection[str], problems: list[str]) -> Iterator[Run]:
+                      sessions: Collection[str], problems: list[str], merge: bool
+                      ) -> Iterator[Run]:
     """Yield the preprocessed runs of a participant, then the raw runs of other sessions.
 
     If several derivatives have runs of a session, those of the first are used. One whose runs have
@@ -165,7 +167,7 @@ def _participant_runs(label: str, raw: Sequence[Path], root: Path,
     if len(used) < len(selected):
         log.info("sub-%s: %d raw files are left out, since %s has preprocessed ones.", label,
                  len(selected) - len(used), " and ".join(dict.fromkeys(used_derivative.values())))
-    for run in _raw_runs(used, root, problems):
+    for run in _raw_runs(used, root, problems, merge):
         yield _with_mask(run, derivatives)
 
 
@@ -193,16 +195,22 @@ def _with_mask(run: Run, derivatives: Sequence[preprocessed.Derivative]) -> Run:
     return run if run.mask else replace(run, mask=next((m for m in masks if m), None))
 
 
-def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterator[Run]:
+def _raw_runs(images: Sequence[Path], root: Path, problems: list[str], merge: bool
+              ) -> Iterator[Run]:
     """Yield one run per acquisition of a participant.
 
-    Only magnitude images are used, not those of part-phase, part-real and part-imag. In a session
-    with weighted runs, series of b0 volumes alone are left out.
+    A run has the magnitudes of its files or, where there are none, their real parts; phases and
+    imaginary parts are found beside them. In a session with weighted runs, series of b0 volumes
+    alone are left out. merge: whether runs with opposite phase encodings are joined.
     """
     parts = []
+    magnitudes = {tuple(sorted(_without(entities_of(image.name), "part").items()))
+                  for image in images if entities_of(image.name).get("part", "mag") == "mag"}
     for image in sorted(images, key=lambda path: label_order(path.name)):
-        if entities_of(image.name).get("part", "mag") != "mag":
-            log.info("%s: left out, since only magnitude images are used.", image.name)
+        entities = entities_of(image.name)
+        kind = entities.get("part", "mag")
+        beside = tuple(sorted(_without(entities, "part").items())) in magnitudes
+        if kind in ("phase", "imag") or (kind == "real" and beside):
             continue
         try:
             parts.append(read_part(image, root))
@@ -220,6 +228,8 @@ def _raw_runs(images: Sequence[Path], root: Path, problems: list[str]) -> Iterat
             if group not in kept:
                 log.info("%s: left out, since it has only b0 volumes (b < %g s/mm²) and there are "
                          "weighted runs.", ", ".join(p.image.name for p in group), B0_MAX)
+        if merge:
+            kept = _merge_opposite(kept)
         for entities, group in zip(_run_entities(kept), kept, strict=True):
             if len(group) > 1:
                 log.info("%s: one acquisition, joined in this order: %s.", group[0].image.name,
@@ -257,6 +267,36 @@ def _group_parts(parts: Sequence[Part]) -> list[list[Part]]:
                 groups.append(([part], [table], image))
         complete += [members for members, *_ in groups]
     return complete
+
+
+def _merge_opposite(groups: Sequence[list[Part]]) -> list[list[Part]]:
+    """Join the groups that differ in dir and run alone, have one grid and opposite encodings."""
+    merged: list[list[Part]] = []
+    for group in groups:
+        for other in merged:
+            if _is_opposite(group[0], other[0]):
+                other += group
+                break
+        else:
+            merged.append([*group])
+    return merged
+
+
+def _is_opposite(a: Part, b: Part) -> bool:
+    names = [_without(entities_of(part.image.name), "dir", "run") for part in (a, b)]
+    try:
+        encodings = [PhaseEncoding.from_sidecar(part.metadata) for part in (a, b)]
+        images = [open_image(part.image) for part in (a, b)]
+    except DataError:  # reported when the run is loaded
+        return False
+    return (names[0] == names[1] and encodings[0] is not None
+            and encodings[0].opposes(encodings[1])
+            and images[0].shape[:3] == images[1].shape[:3]
+            and np.allclose(images[0].affine, images[1].affine, rtol=0, atol=AFFINE_TOLERANCE))
+
+
+def _without(entities: Mapping[str, str], *keys: str) -> dict[str, str]:
+    return {k: v for k, v in entities.items() if k not in keys}
 
 
 def _shared_properties(part: Part) -> tuple[Any, ...]:

@@ -61,11 +61,14 @@ class Coherence:
     better : str
         Flip or swap that turns the given table into the best one, in words (`describe`); empty if
         the given table is as good or the evidence does not suffice.
+    table : (3, 3)
+        The flip or swap of the best table, which multiplies the rows of the .bvec from the left.
     """
 
     given: float
     best: float
     better: str
+    table: np.ndarray
 
 
 def measure_coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
@@ -122,8 +125,8 @@ def measure_coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
     error = np.sqrt(np.sum((influence(best) - influence(identity)) ** 2))
     wrong = (highest > GAIN and scores[best] > COHERENT and given < LESS * highest
              and highest - given > MIN_Z * error)
-    return Coherence(float(given), float(highest),
-                     describe(np.frombuffer(best).reshape(3, 3)) if wrong else "")
+    table = np.frombuffer(best).reshape(3, 3)
+    return Coherence(float(given), float(highest), describe(table) if wrong else "", table)
 
 
 def list_tables() -> list[np.ndarray]:

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from bidsapp import methods, sh
-from bidsapp.acquisition import Shell
+from bidsapp.acquisition import Acquisition, Shell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +39,9 @@ DROPOUT_LOSS = 0.1
 
 MIN_VOLUMES = 6
 """Minimum number of volumes of a shell for its slices to be assessed."""
+
+HEAD_RADIUS = 50.0
+"""Distance in mm from the centre of the head at which framewise displacement counts rotations."""
 
 STATISTICS = {"mean": "Mean", "sd": "Standard deviation", "median": "Median"}
 """Statistics of a map, by the suffix of the column."""
@@ -65,6 +68,23 @@ FIXED: dict[str, tuple[str, str]] = {
                         "> 0.3 (after Schilling et al. 2019)", "1"),
     "fibre_coherence_best": ("Fibre coherence with the best of the 24 b-vector tables with flipped "
                              "or swapped axes", "1"),
+    "preproc_noise_sd": ("Standard deviation of the noise that denoising estimated: median of its "
+                         "map over the brain mask", "as the input signal"),
+    "preproc_noise_removed": ("Share of the noise variance that denoising removed: mean square of "
+                              "what it took away divided by the mean square of the noise map, over "
+                              "the brain mask", "1"),
+    "field_correlation_before": ("Correlation in the head of the b = 0 images of opposite phase "
+                                 "encoding, as measured", "1"),
+    "field_correlation_after": ("The same, corrected for the field", "1"),
+    "field_max": ("Largest absolute value of the susceptibility field in the brain mask", "Hz"),
+    "fd_mean": ("Framewise displacement (Power et al. 2012): mean over all volumes but the first",
+                "mm"),
+    "fd_max": ("Largest framewise displacement", "mm"),
+    "n_replaced_slices": ("Slices with signal dropout that were replaced by the prediction from "
+                          "the other volumes", "slices"),
+    "ndc_raw": ("The same as ndc, of the images before any correction", "1"),
+    "bias_min": ("Smallest factor of the bias field in the brain mask: its 1st percentile", "1"),
+    "bias_max": ("Largest factor of the bias field in the brain mask: its 99th percentile", "1"),
     "harmonization_angle": ("Median angle between the principal directions before and after "
                             "harmonization, in single-fibre voxels", "degrees"),
     "harmonization_voxels": ("Number of single-fibre voxels: FA > 0.7 in the corpus callosum, or "
@@ -146,6 +166,24 @@ class Slices:
                       key=lambda ki: self.change[ki])
 
 
+class HeadMotion(NamedTuple):
+    """Movement of the head in each volume of a series.
+
+    Parameters
+    ----------
+    translations : (n, 3)
+        Displacement of the centre of the brain along world x, y and z, mm.
+    rotations : (n, 3)
+        Angles about world x, y and z, degrees.
+    framewise_displacement : (n,)
+        mm; NaN in the first volume.
+    """
+
+    translations: np.ndarray
+    rotations: np.ndarray
+    framewise_displacement: np.ndarray
+
+
 def shell_name(shell: Shell) -> str:
     """Name a shell: `b1000`, or `b1000_planar`, `b1000_spherical` or `b1000_bdelta0p5` if its
     encoding is not linear."""
@@ -199,32 +237,81 @@ def mean_volume(dwi: Dwi, indices: np.ndarray) -> np.ndarray:
     return total / len(indices)
 
 
-def neighbouring_correlation(dwi: Dwi) -> float | None:
-    """Compute the neighbouring DWI correlation (Yeh et al. 2019,
+def neighbouring_correlations(signal: np.ndarray, acquisition: Acquisition) -> np.ndarray:
+    """Compute the neighbouring DWI correlation of each volume (Yeh et al. 2019,
     doi:10.1016/j.neuroimage.2019.116131).
 
-    It is the mean over weighted volumes of the correlation, over the mask, with the nearest
-    weighted volume. The distance is the Frobenius distance of b-tensors, so that n and −n are the
-    same direction.
+    It is the correlation over voxels of a weighted volume with the nearest other one. The distance
+    is the Frobenius distance of b-tensors, so that n and −n are the same direction.
+
+    Parameters
+    ----------
+    signal : (voxel, volume)
+        Signal inside the mask.
+    acquisition : Acquisition
+        Gradient table of the volumes.
+
+    Returns
+    -------
+    (volume,) ndarray
+        NaN for b = 0, where the signal of a volume is constant, and with fewer than two weighted
+        volumes.
+    """
+    correlations = np.full(len(acquisition), np.nan)
+    weighted = np.flatnonzero(~acquisition.b0)
+    if len(weighted) < 2:
+        return correlations
+    tensors = acquisition.btensors[weighted].reshape(len(weighted), 9)
+    distance = ((tensors[:, None] - tensors[None]) ** 2).sum(axis=2)
+    np.fill_diagonal(distance, np.inf)
+    pairs = [(int(min(i, j)), int(max(i, j)))
+             for i, j in zip(weighted, weighted[distance.argmin(axis=1)], strict=True)]
+    of_pair = {(i, j): _pearson(signal[:, i], signal[:, j]) for i, j in set(pairs)}
+    correlations[weighted] = [of_pair[pair] for pair in pairs]
+    return correlations
+
+
+def neighbouring_correlation(dwi: Dwi) -> float | None:
+    """Average `neighbouring_correlations` over the weighted volumes.
 
     Returns
     -------
     float or None
         None with fewer than two weighted volumes, or if a correlation is undefined.
     """
-    weighted = np.flatnonzero(~dwi.acquisition.b0)
-    if len(weighted) < 2:
-        return None
-    tensors = dwi.acquisition.btensors[weighted].reshape(len(weighted), 9)
-    distance = ((tensors[:, None] - tensors[None]) ** 2).sum(axis=2)
-    np.fill_diagonal(distance, np.inf)
-    pairs = zip(weighted, weighted[distance.argmin(axis=1)], strict=True)
-    correlations = {frozenset((int(i), int(j))): 0.0 for i, j in pairs}
-    for i, j in map(sorted, correlations):
-        correlations[frozenset((i, j))] = _pearson(dwi.signal[:, i], dwi.signal[:, j])
-    by_volume = [correlations[frozenset((int(i), int(weighted[distance[k].argmin()])))]
-                 for k, i in enumerate(weighted)]
-    return float(np.mean(by_volume)) if np.isfinite(by_volume).all() else None
+    values = neighbouring_correlations(dwi.signal, dwi.acquisition)[~dwi.acquisition.b0]
+    return float(values.mean()) if len(values) and np.isfinite(values).all() else None
+
+
+def head_motion(rotations: np.ndarray, translations: np.ndarray, centre: np.ndarray
+                ) -> HeadMotion:
+    """Describe rigid movements y = R x + t, in world coordinates, as rotations about a centre c and
+    its displacement.
+
+    The displacement is R c + t − c, the angles are those of R = Rz(γ) Ry(β) Rx(α). The framewise
+    displacement of volume v is Σ |d_v − d_(v−1)| + 50 mm · Σ |r_v − r_(v−1)| (Power et al. 2012,
+    doi:10.1016/j.neuroimage.2011.10.018).
+
+    Parameters
+    ----------
+    rotations : (n, 3, 3)
+        R of each volume.
+    translations : (n, 3)
+        t of each volume, mm.
+    centre : (3,)
+        c, the centre of the brain, mm.
+
+    Returns
+    -------
+    HeadMotion
+    """
+    from scipy.spatial.transform import Rotation
+
+    displacement = rotations @ centre + translations - centre
+    angles = Rotation.from_matrix(rotations).as_euler("xyz")
+    steps = (np.abs(np.diff(displacement, axis=0)).sum(axis=1)
+             + HEAD_RADIUS * np.abs(np.diff(angles, axis=0)).sum(axis=1))
+    return HeadMotion(displacement, np.degrees(angles), np.concatenate([[np.nan], steps]))
 
 
 def slice_signal(dwi: Dwi) -> Slices:

@@ -30,6 +30,7 @@ from bidsapp.kinds import FromSignal, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.plan import chosen_methods, chosen_upsampler, plan
+from bidsapp.recipe.preprocess import Preprocess
 from bidsapp.recipe.steps import Harmonize, Measure, RunContext, Step, StepReport
 from bidsapp.report import figures, page
 from bidsapp.stage import Stage
@@ -284,6 +285,7 @@ class Execution:
                 "batch_source": run.batch_source, "covariates": run.covariates,
                 "files": [dataset.uri(f) for f in run.files], "status": "done",
                 "seconds": seconds, "all_done": complete,
+                "corrections": records.get(Preprocess.name, {}).get("corrections", []),
                 **{k: v for k, v in records[Measure.name].items() if k in MEASURED},
                 "qc": qc, "refusals": refusals,
                 **{key: list(dict.fromkeys(text for r in done for text in r.get(key, ())))

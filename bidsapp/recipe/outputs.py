@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bidsapp.acquisition import Acquisition
 from bidsapp.bids import btable, names, sidecar
 from bidsapp.bids.writer import Transaction
 from bidsapp.dwi import Run
@@ -126,15 +127,9 @@ class Outputs:
 
     def _dwi(self, data: np.ndarray, desc: str, about: Mapping[str, Any]) -> None:
         """Write volumes with the gradient table of the stage."""
-        acquisition, affine = self.stage.dwi.acquisition, self.like.affine
-        self.transaction.image(self._path("dwi", desc=desc), data, self.like, about)
-        tables = {".bval": btable.text(acquisition.bvals[None]),
-                  ".bvec": btable.text(btable.to_fsl(acquisition, affine))}
-        if (acquisition.b_delta < 1).any():
-            tables[".btens"] = btable.btens_text(acquisition, affine)
-        for extension, text in tables.items():
-            path = names.output_path(self.run.entities, "dwi", extension, desc=desc)
-            self.transaction.text(path, text)
+        path = self._path("dwi", desc=desc)
+        self.transaction.image(path, data, self.like, about)
+        write_tables(self.transaction, path, self.stage.dwi.acquisition, self.like.affine)
 
     def _about(self, method: Method, entry: Mapping[str, Any], parameters: Mapping[str, Any]
                ) -> dict[str, Any]:
@@ -150,3 +145,27 @@ class Outputs:
 
     def _uri(self, path: PurePosixPath) -> str:
         return self.transaction.dataset.uri(self.transaction.dataset.root / path)
+
+
+def write_tables(transaction: Transaction, image: PurePosixPath, acquisition: Acquisition,
+                 affine: np.ndarray) -> None:
+    """Write the gradient table of an image beside it: .bval, .bvec, and .btens unless all b-tensors
+    are linear.
+
+    Parameters
+    ----------
+    transaction : Transaction
+        Receives the files.
+    image : PurePosixPath
+        The image, below OUTPUT_DIR.
+    acquisition : Acquisition
+        Its measurements.
+    affine : (4, 4)
+        Its affine.
+    """
+    tables = {".bval": btable.text(acquisition.bvals[None]),
+              ".bvec": btable.text(btable.to_fsl(acquisition, affine))}
+    if (acquisition.b_delta < 1).any():
+        tables[".btens"] = btable.btens_text(acquisition, affine)
+    for extension, text in tables.items():
+        transaction.text(image.with_name(image.name.removesuffix(".nii.gz") + extension), text)

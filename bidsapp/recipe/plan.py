@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bidsapp import methods
-from bidsapp.bids.inherit import entities_of, name_of
-from bidsapp.dwi import FIELD_MAPS, FieldMap, Run, peak_memory
+from bidsapp.dwi import peak_memory
 from bidsapp.errors import QSphereError, Refusal
 from bidsapp.kinds import Estimator, FromSignal, Method, MethodContext, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
+from bidsapp.recipe.preprocess import Preprocess, paragraphs
 from bidsapp.recipe.spaces import Register, Resample, paragraph
 from bidsapp.recipe.steps import (
     PREPARATION,
@@ -26,7 +26,7 @@ from bidsapp.recipe.steps import (
     Upsample,
 )
 from bidsapp.report import boilerplate
-from bidsapp.spaces import Space, parse
+from bidsapp.spaces import parse
 
 DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
 """Estimators that run without --estimate, as far as their folders exist."""
@@ -55,7 +55,8 @@ def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequenc
     list of Step
         In the order of execution: each step comes after the one whose signal it takes.
     """
-    measured: Step = Measure(context)
+    preprocess = Preprocess(context) if context.corrections else None
+    measured: Step = Measure(context, preprocess)
     signals: list[Step] = [measured]
     changed: list[Step] = []
     if models:
@@ -66,7 +67,7 @@ def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequenc
         upsampled = Upsample(context, changed[-1] if changed else measured, upsampler)
         signals.append(upsampled)
         changed.append(upsampled)
-    steps, estimates = [*signals], list[Estimate]()
+    steps, estimates = [*filter(None, [preprocess]), *signals], list[Estimate]()
     for method in chosen:
         of_method = [Estimate(context, measured, method)]
         if isinstance(method, Estimator):
@@ -121,15 +122,18 @@ def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Seq
     """Describe the steps of a run and its predicted memory, in lines."""
     name = context.run.name
     steps = plan(context, models, chosen, upsampler)
+    measured = next(step for step in steps if isinstance(step, Measure))
     try:
         size = context.like.shape[0] * context.like.shape[1] * context.like.shape[2]
         most = peak_memory(size, len(context.acquisition)) / 1e9
-        lines = [f"{name}: {steps[0].describe()}; batch {context.run.batch}; at most "
+        lines = [f"{name}: {measured.describe()}; batch {context.run.batch}; at most "
                  f"{most:.1f} GB"]
     except QSphereError as error:
         return [f"{name}: would fail: {error}"]
     refused: list[Step] = []
-    for step in steps[1:]:
+    for step in steps:
+        if step is measured:
+            continue
         if any(other in refused for other in step.needs):
             refused.append(step)
             continue
@@ -138,44 +142,14 @@ def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Seq
         except Refusal as refusal:
             refused.append(step)
             lines.append(f"  {step.title}: refused: {refusal}")
-    return lines + describe_corrections(context.run)
+    return lines
 
 
-def describe_corrections(run: Run) -> list[str]:
-    """Describe the data that could correct a raw run, in lines; none if it is preprocessed.
-
-    These are its phase encoding, field maps (with the rule that assigns each), phase images and T1w
-    image.
-    """
-    if run.preprocessed:
-        return []
-    encoding = run.phase_encoding
-    readout = ("TotalReadoutTime unknown" if encoding is None or encoding.readout is None
-               else f"readout {1000 * encoding.readout:.4g} ms")
-    lines = [f"phase encoding {encoding.direction}, {readout}" if encoding
-             else "phase encoding unknown", *map(_describe_field_map, run.field_maps)]
-    if run.phase:
-        lines.append(f"phase {', '.join(name_of(p.image) for p in run.phase)}: complex data")
-    if run.t1w:
-        session = entities_of(run.t1w.name).get("ses")
-        lines.append(f"T1w {name_of(run.t1w)}: of the "
-                     f"{'same session' if session == run.session else 'participant'}")
-    return ["  for corrections, which no step applies yet:",
-            *(f"    {line}" for line in (*lines, *run.notices))]
-
-
-def _describe_field_map(field_map: FieldMap) -> str:
-    names = ", ".join(name_of(image.image) for image in field_map.images)
-    magnitudes = ", ".join(name_of(image.image) for image in field_map.magnitudes)
-    rule = ("of the same session" if field_map.rule == "session" else f"by {field_map.rule}")
-    return (f"field map {names}" + f" with {magnitudes}" * bool(magnitudes)
-            + f": {FIELD_MAPS[field_map.kind]}, {rule}")
-
-
-def methods_text(models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
-                 upsampler: Upsampler | None = None, spaces: Sequence[Space] = ()) -> str:
+def methods_text(options: Options, models: Sequence[harmonize.Model],
+                 chosen: Sequence[FromSignal], upsampler: Upsampler | None = None) -> str:
     """Write the methods text of all steps that a plan may hold, with references."""
     used = [*{m.method.name: m.method for m in models}.values(),
             *([upsampler] if upsampler else []), *chosen]
-    return boilerplate.markdown([*PREPARATION, *map(boilerplate.of_method, used),
-                                 *map(paragraph, spaces)], used)
+    return boilerplate.markdown([
+        *paragraphs(options.corrections(preprocessed=False)), *PREPARATION,
+        *map(boilerplate.of_method, used), *map(paragraph, parse(options.output_spaces))], used)

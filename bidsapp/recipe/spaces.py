@@ -22,18 +22,19 @@ from bidsapp.bids.writer import Transaction, sha256, to_json
 from bidsapp.dwi import open_image, read_array
 from bidsapp.errors import DataError, Refusal
 from bidsapp.recipe.steps import Estimate, RunContext, Step, StepReport, voxel_size
-from bidsapp.registration import deformable, resample, template
+from bidsapp.registration import acpc, deformable, resample, template
 from bidsapp.registration.geometry import transform_points, world_points
 from bidsapp.registration.image import Image, sample
 from bidsapp.report import figures
-from bidsapp.spaces import T1W, Space
+from bidsapp.spaces import ACPC, T1W, Space
 from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
 
 LEAST_BRAIN = 0.5
-"""Volume of the brain in the diffusion images over that of the template, below which the
-registration to the template would have to stretch a slab over a whole brain."""
+"""Volume of the brain mask in the T1w image over that of the template, below which the registration
+to the template would have to stretch a slab over a whole brain. The mask is that of the diffusion
+images where the brain was not found in the T1w image."""
 
 
 class Register(Step):
@@ -72,8 +73,9 @@ class Register(Step):
 
     def describe(self) -> str:
         image = self._require_t1w()
-        way = (f"T1w registered to {self.space.image.name}" if self.space.image
-               else "rigid registration")
+        way = (f"T1w registered to {self.space.image.name}" if self.space.image else
+               "T1w aligned to MNI152, rigid registration" if self.is_aligned else
+               "rigid registration")
         return f"maps in the space {self.space}: {image.name}, {way}, {self._resolution}"
 
     @property
@@ -81,12 +83,25 @@ class Register(Step):
         return [paragraph(self.space)]
 
     @property
+    def is_aligned(self) -> bool:
+        """Whether the space is ACPC."""
+        return self.space.name == ACPC
+
+    @property
     def transform(self) -> PurePosixPath:
         """Path of the transform below OUTPUT_DIR."""
+        return self._transform(self.context.run.entities.get("space", "dwi"))
+
+    @property
+    def transform_of_t1w(self) -> PurePosixPath:
+        """Path of the transform of the T1w image to ACPC, below OUTPUT_DIR."""
+        return self._transform(T1W)
+
+    def _transform(self, source: str) -> PurePosixPath:
         space = self.space
         return self.context.path(
             "xfm", ".nii.gz" if space.image else ".txt",
-            **{"from": self.context.run.entities.get("space", "dwi"), "mode": "image",
+            **{"from": source, "mode": "image",
                "to": "+".join(filter(None, (space.name, space.cohort))),
                **({"res": space.res} if space.res else {})})
 
@@ -97,14 +112,15 @@ class Register(Step):
 
     @property
     def reference(self) -> Path:
-        """Path of the image that defines the space."""
+        """Path of the image that shows the anatomy: the template, or the T1w image, which in ACPC
+        is to be moved by `transform_of_t1w`."""
         return self.space.image or self._require_t1w()
 
     @property
     def about(self) -> dict[str, Any]:
-        """Sidecar keys of every image in the space."""
-        uri = self.context.dataset.uri
-        return {"SpatialReference": uri(self.reference),
+        """Sidecar keys of every image in the space. No image defines ACPC but those in it."""
+        uri, root = self.context.dataset.uri, self.context.dataset.root
+        return {"SpatialReference": uri(root / self.mask if self.is_aligned else self.reference),
                 "Resolution": self._resolution,
                 "Transform": uri(self.context.dataset.root / self.transform)}
 
@@ -141,39 +157,72 @@ class Register(Step):
                           "needs both. Leave the space out, or acquire them.")
         log.info("%s: registering to %s", context.run.name, self.space)
         try:
-            anatomy = stage.anatomy()
-            reference = open_image(self.reference)
-            shape, affine = ((reference.shape[:3], reference.affine) if self.space.res else
-                             resample.output_grid(reference.shape, reference.affine, self.size))
+            anatomy, reference = stage.anatomy(), open_image(self.reference)
+            # world of the space → world of the T1w image, as far as that is rigid
+            to_t1w = self._align(stage, anatomy) if self.is_aligned else np.eye(4)
+            shape, affine = self._grid(reference)
             points = world_points(shape, affine)
             if self.space.image:
                 points = self._from_template(stage, anatomy, points)
         except DataError as error:
             raise Refusal(str(error)) from error
-        back = np.linalg.inv(anatomy.transform)
-        points = transform_points(back, points)
+        to_dwi = np.linalg.inv(anatomy.transform)
+        points = transform_points(to_dwi @ to_t1w, points)
         inside = sample(dwi.mask.astype(np.float32), dwi.affine, points) > 0.5
         if not inside.any():
             raise Refusal(f"the brain lies outside the field of view of {self.space}. Check the "
                           "headers of the images.")
         mask = context.dataset.uri(context.dataset.root / context.mask)
-        transaction.image(self.mask, inside.astype(np.uint8), like(reference, shape, affine), {
+        grid = like(reference, shape, affine, self.is_aligned)
+        transaction.image(self.mask, inside.astype(np.uint8), grid, {
             **_elsewhere(sidecar.mask(context.run, context.dataset, mask)), **self.about,
             "Sources": [mask, self.about["Transform"]]})
-        transaction.bytes(self.transform, resample.pack_field(points, affine) if self.space.image
-                          else resample.pack_rigid(back))
-        transaction.text(self.transform.with_name(
-            f"{self.transform.name.partition('.')[0]}.json"), to_json({
-            "Description": "ITK transform that brings images of the diffusion run to the space "
-                           f"{self.space} (antsApplyTransforms -t)",
-            "Sources": list(dict.fromkeys([
-                *map(context.dataset.uri, (*context.run.files, source)),
-                self.about["SpatialReference"]]))}))
+        self._write(transaction, self.transform, resample.pack_field(points, affine)
+                    if self.space.image else resample.pack_rigid(to_dwi @ to_t1w), (
+                        "the diffusion run", *context.run.files, source))
+        if self.is_aligned:
+            self._write(transaction, self.transform_of_t1w, resample.pack_rigid(to_t1w),
+                        ("the T1w image", source))
         report.notices.append(
             f"Maps in the space {self.space} ({self._resolution}): {self.mask.parent}/"
             f"{self.mask.name.replace('_desc-brain_mask.nii.gz', '_…_dwimap.nii.gz')}. The figures "
             "and tables here are of the space of the diffusion images.")
         return stage
+
+    def _grid(self, reference: Any) -> tuple[tuple[int, ...], np.ndarray]:
+        """Shape and affine of the images in the space. reference: image that `reference` names."""
+        if self.space.res:
+            return reference.shape[:3], reference.affine
+        if self.is_aligned:
+            return resample.output_grid(*acpc.grid(), self.size)
+        return resample.output_grid(reference.shape, reference.affine, self.size)
+
+    def _write(self, transaction: Transaction, path: PurePosixPath, content: bytes,
+               moved: tuple[Any, ...]) -> None:
+        """Write a transform and its sidecar. moved: what it moves, in words, and its files."""
+        name, *files = moved
+        transaction.bytes(path, content)
+        transaction.text(path.with_name(f"{path.name.partition('.')[0]}.json"), to_json({
+            "Description": f"ITK transform that brings images of {name} to the space "
+                           f"{self.space} (antsApplyTransforms -t)",
+            "Sources": list(dict.fromkeys(map(self.context.dataset.uri,
+                                              (*files, self.reference))))}))
+
+    def _align(self, stage: Stage, anatomy: t1w.Anatomy) -> np.ndarray:
+        """Find the rigid transform from ACPC to the world of the T1w image."""
+        brain = Image(np.where(t1w.brain_mask(stage.dwi, anatomy), anatomy.image, 0),
+                      anatomy.affine)
+        fixed = acpc.template()
+        self._require_whole(brain, fixed)
+        return acpc.align(brain, fixed, self.context.options.work_dir)
+
+    def _require_whole(self, brain: Image, whole: Image) -> None:
+        """Raise Refusal if the T1w image is known to show the brain in a part only."""
+        if brain.volume < LEAST_BRAIN * whole.volume:
+            raise Refusal(
+                f"the images show {brain.volume / 1000:.0f} mL of brain, and the template of "
+                f"{self.space} has {whole.volume / 1000:.0f} mL: a part cannot be registered to "
+                f"the whole. Use --output-spaces {T1W}.")
 
     def _from_template(self, stage: Stage, anatomy: t1w.Anatomy, points: np.ndarray) -> np.ndarray:
         """Find the world points of the T1w image for those of the template."""
@@ -182,11 +231,7 @@ class Register(Step):
         fixed = Image(np.where(t1w.read(self.space.mask)[0] > 0.5, values, 0), affine)
         moving = Image(np.where(t1w.brain_mask(stage.dwi, anatomy), anatomy.image, 0),
                        anatomy.affine)
-        if moving.volume < LEAST_BRAIN * fixed.volume:
-            raise Refusal(
-                f"the diffusion images show {moving.volume / 1000:.0f} mL of brain, and "
-                f"{self.space} has {fixed.volume / 1000:.0f} mL: a part cannot be registered to "
-                f"the whole. Use --output-spaces {T1W}.")
+        self._require_whole(moving, fixed)
         place = template.register(fixed, moving, self.context.options.work_dir,
                                   deformable.ITERATIONS)
         return resample.through(points, place, affine)
@@ -292,18 +337,23 @@ class Resample(Step):
     def _figure(self, fa: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> figures.Figure:
         """Draw the reference of the space with the outline of FA."""
         values, reference_affine = t1w.read(self.takes.reference)
-        shown = sample(values, reference_affine, world_points(inside.shape, affine))
+        points = world_points(inside.shape, affine)
+        if self.takes.is_aligned:
+            points = resample.read_points(
+                self.context.dataset.root / self.takes.transform_of_t1w, inside.shape, affine)
+        shown = sample(values, reference_affine, points)
         canvas = SimpleNamespace(mask=inside, affine=affine)
         return figures.of_space(canvas, shown, fa, str(self.takes.space),
                                 {**self.takes.space.entities, "desc": "fa"})
 
 
-def like(reference: Any, shape: tuple[int, ...], affine: np.ndarray) -> Any:
-    """Make an empty image on a grid, in the frame (NIfTI code) of another image."""
+def like(reference: Any, shape: tuple[int, ...], affine: np.ndarray, aligned: bool = False) -> Any:
+    """Make an empty image on a grid, in the frame (NIfTI code) of another image unless aligned."""
     import nibabel as nib
 
     image = nib.Nifti1Image(np.empty(shape, np.uint8), affine)
-    code = int(reference.get_sform(coded=True)[1] or reference.get_qform(coded=True)[1] or 2)
+    code = 2 if aligned else int(
+        reference.get_sform(coded=True)[1] or reference.get_qform(coded=True)[1] or 2)
     image.set_qform(affine, code)
     image.set_sform(affine, code)
     return image
@@ -317,9 +367,16 @@ def _elsewhere(about: Mapping[str, Any]) -> dict[str, Any]:
 def paragraph(space: Space) -> tuple[str, str]:
     """Write the section of the methods text on a space: heading and text."""
     text = ("The attenuation of the diffusion signal was registered rigidly to the participant's "
-            "T1w image by normalised mutual information (doi:10.1016/S0031-3203(98)00091-0). ")
+            "T1w image by normalised mutual information (doi:10.1016/S0031-3203(98)00091-0), after "
+            "brain extraction (deepbet, doi:10.1016/j.compbiomed.2024.108845) and correction of "
+            "its bias field (N4, doi:10.1109/TMI.2010.2046908). ")
+    if space.name == ACPC:
+        text += ("The T1w image of the brain was registered to the template MNI152 (nonlinear "
+                 "symmetric, 2009a) by an affine transform (mutual information), whose rotation "
+                 "and image of MNI's origin make the rigid transform to the space ACPC. The "
+                 "transforms were composed. ")
     if space.image:
-        text += ("The T1w image, inside the brain mask of the diffusion images, was registered to "
+        text += ("The T1w image, inside the brain mask, was registered to "
                  f"the template {space} of TemplateFlow (doi:10.1038/s41592-022-01681-2) by an "
                  "affine transform (mutual information) and SyN (local cross-correlation; "
                  "doi:10.1016/j.media.2007.06.004). The transforms were composed. ")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -41,9 +41,9 @@ from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
 
-UNCORRECTED = ("The images are raw, and QSphere did not correct noise, Gibbs ringing, motion, eddy "
-               "currents or distortion. Data that need it must be preprocessed first (see "
-               "--derivatives).")
+UNCORRECTED = ("The images are raw and were not corrected (--preprocess none). Data with noise, "
+               "Gibbs ringing, motion, eddy currents or distortion need it: leave the option out, "
+               "or give data that were preprocessed elsewhere (--derivatives).")
 """Notice of a run that was not preprocessed."""
 
 ROUNDING = 1e-3
@@ -66,9 +66,7 @@ PREPARATION = [
     "median-Otsu mask of DIPY (doi:10.3389/fninf.2014.00008) but for rounding. Where one "
     "acquisition was split in several runs, they "
     "were concatenated and scaled to the mean b = 0 signal of the first. NaN and infinite "
-    "values were set to 0 and counted. QSphere "
-    "applied no correction of noise, Gibbs ringing, motion, eddy currents, susceptibility or "
-    "bias field: data that need it must be preprocessed first.")),
+    "values were set to 0 and counted.")),
     ("Quality", (
     "The noise standard deviation is the residual of a spherical harmonics fit "
     "(doi:10.1002/mrm.21277) to each shell, pooled over shells, as the median over voxels; SNR "
@@ -122,6 +120,16 @@ class RunContext:
     def mask(self) -> PurePosixPath:
         """Path of the brain mask below OUTPUT_DIR."""
         return self.path("mask", desc="brain")
+
+    @property
+    def corrections(self) -> tuple[str, ...]:
+        """Corrections that the options ask for on this run."""
+        return self.options.corrections(self.run.preprocessed)
+
+    @property
+    def signal(self) -> Run:
+        """The run whose images are masked and measured: the corrected one, if it is corrected."""
+        return corrected_run(self.dataset, self.run) if self.corrections else self.run
 
 
 @dataclass
@@ -254,15 +262,34 @@ class Step(ABC):
 
 
 class Measure(Step):
-    """Mask the brain, load the signal inside, estimate its noise and check its quality."""
+    """Mask the brain, load the signal inside, estimate its noise and check its quality.
+
+    Parameters
+    ----------
+    context : RunContext
+        The run and what its steps share.
+    preprocess : Step, optional
+        The step that corrects the images; None if they are measured as they are.
+    """
 
     name = "measured"
 
+    def __init__(self, context: RunContext, preprocess: Step | None = None) -> None:
+        super().__init__(context)
+        self.preprocess = preprocess
+
+    @property
+    def needs(self) -> list[Step]:
+        return [self.preprocess] if self.preprocess else []
+
     @property
     def parameters(self) -> Mapping[str, Any]:
+        if self.preprocess:
+            return {"preprocessed": self.preprocess.fingerprint}
         run = self.context.run
         return {"entities": run.entities, "inputs": [sha256(f) for f in run.files],
-                "metadata": [part.metadata for part in run.parts]}
+                "metadata": [part.metadata for part in run.parts],
+                "gradient_check": self.context.options.gradient_check}
 
     def describe(self) -> str:
         image, acquisition = self.context.like, self.context.acquisition
@@ -274,39 +301,49 @@ class Measure(Step):
         return PREPARATION
 
     def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
-        context, run = self.context, self.context.run
+        context, run = self.context, self.context.signal
         dwi, mean_b0 = load_run(run, memory=context.memory, work_dir=context.options.work_dir)
-        source = context.dataset.uri(run.mask) if run.mask else MADE_MASK
-        transaction.image(context.mask, dwi.mask.astype("uint8"), context.like,
-                          sidecar.mask(run, context.dataset, source))
-        report.warnings, coherence = check_plausibility(run, dwi, mean_b0)
-        report.qc |= quality.measure_quality(dwi) | coherence
+        report.warnings = check_plausibility(run, dwi, mean_b0)
+        about: dict[str, Any] = {}
+        if self.preprocess:
+            corrected = context.dataset.record(self.preprocess.record)
+            source, about = corrected["mask_source"], corrected["about"]
+            dwi = replace(dwi, magnitude=corrected["magnitude"])
+        else:
+            source = context.dataset.uri(run.mask) if run.mask else MADE_MASK
+            transaction.image(context.mask, dwi.mask.astype("uint8"), context.like,
+                              sidecar.mask(run, context.dataset, source))
+            checked = check_gradients(run, dwi, context.options.gradient_check)
+            dwi, about = replace(dwi, acquisition=checked.acquisition), checked.about
+            report.warnings += checked.warnings
+            report.qc |= checked.qc
+        report.qc |= quality.measure_quality(dwi)
         if not run.preprocessed:
             report.notices.append(UNCORRECTED)
         report.figures += figures.of_signal(dwi, mean_b0)
         acquisition = dwi.acquisition
         report.facts = {
             "noise_sd": dwi.noise_sd, "invalid": dwi.invalid, "mask_source": source,
+            "about": about, "magnitude": dwi.magnitude, "corrected": bool(self.preprocess),
+            "bvecs": dwi.acquisition.bvecs.tolist(),
             "n_voxels": len(dwi.signal), "n_volumes": len(acquisition),
             "n_b0": int(acquisition.b0.sum()),
             "voxel_size": [float(z) for z in context.like.header.get_zooms()[:3]],
             "shells": [{"b": s.b, "b_delta": s.b_delta, "n_directions": len(s)}
                        for s in acquisition.shells]}
-        return self._stage(dwi)
+        return self._stage(dwi, about)
 
     def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
-        context, like = self.context, self.context.like
-        mask = read_mask(context.dataset.root / context.mask, like.shape[:3], like.affine)
-        dwi = Series.from_run(context.run, context.acquisition).within(
-            mask, memory=context.memory, work_dir=context.options.work_dir)
-        return self._stage(replace(dwi, noise_sd=facts["noise_sd"]))
+        context = self.context
+        return self._stage(load_measured(context.dataset, context.run, memory=context.memory,
+                                         work_dir=context.options.work_dir), facts["about"])
 
-    def _stage(self, dwi: Dwi) -> Stage:
+    def _stage(self, dwi: Dwi, about: Mapping[str, Any]) -> Stage:
         # cached: several methods and spaces may use them
         anatomy = cache(partial(register_t1w, self.context.run, dwi))
         tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir,
                                anatomy))
-        return Stage(dwi, tissue=tissue, anatomy=anatomy)
+        return Stage(dwi, about=about, tissue=tissue, anatomy=anatomy)
 
 
 class Harmonize(Step):
@@ -555,7 +592,7 @@ def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[s
 
 def outputs(context: RunContext, transaction: Transaction, stage: Stage) -> Outputs:
     """Make the writer of all images that are computed from a signal."""
-    return Outputs(transaction, context.run, stage, context.like, context.mask,
+    return Outputs(transaction, context.signal, stage, context.like, context.mask,
                    context.options.random_seed, context.device)
 
 
@@ -586,6 +623,9 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     DataError
         A file is missing or damaged, files contradict each other, or no mask can be made.
     """
+    if is_real(run) and not run.preprocessed:
+        raise DataError(f"{run.parts[0].image}: is the real part of complex images, of which the "
+                        "magnitude or a corrected signal is needed. Leave out --preprocess none.")
     series = Series.from_run(run, btable.load_acquisition(run))
     mean_b0 = series.mean(series.acquisition.b0)
     try:
@@ -597,17 +637,61 @@ def load_run(run: Run, *, memory: float = math.inf, work_dir: Path | None = None
     return replace(dwi, noise_sd=noise_sd(dwi)), mean_b0
 
 
-def check_plausibility(run: Run, dwi: Dwi, mean_b0: np.ndarray
-                       ) -> tuple[list[str], dict[str, float | None]]:
-    """Check the signal and the gradient table for errors.
+def is_real(run: Run) -> bool:
+    """Tell whether the images of a run are the real parts of complex ones."""
+    return run.entities.get("part") == "real"
+
+
+def load_measured(dataset: Dataset, run: Run, *, memory: float = math.inf,
+                  work_dir: Path | None = None) -> Dwi:
+    """Load the signal that the step `measured` of an earlier invocation measured.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        OUTPUT_DIR, with the record of that step.
+    run : Run
+        The run as it was found.
+    memory, work_dir
+        Those of `load_run`.
+
+    Raises
+    ------
+    DataError
+        A file is missing or damaged.
+    """
+    images, acquisition, facts = read_measured(dataset, run)
+    series = Series.from_run(images, acquisition)
+    mask = read_mask(dataset.root / names.output_path(run.entities, "mask", ".nii.gz",
+                                                      desc="brain"), series.shape, series.affine)
+    return replace(series.within(mask, memory=memory, work_dir=work_dir),
+                   noise_sd=facts["noise_sd"], magnitude=facts["magnitude"])
+
+
+def read_measured(dataset: Dataset, run: Run) -> tuple[Run, Acquisition, dict[str, Any]]:
+    """Read from which images an earlier invocation measured a run, and with which gradient table.
 
     Returns
     -------
-    warnings : list of str
-        Sentences on probable errors; they are logged.
-    qc : dict
-        Fibre coherence of the b-vectors as given, and the highest over flips and swaps of their
-        axes; None if it cannot be computed.
+    images : Run
+        The run, or that of its corrected images.
+    acquisition : Acquisition
+        After corrections of the b-vectors.
+    facts : dict
+        Record of the step `measured`.
+    """
+    facts = dataset.record(names.output_path(run.entities, "step", ".json", "log",
+                                             desc=Measure.name))
+    if "bvecs" not in facts:
+        raise DataError(f"{run.name}: its record is missing or of an earlier version. Run the "
+                        "participant level again.")
+    images = corrected_run(dataset, run) if facts["corrected"] else run
+    return (images, replace(btable.load_acquisition(images), bvecs=np.array(facts["bvecs"])),
+            facts)
+
+
+def check_plausibility(run: Run, dwi: Dwi, mean_b0: np.ndarray) -> list[str]:
+    """Check the signal for errors; return sentences on probable ones, which are logged.
 
     Raises
     ------
@@ -618,13 +702,84 @@ def check_plausibility(run: Run, dwi: Dwi, mean_b0: np.ndarray
         warnings = plausibility.check(dwi, mean_b0)
     except DataError as error:
         raise DataError(f"{', '.join(str(p.image) for p in run.parts)}: {error}") from error
-    coherence = gradients.measure_coherence(dwi, btable.fsl_axes(dwi.affine))
-    if coherence and coherence.better:
-        warnings.append(gradients.describe_mismatch(coherence))
     for sentence in warnings:
         log.warning("%s: %s", run.name, sentence)
-    return warnings, {"fibre_coherence": coherence.given if coherence else None,
-                      "fibre_coherence_best": coherence.best if coherence else None}
+    return warnings
+
+
+class GradientCheck(NamedTuple):
+    """Result of `check_gradients`.
+
+    Attributes
+    ----------
+    acquisition : Acquisition
+        The acquisition of the signal, with another table of b-vectors if they were fixed.
+    table : (3, 3)
+        The flip or swap of the rows of the .bvec that was applied; the identity if none was.
+    about : dict
+        Sidecar keys: GradientTableCorrection, if the table was fixed.
+    warnings : list of str
+    qc : dict
+        Fibre coherence of the table as given, and the highest of all flips and swaps; None if it
+        cannot be computed.
+    """
+
+    acquisition: Acquisition
+    table: np.ndarray
+    about: dict[str, Any]
+    warnings: list[str]
+    qc: dict[str, float | None]
+
+
+def check_gradients(run: Run, dwi: Dwi, mode: str) -> GradientCheck:
+    """Check whether the b-vectors are flipped or permuted, and do what --gradient-check says.
+
+    Parameters
+    ----------
+    run : Run
+    dwi : Dwi
+        Its signal.
+    mode : str
+        One of `options.GRADIENT_CHECKS`.
+
+    Raises
+    ------
+    DataError
+        The b-vectors are probably wrong, and the mode is `stop`.
+    """
+    axes = btable.fsl_axes(dwi.affine)
+    coherence = gradients.measure_coherence(dwi, axes) if mode != "off" else None
+    qc = {"fibre_coherence": coherence.given if coherence else None,
+          "fibre_coherence_best": coherence.best if coherence else None}
+    acquisition, table = dwi.acquisition, np.eye(3)
+    if coherence is None or not coherence.better:
+        return GradientCheck(acquisition, table, {}, [], qc)
+    sentence = gradients.describe_mismatch(coherence)
+    if mode == "stop":
+        raise DataError(
+            f"{', '.join(str(p.bvec) for p in run.parts)}: {sentence} Or give --gradient-check "
+            "fix, which applies and records this correction, or --gradient-check warn.")
+    log.warning("%s: %s", run.name, sentence)
+    about = {}
+    if mode == "fix":
+        table = coherence.table
+        acquisition = replace(acquisition, bvecs=acquisition.bvecs @ (axes @ table @ axes.T).T)
+        about = {"GradientTableCorrection": coherence.better}
+        sentence = (f"The b-vectors were corrected: {coherence.better} in the .bvec. Fibre "
+                    f"coherence rose from {coherence.given:.3f} to {coherence.best:.3f}. Every "
+                    "sidecar says so (GradientTableCorrection).")
+    return GradientCheck(acquisition, table, about, [sentence], qc)
+
+
+def corrected_run(dataset: Dataset, run: Run) -> Run:
+    """Describe the corrected images of a run in OUTPUT_DIR, which may not exist yet, as a run."""
+    image, bval, bvec, btens = (
+        dataset.root / names.output_path(run.entities, "dwi", extension, desc="preproc")
+        for extension in (".nii.gz", ".bval", ".bvec", ".btens"))
+    part = Part(image, bval, bvec, btens if btens.exists() else None, run.metadata)
+    mask = dataset.root / names.output_path(run.entities, "mask", ".nii.gz", desc="brain")
+    return replace(run, parts=(part,), mask=mask, dataset=("", dataset.root), preprocessed=True,
+                   phase_encoding=None, field_maps=(), phase=(), notices=())
 
 
 def register_t1w(run: Run, dwi: Dwi) -> t1w.Anatomy:

@@ -29,8 +29,89 @@ CITED = {
     "10.1016/S0031-3203(98)00091-0": "Studholme et al. 1999, normalised mutual information",
     "10.1016/j.media.2007.06.004": "Avants et al. 2008, SyN",
     "10.1109/42.963816": "Alexander et al. 2001, reorientation by finite strain",
+    "10.1109/TIT.2017.2653801": "Gavish & Donoho 2017, optimal shrinkage of singular values",
+    "10.1002/mrm.1910340618": "Gudbjartsson & Patz 1995, Rician noise",
+    "10.1016/j.jmr.2006.01.016": "Koay & Basser 2006, correction of magnitudes",
+    "10.1016/j.neuroimage.2016.08.016": "Veraart et al. 2016, denoising by MP-PCA",
+    "10.48550/arXiv.2011.01355": "Fadnavis et al. 2020, Patch2Self",
+    "10.1002/mrm.26054": "Kellner et al. 2016, Gibbs ringing",
+    "10.1002/mrm.1910340111": "Jezzard & Balaban 1995, distortion by field variations",
+    "10.1088/0031-9155/57/18/5715": "Ruthotto et al. 2012, diffeomorphic susceptibility correction",
+    "10.3389/fnins.2024.1406821": "Julian & Ruthotto 2024, PyHySCO",
+    "10.1117/12.611415": "Abdul-Rahman et al. 2005, three-dimensional phase unwrapping",
+    "10.1016/j.neuroimage.2015.07.067": "Andersson & Sotiropoulos 2015, Gaussian processes of the "
+                                        "diffusion signal",
+    "10.1016/j.neuroimage.2015.10.019": "Andersson & Sotiropoulos 2016, correction of "
+                                        "off-resonance and movement",
+    "10.1016/j.neuroimage.2016.06.058": "Andersson et al. 2016, detection and replacement of "
+                                        "outliers",
+    "10.1016/j.neuroimage.2011.10.018": "Power et al. 2012, framewise displacement",
+    "10.1109/TMI.2010.2046908": "Tustison et al. 2010, N4",
+    "10.1016/j.compbiomed.2024.108845": "Fisch et al. 2024, deepbet",
+    "10.1016/j.neuroimage.2015.07.074": "Eichner et al. 2015, real-valued diffusion MRI",
 }
 """DOI → what it is, of what some paragraphs cite beside the methods."""
+
+CORRECTIONS = {
+    "complex": (
+        "Magnitude and phase were combined to complex images. The phase of each slice of each "
+        "volume, one shot, was estimated from the low-pass filtered image and removed, and the "
+        "real part was kept (after Eichner et al. 2015, doi:10.1016/j.neuroimage.2015.07.074): "
+        "its noise is Gaussian, without a noise floor."),
+    "denoise": (
+        "Noise was removed by local principal component analysis: in patches of voxels, the mean "
+        "of each volume was removed, and the singular values of the matrix of voxels by volumes "
+        "were shrunk optimally for the mean square error (doi:10.1109/TIT.2017.2653801), with the "
+        "noise level estimated from the same patch; each voxel is the weighted mean of all patches "
+        "that hold it. From magnitude images the noise floor (doi:10.1002/mrm.1910340618) was "
+        "removed too, and their noise level was corrected (doi:10.1016/j.jmr.2006.01.016)."),
+    "mppca": (
+        "Noise was removed by principal component analysis with thresholds from the "
+        "Marchenko–Pastur law (MP-PCA, doi:10.1016/j.neuroimage.2016.08.016) as implemented in "
+        "DIPY (doi:10.3389/fninf.2014.00008)."),
+    "patch2self": (
+        "Noise was removed by Patch2Self (doi:10.48550/arXiv.2011.01355), which predicts each "
+        "volume from all others, as implemented in DIPY (doi:10.3389/fninf.2014.00008)."),
+    "gibbs": (
+        "Gibbs ringing was removed by local sub-voxel shifts (doi:10.1002/mrm.26054) in the planes "
+        "of the slices."),
+    "pair": (
+        "The susceptibility field was estimated from b = 0 images of opposite phase encoding: "
+        "the displacement along the phase encoding that makes the two equal after correction, "
+        "their intensity included, with a penalty on its gradient and a barrier against folding, "
+        "by Gauss–Newton from coarse to fine (after doi:10.1088/0031-9155/57/18/5715 and "
+        "doi:10.3389/fnins.2024.1406821). The rigid movement between the two was estimated "
+        "together with it."),
+    "gre": (
+        "The susceptibility field was measured with a gradient-echo field map "
+        "(doi:10.1002/mrm.1910340111): its phase was unwrapped (doi:10.1117/12.611415, as "
+        "implemented in scikit-image, doi:10.7717/peerj.453), divided by 2π times the difference "
+        "of the echo times, and registered to the b = 0 image."),
+    "t1w": (
+        "No field was measured. Distortion was estimated by registering the b = 0 image to the "
+        "T1-weighted image with SyN (doi:10.1016/j.media.2007.06.004, ANTs), restricted to the "
+        "axis of the phase encoding; this is less exact than a measured field."),
+    "motion": (
+        "Head motion and eddy currents were corrected together. Each volume has six parameters of "
+        "rigid movement and a field that is a quadratic polynomial of the position in the scanner "
+        "(doi:10.1016/j.neuroimage.2015.10.019), fitted by Gauss–Newton to a prediction from the "
+        "other volumes by a Gaussian process over b-tensors "
+        "(doi:10.1016/j.neuroimage.2015.07.067). Slices with signal dropout were replaced by that "
+        "prediction (after doi:10.1016/j.neuroimage.2016.06.058) and are listed. The "
+        "susceptibility field moved with the head, and b-vectors were rotated with it. Framewise "
+        "displacement is that of Power et al. (doi:10.1016/j.neuroimage.2011.10.018), at the "
+        "centre of the brain."),
+    "resample": (
+        "All displacements were joined, so that every volume was interpolated once (cubic "
+        "B-splines), and its intensity was multiplied by the local change of volume."),
+    "bias": (
+        "The bias field was estimated in the mean b = 0 image by N4 "
+        "(doi:10.1109/TMI.2010.2046908, ANTs), and all volumes were divided by it."),
+    "brain": (
+        "The brain was segmented in the T1-weighted image by deepbet "
+        "(doi:10.1016/j.compbiomed.2024.108845)."),
+}
+"""Paragraph of the methods text for each correction."""
 
 
 def acknowledge() -> str:

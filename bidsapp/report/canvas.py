@@ -252,12 +252,7 @@ def mosaics(canvas: Canvas, colours: Any, title: str, *, crop: bool = True,
         show(ax, image, view.zooms)
         if outline is not None:
             draw_outline(ax, canvas.mosaic(outline, view, crop))
-        left, right = LABELS[view.axis]
-        tile_w = image.shape[1] / canvas.per_row(view)
-        tile_h = image.shape[0] / max(1, -(-len(view.positions) // canvas.per_row(view)))
-        y = image.shape[0] - tile_h / 2
-        for x, label, side in ((0.5, left, "left"), (tile_w - 1.5, right, "right")):
-            ax.text(x, y, label, ha=side, va="center", color="white", size=8)
+        label_sides(ax, canvas, image, view)
         top -= height + gap
     if bar:
         height = min(sum(heights), 2.6)
@@ -272,6 +267,16 @@ def show(ax: Axes, image: np.ndarray, zooms: tuple[float, float]) -> None:
     ax.imshow(image, origin="lower", aspect=zooms[1] / zooms[0], interpolation="none",
               cmap="gray", vmin=0, vmax=255)
     ax.set_axis_off()
+
+
+def label_sides(ax: Axes, canvas: Canvas, image: np.ndarray, view: View) -> None:
+    """Write which side is left and which right into the first slice of a mosaic."""
+    left, right = LABELS[view.axis]
+    tile_w = image.shape[1] / canvas.per_row(view)
+    tile_h = image.shape[0] / max(1, -(-len(view.positions) // canvas.per_row(view)))
+    y = image.shape[0] - tile_h / 2
+    for x, label, side in ((0.5, left, "left"), (tile_w - 1.5, right, "right")):
+        ax.text(x, y, label, ha=side, va="center", color="white", size=8)
 
 
 def draw_outline(ax: Axes, inside: np.ndarray) -> None:

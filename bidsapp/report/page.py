@@ -210,13 +210,16 @@ def _run(record: Mapping[str, Any], root: Path) -> dict[str, Any]:
     described = quality.describe_columns(qc)
     state = record.get("state", "incomplete")
     size = record.get("voxel_size")
+    sections = _sections(figures)
     return {
         **record, "state": state, "id": record.get("name", "run"), "refusals":
         record.get("refusals", {}), "notices": record.get("notices", []),
         "warnings": record.get("warnings", []),
         "size": " × ".join(f"{s:.3g}" for s in size) + " mm" if size else "",
         "shells": [{**s, "shape": _shape(s["b_delta"])} for s in record.get("shells", ())],
-        "sections": _sections(figures),
+        "corrections": [{**c, "time": f"{c['seconds']:.1f}\u00a0s"}
+                        for c in record.get("corrections", ())],
+        "pictures_of_corrections": sections.pop("Corrections", []), "sections": sections,
         "qc": [{"name": k, "value": _number(v), **described[k]} for k, v in qc.items()],
         "scores": _scores(record.get("scores", {})),
         "covariates": dict(record.get("covariates", {}))}

@@ -145,6 +145,43 @@ class Scan:
     jacobian: float
 
 
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Tissue of a person in the fine cells of the scanner's frame.
+
+    Parameters
+    ----------
+    fine : Grid
+        Grid of the cells.
+    inside : (cell,) bool ndarray
+        Whether a cell holds brain; n do.
+    tissue : TissueMaps
+        Tissue of these n cells, with axes in the scanner's frame.
+    jacobian : float
+        Smallest determinant of ∂(atlas)/∂(scanner).
+    """
+
+    fine: Grid
+    inside: np.ndarray
+    tissue: TissueMaps
+    jacobian: float
+
+    @property
+    def points(self) -> Float[np.ndarray, "n 3"]:
+        """Centres of the cells that hold brain (mm)."""
+        return self.fine.points[self.inside]
+
+    @property
+    def t1(self) -> Float[np.ndarray, " n"]:
+        """T1-weighted intensity, 0–1."""
+        return self.tissue.t1 * (1 + T1_LESION * self.tissue.lesion)
+
+    def signal(self, site: Site, table: Acquisition, options: PhantomOptions
+               ) -> Float[np.ndarray, "measurement n"]:
+        """Simulate the noise-free signals of a site, in multiples of UNIT."""
+        return _Model(self.tissue, table).signal(site, self.points, options)
+
+
 def draw_pose(options: PhantomOptions, *names: object) -> np.ndarray:
     """Draw the (4, 4) rigid transformation from a person's to the scanner's coordinates.
 
@@ -192,12 +229,8 @@ def simulate_scan(person: Person, site: Site, reference: Site, table: Acquisitio
     -------
     Scan
     """
-    fine, grid = Grid.over(BOX, atlas.step), Grid.over(BOX, site.voxel)
-    atlas_points, inside, jacobian = _map_to_atlas(person, atlas, fine, pose)
-    points = fine.points[inside]
-    pattern = SplineField.draw(stream(options.random_seed, "pattern"), np.array([0.05, 0.02]), 35.0)
-    tissue = tissue_at(person, atlas, options, pattern, (points - pose[:3, 3]) @ pose[:3, :3],
-                       atlas_points, jacobian)
+    head, grid = place_head(person, atlas, options, pose), Grid.over(BOX, site.voxel)
+    fine, inside, tissue, points = head.fine, head.inside, head.tissue, head.points
     model = _Model(tissue, table)
     imager = _Imager(inside.reshape(fine.shape), fine, grid, site.fwhm)
     reference_imager = _Imager(inside.reshape(fine.shape), fine, grid, reference.fwhm)
@@ -211,7 +244,7 @@ def simulate_scan(person: Person, site: Site, reference: Site, table: Acquisitio
     shares = reference_imager(tissue.share)
     mask = shares.sum(0) > 0.5
     t1, t1_tissue = np.zeros(fine.shape, np.float32), np.zeros((3, *fine.shape), np.float32)
-    t1.reshape(-1)[inside] = tissue.t1 * (1 + T1_LESION * tissue.lesion)
+    t1.reshape(-1)[inside] = head.t1
     t1_tissue.reshape(3, -1)[:, inside] = tissue.share
     t1_level = site.level(fine.points).reshape(fine.shape)
     t1 = add_noise(t1 * t1_level, t1_level / (T1_SNR * site.snr), site, rng)
@@ -219,7 +252,30 @@ def simulate_scan(person: Person, site: Site, reference: Site, table: Acquisitio
         grid, fine, UNIT * measured, UNIT * reference_signal, table, mask=mask,
         lesion=reference_imager(tissue.lesion[None])[0] > 0.5, tissue=np.clip(shares, 0, 1),
         truth=model.truth(reference_imager, mask), t1=UNIT * t1, t1_tissue=t1_tissue, pose=pose,
-        jacobian=float(np.linalg.det(jacobian).min()))
+        jacobian=head.jacobian)
+
+
+def place_head(person: Person, atlas: Atlas, options: PhantomOptions, pose: np.ndarray) -> Head:
+    """Compute the tissue of a person in the fine cells of the scanner's frame.
+
+    Parameters
+    ----------
+    person : Person
+    atlas : Atlas
+    options : PhantomOptions
+    pose : (4, 4) ndarray
+        Rigid transformation from person to scanner coordinates (mm).
+
+    Returns
+    -------
+    Head
+    """
+    fine = Grid.over(BOX, atlas.step)
+    atlas_points, inside, jacobian = _map_to_atlas(person, atlas, fine, pose)
+    pattern = SplineField.draw(stream(options.random_seed, "pattern"), np.array([0.05, 0.02]), 35.0)
+    points = (fine.points[inside] - pose[:3, 3]) @ pose[:3, :3]
+    tissue = tissue_at(person, atlas, options, pattern, points, atlas_points, jacobian)
+    return Head(fine, inside, tissue, float(np.linalg.det(jacobian).min()))
 
 
 def _map_to_atlas(person: Person, atlas: Atlas, fine: Grid, pose: np.ndarray

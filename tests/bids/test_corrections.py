@@ -286,6 +286,25 @@ def test_an_opposite_image_that_cannot_be_opened(tree, content):
     assert any("A field map is not used" in n and path.name in n for n in run.notices)
 
 
+# merged runs
+
+def test_runs_of_opposite_encodings_are_merged_when_asked(tree):
+    bids = tree({**BOTH, "dir-LR": {"sidecar": {**PA, "PhaseEncodingDirection": "i"}}})
+    assert list(runs_of(bids)) == ["sub-01_dir-AP", "sub-01_dir-LR", "sub-01_dir-PA"]
+    runs = runs_of(bids, "--merge-distortion-groups")
+    assert list(runs) == ["sub-01", "sub-01_dir-LR"]
+    merged = runs["sub-01"]
+    assert [part.metadata["PhaseEncodingDirection"] for part in merged.parts] == ["j-", "j"]
+    (field_map,) = merged.field_maps
+    assert (field_map.kind, field_map.rule) == ("opposite", "run")
+    assert [image.image for image in field_map.images] == [dwi(bids, "sub-01_dir-PA")]
+
+
+def test_runs_on_other_grids_are_not_merged(tree):
+    bids = tree({"dir-AP": {}, "dir-PA": {"sidecar": PA, "matrix": truth.affine(turn=(5, 0, 0))}})
+    assert len(runs_of(bids, "--merge-distortion-groups")) == 2
+
+
 # phase images
 
 def phase(bids, mag="dir-AP_part-mag"):

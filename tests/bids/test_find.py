@@ -154,11 +154,13 @@ def test_lone_b0_series_fails_with_a_message(tree):
         btable.load_acquisition(run)
 
 
-def test_complex_parts_are_left_out(tree, caplog):
-    caplog.set_level("INFO")
-    bids = tree(("01",), runs=("part-mag", "part-phase"))
-    assert run_names(find_runs(bids)) == ["sub-01_part-mag"]
-    assert "sub-01_part-phase_dwi.nii.gz: left out" in caplog.text
+def test_phase_and_imaginary_parts_are_no_runs_of_their_own(tree):
+    bids = tree(("01",), runs=("acq-a_part-mag", "acq-a_part-phase", "acq-a_part-real",
+                               "acq-a_part-imag", "acq-b_part-real", "acq-b_part-imag"))
+    runs = find_runs(bids).runs["01"]
+    assert [run.name for run in runs] == ["sub-01_acq-a_part-mag", "sub-01_acq-b_part-real"]
+    assert [p.image.name for run in runs for p in run.phase] == [
+        "sub-01_acq-a_part-phase_dwi.nii.gz", "sub-01_acq-b_part-imag_dwi.nii.gz"]
 
 
 def test_real_split_and_real_angled_runs(test_data):

@@ -122,6 +122,48 @@ def test_ndc_pairs_nearest_axes(rng):
     assert quality.neighbouring_correlation(one) is None
 
 
+def test_neighbouring_correlation_of_each_volume(rng):
+    """Volume 3 is nearest to 1, volume 1 to 2; b0 has none, and a constant volume none either."""
+    n = np.array([[0, 0, 0], [1, 0, 0], [1, 0.1, 0], [1, -0.2, 0], [0, 0, 1]], float)
+    n[1:] /= np.linalg.norm(n[1:], axis=1, keepdims=True)
+    acquisition = Acquisition(np.array([0, 1000, 1000, 1000, 2000.0]), n)
+    signal = rng.standard_normal((300, 5)).astype(np.float32)
+    expected = np.corrcoef(signal.T)
+    found = quality.neighbouring_correlations(signal, acquisition)
+    np.testing.assert_allclose(found[1:4], expected[[1, 2, 3], [2, 1, 1]], atol=1e-6)
+    assert np.isnan(found[0]) and np.isfinite(found[4])
+    signal[:, 2] = 7
+    found = quality.neighbouring_correlations(signal, acquisition)
+    np.testing.assert_array_equal(np.isnan(found), [True, True, True, False, False])
+    assert np.isnan(quality.neighbouring_correlations(signal[:, :2], acquisition[:2])).all()
+
+
+def test_head_motion_is_that_of_the_centre():
+    """A turn about the centre does not displace it, wherever the origin of the world lies."""
+    centre = np.array([10.0, -20, 30])
+    turn = np.radians(3)
+    about_z = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0],
+                        [0, 0, 1]])
+    rotations = np.stack([np.eye(3), about_z, about_z])
+    shift = np.array([[0, 0, 0], [0, 0, 0], [0.5, -0.25, 0]])
+    motion = quality.head_motion(rotations, centre - rotations @ centre + shift, centre)
+    np.testing.assert_allclose(motion.translations, shift, atol=1e-12)
+    np.testing.assert_allclose(motion.rotations, [[0, 0, 0], [0, 0, 3], [0, 0, 3]], atol=1e-9)
+    np.testing.assert_allclose(motion.framewise_displacement, [np.nan, 50 * turn, 0.75])
+
+
+def test_angles_turn_about_x_first():
+    """R = Rz(γ) Ry(β) Rx(α), with each factor written out."""
+    a, b, g = np.radians([4, -7, 11])
+    about_x = [[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]]
+    about_y = [[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]]
+    about_z = [[np.cos(g), -np.sin(g), 0], [np.sin(g), np.cos(g), 0], [0, 0, 1]]
+    rotation = np.array(about_z) @ about_y @ about_x
+    motion = quality.head_motion(rotation[None], np.zeros((1, 3)), np.zeros(3))
+    np.testing.assert_allclose(motion.rotations, [[4, -7, 11]])
+    assert np.isnan(motion.framewise_displacement).all()
+
+
 @pytest.mark.parametrize(("volume", "k", "loss"), [(10, 3, 0.3), (30, 0, 0.2), (46, 6, 0.6)])
 def test_dropout_is_found_and_nothing_else(dwi, volume, k, loss):
     found = quality.slice_signal(changed(dwi, volume, k, 1 - loss))

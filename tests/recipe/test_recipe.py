@@ -149,8 +149,8 @@ def test_fingerprints_follow_what_a_step_takes(study):
     bids, out = study
 
     def fingerprints(*more, models=(), **covariates):
-        options = cli.parse([str(bids), str(out), "participant", "--estimate", "dti", "scnn2",
-                             *more])
+        options = cli.parse([str(bids), str(out), "participant", "--preprocess", "none",
+                             "--estimate", "dti", "scnn2", *more])
         (run,) = find.find_runs(options).runs["02"]
         run = replace(run, covariates={**run.covariates, **covariates})
         context = RunContext(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)

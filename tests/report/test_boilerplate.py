@@ -45,3 +45,16 @@ def test_what_the_text_cites_is_in_the_references():
 
 def test_acknowledgement_is_one_sentence():
     assert re.fullmatch(r"[^\n]*CITATION\.md[^\n]*\.", boilerplate.acknowledge())
+
+
+def test_what_the_corrections_cite_is_in_the_references():
+    """Each paragraph's DOIs are listed when it was written, and only then."""
+    always = {url for _, url in boilerplate.references([])}
+    cited_somewhere = set()
+    for name, text in boilerplate.CORRECTIONS.items():
+        cited = {f"https://doi.org/{doi.rstrip('.')}" for doi in boilerplate.DOI.findall(text)}
+        listed = {url for _, url in boilerplate.references([], [("Corrections", text)])}
+        assert listed == always | cited, name
+        cited_somewhere |= cited
+        assert text.endswith(".") and len(text) > 80
+    assert len(cited_somewhere - always) > 12

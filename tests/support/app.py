@@ -14,8 +14,14 @@ from bidsapp.recipe.steps import load_run
 
 
 def qsphere(*argv):
-    """Run the command line in this process, with one worker; return its exit code."""
-    return cli.main([*map(str, argv), "--nprocs", "1"])
+    """Run the command line in this process, with one worker; return its exit code.
+
+    Raw images are measured as they are, unless `argv` says --preprocess.
+    """
+    argv = [*map(str, argv)]
+    if "participant" in argv and "--preprocess" not in argv:
+        argv += ["--preprocess", "none"]
+    return cli.main([*argv, "--nprocs", "1"])
 
 
 def find_runs(bids, *argv):

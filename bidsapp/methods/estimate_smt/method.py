@@ -431,7 +431,7 @@ class SphericalMean(Estimator):
             averages = []
             for sigma, (index, weights, smooth, table) in zip(sigmas, on_device, strict=True):
                 part = signal[:, index]
-                if sigma:
+                if sigma and dwi.magnitude:
                     part = subtract_rician_excess(part, smooth, sigma, table)
                 averages.append(part @ weights)
             usable = averages[0] > 0
@@ -453,7 +453,8 @@ class SphericalMean(Estimator):
             "Prior": "diffusivity uniform on 0–3 µm²/ms, neurite fraction uniform on 0–1",
             "NoiseSD": (dwi.noise_of(np.concatenate([s.indices for s in shells]))
                         if dwi.noise_sd else f"assumed: S0 / {ASSUMED_SNR:.0f}"),
-            "RicianBias": "corrected" if dwi.noise_sd else "not corrected (noise unknown)",
+            "RicianBias": ("none (real-valued signal)" if not dwi.magnitude else "corrected"
+                           if dwi.noise_sd else "not corrected (noise unknown)"),
             "Shells": [round(shell.b) for shell in shells]}, usable)
 
 

@@ -1,0 +1,787 @@
+"""Head motion, eddy currents and outlier slices of a diffusion series.
+
+Each volume is registered to its prediction from all others, which has its contrast: for weighted
+volumes the leave-one-out prediction of a Gaussian process over b-tensors (`bidsapp.gp`), for b0
+volumes the mean of the others. With S_v(x) the intensity of volume v at the points x of the
+reference (`bidsapp.preprocess.model`) and P_v(x) its prediction, a Gauss–Newton step solves
+
+    min_δ Σ_x w_v(x) [S_v(x) + A_v(x) δ − γ P_v(x)]²,    A_v = ∂S_v / ∂(motion, eddy currents),
+
+for 6 rigid and up to 9 field parameters and a gain γ. A_v is built from the gradient of P_v, in
+which the noise is averaged. P is linear in S, P = W S. A misalignment u_v of the volumes therefore
+moves P_v by Σ W_vu u_u, so that δ_v = u_v − Σ W_vu u_u is what the steps see; u is solved from it.
+Misalignments that all volumes share are not in u: the rigid one is found by registering the b0
+volumes to their regression on the weighted ones, and those of the field are set such that the field
+is a linear function of the gradient plus residuals of mean 0.
+
+(Andersson and Sotiropoulos 2015, 2016, doi:10.1016/j.neuroimage.2015.07.067 and
+doi:10.1016/j.neuroimage.2015.10.019; outlier slices after Andersson et al. 2016,
+doi:10.1016/j.neuroimage.2016.06.058)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+
+from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.gp import GaussianProcess
+from bidsapp.preprocess.model import (
+    EDDY_TERMS,
+    Geometry,
+    eddy_basis,
+    eddy_basis_along,
+    resample,
+)
+from bidsapp.registration.geometry import transform_points
+
+SMOOTHING = (8.0, 5.0, 3.0, 2.0, 0.0)
+"""FWHM by which the volumes are smoothed in each pass, mm."""
+
+STEPS = 2
+"""Gauss–Newton steps of each pass."""
+
+MAX_POINTS = 30_000
+"""Largest number of voxels that are compared."""
+
+HP_POINTS = 5_000
+"""Number of voxels from which the hyper-parameters of the Gaussian process are estimated."""
+
+PRIOR_SHIFT, PRIOR_ANGLE, PRIOR_GAIN, PRIOR_VOXELS = 10.0, 0.2, 0.3, 5.0
+"""SD of a step of translation (mm), of rotation (rad) and of the gain, and of the shift (voxels) by
+which each term of the field depends on the gradient at 100 mm from the centre. They stop only what
+the images do not determine."""
+
+EDDY_SPREAD = 0.05
+"""SD of the shift (voxels) by each term of the field at 100 mm from the centre, about its part that
+is linear in the gradient."""
+
+FLOOR = 0.05
+
+BLOCK_SIZE = 15.0
+"""Edge of the blocks over which residuals may be correlated, mm."""
+
+LINEAR_MIN, QUADRATIC_MIN = 6, 12
+"""Minimum number of weighted volumes for the linear and for the quadratic terms of the field."""
+
+OUTLIER_Z = 4.0
+"""A slice is an outlier if its relative difference from the prediction is below the negative of
+this number of robust SDs of its shell."""
+
+OUTLIER_LOSS = 0.05
+"""Smallest relative loss of signal of an outlier slice."""
+
+MIN_VOXELS = 250
+"""Minimum number of voxels of the mask in a slice that is assessed."""
+
+MIN_SHELL = 6
+"""Minimum number of volumes of a shell that has an SD of its own; smaller ones share theirs."""
+
+SLICES_AT_ONCE = 8
+"""Number of outlier slices that are predicted at once, which bounds the memory."""
+
+HEAD_RADIUS = 50.0
+"""Radius of the head by which rotations enter the framewise displacement, mm (Power et al. 2012,
+doi:10.1016/j.neuroimage.2011.10.018)."""
+
+
+class Pass(NamedTuple):
+    """Summary of one pass over the weighted or the b0 volumes.
+
+    Parameters
+    ----------
+    group : str
+        `b0` or `weighted`.
+    smoothing : float
+        FWHM, mm.
+    step : float
+        Root mean square displacement by the last step, in voxels of the mask, mm.
+    residual : float
+        Root mean square difference between volumes and predictions, relative to that of the
+        predictions.
+    outliers : int
+        Number of outlier slices.
+    """
+
+    group: str
+    smoothing: float
+    step: float
+    residual: float
+    outliers: int
+
+
+@dataclass(frozen=True, eq=False)
+class MotionEstimate:
+    """Motion, eddy currents and outlier slices of a series of n volumes.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Position of the reference in each volume. The reference is the first b0 volume, or the
+        first volume if there is none.
+    acquisition : Acquisition
+        The gradient table in the frame of the head, n → Rᵀ n.
+    outliers : (slice, n) bool
+        Slices that are replaced by their prediction.
+    z : (slice, n)
+        Relative difference from the prediction in robust SDs of the shell; NaN if not assessed.
+    change : (slice, n)
+        Relative difference from the prediction; NaN if not assessed.
+    slice_axis : int
+        Voxel axis of the slices.
+    framewise_displacement : (n,)
+        Sum of the absolute changes of the six rigid parameters since the volume before, rotations
+        as arcs of 50 mm radius, mm; 0 for the first volume.
+    passes : tuple of Pass
+        The course of the estimation.
+    notices : tuple of str
+        What was left out, and why.
+    points : (points, 3)
+        Points of the reference that were compared, world mm.
+    """
+
+    geometry: Geometry
+    acquisition: Acquisition
+    outliers: np.ndarray
+    z: np.ndarray
+    change: np.ndarray
+    slice_axis: int
+    framewise_displacement: np.ndarray
+    passes: tuple[Pass, ...]
+    notices: tuple[str, ...]
+    points: np.ndarray
+
+
+def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
+             encodings: Sequence[PhaseEncoding | None], affine: Float[np.ndarray, "4 4"],
+             mask: Bool[np.ndarray, "x y z"], field: Float[np.ndarray, "x y z"] | None = None, *,
+             device: str = "cpu", slice_axis: int = 2, smoothing: Sequence[float] = SMOOTHING
+             ) -> MotionEstimate:
+    """Estimate the motion, the field of eddy currents and the outlier slices of a series.
+
+    Parameters
+    ----------
+    volumes : sequence of n arrays (x, y, z)
+        The volumes in the order of the scan; of complex ones the magnitude is used.
+    acquisition : Acquisition
+        Of the n volumes, in the frame of the scanner.
+    encodings : sequence of PhaseEncoding or None
+        Phase encoding of each volume. Without one, or without its readout time, eddy currents are
+        left out.
+    affine : (4, 4)
+        Voxel to world RAS+, mm.
+    mask : (x, y, z) bool
+        The brain, on the reference grid.
+    field : (x, y, z), optional
+        Susceptibility field at the position of the reference, Hz.
+    device : str
+        Device of the computation.
+    slice_axis : int
+        Voxel axis of the slices.
+    smoothing : sequence of float
+        FWHM of each pass, mm.
+
+    Returns
+    -------
+    MotionEstimate
+
+    Raises
+    ------
+    ValueError
+        The numbers of volumes, measurements and encodings differ, or the mask is empty.
+    """
+    if not len(volumes) == len(acquisition) == len(encodings) or not mask.any():
+        raise ValueError(f"{len(volumes)} volumes, {len(acquisition)} measurements, "
+                         f"{len(encodings)} encodings; mask of {mask.sum()} voxels")
+    head = _Head(volumes, acquisition, tuple(encodings), affine, mask, field, device, slice_axis)
+    b0, weighted = np.flatnonzero(acquisition.b0), np.flatnonzero(~acquisition.b0)
+    passes = []
+    if len(b0) > 1:
+        for fwhm in smoothing:
+            head.load(b0, fwhm)
+            passes.append(head.align(b0, "b0", fwhm, np.zeros(0, int)))
+        head.place_between(b0, weighted)
+    terms, notices = _terms(acquisition, encodings)
+    if len(weighted) > 1:
+        for fwhm in smoothing:
+            head.load(np.r_[b0, weighted], fwhm)
+            passes.append(head.align(weighted, "weighted", fwhm, terms))
+            if len(b0):
+                head.anchor(b0, weighted)
+    elif len(weighted):
+        notices.append("the only weighted volume is not registered: there is no other to predict "
+                       "it from")
+    head.refer_to(int(b0[0]) if len(b0) else 0)
+    head.assess_slices([g for g in (b0, weighted) if len(g) > 1])
+    geometry = head.geometry()
+    return MotionEstimate(
+        geometry, acquisition.rotated(np.swapaxes(geometry.rotations, 1, 2)), head.outliers,
+        head.z, head.change, slice_axis, _framewise_displacement(head.rotation, head.shift),
+        tuple(passes), tuple(notices), head.points)
+
+
+def apply(volumes: Sequence[np.ndarray], estimated: MotionEstimate, *,
+          shape: Sequence[int] | None = None, affine: np.ndarray | None = None,
+          to_reference: np.ndarray | None = None, order: int = 3
+          ) -> tuple[Iterator[np.ndarray], Acquisition]:
+    """Replace outlier slices, and resample the series to the reference or to another grid.
+
+    Parameters
+    ----------
+    volumes : sequence of n arrays (x, y, z)
+        The volumes that were estimated, real or complex.
+    estimated : MotionEstimate
+        Their motion.
+    shape, affine, to_reference, order
+        As in `model.resample`; default: the reference grid.
+
+    Returns
+    -------
+    volumes : iterator of (i, j, k) float32 or complex64
+        The corrected volumes.
+    acquisition : Acquisition
+        The gradient table in the frame of the reference.
+    """
+    geometry = estimated.geometry
+    return resample(replace_outliers(volumes, estimated), geometry,
+                    geometry.shape if shape is None else shape,
+                    geometry.affine if affine is None else affine, order=order,
+                    to_reference=to_reference), estimated.acquisition
+
+
+def replace_outliers(volumes: Sequence[np.ndarray], estimated: MotionEstimate
+                     ) -> list[np.ndarray]:
+    """Replace the outlier slices of a series by their predictions from the other volumes.
+
+    Each voxel of such a slice is predicted from the volumes of its kind (b0 or weighted) that show
+    the same point of the head in a slice that is no outlier. Of complex volumes the magnitude is
+    replaced.
+
+    Parameters
+    ----------
+    volumes : sequence of n arrays (x, y, z)
+        The volumes.
+    estimated : MotionEstimate
+        Their motion and outlier slices.
+
+    Returns
+    -------
+    list of n arrays (x, y, z)
+        Volumes without outliers are those that were given, not copies.
+    """
+    geometry, axis = estimated.geometry, estimated.slice_axis
+    result = list(volumes)
+    table, count = estimated.acquisition, estimated.outliers.shape[0]
+    for index in (np.flatnonzero(table.b0), np.flatnonzero(~table.b0)):
+        lost = [(k, v) for v in index.tolist()
+                for k in np.flatnonzero(estimated.outliers[:, v]).tolist()]
+        if not lost or len(index) < 2:
+            continue
+        process = GaussianProcess.fit(_voxels_of(volumes, estimated, index), table[index])
+        for first in range(0, len(lost), SLICES_AT_ONCE):
+            part = lost[first:first + SLICES_AT_ONCE]
+            points = [_slice_points(geometry, v, axis, k) for k, v in part]
+            sizes = np.cumsum([0] + [len(x) for x in points])
+            signal, slices = _show(volumes, geometry, index, np.concatenate(points), axis)
+            for (k, v), low, high in zip(part, sizes[:-1], sizes[1:], strict=True):
+                near = np.abs(slices[:, low:high, None] - np.arange(count)) < 1
+                bad = (near & estimated.outliers.T[index][:, None]).any(-1)
+                use = (bad.mean(1) < 0.5) & (index != v)
+                if not use.any():
+                    continue
+                weights = process.predict(table[[v]], use).weights[0]
+                factor = geometry.coordinates(v, points[part.index((k, v))])[1]
+                value = np.maximum(weights @ signal[:, low:high] / np.maximum(factor, 0.1), 0)
+                _put(result, volumes, v, axis, k, value)
+    return result
+
+
+def _slice_points(geometry: Geometry, v: int, axis: int, k: int) -> np.ndarray:
+    """(voxel, 3) points of the reference that the voxels of a slice show."""
+    shape = list(geometry.shape)
+    shape[axis] = 1
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, 3)
+    index[:, axis] = k
+    return geometry.reference_points(v, transform_points(geometry.affine, index))
+
+
+def _show(volumes: Sequence[np.ndarray], geometry: Geometry, index: np.ndarray, points: np.ndarray,
+          axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n, points): magnitudes of volumes at points of the reference, and the slices there."""
+    from scipy.ndimage import map_coordinates
+
+    signal, slices = np.empty((2, len(index), len(points)), np.float32)
+    field = geometry.field_at(points)
+    for i, v in enumerate(index.tolist()):
+        at, factor = geometry._displace(v, points, *field)
+        signal[i] = factor * map_coordinates(np.abs(volumes[v]).astype(np.float32, copy=False),
+                                             at.T, order=1, mode="nearest")
+        slices[i] = at[:, axis]
+    return signal, slices
+
+
+def _voxels_of(volumes: Sequence[np.ndarray], estimated: MotionEstimate, index: np.ndarray
+               ) -> np.ndarray:
+    """(voxel, n) signals at some points of the head, for the hyper-parameters."""
+    points = estimated.points[:: max(1, len(estimated.points) // HP_POINTS)]
+    return _show(volumes, estimated.geometry, index, points, 0)[0].T
+
+
+def _put(replaced: list[np.ndarray], volumes: Sequence[np.ndarray], v: int, axis: int, k: int,
+         magnitude: np.ndarray) -> None:
+    """Replace the magnitude of a slice in a copy of its volume."""
+    if replaced[v] is volumes[v]:
+        replaced[v] = np.array(volumes[v])
+    target = np.moveaxis(replaced[v], axis, 0)[k]
+    value = magnitude.reshape(target.shape)
+    target[...] = value * np.exp(1j * np.angle(target)) if np.iscomplexobj(target) else value
+
+
+class _Head:
+    """State of the estimation: the position of the head in each volume, about its centre.
+
+    y = R (x − c) + c + s, so that the translation is t = c + s − R c.
+    """
+
+    def __init__(self, volumes: Sequence[np.ndarray], acquisition: Acquisition,
+                 encodings: tuple[PhaseEncoding | None, ...], affine: np.ndarray,
+                 mask: np.ndarray, field: np.ndarray | None, device: str, slice_axis: int) -> None:
+        n, shape = len(volumes), mask.shape
+        self.volumes, self.acquisition, self.encodings = volumes, acquisition, encodings
+        self.affine, self.mask_shape = affine, shape
+        self.device, self.slice_axis = device, slice_axis
+        voxels = np.argwhere(mask)
+        self.voxels_per_point = max(1.0, len(voxels) / MAX_POINTS)
+        keep = np.random.default_rng(0).permutation(len(voxels))[:MAX_POINTS]
+        self.points = transform_points(affine, voxels[np.sort(keep)].astype(float))
+        self.centre = self.points.mean(0)
+        self.rotation, self.shift = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 3))
+        self.eddy, self.eddy_slope = np.zeros((n, EDDY_TERMS)), np.zeros((3, EDDY_TERMS))
+        blocks = np.floor((self.points - self.points.min(0)) / BLOCK_SIZE).astype(int)
+        self.blocks = torch.from_numpy(np.unique(
+            blocks, axis=0, return_inverse=True)[1].reshape(-1)).to(device)
+        self.outliers = np.zeros((shape[slice_axis], n), bool)
+        self.z, self.change = np.full((2, shape[slice_axis], n), np.nan)
+        self.rest = Geometry.static(affine, shape, encodings, field)
+        self.at_field = self.rest.field_at(self.points)
+        self.images: dict[int, torch.Tensor] = {}
+
+    def geometry(self) -> Geometry:
+        t = self.centre + self.shift - self.rotation @ self.centre
+        return replace(self.rest, rotations=self.rotation, translations=t, eddy=self.eddy)
+
+    def load(self, index: np.ndarray, fwhm: float) -> None:
+        """Compute spline coefficients of volumes smoothed by a Gaussian."""
+        from scipy.ndimage import gaussian_filter, spline_filter
+
+        sigma = fwhm / 2.355 / np.linalg.norm(self.affine[:3, :3], axis=0)
+        self.images.clear()
+        for v in index:
+            image = np.abs(self.volumes[v]).astype(np.float32, copy=False)
+            image = gaussian_filter(image, sigma, mode="nearest") if fwhm else image
+            self.images[v] = torch.from_numpy(np.pad(
+                spline_filter(image, 3, np.float32, mode="mirror"), 2, mode="reflect")
+            ).to(self.device)
+
+    def sample(self, index: np.ndarray, points: np.ndarray | None = None) -> _Sampled:
+        """Sample volumes where they show the points of the reference."""
+        geometry = self.geometry()
+        points = self.points if points is None else points
+        at_field = self.at_field if points is self.points else self.rest.field_at(points)
+        last = np.array(self.mask_shape) - 1
+        n, count = len(index), len(points)
+        signal = torch.empty((n, count), device=self.device)
+        gradient = torch.empty((n, 3, count), device=self.device)
+        inside = torch.empty((n, count), dtype=torch.bool, device=self.device)
+        slices = np.empty((n, count), np.float32)
+        for i, v in enumerate(index.tolist()):
+            at, factor = geometry._displace(v, points, *at_field)
+            scale = torch.from_numpy(factor.astype(np.float32)).to(self.device)
+            value, slope = _interpolate(self.images[v], torch.from_numpy(
+                at.clip(0, last).T.astype(np.float32)).to(self.device))
+            # ∂/∂x of the head: Rᵀ times that in the scanner, A⁻ᵀ times that of the voxels
+            to_head = self.rotation[v].T @ np.linalg.inv(self.affine)[:3, :3].T
+            signal[i] = value * scale
+            gradient[i] = torch.from_numpy(to_head.astype(np.float32)).to(self.device) \
+                @ slope * scale
+            inside[i] = torch.from_numpy(
+                np.all((at >= -0.5) & (at <= last + 0.5), axis=1)).to(self.device)
+            slices[i] = at[:, self.slice_axis]
+        return _Sampled(signal, gradient, inside, slices)
+
+    def weights(self, index: np.ndarray, sampled: _Sampled) -> torch.Tensor:
+        """(n, n) W of the predictions P = W S."""
+        n = len(index)
+        if self.acquisition.b0[index].all():
+            w = (np.ones((n, n)) - np.eye(n)) / (n - 1)
+        else:
+            table = self.acquisition[index].rotated(np.swapaxes(self.rotation[index], 1, 2))
+            step = max(1, len(self.points) // HP_POINTS)
+            w = GaussianProcess.fit(sampled.signal[:, ::step].T.cpu().numpy(),
+                                    table).leave_one_out().weights
+        return torch.from_numpy(w.astype(np.float32)).to(self.device)
+
+    def predict(self, index: np.ndarray, sampled: _Sampled
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Predict the volumes: W, P, and the voxels of each that can be trusted.
+
+        The values in outlier slices are replaced by predictions first.
+        """
+        w = self.weights(index, sampled)
+        good = sampled.inside & ~torch.from_numpy(self._in_outliers(index, sampled.slices)
+                                                  ).to(self.device)
+        filled = sampled.signal
+        for _ in range(3 if not good.all() else 1):
+            predicted = w @ filled
+            filled = torch.where(good, sampled.signal, predicted)
+        return w, predicted, good
+
+    def align(self, index: np.ndarray, group: str, fwhm: float, terms: np.ndarray) -> Pass:
+        """Register volumes to their predictions by Gauss–Newton steps."""
+        for _ in range(STEPS):
+            sampled = self.sample(index)
+            w, predicted, good = self.predict(index, sampled)
+            self._find_outliers(index, sampled, predicted)
+            n = len(index)
+            slope = (w @ sampled.gradient.reshape(n, -1)).reshape(n, 3, -1)
+            trust = self._trust(index, sampled, predicted, good)
+            normal, right = zip(*(
+                self._normal(v, sampled.signal[i], predicted[i], slope[i], trust[i], terms)
+                for i, v in enumerate(index.tolist())), strict=True)
+            # W of the gradients, each relative to that of its volume
+            size = slope.square().mean((1, 2)).sqrt().cpu().numpy().astype(float)
+            shared = w.cpu().numpy() * size / size[:, None]
+            delta = self._solve(index, np.stack(normal), np.stack(right), shared,
+                                terms)
+            moved = self._move(index, delta, terms)
+        if len(terms):
+            self._separate(index)
+        residual = torch.where(good, sampled.signal - predicted, 0)
+        return Pass(group, fwhm, moved,
+                    float(residual.square().sum().sqrt() / predicted.square().sum().sqrt()),
+                    int(self.outliers[:, index].sum()))
+
+    def _trust(self, index: np.ndarray, sampled: _Sampled, predicted: torch.Tensor,
+               good: torch.Tensor) -> torch.Tensor:
+        """(n, points) root of the weights w: the SD of the residuals of a voxel over the volumes of
+        its shell, at least half of its root mean square over the voxels, inverted."""
+        squares = torch.where(good, sampled.signal - predicted, 0).square()
+        trust = torch.zeros_like(squares)
+        for group in self._groups(index):
+            rows = torch.from_numpy(group).to(self.device)
+            mean = squares[rows].sum(0) / good[rows].sum(0).clamp(min=1)
+            trust[rows] = (mean + FLOOR * mean.mean()).rsqrt() * good[rows]
+        return trust
+
+    def _normal(self, v: int, signal: torch.Tensor, predicted: torch.Tensor, slope: torch.Tensor,
+                good: torch.Tensor, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Normal equations of translation (mm), rotation (rad), eddy terms (Hz), and gain with its
+        slopes: H C⁻¹ H and H C⁻¹ Aᵀ(P − S), with H = AᵀA and C the covariance of Aᵀ(P − S).
+
+        Residuals of neighbouring voxels are correlated, since the prediction has errors of its own.
+        C is therefore estimated from sums over blocks of the image. H C⁻¹ H is the precision of the
+        least-squares estimate.
+        """
+        per_hertz = self.rest.shift_per_hertz(v)
+        y = (self.points - self.centre) @ self.rotation[v].T + self.shift[v]
+        rotation, arm, along = (torch.from_numpy(a.astype(np.float32)).to(self.device)
+                                for a in (self.rotation[v], y.T, per_hertz))
+        g = rotation @ slope
+        columns = [g, torch.linalg.cross(arm, g, dim=0)]
+        if len(terms):
+            basis, derivative = (
+                torch.from_numpy(b[:, terms].T.astype(np.float32)).to(self.device)
+                for b in (eddy_basis(y + self.centre, self.rest.centre),
+                          eddy_basis_along(y + self.centre, self.rest.centre, per_hertz)))
+            columns.append((along @ g) * basis + predicted * derivative)
+        columns += [-predicted[None], -predicted * arm / 100]
+        a = torch.cat(columns) * good
+        difference = (predicted - signal) * good
+        normal = (a @ a.T).double().cpu().numpy()
+        right = (a @ difference).double().cpu().numpy()
+        fit = np.linalg.lstsq(normal, right, rcond=1e-10)[0]
+        rest = difference - torch.from_numpy(fit.astype(np.float32)).to(self.device) @ a
+        scores = torch.zeros((len(a), int(self.blocks.max()) + 1), device=self.device)
+        scores.index_add_(1, self.blocks, a * rest)
+        scatter = (scores @ scores.T).double().cpu().numpy()
+        independent = float(rest.square().mean()) * normal
+        information = np.linalg.solve(scatter + independent + 1e-9 * np.trace(independent)
+                                      * np.eye(len(a)), np.column_stack([normal, right]))
+        return normal @ information[:, :-1], normal @ information[:, -1]
+
+    def _solve(self, index: np.ndarray, normal: np.ndarray, right: np.ndarray,
+               shared: np.ndarray, terms: np.ndarray) -> np.ndarray:
+        """Solve for the steps of all volumes, (n, 6 + terms).
+
+        The field of eddy currents has the prior mean `eddy_slope`ᵀ q, linear in the gradient
+        q = √b n, and the prior SD EDDY_SPREAD. A residual field e of the volumes appears in their
+        steps as (1 − W) e; a change of the slope is thus fitted to the steps with the regressors
+        (1 − W) q and (1 − W) 1, and weighted by the precision of the steps.
+        """
+        n, k = len(index), len(terms)
+        rigid = np.r_[0:6, 6 + k:10 + k]
+        precision = np.zeros((n, 10 + k))
+        precision[:, :6] = 1 / np.r_[[PRIOR_SHIFT] * 3, [PRIOR_ANGLE] * 3]**2
+        precision[:, -4:] = 1 / PRIOR_GAIN**2
+        target = np.zeros((n, 10 + k))
+        if k:
+            field = slice(6, 6 + k)
+            readout = np.array([self._readout(v) for v in index.tolist()])
+            q = self._gradients(index)
+            x = (np.eye(n) - shared) @ np.column_stack([np.ones(n), q])
+            inner = np.linalg.solve(
+                normal[:, rigid[:, None], rigid]
+                + precision[:, rigid, None] * np.eye(10),
+                np.concatenate([normal[:, rigid, field], right[:, rigid, None]], -1))
+            outer = normal[:, field, rigid] @ inner
+            reduced = normal[:, field, field] - outer[..., :k]
+            reduced_right = right[:, field] - outer[..., k]
+            system = np.einsum("vi,vj,vkl->ikjl", x, x, reduced).reshape(4 * k, 4 * k)
+            system += np.eye(4 * k) * (np.mean(readout) / PRIOR_VOXELS)**2
+            beta = np.linalg.solve(system, np.einsum("vi,vk->ik", x, reduced_right).ravel())
+            change = beta.reshape(4, k)[1:]
+            self.eddy_slope[:, terms] += change
+            right = right + np.einsum("vij,vj->vi", normal[:, :, field], shared @ q @ change)
+            precision[:, field] = (readout[:, None] / EDDY_SPREAD)**2
+            target[:, field] = (q @ self.eddy_slope - self.eddy[index])[:, terms]
+        return np.linalg.solve(normal + precision[:, :, None] * np.eye(10 + k),
+                               (right + precision * target)[..., None])[:, :-4, 0]
+
+    def _gradients(self, index: np.ndarray) -> np.ndarray:
+        """(n, 3) q = √b n, relative to the largest √b."""
+        bvals = self.acquisition.bvals
+        return np.sqrt(bvals[index] / bvals.max())[:, None] * self.acquisition.bvecs[index]
+
+    def _readout(self, v: int) -> float:
+        encoding = self.encodings[v]
+        return (encoding.readout or 0.0) if encoding is not None else 0.0
+
+    def _move(self, index: np.ndarray, delta: np.ndarray, terms: np.ndarray) -> float:
+        """Add a step to the positions; returns its RMS displacement, mm."""
+        from scipy.spatial.transform import Rotation
+
+        before = [self._moved(v) for v in index[:: max(1, len(index) // 10)].tolist()]
+        for v, d in zip(index, delta, strict=True):
+            turn = Rotation.from_rotvec(d[3:6]).as_matrix()
+            self.rotation[v] = turn @ self.rotation[v]
+            self.shift[v] = turn @ self.shift[v] + d[:3]
+            self.eddy[v, terms] += d[6:]
+        after = [self._moved(v) for v in index[:: max(1, len(index) // 10)].tolist()]
+        return float(np.sqrt(np.mean([np.sum((a - b)**2, -1) for a, b in
+                                      zip(after, before, strict=True)])))
+
+    def _moved(self, v: int) -> np.ndarray:
+        every = slice(None, None, max(1, len(self.points) // 500))
+        at, _ = self.geometry().coordinates(v, self.points[every])
+        return transform_points(self.affine, at)
+
+    def _separate(self, index: np.ndarray) -> None:
+        """Tell the constant of the field from a translation along p, by regression on the gradient.
+
+        The part of the translation that is linear in the gradient becomes field.
+        """
+        q = self._gradients(index)
+        x = np.column_stack([np.ones(len(index)), q])
+        shifts = np.array([self.rest.shift_per_hertz(v) for v in index.tolist()])
+        hertz = np.sum(self.shift[index] * shifts, 1) / np.sum(shifts**2, 1)
+        ridge = np.diag([0, 0.1, 0.1, 0.1])
+        by_gradient = q @ np.linalg.solve(x.T @ x + ridge, x.T @ hertz)[1:]
+        self.eddy[index, 0] += by_gradient
+        self.shift[index] -= by_gradient[:, None] * shifts
+
+    def anchor(self, b0: np.ndarray, weighted: np.ndarray, steps: int = 4) -> None:
+        """Move all weighted volumes by one rigid motion so that they fit the b0 volumes."""
+        from scipy.spatial.transform import Rotation
+
+        signal = self.sample(weighted).signal
+        features = []
+        for shell in self._groups(weighted):
+            part = signal[torch.from_numpy(shell).to(self.device)]
+            features += [part.mean(0), part.std(0)] if len(shell) >= MIN_SHELL else [part.mean(0)]
+        x = _polynomials(torch.stack(features).double())
+        turn, shift = np.eye(3), np.zeros(3)
+        for _ in range(steps):
+            points = (self.points - self.centre) @ turn.T + self.centre + shift
+            sampled = self.sample(b0, points)
+            good = sampled.inside.all(0)
+            mean, slope = sampled.signal.mean(0), sampled.gradient.mean(0)
+            beta = torch.linalg.lstsq(x.T * good[:, None], (mean * good).double()[:, None]).solution
+            predicted = (beta[:, 0] @ x).float()
+            arm = torch.from_numpy((points - self.centre).T.astype(np.float32)).to(self.device)
+            a = torch.cat([slope, torch.linalg.cross(arm, slope, dim=0)]) * good
+            d = np.linalg.solve((a @ a.T).cpu().numpy().astype(float),
+                                (a @ (predicted - mean)).cpu().numpy().astype(float))
+            step = Rotation.from_rotvec(d[3:]).as_matrix()
+            turn, shift = step @ turn, step @ shift + d[:3]
+        # x of the b0 = D x of the weighted: y = R D⁻¹ x + …
+        for v in weighted:
+            self.rotation[v] = self.rotation[v] @ turn.T
+            self.shift[v] = self.shift[v] - self.rotation[v] @ shift
+
+    def place_between(self, b0: np.ndarray, weighted: np.ndarray) -> None:
+        """Give weighted volumes the motion of the b0 volumes around them, by interpolation."""
+        from scipy.spatial.transform import Rotation
+
+        vectors = Rotation.from_matrix(self.rotation[b0]).as_rotvec()
+        for axis in range(3):
+            self.shift[weighted, axis] = np.interp(weighted, b0, self.shift[b0, axis])
+        self.rotation[weighted] = Rotation.from_rotvec(np.stack(
+            [np.interp(weighted, b0, vectors[:, axis]) for axis in range(3)], -1)).as_matrix()
+
+    def refer_to(self, first: int) -> None:
+        """Make a volume the reference, R = I and t = 0."""
+        turn, shift = self.rotation[first].copy(), self.shift[first].copy()
+        self.rotation = self.rotation @ turn.T
+        self.shift = self.shift - self.rotation @ shift
+
+    def assess_slices(self, groups: Sequence[np.ndarray]) -> None:
+        """Find the outlier slices at the final positions."""
+        for index in groups:
+            self.load(index, 0.0)
+            for _ in range(2):
+                sampled = self.sample(index)
+                _, predicted, _ = self.predict(index, sampled)
+                self._find_outliers(index, sampled, predicted)
+
+    def _find_outliers(self, index: np.ndarray, sampled: _Sampled, predicted: torch.Tensor) -> None:
+        """Compare the mean of each slice with its prediction."""
+        count = self.mask_shape[self.slice_axis]
+        inside = sampled.inside.cpu().numpy()
+        observed, expected, voxels = np.zeros((3, count, len(index)))
+        for i in range(len(index)):
+            k = np.rint(sampled.slices[i]).clip(0, count - 1).astype(int)
+            for total, values in ((observed, sampled.signal[i].cpu().numpy()),
+                                  (expected, predicted[i].cpu().numpy()),
+                                  (voxels, np.ones(len(k)))):
+                total[:, i] = np.bincount(k, values * inside[i], count)
+        assessed = (voxels * self.voxels_per_point >= MIN_VOXELS) & (expected > 0)
+        change = np.full(observed.shape, np.nan)
+        change[assessed] = observed[assessed] / expected[assessed] - 1
+        z = np.full(change.shape, np.nan)
+        for group in self._groups(index):
+            z[:, group] = _robust_z(change[:, group])
+        self.change[:, index], self.z[:, index] = change, z
+        with np.errstate(invalid="ignore"):
+            self.outliers[:, index] = (z < -OUTLIER_Z) & (change < -OUTLIER_LOSS)
+
+    def _in_outliers(self, index: np.ndarray, slices: np.ndarray) -> np.ndarray:
+        """(n, points) bool: less than a slice away from an outlier slice."""
+        last = self.mask_shape[self.slice_axis] - 1
+        below = np.floor(slices).clip(0, last).astype(int)
+        above = np.ceil(slices).clip(0, last).astype(int)
+        volume = index[:, None]
+        return self.outliers[below, volume] | self.outliers[above, volume]
+
+    def _groups(self, index: np.ndarray) -> list[np.ndarray]:
+        """Positions in `index` of each shell; shells of few volumes are one group."""
+        table = self.acquisition[index]
+        if table.b0.all():
+            return [np.arange(len(index))]
+        shells = [s.indices for s in table.shells]
+        small = [s for s in shells if len(s) < MIN_SHELL]
+        return [s for s in shells if len(s) >= MIN_SHELL] \
+            + ([np.sort(np.concatenate(small))] if small else [])
+
+
+class _Sampled(NamedTuple):
+    """Volumes at the points of the reference: signal (n, points); gradient (n, 3, points) in the
+    frame of the head, 1/mm; whether the point is in the field of view; and its slice (n, points).
+    """
+
+    signal: torch.Tensor
+    gradient: torch.Tensor
+    inside: torch.Tensor
+    slices: np.ndarray
+
+
+def _interpolate(coefficients: torch.Tensor, at: torch.Tensor
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Evaluate a cubic B-spline and its gradient per voxel, (points) and (3, points).
+
+    coefficients: of the volume with a margin of 2; at: (3, points) voxel coordinates.
+    """
+    first = at.floor()
+    weights, slopes = zip(*(_spline_weights(at[a] - first[a]) for a in range(3)), strict=True)
+    strides = coefficients.stride()
+    start = sum((first[a].long() + 1) * strides[a] for a in range(3))
+    flat = coefficients.flatten()
+    value = torch.zeros_like(at[0])
+    gradient = torch.zeros_like(at)
+    for i in range(4):
+        for j in range(4):
+            row = start + (i * strides[0] + j * strides[1])
+            taps = [flat[row + k] for k in range(4)]
+            line = sum(w * t for w, t in zip(weights[2], taps, strict=True))
+            slope = sum(w * t for w, t in zip(slopes[2], taps, strict=True))
+            plane = weights[0][i] * weights[1][j]
+            value += plane * line
+            gradient[0] += slopes[0][i] * weights[1][j] * line
+            gradient[1] += weights[0][i] * slopes[1][j] * line
+            gradient[2] += plane * slope
+    return value, gradient
+
+
+def _spline_weights(f: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights of the four coefficients around a fraction f of a voxel, and their derivatives."""
+    g = 1 - f
+    return ([g**3 / 6, 2 / 3 - f**2 * (2 - f) / 2, 2 / 3 - g**2 * (2 - g) / 2, f**3 / 6],
+            [-g**2 / 2, f * (3 * f - 4) / 2, -g * (3 * g - 4) / 2, f**2 / 2])
+
+
+def _polynomials(features: torch.Tensor) -> torch.Tensor:
+    """(k, points): 1, and all products of up to three of the features, scaled to mean square 1."""
+    from itertools import combinations_with_replacement
+
+    features = features / features.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
+    rows = [torch.ones_like(features[0])]
+    for degree in (1, 2, 3):
+        rows += [features[list(c)].prod(0) for c in
+                 combinations_with_replacement(range(min(len(features), 4)), degree)]
+    return torch.stack(rows)
+
+
+def _robust_z(change: np.ndarray) -> np.ndarray:
+    """(slice, volume) deviation from the median of the shell, in robust SDs.
+
+    The SD of each slice is 1.4826 times the median absolute deviation over the volumes, at least
+    the median of this over the slices.
+    """
+    assessed = np.isfinite(change).any(1)
+    z = np.full(change.shape, np.nan)
+    if change.shape[1] < 2 or not assessed.any():
+        return z
+    values = change[assessed]
+    deviation = values - np.nanmedian(values, axis=1, keepdims=True)
+    sd = 1.4826 * np.nanmedian(np.abs(deviation), axis=1, keepdims=True)
+    z[assessed] = deviation / np.maximum(sd, np.median(sd)).clip(1e-6)
+    return z
+
+
+def _terms(acquisition: Acquisition, encodings: Sequence[PhaseEncoding | None]
+           ) -> tuple[np.ndarray, list[str]]:
+    """Terms of the field that are fitted besides the constant, and notices."""
+    weighted = int((~acquisition.b0).sum())
+    if any(e is None or e.readout is None for e in encodings):
+        return np.zeros(0, int), ["the phase encoding or its readout time is unknown: eddy "
+                                  "currents are not corrected"]
+    if weighted < LINEAR_MIN:
+        return np.zeros(0, int), [f"{weighted} weighted volumes are too few to correct eddy "
+                                  f"currents; {LINEAR_MIN} are needed"]
+    if weighted < QUADRATIC_MIN:
+        return np.arange(1, 4), [f"eddy currents are corrected by linear terms only, since there "
+                                 f"are {weighted} weighted volumes; {QUADRATIC_MIN} are needed for "
+                                 "quadratic terms"]
+    return np.arange(1, EDDY_TERMS), []
+
+
+def _framewise_displacement(rotation: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    from scipy.spatial.transform import Rotation
+
+    angles = Rotation.from_matrix(rotation).as_rotvec()
+    change = np.abs(np.diff(np.column_stack([shift, HEAD_RADIUS * angles]), axis=0)).sum(1)
+    return np.r_[0.0, change]

@@ -1,0 +1,152 @@
+"""Complex series: phase in radians, complex numbers, and real signals without the phase of shots.
+
+Background (coils, off-resonance) and motion during the diffusion gradients turn the phase of each
+slice of each volume, one shot. Along the slice both are smooth, and what volumes share needs not
+be:
+
+    z_v(x) = S_v(x) exp(i φ(x) + i ψ_v(x)) + noise,
+
+with S real. With L a low-pass filter of the slice (a Hann window over k-space, 0 from WIDTH cycles
+per voxel on; the slice is padded with zeros), the two are estimated in turns, from φ = 0,
+
+    ψ_v = arg L[z_v exp(−iφ)],     φ = arg Σ_v z_v exp(−iψ_v),
+
+and the real part of z_v exp(−iφ − iψ_v) has Gaussian noise around S_v. In contrast to a magnitude
+it has no noise floor, other than by the noise that φ and ψ follow: the narrower the window, the
+less.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Complex, Float, Shaped
+
+from bidsapp.blocks import map_volume
+from bidsapp.errors import DataError
+
+WIDTH = 0.12
+"""Spatial frequency (cycles per voxel) from which on the filter passes nothing."""
+
+ROUNDS = 3
+"""Estimates of the phases."""
+
+SCALES = ((-math.pi, math.pi, 0.0, 1.0), (0.0, 2 * math.pi, 0.0, 1.0),
+          (0.0, 4096.0, -math.pi, math.pi / 2048), (-4096.0, 4096.0, 0.0, math.pi / 4096),
+          (-1000 * math.pi, 1000 * math.pi, 0.0, 1e-3))
+"""Known scales: lowest and highest value, and offset and factor to radians. They are radians, the
+integers of Siemens and the milliradians of Philips and GE."""
+
+SCALE_TOLERANCE = 0.02
+"""Share of a scale by which the extremes of an image may differ from its ends. Noise in the air
+reaches both."""
+
+
+def to_radians(phase: Shaped[np.ndarray, "x y z *n"], units: str | None = None
+               ) -> Float[np.ndarray, "x y z *n"]:
+    """Convert a phase image to radians.
+
+    Parameters
+    ----------
+    phase : (x, y, z, …)
+        All volumes of a series, with the scale of their header applied.
+    units : str, optional
+        `Units` of the sidecar. With `rad` values stay as they are; otherwise the scale is that of
+        SCALES which the values fill.
+
+    Returns
+    -------
+    (x, y, z, …) float32
+
+    Raises
+    ------
+    DataError
+        The values fill none of the scales, or those in radians exceed 2π.
+    """
+    finite = phase[np.isfinite(phase)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    if units == "rad":
+        if max(-low, high) > 2 * math.pi * (1 + SCALE_TOLERANCE):
+            raise DataError(f'the phase image has values from {low:.4g} to {high:.4g}, but its '
+                            'sidecar says "Units": "rad". Remove Units if the values are those of '
+                            "the scanner, or convert the image to radians.")
+        return np.asarray(phase, np.float32)
+    for lowest, highest, offset, factor in SCALES:
+        margin = SCALE_TOLERANCE * (highest - lowest)
+        if abs(low - lowest) <= margin and abs(high - highest) <= margin:
+            return (np.asarray(phase, np.float32) * np.float32(factor) + np.float32(offset))
+    raise DataError(f"the phase image has values from {low:.4g} to {high:.4g}. Known are radians, "
+                    "0 to 4095, -4096 to 4095 and milliradians. Convert it to radians, and write "
+                    '"Units": "rad" in its sidecar; or remove it, to use the magnitude alone.')
+
+
+def from_polar(magnitude: Float[np.ndarray, "*shape"], phase: Float[np.ndarray, "*shape"]
+               ) -> Complex[np.ndarray, "*shape"]:
+    """Combine magnitude and phase (radian) to complex64."""
+    out = np.empty(magnitude.shape, np.complex64)
+    out.real, out.imag = magnitude * np.cos(phase), magnitude * np.sin(phase)
+    return out
+
+
+def from_parts(real: Float[np.ndarray, "*shape"], imaginary: Float[np.ndarray, "*shape"]
+               ) -> Complex[np.ndarray, "*shape"]:
+    """Combine real and imaginary part to complex64."""
+    out = np.empty(real.shape, np.complex64)
+    out.real, out.imag = real, imaginary
+    return out
+
+
+def remove_phase(volumes: Complex[np.ndarray, "x y z n"], axes: tuple[int, int] = (0, 1), *,
+                 width: float = WIDTH, device: str = "cpu") -> Complex[np.ndarray, "x y z n"]:
+    """Remove the phase of the background and of each shot.
+
+    Parameters
+    ----------
+    volumes : (x, y, z, n) complex64
+        Complex series, before any interpolation.
+    axes : (2,) int
+        The two axes in the plane of a slice.
+    width : float
+        Spatial frequency (cycles per voxel) from which on the filter passes nothing.
+    device : str
+        Device of the computation.
+
+    Returns
+    -------
+    (x, y, z, n) complex64
+        The series with signal in its real part; the imaginary part is noise and what the filter
+        missed.
+    """
+    rest = next(axis for axis in (0, 1, 2) if axis not in axes)
+    slices = np.moveaxis(volumes, (rest, 3, *axes), (0, 1, 2, 3))
+    out = map_volume(lambda z: {"slices": torch.stack([_unwind(s, width) for s in z])}, [slices],
+                     0, device, slab=1)["slices"]
+    return np.ascontiguousarray(np.moveaxis(out, (0, 1, 2, 3), (rest, 3, *axes)))
+
+
+def _unwind(slices: Complex[torch.Tensor, "n u v"], width: float
+            ) -> Complex[torch.Tensor, "n u v"]:
+    """Remove the phases from one slice of all volumes."""
+    shared = torch.ones_like(slices[:1])
+    for _ in range(ROUNDS):
+        shot = _unit(_low_pass(slices * shared.conj(), width))
+        shared = _unit((slices * shot.conj()).sum(0, keepdim=True))
+    shot = _unit(_low_pass(slices * shared.conj(), width))
+    return slices * (shared * shot).conj()
+
+
+def _unit(z: torch.Tensor) -> torch.Tensor:
+    """exp(i arg z), 1 for 0."""
+    return torch.polar(torch.ones_like(z.real), z.angle())
+
+
+def _low_pass(slices: Complex[torch.Tensor, "*batch u v"], width: float
+              ) -> Complex[torch.Tensor, "*batch u v"]:
+    """Filter slices by a Hann window in k-space, with zeros beyond their edges."""
+    size = [n + math.ceil(2 / width) for n in slices.shape[-2:]]  # the kernel's two main lobes
+    u, v = (torch.where(f < width, 0.5 + 0.5 * torch.cos(torch.pi * f / width), 0)
+            for f in (torch.fft.fftfreq(n, device=slices.device).abs() for n in size))
+    filtered = torch.fft.ifft2(torch.fft.fft2(slices, s=size) * (u[:, None] * v))
+    return filtered[..., :slices.shape[-2], :slices.shape[-1]]

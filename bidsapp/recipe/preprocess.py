@@ -1,0 +1,574 @@
+"""The step that corrects the images of a run, and writes them once.
+
+The corrections share one interpolation and one written image, so they are one step of the plan,
+with one record, which keeps parameters, numbers and figures of each. Their order is
+
+    noise → Gibbs ringing → phase (complex data) → susceptibility field
+    → motion, eddy currents, outlier slices → one interpolation → bias field → brain mask.
+
+A correction that a run does not allow is left out, with a notice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.anatomy import t1w
+from bidsapp.anatomy.mask import median_otsu, read_mask
+from bidsapp.bids import btable, sidecar
+from bidsapp.bids.inherit import entities_of, name_of
+from bidsapp.bids.writer import Transaction, sha256
+from bidsapp.dwi import FIELD_MAPS, Dwi, FieldMap, ImageFile, Part, Run, open_image, read_array
+from bidsapp.errors import DataError, Refusal
+from bidsapp.evaluate import quality
+from bidsapp.options import DENOISERS
+from bidsapp.preprocess import bias, denoise, distortion, gibbs, motion, phase
+from bidsapp.preprocess.model import Geometry, resample
+from bidsapp.recipe.outputs import write_tables
+from bidsapp.recipe.steps import (
+    MADE_MASK,
+    RunContext,
+    Step,
+    StepReport,
+    check_gradients,
+    is_real,
+)
+from bidsapp.registration.geometry import transform_points
+from bidsapp.report import boilerplate, corrections
+from bidsapp.series import Series
+from bidsapp.stage import Stage
+
+log = logging.getLogger("qsphere")
+
+
+class Preprocess(Step):
+    """Correct the images of a run as --preprocess says, and write them with all that was found."""
+
+    name = "preprocessed"
+
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(context)
+        self.done: list[str] = []
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        run, options = self.context.run, self.context.options
+        others = [*run.phase, *(image for field_map in run.field_maps
+                                for image in (*field_map.images, *field_map.magnitudes))]
+        files = [*run.files, *(image.image for image in others), *([run.t1w] if run.t1w else [])]
+        return {"entities": run.entities,
+                "inputs": [sha256(f) if f.is_file() else str(f) for f in files],
+                "metadata": [part.metadata for part in (*run.parts, *others)],
+                "corrections": self.context.corrections,
+                "fallback_readout": options.fallback_total_readout_time,
+                "gradient_check": options.gradient_check}
+
+    @property
+    def title(self) -> str:
+        return "preprocessing"
+
+    def describe(self) -> str:
+        lines = describe_run(self.context.run) if not self.context.run.preprocessed else []
+        return "\n    ".join([f"corrections: {' '.join(self.context.corrections)}", *lines])
+
+    @property
+    def paragraphs(self) -> list[tuple[str, str]]:
+        return paragraphs(self.done)
+
+    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> None:
+        chosen = self.context.corrections
+        corrector = Corrector(self.context, report)
+        for method in DENOISERS:
+            if method in chosen:
+                corrector.denoise(method)
+        if "gibbs" in chosen:
+            corrector.unring()
+        corrector.remove_phase()
+        if "distortion" in chosen:
+            corrector.find_field()
+        if "motion" in chosen:
+            corrector.find_motion()
+        corrector.interpolate()
+        if "bias" in chosen:
+            corrector.remove_bias()
+        corrector.find_mask()
+        corrector.check_gradients()
+        corrector.write(transaction)
+        self.done = [entry["name"] for entry in report.facts["corrections"]]
+
+
+class Corrector:
+    """Correct the series of one run; hold the series and what the corrections have found so far.
+
+    Parameters
+    ----------
+    context : RunContext
+        The run.
+    report : StepReport
+        Receives numbers, figures and sentences.
+    """
+
+    def __init__(self, context: RunContext, report: StepReport) -> None:
+        run = context.run
+        self.context, self.run, self.report = context, run, report
+        self.acquisition = context.acquisition
+        self.affine = np.asarray(context.like.affine, dtype=np.float64)
+        self.encodings = volume_encodings(run, context.options.fallback_total_readout_time)
+        self.volumes, invalid = load(run, self.acquisition)
+        self.magnitude = not np.iscomplexobj(self.volumes)
+        self.mask = median_otsu(self.first_b0())
+        report.facts = {"invalid": invalid, "corrections": []}
+        raw = self.dwi()
+        self.raw_b0 = np.abs(self.volumes[..., self.acquisition.b0]).mean(axis=-1)
+        self.raw_correlations = quality.neighbouring_correlations(raw.signal, self.acquisition)
+        report.qc["ndc_raw"] = quality.neighbouring_correlation(raw)
+        self.field: distortion.Field | None = None
+        self.motion: motion.MotionEstimate | None = None
+        self.sources: list[str] = []
+        self.about: dict[str, Any] = {}
+
+    def dwi(self) -> Dwi:
+        """Collect the magnitude of the series, as it is now, inside the mask."""
+        signal = self.volumes[self.mask]
+        return Dwi(np.ascontiguousarray(np.abs(signal) if np.iscomplexobj(signal) else signal),
+                   self.mask, self.affine, self.acquisition)
+
+    def first_b0(self) -> np.ndarray:
+        """Magnitude of the first b0 volume, in whose place all others are brought."""
+        return np.abs(self.volumes[..., np.argmax(self.acquisition.b0)])
+
+    def by_volume(self) -> list[np.ndarray]:
+        """The volumes of the series, (x, y, z) each."""
+        return [*np.moveaxis(self.volumes, -1, 0)]
+
+    def note(self, name: str, text: str, start: float) -> None:
+        """Add a correction to the report: its name, a sentence, and its seconds."""
+        seconds = round(time.monotonic() - start, 1)
+        log.info("%s: %s (%.1f s)", self.run.name, text, seconds)
+        self.report.facts["corrections"].append({"name": name, "text": text, "seconds": seconds})
+
+    def skip(self, reason: str) -> None:
+        """Say why a correction is left out."""
+        log.info("%s: %s", self.run.name, reason)
+        self.report.notices.append(reason)
+
+    def denoise(self, method: str) -> None:
+        """Remove noise in and around the brain by a method of `options.DENOISERS`."""
+        from scipy.ndimage import binary_dilation
+
+        start, before = time.monotonic(), self.volumes
+        try:
+            result = denoise.denoise(
+                before, binary_dilation(self.mask, iterations=MARGIN),
+                method={"denoise": "pca"}.get(method, method), bvals=self.acquisition.bvals,
+                device=self.context.device)
+        except Refusal as refusal:
+            self.skip(f"Noise was not removed: {refusal}")
+            return
+        self.volumes = result.signal
+        self.magnitude = self.magnitude and result.law == "rician"
+        text = f"noise removed in patches of {' × '.join(map(str, result.patch))} voxels"
+        residual = np.sqrt(np.mean(np.abs(before - self.volumes)**2, axis=-1))
+        if result.sigma is not None:
+            sd = float(np.median(result.sigma[self.mask]))
+            variance = float(np.mean(result.sigma[self.mask]**2))
+            channels = 2 if np.iscomplexobj(before) else 1
+            self.report.qc |= {"preproc_noise_sd": sd, "preproc_noise_removed": float(
+                np.mean(residual[self.mask]**2) / (channels * variance)) if variance else None}
+            text += f"; its SD is {sd:.3g} in the brain (median)"
+        self.note(method, text, start)
+        shown = int(np.argmax(self.acquisition.bvals))
+        self.report.figures += corrections.of_denoising(
+            np.abs(before[..., shown]), np.abs(self.volumes[..., shown]), result.sigma, residual,
+            self.mask, self.affine)
+
+    def unring(self) -> None:
+        """Remove Gibbs ringing in the plane of the slices."""
+        start, encoding = time.monotonic(), self.encodings[0]
+        result = gibbs.unring(self.volumes, self.in_plane(),
+                              partial_fourier=self.run.metadata.get("PartialFourier"),
+                              phase_axis=encoding.axis if encoding else None,
+                              device=self.context.device)
+        self.volumes = result.volumes
+        if result.notice:
+            self.skip(result.notice)
+        if result.axes:
+            self.note("gibbs", "Gibbs ringing removed along "
+                               f"{' and '.join('ijk'[a] for a in result.axes)}", start)
+
+    def remove_phase(self) -> None:
+        """Turn complex volumes into real ones, without their background phase."""
+        if not np.iscomplexobj(self.volumes):
+            return
+        start = time.monotonic()
+        self.volumes = phase.remove_phase(self.volumes, self.in_plane(),
+                                          device=self.context.device).real
+        self.note("complex", "background phase of each slice removed; the signal is the real part",
+                  start)
+
+    def in_plane(self) -> tuple[int, int]:
+        """The two axes in the plane of the slices."""
+        first, second = (axis for axis in range(3) if axis != slice_axis(self.run.metadata))
+        return first, second
+
+    def find_field(self) -> None:
+        """Find the susceptibility field by the most trusted images that serve."""
+        encoding = self.encodings[0]
+        if encoding is None or encoding.readout is None:
+            missing = "PhaseEncodingDirection" if encoding is None else "TotalReadoutTime"
+            self.skip(f"Distortion was not corrected: the sidecar has no {missing}. Add it"
+                      + (", or give --fallback-total-readout-time." if encoding else "."))
+            return
+        self.report.notices += self.run.notices
+        for kind, images, find in field_sources(self.context):
+            start = time.monotonic()
+            try:
+                found, pair = find(self.first_b0(), self.affine, encoding, self.dwi())
+            except DataError as error:
+                self.skip(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
+                          f"field: {error}")
+                continue
+            self.field = found
+            self.sources += [self.context.dataset.uri(path) for path in images]
+            self.report.notices += found.notices
+            largest = float(np.abs(found.hz[self.mask]).max())
+            self.report.qc["field_max"] = largest
+            text = (f"susceptibility field from {', '.join(map(name_of, images))} "
+                    f"({FIELD_SOURCES[kind]}): up to {largest:.0f} Hz in the brain")
+            if pair:
+                self.report.qc |= {"field_correlation_before": found.before,
+                                   "field_correlation_after": found.after}
+                text += (f"; correlation of the two b0 images {found.before:.3f} before and "
+                         f"{found.after:.3f} after")
+            self.note(PARAGRAPHS.get(kind, kind), text, start)
+            self.report.figures += corrections.of_field(
+                found.hz, self.mask, self.affine, found.before, found.after, pair)
+            return
+        self.skip("Distortion was not corrected: no image gives the susceptibility field.")
+
+    def find_motion(self) -> None:
+        """Find motion, eddy currents and outlier slices."""
+        start = time.monotonic()
+        b0 = self.first_b0()
+        if self.field is not None:
+            (b0,) = resample([b0], self.still(1), b0.shape, self.affine)
+        found = motion.estimate(
+            self.by_volume(), self.acquisition, self.encodings, self.affine, median_otsu(b0),
+            None if self.field is None else self.field.hz,
+            slice_axis=slice_axis(self.run.metadata), device=self.context.device)
+        self.motion = found
+        self.report.notices += found.notices
+        distance, replaced = self.head_motion().framewise_displacement[1:], found.outliers.sum()
+        self.report.qc |= {"fd_mean": float(distance.mean()) if len(distance) else 0.0,
+                           "fd_max": float(distance.max()) if len(distance) else 0.0,
+                           "n_replaced_slices": int(replaced)}
+        self.note("motion", "motion and eddy currents estimated: framewise displacement "
+                  f"{self.report.qc['fd_mean']:.2f} mm on average, "
+                  f"{self.report.qc['fd_max']:.2f} mm at most; {replaced} outlier slices replaced",
+                  start)
+        moved = self.head_motion()
+        self.report.figures += [
+            *corrections.of_motion(moved.translations, moved.rotations, found.geometry.eddy,
+                                   moved.framewise_displacement, self.acquisition.b0),
+            *corrections.of_carpet(found.z, found.outliers, self.acquisition.bvals)]
+
+    def head_motion(self) -> quality.HeadMotion:
+        """Motion about the centre of the brain."""
+        assert self.motion
+        geometry = self.motion.geometry
+        centre = transform_points(self.affine, np.argwhere(self.mask)).mean(axis=0)
+        return quality.head_motion(geometry.rotations, geometry.translations, centre)
+
+    def still(self, volumes: int) -> Geometry:
+        """Geometry of volumes that did not move, in the susceptibility field."""
+        return Geometry.static(self.affine, self.volumes.shape[:3], self.encodings[:volumes],
+                               None if self.field is None else self.field.hz)
+
+    def interpolate(self) -> None:
+        """Resample all volumes once, through all transforms; rotate the b-vectors."""
+        if self.field is None and self.motion is None:
+            return
+        start = time.monotonic()
+        if self.motion is not None:
+            corrected, self.acquisition = motion.apply(self.by_volume(), self.motion)
+        else:
+            corrected = resample(self.by_volume(), self.still(len(self.acquisition)),
+                                 self.volumes.shape[:3], self.affine)
+        result = np.empty_like(self.volumes)
+        for v, volume in enumerate(corrected):
+            result[..., v] = volume
+        self.volumes = result
+        self.mask = median_otsu(self.mean_b0())
+        self.note("resample", "all volumes interpolated once, by cubic splines, with the Jacobian "
+                  "of the distortion", start)
+
+    def mean_b0(self) -> np.ndarray:
+        """Mean of the b0 volumes, (x, y, z)."""
+        return self.volumes[..., self.acquisition.b0].mean(axis=-1)
+
+    def remove_bias(self) -> None:
+        """Divide by the bias field of the mean b0."""
+        start = time.monotonic()
+        try:
+            found = bias.estimate(self.mean_b0(), self.mask, self.affine)
+        except DataError as error:
+            self.skip(f"The bias field was not corrected: {error}")
+            return
+        self.volumes /= found.values[..., None]
+        self.report.qc |= {"bias_min": found.lowest, "bias_max": found.highest}
+        self.note("bias", f"bias field of the mean b0 removed by N4: {found.lowest:.2f} to "
+                  f"{found.highest:.2f} in the brain (percentiles 1 and 99)", start)
+
+    def find_mask(self) -> None:
+        """Find the brain on the corrected images."""
+        run = self.run
+        self.mask_source = MADE_MASK
+        self.mask = median_otsu(self.mean_b0())
+        if run.t1w and not run.mask:
+            start = time.monotonic()
+            try:
+                anatomy = t1w.register(self.dwi(), run.t1w, self.context.device)
+                self.mask = t1w.mask_from_t1w(anatomy, self.mask, self.affine)
+                self.mask_source = self.context.dataset.uri(run.t1w)
+                self.note("brain", f"brain mask of {run.t1w.name}, brought to the corrected images",
+                          start)
+            except DataError as error:
+                self.skip(f"The brain mask is made of the mean b0, not of the T1w image: {error}")
+        if run.mask:
+            self.mask = read_mask(run.mask, self.mask.shape, self.affine)
+            self.mask_source = self.context.dataset.uri(run.mask)
+            if self.field is not None:
+                self.skip(f"{run.mask.name} was given, and is used although distortion was "
+                          "corrected since. Check that it still follows the brain.")
+
+    def check_gradients(self) -> None:
+        """Check the b-vectors on the corrected signal; turn them with the head afterwards."""
+        checked = check_gradients(self.run, self.dwi(), self.context.options.gradient_check)
+        self.report.warnings += checked.warnings
+        self.report.qc |= checked.qc
+        self.about.update(checked.about)
+        if checked.about:  # the table is wrong in the scanner, before it is turned with the head
+            axes = btable.fsl_axes(self.affine)
+            table = axes @ checked.table @ axes.T
+            acquisition = self.context.acquisition
+            acquisition = replace(acquisition, bvecs=acquisition.bvecs @ table.T)
+            if self.motion is not None:
+                acquisition = acquisition.rotated(
+                    np.swapaxes(self.motion.geometry.rotations, 1, 2))
+            self.acquisition = acquisition
+
+    def write(self, transaction: Transaction) -> None:
+        """Write the corrected images, the brain mask, the field and the confounds."""
+        context, run, dataset = self.context, self.run, self.context.dataset
+        raw = sidecar.base(run, dataset, "")
+        raw["Sources"] = [*dict.fromkeys([*raw["Sources"], *self.sources])]
+        raw |= {"SkullStripped": False, **self.about}
+        done = {entry["name"]: entry["text"] for entry in self.report.facts["corrections"]}
+        image = context.path("dwi", desc="preproc")
+        transaction.image(image, self.volumes, context.like, {
+            **raw, "Description": "Diffusion series after the corrections that are listed",
+            "Corrections": done})
+        write_tables(transaction, image, self.acquisition, self.affine)
+        transaction.image(context.path("dwiref"), self.mean_b0(), context.like,
+                          {**raw, "Description": "Mean of the corrected b0 volumes"})
+        transaction.image(context.mask, self.mask.astype(np.uint8), context.like,
+                          sidecar.mask(run, dataset, self.mask_source))
+        if self.field is not None:
+            transaction.image(
+                context.path("fieldmap", folder="fmap", desc="preproc"), self.field.hz,
+                context.like, {**raw, "Units": "Hz", "Description": "Susceptibility field in the "
+                               "place of the first b0 volume"})
+        dwi = self.dwi()
+        correlations = quality.neighbouring_correlations(dwi.signal, self.acquisition)
+        moved = self.head_motion() if self.motion else None
+        rows, columns = corrections.confounds(
+            context.acquisition, self.acquisition,
+            correlation_before=self.raw_correlations, correlation_after=correlations,
+            **({} if self.motion is None or moved is None else {
+                "translations": moved.translations, "rotations": moved.rotations,
+                "framewise_displacement": moved.framewise_displacement,
+                "eddy": self.motion.geometry.eddy, "replaced": self.motion.outliers}))
+        transaction.table(context.path("timeseries", ".tsv", desc="confounds"), rows, columns)
+        self.report.figures += [
+            *corrections.of_b0(self.raw_b0, self.mean_b0(), self.mask, self.affine),
+            *corrections.of_correlation(self.raw_correlations, correlations)]
+        self.report.facts |= {
+            "mask_source": self.mask_source, "about": self.about,
+            "magnitude": self.magnitude}
+
+
+def paragraphs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Write the sections of the methods text on corrections: (heading, text) each.
+
+    names: keys of `boilerplate.CORRECTIONS`, or names of --preprocess, of which one may stand for
+    several.
+    """
+    several = {"distortion": ("pair", "gre", "t1w", "resample"), "motion": ("motion", "resample")}
+    keys = dict.fromkeys(key for name in names for key in several.get(name, (name,)))
+    return [(f"Correction: {TITLES.get(key, key)}", boilerplate.CORRECTIONS[key]) for key in keys]
+
+
+TITLES = {"pair": "distortion, by opposite phase encoding", "gre": "distortion, by a GRE field map",
+          "t1w": "distortion, by the T1w image", "resample": "interpolation",
+          "complex": "phase", "gibbs": "Gibbs ringing", "denoise": "noise", "bias": "bias field"}
+"""Headings of corrections, where they differ from their key in `boilerplate.CORRECTIONS`."""
+
+FieldFinder = Callable[[np.ndarray, np.ndarray, PhaseEncoding, Dwi],
+                       tuple[distortion.Field, tuple[np.ndarray, ...] | None]]
+"""Finds a field for a b0 image, its affine and phase encoding, and the series in the brain. Returns
+it, and both b0 images as measured and corrected if it comes of opposite phase encodings."""
+
+
+def field_sources(context: RunContext) -> Iterator[tuple[str, list[Path], FieldFinder]]:
+    """Yield what gives the susceptibility field, the most trusted first: its kind (a key of
+    FIELD_SOURCES), its images and a function."""
+    run, fallback = context.run, context.options.fallback_total_readout_time
+    for field_map in run.field_maps:
+        if field_map.kind == "opposite":
+            image = next(i for i in field_map.images if run.phase_encoding and
+                         run.phase_encoding.opposes(PhaseEncoding.from_sidecar(i.metadata)))
+            yield field_map.kind, [image.image], partial(_field_from_pair, image, fallback)
+        else:
+            yield (field_map.kind, [i.image for i in (*field_map.images, *field_map.magnitudes)],
+                   partial(_field_from_gre, field_map))
+    if run.t1w:
+        yield "t1w", [run.t1w], partial(
+            _field_from_t1w, run.t1w, context.device, context.options.work_dir)
+
+
+def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.ndarray,
+                     affine: np.ndarray, encoding: PhaseEncoding, dwi: Dwi
+                     ) -> tuple[distortion.Field, tuple[np.ndarray, ...]]:
+    opposite = PhaseEncoding.from_sidecar(image.metadata)
+    assert opposite
+    if opposite.readout is None:
+        opposite = replace(opposite, readout=fallback)
+    second = open_image(image.image)
+    volumes = read_array(second, np.float32)
+    if isinstance(image, Part):
+        volumes = volumes[..., btable.read_acquisition(image).b0]
+    if not volumes.size:
+        raise DataError(f"{image.image}: has no b0 volume. One is needed: name another image.")
+    other = volumes.reshape(*second.shape[:3], -1).mean(axis=-1)
+    found = distortion.field_from_pair(b0, other, affine, encoding, opposite,
+                                       second_affine=second.affine)
+    return found, (b0, other, *found.corrected)
+
+
+def _field_from_gre(field_map: FieldMap, b0: np.ndarray, affine: np.ndarray,
+                    encoding: PhaseEncoding, dwi: Dwi) -> tuple[distortion.Field, None]:
+    images = [open_image(image.image) for image in field_map.images]
+    metadata = [image.metadata for image in field_map.images]
+    magnitude = read_array(open_image(field_map.magnitudes[0].image), np.float32)
+    return distortion.field_from_gre(
+        field_map.kind, [read_array(image, np.float32) for image in images], magnitude,
+        images[0].affine, b0, affine, encoding, units=metadata[0].get("Units"),
+        echo_times=field_map.echo_times), None
+
+
+def _field_from_t1w(image: Path, device: str, work_dir: Path | None, b0: np.ndarray,
+                    affine: np.ndarray, encoding: PhaseEncoding, dwi: Dwi
+                    ) -> tuple[distortion.Field, None]:
+    anatomy = t1w.register(dwi, image, device)
+    if anatomy.brain is None:
+        raise DataError(anatomy.notice)
+    return distortion.field_from_t1w(
+        b0, affine, encoding, np.where(anatomy.brain, anatomy.image, 0),
+        np.linalg.inv(anatomy.transform) @ anatomy.affine, dwi.mask, work_dir=work_dir), None
+
+
+def load(run: Run, acquisition: Acquisition) -> tuple[np.ndarray, int]:
+    """Read the volumes of a run, complex if it has phase images or imaginary parts; count the
+    values that are not finite.
+
+    Raises
+    ------
+    DataError
+        A file is damaged, or the phase is in unknown units.
+    """
+    volumes, invalid = Series.from_run(run, acquisition).load()
+    if not run.phase:
+        return volumes, invalid
+    others = []
+    for image in run.phase:
+        values = read_array(open_image(image.image), np.float32)
+        try:
+            others.append(values if is_real(run) else
+                          phase.to_radians(values, image.metadata.get("Units")))
+        except DataError as error:
+            raise DataError(f"{image.image}: {error}") from error
+    other = np.nan_to_num(np.concatenate(others, axis=-1), posinf=0, neginf=0)
+    if other.shape != volumes.shape:
+        raise DataError(f"{run.phase[0].image}: has the shape {other.shape}, and the images have "
+                        f"{volumes.shape}. Convert both again, or remove the phase.")
+    return (phase.from_parts if is_real(run) else phase.from_polar)(volumes, other), invalid
+
+
+MARGIN = 4
+"""Voxels around the brain in which noise is removed, too."""
+
+FIELD_SOURCES = {**FIELD_MAPS, "t1w": "registration to the T1w image"}
+"""Names of what gives the susceptibility field, the most trusted first."""
+
+PARAGRAPHS = {"opposite": "pair", "phasediff": "gre", "phases": "gre", "fieldmap": "gre"}
+"""Key of `boilerplate.CORRECTIONS` for each source of the field, where it has another name."""
+
+RULES = {"session": "of the same session, since no sidecar assigns one", "run": "a merged run"}
+"""Words for `FieldMap.rule`; others are sidecar keys."""
+
+
+def describe_run(run: Run) -> list[str]:
+    """Describe what can correct a run, in lines: its phase encoding, field maps (with the rule that
+    assigns each), phase images and T1w image."""
+    encoding = run.phase_encoding
+    readout = ("TotalReadoutTime unknown" if encoding is None or encoding.readout is None
+               else f"readout {1000 * encoding.readout:.4g} ms")
+    lines = [f"phase encoding {encoding.direction}, {readout}" if encoding
+             else "phase encoding unknown", *map(_describe_field_map, run.field_maps)]
+    if run.phase:
+        lines.append(f"phase {', '.join(name_of(p.image) for p in run.phase)}: complex data")
+    if run.t1w:
+        session = entities_of(run.t1w.name).get("ses")
+        lines.append(f"T1w {name_of(run.t1w)}: of the "
+                     f"{'same session' if session == run.session else 'participant'}")
+    return [*lines, *run.notices]
+
+
+def _describe_field_map(field_map: FieldMap) -> str:
+    images = ", ".join(name_of(image.image) for image in field_map.images)
+    magnitudes = ", ".join(name_of(image.image) for image in field_map.magnitudes)
+    rule = RULES.get(field_map.rule, f"by {field_map.rule}")
+    return (f"field map {images}" + f" with {magnitudes}" * bool(magnitudes)
+            + f": {FIELD_MAPS[field_map.kind]}, {rule}")
+
+
+def volume_encodings(run: Run, fallback: float | None) -> tuple[PhaseEncoding | None, ...]:
+    """Read the phase encoding of each volume of a raw run; an unknown readout is the fallback's.
+
+    Raises
+    ------
+    DataError
+        A sidecar holds an invalid phase encoding.
+    """
+    encodings: list[PhaseEncoding | None] = []
+    for part in run.parts:
+        encoding = PhaseEncoding.from_sidecar(part.metadata)
+        if encoding and encoding.readout is None:
+            encoding = replace(encoding, readout=fallback)
+        encodings += [encoding] * open_image(part.image).shape[3]
+    return tuple(encodings)
+
+
+def slice_axis(metadata: Mapping[str, Any]) -> int:
+    """Find the voxel axis across the slices: SliceEncodingDirection, else the third."""
+    direction = str(metadata.get("SliceEncodingDirection") or "k")[0]
+    return "ijk".index(direction) if direction in "ijk" else 2
