@@ -22,13 +22,16 @@ its factors precondition conjugate gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
 
 from bidsapp.acquisition import PhaseEncoding
 from bidsapp.dwi import open_image
@@ -47,14 +50,19 @@ ROUNDS, STILL = 10, 0.02
 """Most steps of the motion at a level (one at full resolution), and the motion in voxels that ends
 them."""
 
-MIN_SLICES = 4
-"""Fewest voxels along an axis that show the motion."""
+MIN_SLICES, MIN_LINE = 4, 8
+"""Fewest voxels along each axis that show the motion, and along the phase axis that show a
+field."""
 
-MIN_STEP = 0.01
-"""Shortest part of a Gauss–Newton step that is tried."""
+MIN_STEP, ARMIJO = 0.01, 1e-4
+"""Shortest part of a Gauss–Newton step that is tried, and the least decrease of E as a share of
+what its slope promises."""
 
 STEPS, TOLERANCE = 8, 3e-3
 """Most Gauss–Newton steps in one alternation, and the relative decrease of E that ends them."""
+
+MATCHING = 0.9
+"""Correlation of the corrected images of a pair below which the user is told."""
 
 FLOOR = 0.05
 """Signal added to the images before their cumulative intensities are matched."""
@@ -150,10 +158,10 @@ def undistort(image: Float[np.ndarray, "x y z"], hz: Float[np.ndarray, "x y z"],
     return (values * factor).astype(np.float32)
 
 
-def field_from_pair(first: np.ndarray, second: np.ndarray,
-                    affine: Float[np.ndarray, "4 4"], first_encoding: PhaseEncoding,
-                    second_encoding: PhaseEncoding, *, second_affine: np.ndarray | None = None,
-                    device: str = "cpu", smoothness: float = SMOOTHNESS) -> Field:
+def field_from_pair(first: np.ndarray, second: np.ndarray, affine: Float[np.ndarray, "4 4"],
+                    first_encoding: PhaseEncoding, second_encoding: PhaseEncoding, *,
+                    second_affine: np.ndarray | None = None, device: str = "cpu",
+                    smoothness: float = SMOOTHNESS) -> Field:
     """Estimate the field from two images of opposite phase encoding.
 
     Motion along the phase axis cannot be told apart from a constant field, and counts as field.
@@ -202,20 +210,21 @@ def field_from_pair(first: np.ndarray, second: np.ndarray,
         pyramid.append(tuple(_halve(i) for i in pyramid[-1]))
         frames.append(tuple(a @ _HALF for a in frames[-1]))
     move = np.eye(4)
-    u = None
+    u: Tensor | None = None
     for level in reversed(range(len(pyramid))):
         shape = pyramid[level][0].shape
         problem = _Problem(pyramid[level], frames[level], size, readout / scale, smoothness, device)
         u = problem.transport() if u is None else _double(u, shape)
         problem.place(move)
         u, energy = problem.solve(u)
-        for _ in range(0 if min(u.shape) < MIN_SLICES else ROUNDS if level else 1):
+        rounds = 0 if min(shape) < MIN_SLICES else ROUNDS if level else 1
+        for _ in range(rounds):
             trial, trial_move = problem.solve_with_motion(u, move)
             problem.place(trial_move)
             trial, trial_energy = problem.solve(trial)
             if trial_energy >= energy:
                 break
-            change = _distance(move, trial_move, frames[level][0], u.shape)
+            change = _distance(move, trial_move, frames[level][0], shape)
             u, move, energy = trial, trial_move, trial_energy
             if change < STILL * size.mean() * 2**level:
                 break
@@ -226,13 +235,17 @@ def field_from_pair(first: np.ndarray, second: np.ndarray,
                  undistort(second, hz, affine, second_encoding, move, second_affine))
     slope = np.gradient(hz, axis=axis)[head]
     factors = [1 + r * slope for r in readout]
-    before, after = (_correlation(a[head], b[head]) for a, b in (images, corrected))
+    before, after = (float(np.corrcoef(a[head], b[head])[0, 1]) for a, b in (images, corrected))
+    notices = () if after >= MATCHING else (
+        f"After the correction the two images correlate by {after:.2f} only ({before:.2f} before). "
+        "Look at the figure: they may be of different heads or contrasts, or the phase encodings "
+        "of the sidecars may be wrong.",)
     return Field(hz, move, corrected, before, after,
-                 (float(np.min(factors)), float(np.max(factors))))
+                 (float(np.min(factors)), float(np.max(factors))), notices)
 
 
-def field_from_gre(kind: str, images: Sequence[np.ndarray],
-                   magnitude: np.ndarray, affine: Float[np.ndarray, "4 4"],
+def field_from_gre(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarray,
+                   affine: Float[np.ndarray, "4 4"],
                    b0: Float[np.ndarray, "u v w"], b0_affine: Float[np.ndarray, "4 4"],
                    encoding: PhaseEncoding, *, echo_times: tuple[float, float] | None = None,
                    units: str | None = None) -> Field:
@@ -533,6 +546,9 @@ def _check_pair(first: np.ndarray, second: np.ndarray, a: PhaseEncoding, b: Phas
         raise DataError(f"the images of the pair have the shapes {first.shape} and {second.shape}; "
                         "two volumes of one shape are needed. Resample the second on the grid of "
                         "the first.")
+    if first.shape[a.axis] < MIN_LINE:
+        raise DataError(f"the images of the pair have {first.shape[a.axis]} voxels along the phase "
+                        f"axis; {MIN_LINE} are needed. Check PhaseEncodingDirection.")
     for name, image in (("first", first), ("second", second)):
         if not np.nan_to_num(image, posinf=0, neginf=0).max() > 0:
             raise DataError(f"the {name} image of the pair holds no signal above 0. Convert it "
@@ -551,10 +567,6 @@ def _head(images: list[np.ndarray]) -> np.ndarray:
     return binary_fill_holes(labels == np.bincount(labels.ravel())[1:].argmax() + 1)
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1])
-
-
 def _halve(image: np.ndarray) -> np.ndarray:
     """Means of 2 × 2 × 2 voxels; the last voxel of an odd axis is repeated."""
     image = np.pad(image, [(0, n % 2) for n in image.shape], mode="edge")
@@ -562,45 +574,58 @@ def _halve(image: np.ndarray) -> np.ndarray:
     return image.reshape(x, 2, y, 2, z, 2).mean((1, 3, 5))
 
 
-def _double(u: Any, shape: tuple[int, ...]) -> Any:
+def _double(u: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Displacements on a grid of half the size → those on a grid of `shape`."""
-    from torch.nn.functional import interpolate
-
-    fine = 2 * interpolate(u[None, None], scale_factor=2, mode="trilinear")[0, 0]
+    fine = 2 * functional.interpolate(u[None, None], scale_factor=2, mode="trilinear")[0, 0]
     return fine[:shape[0], :shape[1], :shape[2]]
+
+
+class _Parts(NamedTuple):
+    """The residual R of E at a displacement, its derivatives by the displacement of a voxel (a) and
+    by the slope (c), and the differences of neighbours."""
+
+    residual: Tensor
+    a: Tensor
+    c: Tensor
+    steps: Tensor
+
+
+_Bands = tuple[Tensor, Tensor, Tensor]
+"""Diagonal of a symmetric pentadiagonal matrix of each line, and the two beside it."""
+
+_Rows = tuple[Tensor, Tensor, Tensor]
+"""Entries of the Jacobian before, at and behind each voxel of a line."""
 
 
 class _Problem:
     """E and its minimisation on one grid; tensors are (phase axis, two other axes)."""
 
-    def __init__(self, images, frames, size, ratio, alpha, device):
-        import torch
-
-        self.torch, self.device = torch, device
+    def __init__(self, images: tuple[np.ndarray, ...], frames: tuple[np.ndarray, ...],
+                 size: np.ndarray, ratio: np.ndarray, alpha: float, device: str) -> None:
+        self.device = device
         self.first, self.second = images
-        self.frames, self.size, self.ratio, self.alpha = frames, size, ratio, alpha
+        self.frames, self.ratio, self.alpha = frames, ratio, alpha
         self.shape = self.first.shape
-        self.lines = [self._polynomials(self.first)]
+        self.placed = self.second
+        self.lines = [self._polynomials(i) for i in images]
         self.index = torch.arange(self.shape[0], device=device, dtype=torch.float32)[:, None, None]
         self.across = [alpha * (size[0] / s) ** 2 for s in size[1:]]
 
-    def _tensor(self, array):
-        return self.torch.as_tensor(np.ascontiguousarray(array, np.float32), device=self.device)
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.as_tensor(np.ascontiguousarray(array, np.float32), device=self.device)
 
-    def _polynomials(self, image):
+    def _polynomials(self, image: np.ndarray) -> Tensor:
         """(n − 1, …, 4) coefficients of the cubic B-spline of each interval of each line."""
         from scipy.ndimage import spline_filter1d
 
-        torch = self.torch
         c = self._tensor(spline_filter1d(image, axis=0, output=np.float32))
         c = torch.cat([c[1:2], c, c[-2:-1]])  # mirrored
         a, b, c, d = c[:-3], c[1:-2], c[2:-1], c[3:]
         return torch.stack([(a + 4 * b + c) / 6, (c - a) / 2, (a - 2 * b + c) / 2,
                             (d - 3 * c + 3 * b - a) / 6], -1)
 
-    def _evaluate(self, lines, where):
+    def _evaluate(self, lines: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """Values and slopes at positions along the lines; the edge continues beyond a line."""
-        torch = self.torch
         inside = where.clamp(0, self.shape[0] - 1)
         left = inside.floor().clamp(max=self.shape[0] - 2)
         t = inside - left
@@ -611,7 +636,7 @@ class _Problem:
         slope = (3 * p3 * t + 2 * p2) * t + p1
         return value, slope * (inside == where)
 
-    def place(self, move):
+    def place(self, move: np.ndarray) -> None:
         """Resample the second image rigidly on the grid of the first."""
         from scipy.ndimage import map_coordinates
 
@@ -623,16 +648,16 @@ class _Problem:
             second = map_coordinates(self.second, grid_coordinates(of, points), order=3,
                                      mode="nearest")
         self.placed = second
-        self.lines[1:] = [self._polynomials(second)]
+        self.lines[1] = self._polynomials(second)
 
-    def transport(self):
+    def transport(self) -> Tensor:
         """Match the cumulative intensities of each line (optimal transport in one dimension)."""
         from scipy.ndimage import gaussian_filter
 
-        torch, n = self.torch, self.shape[0]
+        n = self.shape[0]
         flat = [torch.as_tensor(i, dtype=torch.float32).reshape(n, -1).T + FLOOR
                 for i in (self.first, self.second)]
-        mass = [torch.nn.functional.pad(i.cumsum(1) / i.sum(1, keepdim=True), (1, 0)) for i in flat]
+        mass = [functional.pad(i.cumsum(1) / i.sum(1, keepdim=True), (1, 0)) for i in flat]
         face = torch.arange(n + 1, dtype=torch.float32).expand_as(mass[0]).contiguous()
         share = torch.linspace(0, 1, 4 * n + 1).expand(len(face), -1).contiguous()
         q1, q2 = (_interpolate(share, m, face) for m in mass)
@@ -642,13 +667,13 @@ class _Problem:
         smooth = gaussian_filter(u.T.reshape(self.shape).numpy(), 1.0)
         return self._tensor(smooth)
 
-    def _energy(self, u):
+    def _energy(self, u: Tensor) -> tuple[float, _Parts | None]:
         """E at u, with what its derivatives need."""
         r1, r2 = self.ratio
         steps = u.diff(dim=0)
         if not float(steps.abs().max()) * max(abs(r1), abs(r2)) < 1:
-            return np.inf, ()
-        slope = self.torch.gradient(u, dim=0)[0]
+            return np.inf, None
+        slope = torch.gradient(u, dim=0)[0]
         w1, g1 = self._evaluate(self.lines[0], self.index + r1 * u)
         w2, g2 = self._evaluate(self.lines[1], self.index + r2 * u)
         j1, j2 = 1 + r1 * slope, 1 + r2 * slope
@@ -659,11 +684,12 @@ class _Problem:
         for r in self.ratio:
             t = (r * steps).square()
             energy = energy + BARRIER * (t * t / (1 - t)).sum()
-        return float(energy), (residual, r1 * g1 * j1 - r2 * g2 * j2, r1 * w1 - r2 * w2, steps)
+        return float(energy), _Parts(residual, r1 * g1 * j1 - r2 * g2 * j2, r1 * w1 - r2 * w2,
+                                     steps)
 
-    def _laplace(self, u):
+    def _laplace(self, u: Tensor) -> Tensor:
         """α times the transposed gradient of the gradient across lines."""
-        out = self.torch.zeros_like(u)
+        out = torch.zeros_like(u)
         for axis, weight in zip((-2, -1), self.across, strict=True):
             step = weight * u.diff(dim=axis)
             n = u.shape[axis] - 1
@@ -671,11 +697,11 @@ class _Problem:
             out.narrow(axis, 0, n).sub_(step)
         return out
 
-    def _normal_equations(self, u, parts):
+    def _normal_equations(self, u: Tensor, parts: _Parts) -> tuple[Tensor, _Bands, _Rows]:
         """Gradient of E, the three bands of its Gauss–Newton matrix along the lines, and the
         Jacobian's entries before, at and behind each voxel."""
         residual, a, c, steps = parts
-        stiff = self.torch.full_like(steps, self.alpha)
+        stiff = torch.full_like(steps, self.alpha)
         force = self.alpha * steps
         for r in self.ratio:
             t = r * steps
@@ -696,32 +722,30 @@ class _Problem:
         beyond = before[1:-1] * behind[1:-1]
         return gradient, (diagonal, beside, beyond), rows
 
-    def solve(self, u):
+    def solve(self, u: Tensor) -> tuple[Tensor, float]:
         """Minimise E over the field by Gauss–Newton steps from u."""
         energy, parts = self._energy(u)
         for _ in range(STEPS):
+            assert parts is not None
             gradient, bands, _ = self._normal_equations(u, parts)
             step = self._conjugate_gradients(-gradient, bands)
-            expected = float((gradient * step).sum())
-            length = 1.0
+            slope, length = float((gradient * step).sum()), 1.0
             trial, parts = self._energy(u + step)
-            while trial > energy + 1e-4 * length * expected and length > MIN_STEP:
+            while trial > energy + ARMIJO * length * slope and length > MIN_STEP:
                 length /= 2
                 trial, parts = self._energy(u + length * step)
             if trial > energy:
                 break
-            u, decrease = u + length * step, energy - trial
-            energy = trial
+            u, decrease, energy = u + length * step, energy - trial, trial
             if decrease < TOLERANCE * energy:
                 break
         return u, energy
 
-    def _conjugate_gradients(self, right, bands):
+    def _conjugate_gradients(self, right: Tensor, bands: _Bands) -> Tensor:
         """Solve for right sides (…, x, y, z)."""
-        torch = self.torch
         diagonal, beside, beyond = bands
 
-        def product(v):
+        def product(v: Tensor) -> Tensor:
             out = self._laplace(v)
             out.addcmul_(diagonal, v)
             for band in (beside, beyond):
@@ -730,7 +754,7 @@ class _Problem:
                 out[..., -n:, :, :].addcmul_(band, v[..., :n, :, :])
             return out
 
-        def dot(a, b):
+        def dot(a: Tensor, b: Tensor) -> Tensor:
             return (a * b).sum((-3, -2, -1), keepdim=True)
 
         precondition = self._factorise(bands)
@@ -750,7 +774,7 @@ class _Problem:
             p = z + rz / old.clamp(min=1e-30) * p
         return x
 
-    def _factorise(self, bands):
+    def _factorise(self, bands: _Bands) -> Callable[[Tensor], Tensor]:
         """Factorise the matrix of each line, with the diagonal of the smoothness across lines, as
         L D Lᵀ; the result solves with it."""
         d, e, f = (band.clone() for band in bands)
@@ -759,7 +783,7 @@ class _Problem:
             for end in (0, -1):
                 d.select(axis, end).sub_(weight)
         n = len(d)
-        near, far = self.torch.empty_like(e), self.torch.empty_like(f)
+        near, far = torch.empty_like(e), torch.empty_like(f)
         for i in range(n - 1):
             near[i] = e[i] / d[i]
             d[i + 1].addcmul_(near[i], e[i], value=-1)
@@ -768,7 +792,7 @@ class _Problem:
                 e[i + 1].addcmul_(near[i], f[i], value=-1)
                 d[i + 2].addcmul_(far[i], f[i], value=-1)
 
-        def solve(b):
+        def solve(b: Tensor) -> Tensor:
             x = b.movedim(-3, 0).clone()
             for i in range(n - 1):
                 x[i + 1].addcmul_(near[i], x[i], value=-1)
@@ -784,7 +808,7 @@ class _Problem:
 
         return solve
 
-    def solve_with_motion(self, u, move):
+    def solve_with_motion(self, u: Tensor, move: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Take one Gauss–Newton step of field and motion together.
 
         The motion's columns are δ(x) = ω × x + τ without τ along the phase axis. The field is
@@ -792,9 +816,9 @@ class _Problem:
         """
         from scipy.spatial.transform import Rotation
 
-        torch, r2 = self.torch, self.ratio[1]
-        _, parts = self._energy(u)
-        residual = parts[0]
+        r2 = self.ratio[1]
+        parts = self._energy(u)[1]
+        assert parts is not None
         gradient, bands, rows = self._normal_equations(u, parts)
         to = self.frames[0]
         spacing = np.linalg.norm(to[:3, :3], axis=0)
@@ -814,8 +838,9 @@ class _Problem:
         solved = self._conjugate_gradients(torch.cat([-gradient[None], coupling]), bands)
         flat = columns.reshape(5, -1)
         schur = flat @ flat.T - coupling.reshape(5, -1) @ solved[1:].reshape(5, -1).T
-        right = -flat @ residual.reshape(-1) - coupling.reshape(5, -1) @ solved[0].reshape(-1)
-        p = np.linalg.solve(schur.double().cpu().numpy(), right.double().cpu().numpy())
+        right = -flat @ parts.residual.reshape(-1) - coupling.reshape(5, -1) @ solved[0].reshape(-1)
+        p = np.linalg.lstsq(schur.double().cpu().numpy(), right.double().cpu().numpy(),
+                            rcond=1e-9)[0]
         delta = np.eye(4)
         delta[:3, :3] = axes @ Rotation.from_rotvec(p[:3]).as_matrix() @ axes.T
         pivot = to[:3, 3] + axes @ centre
@@ -827,7 +852,7 @@ class _Problem:
         return u + length * change, move @ delta
 
 
-def _transposed(rows, v):
+def _transposed(rows: _Rows, v: Tensor) -> Tensor:
     """Apply the transposed Jacobian of entries (before, at, behind) the voxels of a line."""
     before, at, behind = rows
     out = at * v
@@ -836,10 +861,8 @@ def _transposed(rows, v):
     return out
 
 
-def _interpolate(at, x, y):
+def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Interpolate each row linearly at `at`, for ascending x."""
-    import torch
-
     right = torch.searchsorted(x.contiguous(), at).clamp(1, x.shape[1] - 1)
     x0, x1 = x.gather(1, right - 1), x.gather(1, right)
     y0, y1 = y.gather(1, right - 1), y.gather(1, right)

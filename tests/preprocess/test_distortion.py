@@ -192,7 +192,15 @@ def test_one_slice_and_missing_values():
     assert np.isfinite(result.hz).all() and result.after > result.before
 
 
+def test_images_of_different_heads_are_told():
+    other = pair()[1][::-1, :, ::-1]
+    result = field_from_pair(pair()[0], other, AFFINE, FORWARD, BACKWARD)
+    assert result.after < 0.9 and f"{result.after:.2f}" in result.notices[0]
+    assert field_from_pair(*pair(), AFFINE, FORWARD, BACKWARD).notices == ()
+
+
 @pytest.mark.parametrize("change,message", [
+    ({"first": np.ones((9, 7, 9)), "second": np.ones((9, 7, 9))}, "7 voxels along the phase axis"),
     ({"second_encoding": FORWARD}, "j and j"),
     ({"second_encoding": PhaseEncoding(0, -1, READOUT)}, "j and i-"),
     ({"second_encoding": PhaseEncoding(1, -1)}, "readout time is unknown"),
