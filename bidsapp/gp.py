@@ -30,12 +30,13 @@ from bidsapp.acquisition import B0_MAX, Acquisition
 SAME_LOG_B, SAME_DELTA = 0.1, 0.1
 """SD of the weights by which s averages over log b and over the shape of the b-tensor."""
 
-BOUNDS = {"mean": (1e-3, 10.0), "direction": (1e-4, 10.0), "noise": (1e-5, 1.0),
+BOUNDS = {"mean": (1e-3, 10.0), "direction": (1e-6, 10.0), "second": (1e-6, 10.0),
+          "fourth": (1e-6, 10.0), "noise": (1e-5, 1.0),
           "angle": (0.3, math.pi), "mean_log_b": (0.1, 10.0), "direction_log_b": (0.1, 10.0),
           "shape": (0.1, 10.0), "saturation": (100.0, 10_000.0)}
 """Limits of the hyper-parameters."""
 
-START = {"mean": 1.0, "direction": 0.1, "noise": 0.05, "angle": 1.5, "mean_log_b": 1.0,
+START = {"mean": 1.0, "direction": 0.03, "second": 0.1, "fourth": 0.03, "noise": 0.05, "angle": 1.5, "mean_log_b": 1.0,
          "direction_log_b": 1.0, "shape": 1.0, "saturation": 1000.0}
 """Hyper-parameters at which the fit starts. Those that a table does not determine stay there."""
 
@@ -59,6 +60,8 @@ class Hyperparameters(NamedTuple):
 
     mean: float
     direction: float
+    second: float
+    fourth: float
     noise: float
     angle: float
     mean_log_b: float
@@ -222,10 +225,14 @@ def _covariance(h: Hyperparameters, log_b: torch.Tensor, delta: torch.Tensor, b:
     """K without s and σ²."""
     mean, direction = (torch.exp(-log_b**2 / (2 * length**2))
                        for length in (h.mean_log_b, h.direction_log_b))
-    u = deltas * (1 - torch.exp(-b / h.saturation)) * (1 - torch.exp(-other_b / h.saturation))
+    rise, other_rise = (1 - torch.exp(-x / h.saturation) for x in (b, other_b))
+    u = deltas * rise * other_rise
+    x = torch.cos(theta)**2
     angle = _spherical(theta / h.angle) + _spherical((math.pi - theta) / h.angle)
     return torch.exp(-delta**2 / (2 * h.shape**2)) * (
-        h.mean * mean + h.direction * u * angle * direction)
+        h.mean * mean + u * direction * (
+            h.direction * angle + h.second * (3 * x - 1) / 2
+            + h.fourth * rise * other_rise * (35 * x**2 - 30 * x + 3) / 8))
 
 
 def _spherical(x: torch.Tensor) -> torch.Tensor:

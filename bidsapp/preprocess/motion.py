@@ -52,6 +52,9 @@ MAX_POINTS = 30_000
 HP_POINTS = 5_000
 """Number of voxels from which the hyper-parameters of the Gaussian process are estimated."""
 
+SHARED = 0.5
+"""Share of the misalignment of the predictions that is taken back."""
+
 PRIOR_SHIFT, PRIOR_ANGLE, PRIOR_GAIN, PRIOR_VOXELS = 10.0, 0.2, 0.3, 5.0
 """SD of a step of translation (mm), of rotation (rad) and of the gain, and of the shift (voxels) by
 which each term of the field depends on the gradient at 100 mm from the centre. They stop only what
@@ -205,6 +208,7 @@ def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
         for fwhm in smoothing:
             head.load(b0, fwhm)
             passes.append(head.align(b0, "b0", fwhm, np.zeros(0, int)))
+            head.refer_to(b0[0], b0)
         head.place_between(b0, weighted)
     terms, notices = _terms(acquisition, encodings)
     if len(weighted) > 1:
@@ -213,10 +217,11 @@ def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
             passes.append(head.align(weighted, "weighted", fwhm, terms))
             if len(b0):
                 head.anchor(b0, weighted)
+            else:
+                head.refer_to(0, weighted)
     elif len(weighted):
         notices.append("the only weighted volume is not registered: there is no other to predict "
                        "it from")
-    head.refer_to(int(b0[0]) if len(b0) else 0)
     head.assess_slices([g for g in (b0, weighted) if len(g) > 1])
     geometry = head.geometry()
     return MotionEstimate(
@@ -549,8 +554,10 @@ class _Head:
             right = right + np.einsum("vij,vj->vi", normal[:, :, field], shared @ q @ change)
             precision[:, field] = (readout[:, None] / EDDY_SPREAD)**2
             target[:, field] = (q @ self.eddy_slope - self.eddy[index])[:, terms]
-        return np.linalg.solve(normal + precision[:, :, None] * np.eye(10 + k),
-                               (right + precision * target)[..., None])[:, :-4, 0]
+        delta = np.linalg.solve(normal + precision[:, :, None] * np.eye(10 + k),
+                                (right + precision * target)[..., None])[:, :-4, 0]
+        delta[:, :6] = np.linalg.solve(np.eye(n) - SHARED * shared, delta[:, :6])
+        return delta
 
     def _gradients(self, index: np.ndarray) -> np.ndarray:
         """(n, 3) q = √b n, relative to the largest √b."""
@@ -633,11 +640,14 @@ class _Head:
         self.rotation[weighted] = Rotation.from_rotvec(np.stack(
             [np.interp(weighted, b0, vectors[:, axis]) for axis in range(3)], -1)).as_matrix()
 
-    def refer_to(self, first: int) -> None:
-        """Make a volume the reference, R = I and t = 0."""
+    def refer_to(self, first: int, index: np.ndarray) -> None:
+        """Make the volume `first` the reference of some volumes: R = I and t = 0 there.
+
+        The mask and the field lie on it, so that this is done after each pass.
+        """
         turn, shift = self.rotation[first].copy(), self.shift[first].copy()
-        self.rotation = self.rotation @ turn.T
-        self.shift = self.shift - self.rotation @ shift
+        self.rotation[index] = self.rotation[index] @ turn.T
+        self.shift[index] -= self.rotation[index] @ shift
 
     def assess_slices(self, groups: Sequence[np.ndarray]) -> None:
         """Find the outlier slices at the final positions."""
