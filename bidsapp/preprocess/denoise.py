@@ -56,7 +56,7 @@ FLOOR_SD = 0.15
 FLOOR_ROUNDS = 6
 """Rounds that correct the noise map of magnitudes."""
 
-CHUNK = 2**22
+CHUNK = 2**21
 """Numbers in the patches that are decomposed at a time."""
 
 SLABS = 4
@@ -185,12 +185,12 @@ def _pca(volumes: np.ndarray, mask: np.ndarray, patch: tuple[int, ...], stride: 
     """Denoise slabs of the grid. Patches start where they would for the whole grid."""
     starts = [sorted({*range(0, size - edge + 1, stride), size - edge})
               for size, edge in zip(volumes.shape, patch, strict=False)]
-    planes = np.arange(volumes.shape[0])[:, None, None]
+    planes = np.broadcast_to(np.arange(volumes.shape[0], dtype=np.int32)[:, None, None], mask.shape)
 
     def apply(plane: torch.Tensor, series: torch.Tensor, inside: torch.Tensor
               ) -> dict[str, torch.Tensor]:
-        first = int(plane[0])
-        own = [x - first for x in starts[0] if first <= x <= int(plane[-1]) + 1 - patch[0]]
+        first = int(plane[0, 0, 0])
+        own = [x - first for x in starts[0] if first <= x <= int(plane[-1, 0, 0]) + 1 - patch[0]]
         return _denoise_slab(series, inside, [own, *starts[1:]], patch, magnitudes)
 
     out = map_volume(apply, [planes, volumes, mask], patch[0] - 1, device, SLABS * patch[0])
@@ -302,9 +302,17 @@ def marchenko_pastur_median(beta: Float[np.ndarray, " k"]) -> Float[np.ndarray, 
 
 
 def _without_floor(magnitude: torch.Tensor, sd: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Remove the Rician floor of denoised magnitudes (…, n), whose SD was sd (…)."""
+    """Remove the Rician floor of denoised magnitudes (x, …, n), whose SD was sd (x, …)."""
+    planes = [_plane_without_floor(m, s) for m, s in zip(magnitude, sd, strict=True)]
+    return {name: torch.stack([plane[i] for plane in planes])
+            for i, name in enumerate(("signal", "sigma"))}
+
+
+def _plane_without_floor(magnitude: torch.Tensor, sd: torch.Tensor
+                         ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Remove the floor of magnitudes (…, n); return the signal and the noise SD (…)."""
     signal, spread = (torch.as_tensor(t).to(magnitude) for t in _floor_tables())
-    sigma = sd
+    sigma = sd / math.sqrt(2 - math.pi / 2)  # as if there were no signal
     for _ in range(FLOOR_ROUNDS):
         ratio = magnitude / sigma.clamp(min=1e-30)[..., None]
         sigma = sd / _lookup(spread, ratio).mean(-1).sqrt()
@@ -312,8 +320,7 @@ def _without_floor(magnitude: torch.Tensor, sd: torch.Tensor) -> dict[str, torch
     high = (ratio.square() - 1).clamp(min=0).sqrt()
     inverse = torch.where(ratio < FLOOR_TOP - 1, _lookup(signal, ratio), high)
     # without noise there is no floor
-    return {"signal": torch.where(sigma[..., None] > 0, sigma[..., None] * inverse, magnitude),
-            "sigma": sigma}
+    return torch.where(sigma[..., None] > 0, sigma[..., None] * inverse, magnitude), sigma
 
 
 FLOOR_STEPS, FLOOR_TOP = 64, 12
