@@ -1,4 +1,4 @@
-"""Resample finished maps to another grid by one interpolation; write the transform as ITK files.
+"""Resample finished maps to another grid by one interpolation; write the transform for ITK.
 
 A transform is represented by points: for each voxel of the new grid, the world point (RAS+, mm) of
 the source images that it shows. ITK maps points in the same direction, so that
@@ -10,13 +10,12 @@ from __future__ import annotations
 import gzip
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from bidsapp import sh
-from bidsapp.dwi import open_image, read_array
+from bidsapp.dwi import open_image
 from bidsapp.registration.geometry import (
     fill_nearest,
     grid_coordinates,
@@ -24,14 +23,9 @@ from bidsapp.registration.geometry import (
     world_points,
 )
 from bidsapp.registration.image import sample
-from bidsapp.registration.itk import FLIP
 
 VOXELS = 4096
 """Number of voxels whose densities are rotated at a time."""
-
-VECTOR_INTENT = 1007
-"""NIfTI code of an image of vectors."""
-
 
 def output_grid(shape: Sequence[int], affine: np.ndarray, size: float
                 ) -> tuple[tuple[int, ...], Float[np.ndarray, "4 4"]]:
@@ -150,11 +144,13 @@ def densities(values: Float[np.ndarray, "voxel c"], mask: np.ndarray, affine: np
 
 
 def pack_rigid(matrix: Float[np.ndarray, "4 4"]) -> bytes:
-    """Write a linear transform, world of the new grid → world of the source, as ITK text."""
-    linear, shift = FLIP[:, None] * matrix[:3, :3] * FLIP, FLIP * matrix[:3, 3]
-    numbers = " ".join(f"{v:.17g}" for v in (*linear.ravel(), *shift))
-    return ("#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
-            f"Parameters: {numbers}\nFixedParameters: 0 0 0\n").encode()
+    """Write a linear transform, world of the new grid → world of the source, as ITK text.
+
+    The file holds six digits of each number, which moves points by less than 0.001 mm.
+    """
+    from nitransforms.io.itk import ITKLinearTransform
+
+    return bytes(ITKLinearTransform.from_ras(matrix).to_string(), "ascii")
 
 
 def pack_field(points: Float[np.ndarray, "x y z 3"], affine: Float[np.ndarray, "4 4"]) -> bytes:
@@ -168,10 +164,10 @@ def pack_field(points: Float[np.ndarray, "x y z 3"], affine: Float[np.ndarray, "
         Affine of the new grid.
     """
     import nibabel as nib
+    from nitransforms.io.itk import ITKDisplacementsField
 
-    displacement = (points - world_points(points.shape[:3], affine)) * FLIP
-    image = nib.Nifti1Image(displacement[..., None, :].astype(np.float32), affine)
-    image.header.set_intent(VECTOR_INTENT)
+    displacement = (points - world_points(points.shape[:3], affine)).astype(np.float32)
+    image = ITKDisplacementsField.to_image(nib.Nifti1Image(displacement, affine))
     image.header.set_xyzt_units("mm")
     return gzip.compress(image.to_bytes(), 6, mtime=0)
 
@@ -179,13 +175,9 @@ def pack_field(points: Float[np.ndarray, "x y z 3"], affine: Float[np.ndarray, "
 def read_points(path: Path, shape: Sequence[int], affine: Float[np.ndarray, "4 4"]
                 ) -> Float[np.ndarray, "x y z 3"]:
     """Read a transform that `pack_rigid` or `pack_field` wrote, as world points of the source."""
+    from nitransforms.io.itk import ITKDisplacementsField, ITKLinearTransform
+
     points = world_points(shape, affine)
     if path.suffix == ".txt":
-        line = next(t for t in path.read_text().splitlines() if t.startswith("Parameters:"))
-        numbers = np.array(line.split()[1:], np.float64)
-        matrix = np.eye(4)
-        matrix[:3, :3] = FLIP[:, None] * numbers[:9].reshape(3, 3) * FLIP
-        matrix[:3, 3] = FLIP * numbers[9:]
-        return transform_points(matrix, points)
-    displacement: Any = read_array(open_image(path), np.float32)[..., 0, :]
-    return points + displacement * FLIP
+        return transform_points(ITKLinearTransform.from_filename(path).to_ras(), points)
+    return points + np.asarray(ITKDisplacementsField.from_image(open_image(path)).dataobj)

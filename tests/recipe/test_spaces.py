@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -14,14 +13,18 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from bidsapp import cli, sh, spaces
+from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import t1w
 from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
+from bidsapp.dwi import Dwi
 from bidsapp.errors import UsageError
 from bidsapp.recipe.plan import chosen_methods, plan
 from bidsapp.recipe.spaces import Register
 from bidsapp.recipe.steps import RunContext
 from bidsapp.registration import deformable, resample
 from bidsapp.registration.geometry import world_points
+from bidsapp.stage import Stage
 
 GREY, WHITE, CSF = 1, 2, 3
 INTENSITY = np.array([20.0, 600.0, 1000.0, 250.0])  # T1w: air, grey, white, CSF
@@ -135,7 +138,7 @@ def work(home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("spaces")
     bids, out, logs = write_head(folder / "bids"), folder / "out", []
     for more in ((), ("--output-spaces", "T1w"),
-                 ("smt", "scnn2", "--output-spaces", "T1w", "Bent:res-2")):
+                 ("smt", "scnn2", "--output-spaces", "T1w", "acpc", "Bent:res-2")):
         before = {p: p.stat().st_mtime_ns for p in out.glob("sub-01/dwi/*_dwimap.nii.gz")}
         assert qsphere(bids, out, "participant", "--estimate", "dti", *more) == 0
         logs.append([p.name for p in out.glob("sub-01/dwi/*_dwimap.nii.gz")
@@ -203,6 +206,58 @@ def test_the_transform_is_the_truth_and_itk_reads_it(work):
     there = corners @ pose()[:3, :3].T + pose()[:3, 3]
     seen = np.array([found.apply_to_point(list(flip * p)) for p in there]) * flip
     assert np.linalg.norm(seen - corners, axis=1).max() < 1.5
+
+
+@pytest.mark.slow
+def test_acpc_is_the_space_of_the_t1w_image_moved(work):
+    """One rigid transform on top of another; the head is where the two files say."""
+    xfm = {name: matrix(work[1] / f"sub-01/dwi/sub-01_from-{name}_mode-image_xfm.txt")
+           for name in ("dwi_to-T1w", "T1w_to-ACPC", "dwi_to-ACPC")}
+    turn = xfm["T1w_to-ACPC"][:3, :3]
+    np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-5)
+    both = xfm["dwi_to-T1w"] @ xfm["T1w_to-ACPC"]
+    np.testing.assert_allclose(both, xfm["dwi_to-ACPC"], atol=2e-3)
+    fa = read(work[1], "space-ACPC_model-tensor_param-fa_dwimap")
+    values = np.asarray(fa.dataobj)
+    points = world_points(fa.shape, fa.affine) @ both[:3, :3].T + both[:3, 3]
+    white = tissue(points) == WHITE
+    assert 2 * ((values > 0.4) & white).sum() / ((values > 0.4).sum() + white.sum()) > 0.93
+    np.testing.assert_allclose(fa.affine[:3, :3], 4 * np.eye(3))
+    about = json.loads((work[1] / "sub-01/dwi/sub-01_space-ACPC_model-tensor_param-fa_dwimap.json")
+                       .read_text())
+    assert about["Resolution"] == "4 mm isotropic"
+    assert "MNI152" in (work[1] / "logs/CITATION.md").read_text()
+
+
+def matrix(path):
+    """Matrix of an ITK file, by ITK: world RAS+ to world RAS+."""
+    ants = pytest.importorskip("ants")
+    move, flip = ants.read_transform(str(path)), np.array([-1.0, -1.0, 1.0])
+    columns = [np.array(move.apply_to_point(list(flip * p))) * flip
+               for p in np.vstack([np.eye(3), np.zeros(3)])]
+    out = np.eye(4)
+    out[:3, :3], out[:3, 3] = np.column_stack(columns[:3]) - columns[3][:, None], columns[3]
+    return out
+
+
+def test_itk_reads_a_rigid_transform_as_it_was(tmp_path):
+    """To a few micrometres, at the edge of a head."""
+    move = pose()
+    move[:3, 3] = 123.456789, -98.7654321, 12.3456789
+    path = tmp_path / "xfm.txt"
+    path.write_bytes(resample.pack_rigid(move))
+    corner = np.array([90.0, -110, 80, 1])
+    np.testing.assert_allclose(matrix(path) @ corner, move @ corner, atol=2e-3)
+    shape, affine = grid((40.0, 50.0, 60.0))
+    points = world_points(shape, affine)
+    np.testing.assert_allclose(resample.read_points(path, shape, affine),
+                               points @ move[:3, :3].T + move[:3, 3], atol=2e-3)
+
+
+def test_acpc_is_a_space_in_any_case(home):
+    found = [space.name for space in spaces.parse(("T1w", "dwi", "acpc", "ACPC:", "Bent:res-2"))]
+    assert sorted(found) == ["ACPC", "Bent", "T1w"]
+    assert [str(space) for space in spaces.parse(("dwi", "acpc"))] == ["ACPC"]
 
 
 def test_ants_does_the_same_with_the_field(rng, tmp_path):
@@ -300,7 +355,7 @@ def test_the_dry_run_tells_the_spaces(work, capsys):
 @pytest.mark.parametrize("name,words", [
     ("T1W", r"no such space.*Did you mean T1w\?"),
     ("Bend", r"Did you mean Bent\?.*templateflow\.api"),
-    ("acpc", "not implemented"),
+    ("acpc:res-2", r"no such space.*Did you mean ACPC\?"),
     ("T1w:res-2", "Modifiers are not allowed"),
     ("Bent:res-1", r"lists no T1w image.*There is res-2"),
     ("Bent:res-2mm", "--output-resolution MM"),
@@ -345,9 +400,9 @@ def test_a_slab_is_not_stretched_over_a_template(home, tmp_path):
     mask[:, :, 12:] = False
     step = Register(RunContext(cli.parse(["in", str(tmp_path), "participant"]),
                                Dataset(tmp_path, {}), None, "cpu", 0), None, space)
-    stage = SimpleNamespace(dwi=SimpleNamespace(mask=mask, affine=affine))
-    anatomy = SimpleNamespace(image=np.ones(shape, np.float32), affine=affine,
-                              transform=np.eye(4))
+    stage = Stage(Dwi(np.ones((mask.sum(), 1), np.float32), mask, affine,
+                      Acquisition(np.zeros(1), np.zeros((1, 3)))))
+    anatomy = t1w.Anatomy(np.ones(shape, np.float32), affine, np.eye(4))
     with pytest.raises(Exception, match="a part cannot be registered to the whole"):
         step._from_template(stage, anatomy, np.zeros((2, 3)))
 
