@@ -12,7 +12,8 @@ ENTITIES = ("sub", "ses", "sample", "task", "tracksys", "acq", "ce", "trc", "sta
 
 BIDSIGNORE = ("*.html", "logs", "log", "figures", "group", "*_dwimap.*", "*_dwi.bval",
               "*_dwi.bvec", "*_dwi.b", "*_dwi.btens", "*_qc.*", "*_truth.*", "*_xfm.*",
-              "*_cohort-*", "*_fieldmap.*", "*_dwiref.*")
+              "*_cohort-*", "*_fieldmap.*", "*_dwiref.*",
+              "*_timeseries.*")
 """Patterns of outputs that the BIDS validator would refuse, since its schema lacks them."""
 
 
