@@ -136,7 +136,8 @@ class Options:
         level="participant")
     gradient_check: str = option(
         "stop", "what to do with b-vectors that are probably flipped or permuted: stop (default) "
-        "fails the run, fix corrects and records them, warn, or off", level="participant",
+        "fails the run, unless its motion was not corrected; fix corrects and records them; warn; "
+        "off", level="participant",
         choices=GRADIENT_CHECKS)
     estimate: tuple[str, ...] = option(
         (), "microstructure methods; default: dti smt scnn2, where the acquisition allows",

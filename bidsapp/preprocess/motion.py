@@ -208,7 +208,7 @@ def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
         for fwhm in smoothing:
             head.load(b0, fwhm)
             passes.append(head.align(b0, "b0", fwhm, np.zeros(0, int)))
-            head.refer_to(b0[0], b0)
+            head.refer_to(int(b0[0]), b0)
         head.place_between(b0, weighted)
     terms, notices = _terms(acquisition, encodings)
     if len(weighted) > 1:

@@ -352,7 +352,9 @@ class Corrector:
 
     def check_gradients(self) -> None:
         """Check the b-vectors on the corrected signal; turn them with the head afterwards."""
-        checked = check_gradients(self.run, self.dwi(), self.context.options.gradient_check)
+        checked = check_gradients(
+            self.run, self.dwi(), self.context.options.gradient_check,
+            corrected=self.run.preprocessed or self.motion is not None)
         self.report.warnings += checked.warnings
         self.report.qc |= checked.qc
         self.about.update(checked.about)

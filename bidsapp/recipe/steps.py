@@ -313,7 +313,8 @@ class Measure(Step):
             source = context.dataset.uri(run.mask) if run.mask else MADE_MASK
             transaction.image(context.mask, dwi.mask.astype("uint8"), context.like,
                               sidecar.mask(run, context.dataset, source))
-            checked = check_gradients(run, dwi, context.options.gradient_check)
+            checked = check_gradients(run, dwi, context.options.gradient_check,
+                                      corrected=run.preprocessed)
             dwi, about = replace(dwi, acquisition=checked.acquisition), checked.about
             report.warnings += checked.warnings
             report.qc |= checked.qc
@@ -731,7 +732,7 @@ class GradientCheck(NamedTuple):
     qc: dict[str, float | None]
 
 
-def check_gradients(run: Run, dwi: Dwi, mode: str) -> GradientCheck:
+def check_gradients(run: Run, dwi: Dwi, mode: str, *, corrected: bool) -> GradientCheck:
     """Check whether the b-vectors are flipped or permuted, and do what --gradient-check says.
 
     Parameters
@@ -741,6 +742,9 @@ def check_gradients(run: Run, dwi: Dwi, mode: str) -> GradientCheck:
         Its signal.
     mode : str
         One of `options.GRADIENT_CHECKS`.
+    corrected : bool
+        Whether motion is corrected. Where it is not, it can mislead the check, and `stop` only
+        warns.
 
     Raises
     ------
@@ -755,7 +759,7 @@ def check_gradients(run: Run, dwi: Dwi, mode: str) -> GradientCheck:
     if coherence is None or not coherence.better:
         return GradientCheck(acquisition, table, {}, [], qc)
     sentence = gradients.describe_mismatch(coherence)
-    if mode == "stop":
+    if mode == "stop" and corrected:
         raise DataError(
             f"{', '.join(str(p.bvec) for p in run.parts)}: {sentence} Or give --gradient-check "
             "fix, which applies and records this correction, or --gradient-check warn.")
