@@ -154,7 +154,8 @@ class Corrector:
         """Add a correction to the report: its name, a sentence, and its seconds."""
         seconds = round(time.monotonic() - start, 1)
         log.info("%s: %s (%.1f s)", self.run.name, text, seconds)
-        self.report.facts["corrections"].append({"name": name, "text": text, "seconds": seconds})
+        self.report.facts["corrections"].append({
+            "name": name, "title": TITLES.get(name, name), "text": text, "seconds": seconds})
 
     def skip(self, reason: str) -> None:
         """Say why a correction is left out."""
@@ -251,7 +252,8 @@ class Corrector:
                          f"{found.after:.3f} after")
             self.note(PARAGRAPHS.get(kind, kind), text, start)
             self.report.figures += corrections.of_field(
-                found.hz, self.mask, self.affine, found.before, found.after, pair)
+                found.hz, self.mask, self.affine, found.before, found.after, pair,
+                ("this series", "the opposite encoding"))
             return
         self.skip("Distortion was not corrected: no image gives the susceptibility field.")
 

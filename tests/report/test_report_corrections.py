@@ -230,7 +230,7 @@ def test_the_page_lists_the_corrections_before_the_signal(tmp_path):
         {"file": "f.svg", "title": t, "caption": "c.", "section": s}
         for t, s in (("Mean b0", "Signal"), ("Head motion", corrections.SECTION))],
         "corrections": [{"name": "denoise", "text": "PCA of 5×5×5 patches & <shrinkage>.",
-                         "seconds": 3.14159}]}
+                         "title": "noise", "seconds": 3.14159}]}
     text = page.participant("01", [record], [], tmp_path)
     body = text[text.index('id="run-1"'):]
     order = [body.index(words) for words in (
