@@ -384,7 +384,7 @@ def _place(b0: np.ndarray, mask: np.ndarray, b0_affine: np.ndarray, magnitude: n
     from scipy.optimize import minimize
     from scipy.spatial.transform import Rotation
 
-    inside = binary_erosion(mask)
+    inside = binary_erosion(mask, border_value=1)
     points = transform_points(b0_affine, np.argwhere(inside))
     every = max(1, len(points) // PLACING_POINTS)
     centre, points = points.mean(axis=0), points[::every]

@@ -264,6 +264,16 @@ def test_a_field_map_of_a_moved_head_is_placed():
     assert np.abs((result.move - move)[:3, 3]).max() < 1.5
 
 
+def test_a_field_map_for_a_slab():
+    """Two slices of the b0 get their part of the field."""
+    affine = AFFINE.copy()
+    affine[2, 3] += 15 * SIZE
+    result = field_from_gre("fieldmap", [field(world(GRE_AFFINE, GRE_SHAPE))], magnitude(),
+                            GRE_AFFINE, pair()[0][:, :, 15:17].copy(), affine, FORWARD, units="Hz")
+    inner = tissue(world())[:, :, 15:17] > 0.9
+    assert np.abs((result.hz - field(world())[:, :, 15:17])[inner]).max() < 1.5
+
+
 @pytest.mark.parametrize("change,message", [
     ({"images": [np.linspace(0, 77, 43200).reshape(GRE_SHAPE)]}, "spans 0 to 77"),
     ({"images": [np.zeros(GRE_SHAPE)]}, "spans 0 to 0"),
