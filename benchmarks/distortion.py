@@ -11,6 +11,8 @@ correction is used. Peers run in the Python of their own environments.
 
 import argparse
 import time
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import nibabel as nib
@@ -20,8 +22,10 @@ import table
 import torch
 from scipy.spatial.transform import Rotation
 
-from bidsapp.acquisition import PhaseEncoding
+from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.anatomy import t1w
 from bidsapp.anatomy.mask import median_otsu
+from bidsapp.dwi import Dwi
 from bidsapp.preprocess import distortion
 
 SHAPE, SIZE, READOUT = (72, 72, 39), 3.0, 0.0475
@@ -239,36 +243,61 @@ def real(methods, folder, figure):
     for name, stem, readout in REAL:
         (first, affine), (second, _) = (mean_b0(folder / (stem + d)) for d in ("PA", "AP"))
         encodings = PhaseEncoding(1, 1, readout), PhaseEncoding(1, -1, readout)
-        mask = median_otsu((first + second) / 2)
-        for label, method in methods.items():
-            if name == "siemens_xa30" or label in ("nothing", "ours"):
-                cells, hz, restored = row(name, label, method, (first, second), affine, encodings,
-                                          mask)
-                yield cells
-                if name == "siemens_xa30" and label == "ours":
-                    yield from of_map(folder, (first, second), affine, encodings, mask, hz)
-                    if figure:
-                        draw(figure, (first, second), restored, hz)
+        given = (first, second), affine, encodings, median_otsu((first + second) / 2)
+        if name != "siemens_xa30":
+            for label in ("nothing", "ours"):
+                yield row(name, label, methods[label], *given)[0]
+            continue
+        maps = {"GRE map": of_map, "T1w": of_t1w}
+        others = {label: partial(single, function(folder, *given))
+                  for label, function in maps.items()}
+        fields = {}
+        for label, method in (methods | others).items():
+            cells, fields[label], restored = row(name, label, method, *given)
+            yield cells
+            if figure and label == "ours":
+                draw(figure, given[0], restored, fields[label])
+        for a, b in combinations([f for f in fields if f != "nothing"], 2):
+            compare(f"{a} and {b}", fields[a][given[-1]] - fields[b][given[-1]],
+                    np.corrcoef(fields[a][given[-1]], fields[b][given[-1]])[0, 1])
+        compare("nothing and ours", fields["ours"][given[-1]], np.nan)
 
 
-def of_map(folder, pair, affine, encodings, mask, hz):
+def compare(name, difference, correlation):
+    middle = np.median(difference)
+    whole, rest = (np.sqrt((d**2).mean()) for d in (difference, difference - middle))
+    print(f"fields of {name}: r = {correlation:.3f}, {whole:.1f} Hz RMS, {rest:.1f} Hz without the "
+          f"median {middle:+.1f} Hz")
+
+
+def single(function, *_):
+    """A method of `row` for a field of one image."""
+    start = time.process_time()
+    hz = function().hz
+    return hz, np.eye(4), time.process_time() - start
+
+
+def of_map(folder, pair, affine, encodings, mask):
+    del mask
     stem = folder / "siemens_xa30/sub-01/fmap/sub-01_"
     phase, magnitude = (nib.load(f"{stem}{n}.nii.gz") for n in ("phasediff", "magnitude2"))
-    start = time.process_time()
-    result = distortion.field_from_gre(
-        "phasediff", [np.asarray(phase.dataobj, np.float32)],
-        np.asarray(magnitude.dataobj, np.float32), phase.affine, pair[0], affine, encodings[0],
+    images = [np.asarray(i.dataobj, np.float32) for i in (phase, magnitude)]
+    return lambda: distortion.field_from_gre(
+        "phasediff", images[:1], images[1], phase.affine, pair[0], affine, encodings[0],
         echo_times=(0.01, 0.01246))
-    seconds = time.process_time() - start
 
-    def method(*_):
-        return result.hz, np.eye(4), seconds
 
-    difference = (result.hz - hz)[mask]
-    print(f"GRE field against the pair's: r = {np.corrcoef(result.hz[mask], hz[mask])[0, 1]:.3f}, "
-          f"{np.sqrt((difference**2).mean()):.1f} Hz RMS, {np.median(difference):+.1f} Hz median; "
-          f"SD of the pair's {hz[mask].std():.1f} Hz")
-    yield row("siemens_xa30", "GRE map", method, pair, affine, encodings, mask)[0]
+def of_t1w(folder, pair, affine, encodings, mask):
+    del mask
+    stem = folder / "siemens_xa30/sub-01/dwi/sub-01_dir-PA_dwi"
+    acquisition = Acquisition(np.loadtxt(f"{stem}.bval"), np.loadtxt(f"{stem}.bvec").T)
+    brain = median_otsu(pair[0])
+    signal = np.asarray(nib.load(f"{stem}.nii.gz").dataobj, np.float32)[brain]
+    anatomy = t1w.register(Dwi(signal, brain, affine, acquisition),
+                           folder / "siemens_xa30/sub-01/anat/sub-01_T1w.nii.gz")
+    return lambda: distortion.field_from_t1w(
+        pair[0], affine, encodings[0], np.where(anatomy.brain, anatomy.image, 0),
+        np.linalg.inv(anatomy.transform) @ anatomy.affine, brain)
 
 
 def draw(path, pair, restored, hz):

@@ -13,7 +13,8 @@ minimises
 
 with u the displacement in voxels for the mean readout time, ∇u per mm times the voxel size along
 the phase axis, and φ(t) = t⁴/(1 − t²), which keeps |∂d| below 1, so that no voxel folds (Ruthotto
-et al. 2013, doi:10.1007/978-3-642-36480-8_25; Julian and Ruthotto 2024, doi:10.1002/hbm.26713).
+et al. 2012, doi:10.1088/0031-9155/57/18/5715; Julian and Ruthotto 2024,
+doi:10.3389/fnins.2024.1406821).
 The derivative of the data is the central difference, which the resampling of a series uses, too;
 those of α and β are differences of neighbours, so that a line is monotone. The data couple voxels
 of one line only: without the smoothness across lines, the Gauss–Newton matrix is pentadiagonal, and
@@ -34,7 +35,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from bidsapp.acquisition import PhaseEncoding
-from bidsapp.dwi import open_image
 from bidsapp.errors import DataError
 from bidsapp.registration.geometry import grid_coordinates, transform_points, world_points
 
@@ -74,6 +74,10 @@ mean that is subtracted (SD, mm); number of voxels that are compared."""
 MOVED = 0.9
 """Largest ratio of 1 − ρ² after to before a registration that is believed. Without motion it was
 0.93 to 0.95 for the images of siemens_xa30, and 0.65 with one of 3° and 4 mm."""
+
+T1W_SMOOTHNESS, T1W_ROUNDS, T1W_WIDTH, T1W_STEEP = 1.0, 3, 0.7, 0.2
+"""For a field from the T1w: weight α, rounds of prediction and estimate, smoothing of the T1w (SD,
+mm), and the largest |∂d| of voxels to which the prediction is fitted."""
 
 CG_STEPS, CG_TOLERANCE = 12, 0.1
 """Most steps of conjugate gradients in a Gauss–Newton step, and the relative residual that ends
@@ -201,36 +205,9 @@ def field_from_pair(first: np.ndarray, second: np.ndarray, affine: Float[np.ndar
               for i in (first, second)]
     head = _head(images)
     images = [i / max(float(i[head].mean()), 1e-12) for i in images]
-    # the phase axis comes first, so that all lines advance together
-    order = [axis, *(a for a in range(3) if a != axis)]
-    size = np.linalg.norm(affine[:3, :3], axis=0)[order]
-    pyramid = [tuple(np.transpose(i, order) for i in images)]
-    frames = [(_reorder(affine, order), _reorder(second_affine, order))]
-    while len(pyramid) < LEVELS and min(pyramid[-1][0].shape) >= 2 * MIN_SIZE:
-        pyramid.append(tuple(_halve(i) for i in pyramid[-1]))
-        frames.append(tuple(a @ _HALF for a in frames[-1]))
-    move = np.eye(4)
-    u: Tensor | None = None
-    for level in reversed(range(len(pyramid))):
-        shape = pyramid[level][0].shape
-        problem = _Problem(pyramid[level], frames[level], size, readout / scale, smoothness, device)
-        u = problem.transport() if u is None else _double(u, shape)
-        problem.place(move)
-        u, energy = problem.solve(u)
-        rounds = 0 if min(shape) < MIN_SLICES else ROUNDS if level else 1
-        for _ in range(rounds):
-            trial, trial_move = problem.solve_with_motion(u, move)
-            problem.place(trial_move)
-            trial, trial_energy = problem.solve(trial)
-            if trial_energy >= energy:
-                break
-            change = _distance(move, trial_move, frames[level][0], shape)
-            u, move, energy = trial, trial_move, trial_energy
-            if change < STILL * size.mean() * 2**level:
-                break
-    assert u is not None
-    back = np.argsort(order)
-    hz = np.transpose(u.cpu().numpy() / scale, back).astype(np.float32)
+    u, move = _estimate(images, (affine, second_affine), axis, readout / scale, smoothness, device,
+                        motion=True)
+    hz = (u / scale).astype(np.float32)
     corrected = (undistort(first, hz, affine, first_encoding),
                  undistort(second, hz, affine, second_encoding, move, second_affine))
     slope = np.gradient(hz, axis=axis)[head]
@@ -251,11 +228,11 @@ def field_from_gre(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarra
                    units: str | None = None) -> Field:
     """Compute the field from a gradient-echo map, and place it on a b0 image.
 
-    The phase Δφ between the echoes is unwrapped inside the head (Herráez et al. 2002,
-    doi:10.1364/AO.41.007437), h = Δφ / (2π ΔTE), and the phase difference that Siemens writes has
-    the same sign. Outside the head the field continues smoothly. The magnitude is registered
-    rigidly to the b0 that the field undistorts, twice. It stays where the scanner put it unless the
-    images match much better elsewhere, since they show too little in common for a small motion.
+    The phase Δφ between the echoes is unwrapped inside the head (Abdul-Rahman et al. 2005,
+    doi:10.1117/12.611415), h = Δφ / (2π ΔTE), and the phase difference that Siemens writes has the
+    same sign. Outside the head the field continues smoothly. The magnitude is registered rigidly to
+    the b0 that the field undistorts, twice. It stays where the scanner put it unless the images
+    match much better elsewhere, since they show too little in common for a small motion.
 
     Parameters
     ----------
@@ -308,14 +285,14 @@ def field_from_gre(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarra
 def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
                    encoding: PhaseEncoding, t1w: Float[np.ndarray, "u v w"],
                    t1w_affine: Float[np.ndarray, "4 4"], mask: Bool[np.ndarray, "x y z"] | None
-                   = None, *, work_dir: Path | None = None) -> Field:
-    """Estimate the field by registering a b0 image to the T1w along the phase axis alone.
+                   = None, *, device: str = "cpu", work_dir: Path | None = None) -> Field:
+    """Estimate the field by matching a b0 image to a b0 that is predicted from the T1w.
 
-    Both images are reduced to local contrast, which has no bias field, and that of the T1w, whose
-    grey levels have the reverse order, gets the histogram of the b0's. SyN of antspyx (Avants et
-    al. 2008, doi:10.1016/j.media.2007.06.004) then deforms along the phase axis, as Wang et al.
-    2017 (doi:10.3389/fninf.2017.00017) do. It is the least exact of the fields: that of
-    siemens_xa30 correlates by 0.5 with the field of its pair.
+    The prediction is the b0's own local mean times a cubic polynomial of the T1w's local contrast,
+    fitted to the b0 as it is undistorted so far. It takes the place of the second image in E, with
+    the displacement 0 (as Schilling et al. 2019, doi:10.1016/j.mri.2019.05.008, do with a network's
+    prediction). It is the least exact of the fields, since the prediction is. A constant field
+    counts as an error of the rigid registration, and is left out.
 
     Parameters
     ----------
@@ -331,8 +308,10 @@ def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 
         Voxel indices of the T1w to the world of the b0: after a rigid registration.
     mask : (x, y, z) bool, optional
         Brain mask of the b0; default: median-Otsu.
+    device : str
+        Device of torch.
     work_dir : Path, optional
-        Folder for temporary files.
+        Not needed: nothing is written.
 
     Returns
     -------
@@ -343,44 +322,43 @@ def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 
     DataError
         The readout time is unknown, or the T1w's brain does not overlap with the b0's.
     """
-    from scipy.ndimage import gaussian_filter
+    from scipy.ndimage import binary_dilation, gaussian_filter
 
     from bidsapp.anatomy.mask import median_otsu
     from bidsapp.registration.image import sample
-    from bidsapp.registration.itk import FLIP, temporary_folder, to_ants
 
-    seconds, axis = _seconds(encoding), encoding.axis
+    seconds = _seconds(encoding)
     mask = median_otsu(b0) if mask is None else mask
     size = np.linalg.norm(affine[:3, :3], axis=0)
-    blur = np.maximum(size / np.linalg.norm(t1w_affine[:3, :3], axis=0), 0) / 2.355
-    reference = sample(gaussian_filter(t1w.astype(np.float32), blur), t1w_affine,
-                       world_points(b0.shape, affine))
-    brain = reference > 0.2 * np.median(t1w[t1w > 0])
+    points = world_points(b0.shape, affine)
+    blur = size / np.linalg.norm(t1w_affine[:3, :3], axis=0) / 2.355
+    reference = sample(gaussian_filter(t1w.astype(np.float32), blur), t1w_affine, points)
+    brain = sample((t1w > 0).astype(np.float32), t1w_affine, points) > 0.5
     if not (brain & mask).sum() > 0.5 * mask.sum():
         raise DataError(f"the T1w's brain covers {(brain & mask).sum() / mask.sum():.0%} of the "
                         "b0's; at least half is needed. Check that both are of one person, and "
                         "their registration.")
-    brain &= mask
-    edges = _contrast(reference, brain, affine, 1.0)
-    moving = _contrast(b0, mask, affine, 1.0)
-    order = np.argsort(np.argsort(-edges[brain])) / max(int(brain.sum()) - 1, 1)
-    fixed = np.zeros(b0.shape, np.float32)
-    fixed[brain] = np.quantile(moving[mask], order)
-    frame = np.diag([*size, 1.0])  # along the voxel axes, so that one component is the phase axis
-    images = [to_ants(image, frame) for image in (fixed, moving)]
-    import ants
-
-    with temporary_folder(work_dir) as folder:
-        result = ants.registration(
-            *images, type_of_transform="SyNOnly", initial_transform="Identity", syn_metric="CC",
-            syn_sampling=5, reg_iterations=(40, 20, 0), grad_step=0.1, flow_sigma=9, total_sigma=3,
-            restrict_transformation=tuple(int(a == axis) for a in range(3)),
-            outprefix=f"{folder}/syn")
-        warp = next(f for f in result["fwdtransforms"] if f.endswith(".nii.gz"))
-        u = np.asarray(open_image(Path(warp)).dataobj, np.float32)[..., 0, axis] * FLIP[axis]
-    hz = gaussian_filter(u / size[axis] / seconds, 1.0).astype(np.float32)
-    undistorted = undistort(b0, hz, affine, encoding)
-    return _single(hz, undistorted, np.eye(4), encoding, mask, (
+    contrast = _contrast(reference, brain, affine, T1W_WIDTH)
+    powers = np.stack([contrast**k for k in range(4)], -1)
+    # the outline of the brain guides the field: both must have the same volume
+    near = binary_dilation(mask, iterations=2)
+    floor = np.sort(np.where(near, b0, 0).ravel())[-int(brain.sum())]
+    image = np.where(near & (b0 >= floor), b0, 0) / b0[mask].mean()
+    hz = np.zeros(b0.shape, np.float32)
+    for _ in range(T1W_ROUNDS):
+        undistorted = undistort(image, hz, affine, encoding)
+        both = brain & (undistorted > 0)
+        level = _local_mean(undistorted, both, affine, CONTRAST)
+        ratio = (undistorted / np.maximum(level, 1e-6)).clip(0, 3)
+        fit = both & (np.abs(np.gradient(seconds * hz, axis=encoding.axis)) < T1W_STEEP)
+        polynomial = np.linalg.lstsq(powers[fit], ratio[fit], rcond=None)[0]
+        prediction = np.where(brain, level * (powers @ polynomial).clip(0, 3), 0)
+        u, _ = _estimate([image.astype(np.float32), prediction.astype(np.float32)],
+                         (affine, affine), encoding.axis, np.array([1.0, 0.0]), T1W_SMOOTHNESS,
+                         device, motion=False)
+        hz = (u / seconds).astype(np.float32)
+    hz -= np.median(hz[brain])
+    return _single(hz, undistort(b0, hz, affine, encoding), np.eye(4), encoding, brain, (
         "The field was estimated from the T1w image, the least exact way. Acquire an image of "
         "opposite phase encoding or a field map where possible.",))
 
@@ -406,7 +384,7 @@ def _place(b0: np.ndarray, mask: np.ndarray, b0_affine: np.ndarray, magnitude: n
     from scipy.optimize import minimize
     from scipy.spatial.transform import Rotation
 
-    inside = binary_erosion(mask)
+    inside = binary_erosion(mask, border_value=1)
     points = transform_points(b0_affine, np.argwhere(inside))
     every = max(1, len(points) // PLACING_POINTS)
     centre, points = points.mean(axis=0), points[::every]
@@ -436,16 +414,18 @@ def _place(b0: np.ndarray, mask: np.ndarray, b0_affine: np.ndarray, magnitude: n
 
 def _contrast(image: np.ndarray, mask: np.ndarray, affine: np.ndarray, width: float) -> np.ndarray:
     """The logarithm of an image between two scales: smoothed, less its mean over CONTRAST mm."""
+    log = np.log(np.maximum(image, max(np.percentile(image[mask], 2), 1e-6)))
+    scales = [_local_mean(log, mask, affine, sd) for sd in (width, CONTRAST)]
+    return ((scales[0] - scales[1]) * mask).clip(-0.7, 0.7)
+
+
+def _local_mean(image: np.ndarray, mask: np.ndarray, affine: np.ndarray, sd: float) -> np.ndarray:
+    """Gaussian mean (SD in mm) over the voxels of a mask."""
     from scipy.ndimage import gaussian_filter
 
-    size = np.linalg.norm(affine[:3, :3], axis=0)
-    log = np.log(np.maximum(image, max(np.percentile(image[mask], 2), 1e-6))) * mask
-
-    def smooth(sd: float) -> np.ndarray:
-        weight = gaussian_filter(mask.astype(np.float32), sd / size)
-        return gaussian_filter(log, sd / size) / np.maximum(weight, 0.05)
-
-    return ((smooth(width) - smooth(CONTRAST)) * mask).clip(-0.7, 0.7)
+    sigma = sd / np.linalg.norm(affine[:3, :3], axis=0)
+    weight = gaussian_filter(mask.astype(np.float32), sigma)
+    return gaussian_filter(np.where(mask, image, 0), sigma) / np.maximum(weight, 0.05)
 
 
 def _measured_field(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarray,
@@ -515,10 +495,6 @@ _HALF = np.diag([2.0, 2.0, 2.0, 1.0])
 _HALF[:3, 3] = 0.5
 
 
-def _reorder(affine: np.ndarray, order: list[int]) -> np.ndarray:
-    return affine[:, [*order, 3]]
-
-
 def _distance(a: np.ndarray, b: np.ndarray, affine: np.ndarray, shape: tuple[int, ...]) -> float:
     """The largest distance (mm) between where two motions take the corners of a grid."""
     corners = transform_points(affine, np.indices((2, 2, 2)).reshape(3, -1).T * np.array(shape))
@@ -578,6 +554,43 @@ def _double(u: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Displacements on a grid of half the size → those on a grid of `shape`."""
     fine = 2 * functional.interpolate(u[None, None], scale_factor=2, mode="trilinear")[0, 0]
     return fine[:shape[0], :shape[1], :shape[2]]
+
+
+def _estimate(images: Sequence[np.ndarray], affines: tuple[np.ndarray, np.ndarray], axis: int,
+              ratio: np.ndarray, alpha: float, device: str, *, motion: bool
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """Minimise E coarse to fine: the displacement u (voxels), of which image k shows ratioₖ u, and
+    the motion between the images."""
+    # the phase axis comes first, so that all lines advance together
+    order = [axis, *(a for a in range(3) if a != axis)]
+    size = np.linalg.norm(affines[0][:3, :3], axis=0)[order]
+    pyramid = [tuple(np.transpose(i, order) for i in images)]
+    frames = [tuple(a[:, [*order, 3]] for a in affines)]
+    while len(pyramid) < LEVELS and min(pyramid[-1][0].shape) >= 2 * MIN_SIZE:
+        pyramid.append(tuple(_halve(i) for i in pyramid[-1]))
+        frames.append(tuple(a @ _HALF for a in frames[-1]))
+    move = np.eye(4)
+    u: Tensor | None = None
+    for level in reversed(range(len(pyramid))):
+        shape = pyramid[level][0].shape
+        problem = _Problem(pyramid[level], frames[level], size, ratio, alpha, device)
+        u = problem.transport() if u is None else _double(u, shape)
+        problem.place(move)
+        u, energy = problem.solve(u)
+        for _ in range(ROUNDS if level else 1):
+            if not motion or min(shape) < MIN_SLICES:
+                break
+            trial, trial_move = problem.solve_with_motion(u, move)
+            problem.place(trial_move)
+            trial, trial_energy = problem.solve(trial)
+            if trial_energy >= energy:
+                break
+            change = _distance(move, trial_move, frames[level][0], shape)
+            u, move, energy = trial, trial_move, trial_energy
+            if change < STILL * size.mean() * 2**level:
+                break
+    assert u is not None
+    return np.transpose(u.cpu().numpy(), np.argsort(order)), move
 
 
 class _Parts(NamedTuple):
@@ -651,7 +664,8 @@ class _Problem:
         self.lines[1] = self._polynomials(second)
 
     def transport(self) -> Tensor:
-        """Match the cumulative intensities of each line (optimal transport in one dimension)."""
+        """Match the cumulative intensities of each line: optimal transport in one dimension (Chang
+        and Fitzpatrick 1992, doi:10.1109/42.158935)."""
         from scipy.ndimage import gaussian_filter
 
         n = self.shape[0]
@@ -665,7 +679,8 @@ class _Problem:
         shift = (q1 - q2) / (r1 - r2)
         u = _interpolate(face[:, :-1] + 0.5, q1 - r1 * shift, shift)
         smooth = gaussian_filter(u.T.reshape(self.shape).numpy(), 1.0)
-        return self._tensor(smooth)
+        steepest = np.abs(self.ratio).max() * np.abs(np.diff(smooth, axis=0)).max()
+        return self._tensor(smooth * min(1, 0.95 / max(steepest, 1e-6)))
 
     def _energy(self, u: Tensor) -> tuple[float, _Parts | None]:
         """E at u, with what its derivatives need."""
