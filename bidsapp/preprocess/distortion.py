@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -285,7 +284,7 @@ def field_from_gre(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarra
 def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
                    encoding: PhaseEncoding, t1w: Float[np.ndarray, "u v w"],
                    t1w_affine: Float[np.ndarray, "4 4"], mask: Bool[np.ndarray, "x y z"] | None
-                   = None, *, device: str = "cpu", work_dir: Path | None = None) -> Field:
+                   = None, *, device: str = "cpu") -> Field:
     """Estimate the field by matching a b0 image to a b0 that is predicted from the T1w.
 
     The prediction is the b0's own local mean times a cubic polynomial of the T1w's local contrast,
@@ -310,8 +309,6 @@ def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 
         Brain mask of the b0; default: median-Otsu.
     device : str
         Device of torch.
-    work_dir : Path, optional
-        Not needed: nothing is written.
 
     Returns
     -------

@@ -445,8 +445,7 @@ def field_sources(context: RunContext) -> Iterator[tuple[str, list[Path], FieldF
             yield (field_map.kind, [i.image for i in (*field_map.images, *field_map.magnitudes)],
                    partial(_field_from_gre, field_map))
     if run.t1w:
-        yield "t1w", [run.t1w], partial(
-            _field_from_t1w, run.t1w, context.device, context.options.work_dir)
+        yield "t1w", [run.t1w], partial(_field_from_t1w, run.t1w, context.device)
 
 
 def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.ndarray,
@@ -472,22 +471,21 @@ def _field_from_gre(field_map: FieldMap, b0: np.ndarray, affine: np.ndarray,
                     encoding: PhaseEncoding, dwi: Dwi) -> tuple[distortion.Field, None]:
     images = [open_image(image.image) for image in field_map.images]
     metadata = [image.metadata for image in field_map.images]
-    magnitude = read_array(open_image(field_map.magnitudes[0].image), np.float32)
+    magnitude = read_array(open_image(field_map.magnitudes[-1].image), np.float32)
     return distortion.field_from_gre(
         field_map.kind, [read_array(image, np.float32) for image in images], magnitude,
         images[0].affine, b0, affine, encoding, units=metadata[0].get("Units"),
         echo_times=field_map.echo_times), None
 
 
-def _field_from_t1w(image: Path, device: str, work_dir: Path | None, b0: np.ndarray,
-                    affine: np.ndarray, encoding: PhaseEncoding, dwi: Dwi
-                    ) -> tuple[distortion.Field, None]:
+def _field_from_t1w(image: Path, device: str, b0: np.ndarray, affine: np.ndarray,
+                    encoding: PhaseEncoding, dwi: Dwi) -> tuple[distortion.Field, None]:
     anatomy = t1w.register(dwi, image, device)
     if anatomy.brain is None:
         raise DataError(anatomy.notice)
     return distortion.field_from_t1w(
         b0, affine, encoding, np.where(anatomy.brain, anatomy.image, 0),
-        np.linalg.inv(anatomy.transform) @ anatomy.affine, dwi.mask, work_dir=work_dir), None
+        np.linalg.inv(anatomy.transform) @ anatomy.affine, dwi.mask, device=device), None
 
 
 def load(run: Run, acquisition: Acquisition) -> tuple[np.ndarray, int]:

@@ -25,6 +25,7 @@ REFERENCES = {
 """References by DOI that hold for every run. Methods bring their own."""
 
 CITED = {
+    "10.1016/j.mri.2019.05.008": "Schilling et al. 2019, synthesized b0 for distortion correction",
     "10.1038/s41592-022-01681-2": "Ciric et al. 2022, TemplateFlow",
     "10.1016/S0031-3203(98)00091-0": "Studholme et al. 1999, normalised mutual information",
     "10.1016/j.media.2007.06.004": "Avants et al. 2008, SyN",
@@ -88,9 +89,9 @@ CORRECTIONS = {
         "implemented in scikit-image, doi:10.7717/peerj.453), divided by 2π times the difference "
         "of the echo times, and registered to the b = 0 image."),
     "t1w": (
-        "No field was measured. Distortion was estimated by registering the b = 0 image to the "
-        "T1-weighted image with SyN (doi:10.1016/j.media.2007.06.004, ANTs), restricted to the "
-        "axis of the phase encoding; this is less exact than a measured field."),
+        "No field was measured. An undistorted b = 0 image was predicted from the T1-weighted "
+        "image, and took the place of one of opposite phase encoding (after Schilling et al. 2019, "
+        "doi:10.1016/j.mri.2019.05.008); this is less exact than a measured field."),
     "motion": (
         "Head motion and eddy currents were corrected together. Each volume has six parameters of "
         "rigid movement and a field that is a quadratic polynomial of the position in the scanner "
