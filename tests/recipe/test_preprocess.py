@@ -239,8 +239,8 @@ def test_merged_runs_are_one_corrected_series(raw, tmp_path):
     np.savetxt(f"{opposite}.bvec", [[0.0] * data.shape[-1] + [v] for v in (0, 0, 1)], fmt="%g")
     shutil.rmtree(bids / "sub-01/ses-siteA/fmap")
     folder = tmp_path / "out"
-    assert qsphere(bids, folder, "participant", "--preprocess", "motion", "distortion", "--estimate",
-                   "dti", "--merge-distortion-groups") == 0
+    assert qsphere(bids, folder, "participant", "--preprocess", "motion", "distortion",
+                   "--estimate", "dti", "--merge-distortion-groups") == 0
     series = image(folder / STEM.format("dwi", "desc-preproc_dwi.nii.gz"))
     b0 = np.loadtxt(folder / STEM.format("dwi", "desc-preproc_dwi.bval")) < 50
     n = len(np.loadtxt(bids / f"{RAW}.bval"))
