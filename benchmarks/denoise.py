@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--gibbs", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--snr", type=float, nargs="+", default=[10, 20, 30])
-    parser.add_argument("--size", type=int, nargs=3, default=[32, 36, 20])
+    parser.add_argument("--size", type=int, nargs=3, default=[24, 28, 16])
     table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -372,7 +372,7 @@ def _dipy(method: str, volumes: np.ndarray, mask: np.ndarray, patch: tuple[int, 
         with warnings.catch_warnings():  # 0/0 outside of the mask
             warnings.simplefilter("ignore", RuntimeWarning)
             signal, sigma = mppca(np.nan_to_num(volumes), mask=mask, return_sigma=True,
-                                  patch_radius=np.array(patch) // 2, suppress_warning=True)
+                                  patch_radius=(np.array(patch) - 1) // 2, suppress_warning=True)
         return signal.astype(np.float32), np.nan_to_num(sigma).astype(np.float32)
     from dipy.denoise.patch2self import patch2self
 

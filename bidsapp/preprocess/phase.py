@@ -105,7 +105,7 @@ def remove_phase(volumes: Complex[np.ndarray, "x y z n"], axes: tuple[int, int] 
     Parameters
     ----------
     volumes : (x, y, z, n) complex64
-        Complex series, before any interpolation.
+        Complex series, before any interpolation. NaN and Inf count as 0.
     axes : (2,) int
         The two axes in the plane of a slice.
     width : float
@@ -121,8 +121,9 @@ def remove_phase(volumes: Complex[np.ndarray, "x y z n"], axes: tuple[int, int] 
     """
     rest = next(axis for axis in (0, 1, 2) if axis not in axes)
     slices = np.moveaxis(volumes, (rest, 3, *axes), (0, 1, 2, 3))
-    out = map_volume(lambda z: {"slices": torch.stack([_unwind(s, width) for s in z])}, [slices],
-                     0, device, slab=1)["slices"]
+    out = map_volume(lambda z: {"slices": torch.stack([
+        _unwind(torch.nan_to_num(s, 0.0, 0.0, 0.0), width) for s in z])}, [slices], 0, device,
+        slab=1)["slices"]
     return np.ascontiguousarray(np.moveaxis(out, (0, 1, 2, 3), (rest, 3, *axes)))
 
 
