@@ -276,7 +276,8 @@ def _shrink(rows: Shaped[torch.Tensor, "patch voxel n"], median: Float[torch.Ten
             break
         rank = above
     beta = m / large
-    y2 = squares / (large * variance).clamp(min=torch.finfo(squares.dtype).tiny)[:, None]
+    # without noise, as where a scanner set most voxels to 0, everything is signal
+    y2 = (squares / (large * variance).clamp(min=1e-30)[:, None]).clamp(max=1e30)
     q = y2 - beta - 1
     root = (q.square() - 4 * beta).clamp(min=0).sqrt()
     share = root / y2 if loss == "frobenius" else ((q + root) / (2 * y2)).clamp(min=0).sqrt()

@@ -146,6 +146,19 @@ def test_outside_of_the_mask_nothing_changes(rng):
     assert (out.sigma[mask] > 0).all() and (out.sigma[~mask] == 0).all()
 
 
+def test_voxels_that_the_scanner_set_to_zero(rng):
+    clean = low_rank(rng, (20, 12, 8), n=30)
+    noisy = (clean + 0.1 * rng.normal(size=clean.shape)).astype(np.float32)
+    noisy[:7] = 0
+    for rician in (True, False):
+        out = denoise(noisy, rician=rician)
+        assert np.isfinite(out.signal).all() and np.isfinite(out.sigma).all()
+        np.testing.assert_allclose(out.signal[:7], 0, atol=0.03)
+        inner, edge = (np.square(out.signal - clean)[part].mean() for part in (
+            slice(11, 20), slice(7, 11)))
+        assert inner < 0.2 * 0.1**2 and edge < 0.6 * 0.1**2
+
+
 def test_patch_has_as_many_voxels_as_volumes():
     for shape in ((96, 96, 60, 7), (96, 96, 60, 100), (96, 96, 4, 100), (20, 20, 1, 64),
                   (90, 90, 60, 300)):
