@@ -137,7 +137,8 @@ def cells(measures, seconds):
 def compare(options):
     rows = []
     methods = {
-        "as measured": None, "pca": {}, "pca, floor kept": {"rician": False},
+        "as measured": None, "pca": {}, "pca, least squared error": {"loss": "frobenius"},
+        "pca, floor kept": {"rician": False},
         "dipy MP-PCA": {"method": "mppca", "rician": False},
         "dipy MP-PCA, floor removed as ours": {"method": "mppca"},
         "dipy Patch2Self": {"method": "patch2self"}}
@@ -161,17 +162,20 @@ def compare(options):
 
 
 def choose(options):
-    rows, snr = [], 20.0
+    rows = []
     scene = simulate(SEED_OF_CHOICES, SCHEME, 2.5, options.size)
-    sigma, noisy = noisy_magnitude(scene, snr, SEED_OF_CHOICES)
-    for name, choice in {
-            "default: 5 × 5 × 5 voxels, stride 2": {}, "stride 1": {"stride": 1},
-            "stride 3": {"stride": 3}, "3 × 3 × 3 voxels": {"patch": (3, 3, 3)},
-            "5 × 5 × 3 voxels": {"patch": (5, 5, 3)}, "7 × 7 × 7 voxels": {"patch": (7, 7, 7)},
-            "11 × 11 × 1 voxels": {"patch": (11, 11, 1)}}.items():
-        out, used = timed(denoise, noisy, **choice)
-        rows.append([name, *cells([measure(scene, sigma, out.signal, None)], [used])])
-        print(*rows[-1], sep=" | ", flush=True)
+    for snr in options.snr:
+        sigma, noisy = noisy_magnitude(scene, snr, SEED_OF_CHOICES)
+        for patch, stride, loss in (
+                ((5, 5, 5), 2, "operator"), ((5, 5, 5), 2, "frobenius"), ((5, 5, 5), 1, "operator"),
+                ((5, 5, 5), 3, "operator"), ((3, 3, 3), 2, "operator"), ((5, 5, 3), 2, "operator"),
+                ((7, 7, 7), 2, "operator"), ((11, 11, 1), 2, "operator")):
+            out, used = timed(denoise, noisy, patch=patch, stride=stride, loss=loss)
+            kept = denoise(noisy, patch=patch, stride=stride, loss=loss, rician=False)
+            shape = " × ".join(map(str, patch))
+            rows.append([f"SNR {snr:g}, {shape} voxels, stride {stride}, {loss}",
+                         *cells([measure(scene, sigma, out.signal, noisy - kept.signal)], [used])])
+            print(*rows[-1], sep=" | ", flush=True)
     table.show("denoise_choices", rows, options.csv)
 
 
@@ -211,7 +215,7 @@ def main() -> None:
     parser.add_argument("--gibbs", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--snr", type=float, nargs="+", default=[10, 20, 30])
-    parser.add_argument("--size", type=int, nargs=3, default=[32, 36, 20])
+    parser.add_argument("--size", type=int, nargs=3, default=[24, 28, 16])
     table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,10 +2,14 @@
 
 The N voxels of a patch make a matrix Y of N rows and n volumes: a signal of low rank and white
 noise of SD σ. With the mean of each volume removed, M = max(N − 1, n), m = min(N − 1, n), β = m/M
-and the singular values s_i of Y, the estimate of least Frobenius error (Gavish and Donoho 2017,
-doi:10.1109/TIT.2017.2653801) keeps the singular vectors and shrinks each
+and the singular values s_i of Y, the estimate keeps the singular vectors and shrinks each
 
-    y = s / (σ √M)  →  η(y) = √((y² − β − 1)² − 4β) / y,  and 0 for y ≤ 1 + √β.
+    y = s / (σ √M),  q = y² − β − 1:    √((q + √(q² − 4β)) / 2)   for least error in operator norm,
+                                        √(q² − 4β) / y            for least squared error,
+
+and 0 for y ≤ 1 + √β (Gavish and Donoho 2017, doi:10.1109/TIT.2017.2653801). The first restores the
+singular values of the signal. The second also lowers those whose vectors are uncertain, and FA with
+them, so that the first is the default (benchmarks/denoise.py).
 
 σ is found for each patch, with r = 0 at first: noise alone has M − r by m − r singular values with
 
@@ -36,13 +40,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 
+from bidsapp.acquisition import B0_MAX
 from bidsapp.blocks import map_volume
 from bidsapp.errors import Refusal
 from bidsapp.simulate.noise import mean as rician_mean
 
 STRIDE = 2
-"""Distance of neighbouring patches along each axis, in voxels. On the phantom at SNR 20 the error
-of the signal was 1.5 % lower with 1, which takes six times as long, and 5 % higher with 3."""
+"""Distance of neighbouring patches along each axis, in voxels. On the phantom the squared error of
+the signal was 4 % lower with 1, which takes four times as long, and 10 % higher with 3."""
 
 MIN_PATCH = 3
 """Edge of the smallest patch, in voxels."""
@@ -55,6 +60,9 @@ FLOOR_SD = 0.15
 
 FLOOR_ROUNDS = 6
 """Rounds that correct the noise map of magnitudes."""
+
+LOSSES = ("operator", "frobenius")
+"""Names of the losses whose best shrinkage is known here: operator norm and squared error."""
 
 CHUNK = 2**21
 """Numbers in the patches that are decomposed at a time."""
@@ -96,8 +104,8 @@ class Denoised:
 
 def denoise(volumes: Shaped[np.ndarray, "x y z n"], mask: Bool[np.ndarray, "x y z"] | None = None,
             *, method: str = "pca", patch: Sequence[int] | None = None, stride: int = STRIDE,
-            rician: bool = True, bvals: Float[np.ndarray, " n"] | None = None, device: str = "cpu"
-            ) -> Denoised:
+            loss: str = "operator", rician: bool = True,
+            bvals: Float[np.ndarray, " n"] | None = None, device: str = "cpu") -> Denoised:
     """Denoise a series.
 
     Parameters
@@ -111,7 +119,10 @@ def denoise(volumes: Shaped[np.ndarray, "x y z n"], mask: Bool[np.ndarray, "x y 
     patch : (3,) int, optional
         Voxels along the edges of a patch, at most those of the grid. Default: see `choose_patch`.
     stride : int
-        Distance of neighbouring patches along each axis, in voxels (`pca` only).
+        Distance of neighbouring patches along each axis, in voxels, at most the patch's edge (`pca`
+        only).
+    loss : str
+        One of LOSSES (`pca` only).
     rician : bool
         Whether real volumes are magnitudes, whose noise floor is removed. Without an estimate of
         the noise (`patch2self`) it stays. Must be False for real-valued signals with negative
@@ -133,13 +144,16 @@ def denoise(volumes: Shaped[np.ndarray, "x y z n"], mask: Bool[np.ndarray, "x y 
     if volumes.shape[3] < 2:
         raise Refusal("the series has one volume, and denoising needs several of the same object. "
                       "Leave denoising out.")
+    if method not in METHODS or loss not in LOSSES:
+        raise ValueError(f"{method}, {loss}: one of {', '.join(METHODS)}, and of "
+                         f"{', '.join(LOSSES)} is needed")
     magnitudes = rician and not np.iscomplexobj(volumes)
     edges = tuple(patch) if patch is not None else choose_patch(volumes.shape)
     inside = np.ones(volumes.shape[:3], bool) if mask is None else mask
     sigma: np.ndarray | None
     rank: np.ndarray | None
     if method == "pca":
-        signal, sigma, rank = _pca(volumes, inside, edges, stride, magnitudes, device)
+        signal, sigma, rank = _pca(volumes, inside, edges, stride, loss, magnitudes, device)
     else:
         signal, sigma = _dipy(method, volumes, inside, edges, bvals)
         rank = None
@@ -181,9 +195,9 @@ def choose_patch(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _pca(volumes: np.ndarray, mask: np.ndarray, patch: tuple[int, ...], stride: int,
-         magnitudes: bool, device: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+         loss: str, magnitudes: bool, device: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Denoise slabs of the grid. Patches start where they would for the whole grid."""
-    starts = [sorted({*range(0, size - edge + 1, stride), size - edge})
+    starts = [sorted({*range(0, size - edge + 1, min(stride, edge)), size - edge})
               for size, edge in zip(volumes.shape, patch, strict=False)]
     planes = np.broadcast_to(np.arange(volumes.shape[0], dtype=np.int32)[:, None, None], mask.shape)
 
@@ -191,14 +205,14 @@ def _pca(volumes: np.ndarray, mask: np.ndarray, patch: tuple[int, ...], stride: 
               ) -> dict[str, torch.Tensor]:
         first = int(plane[0, 0, 0])
         own = [x - first for x in starts[0] if first <= x <= int(plane[-1, 0, 0]) + 1 - patch[0]]
-        return _denoise_slab(series, inside, [own, *starts[1:]], patch, magnitudes)
+        return _denoise_slab(series, inside, [own, *starts[1:]], patch, loss, magnitudes)
 
     out = map_volume(apply, [planes, volumes, mask], patch[0] - 1, device, SLABS * patch[0])
     return out["signal"], out["sigma"], out["rank"]
 
 
 def _denoise_slab(volumes: torch.Tensor, mask: torch.Tensor, starts: list[list[int]],
-                  patch: tuple[int, ...], magnitudes: bool) -> dict[str, torch.Tensor]:
+                  patch: tuple[int, ...], loss: str, magnitudes: bool) -> dict[str, torch.Tensor]:
     """Denoise the patches (x, y, z) of a slab, and average them."""
     clean = torch.nan_to_num(volumes, nan=0.0, posinf=0.0, neginf=0.0)
     n = clean.shape[-1]
@@ -216,7 +230,7 @@ def _denoise_slab(volumes: torch.Tensor, mask: torch.Tensor, starts: list[list[i
             if not bool(touched.any()):
                 continue
             rows_of = windows.permute(1, 2, 0, 4, 5, 3)[touched].flatten(1, 3)
-            estimate, variance, rank = _shrink(rows_of, median)
+            estimate, variance, rank = _shrink(rows_of, median, loss)
             weight = 1 / (1 + rank)
             j, k = touched.nonzero(as_tuple=True)
             estimate = (weight[:, None, None] * estimate).unflatten(1, patch)
@@ -238,8 +252,8 @@ def _denoise_slab(volumes: torch.Tensor, mask: torch.Tensor, starts: list[list[i
             "sigma": torch.where(use, sigma, 0), "rank": torch.where(use, rank / divisor, 0)}
 
 
-def _shrink(rows: Shaped[torch.Tensor, "patch voxel n"], median: Float[torch.Tensor, " m"]
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _shrink(rows: Shaped[torch.Tensor, "patch voxel n"], median: Float[torch.Tensor, " m"],
+            loss: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Estimate the signal, the noise variance (of complex numbers: of both channels) and the number
     of components of patches."""
     m, large = len(median), max(rows.shape[1] - 1, rows.shape[2])
@@ -262,9 +276,12 @@ def _shrink(rows: Shaped[torch.Tensor, "patch voxel n"], median: Float[torch.Ten
             break
         rank = above
     beta = m / large
-    y2 = squares / (large * variance).clamp(min=torch.finfo(squares.dtype).tiny)[:, None]
-    kept = y2 > (1 + math.sqrt(beta)) ** 2
-    share = torch.where(kept, ((y2 - beta - 1) ** 2 - 4 * beta).clamp(min=0).sqrt() / y2, 0)
+    # without noise, as where a scanner set most voxels to 0, everything is signal
+    y2 = (squares / (large * variance).clamp(min=1e-30)[:, None]).clamp(max=1e30)
+    q = y2 - beta - 1
+    root = (q.square() - 4 * beta).clamp(min=0).sqrt()
+    share = root / y2 if loss == "frobenius" else ((q + root) / (2 * y2)).clamp(min=0).sqrt()
+    share = torch.where(y2 > (1 + math.sqrt(beta)) ** 2, share, 0)
     projection = (vectors * share[:, None].to(vectors.dtype)) @ vectors.mH
     projection = projection.to(rows.dtype)
     estimate = centre + (rows @ projection if tall else projection @ rows)
@@ -356,17 +373,13 @@ def _dipy(method: str, volumes: np.ndarray, mask: np.ndarray, patch: tuple[int, 
         with warnings.catch_warnings():  # 0/0 outside of the mask
             warnings.simplefilter("ignore", RuntimeWarning)
             signal, sigma = mppca(np.nan_to_num(volumes), mask=mask, return_sigma=True,
-                                  patch_radius=np.array(patch) // 2, suppress_warning=True)
+                                  patch_radius=(np.array(patch) - 1) // 2, suppress_warning=True)
         return signal.astype(np.float32), np.nan_to_num(sigma).astype(np.float32)
-    if method == "patch2self":
-        from dipy.denoise.patch2self import patch2self
+    from dipy.denoise.patch2self import patch2self
 
-        if bvals is None:
-            raise ValueError("patch2self needs the b-values")
-        options: dict[str, Any] = {"model": "ols", "b0_threshold": 50, "verbose": False}
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress
-            signal = patch2self(np.nan_to_num(volumes), bvals, **options)
-        return np.asarray(signal, np.float32), None
-    raise ValueError(f"{method} is none of {', '.join(METHODS)}")
-
-
+    if bvals is None:
+        raise ValueError("patch2self needs the b-values")
+    options: dict[str, Any] = {"model": "ols", "b0_threshold": B0_MAX, "verbose": False}
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress
+        signal = patch2self(np.nan_to_num(volumes), bvals, **options)
+    return np.asarray(signal, np.float32), None

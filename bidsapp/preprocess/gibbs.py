@@ -74,7 +74,7 @@ def unring(volumes: Shaped[np.ndarray, "x y z *n"], axes: tuple[int, ...] = (0, 
     ----------
     volumes : (x, y, z) or (x, y, z, n), float32 or complex64
         Magnitudes, or signed or complex images. The parts of a complex image are corrected
-        separately.
+        separately. NaN and Inf count as 0.
     axes : (2,) int
         The two axes in the plane of a slice, 0, 1 or 2.
     partial_fourier : float, optional
@@ -102,7 +102,8 @@ def unring(volumes: Shaped[np.ndarray, "x y z *n"], axes: tuple[int, ...] = (0, 
         return Unrung(volumes.copy(), (), notice)
     rest = next(a for a in (0, 1, 2) if a not in axes)
     slices = np.moveaxis(volumes, (rest, *axes), (0, volumes.ndim - 2, volumes.ndim - 1))
-    out = map_volume(lambda s: {"slices": _unring(s, [axes.index(a) for a in corrected])},
+    along = [axes.index(a) for a in corrected]
+    out = map_volume(lambda s: {"slices": _unring(torch.nan_to_num(s, 0.0, 0.0, 0.0), along)},
                      [slices], 0, device, slab=1)["slices"]
     return Unrung(np.moveaxis(out, (0, -2, -1), (rest, *axes)), corrected, notice)
 

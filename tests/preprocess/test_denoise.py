@@ -77,7 +77,7 @@ def test_shrinkage_is_that_of_an_oracle(rng):
     truth -= truth.mean(1, keepdims=True)  # the mean of each volume is no component
     noisy = truth + rng.normal(size=truth.shape)
     out = denoise(noisy.reshape(patches * 7, 7, 7, n).astype(np.float32), patch=(7, 7, 7), stride=7,
-                  rician=False)
+                  loss="frobenius", rician=False)
     estimate = out.signal.reshape(patches, voxels, n)
     assert out.rank.mean() == pytest.approx(rank, abs=0.2)
     assert out.sigma.mean() == pytest.approx(1, rel=0.01)
@@ -92,6 +92,12 @@ def test_shrinkage_is_that_of_an_oracle(rng):
     error = [np.square(x - truth).sum() for x in (estimate - estimate.mean(1, keepdims=True), best,
                                                   hard)]
     assert error[0] < 1.02 * error[1] and error[2] > 1.1 * error[0]
+    out = denoise(noisy.reshape(patches * 7, 7, 7, n).astype(np.float32), patch=(7, 7, 7), stride=7,
+                  rician=False)  # restores the singular values of the signal
+    estimate = out.signal.reshape(patches, voxels, n)
+    sizes, true = (np.linalg.svd(x - x.mean(1, keepdims=True), compute_uv=False)[:, :rank].mean(0)
+                   for x in (estimate, truth))
+    np.testing.assert_allclose(sizes, true, rtol=0.015)
 
 
 def test_signal_without_noise_stays(rng):
@@ -140,6 +146,19 @@ def test_outside_of_the_mask_nothing_changes(rng):
     assert (out.sigma[mask] > 0).all() and (out.sigma[~mask] == 0).all()
 
 
+def test_voxels_that_the_scanner_set_to_zero(rng):
+    clean = low_rank(rng, (20, 12, 8), n=30)
+    noisy = (clean + 0.1 * rng.normal(size=clean.shape)).astype(np.float32)
+    noisy[:7] = 0
+    for rician in (True, False):
+        out = denoise(noisy, rician=rician)
+        assert np.isfinite(out.signal).all() and np.isfinite(out.sigma).all()
+        np.testing.assert_allclose(out.signal[:7], 0, atol=0.03)
+        inner, edge = (np.square(out.signal - clean)[part].mean() for part in (
+            slice(11, 20), slice(7, 11)))
+        assert inner < 0.2 * 0.1**2 and edge < 0.6 * 0.1**2
+
+
 def test_patch_has_as_many_voxels_as_volumes():
     for shape in ((96, 96, 60, 7), (96, 96, 60, 100), (96, 96, 4, 100), (20, 20, 1, 64),
                   (90, 90, 60, 300)):
@@ -155,6 +174,8 @@ def test_one_slice_and_fewer_voxels_than_volumes(rng):
     out = denoise(noisy, rician=False)
     assert np.prod(out.patch) < 80
     assert np.square(out.signal - clean).mean() < 0.5 * np.square(noisy - clean).mean()
+    planes = denoise(np.repeat(noisy, 4, 2), patch=(5, 5, 1), rician=False)
+    assert (planes.sigma > 0).all()  # however long the stride, no plane is left out
 
 
 def test_methods_of_dipy(rng):
@@ -183,5 +204,5 @@ def test_what_cannot_be_denoised():
     for method in ("mppca", "patch2self"):
         with pytest.raises(Refusal, match="takes magnitudes"):
             denoise(volumes.astype(np.complex64), method=method, bvals=np.zeros(3))
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(ValueError, match="one of"):
         denoise(volumes, method="unknown")

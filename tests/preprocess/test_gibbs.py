@@ -47,6 +47,9 @@ def test_slices_of_any_axis(rng):
     assert (straight.axes, straight.notice) == ((0, 1), None)
     np.testing.assert_array_equal(turned.volumes, straight.volumes.transpose(2, 0, 1))
     np.testing.assert_array_equal(volumes, before)
+    damaged, empty = volumes.copy(), volumes.copy()
+    damaged[3, 4, 1], empty[3, 4, 1] = np.nan, 0
+    np.testing.assert_array_equal(unring(damaged).volumes, unring(empty).volumes)
 
 
 def test_ringing_decreases_towards_the_truth():

@@ -96,5 +96,7 @@ def test_slices_of_any_axis():
     straight = remove_phase(volumes)
     turned = remove_phase(np.ascontiguousarray(volumes.transpose(2, 0, 1, 3)), (1, 2))
     np.testing.assert_allclose(turned, straight.transpose(2, 0, 1, 3), atol=1e-6)
+    volumes[0, 0, 0, 0] = np.nan  # in another slice
     one = remove_phase(volumes[:, :, 1:2])
+    np.testing.assert_array_equal(np.isfinite(remove_phase(volumes)), True)
     np.testing.assert_allclose(one, straight[:, :, 1:2], atol=1e-6)
