@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 
 from bidsapp.acquisition import Acquisition, PhaseEncoding
-from bidsapp.dwi import DAMAGE, Dwi, ImageFile, Run, check_end, open_image, peak_memory
+from bidsapp.dwi import DAMAGE, Dwi, Run, check_end, open_image, peak_memory
 from bidsapp.errors import DataError
 
 
@@ -34,8 +34,6 @@ class Series:
         As many measurements as the images have volumes.
     phase_encoding : PhaseEncoding, optional
         Phase encoding of all images; None if it is unknown.
-    phases : tuple of nibabel images
-        Phase of each image, in radians; empty if only magnitudes are used.
 
     Raises
     ------
@@ -47,10 +45,9 @@ class Series:
     images: tuple[Any, ...]
     acquisition: Acquisition
     phase_encoding: PhaseEncoding | None = None
-    phases: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        for image in (*self.images, *self.phases):
+        for image in self.images:
             if len(image.shape) != 4:
                 raise DataError(f"{image.get_filename()}: has {len(image.shape)} dimensions, a DWI "
                                 "needs 4 (x, y, z, volume). Convert the whole series, not a single "
@@ -63,12 +60,9 @@ class Series:
         if sum(volumes) != len(self.acquisition):
             raise DataError(f"{self.images[0].get_filename()}: has {sum(volumes)} volumes, but "
                             f"{len(self.acquisition)} measurements. Export both again.")
-        if self.phases and [image.shape[3] for image in self.phases] != volumes:
-            raise DataError(f"{self.phases[0].get_filename()}: phase and magnitude have "
-                            "different numbers of volumes. Export both again.")
 
     @classmethod
-    def from_run(cls, run: Run, acquisition: Acquisition, *, phase: bool = False) -> Series:
+    def from_run(cls, run: Run, acquisition: Acquisition) -> Series:
         """Open the images of a run.
 
         Parameters
@@ -77,18 +71,14 @@ class Series:
             Paths of the images.
         acquisition : Acquisition
             Acquisition of all parts.
-        phase : bool
-            Whether phase images are used, if there are any.
 
         Raises
         ------
         DataError
-            The images do not make a series (see the class), a file cannot be opened, or a phase is
-            not in radians.
+            The images do not make a series (see the class), or a file cannot be opened.
         """
-        images = tuple(open_image(part.image) for part in run.parts)
-        phases = tuple(map(_open_phase, run.phase)) if phase else ()
-        return cls(images, acquisition, run.phase_encoding, phases)
+        return cls(tuple(open_image(part.image) for part in run.parts), acquisition,
+                   run.phase_encoding)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -101,24 +91,18 @@ class Series:
         """Voxel to world RAS+, mm."""
         return np.asarray(self.images[0].affine)
 
-    @property
-    def is_complex(self) -> bool:
-        """Whether the volumes are complex."""
-        return bool(self.phases)
-
     def __len__(self) -> int:
         return len(self.acquisition)
 
-    def __iter__(self) -> Iterator[Shaped[np.ndarray, "x y z"]]:
+    def __iter__(self) -> Iterator[Float[np.ndarray, "x y z"]]:
         """Yield the volumes in order, as `volume` returns them, and check the end of each file."""
-        for k, image in enumerate(self.images):
+        for image in self.images:
             for i in range(image.shape[3]):
-                yield self._volume(k, i)
-            for finished in (image, *self.phases[k:k + 1]):
-                check_end(finished)
+                yield read_volume(image, i)
+            check_end(image)
 
-    def volume(self, i: int) -> Shaped[np.ndarray, "x y z"]:
-        """Read volume i, as float32, or as complex64 if the series is complex.
+    def volume(self, i: int) -> Float[np.ndarray, "x y z"]:
+        """Read volume i, as float32.
 
         NaN and Inf stay as they are stored.
 
@@ -131,7 +115,8 @@ class Series:
         """
         if not 0 <= i < len(self):
             raise IndexError(f"volume {i} of {len(self)}")
-        return self._volume(*next(islice(self._positions(), i, None)))
+        k, position = next(islice(self._positions(), i, None))
+        return read_volume(self.images[k], position)
 
     def mean(self, volumes: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "x y z"]:
         """Compute the mean magnitude of some volumes; NaN and Inf count as 0.
@@ -160,14 +145,14 @@ class Series:
             raise DataError(f"{self.images[0].get_filename()}: no volume to average.")
         return np.asarray(total / int(volumes.sum()))
 
-    def load(self) -> tuple[Shaped[np.ndarray, "x y z n"], int]:
+    def load(self) -> tuple[Float[np.ndarray, "x y z n"], int]:
         """Read all volumes on the whole grid.
 
-        NaN and Inf become 0 and are counted. Parts are scaled as in `within`, over the whole grid.
+        NaN and Inf become 0 and are counted.
 
         Returns
         -------
-        volumes : (x, y, z, n) float32 or complex64
+        volumes : (x, y, z, n) float32
             Stored volume by volume, so that each is contiguous.
         invalid : int
             Number of values that were set to 0.
@@ -177,8 +162,7 @@ class Series:
         DataError
             A file is damaged, or a volume holds no finite value.
         """
-        volumes = np.moveaxis(np.empty(
-            (len(self), *self.shape), np.complex64 if self.is_complex else np.float32), 0, -1)
+        volumes = np.moveaxis(np.empty((len(self), *self.shape), np.float32), 0, -1)
         invalid = 0
         for i, volume in enumerate(self):
             bad = ~np.isfinite(volume)
@@ -189,14 +173,6 @@ class Series:
             invalid += int(bad.sum())
             volume[bad] = 0
             volumes[..., i] = volume
-        ends = np.cumsum([image.shape[3] for image in self.images])
-        levels = [float(np.abs(volumes[..., part][..., self.acquisition.b0[part]]).mean())
-                  if self.acquisition.b0[part].any() else 0.0
-                  for part in map(slice, [0, *ends[:-1]], ends)]
-        reference = next(filter(None, levels), 0.0)
-        for first, end, level in zip([0, *ends[:-1]], ends, levels, strict=True):
-            if level and level != reference:
-                volumes[..., first:end] = volumes[..., first:end] * (reference / level)
         return volumes, invalid
 
     def within(self, mask: Bool[np.ndarray, "x y z"], *, memory: float = np.inf,
@@ -256,12 +232,6 @@ class Series:
         """Index of the image, and of the volume in it, for each volume."""
         return ((k, i) for k, image in enumerate(self.images) for i in range(image.shape[3]))
 
-    def _volume(self, k: int, i: int) -> np.ndarray:
-        magnitude = read_volume(self.images[k], i)
-        if not self.phases:
-            return magnitude
-        return np.asarray(magnitude * np.exp(np.complex64(1j) * read_volume(self.phases[k], i)))
-
 
 def read_volume(image: Any, i: int) -> Float[np.ndarray, "x y z"]:
     """Read volume i of a 4-D image as float32, scaled by its header.
@@ -277,13 +247,6 @@ def read_volume(image: Any, i: int) -> Float[np.ndarray, "x y z"]:
     except DAMAGE as error:
         raise DataError(f"{image.get_filename()}: is damaged or truncated before volume {i} of "
                         f"{image.shape[3]} ({error}). Copy or convert the file again.") from error
-
-
-def _open_phase(file: ImageFile) -> Any:
-    if file.metadata.get("Units") != "rad":
-        raise DataError(f"{file.image}: the phase has the unit {file.metadata.get('Units')!r}, "
-                        'radians are needed. Convert it, and write "Units": "rad" in the sidecar.')
-    return open_image(file.image)
 
 
 def _allocate(voxels: int, measurements: int, memory: float, work_dir: Path | None) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from bidsapp.acquisition import PhaseEncoding
 from bidsapp.bids import btable
 from bidsapp.bids.inherit import read_part
-from bidsapp.dwi import ImageFile, Run
+from bidsapp.dwi import Run
 from bidsapp.errors import DataError
 from bidsapp.series import Series
 from support import bids_tree as truth
@@ -31,28 +31,17 @@ def run(tmp_path):
     return Run({"sub": "01"}, tuple(parts), phase_encoding=PhaseEncoding(1, -1, 0.05))
 
 
-def series_of(run, **options):
-    return Series.from_run(run, btable.load_acquisition(run), **options)
+def series_of(run):
+    return Series.from_run(run, btable.load_acquisition(run))
 
 
 def data_of(run):
     return np.concatenate([np.asarray(nib.load(p.image).dataobj) for p in run.parts], -1)
 
 
-def with_phase(run, units="rad", volumes=(14, 18)):
-    """Random phases beside the parts, and what they are."""
-    phases = np.random.default_rng(3).uniform(-np.pi, np.pi, (*SHAPE, 32)).astype(np.float32)
-    files = []
-    for part, values in zip(run.parts, np.split(phases, [14], -1), strict=True):
-        path = part.image.with_name(part.image.name.replace("_dwi", "_part-phase_dwi"))
-        nib.save(nib.Nifti1Image(values[..., :volumes[len(files)]], truth.affine()), path)
-        files.append(ImageFile(path, {"Units": units} if units else {}))
-    return replace(run, phase=tuple(files)), phases
-
-
 def test_volumes_of_all_parts_in_order(run):
     series, data = series_of(run), data_of(run)
-    assert (len(series), series.shape, series.is_complex) == (32, SHAPE, False)
+    assert (len(series), series.shape) == (32, SHAPE)
     assert series.phase_encoding == PhaseEncoding(1, -1, 0.05)
     np.testing.assert_array_equal(series.affine, nib.load(run.parts[0].image).affine)
     for i in (0, 13, 14, 31, 2):
@@ -104,27 +93,18 @@ def test_mean_needs_a_volume(run):
         np.nan_to_num(data, posinf=0).mean(-1), rtol=1e-5)
 
 
-def test_complex_volumes(run):
-    run, phases = with_phase(run)
-    series = series_of(run, phase=True)
-    assert series.is_complex and not series_of(run).is_complex
-    want = data_of(run) * np.exp(1j * phases)
-    volume = series.volume(20)
-    assert volume.dtype == np.complex64
-    np.testing.assert_allclose(volume, want[..., 20], rtol=1e-5, atol=1e-2)
-    np.testing.assert_allclose(np.stack(list(series), -1), want, rtol=1e-5, atol=1e-2)
-    np.testing.assert_array_equal(series.within(HEAD).signal, series_of(run).within(HEAD).signal)
-
-
-@pytest.mark.parametrize("units,volumes,message", [
-    ("arbitrary", (14, 18), "has the unit 'arbitrary', radians are needed"),
-    (None, (14, 18), "has the unit None"),
-    ("rad", (14, 17), "phase and magnitude have different numbers")])
-def test_phases_that_do_not_serve(run, units, volumes, message):
-    run, _ = with_phase(run, units, volumes)
-    with pytest.raises(DataError, match=f"run-1_part-phase_dwi.nii.gz: .*{message}"):
-        series_of(run, phase=True)
-    assert len(list(series_of(run))) == 32
+def test_all_volumes_on_the_whole_grid(run):
+    data = data_of(run)
+    data[2, 3, 4, 1], data[3, 3, 4, 30] = np.nan, np.inf
+    series = Series((nib.Nifti1Image(data, truth.affine()),), btable.load_acquisition(run))
+    volumes, invalid = series.load()
+    assert (volumes.dtype, invalid) == (np.float32, 2)
+    assert volumes[..., 3].flags.c_contiguous
+    np.testing.assert_array_equal(volumes, np.nan_to_num(data, posinf=0))
+    data[..., 5] = np.nan
+    series = Series((nib.Nifti1Image(data, truth.affine()),), series.acquisition)
+    with pytest.raises(DataError, match="volume 5 holds no finite value"):
+        series.load()
 
 
 def test_images_and_measurements_must_belong_together(run):

@@ -3,7 +3,7 @@
 The corrections share one interpolation and one written image, so they are one step of the plan,
 with one record, which keeps parameters, numbers and figures of each. Their order is
 
-    noise → Gibbs ringing → phase (complex data) → susceptibility field
+    phase (complex data) → noise → Gibbs ringing → susceptibility field
     → motion, eddy currents, outlier slices → one interpolation → bias field → brain mask.
 
 A correction that a run does not allow is left out, with a notice.
@@ -87,12 +87,12 @@ class Preprocess(Step):
     def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> None:
         chosen = self.context.corrections
         corrector = Corrector(self.context, report)
+        corrector.remove_phase()
         for method in DENOISERS:
             if method in chosen:
                 corrector.denoise(method)
         if "gibbs" in chosen:
             corrector.unring()
-        corrector.remove_phase()
         if "distortion" in chosen:
             corrector.find_field()
         if "motion" in chosen:
@@ -170,27 +170,26 @@ class Corrector:
         try:
             result = denoise.denoise(
                 before, binary_dilation(self.mask, iterations=MARGIN),
-                method={"denoise": "pca"}.get(method, method), bvals=self.acquisition.bvals,
-                device=self.context.device)
+                method={"denoise": "pca"}.get(method, method), rician=self.magnitude,
+                bvals=self.acquisition.bvals, device=self.context.device)
         except Refusal as refusal:
             self.skip(f"Noise was not removed: {refusal}")
             return
         self.volumes = result.signal
         self.magnitude = self.magnitude and result.law == "rician"
         text = f"noise removed in patches of {' × '.join(map(str, result.patch))} voxels"
-        residual = np.sqrt(np.mean(np.abs(before - self.volumes)**2, axis=-1))
+        residual = np.sqrt(np.mean((before - self.volumes)**2, axis=-1))
         if result.sigma is not None:
             sd = float(np.median(result.sigma[self.mask]))
             variance = float(np.mean(result.sigma[self.mask]**2))
-            channels = 2 if np.iscomplexobj(before) else 1
             self.report.qc |= {"preproc_noise_sd": sd, "preproc_noise_removed": float(
-                np.mean(residual[self.mask]**2) / (channels * variance)) if variance else None}
+                np.mean(residual[self.mask]**2) / variance) if variance else None}
             text += f"; its SD is {sd:.3g} in the brain (median)"
         self.note(method, text, start)
         shown = int(np.argmax(self.acquisition.bvals))
         self.report.figures += corrections.of_denoising(
-            np.abs(before[..., shown]), np.abs(self.volumes[..., shown]), result.sigma, residual,
-            self.mask, self.affine)
+            before[..., shown], self.volumes[..., shown], result.sigma, residual, self.mask,
+            self.affine)
 
     def unring(self) -> None:
         """Remove Gibbs ringing in the plane of the slices."""
@@ -489,8 +488,15 @@ def _field_from_t1w(image: Path, device: str, b0: np.ndarray, affine: np.ndarray
 
 
 def load(run: Run, acquisition: Acquisition) -> tuple[np.ndarray, int]:
-    """Read the volumes of a run, complex if it has phase images or imaginary parts; count the
-    values that are not finite.
+    """Read the volumes of a run, complex if it has phase images or imaginary parts.
+
+    Parts with b0 volumes are scaled so that the mean of these equals that of the first such part.
+
+    Returns
+    -------
+    volumes : (x, y, z, n) float32 or complex64
+    invalid : int
+        Number of values that were not finite and became 0.
 
     Raises
     ------
@@ -498,21 +504,33 @@ def load(run: Run, acquisition: Acquisition) -> tuple[np.ndarray, int]:
         A file is damaged, or the phase is in unknown units.
     """
     volumes, invalid = Series.from_run(run, acquisition).load()
-    if not run.phase:
-        return volumes, invalid
-    others = []
-    for image in run.phase:
-        values = read_array(open_image(image.image), np.float32)
-        try:
-            others.append(values if is_real(run) else
-                          phase.to_radians(values, image.metadata.get("Units")))
-        except DataError as error:
-            raise DataError(f"{image.image}: {error}") from error
-    other = np.nan_to_num(np.concatenate(others, axis=-1), posinf=0, neginf=0)
-    if other.shape != volumes.shape:
-        raise DataError(f"{run.phase[0].image}: has the shape {other.shape}, and the images have "
-                        f"{volumes.shape}. Convert both again, or remove the phase.")
-    return (phase.from_parts if is_real(run) else phase.from_polar)(volumes, other), invalid
+    if run.phase:
+        volumes = _make_complex(volumes, run)
+    ends = np.cumsum([open_image(part.image).shape[3] for part in run.parts])
+    reference = 0.0
+    for part in map(slice, [0, *ends[:-1]], ends):
+        if acquisition.b0[part].any():
+            level = float(np.abs(volumes[..., part][..., acquisition.b0[part]]).mean())
+            reference = reference or level
+            if level:
+                volumes[..., part] *= np.float32(reference / level)
+    return volumes, invalid
+
+
+def _make_complex(volumes: np.ndarray, run: Run) -> np.ndarray:
+    """Combine magnitudes with phases, or real with imaginary parts."""
+    others = [read_array(open_image(image.image), np.float32) for image in run.phase]
+    if [other.shape for other in others] != [open_image(p.image).shape for p in run.parts]:
+        raise DataError(f"{run.phase[0].image}: has another shape than the image it belongs to. "
+                        "Convert both again, or remove it.")
+    if is_real(run):
+        return phase.from_parts(volumes, np.nan_to_num(np.concatenate(others, axis=-1)))
+    try:
+        angles = [phase.to_radians(other, image.metadata.get("Units"))
+                  for other, image in zip(others, run.phase, strict=True)]
+    except DataError as error:
+        raise DataError(f"{run.phase[0].image}: {error}") from error
+    return phase.from_polar(volumes, np.nan_to_num(np.concatenate(angles, axis=-1)))
 
 
 MARGIN = 4

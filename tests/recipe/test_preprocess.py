@@ -3,16 +3,21 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from bidsapp import cli_phantom
+from bidsapp.bids import btable
+from bidsapp.bids.inherit import read_part
 from bidsapp.bids.writer import Dataset
+from bidsapp.dwi import ImageFile, Run
+from bidsapp.errors import DataError
 from bidsapp.options import CORRECTIONS
-from bidsapp.recipe.preprocess import slice_axis, volume_encodings
-from bidsapp.recipe.steps import load_measured
+from bidsapp.recipe.preprocess import load, slice_axis, volume_encodings
+from bidsapp.recipe.steps import load_measured, load_run
 from support import bids_tree as truth
 from support.app import find_runs, image, qsphere, validate
 from support.stripes import simulate_stripes
@@ -169,7 +174,7 @@ def test_complex_images_lose_their_phase_and_floor(tmp_path):
                    "dti") == 0
     (found,) = folder.glob("sub-01/log/*_desc-preprocessed_step.json")
     facts = json.loads(found.read_text())
-    assert [c["name"] for c in facts["corrections"]] == ["denoise", "complex"]
+    assert [c["name"] for c in facts["corrections"]] == ["complex", "denoise"]
     assert facts["magnitude"] is False
     (series,) = folder.glob("sub-01/**/*_desc-preproc_dwi.nii.gz")
     assert image(series).min() < 0
@@ -267,3 +272,70 @@ def test_every_volume_has_the_encoding_of_its_part(bids_tree):
     assert [(e.direction, e.readout) for e in (encodings[0], encodings[half - 1], encodings[half],
                                                encodings[-1])] == [
         ("j-", 0.05), ("j-", 0.05), ("j", 0.04), ("j", 0.04)]
+
+
+SHAPE = (7, 8, 9)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A run of two files of 14 and 18 volumes."""
+    read = []
+    for k, scheme in enumerate((((0, 2), (1000, 12)), ((0, 2), (2000, 16)))):
+        path = tmp_path / f"sub-01_run-{k + 1}"
+        truth.write_run(path, scheme=scheme, shape=SHAPE, seed=k)
+        read.append(read_part(path.with_name(f"{path.name}_dwi.nii.gz"), tmp_path))
+    return Run({"sub": "01"}, tuple(read))
+
+
+def with_phase(run, units="rad", volumes=(14, 18), name="phase"):
+    """Random phases, or imaginary parts, beside the parts; and what they are."""
+    phases = np.random.default_rng(3).uniform(-np.pi, np.pi, (*SHAPE, 32)).astype(np.float32)
+    files = []
+    for part, values in zip(run.parts, np.split(phases, [14], -1), strict=True):
+        path = part.image.with_name(part.image.name.replace("_dwi", f"_part-{name}_dwi"))
+        nib.save(nib.Nifti1Image(values[..., :volumes[len(files)]], truth.affine()), path)
+        files.append(ImageFile(path, {"Units": units} if units else {}))
+    return replace(run, phase=tuple(files)), phases
+
+
+def data_of(run):
+    return np.concatenate([np.asarray(nib.load(p.image).dataobj) for p in run.parts], -1)
+
+
+def test_magnitudes_and_phases_become_complex(parts):
+    run, phases = with_phase(parts)
+    acquisition = btable.load_acquisition(run)
+    volumes, _ = load(run, acquisition)
+    magnitude, _ = load(parts, acquisition)
+    assert volumes.dtype == np.complex64
+    np.testing.assert_allclose(volumes, magnitude * np.exp(1j * phases), rtol=1e-4, atol=1e-2)
+    levels = [magnitude[..., part][..., acquisition.b0[part]].mean()
+              for part in (slice(0, 14), slice(14, None))]
+    np.testing.assert_allclose(*levels, rtol=1e-4)  # parts are scaled to one b0
+    np.testing.assert_array_equal(magnitude[..., :14], data_of(parts)[..., :14])
+
+
+def test_real_and_imaginary_parts_become_complex(parts):
+    run, imaginary = with_phase(parts, units=None, name="imag")
+    run = replace(run, entities={"sub": "01", "part": "real"})
+    volumes, _ = load(run, btable.load_acquisition(run))
+    np.testing.assert_array_equal(volumes[..., :14].imag, imaginary[..., :14])
+    np.testing.assert_array_equal(volumes[..., :14].real, data_of(parts)[..., :14])
+
+
+@pytest.mark.parametrize(("units", "scale", "volumes", "message"), [
+    ("arbitrary", 100, (14, 18), "Known are radians"), (None, 100, (14, 18), "Known are radians"),
+    ("rad", 1, (14, 17), "has another shape")])
+def test_phases_that_do_not_serve(parts, units, scale, volumes, message):
+    run, _ = with_phase(parts, units, volumes)
+    for file in run.phase:
+        phases = nib.load(file.image)
+        nib.save(nib.Nifti1Image(np.asarray(phases.dataobj) * scale, phases.affine), file.image)
+    with pytest.raises(DataError, match=f"run-1_part-phase_dwi.nii.gz: .*{message}"):
+        load(run, btable.load_acquisition(run))
+
+
+def test_real_parts_are_not_measured_uncorrected(parts):
+    with pytest.raises(DataError, match="real part of complex images"):
+        load_run(replace(parts, entities={"sub": "01", "part": "real"}))
