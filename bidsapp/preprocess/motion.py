@@ -52,7 +52,7 @@ MAX_POINTS = 30_000
 HP_POINTS = 5_000
 """Number of voxels from which the hyper-parameters of the Gaussian process are estimated."""
 
-SHARED = 0.5
+SHARED = 0.3
 """Share of the misalignment of the predictions that is taken back."""
 
 PRIOR_SHIFT, PRIOR_ANGLE, PRIOR_GAIN, PRIOR_VOXELS = 10.0, 0.2, 0.3, 5.0
@@ -60,11 +60,11 @@ PRIOR_SHIFT, PRIOR_ANGLE, PRIOR_GAIN, PRIOR_VOXELS = 10.0, 0.2, 0.3, 5.0
 which each term of the field depends on the gradient at 100 mm from the centre. They stop only what
 the images do not determine."""
 
-EDDY_SPREAD = 0.05
+EDDY_SPREAD = 0.03
 """SD of the shift (voxels) by each term of the field at 100 mm from the centre, about its part that
 is linear in the gradient."""
 
-FLOOR = 0.05
+FLOOR = 0.3
 
 BLOCK_SIZE = 15.0
 """Edge of the blocks over which residuals may be correlated, mm."""
@@ -370,6 +370,7 @@ class _Head:
         blocks = np.floor((self.points - self.points.min(0)) / BLOCK_SIZE).astype(int)
         self.blocks = torch.from_numpy(np.unique(
             blocks, axis=0, return_inverse=True)[1].reshape(-1)).to(device)
+        self.n_blocks = int(self.blocks.max()) + 1
         self.outliers = np.zeros((shape[slice_axis], n), bool)
         self.z, self.change = np.full((2, shape[slice_axis], n), np.nan)
         self.rest = Geometry.static(affine, shape, encodings, field)
@@ -504,20 +505,29 @@ class _Head:
                 for b in (eddy_basis(y + self.centre, self.rest.centre),
                           eddy_basis_along(y + self.centre, self.rest.centre, per_hertz)))
             columns.append((along @ g) * basis + predicted * derivative)
-        columns += [-predicted[None], -predicted * arm / 100]
-        a = torch.cat(columns) * good
-        difference = (predicted - signal) * good
+        a, difference = self._without_local_gain(
+            torch.cat(columns) * good, (predicted - signal) * good, predicted * good)
         normal = (a @ a.T).double().cpu().numpy()
         right = (a @ difference).double().cpu().numpy()
         fit = np.linalg.lstsq(normal, right, rcond=1e-10)[0]
         rest = difference - torch.from_numpy(fit.astype(np.float32)).to(self.device) @ a
-        scores = torch.zeros((len(a), int(self.blocks.max()) + 1), device=self.device)
+        scores = torch.zeros((len(a), self.n_blocks), device=self.device)
         scores.index_add_(1, self.blocks, a * rest)
         scatter = (scores @ scores.T).double().cpu().numpy()
         independent = float(rest.square().mean()) * normal
         information = np.linalg.solve(scatter + independent + 1e-9 * np.trace(independent)
                                       * np.eye(len(a)), np.column_stack([normal, right]))
         return normal @ information[:, :-1], normal @ information[:, -1]
+
+    def _without_local_gain(self, columns: torch.Tensor, difference: torch.Tensor,
+                            predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project the columns of A and P − S onto what no gain of P in a block can explain."""
+        rows = torch.cat([columns, difference[None], predicted[None]])
+        products = torch.zeros((len(rows), self.n_blocks), device=self.device)
+        products.index_add_(1, self.blocks, rows * predicted)
+        gain = products[:-1] / products[-1].clamp(min=1e-12)
+        rows = rows[:-1] - gain[:, self.blocks] * predicted
+        return rows[:-1], rows[-1]
 
     def _solve(self, index: np.ndarray, normal: np.ndarray, right: np.ndarray,
                shared: np.ndarray, terms: np.ndarray) -> np.ndarray:
@@ -529,11 +539,10 @@ class _Head:
         (1 − W) q and (1 − W) 1, and weighted by the precision of the steps.
         """
         n, k = len(index), len(terms)
-        rigid = np.r_[0:6, 6 + k:10 + k]
-        precision = np.zeros((n, 10 + k))
+        rigid = np.arange(6)
+        precision = np.zeros((n, 6 + k))
         precision[:, :6] = 1 / np.r_[[PRIOR_SHIFT] * 3, [PRIOR_ANGLE] * 3]**2
-        precision[:, -4:] = 1 / PRIOR_GAIN**2
-        target = np.zeros((n, 10 + k))
+        target = np.zeros((n, 6 + k))
         if k:
             field = slice(6, 6 + k)
             readout = np.array([self._readout(v) for v in index.tolist()])
@@ -541,7 +550,7 @@ class _Head:
             x = (np.eye(n) - shared) @ np.column_stack([np.ones(n), q])
             inner = np.linalg.solve(
                 normal[:, rigid[:, None], rigid]
-                + precision[:, rigid, None] * np.eye(10),
+                + precision[:, rigid, None] * np.eye(6),
                 np.concatenate([normal[:, rigid, field], right[:, rigid, None]], -1))
             outer = normal[:, field, rigid] @ inner
             reduced = normal[:, field, field] - outer[..., :k]
@@ -554,9 +563,10 @@ class _Head:
             right = right + np.einsum("vij,vj->vi", normal[:, :, field], shared @ q @ change)
             precision[:, field] = (readout[:, None] / EDDY_SPREAD)**2
             target[:, field] = (q @ self.eddy_slope - self.eddy[index])[:, terms]
-        delta = np.linalg.solve(normal + precision[:, :, None] * np.eye(10 + k),
-                                (right + precision * target)[..., None])[:, :-4, 0]
-        delta[:, :6] = np.linalg.solve(np.eye(n) - SHARED * shared, delta[:, :6])
+        delta = np.linalg.solve(normal + precision[:, :, None] * np.eye(6 + k),
+                                (right + precision * target)[..., None])[..., 0]
+        share = 0.9 if self.acquisition.b0[index].all() else SHARED
+        delta[:, :6] = np.linalg.solve(np.eye(n) - share * shared, delta[:, :6])
         return delta
 
     def _gradients(self, index: np.ndarray) -> np.ndarray:
@@ -659,19 +669,31 @@ class _Head:
                 self._find_outliers(index, sampled, predicted)
 
     def _find_outliers(self, index: np.ndarray, sampled: _Sampled, predicted: torch.Tensor) -> None:
-        """Compare the mean of each slice with its prediction."""
+        """Estimate the relative difference c_k of each slice from its prediction.
+
+        A point between two slices shows both. With linear weights h the model is S = P (1 + Σ h_k
+        c_k), and its sums over h_k are solved for c.
+        """
         count = self.mask_shape[self.slice_axis]
-        inside = sampled.inside.cpu().numpy()
-        observed, expected, voxels = np.zeros((3, count, len(index)))
+        change = np.full((count, len(index)), np.nan)
         for i in range(len(index)):
-            k = np.rint(sampled.slices[i]).clip(0, count - 1).astype(int)
-            for total, values in ((observed, sampled.signal[i].cpu().numpy()),
-                                  (expected, predicted[i].cpu().numpy()),
-                                  (voxels, np.ones(len(k)))):
-                total[:, i] = np.bincount(k, values * inside[i], count)
-        assessed = (voxels * self.voxels_per_point >= MIN_VOXELS) & (expected > 0)
-        change = np.full(observed.shape, np.nan)
-        change[assessed] = observed[assessed] / expected[assessed] - 1
+            inside = sampled.inside[i].cpu().numpy()
+            expected = predicted[i].cpu().numpy()[inside].astype(float)
+            difference = sampled.signal[i].cpu().numpy()[inside] - expected
+            at = sampled.slices[i][inside].clip(0, count - 1)
+            k = np.minimum(at.astype(int), max(count - 2, 0))
+            h = np.stack([1 - (at - k), at - k])
+            mix = np.zeros((count + 1, count + 1))
+            right, voxels = np.zeros((2, count + 1))
+            for p in range(2):
+                right += np.bincount(k + p, h[p] * difference, count + 1)
+                voxels += np.bincount(k + p, h[p], count + 1)
+                for q in range(2):
+                    np.add.at(mix, (np.arange(count) + p, np.arange(count) + q),
+                              np.bincount(k, h[p] * h[q] * expected, count))
+            assessed = (voxels * self.voxels_per_point >= MIN_VOXELS) & (np.diag(mix) > 0)
+            part = np.ix_(assessed, assessed)
+            change[assessed[:-1], i] = np.linalg.lstsq(mix[part], right[assessed], rcond=1e-6)[0]
         z = np.full(change.shape, np.nan)
         for group in self._groups(index):
             z[:, group] = _robust_z(change[:, group])
