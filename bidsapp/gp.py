@@ -145,7 +145,7 @@ class GaussianProcess:
 
         fitted = minimize(objective, np.log(process.hyperparameters), jac=True, method="L-BFGS-B",
                           bounds=np.log([BOUNDS[k] for k in Hyperparameters._fields]),
-                          options={"maxiter": 60}).x
+                          options={"maxiter": 200}).x
         return cls(acquisition, np.diag(moment), Hyperparameters(*np.exp(fitted).tolist()))
 
     def leave_one_out(self) -> Prediction:

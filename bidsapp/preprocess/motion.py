@@ -565,8 +565,9 @@ class _Head:
             target[:, field] = (q @ self.eddy_slope - self.eddy[index])[:, terms]
         delta = np.linalg.solve(normal + precision[:, :, None] * np.eye(6 + k),
                                 (right + precision * target)[..., None])[..., 0]
-        share = 0.9 if self.acquisition.b0[index].all() else SHARED
-        delta[:, :6] = np.linalg.solve(np.eye(n) - share * shared, delta[:, :6])
+        share = 1 - 1e-3 if self.acquisition.b0[index].all() else SHARED
+        rigid_steps = np.linalg.solve(np.eye(n) - share * shared, delta[:, :6])
+        delta[:, :6] = rigid_steps - rigid_steps.mean(0)  # the frame is found otherwise
         return delta
 
     def _gradients(self, index: np.ndarray) -> np.ndarray:
@@ -630,9 +631,13 @@ class _Head:
             beta = torch.linalg.lstsq(x.T * good[:, None], (mean * good).double()[:, None]).solution
             predicted = (beta[:, 0] @ x).float()
             arm = torch.from_numpy((points - self.centre).T.astype(np.float32)).to(self.device)
-            a = torch.cat([slope, torch.linalg.cross(arm, slope, dim=0)]) * good
+            squares = torch.where(good, predicted - mean, 0).square()
+            trust = (squares + FLOOR * squares.mean()).rsqrt() * good
+            a, difference = self._without_local_gain(
+                torch.cat([slope, torch.linalg.cross(arm, slope, dim=0)]) * trust,
+                (predicted - mean) * trust, predicted * trust)
             d = np.linalg.solve((a @ a.T).cpu().numpy().astype(float),
-                                (a @ (predicted - mean)).cpu().numpy().astype(float))
+                                (a @ difference).cpu().numpy().astype(float))
             step = Rotation.from_rotvec(d[3:]).as_matrix()
             turn, shift = step @ turn, step @ shift + d[:3]
         # x of the b0 = D x of the weighted: y = R D⁻¹ x + …
