@@ -5,14 +5,16 @@ volumes the leave-one-out prediction of a Gaussian process over b-tensors (`bids
 volumes the mean of the others. With S_v(x) the intensity of volume v at the points x of the
 reference (`bidsapp.preprocess.model`) and P_v(x) its prediction, a Gauss–Newton step solves
 
-    min_δ Σ_x w_v(x) [S_v(x) + A_v(x) δ − γ P_v(x)]²,    A_v = ∂S_v / ∂(motion, eddy currents),
+    min_δ Σ_x w_v(x) [S_v(x) + A_v(x) δ − γ_v(x) P_v(x)]²,    A_v = ∂S_v / ∂(motion, field),
 
-for 6 rigid and up to 9 field parameters and a gain γ. A_v is built from the gradient of P_v, in
-which the noise is averaged. P is linear in S, P = W S. A misalignment u_v of the volumes therefore
-moves P_v by Σ W_vu u_u, so that δ_v = u_v − Σ W_vu u_u is what the steps see; u is solved from it.
-Misalignments that all volumes share are not in u: the rigid one is found by registering the b0
-volumes to their regression on the weighted ones, and those of the field are set such that the field
-is a linear function of the gradient plus residuals of mean 0.
+for 6 rigid and up to 9 field parameters, with a gain γ_v that is constant in blocks of the image:
+errors of the predictions are smooth, so that they should not move the volume. A_v is built from the
+gradient of P_v, in which the noise is averaged. P is linear in S, P = W S; a misalignment u of the
+volumes therefore appears in the steps as δ = (1 − W) u. W is symmetric in the sign of the gradient,
+while the field of eddy currents changes with it: the part of the field that is linear in the
+gradient is fitted to all steps at once, and the rest has a prior about it. The rigid motion between
+the b0 and the weighted volumes is found by registering the b0 volumes to their regression on the
+weighted ones.
 
 (Andersson and Sotiropoulos 2015, 2016, doi:10.1016/j.neuroimage.2015.07.067 and
 doi:10.1016/j.neuroimage.2015.10.019; outlier slices after Andersson et al. 2016,
@@ -55,16 +57,17 @@ HP_POINTS = 5_000
 SHARED = 0.3
 """Share of the misalignment of the predictions that is taken back."""
 
-PRIOR_SHIFT, PRIOR_ANGLE, PRIOR_GAIN, PRIOR_VOXELS = 10.0, 0.2, 0.3, 5.0
-"""SD of a step of translation (mm), of rotation (rad) and of the gain, and of the shift (voxels) by
-which each term of the field depends on the gradient at 100 mm from the centre. They stop only what
-the images do not determine."""
+PRIOR_SHIFT, PRIOR_ANGLE, PRIOR_VOXELS = 10.0, 0.2, 5.0
+"""SD of a step of translation (mm) and of rotation (rad), and of the shift (voxels) by which each
+term of the field depends on the gradient at 100 mm from the centre. They stop only what the images
+do not determine."""
 
 EDDY_SPREAD = 0.03
 """SD of the shift (voxels) by each term of the field at 100 mm from the centre, about its part that
 is linear in the gradient."""
 
 FLOOR = 0.3
+"""Floor of the variance of a voxel's residuals, relative to its mean over the voxels."""
 
 BLOCK_SIZE = 15.0
 """Edge of the blocks over which residuals may be correlated, mm."""
@@ -208,7 +211,7 @@ def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
         for fwhm in smoothing:
             head.load(b0, fwhm)
             passes.append(head.align(b0, "b0", fwhm, np.zeros(0, int)))
-            head.refer_to(b0[0], b0)
+            head.refer_to(int(b0[0]), b0)
         head.place_between(b0, weighted)
     terms, notices = _terms(acquisition, encodings)
     if len(weighted) > 1:
@@ -486,8 +489,8 @@ class _Head:
 
     def _normal(self, v: int, signal: torch.Tensor, predicted: torch.Tensor, slope: torch.Tensor,
                 good: torch.Tensor, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Normal equations of translation (mm), rotation (rad), eddy terms (Hz), and gain with its
-        slopes: H C⁻¹ H and H C⁻¹ Aᵀ(P − S), with H = AᵀA and C the covariance of Aᵀ(P − S).
+        """Normal equations of translation (mm), rotation (rad) and eddy terms (Hz): H C⁻¹ H and
+        H C⁻¹ Aᵀ(P − S), with H = AᵀA and C the covariance of Aᵀ(P − S).
 
         Residuals of neighbouring voxels are correlated, since the prediction has errors of its own.
         C is therefore estimated from sums over blocks of the image. H C⁻¹ H is the precision of the
