@@ -3,16 +3,18 @@
 The signals of a voxel have mean 0 and, for measurements i and j with b-value b, shape δ and axis n,
 the covariance
 
-    K_ij = s_i s_j [c₀ E₀(b_i, b_j) + c₁ u_i u_j A(n_i, n_j) E₁(b_i, b_j)] D(δ_i, δ_j) + σ² 1(i = j)
+    K_ij = s_i s_j [c₀ E₀(b_i, b_j) + u_i u_j A_ij E₁(b_i, b_j)] D(δ_i, δ_j) + σ² 1(i = j)
     E(b, b') = exp(−(log b − log b')² / 2ℓ²),    D(δ, δ') = exp(−(δ − δ')² / 2ℓ_δ²)
-    A(n, n') = C(θ) + C(π − θ),    C(θ) = 1 − 3θ/2a + θ³/2a³ for θ ≤ a ≤ π, otherwise 0,
+    A_ij = c₁ [C(θ) + C(π − θ)] + c₂ P₂(cos θ) + c₄ r_i r_j P₄(cos θ)
+    C(θ) = 1 − 3θ/2a + θ³/2a³ for θ ≤ a ≤ π, otherwise 0;    u = |δ| r, r = 1 − exp(−b/β)
 
-where cos θ = n·n' and u = |δ| (1 − exp(−b/β)). The first term is the mean over directions, the
-second the part that depends on the direction, which grows with the weighting. s_i is the root mean
-square of the signals with about the b-value and shape of i. All voxels share the covariance. A and
-E₁ are the spherical covariance and the squared exponential of Andersson and Sotiropoulos 2015
-(doi:10.1016/j.neuroimage.2015.07.067); c₀, E₀, u and D extend them to tables without shells, to b0
-volumes and to tensor-valued encoding.
+where cos θ = n_i·n_j and P_l are the Legendre polynomials. The first term is the mean over
+directions, the second the part that depends on the direction, which grows with the weighting. s_i
+is the root mean square of the signals with about the b-value and shape of i. All voxels share the
+covariance. C and E₁ are the spherical covariance and the squared exponential of Andersson and
+Sotiropoulos 2015 (doi:10.1016/j.neuroimage.2015.07.067). The spherical covariance is that of rough
+functions; P₂ and P₄ add the smooth ones that signals of limited b are. c₀, E₀, u and D extend it to
+tables without shells, to b0 volumes and to tensor-valued encoding.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ BOUNDS = {"mean": (1e-3, 10.0), "direction": (1e-6, 10.0), "second": (1e-6, 10.0
           "shape": (0.1, 10.0), "saturation": (100.0, 10_000.0)}
 """Limits of the hyper-parameters."""
 
-START = {"mean": 1.0, "direction": 0.03, "second": 0.1, "fourth": 0.03, "noise": 0.05, "angle": 1.5, "mean_log_b": 1.0,
-         "direction_log_b": 1.0, "shape": 1.0, "saturation": 1000.0}
+START = {"mean": 1.0, "direction": 0.03, "second": 0.1, "fourth": 0.03, "noise": 0.05,
+         "angle": 1.5, "mean_log_b": 1.0, "direction_log_b": 1.0, "shape": 1.0,
+         "saturation": 1000.0}
 """Hyper-parameters at which the fit starts. Those that a table does not determine stay there."""
 
 
@@ -46,8 +49,8 @@ class Hyperparameters(NamedTuple):
 
     Parameters
     ----------
-    mean, direction : float
-        c₀ and c₁.
+    mean, direction, second, fourth : float
+        c₀, c₁, c₂ and c₄.
     noise : float
         σ², relative to the mean of s².
     angle : float
@@ -145,7 +148,7 @@ class GaussianProcess:
 
         fitted = minimize(objective, np.log(process.hyperparameters), jac=True, method="L-BFGS-B",
                           bounds=np.log([BOUNDS[k] for k in Hyperparameters._fields]),
-                          options={"maxiter": 60}).x
+                          options={"maxiter": 200}).x
         return cls(acquisition, np.diag(moment), Hyperparameters(*np.exp(fitted).tolist()))
 
     def leave_one_out(self) -> Prediction:

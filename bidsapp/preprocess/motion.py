@@ -5,14 +5,16 @@ volumes the leave-one-out prediction of a Gaussian process over b-tensors (`bids
 volumes the mean of the others. With S_v(x) the intensity of volume v at the points x of the
 reference (`bidsapp.preprocess.model`) and P_v(x) its prediction, a Gauss–Newton step solves
 
-    min_δ Σ_x w_v(x) [S_v(x) + A_v(x) δ − γ P_v(x)]²,    A_v = ∂S_v / ∂(motion, eddy currents),
+    min_δ Σ_x w_v(x) [S_v(x) + A_v(x) δ − γ_v(x) P_v(x)]²,    A_v = ∂S_v / ∂(motion, field),
 
-for 6 rigid and up to 9 field parameters and a gain γ. A_v is built from the gradient of P_v, in
-which the noise is averaged. P is linear in S, P = W S. A misalignment u_v of the volumes therefore
-moves P_v by Σ W_vu u_u, so that δ_v = u_v − Σ W_vu u_u is what the steps see; u is solved from it.
-Misalignments that all volumes share are not in u: the rigid one is found by registering the b0
-volumes to their regression on the weighted ones, and those of the field are set such that the field
-is a linear function of the gradient plus residuals of mean 0.
+for 6 rigid and up to 9 field parameters, with a gain γ_v that is constant in blocks of the image:
+errors of the predictions are smooth, so that they should not move the volume. A_v is built from the
+gradient of P_v, in which the noise is averaged. P is linear in S, P = W S; a misalignment u of the
+volumes therefore appears in the steps as δ = (1 − W) u. W is symmetric in the sign of the gradient,
+while the field of eddy currents changes with it: the part of the field that is linear in the
+gradient is fitted to all steps at once, and the rest has a prior about it. The rigid motion between
+the b0 and the weighted volumes is found by registering the b0 volumes to their regression on the
+weighted ones.
 
 (Andersson and Sotiropoulos 2015, 2016, doi:10.1016/j.neuroimage.2015.07.067 and
 doi:10.1016/j.neuroimage.2015.10.019; outlier slices after Andersson et al. 2016,
@@ -52,19 +54,20 @@ MAX_POINTS = 30_000
 HP_POINTS = 5_000
 """Number of voxels from which the hyper-parameters of the Gaussian process are estimated."""
 
-SHARED = 0.5
+SHARED = 0.3
 """Share of the misalignment of the predictions that is taken back."""
 
-PRIOR_SHIFT, PRIOR_ANGLE, PRIOR_GAIN, PRIOR_VOXELS = 10.0, 0.2, 0.3, 5.0
-"""SD of a step of translation (mm), of rotation (rad) and of the gain, and of the shift (voxels) by
-which each term of the field depends on the gradient at 100 mm from the centre. They stop only what
-the images do not determine."""
+PRIOR_SHIFT, PRIOR_ANGLE, PRIOR_VOXELS = 10.0, 0.2, 5.0
+"""SD of a step of translation (mm) and of rotation (rad), and of the shift (voxels) by which each
+term of the field depends on the gradient at 100 mm from the centre. They stop only what the images
+do not determine."""
 
-EDDY_SPREAD = 0.05
+EDDY_SPREAD = 0.03
 """SD of the shift (voxels) by each term of the field at 100 mm from the centre, about its part that
 is linear in the gradient."""
 
-FLOOR = 0.05
+FLOOR = 0.3
+"""Floor of the variance of a voxel's residuals, relative to its mean over the voxels."""
 
 BLOCK_SIZE = 15.0
 """Edge of the blocks over which residuals may be correlated, mm."""
@@ -370,6 +373,7 @@ class _Head:
         blocks = np.floor((self.points - self.points.min(0)) / BLOCK_SIZE).astype(int)
         self.blocks = torch.from_numpy(np.unique(
             blocks, axis=0, return_inverse=True)[1].reshape(-1)).to(device)
+        self.n_blocks = int(self.blocks.max()) + 1
         self.outliers = np.zeros((shape[slice_axis], n), bool)
         self.z, self.change = np.full((2, shape[slice_axis], n), np.nan)
         self.rest = Geometry.static(affine, shape, encodings, field)
@@ -485,8 +489,8 @@ class _Head:
 
     def _normal(self, v: int, signal: torch.Tensor, predicted: torch.Tensor, slope: torch.Tensor,
                 good: torch.Tensor, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Normal equations of translation (mm), rotation (rad), eddy terms (Hz), and gain with its
-        slopes: H C⁻¹ H and H C⁻¹ Aᵀ(P − S), with H = AᵀA and C the covariance of Aᵀ(P − S).
+        """Normal equations of translation (mm), rotation (rad) and eddy terms (Hz): H C⁻¹ H and
+        H C⁻¹ Aᵀ(P − S), with H = AᵀA and C the covariance of Aᵀ(P − S).
 
         Residuals of neighbouring voxels are correlated, since the prediction has errors of its own.
         C is therefore estimated from sums over blocks of the image. H C⁻¹ H is the precision of the
@@ -504,20 +508,29 @@ class _Head:
                 for b in (eddy_basis(y + self.centre, self.rest.centre),
                           eddy_basis_along(y + self.centre, self.rest.centre, per_hertz)))
             columns.append((along @ g) * basis + predicted * derivative)
-        columns += [-predicted[None], -predicted * arm / 100]
-        a = torch.cat(columns) * good
-        difference = (predicted - signal) * good
+        a, difference = self._without_local_gain(
+            torch.cat(columns) * good, (predicted - signal) * good, predicted * good)
         normal = (a @ a.T).double().cpu().numpy()
         right = (a @ difference).double().cpu().numpy()
         fit = np.linalg.lstsq(normal, right, rcond=1e-10)[0]
         rest = difference - torch.from_numpy(fit.astype(np.float32)).to(self.device) @ a
-        scores = torch.zeros((len(a), int(self.blocks.max()) + 1), device=self.device)
+        scores = torch.zeros((len(a), self.n_blocks), device=self.device)
         scores.index_add_(1, self.blocks, a * rest)
         scatter = (scores @ scores.T).double().cpu().numpy()
         independent = float(rest.square().mean()) * normal
         information = np.linalg.solve(scatter + independent + 1e-9 * np.trace(independent)
                                       * np.eye(len(a)), np.column_stack([normal, right]))
         return normal @ information[:, :-1], normal @ information[:, -1]
+
+    def _without_local_gain(self, columns: torch.Tensor, difference: torch.Tensor,
+                            predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project the columns of A and P − S onto what no gain of P in a block can explain."""
+        rows = torch.cat([columns, difference[None], predicted[None]])
+        products = torch.zeros((len(rows), self.n_blocks), device=self.device)
+        products.index_add_(1, self.blocks, rows * predicted)
+        gain = products[:-1] / products[-1].clamp(min=1e-12)
+        rows = rows[:-1] - gain[:, self.blocks] * predicted
+        return rows[:-1], rows[-1]
 
     def _solve(self, index: np.ndarray, normal: np.ndarray, right: np.ndarray,
                shared: np.ndarray, terms: np.ndarray) -> np.ndarray:
@@ -529,11 +542,10 @@ class _Head:
         (1 − W) q and (1 − W) 1, and weighted by the precision of the steps.
         """
         n, k = len(index), len(terms)
-        rigid = np.r_[0:6, 6 + k:10 + k]
-        precision = np.zeros((n, 10 + k))
+        rigid = np.arange(6)
+        precision = np.zeros((n, 6 + k))
         precision[:, :6] = 1 / np.r_[[PRIOR_SHIFT] * 3, [PRIOR_ANGLE] * 3]**2
-        precision[:, -4:] = 1 / PRIOR_GAIN**2
-        target = np.zeros((n, 10 + k))
+        target = np.zeros((n, 6 + k))
         if k:
             field = slice(6, 6 + k)
             readout = np.array([self._readout(v) for v in index.tolist()])
@@ -541,7 +553,7 @@ class _Head:
             x = (np.eye(n) - shared) @ np.column_stack([np.ones(n), q])
             inner = np.linalg.solve(
                 normal[:, rigid[:, None], rigid]
-                + precision[:, rigid, None] * np.eye(10),
+                + precision[:, rigid, None] * np.eye(6),
                 np.concatenate([normal[:, rigid, field], right[:, rigid, None]], -1))
             outer = normal[:, field, rigid] @ inner
             reduced = normal[:, field, field] - outer[..., :k]
@@ -554,9 +566,11 @@ class _Head:
             right = right + np.einsum("vij,vj->vi", normal[:, :, field], shared @ q @ change)
             precision[:, field] = (readout[:, None] / EDDY_SPREAD)**2
             target[:, field] = (q @ self.eddy_slope - self.eddy[index])[:, terms]
-        delta = np.linalg.solve(normal + precision[:, :, None] * np.eye(10 + k),
-                                (right + precision * target)[..., None])[:, :-4, 0]
-        delta[:, :6] = np.linalg.solve(np.eye(n) - SHARED * shared, delta[:, :6])
+        delta = np.linalg.solve(normal + precision[:, :, None] * np.eye(6 + k),
+                                (right + precision * target)[..., None])[..., 0]
+        share = 1 - 1e-3 if self.acquisition.b0[index].all() else SHARED
+        rigid_steps = np.linalg.solve(np.eye(n) - share * shared, delta[:, :6])
+        delta[:, :6] = rigid_steps - rigid_steps.mean(0)  # the frame is found otherwise
         return delta
 
     def _gradients(self, index: np.ndarray) -> np.ndarray:
@@ -620,9 +634,13 @@ class _Head:
             beta = torch.linalg.lstsq(x.T * good[:, None], (mean * good).double()[:, None]).solution
             predicted = (beta[:, 0] @ x).float()
             arm = torch.from_numpy((points - self.centre).T.astype(np.float32)).to(self.device)
-            a = torch.cat([slope, torch.linalg.cross(arm, slope, dim=0)]) * good
+            squares = torch.where(good, predicted - mean, 0).square()
+            trust = (squares + FLOOR * squares.mean()).rsqrt() * good
+            a, difference = self._without_local_gain(
+                torch.cat([slope, torch.linalg.cross(arm, slope, dim=0)]) * trust,
+                (predicted - mean) * trust, predicted * trust)
             d = np.linalg.solve((a @ a.T).cpu().numpy().astype(float),
-                                (a @ (predicted - mean)).cpu().numpy().astype(float))
+                                (a @ difference).cpu().numpy().astype(float))
             step = Rotation.from_rotvec(d[3:]).as_matrix()
             turn, shift = step @ turn, step @ shift + d[:3]
         # x of the b0 = D x of the weighted: y = R D⁻¹ x + …
@@ -659,19 +677,31 @@ class _Head:
                 self._find_outliers(index, sampled, predicted)
 
     def _find_outliers(self, index: np.ndarray, sampled: _Sampled, predicted: torch.Tensor) -> None:
-        """Compare the mean of each slice with its prediction."""
+        """Estimate the relative difference c_k of each slice from its prediction.
+
+        A point between two slices shows both. With linear weights h the model is S = P (1 + Σ h_k
+        c_k), and its sums over h_k are solved for c.
+        """
         count = self.mask_shape[self.slice_axis]
-        inside = sampled.inside.cpu().numpy()
-        observed, expected, voxels = np.zeros((3, count, len(index)))
+        change = np.full((count, len(index)), np.nan)
         for i in range(len(index)):
-            k = np.rint(sampled.slices[i]).clip(0, count - 1).astype(int)
-            for total, values in ((observed, sampled.signal[i].cpu().numpy()),
-                                  (expected, predicted[i].cpu().numpy()),
-                                  (voxels, np.ones(len(k)))):
-                total[:, i] = np.bincount(k, values * inside[i], count)
-        assessed = (voxels * self.voxels_per_point >= MIN_VOXELS) & (expected > 0)
-        change = np.full(observed.shape, np.nan)
-        change[assessed] = observed[assessed] / expected[assessed] - 1
+            inside = sampled.inside[i].cpu().numpy()
+            expected = predicted[i].cpu().numpy()[inside].astype(float)
+            difference = sampled.signal[i].cpu().numpy()[inside] - expected
+            at = sampled.slices[i][inside].clip(0, count - 1)
+            k = np.minimum(at.astype(int), max(count - 2, 0))
+            h = np.stack([1 - (at - k), at - k])
+            mix = np.zeros((count + 1, count + 1))
+            right, voxels = np.zeros((2, count + 1))
+            for p in range(2):
+                right += np.bincount(k + p, h[p] * difference, count + 1)
+                voxels += np.bincount(k + p, h[p], count + 1)
+                for q in range(2):
+                    np.add.at(mix, (np.arange(count) + p, np.arange(count) + q),
+                              np.bincount(k, h[p] * h[q] * expected, count))
+            assessed = (voxels * self.voxels_per_point >= MIN_VOXELS) & (np.diag(mix) > 0)
+            part = np.ix_(assessed, assessed)
+            change[assessed[:-1], i] = np.linalg.lstsq(mix[part], right[assessed], rcond=1e-6)[0]
         z = np.full(change.shape, np.nan)
         for group in self._groups(index):
             z[:, group] = _robust_z(change[:, group])

@@ -1,0 +1,265 @@
+"""Motion, eddy currents and outlier slices of a series that is computed at displaced points."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.preprocess import motion
+from bidsapp.registration.geometry import world_points
+
+SHAPE, AFFINE = (30, 34, 26), np.diag([-4.0, 4, 4, 1])
+AFFINE[:3, 3] = 58, -66, -50
+SEMI_AXES = np.array([48.0, 56, 42])
+ENCODING = PhaseEncoding(1, -1, 0.05)
+PER_HERTZ = np.array([0, -0.05 * 4, 0])  # mm
+
+
+def blobs():
+    """Centres, widths, signals and diffusion tensors: of white matter, grey matter and CSF."""
+    rng = np.random.default_rng(7)
+    centres = rng.uniform(-0.75, 0.75, (80, 3)) * SEMI_AXES
+    axes = rng.standard_normal((80, 3))
+    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    tensors = 0.4e-3 * np.eye(3) + 1.2e-3 * axes[:, :, None] * axes[:, None]
+    tensors[40:60], tensors[60:] = 0.8e-3 * np.eye(3), 2.5e-3 * np.eye(3)
+    return centres, rng.uniform(4, 8, 80), np.repeat([50, 75, 150], [40, 20, 20]), tensors
+
+
+def head(points, btensor):
+    """Noise-free signal: blobs in an ellipsoid of 100 with a soft edge."""
+    rho = np.linalg.norm(points / SEMI_AXES, axis=-1)
+    edge = 0.5 - 0.5 * np.tanh((rho - 1) * 16)
+    total = 60 * np.exp(-np.trace(btensor) * 0.8e-3)
+    for centre, width, amplitude, tensor in zip(*blobs(), strict=True):
+        blob = np.exp(-np.sum((points - centre)**2, -1) / (2 * width**2))
+        total = total + amplitude * blob * np.exp(-np.sum(btensor * tensor))
+    return edge * total
+
+
+def susceptibility(points):
+    return 25 * np.exp(-np.sum((points - np.array([0, 40, -20]))**2, -1) / 800)
+
+
+def mask():
+    return np.linalg.norm(world_points(SHAPE, AFFINE) / SEMI_AXES, axis=-1) < 1.03
+
+
+@dataclass
+class Scan:
+    """A series with its truth."""
+
+    volumes: list
+    acquisition: Acquisition
+    rotation: np.ndarray
+    translation: np.ndarray
+    eddy: np.ndarray
+    with_field: bool
+
+    def forward(self, v, x):
+        y = x @ self.rotation[v].T + self.translation[v]
+        return y + self.hertz(v, x, y)[..., None] * PER_HERTZ
+
+    def hertz(self, v, x, y):
+        a, b, c = np.moveaxis(y - (AFFINE[:3, :3] @ ((np.array(SHAPE) - 1) / 2) + AFFINE[:3, 3]),
+                              -1, 0) / 100
+        terms = [1, a, b, c, a * a, b * b, c * c, a * b, a * c, b * c]
+        return sum(e * t for e, t in zip(self.eddy[v], terms, strict=True)) \
+            + (susceptibility(x) if self.with_field else 0)
+
+    def displacement_error(self, geometry):
+        """RMS over voxels of the mask and volumes, mm."""
+        x = world_points(SHAPE, AFFINE)[mask()][::7]
+        return np.sqrt(np.mean([
+            np.sum((geometry.coordinates(v, x)[0] @ AFFINE[:3, :3].T + AFFINE[:3, 3]
+                    - self.forward(v, x))**2, -1) for v in range(len(self.volumes))]))
+
+
+def directions(n):
+    """(n, 3) over the whole sphere (golden spiral)."""
+    z = 1 - (2 * np.arange(n) + 1) / n
+    phi = np.arange(n) * np.pi * (3 - np.sqrt(5))
+    return np.stack([np.sqrt(1 - z**2) * np.cos(phi), np.sqrt(1 - z**2) * np.sin(phi), z], -1)
+
+
+def scan(bvals, b_delta=None, *, move=2.0, eddy=1.0, field=False, noise=1.5, lost=(), seed=1):
+    """Simulate a scan. lost: (slice, volume) of which half of the signal is lost."""
+    rng = np.random.default_rng(seed)
+    bvals, n = np.asarray(bvals, float), len(bvals)
+    vectors = np.zeros((n, 3))
+    vectors[bvals > 0] = rng.permutation(directions(int((bvals > 0).sum())))
+    acquisition = Acquisition(bvals, vectors, b_delta)
+    walk = np.cumsum(rng.standard_normal((n, 6)), 0)
+    walk = (walk - walk[0]) * move / max(np.abs(walk - walk[0]).max(), 1e-9)
+    size = np.array([8] + [12] * 3 + [10] * 6)
+    q = np.sqrt(bvals / 1000)[:, None] * vectors
+    truth = Scan([], acquisition, Rotation.from_rotvec(walk[:, :3], degrees=True).as_matrix(),
+                 walk[:, 3:], eddy * q @ (size * rng.standard_normal((3, 10))), field)
+    grid = world_points(SHAPE, AFFINE)
+    for v in range(n):
+        y, step = grid, 1e-3
+        for _ in range(12):  # invert the displacement along the phase encoding
+            x = (y - truth.translation[v]) @ truth.rotation[v]
+            y = grid - truth.hertz(v, x, y)[..., None] * PER_HERTZ
+        h = np.array([0, step, 0])
+        x, ahead, behind = ((p - truth.translation[v]) @ truth.rotation[v]
+                            for p in (y, y + h, y - h))
+        slope = (truth.hertz(v, ahead, y + h) - truth.hertz(v, behind, y - h)) / (2 * step)
+        btensor = truth.rotation[v].T @ acquisition.btensors[v] @ truth.rotation[v]
+        clean = head(x, btensor) / (1 + PER_HERTZ[1] * slope)
+        for k, _ in (slot for slot in lost if slot[1] == v):
+            clean[:, :, k] *= 0.5
+        real, imaginary = noise * rng.standard_normal((2, *SHAPE))
+        truth.volumes.append(np.hypot(clean + real, imaginary).astype(np.float32))
+    return truth
+
+
+def estimate(truth, **more):
+    given = {"encodings": [ENCODING] * len(truth.volumes), "mask": mask()} | more
+    return motion.estimate(truth.volumes, truth.acquisition, given.pop("encodings"), AFFINE,
+                           given.pop("mask"), **given)
+
+
+def nothing(truth):
+    return motion.Geometry.static(AFFINE, SHAPE, [ENCODING] * len(truth.volumes))
+
+
+TWO_SHELLS = [0, *[1000] * 7, 0, *[2500] * 8, 0, *[1000] * 7, *[2500] * 8, 0]
+LOST = ((9, 3), (14, 12), (18, 27))
+
+
+@pytest.fixture(scope="module")
+def two_shells():
+    truth = scan(TWO_SHELLS, lost=LOST)
+    return truth, estimate(truth)
+
+
+@pytest.mark.slow
+def test_motion_and_eddy_currents(two_shells):
+    truth, estimated = two_shells
+    assert truth.displacement_error(nothing(truth)) > 1.5
+    assert truth.displacement_error(estimated.geometry) < 0.6  # 4 mm voxels, 30 directions
+    angle = Rotation.from_matrix(estimated.geometry.rotations
+                                 @ np.swapaxes(truth.rotation, 1, 2)).magnitude()
+    assert np.degrees(angle.mean()) < 0.6
+    np.testing.assert_allclose(estimated.geometry.rotations[0], np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(
+        estimated.acquisition.bvecs,
+        np.einsum("nji,nj->ni", estimated.geometry.rotations, truth.acquisition.bvecs))
+    walked = np.abs(np.diff(truth.translation, axis=0)).sum(1)
+    assert np.corrcoef(estimated.framewise_displacement[1:], walked)[0, 1] > 0.5
+    assert estimated.notices == ()
+
+
+@pytest.mark.slow
+def test_outlier_slices_are_found_and_replaced(two_shells):
+    truth, estimated = two_shells
+    assert set(zip(*np.nonzero(estimated.outliers), strict=True)) == set(LOST)
+    assert all(estimated.change[slot] == pytest.approx(-0.45, abs=0.1) for slot in LOST)
+    replaced = motion.replace_outliers(truth.volumes, estimated)
+    clean = scan(TWO_SHELLS, noise=0)
+    for k, v in LOST:
+        brain = mask()[:, :, k]
+        error, before = (np.linalg.norm((x[v] - clean.volumes[v])[:, :, k][brain])
+                         for x in (replaced, truth.volumes))
+        assert error < 0.3 * before
+        other = np.arange(SHAPE[2]) != k
+        np.testing.assert_array_equal(replaced[v][:, :, other], truth.volumes[v][:, :, other])
+    untouched = [v for v in range(len(TWO_SHELLS)) if v not in {v for _, v in LOST}]
+    assert all(replaced[v] is truth.volumes[v] for v in untouched)
+
+
+@pytest.mark.slow
+def test_corrected_series_shows_the_head_at_rest(two_shells):
+    truth, estimated = two_shells
+    volumes, acquisition = motion.apply(truth.volumes, estimated)
+    points = world_points(SHAPE, AFFINE)
+    squares = np.zeros(2)
+    for v, corrected in enumerate(volumes):
+        still = head(points, truth.rotation[v].T @ truth.acquisition.btensors[v]
+                     @ truth.rotation[v])
+        squares += [np.sum((x - still)[mask()]**2) for x in (corrected, truth.volumes[v])]
+    assert squares[0] < 0.25 * squares[1]
+    assert acquisition is estimated.acquisition
+
+
+@pytest.mark.slow
+def test_the_field_moves_with_the_head():
+    truth = scan([0, *[1200] * 9, 0, *[1200] * 9], field=True)
+    field = susceptibility(world_points(SHAPE, AFFINE)).astype(np.float32)
+    with_field = truth.displacement_error(estimate(truth, field=field).geometry)
+    assert with_field < 0.6
+    assert truth.displacement_error(estimate(truth).geometry) > with_field
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bvals,b_delta", [
+    ([0, *[1000] * 6], None),                                    # six directions, one b0
+    ([1000] * 14, None),                                         # no b0
+])
+def test_tables(bvals, b_delta):
+    """Without eddy currents all of these tables carry the motion."""
+    truth = scan(bvals, b_delta, eddy=0)
+    before = truth.displacement_error(nothing(truth))
+    assert truth.displacement_error(estimate(truth).geometry) < 0.4 * before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bvals,b_delta", [
+    ([0, 0, *np.linspace(200, 3000, 12).round()], None),           # no shells
+    ([0, *[1500] * 6, *[1500] * 6], [1, *[1] * 6, *[-0.5] * 6]),   # linear and planar
+])
+def test_still_head_stays_nearly_still(bvals, b_delta):
+    truth = scan(bvals, b_delta, eddy=0, move=0)
+    assert truth.displacement_error(estimate(truth).geometry) < 1
+
+
+@pytest.mark.slow
+def test_slab():
+    truth = scan([0, *[1000] * 12], eddy=0.5, move=1.5)
+    slab = mask()
+    slab[:, :, :9] = slab[:, :, 17:] = False
+    truth.volumes = [v[:, :, 8:18] for v in truth.volumes]
+    affine = AFFINE.copy()
+    affine[2, 3] += 8 * 4
+    estimated = motion.estimate(truth.volumes, truth.acquisition, [ENCODING] * 13, affine,
+                                slab[:, :, 8:18])
+    x = world_points(SHAPE, AFFINE)[slab]
+    after, before = (np.mean([np.sum(
+        (geometry.coordinates(v, x)[0] @ affine[:3, :3].T + affine[:3, 3]
+         - truth.forward(v, x))**2, -1) for v in range(13)])
+        for geometry in (estimated.geometry,
+                         motion.Geometry.static(affine, (30, 34, 10), [ENCODING] * 13)))
+    assert after < 0.25 * before
+
+
+def test_without_phase_encoding_eddy_currents_are_left_out():
+    truth = scan([0, *[1000] * 6], move=1)
+    for encodings in ([None] * 7, [PhaseEncoding(1, 1)] * 7):
+        estimated = estimate(truth, encodings=encodings, smoothing=(5.0,))
+        assert not estimated.geometry.eddy.any()
+        assert "readout time is unknown" in estimated.notices[0]
+
+
+def test_complex_volumes(rng):
+    truth = scan([0, *[1000] * 6], move=1, lost=[(12, 4)])
+    waves = np.exp(1j * rng.uniform(0, 6, (7, 1, 1, 1)) * np.ones(SHAPE))
+    magnitude = estimate(truth, smoothing=(5.0,))
+    truth.volumes = [v * w for v, w in zip(truth.volumes, waves, strict=True)]
+    estimated = estimate(truth, smoothing=(5.0,))
+    np.testing.assert_allclose(estimated.geometry.translations, magnitude.geometry.translations,
+                               atol=1e-3)
+    for v, volume in enumerate(motion.apply(truth.volumes, estimated)[0]):
+        assert volume.dtype == np.complex64
+        np.testing.assert_allclose(np.angle(volume / waves[v])[mask()], 0, atol=1e-4)
+
+
+def test_one_weighted_volume_and_refusals():
+    truth = scan([0, 0, 1000], move=1)
+    assert "only weighted volume" in estimate(truth, smoothing=(5.0,)).notices[1]
+    with pytest.raises(ValueError, match="2 encodings"):
+        estimate(truth, encodings=[None] * 2)
+    with pytest.raises(ValueError, match="0 voxels"):
+        estimate(truth, mask=np.zeros(SHAPE, bool))
