@@ -269,6 +269,26 @@ def segment(dwi: Dwi, anatomy: Anatomy, work_dir: Path | None = None) -> list[np
     return [maps[1], maps[2], maps[0]]  # from dark to bright: CSF, grey matter, white matter
 
 
+def derivatives(dwi: Dwi, anatomy: Anatomy, work_dir: Path | None = None) -> dict[str, np.ndarray]:
+    """Make the images for `anat/`, on the grid of `anatomy`.
+
+    Parameters
+    ----------
+    dwi, anatomy, work_dir
+        Those of `segment`.
+
+    Returns
+    -------
+    dict of (x, y, z)
+        By the end of the file name: `desc-brain_mask`, uint8, and `label-GM_probseg`,
+        `label-WM_probseg` and `label-CSF_probseg`, float32, 0 to 1.
+    """
+    maps = segment(dwi, anatomy, work_dir)
+    return {"desc-brain_mask": brain_mask(dwi, anatomy).astype(np.uint8),
+            **{f"label-{tissue}_probseg": p.astype(np.float32)
+               for tissue, p in zip(TISSUES, maps, strict=True)}}
+
+
 def _flatten(image: np.ndarray, affine: np.ndarray, brain: np.ndarray
              ) -> tuple[np.ndarray, np.ndarray]:
     """Remove the bias field of a T1w image, and the scalp from a brain mask of diffusion images."""
