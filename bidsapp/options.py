@@ -157,8 +157,8 @@ class Options:
         False, "also synthesize a whole image of each mode, in the participant's anatomy",
         level="participant")
     output_spaces: tuple[str, ...] = option(
-        (), "spaces in which maps are written too: T1w, or TemplateFlow names with :res-N where "
-        "wanted; default: dwi", level="participant", aliases=("--output_spaces",),
+        (), "spaces in which maps are written too: T1w, acpc, or TemplateFlow names with :res-N "
+        "where wanted; default: dwi", level="participant", aliases=("--output_spaces",),
         metavar="SPACE")
     output_resolution: float | None = option(
         None, "voxel size in the output spaces that name no res-N; default: the smallest edge of "

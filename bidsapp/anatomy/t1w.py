@@ -37,6 +37,10 @@ MIN_OVERLAP = 0.8
 """Smallest overlap (Dice) of the brain masks of the T1w image and of the b0. It was 0.90 to 0.96,
 also for images of two people, and 0.66 where the registration failed."""
 
+MIN_RATIO, MAX_SYMMETRY = 1.1, 0.9
+"""Smallest ratio of the T1w image's match to that of its mirror image, and largest symmetry at
+which it counts (`rigid.Likeness`). The symmetry of real images was 0.60 to 0.86."""
+
 SMOOTHNESS = "[0.1,1x1x1]"
 """Weight and radius of Atropos' Markov random field."""
 
@@ -97,20 +101,27 @@ def align(attenuation: Float[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z
     Raises
     ------
     DataError
-        The image is unreadable, without contrast, or shows less than half of the brain.
+        The image is unreadable, without contrast, shows less than half of the brain, or shows
+        someone else (`rigid.compare_to_mirror`).
     """
     head, head_affine = read(t1w)
     image, brain, notice = head, None, ""
-    transform = None
     try:
         brain = find_brain(head, head_affine, device)
         image = head / n4.bias_field(head, brain, head_affine)
-        transform = rigid.register(attenuation, mask, affine, np.where(brain, image, 0),
-                                   head_affine)
+        only = np.where(brain, image, 0)
+        transform = rigid.register(attenuation, mask, affine, only, head_affine)
         _require_agreement(_to_dwi(brain, head_affine, transform, mask.shape, affine), mask)
     except DataError as error:
         image, brain, notice = head, None, str(error)
         transform = rigid.register(attenuation, mask, affine, head, head_affine)
+    if brain is not None:
+        match = rigid.compare_to_mirror(attenuation, mask, affine, only, head_affine, transform)
+        if match.ratio < MIN_RATIO and match.symmetry < MAX_SYMMETRY:
+            raise DataError(
+                f"{t1w}: matches the diffusion images no better than its mirror image does (ratio "
+                f"{match.ratio:.2f}; {MIN_RATIO} is needed), so it shows someone else, or the "
+                "registration failed. Replace or remove the T1w image.")
     at = _voxels(mask, affine, transform, head_affine)
     coverage = np.all((at >= 0) & (at <= np.array(head.shape)[:, None] - 1), axis=0).mean()
     if coverage < MIN_COVERAGE:
@@ -256,6 +267,26 @@ def segment(dwi: Dwi, anatomy: Anatomy, work_dir: Path | None = None) -> list[np
     maps = sorted((c.numpy() for c in classes),
                   key=lambda p: (p * image).sum() / max(p.sum(), 1e-9))
     return [maps[1], maps[2], maps[0]]  # from dark to bright: CSF, grey matter, white matter
+
+
+def derivatives(dwi: Dwi, anatomy: Anatomy, work_dir: Path | None = None) -> dict[str, np.ndarray]:
+    """Make the images for `anat/`, on the grid of `anatomy`.
+
+    Parameters
+    ----------
+    dwi, anatomy, work_dir
+        Those of `segment`.
+
+    Returns
+    -------
+    dict of (x, y, z)
+        By the end of the file name: `desc-brain_mask`, uint8, and `label-GM_probseg`,
+        `label-WM_probseg` and `label-CSF_probseg`, float32, 0 to 1.
+    """
+    maps = segment(dwi, anatomy, work_dir)
+    return {"desc-brain_mask": brain_mask(dwi, anatomy).astype(np.uint8),
+            **{f"label-{tissue}_probseg": p.astype(np.float32)
+               for tissue, p in zip(TISSUES, maps, strict=True)}}
 
 
 def _flatten(image: np.ndarray, affine: np.ndarray, brain: np.ndarray

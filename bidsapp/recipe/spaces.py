@@ -31,10 +31,10 @@ from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
 
-LEAST_BRAIN = 0.5
-"""Volume of the brain mask in the T1w image over that of the template, below which the registration
-to the template would have to stretch a slab over a whole brain. The mask is that of the diffusion
-images where the brain was not found in the T1w image."""
+LEAST_BRAIN = 0.4
+"""Volume of the brain mask of the diffusion images over that of the template, below which the
+registration to the template would have to stretch a slab over a whole brain. It applies where the
+brain was not found in the T1w image. MNI152 is large: many brains have two thirds of its volume."""
 
 
 class Register(Step):
@@ -213,14 +213,14 @@ class Register(Step):
         brain = Image(np.where(t1w.brain_mask(stage.dwi, anatomy), anatomy.image, 0),
                       anatomy.affine)
         fixed = acpc.template()
-        self._require_whole(brain, fixed)
+        self._require_whole(anatomy, brain, fixed)
         return acpc.align(brain, fixed, self.context.options.work_dir)
 
-    def _require_whole(self, brain: Image, whole: Image) -> None:
-        """Raise Refusal if the T1w image is known to show the brain in a part only."""
-        if brain.volume < LEAST_BRAIN * whole.volume:
+    def _require_whole(self, anatomy: t1w.Anatomy, brain: Image, whole: Image) -> None:
+        """Raise Refusal if the brain may be that of a slab."""
+        if anatomy.brain is None and brain.volume < LEAST_BRAIN * whole.volume:
             raise Refusal(
-                f"the images show {brain.volume / 1000:.0f} mL of brain, and the template of "
+                f"the diffusion images show {brain.volume / 1000:.0f} mL of brain, the template of "
                 f"{self.space} has {whole.volume / 1000:.0f} mL: a part cannot be registered to "
                 f"the whole. Use --output-spaces {T1W}.")
 
@@ -231,7 +231,7 @@ class Register(Step):
         fixed = Image(np.where(t1w.read(self.space.mask)[0] > 0.5, values, 0), affine)
         moving = Image(np.where(t1w.brain_mask(stage.dwi, anatomy), anatomy.image, 0),
                        anatomy.affine)
-        self._require_whole(moving, fixed)
+        self._require_whole(anatomy, moving, fixed)
         place = template.register(fixed, moving, self.context.options.work_dir,
                                   deformable.ITERATIONS)
         return resample.through(points, place, affine)

@@ -19,8 +19,12 @@ from jaxtyping import Float
 from bidsapp.registration import affine
 from bidsapp.registration.image import Image
 
-RESOLUTION = 2
-"""Voxel size of the template for the registration, in mm."""
+RESOLUTION = 3
+"""Voxel size of the template for the registration, in mm. With 2 mm, the transforms of two heads
+differed by up to 0.5° and 0.3 mm, and took four times as long."""
+
+EDGE = 0.1
+"""Share of the template's maximum, above which a voxel is brain."""
 
 
 def template() -> Image:
@@ -28,7 +32,9 @@ def template() -> Image:
     from nilearn.datasets import load_mni152_template
 
     image = load_mni152_template(resolution=RESOLUTION)
-    return Image(np.asarray(image.dataobj, np.float32), np.asarray(image.affine))
+    values = np.asarray(image.dataobj, np.float32)
+    # resampling leaves small values around the brain
+    return Image(np.where(values > EDGE * values.max(), values, 0), np.asarray(image.affine))
 
 
 def grid() -> tuple[tuple[int, ...], Float[np.ndarray, "4 4"]]:

@@ -14,12 +14,14 @@ real T1w images, whose bias field spans a factor of 4, a search in the whole hea
 from __future__ import annotations
 
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from bidsapp.dwi import Dwi
 from bidsapp.registration.geometry import transform_points
+from bidsapp.registration.image import sample
 
 BINS = 32
 """Bins of each image in the joint histogram."""
@@ -93,7 +95,6 @@ def register(fixed: np.ndarray, mask: np.ndarray, fixed_affine: np.ndarray, imag
         World of `fixed` → world of `image`, mm.
     """
     from scipy.ndimage import binary_dilation
-    from scipy.spatial.transform import Rotation
 
     region = binary_dilation(mask, iterations=RIM)
     centre = transform_points(fixed_affine, np.argwhere(mask)).mean(axis=0)
@@ -107,10 +108,78 @@ def register(fixed: np.ndarray, mask: np.ndarray, fixed_affine: np.ndarray, imag
         return _search(start, settings, fixed, mask, region, fixed_affine, centre, image, affine)
 
     best = min((search(p, COARSE) for p in starts), key=lambda result: result[1])[0]
-    best = search(best, FINE)[0]
+    return _matrix(search(best, FINE)[0], centre)
+
+
+class Likeness(NamedTuple):
+    """How much better an image matches than its mirror image, which shows another head.
+
+    Attributes
+    ----------
+    ratio : float
+        (N − 1) / (N′ − 1), with N the normalised mutual information of the image and N′ that of its
+        mirror image, each after registration. For the two T1w images at hand it was 1.37 to 1.54
+        with series of the same person, 1.19 with much noise, 1.40 to 1.60 with slabs of 2 and 5
+        slices; and 0.98 to 1.01 with series of other people, 0.93 to 1.08 with slabs.
+    symmetry : float
+        Correlation of the image with its mirror image. Near 1, the ratio means nothing.
+    """
+
+    ratio: float
+    symmetry: float
+
+
+def compare_to_mirror(fixed: np.ndarray, mask: np.ndarray, fixed_affine: np.ndarray,
+                      image: np.ndarray, affine: np.ndarray, transform: np.ndarray) -> Likeness:
+    """Tell whether two images may show the same head.
+
+    The mirror image of a head has its contrast, size and shape, but not its folds: it is what a
+    head of someone else looks like. An image of the same head matches better than its mirror image,
+    and one of another head about as well.
+
+    Parameters
+    ----------
+    fixed, mask, fixed_affine, affine
+        Those of `register`.
+    image : (x, y, z)
+        The other image, 0 outside the brain.
+    transform : (4, 4)
+        Result of `register`.
+
+    Returns
+    -------
+    Likeness
+    """
+    from scipy.ndimage import binary_dilation
+    from scipy.spatial.transform import Rotation
+
+    region = binary_dilation(mask, iterations=RIM)
+    centre = transform_points(fixed_affine, np.argwhere(mask)).mean(axis=0)
+    flip = np.diag([-1.0, 1.0, 1.0, 1.0])
+    flip[0, 3] = 2 * transform_points(affine, np.argwhere(image > 0)).mean(axis=0)[0]
+    start = np.r_[Rotation.from_matrix(transform[:3, :3]).as_rotvec(degrees=True),
+                  transform_points(transform, centre) - centre]
+
+    def search(start: np.ndarray, settings: tuple[float, float, float, int], affine: np.ndarray
+               ) -> tuple[np.ndarray, float]:
+        return _search(start, settings, fixed, mask, region, fixed_affine, centre, image, affine)
+
+    own = search(start, FINE, affine)
+    other = search(search(start, COARSE, flip @ affine)[0], FINE, flip @ affine)
+    points = transform_points(fixed_affine, np.argwhere(mask))
+    here, there = (sample(image, a, transform_points(_matrix(p, centre), points))
+                   for (p, _), a in ((own, affine), (other, flip @ affine)))
+    return Likeness((-own[1] - 1) / max(-other[1] - 1, 1e-9),
+                    float(np.corrcoef(here, there)[0, 1]))
+
+
+def _matrix(parameters: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """(4, 4) of a rotation vector (degrees) about the centre and a translation (mm)."""
+    from scipy.spatial.transform import Rotation
+
     move = np.eye(4)
-    move[:3, :3] = Rotation.from_rotvec(best[:3], degrees=True).as_matrix()
-    move[:3, 3] = centre + best[3:] - move[:3, :3] @ centre
+    move[:3, :3] = Rotation.from_rotvec(parameters[:3], degrees=True).as_matrix()
+    move[:3, 3] = centre + parameters[3:] - move[:3, :3] @ centre
     return move
 
 
