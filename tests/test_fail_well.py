@@ -244,9 +244,10 @@ def test_stop_on_first_crash_with_several_at_a_time(bids_tree, tmp_path):
     labels = [f"{i:02}" for i in range(1, 9)]
     bids, out = bids_tree(labels), tmp_path / "out"
     os.truncate(bids / f"{STEM}.nii.gz", 0)
-    done = subprocess.run([sys.executable, "-m", "bidsapp", bids, out, "participant", "--estimate",
-                           "dti", "--nprocs", "2", "--omp-nthreads", "1",
-                           "--stop-on-first-crash"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "bidsapp", bids, out, "participant",
+                           "--preprocess", "none", "--estimate", "dti", "--nprocs", "2",
+                           "--omp-nthreads", "1", "--stop-on-first-crash"], capture_output=True,
+                          text=True, check=False)
     assert done.returncode == 1 and "not everything was done for sub-01." in done.stderr
     ran = {p.name for p in out.glob("sub-*/")}
     listed = {line.split("\t")[0] for line in

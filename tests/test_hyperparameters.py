@@ -12,12 +12,9 @@ from bidsapp.errors import UsageError
 from bidsapp.harmonization import harmonizer
 from bidsapp.networks import builder
 from bidsapp.recipe.plan import chosen_methods
+from support.app import qsphere
 
 SHRESNET = "harmonize_shresnet"
-
-
-def qsphere(*argv):
-    return cli.main([*map(str, argv), "--nprocs", "1"])
 
 
 def given(method, *texts, sloppy=False, training=True):

@@ -26,7 +26,8 @@ PARTICIPANT = "participant"
 
 
 def start(*argv, **options):
-    return subprocess.Popen([sys.executable, "-m", "bidsapp", *map(str, argv), "--nprocs", "1"],
+    return subprocess.Popen([sys.executable, "-m", "bidsapp", *map(str, argv), "--preprocess",
+                             "none", "--nprocs", "1"],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
@@ -164,8 +165,8 @@ def test_memory_limit_does_not_change_the_result(processed, tmp_path):
 def test_several_participants_at_a_time(processed, tmp_path):
     bids, out = processed
     done = subprocess.run([sys.executable, "-m", "bidsapp", bids, tmp_path / "out", PARTICIPANT,
-                           "--nprocs", "2", "--omp-nthreads", "1"], capture_output=True,
-                          text=True, check=False)
+                           "--preprocess", "none", "--nprocs", "2", "--omp-nthreads", "1"],
+                          capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "of 2 participants processed" in done.stderr
     maps = [p.relative_to(out) for p in out.glob("sub-*/dwi/*.nii.gz")]

@@ -20,7 +20,7 @@ from bidsapp.evaluate.change import compare_signals
 from bidsapp.harmonization import harmonizer
 from bidsapp.kinds import Cohort, TrainingSettings
 from bidsapp.recipe import harmonize
-from bidsapp.recipe.steps import load_run
+from bidsapp.recipe.steps import load_measured
 from support import bids_tree as truth
 from support.app import content, image, qsphere, validate
 from support.two_scanners import LABELS, ROWS, simulate_other_scanner
@@ -325,15 +325,15 @@ def test_memory_limit_of_a_training(fresh, tmp_path, monkeypatch):
     model, held = out / f"group/models/{MODEL}", []
     before = {p.name: p.read_bytes() for p in model.iterdir()}
 
-    def spy(run, **options):
-        dwi, mean_b0 = load_run(run, **options)
+    def spy(dataset, run, **options):
+        dwi = load_measured(dataset, run, **options)
         array = dwi.signal
         while array is not None and not isinstance(array, np.memmap):
             array = array.base if isinstance(array, np.ndarray) else None
         held.append(array is not None)
-        return dwi, mean_b0
+        return dwi
 
-    monkeypatch.setattr("bidsapp.run.load_run", spy)
+    monkeypatch.setattr("bidsapp.run.load_measured", spy)
     # --mem-mb counts from what a process needs, and in bytes: the scans of these tests are small
     monkeypatch.setattr("bidsapp.run.memory_limit", lambda given: FIXED_MEMORY + given)
     scan = 2 * 4 * 30 * int(image(f"{stem(out, '01')}_desc-brain_mask.nii.gz").sum())

@@ -25,6 +25,7 @@ from bidsapp.recipe.steps import RunContext
 from bidsapp.registration import deformable, resample
 from bidsapp.registration.geometry import world_points
 from bidsapp.stage import Stage
+from support.app import qsphere
 
 GREY, WHITE, CSF = 1, 2, 3
 INTENSITY = np.array([20.0, 600.0, 1000.0, 250.0])  # T1w: air, grey, white, CSF
@@ -144,10 +145,6 @@ def work(home, tmp_path_factory):
         logs.append([p.name for p in out.glob("sub-01/dwi/*_dwimap.nii.gz")
                      if p.stat().st_mtime_ns != before.get(p)])
     return bids, out, logs
-
-
-def qsphere(*argv):
-    return cli.main([*map(str, argv), "--nprocs", "1"])
 
 
 def read(out, name):
@@ -478,8 +475,9 @@ def test_what_steps_depend_on(home, tmp_path):
     bids = write_head(tmp_path / "bids")
 
     def fingerprints(*argv):
-        options = cli.parse([str(bids), str(tmp_path / "out"), "participant", "--estimate", "dti",
-                             "freewater", "--output-spaces", "T1w", *argv])
+        options = cli.parse([str(bids), str(tmp_path / "out"), "participant", "--preprocess",
+                             "none", "--estimate", "dti", "freewater", "--output-spaces", "T1w",
+                             *argv])
         (run,) = find.find_runs(options).runs["01"]
         context = RunContext(options, Dataset(tmp_path / "out", {"raw": bids}), run, "cpu", np.inf)
         return {step.name: step.fingerprint for step in plan(context, (), chosen_methods(options))}

@@ -22,6 +22,7 @@ from bidsapp.phantom import load_atlas, recruit
 from bidsapp.simulate import fields, person, site
 from bidsapp.simulate import phantom as ph
 from support import ROOT
+from support.app import qsphere
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from phantom import features, people_and_sites, site_auc
@@ -452,12 +453,10 @@ def test_files_say_what_was_simulated(dataset):
 
 def test_qsphere_finds_sites_and_masks(dataset, tmp_path):
     """The app itself: batches are the sites, the given masks are used, DTI runs."""
-    from bidsapp.cli import main
-
     out = tmp_path / "out"
-    assert main([str(dataset), str(out), "participant", "--participant-label", "01",
-                 "--session-label", "siteA", "siteB", "--estimate", "dti", "--derivatives",
-                 f"masks={dataset / 'derivatives/masks'}"]) == 0
+    assert qsphere(dataset, out, "participant", "--participant-label", "01", "--session-label",
+                   "siteA", "siteB", "--estimate", "dti", "--derivatives",
+                   f"masks={dataset / 'derivatives/masks'}") == 0
     assert "siteA,siteB" in (out / "participants.tsv").read_text()
     stem = "sub-01/ses-siteB/dwi/sub-01_ses-siteB"
     mine = nib.load(out / f"{stem}_desc-brain_mask.nii.gz").get_fdata()
