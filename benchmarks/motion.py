@@ -1,7 +1,7 @@
 """Motion and eddy currents: errors against the truth of an analytic head, beside doing nothing and
 beside DIPY's `motion_correction`.
 
-    python benchmarks/motion.py [--snr 15 30] [--no-dipy] [--dataset BIDS_DIR ...]
+    python benchmarks/motion.py [--snr 15 30] [--seeds 0] [--no-dipy]
 
 The head has folded cortex, ventricles, bundles, skull and scalp, all functions of the position in
 mm, so that a volume is computed at displaced points without interpolation. Head motion is a random
@@ -9,7 +9,7 @@ walk with two jumps, up to 3 mm and 3° in each component; eddy currents are lin
 and quadratic in the position, with a random part; in 1 of 100 slices of weighted volumes half of
 the signal is lost; noise is Rician with an SD of the b0 signal of white matter divided by the SNR.
 Errors are those of the position of each voxel of the brain in each volume. A slice counts as
-found or false if it has 60 voxels of the brain or more.
+found or false if it has 250 voxels of the brain or more.
 """
 
 import argparse
