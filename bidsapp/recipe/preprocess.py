@@ -30,10 +30,11 @@ from bidsapp.bids.writer import Transaction, sha256
 from bidsapp.dwi import FIELD_MAPS, Dwi, FieldMap, ImageFile, Part, Run, open_image, read_array
 from bidsapp.errors import DataError, Refusal
 from bidsapp.evaluate import quality
-from bidsapp.options import DENOISERS
+from bidsapp.options import DENOISERS, Options
 from bidsapp.preprocess import bias, denoise, distortion, gibbs, motion, phase
 from bidsapp.preprocess.model import Geometry, resample
 from bidsapp.recipe.outputs import write_tables
+from bidsapp.recipe.spaces import Register, like
 from bidsapp.recipe.steps import (
     MADE_MASK,
     RunContext,
@@ -42,9 +43,11 @@ from bidsapp.recipe.steps import (
     check_gradients,
     is_real,
 )
-from bidsapp.registration.geometry import transform_points
+from bidsapp.registration.geometry import transform_points, world_points
+from bidsapp.registration.image import sample
 from bidsapp.report import boilerplate, corrections
 from bidsapp.series import Series
+from bidsapp.spaces import Space, parse
 from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
@@ -70,7 +73,9 @@ class Preprocess(Step):
                 "metadata": [part.metadata for part in (*run.parts, *others)],
                 "corrections": self.context.corrections,
                 "fallback_readout": options.fallback_total_readout_time,
-                "gradient_check": options.gradient_check}
+                "gradient_check": options.gradient_check,
+                "spaces": [(str(space), options.output_resolution)
+                           for space in rigid_spaces(options)]}
 
     @property
     def title(self) -> str:
@@ -103,7 +108,9 @@ class Preprocess(Step):
         corrector.find_mask()
         corrector.check_gradients()
         corrector.write(transaction)
-        self.done = [entry["name"] for entry in report.facts["corrections"]]
+        for space in rigid_spaces(self.context.options):
+            corrector.write_in_space(transaction, Register(self.context, self, space))
+        self.done = [*corrector.described()]
 
 
 class Corrector:
@@ -133,6 +140,9 @@ class Corrector:
         report.qc["ndc_raw"] = quality.neighbouring_correlation(raw)
         self.field: distortion.Field | None = None
         self.motion: motion.MotionEstimate | None = None
+        self.bias: np.ndarray | None = None
+        self.anatomy: t1w.Anatomy | None = None
+        self.uninterpolated: list[np.ndarray] = []
         self.sources: list[str] = []
         self.about: dict[str, Any] = {}
 
@@ -289,6 +299,10 @@ class Corrector:
         centre = transform_points(self.affine, np.argwhere(self.mask)).mean(axis=0)
         return quality.head_motion(geometry.rotations, geometry.translations, centre)
 
+    def geometry(self) -> Geometry:
+        """Where each volume shows the first b0 volume."""
+        return self.motion.geometry if self.motion else self.still(len(self.acquisition))
+
     def still(self, volumes: int) -> Geometry:
         """Geometry of volumes that did not move, in the susceptibility field."""
         return Geometry.static(self.affine, self.volumes.shape[:3], self.encodings[:volumes],
@@ -298,16 +312,16 @@ class Corrector:
         """Resample all volumes once, through all transforms; rotate the b-vectors."""
         if self.field is None and self.motion is None:
             return
-        start = time.monotonic()
+        start, volumes = time.monotonic(), self.by_volume()
         if self.motion is not None:
-            corrected, self.acquisition = motion.apply(self.by_volume(), self.motion)
-        else:
-            corrected = resample(self.by_volume(), self.still(len(self.acquisition)),
-                                 self.volumes.shape[:3], self.affine)
-        result = np.empty_like(self.volumes)
-        for v, volume in enumerate(corrected):
-            result[..., v] = volume
-        self.volumes = result
+            volumes = motion.replace_outliers(volumes, self.motion)
+            self.acquisition = self.motion.acquisition
+        if rigid_spaces(self.context.options):
+            self.uninterpolated = volumes
+        self.volumes = np.empty_like(self.volumes)
+        for v, volume in enumerate(resample(volumes, self.geometry(), self.volumes.shape[:3],
+                                            self.affine)):
+            self.volumes[..., v] = volume
         self.mask = median_otsu(self.mean_b0())
         self.note("resample", "all volumes interpolated once, by cubic splines, with the Jacobian "
                   "of the distortion", start)
@@ -324,7 +338,8 @@ class Corrector:
         except DataError as error:
             self.skip(f"The bias field was not corrected: {error}")
             return
-        self.volumes /= found.values[..., None]
+        self.bias = found.values
+        self.volumes /= self.bias[..., None]
         self.report.qc |= {"bias_min": found.lowest, "bias_max": found.highest}
         self.note("bias", f"bias field of the mean b0 removed by N4: {found.lowest:.2f} to "
                   f"{found.highest:.2f} in the brain (percentiles 1 and 99)", start)
@@ -337,8 +352,8 @@ class Corrector:
         if run.t1w and not run.mask:
             start = time.monotonic()
             try:
-                anatomy = t1w.register(self.dwi(), run.t1w, self.context.device)
-                self.mask = t1w.mask_from_t1w(anatomy, self.mask, self.affine)
+                self.anatomy = t1w.register(self.dwi(), run.t1w, self.context.device)
+                self.mask = t1w.mask_from_t1w(self.anatomy, self.mask, self.affine)
                 self.mask_source = self.context.dataset.uri(run.t1w)
                 self.note("brain", f"brain mask of {run.t1w.name}, brought to the corrected images",
                           start)
@@ -369,17 +384,63 @@ class Corrector:
                     np.swapaxes(self.motion.geometry.rotations, 1, 2))
             self.acquisition = acquisition
 
+    def write_in_space(self, transaction: Transaction, register: Register) -> None:
+        """Write the corrected images in a rigid output space, by one interpolation.
+
+        Parameters
+        ----------
+        transaction : Transaction
+            Receives the files.
+        register : Register
+            The step that writes the space's transform and brain mask; not yet done.
+        """
+        context, start, space = self.context, time.monotonic(), register.space
+        if self.run.t1w is None or self.run.entities.get("space") == space.name:
+            return  # the step `register` says why
+        try:
+            self.anatomy = self.anatomy or t1w.register(self.dwi(), self.run.t1w, context.device)
+            to_t1w, shape, affine = register.place(self.dwi(), self.anatomy)
+        except (DataError, Refusal) as error:
+            self.skip(f"The corrected images are not written in the space {space}: {error}")
+            return
+        to_dwi = np.linalg.inv(self.anatomy.transform) @ to_t1w
+        series = np.stack([*resample(self.uninterpolated or self.by_volume(), self.geometry(),
+                                     shape, affine, to_reference=to_dwi)], axis=-1)
+        if self.bias is not None and self.uninterpolated:
+            points = transform_points(to_dwi, world_points(shape, affine))
+            series /= sample(self.bias, self.affine, points, beyond="nearest")[..., None]
+        acquisition = self.acquisition.rotated(to_dwi[:3, :3].T)
+        about = {**self.sidecar(), **register.about}
+        grid = like(open_image(register.reference), shape, affine, register.is_aligned)
+        path = context.path("dwi", desc="preproc", **space.entities)
+        transaction.image(path, series, grid, {**about, "Description": (
+            f"Diffusion series after the corrections that are listed, in the space {space}"),
+            "Corrections": self.described()})
+        write_tables(transaction, path, acquisition, affine)
+        transaction.image(context.path("dwiref", **space.entities), series[
+            ..., acquisition.b0].mean(axis=-1), grid, {
+                **about, "Description": "Mean of the corrected b0 volumes"})
+        log.info("%s: corrected images written in the space %s (%.1f s)", self.run.name, space,
+                 time.monotonic() - start)
+
+    def sidecar(self) -> dict[str, Any]:
+        """Sidecar keys of all images that are written."""
+        keys = sidecar.base(self.run, self.context.dataset, "")
+        return {**keys, "Sources": [*dict.fromkeys([*keys["Sources"], *self.sources])],
+                "SkullStripped": False, **self.about}
+
+    def described(self) -> dict[str, str]:
+        """A sentence on each correction, by its name."""
+        return {entry["name"]: entry["text"] for entry in self.report.facts["corrections"]}
+
     def write(self, transaction: Transaction) -> None:
         """Write the corrected images, the brain mask, the field and the confounds."""
         context, run, dataset = self.context, self.run, self.context.dataset
-        raw = sidecar.base(run, dataset, "")
-        raw["Sources"] = [*dict.fromkeys([*raw["Sources"], *self.sources])]
-        raw |= {"SkullStripped": False, **self.about}
-        done = {entry["name"]: entry["text"] for entry in self.report.facts["corrections"]}
+        raw = self.sidecar()
         image = context.path("dwi", desc="preproc")
         transaction.image(image, self.volumes, context.like, {
             **raw, "Description": "Diffusion series after the corrections that are listed",
-            "Corrections": done})
+            "Corrections": self.described()})
         write_tables(transaction, image, self.acquisition, self.affine)
         transaction.image(context.path("dwiref"), self.mean_b0(), context.like,
                           {**raw, "Description": "Mean of the corrected b0 volumes"})
@@ -569,6 +630,12 @@ def _describe_field_map(field_map: FieldMap) -> str:
     rule = RULES.get(field_map.rule, f"by {field_map.rule}")
     return (f"field map {images}" + f" with {magnitudes}" * bool(magnitudes)
             + f": {FIELD_MAPS[field_map.kind]}, {rule}")
+
+
+def rigid_spaces(options: Options) -> list[Space]:
+    """List the output spaces in which the corrected images are written: those without a template,
+    since in others b-vectors differ from voxel to voxel."""
+    return [space for space in parse(options.output_spaces) if space.image is None]
 
 
 def volume_encodings(run: Run, fallback: float | None) -> tuple[PhaseEncoding | None, ...]:

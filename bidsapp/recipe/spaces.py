@@ -19,7 +19,7 @@ from bidsapp.anatomy import t1w
 from bidsapp.bids import sidecar
 from bidsapp.bids.inherit import entities_of
 from bidsapp.bids.writer import Transaction, sha256, to_json
-from bidsapp.dwi import open_image, read_array
+from bidsapp.dwi import Dwi, open_image, read_array
 from bidsapp.errors import DataError, Refusal
 from bidsapp.recipe.steps import Estimate, RunContext, Step, StepReport, voxel_size
 from bidsapp.registration import acpc, deformable, resample, template
@@ -158,9 +158,7 @@ class Register(Step):
         log.info("%s: registering to %s", context.run.name, self.space)
         try:
             anatomy, reference = stage.anatomy(), open_image(self.reference)
-            # world of the space → world of the T1w image, as far as that is rigid
-            to_t1w = self._align(stage, anatomy) if self.is_aligned else np.eye(4)
-            shape, affine = self._grid(reference)
+            to_t1w, shape, affine = self.place(dwi, anatomy)
             points = world_points(shape, affine)
             if self.space.image:
                 points = self._from_template(stage, anatomy, points)
@@ -189,6 +187,33 @@ class Register(Step):
             "and tables here are of the space of the diffusion images.")
         return stage
 
+    def place(self, dwi: Dwi, anatomy: t1w.Anatomy
+              ) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
+        """Find where the space lies, as far as that is rigid, and its grid.
+
+        Parameters
+        ----------
+        dwi : Dwi
+            The diffusion series.
+        anatomy : t1w.Anatomy
+            Its registration to the T1w image.
+
+        Returns
+        -------
+        to_t1w : (4, 4)
+            World of the space → world of the T1w image, mm; the identity but for ACPC.
+        shape : (x, y, z)
+        affine : (4, 4)
+            Voxel indices of the grid to the world of the space, mm.
+
+        Raises
+        ------
+        Refusal
+            The images show too little of the brain.
+        """
+        to_t1w = self._align(dwi, anatomy) if self.is_aligned else np.eye(4)
+        return to_t1w, *self._grid(open_image(self.reference))
+
     def _grid(self, reference: Any) -> tuple[tuple[int, ...], np.ndarray]:
         """Shape and affine of the images in the space. reference: image that `reference` names."""
         if self.space.res:
@@ -208,9 +233,9 @@ class Register(Step):
             "Sources": list(dict.fromkeys(map(self.context.dataset.uri,
                                               (*files, self.reference))))}))
 
-    def _align(self, stage: Stage, anatomy: t1w.Anatomy) -> np.ndarray:
+    def _align(self, dwi: Dwi, anatomy: t1w.Anatomy) -> np.ndarray:
         """Find the rigid transform from ACPC to the world of the T1w image."""
-        brain = Image(np.where(t1w.brain_mask(stage.dwi, anatomy), anatomy.image, 0),
+        brain = Image(np.where(t1w.brain_mask(dwi, anatomy), anatomy.image, 0),
                       anatomy.affine)
         fixed = acpc.template()
         self._require_whole(anatomy, brain, fixed)
