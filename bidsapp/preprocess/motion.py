@@ -69,9 +69,9 @@ is linear in the gradient."""
 FLOOR = 0.3
 """Floor of the variance of a voxel's residuals, relative to its mean over the voxels."""
 
-CONTRAST_ANGLE, CONTRAST_SHIFT = 0.02, 2.0
-"""SD of the error of a registration of b0 to weighted volumes by the images, rad and mm. In two
-real series of 20 × b 2500 versions of it were off by up to 1.3° and 2.4 mm."""
+CONTRAST_ANGLE, CONTRAST_SHIFT = 0.01, 0.8
+"""SD of the error of a registration of b0 to weighted volumes by the images, rad and mm, about what
+it is on two real series of 20 × b 2500 whose first volume is the b0."""
 
 BLOCK_SIZE = 15.0
 """Edge of the blocks over which residuals may be correlated, mm."""
@@ -637,8 +637,8 @@ class _Head:
     def _follow_b0(self, b0: np.ndarray, weighted: np.ndarray
                    ) -> tuple[np.ndarray, np.ndarray, float, float]:
         """Find the rigid motion that puts weighted volumes where the b0 volumes beside them in the
-        scan are: rotation vector (rad) and shift (mm), with their SDs, from the steps between
-        neighbouring weighted volumes."""
+        scan are: rotation vector (rad) and shift (mm), with their SDs. These are from the spread of
+        the pairs, and at least from the steps between neighbouring weighted volumes."""
         from scipy.spatial.transform import Rotation
 
         def steps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -650,10 +650,11 @@ class _Head:
         pairs = np.array([(b, w) for b in b0 for w in (
             *weighted[weighted < b][-1:], *weighted[weighted > b][:1])])
         turns, shifts = steps(pairs[:, 0], pairs[:, 1])
-        sds = [float(np.sqrt(np.mean(step**2) * max(1, np.mean(np.abs(np.diff(pairs, axis=1))))
-                             / len(b0))) for step in steps(weighted[:-1], weighted[1:])]
-        return (np.median(turns, axis=0), np.median(shifts, axis=0),
-                max(sds[0], 1e-6), max(sds[1], 1e-6))
+        angle_sd, shift_sd = (
+            float(np.sqrt(max(np.mean(np.var(pair, axis=0)), np.mean(step**2)) / len(b0))) + 1e-6
+            for pair, step in zip((turns, shifts), steps(weighted[:-1], weighted[1:]),
+                                  strict=True))
+        return np.median(turns, axis=0), np.median(shifts, axis=0), angle_sd, shift_sd
 
     def _match_b0(self, b0: np.ndarray, weighted: np.ndarray, steps: int = 4
                   ) -> tuple[np.ndarray, np.ndarray]:
