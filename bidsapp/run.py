@@ -62,6 +62,9 @@ LABELS = ("participant", "session", "run", "batch")
 SCANS_IN_MEMORY = 2
 """Scans that a training holds in memory at a time: those of a pair."""
 
+CORRECTION_COPIES = 3
+"""Memory of the corrections over that of a masked signal of all voxels (`peak_memory`)."""
+
 SHORTHANDS = {"epochs": "stages.epochs", "blocks": "network.blocks"}
 """Training options, and the hyper-parameter that each sets in every trained method that has it."""
 
@@ -395,7 +398,7 @@ def share_cpus(options: Options, inventory: find.Inventory, memory: float, devic
     else:
         runs = [run for label in inventory.participants for run in inventory.runs[label]]
         threads = 1
-        most = int(memory // max([FIXED_MEMORY, *map(memory_of, runs)]))
+        most = int(memory // max([FIXED_MEMORY, *(memory_of(run, options) for run in runs)]))
         if device != "cpu":
             most = 1
     workers = max(1, min(options.nprocs // threads, participants, most))
@@ -418,14 +421,17 @@ def share_pairs(options: Options, runs: Collection[Run], memory: float, devices:
     return (workers, (memory - FIXED_MEMORY) / workers) if workers > 1 else alone
 
 
-def memory_of(run: Run) -> float:
+def memory_of(run: Run, options: Options | None = None) -> float:
     """Predict the peak memory of a run in bytes from the headers of its images.
 
-    0 where one cannot be read: the process of the participant reports that.
+    0 where one cannot be read: the process of the participant reports that. options: those of a
+    participant level, at which the whole grid may be corrected.
     """
     try:
         shapes = [open_image(part.image).shape for part in run.parts]
-        return peak_memory(math.prod(shapes[0][:3]), sum(shape[3] for shape in shapes))
+        voxels, volumes = math.prod(shapes[0][:3]), sum(shape[3] for shape in shapes)
+        corrected = options is not None and bool(options.corrections(run.preprocessed))
+        return peak_memory(voxels, volumes * (CORRECTION_COPIES if corrected else 1))
     except (DataError, IndexError):
         return 0.0
 
