@@ -131,7 +131,8 @@ class Corrector:
         self.affine = np.asarray(context.like.affine, dtype=np.float64)
         self.encodings = volume_encodings(run, context.options.fallback_total_readout_time)
         self.volumes, invalid = load(run, self.acquisition)
-        self.magnitude = not np.iscomplexobj(self.volumes)
+        self.signed = np.iscomplexobj(self.volumes)  # so is the real part
+        self.magnitude = not self.signed
         self.mask = median_otsu(self.first_b0())
         report.facts = {"invalid": invalid, "corrections": []}
         raw = self.dwi()
@@ -232,7 +233,8 @@ class Corrector:
 
     def find_field(self) -> None:
         """Find the susceptibility field by the most trusted images that serve."""
-        encoding = self.encodings[0]
+        encoding = next((e for e in self.encodings if e is None or e.readout is None),
+                        self.encodings[0])
         if encoding is None or encoding.readout is None:
             missing = "PhaseEncodingDirection" if encoding is None else "TotalReadoutTime"
             self.skip(f"Distortion was not corrected: the sidecar has no {missing}. Add it"
@@ -268,14 +270,22 @@ class Corrector:
 
     def find_motion(self) -> None:
         """Find motion, eddy currents and outlier slices."""
-        start = time.monotonic()
+        start, across = time.monotonic(), slice_axis(self.run.metadata)
         b0 = self.first_b0()
+        if b0.shape[across] < MIN_SLICES:
+            self.skip(f"Motion was not corrected: {b0.shape[across]} slices do not determine "
+                      f"movements across them, {MIN_SLICES} are needed.")
+            return
         if self.field is not None:
             (b0,) = resample([b0], self.still(1), b0.shape, self.affine)
-        found = motion.estimate(
-            self.by_volume(), self.acquisition, self.encodings, self.affine, median_otsu(b0),
-            None if self.field is None else self.field.hz,
-            slice_axis=slice_axis(self.run.metadata), device=self.context.device)
+        try:
+            found = motion.estimate(
+                self.by_volume(), self.acquisition, self.encodings, self.affine, median_otsu(b0),
+                None if self.field is None else self.field.hz, slice_axis=across,
+                device=self.context.device)
+        except np.linalg.LinAlgError as error:
+            self.skip(f"Motion was not corrected: the images do not determine it ({error}).")
+            return
         self.motion = found
         self.report.notices += found.notices
         distance, replaced = self.head_motion().framewise_displacement[1:], found.outliers.sum()
@@ -321,7 +331,7 @@ class Corrector:
         self.volumes = np.empty_like(self.volumes)
         for v, volume in enumerate(resample(volumes, self.geometry(), self.volumes.shape[:3],
                                             self.affine)):
-            self.volumes[..., v] = volume
+            self.volumes[..., v] = volume if self.signed else np.maximum(volume, 0)
         self.mask = median_otsu(self.mean_b0())
         self.note("resample", "all volumes interpolated once, by cubic splines, with the Jacobian "
                   "of the distortion", start)
@@ -332,7 +342,11 @@ class Corrector:
 
     def remove_bias(self) -> None:
         """Divide by the bias field of the mean b0."""
-        start = time.monotonic()
+        start, across = time.monotonic(), slice_axis(self.run.metadata)
+        if self.mask.shape[across] < MIN_SLICES:
+            self.skip(f"The bias field was not corrected: {self.mask.shape[across]} slices do not "
+                      f"show it, {MIN_SLICES} are needed.")
+            return
         try:
             found = bias.estimate(self.mean_b0(), self.mask, self.affine)
         except DataError as error:
@@ -593,6 +607,9 @@ def _make_complex(volumes: np.ndarray, run: Run) -> np.ndarray:
         raise DataError(f"{run.phase[0].image}: {error}") from error
     return phase.from_polar(volumes, np.nan_to_num(np.concatenate(angles, axis=-1)))
 
+
+MIN_SLICES = 5
+"""Fewest slices of which motion and bias field are corrected."""
 
 MARGIN = 4
 """Voxels around the brain in which noise is removed, too."""

@@ -339,3 +339,14 @@ def test_phases_that_do_not_serve(parts, units, scale, volumes, message):
 def test_real_parts_are_not_measured_uncorrected(parts):
     with pytest.raises(DataError, match="real part of complex images"):
         load_run(replace(parts, entities={"sub": "01", "part": "real"}))
+
+
+def test_a_slab_is_corrected_as_far_as_it_allows(tmp_path):
+    """Two slices determine neither movements across them nor the bias field."""
+    bids = truth.write_dataset(tmp_path / "bids", ("01",), shape=(18, 20, 2))
+    out = tmp_path / "out"
+    assert qsphere(bids, out, "participant", "--preprocess", "auto", "--estimate", "dti") == 0
+    facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
+    assert [c["name"] for c in facts["corrections"]] == ["denoise", "gibbs"]
+    assert sum("2 slices" in notice for notice in facts["notices"]) == 2
+    assert image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz").min() >= 0
