@@ -47,7 +47,7 @@ START = {"mean": 1.0, "direction": 0.03, "second": 0.1, "fourth": 0.03, "noise":
 class Hyperparameters(NamedTuple):
     """Hyper-parameters of the covariance.
 
-    Parameters
+    Attributes
     ----------
     mean, direction, second, fourth : float
         c₀, c₁, c₂ and c₄.
@@ -76,7 +76,7 @@ class Hyperparameters(NamedTuple):
 class Prediction(NamedTuple):
     """Prediction of m measurements from n.
 
-    Parameters
+    Attributes
     ----------
     weights : (m, n)
         The prediction of signals (voxel, n) is `signal @ weights.T`.

@@ -169,7 +169,7 @@ class Slices:
 class HeadMotion(NamedTuple):
     """Movement of the head in each volume of a series.
 
-    Parameters
+    Attributes
     ----------
     translations : (n, 3)
         Displacement of the centre of the brain along world x, y and z, mm.

@@ -103,7 +103,7 @@ doi:10.1016/j.neuroimage.2011.10.018)."""
 class Pass(NamedTuple):
     """Summary of one pass over the weighted or the b0 volumes.
 
-    Parameters
+    Attributes
     ----------
     group : str
         `b0` or `weighted`.
