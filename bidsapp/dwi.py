@@ -81,8 +81,8 @@ FIELD_MAPS = {
 }
 """Kinds of field maps with their names, the most trusted first."""
 
-FIELD_UNITS = ("Hz", "rad/s", "T")
-"""Units that a measured field may have."""
+FIELD_UNITS = {"Hz": 1.0, "rad/s": 1 / (2 * math.pi), "T": 42.577e6}
+"""Units that a measured field may have, in Hz."""
 
 
 @dataclass(frozen=True)

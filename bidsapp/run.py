@@ -48,6 +48,7 @@ from bidsapp.recipe.execute import (
     run_records,
     write_page,
 )
+from bidsapp.recipe.preprocess import CORRECTION_COPIES
 from bidsapp.recipe.steps import RunContext, load_measured, read_measured, voxel_size
 from bidsapp.report import boilerplate, distributions, page
 from bidsapp.workers import pool, task
@@ -61,9 +62,6 @@ LABELS = ("participant", "session", "run", "batch")
 
 SCANS_IN_MEMORY = 2
 """Scans that a training holds in memory at a time: those of a pair."""
-
-CORRECTION_COPIES = 3
-"""Memory of the corrections over that of a masked signal of all voxels (`peak_memory`)."""
 
 SHORTHANDS = {"epochs": "stages.epochs", "blocks": "network.blocks"}
 """Training options, and the hyper-parameter that each sets in every trained method that has it."""

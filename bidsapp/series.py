@@ -10,14 +10,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import DAMAGE, Dwi, Run, check_end, open_image, peak_memory
 from bidsapp.errors import DataError
 
@@ -32,8 +31,6 @@ class Series:
         Magnitudes, (x, y, z, volume) each, all of the shape of the first, whose affine is used.
     acquisition : Acquisition
         As many measurements as the images have volumes.
-    phase_encoding : PhaseEncoding, optional
-        Phase encoding of all images; None if it is unknown.
 
     Raises
     ------
@@ -44,7 +41,6 @@ class Series:
 
     images: tuple[Any, ...]
     acquisition: Acquisition
-    phase_encoding: PhaseEncoding | None = None
 
     def __post_init__(self) -> None:
         for image in self.images:
@@ -77,8 +73,7 @@ class Series:
         DataError
             The images do not make a series (see the class), or a file cannot be opened.
         """
-        return cls(tuple(open_image(part.image) for part in run.parts), acquisition,
-                   run.phase_encoding)
+        return cls(tuple(open_image(part.image) for part in run.parts), acquisition)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -95,28 +90,11 @@ class Series:
         return len(self.acquisition)
 
     def __iter__(self) -> Iterator[Float[np.ndarray, "x y z"]]:
-        """Yield the volumes in order, as `volume` returns them, and check the end of each file."""
+        """Yield the volumes in order, as they are stored, and check the end of each file."""
         for image in self.images:
             for i in range(image.shape[3]):
                 yield read_volume(image, i)
             check_end(image)
-
-    def volume(self, i: int) -> Float[np.ndarray, "x y z"]:
-        """Read volume i, as float32.
-
-        NaN and Inf stay as they are stored.
-
-        Raises
-        ------
-        IndexError
-            There is no such volume.
-        DataError
-            The file is damaged.
-        """
-        if not 0 <= i < len(self):
-            raise IndexError(f"volume {i} of {len(self)}")
-        k, position = next(islice(self._positions(), i, None))
-        return read_volume(self.images[k], position)
 
     def mean(self, volumes: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "x y z"]:
         """Compute the mean magnitude of some volumes; NaN and Inf count as 0.

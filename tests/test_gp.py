@@ -43,7 +43,7 @@ def test_leave_one_out_is_prediction_from_the_others(rng):
 
 
 def test_covariance_is_positive(rng):
-    """Of any b-tensors, also with the widest angle."""
+    """It is so for any b-tensors, also with the widest angle."""
     acquisition = Acquisition(rng.uniform(0, 6000, 150), unit(rng, 150), rng.uniform(-0.5, 1, 150))
     for angle in (0.4, 1.6, np.pi):
         process = GaussianProcess(acquisition, np.ones(150),
@@ -77,7 +77,7 @@ def test_b0_is_predicted_from_b0(rng):
 
 
 def test_fit_predicts_as_the_truth_does(rng):
-    """Of signals drawn from a process: the error of prediction is within 2 % of the least one."""
+    """Signals are drawn from a process; the error of prediction is within 2 % of the least one."""
     acquisition = multishell(rng, [(700, 30), (1500, 30), (3000, 30)])
     truth = GaussianProcess(acquisition, np.ones(90), TABLE)
     covariance = truth._measured()

@@ -2,13 +2,11 @@
 test_mask_load."""
 
 import gzip
-from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from bidsapp.acquisition import PhaseEncoding
 from bidsapp.bids import btable
 from bidsapp.bids.inherit import read_part
 from bidsapp.dwi import Run
@@ -22,13 +20,13 @@ HEAD = truth.head(SHAPE)
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of two files of 14 and 18 volumes, with a phase encoding."""
+    """A run of two files of 14 and 18 volumes."""
     parts = []
     for i, b in enumerate((1000, 2000)):
         image = truth.write_run(tmp_path / f"sub-01/dwi/sub-01_run-{i + 1}", shape=SHAPE, seed=i,
                                 scheme=((0, 2), (b, 12 + 4 * i)))
         parts.append(read_part(image, tmp_path))
-    return Run({"sub": "01"}, tuple(parts), phase_encoding=PhaseEncoding(1, -1, 0.05))
+    return Run({"sub": "01"}, tuple(parts))
 
 
 def series_of(run):
@@ -42,16 +40,10 @@ def data_of(run):
 def test_volumes_of_all_parts_in_order(run):
     series, data = series_of(run), data_of(run)
     assert (len(series), series.shape) == (32, SHAPE)
-    assert series.phase_encoding == PhaseEncoding(1, -1, 0.05)
     np.testing.assert_array_equal(series.affine, nib.load(run.parts[0].image).affine)
-    for i in (0, 13, 14, 31, 2):
-        np.testing.assert_array_equal(series.volume(i), data[..., i])
     volumes = list(series)
     np.testing.assert_array_equal(np.stack(volumes, -1), data)
     assert volumes[0].dtype == np.float32
-    for i in (-1, 32):
-        with pytest.raises(IndexError, match=f"volume {i} of 32"):
-            series.volume(i)
 
 
 def test_in_order_a_compressed_file_is_read_once(run, monkeypatch):
@@ -64,7 +56,7 @@ def test_in_order_a_compressed_file_is_read_once(run, monkeypatch):
     for _ in series:
         pass
     assert not rewound
-    series.volume(0)
+    next(iter(series))
     assert rewound
 
 
@@ -120,7 +112,6 @@ def test_a_series_may_be_in_memory(run):
     """As a step leaves it that changes images."""
     acquisition = btable.load_acquisition(run)
     made = Series((nib.Nifti1Image(data_of(run), truth.affine()),), acquisition)
-    read = replace(series_of(run), phase_encoding=None)
-    for one, other in zip(made, read, strict=True):
+    for one, other in zip(made, series_of(run), strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(made.within(HEAD).signal, data_of(run)[HEAD])

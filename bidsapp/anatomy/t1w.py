@@ -69,13 +69,15 @@ class Anatomy(NamedTuple):
     notice: str = ""
 
 
-def register(dwi: Dwi, t1w: Path, device: str = "cpu") -> Anatomy:
+def register(dwi: Dwi, t1w: Path, device: str = "cpu", transform: np.ndarray | None = None
+             ) -> Anatomy:
     """Read a T1w image of the same head and register the diffusion images to it (`align`)."""
-    return align(rigid.attenuation(dwi), dwi.mask, dwi.affine, t1w, device)
+    return align(rigid.attenuation(dwi), dwi.mask, dwi.affine, t1w, device, transform)
 
 
 def align(attenuation: Float[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z"],
-          affine: Float[np.ndarray, "4 4"], t1w: Path, device: str = "cpu") -> Anatomy:
+          affine: Float[np.ndarray, "4 4"], t1w: Path, device: str = "cpu",
+          transform: Float[np.ndarray, "4 4"] | None = None) -> Anatomy:
     """Register diffusion images to a T1w image of the same head by a rigid transform.
 
     The T1w image is that of the brain without bias field, or that of the whole head if no brain is
@@ -93,6 +95,8 @@ def align(attenuation: Float[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z
         T1w image.
     device : str
         Device of torch, for the brain extraction.
+    transform : (4, 4), optional
+        Result of an earlier registration of the same images, which is kept.
 
     Returns
     -------
@@ -105,17 +109,19 @@ def align(attenuation: Float[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z
         someone else (`rigid.compare_to_mirror`).
     """
     head, head_affine = read(t1w)
-    image, brain, notice = head, None, ""
+    image, brain, notice, known = head, None, "", transform is not None
     try:
         brain = find_brain(head, head_affine, device)
         image = head / n4.bias_field(head, brain, head_affine)
         only = np.where(brain, image, 0)
-        transform = rigid.register(attenuation, mask, affine, only, head_affine)
+        if transform is None:
+            transform = rigid.register(attenuation, mask, affine, only, head_affine)
         _require_agreement(_to_dwi(brain, head_affine, transform, mask.shape, affine), mask)
     except DataError as error:
         image, brain, notice = head, None, str(error)
-        transform = rigid.register(attenuation, mask, affine, head, head_affine)
-    if brain is not None:
+        if not known or transform is None:
+            transform = rigid.register(attenuation, mask, affine, head, head_affine)
+    if brain is not None and not known:
         match = rigid.compare_to_mirror(attenuation, mask, affine, only, head_affine, transform)
         if match.ratio < MIN_RATIO and match.symmetry < MAX_SYMMETRY:
             raise DataError(
@@ -267,26 +273,6 @@ def segment(dwi: Dwi, anatomy: Anatomy, work_dir: Path | None = None) -> list[np
     maps = sorted((c.numpy() for c in classes),
                   key=lambda p: (p * image).sum() / max(p.sum(), 1e-9))
     return [maps[1], maps[2], maps[0]]  # from dark to bright: CSF, grey matter, white matter
-
-
-def derivatives(dwi: Dwi, anatomy: Anatomy, work_dir: Path | None = None) -> dict[str, np.ndarray]:
-    """Make the images for `anat/`, on the grid of `anatomy`.
-
-    Parameters
-    ----------
-    dwi, anatomy, work_dir
-        Those of `segment`.
-
-    Returns
-    -------
-    dict of (x, y, z)
-        By the end of the file name: `desc-brain_mask`, uint8, and `label-GM_probseg`,
-        `label-WM_probseg` and `label-CSF_probseg`, float32, 0 to 1.
-    """
-    maps = segment(dwi, anatomy, work_dir)
-    return {"desc-brain_mask": brain_mask(dwi, anatomy).astype(np.uint8),
-            **{f"label-{tissue}_probseg": p.astype(np.float32)
-               for tissue, p in zip(TISSUES, maps, strict=True)}}
 
 
 def _flatten(image: np.ndarray, affine: np.ndarray, brain: np.ndarray

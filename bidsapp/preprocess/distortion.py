@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bidsapp.acquisition import PhaseEncoding
+from bidsapp.dwi import FIELD_UNITS
 from bidsapp.errors import DataError
 from bidsapp.registration.geometry import grid_coordinates, transform_points, world_points
 
@@ -451,10 +452,6 @@ def _measured_field(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarr
     phase -= 2 * np.pi * np.round(np.median(phase[head]) / (2 * np.pi))
     hz = phase / (2 * np.pi * (echo_times[1] - echo_times[0]))
     return _continue(hz, magnitude * head), tuple(dict.fromkeys(n for n in notices if n))
-
-
-FIELD_UNITS = {"Hz": 1.0, "rad/s": 1 / (2 * np.pi), "T": 42.577e6}
-"""Hz per unit of a measured field."""
 
 
 def _radians(phase: np.ndarray, units: str | None) -> tuple[np.ndarray, str]:

@@ -14,7 +14,7 @@ from bidsapp.errors import QSphereError, Refusal
 from bidsapp.kinds import Estimator, FromSignal, Method, MethodContext, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
-from bidsapp.recipe.preprocess import Preprocess, paragraphs
+from bidsapp.recipe.preprocess import CORRECTION_COPIES, Preprocess, paragraphs
 from bidsapp.recipe.spaces import Register, Resample, paragraph
 from bidsapp.recipe.steps import (
     PREPARATION,
@@ -125,7 +125,8 @@ def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Seq
     measured = next(step for step in steps if isinstance(step, Measure))
     try:
         size = context.like.shape[0] * context.like.shape[1] * context.like.shape[2]
-        most = peak_memory(size, len(context.acquisition)) / 1e9
+        copies = CORRECTION_COPIES if context.corrections else 1
+        most = peak_memory(size, copies * len(context.acquisition)) / 1e9
         lines = [f"{name}: {measured.describe()}; batch {context.run.batch}; at most "
                  f"{most:.1f} GB"]
     except QSphereError as error:

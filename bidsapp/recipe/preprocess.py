@@ -110,6 +110,7 @@ class Preprocess(Step):
         corrector.write(transaction)
         for space in rigid_spaces(self.context.options):
             corrector.write_in_space(transaction, Register(self.context, self, space))
+        report.facts |= corrector.facts()
         self.done = [*corrector.described()]
 
 
@@ -266,7 +267,8 @@ class Corrector:
                 found.hz, self.mask, self.affine, found.before, found.after, pair,
                 ("this series", "the opposite encoding"))
             return
-        self.skip("Distortion was not corrected: no image gives the susceptibility field.")
+        self.skip("Distortion was not corrected: no image gives the susceptibility field. Add one "
+                  "of opposite phase encoding, a GRE field map or a T1w image.")
 
     def find_motion(self) -> None:
         """Find motion, eddy currents and outlier slices."""
@@ -284,9 +286,16 @@ class Corrector:
                 None if self.field is None else self.field.hz, slice_axis=across,
                 device=self.context.device)
         except np.linalg.LinAlgError as error:
-            self.skip(f"Motion was not corrected: the images do not determine it ({error}).")
+            self.skip(f"Motion was not corrected: the images do not determine it ({error}). Look "
+                      "at them, or leave motion out.")
             return
         self.motion = found
+        if (far := np.linalg.norm(self.head_motion().translations, axis=1).max()) > MAX_MOVE:
+            self.motion = None
+            self.skip(f"Motion was not corrected: it was estimated as {far:.0f} mm, and no more "
+                      f"than {MAX_MOVE:.0f} mm is credible. The images may hold too little "
+                      "structure, or too much noise. Look at them, or leave motion out.")
+            return
         self.report.notices += found.notices
         distance, replaced = self.head_motion().framewise_displacement[1:], found.outliers.sum()
         self.report.qc |= {"fd_mean": float(distance.mean()) if len(distance) else 0.0,
@@ -310,11 +319,11 @@ class Corrector:
         return quality.head_motion(geometry.rotations, geometry.translations, centre)
 
     def geometry(self) -> Geometry:
-        """Where each volume shows the first b0 volume."""
+        """Return the geometry of the series, in which each volume shows the first b0 volume."""
         return self.motion.geometry if self.motion else self.still(len(self.acquisition))
 
     def still(self, volumes: int) -> Geometry:
-        """Geometry of volumes that did not move, in the susceptibility field."""
+        """Make the geometry of volumes that did not move, in the susceptibility field."""
         return Geometry.static(self.affine, self.volumes.shape[:3], self.encodings[:volumes],
                                None if self.field is None else self.field.hz)
 
@@ -437,6 +446,11 @@ class Corrector:
         log.info("%s: corrected images written in the space %s (%.1f s)", self.run.name, space,
                  time.monotonic() - start)
 
+    def facts(self) -> dict[str, Any]:
+        """Entries of the record that later steps read."""
+        return {"mask_source": self.mask_source, "about": self.about, "magnitude": self.magnitude,
+                "t1w_transform": self.anatomy.transform.tolist() if self.anatomy else None}
+
     def sidecar(self) -> dict[str, Any]:
         """Sidecar keys of all images that are written."""
         keys = sidecar.base(self.run, self.context.dataset, "")
@@ -479,9 +493,6 @@ class Corrector:
         self.report.figures += [
             *corrections.of_b0(self.raw_b0, self.mean_b0(), self.mask, self.affine),
             *corrections.of_correlation(self.raw_correlations, correlations)]
-        self.report.facts |= {
-            "mask_source": self.mask_source, "about": self.about,
-            "magnitude": self.magnitude}
 
 
 def paragraphs(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -610,6 +621,12 @@ def _make_complex(volumes: np.ndarray, run: Run) -> np.ndarray:
 
 MIN_SLICES = 5
 """Fewest slices of which motion and bias field are corrected."""
+
+MAX_MOVE = 40.0
+"""Displacement of the brain's centre within a series above which its estimate is wrong, mm."""
+
+CORRECTION_COPIES = 3
+"""Memory of the corrections over that of the signal of all voxels (`peak_memory`)."""
 
 MARGIN = 4
 """Voxels around the brain in which noise is removed, too."""

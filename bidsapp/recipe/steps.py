@@ -341,7 +341,10 @@ class Measure(Step):
 
     def _stage(self, dwi: Dwi, about: Mapping[str, Any]) -> Stage:
         # cached: several methods and spaces may use them
-        anatomy = cache(partial(register_t1w, self.context.run, dwi))
+        record = self.context.dataset.record(self.preprocess.record) if self.preprocess else {}
+        transform = record.get("t1w_transform")
+        anatomy = cache(partial(register_t1w, self.context.run, dwi, self.context.device,
+                                None if transform is None else np.array(transform)))
         tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir,
                                anatomy))
         return Stage(dwi, about=about, tissue=tissue, anatomy=anatomy)
@@ -786,8 +789,10 @@ def corrected_run(dataset: Dataset, run: Run) -> Run:
                    phase_encoding=None, field_maps=(), phase=(), notices=())
 
 
-def register_t1w(run: Run, dwi: Dwi) -> t1w.Anatomy:
-    """Read the T1w image of a run and register the run to it.
+def register_t1w(run: Run, dwi: Dwi, device: str, transform: np.ndarray | None) -> t1w.Anatomy:
+    """Read the T1w image of a run and register the run to it, unless an earlier step did so.
+
+    transform: that of the earlier step (`t1w.Anatomy`).
 
     Raises
     ------
@@ -796,7 +801,7 @@ def register_t1w(run: Run, dwi: Dwi) -> t1w.Anatomy:
     """
     if run.t1w is None:
         raise DataError("no T1w image was found for this run.")
-    return t1w.register(dwi, run.t1w)
+    return t1w.register(dwi, run.t1w, device, transform)
 
 
 def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None, anatomy: Callable[[], t1w.Anatomy]

@@ -350,3 +350,14 @@ def test_a_slab_is_corrected_as_far_as_it_allows(tmp_path):
     assert [c["name"] for c in facts["corrections"]] == ["denoise", "gibbs"]
     assert sum("2 slices" in notice for notice in facts["notices"]) == 2
     assert image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz").min() >= 0
+
+
+def test_an_incredible_motion_is_not_applied(tmp_path, monkeypatch):
+    monkeypatch.setattr("bidsapp.recipe.preprocess.MAX_MOVE", -1.0)
+    bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
+    assert qsphere(bids, out, "participant", "--preprocess", "motion", "--estimate", "dti") == 0
+    facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
+    assert facts["corrections"] == []
+    assert any("is credible" in notice for notice in facts["notices"])
+    np.testing.assert_array_equal(image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz"),
+                                  image(bids / "sub-01/dwi/sub-01_dwi.nii.gz"))

@@ -498,3 +498,24 @@ def test_what_steps_depend_on(home, tmp_path):
     assert changed(plain, replaced := fingerprints()) == space | {"estimate_freewater"}
     (bids / "sub-01/dwi/sub-01_dwi.json").write_text('{"EchoTime": 0.1}')
     assert changed(replaced, fingerprints()) == set(plain)
+
+
+@pytest.mark.slow
+def test_corrected_images_are_registered_to_the_t1w_once(home, tmp_path, monkeypatch):
+    """The corrected series and the maps of a space lie where one registration puts them."""
+    given = []
+    align = t1w.align
+
+    def spy(*args):
+        given.append(args[-1])
+        return align(*args)
+
+    monkeypatch.setattr(t1w, "align", spy)
+    bids, out = write_head(tmp_path / "bids"), tmp_path / "out"
+    assert qsphere(bids, out, "participant", "--preprocess", "bias", "--estimate", "dti",
+                   "--output-spaces", "T1w") == 0
+    assert len(given) == 2 and given[0] is None and given[1] is not None
+    series, mask, fa = (nib.load(out / f"sub-01/dwi/sub-01_space-T1w_{name}.nii.gz") for name in (
+        "desc-preproc_dwi", "desc-brain_mask", "model-tensor_param-fa_dwimap"))
+    assert series.shape[:3] == mask.shape == fa.shape
+    np.testing.assert_array_equal(series.affine, fa.affine)
