@@ -83,6 +83,8 @@ FIXED: dict[str, tuple[str, str]] = {
     "n_replaced_slices": ("Slices with signal dropout that were replaced by the prediction from "
                           "the other volumes", "slices"),
     "ndc_raw": ("The same as ndc, of the images before any correction", "1"),
+    "ndc_preproc": ("The same as ndc_raw, of the corrected images with their bias field, which "
+                    "raises it; ndc is without it", "1"),
     "bias_min": ("Smallest factor of the bias field in the brain mask: its 1st percentile", "1"),
     "bias_max": ("Largest factor of the bias field in the brain mask: its 99th percentile", "1"),
     "harmonization_angle": ("Median angle between the principal directions before and after "

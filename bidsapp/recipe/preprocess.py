@@ -479,8 +479,11 @@ class Corrector:
                 context.path("fieldmap", folder="fmap", desc="preproc"), self.field.hz,
                 context.like, {**raw, "Units": "Hz", "Description": "Susceptibility field in the "
                                "place of the first b0 volume"})
-        dwi = self.dwi()
-        correlations = quality.neighbouring_correlations(dwi.signal, self.acquisition)
+        # with the bias field, which raises the correlation of the raw images
+        signal = self.volumes[self.mask] * (1 if self.bias is None else self.bias[self.mask, None])
+        correlations = quality.neighbouring_correlations(signal, self.acquisition)
+        self.report.qc["ndc_preproc"] = float(np.nanmean(correlations)) if np.isfinite(
+            correlations).any() else None
         moved = self.head_motion() if self.motion else None
         rows, columns = corrections.confounds(
             context.acquisition, self.acquisition,

@@ -381,7 +381,8 @@ def of_correlation(before: np.ndarray, after: np.ndarray) -> list[Figure]:
         "dwi", {"desc": "correlation"}, image, "Neighbouring DWI correlation",
         f"Correlation over the mask of each weighted volume with the one of the nearest b-tensor. "
         f"{text}Motion, eddy currents, noise and lost slices lower it; smoothing raises it too, so "
-        "it must be read together with the other figures.", SECTION)]
+        "it must be read together with the other figures. The bias field, which also raises it, is "
+        "in both.", SECTION)]
 
 
 def confounds(original: Acquisition, rotated: Acquisition, *,
@@ -445,7 +446,8 @@ def confounds(original: Acquisition, rotated: Acquisition, *,
         "Slices with signal dropout that were replaced by the prediction from the other volumes",
         "slices")
     for name, values, when in (("ndc_raw", correlation_before, "before all corrections"),
-                               ("ndc", correlation_after, "after all corrections")):
+                               ("ndc_preproc", correlation_after,
+                                "after all corrections but that of the bias field")):
         add([name], values, "Neighbouring DWI correlation (Yeh et al. 2019): correlation over the "
             f"mask with the volume of the nearest b-tensor, {when}; none for b = 0", "1")
     add(["bval"], rotated.bvals, "b-value", "s/mm^2")
