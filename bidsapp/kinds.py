@@ -1,8 +1,8 @@
 """The kinds of method, with their inputs and results.
 
 A method is a folder of `bidsapp.methods` with one class, which derives from one of the kinds here:
-`Estimator`, `Synthesizer`, `Upsampler`, `SiteHarmonizer` or `GroupAnalysis`. `Trainable` adds
-`fit`.
+`Estimator`, `Synthesizer`, `Denoiser`, `Upsampler`, `SiteHarmonizer` or `GroupAnalysis`.
+`Trainable` adds `fit`.
 """
 
 from __future__ import annotations
@@ -125,25 +125,40 @@ class Harmonized:
 
 
 @dataclass(frozen=True)
-class Upsampled:
-    """A signal with more measurements than were acquired.
+class Denoised:
+    """A signal with less noise.
 
     Parameters
     ----------
-    dwi : Dwi
-        The signal with its own acquisition, in the same voxels as before.
-    synthesized : sequence of int
-        Indices of the measurements that were computed.
-    no_intervals : str
-        Reason, as a clause, why no estimator can give an interval from this signal; empty if
-        estimators can.
+    signal : (voxel, measurement) float32
+        In the gradient table and units of the run.
     counts, parameters, notices
         As in `Derived`.
     """
 
-    dwi: Dwi
-    synthesized: Sequence[int]
-    no_intervals: str = ""
+    signal: np.ndarray
+    counts: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    notices: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Signals of measurements that were not acquired.
+
+    Parameters
+    ----------
+    signal : (voxel, m) float32
+        Expected values of the m measurements, in the units of the run.
+    sd : (voxel, m) float32, optional
+        SD of the error of `signal`, without the noise that a measurement would add; None if the
+        method does not estimate it.
+    counts, parameters, notices
+        As in `Derived`.
+    """
+
+    signal: np.ndarray
+    sd: np.ndarray | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
@@ -481,17 +496,68 @@ class SignalStep(Method):
     """
 
 
-class Upsampler(SignalStep):
-    """A method that adds computed measurements to a signal."""
+class Denoiser(SignalStep):
+    """A method that removes noise from a signal."""
+
+    def violations(self, acquisition: Acquisition) -> list[str]:
+        """List the properties of a supported acquisition that lie outside the training domain."""
+        return []
 
     @abstractmethod
-    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Upsampled:
-        """Compute the signal of an acquisition with more measurements. `dwi` is not modified.
+    def denoise(self, dwi: Dwi, device: str, seed: int = 0) -> Denoised:
+        """Remove noise from a Dwi, which is not modified.
 
         Raises
         ------
         Refusal
             The signal cannot be used; the message says what was found and what is needed.
+        """
+
+
+class Upsampler(SignalStep):
+    """A method that predicts measurements that were not acquired from those that were.
+
+    Attributes
+    ----------
+    any_table : bool
+        Whether any part of a supported gradient table is supported, too, as long as it is large
+        enough. Then each volume can be predicted from the others (`upsample.round_trip`).
+    """
+
+    any_table: ClassVar[bool] = True
+
+    def target(self, acquisition: Acquisition) -> Acquisition | None:
+        """Return the measurements that the method can add to an acquisition, if they are fixed.
+
+        None if it can predict any direction.
+        """
+        return None
+
+    def violations(self, acquisition: Acquisition, target: Acquisition) -> list[str]:
+        """List the properties of a supported acquisition, or of the measurements that are to be
+        added, that lie outside the training domain."""
+        return []
+
+    @abstractmethod
+    def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
+        """Predict the signal of further measurements. `dwi` is not modified.
+
+        Parameters
+        ----------
+        dwi : Dwi
+            The measured signal.
+        target : Acquisition
+            The m measurements that are predicted; all are diffusion-weighted.
+        device : str
+            cpu, cuda or cuda:N.
+        seed : int
+            Seed of all random numbers.
+
+        Raises
+        ------
+        Refusal
+            The signal or the target cannot be used; the message says what was found and what is
+            needed.
         """
 
 
