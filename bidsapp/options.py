@@ -24,6 +24,9 @@ DENOISERS = ("denoise", "mppca", "patch2self")
 GRADIENT_CHECKS = ("stop", "fix", "warn", "off")
 """Values of --gradient-check."""
 
+MAX_DIRECTIONS = 1000
+"""Largest value of --target-directions."""
+
 LEVELS = ("participant", "group")
 
 
@@ -142,12 +145,22 @@ class Options:
     estimate: tuple[str, ...] = option(
         (), "microstructure methods; default: dti smt scnn2, where the acquisition allows",
         level="participant", metavar="NAME")
+    denoise: str | None = option(
+        None, "trained denoiser of the signal, e.g. spherical; --preprocess denoise is another "
+        "one, of raw images", level="participant", metavar="METHOD")
     harmonize: str | None = option(
         None, "a trained harmonizer: its folder, its name under OUTPUT_DIR/group/models, or a "
         "method name: uses its model for the run's site", level="participant", metavar="MODEL")
     upsample: str | None = option(
-        None, "method that predicts the signal along more gradient directions; none is bundled yet",
-        level="participant", metavar="MODEL")
+        None, "method that predicts the signal along more gradient directions: scnn, gp, sh, or "
+        "unet once it was trained", level="participant", metavar="MODEL")
+    target_directions: int | None = option(
+        None, "directions of each shell after --upsample, measured ones included; default: 90",
+        level="participant", metavar="N")
+    target_bvecs: Path | None = option(
+        None, "directions that --upsample adds: a .bvec, of the image beside it or else of the "
+        "run, for each shell or for the b-values of the .bval beside it; or a .b, as MRtrix "
+        "writes it", level="participant", metavar="FILE")
     synthesize: tuple[str, ...] = option(
         (), f"synthetic signals with known ground truth: {' '.join(MODES)}", level="participant",
         metavar="MODE", choices=MODES)
@@ -240,7 +253,7 @@ class Options:
             raise UsageError(f"BIDS_DIR {bids} lies inside OUTPUT_DIR {out}. Give an OUTPUT_DIR "
                              "that does not hold the input.")
         for name in ("nprocs", "omp_nthreads", "mem_mb", "folds", "epochs", "blocks",
-                     "max_steps", "synthesize_voxels"):
+                     "max_steps", "synthesize_voxels", "target_directions"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{flag(name)} {value}: at least 1 is needed.")
@@ -255,6 +268,16 @@ class Options:
             if getattr(self, name) != defaults[name] and not self.synthesize:
                 raise UsageError(f"{flag(name)} belongs to --synthesize. Give --synthesize a MODE "
                                  f"({' '.join(MODES)}), or leave the option out.")
+        for name in ("target_directions", "target_bvecs"):
+            if getattr(self, name) != defaults[name] and not self.upsample:
+                raise UsageError(f"{flag(name)} belongs to --upsample. Give --upsample a METHOD, "
+                                 "or leave the option out.")
+        if self.target_directions and self.target_bvecs:
+            raise UsageError("--target-directions and --target-bvecs: both say which directions "
+                             "are added. Give one of them.")
+        if self.target_directions and self.target_directions > MAX_DIRECTIONS:
+            raise UsageError(f"--target-directions {self.target_directions}: at most "
+                             f"{MAX_DIRECTIONS} are needed.")
         for name in ("folds", "epochs", "blocks"):
             if getattr(self, name) and not self.train:
                 raise UsageError(f"--{name} {getattr(self, name)} belongs to a training. Give a "

@@ -31,7 +31,6 @@ from bidsapp.harmonization.harmonizer import Harmonizer
 from bidsapp.kinds import (
     Cohort,
     Fitted,
-    FromSignal,
     GroupAnalysis,
     MethodContext,
     Trainable,
@@ -80,20 +79,18 @@ def participant(options: Options) -> int:
     UsageError
         A method or model does not exist, or the input cannot be used (`find.find_runs`).
     """
-    chosen, upsampler = plan.chosen_methods(options), plan.chosen_upsampler(options)
-    models = harmonize.load_models(options)
+    chosen = plan.choose(options)
     if options.reports_only and not options.dry_run:
         return regenerate_reports(options)
     inventory = find.find_runs(options)
     if options.dry_run:
-        print("pages only" if options.reports_only else dry_run(inventory, models, chosen, options))
+        print("pages only" if options.reports_only else dry_run(inventory, chosen, options))
         return 0
     links = input_datasets(options)
     dataset = Dataset(options.output_dir, links)
     dataset.claim()
     dataset.describe(inventory.name, inventory.authors, boilerplate.acknowledge())
-    dataset.write_text("logs/CITATION.md", plan.methods_text(
-        options, models, chosen, upsampler))
+    dataset.write_text("logs/CITATION.md", plan.methods_text(options, chosen))
     if options.boilerplate_only:
         return 0
     memory, device = available_memory(options), choose_device(options.device)
@@ -552,16 +549,15 @@ def input_datasets(options: Options) -> dict[str, Path]:
             **dict(options.derivatives)}
 
 
-def dry_run(inventory: find.Inventory, models: Sequence[harmonize.Model],
-            chosen: Sequence[FromSignal], options: Options) -> str:
+def dry_run(inventory: find.Inventory, chosen: plan.Chosen, options: Options) -> str:
     """Describe the steps of every run and its predicted memory (--dry-run)."""
     dataset, lines = Dataset(options.output_dir, input_datasets(options)), []
     for label in inventory.participants:
         lines += [f"sub-{label}: {problem}" for problem in inventory.problems[label]]
         for run in inventory.runs[label]:
             context = RunContext(options, dataset, run, "cpu", 0)
-            if conflict := conflicting_model(dataset, run, models):
+            if conflict := conflicting_model(dataset, run, chosen.models):
                 lines.append(f"{run.name}: refused: {conflict}")
             else:
-                lines += plan.describe(context, models, chosen, plan.chosen_upsampler(options))
+                lines += plan.describe(context, chosen)
     return "\n".join(lines)

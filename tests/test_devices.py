@@ -380,6 +380,10 @@ def states(tmp_path_factory):
     return tmp_path_factory.mktemp("states")
 
 
+TURN = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
+"""Rotation of the measured directions to those that are predicted."""
+
+
 def apply(method, model, device, folder):
     """(voxel, …) arrays by name. model: what was trained; None for a method as it ships."""
     dwi = head("07", "B")
@@ -398,14 +402,19 @@ def apply(method, model, device, folder):
         return {**made.signals, **{f"image {k}": v.signal for k, v in made.images.items()},
                 **{f"score {k}": np.array([*v.values()], np.float32)
                    for k, v in made.scores.items() if k != "noise"}}
-    made = method.apply(dwi, device)
-    return made.maps if isinstance(made, kinds.Derived) else {"signal": made.dwi.signal}
+    if isinstance(method, kinds.Denoiser):
+        return {"signal": method.denoise(dwi, device).signal}
+    if isinstance(method, kinds.Upsampler):
+        table = dwi.acquisition
+        target = method.target(table) or table[~table.b0].rotated(TURN)
+        return {"signal": method.predict(dwi, target, device).signal}
+    return method.apply(dwi, device).maps
 
 
 def test_every_method_is_applied_or_works_on_tables():
     """A new kind of method needs a way to be applied here."""
-    known = (kinds.SiteHarmonizer, kinds.Synthesizer, kinds.Estimator, kinds.Upsampler,
-             kinds.GroupAnalysis)
+    known = (kinds.SiteHarmonizer, kinds.Synthesizer, kinds.Estimator, kinds.Denoiser,
+             kinds.Upsampler, kinds.GroupAnalysis)
     assert all(isinstance(methods.get(n), known) for n in methods.names())
 
 

@@ -11,7 +11,7 @@ from bidsapp import cli, hyperparameters, kinds, methods, run, training
 from bidsapp.errors import UsageError
 from bidsapp.harmonization import harmonizer
 from bidsapp.networks import builder
-from bidsapp.recipe.plan import chosen_methods
+from bidsapp.recipe.plan import choose
 from support.app import qsphere
 
 SHRESNET = "harmonize_shresnet"
@@ -170,8 +170,8 @@ def test_settings_of_a_configuration_file(tmp_path):
     assert options.set == ("dti.fit.b_max=900", "dti.fit.b_max=1000")
     path = tmp_path / "options.toml"
     path.write_text('set = ["dti.fit.b_max=900"]\n')
-    (method,) = chosen_methods(cli.parse(["/in", "/out", "participant", "--estimate", "dti",
-                                          "--config-file", str(path)]))
+    (method,) = choose(cli.parse(["/in", "/out", "participant", "--estimate", "dti",
+                                  "--config-file", str(path)])).methods
     assert method.settings("fit") == {"b_max": 900.0}
 
 

@@ -262,11 +262,51 @@ def segment(dwi: Dwi, anatomy: Anatomy, work_dir: Path | None = None) -> list[np
     DataError
         The brain mask is too thin for N4.
     """
+    image, inside = anatomy.image, anatomy.brain
+    if inside is None:
+        image, inside = _flatten(image, anatomy.affine, brain_mask(dwi, anatomy))
+    return _atropos(image, anatomy.affine, inside, work_dir)
+
+
+def describe(t1w: Path, device: str = "cpu", work_dir: Path | None = None
+             ) -> tuple[Bool[np.ndarray, "x y z"], list[Float[np.ndarray, "x y z"]]]:
+    """Find the brain and its tissues in a T1w image, on its own grid and without diffusion images.
+
+    Parameters
+    ----------
+    t1w : Path
+        T1w image.
+    device : str
+        Device of torch, for the brain extraction.
+    work_dir : Path, optional
+        Folder for temporary files.
+
+    Returns
+    -------
+    brain : (x, y, z) bool
+    tissues : list of three (x, y, z) float32
+        Probabilities in the order of TISSUES.
+
+    Raises
+    ------
+    DataError
+        The image cannot be read, or no brain was found.
+    """
+    head, affine = read(t1w)
+    brain = find_brain(head, affine, device)
+    tissues = _atropos(head / n4.bias_field(head, brain, affine), affine, brain, work_dir)
+    image = open_image(t1w)
+    shape = image.shape[:3]
+    at = _voxels(np.ones(shape, bool), image.affine, np.eye(4), affine)
+    inside, *maps = (_sample(m.astype(np.float32), affine, at, 0.0).reshape(shape)
+                     for m in (brain, *tissues))
+    return inside > 0.5, maps
+
+
+def _atropos(image: np.ndarray, affine: np.ndarray, inside: np.ndarray, work_dir: Path | None
+             ) -> list[np.ndarray]:
     import ants
 
-    image, affine, inside = anatomy.image, anatomy.affine, anatomy.brain
-    if inside is None:
-        image, inside = _flatten(image, affine, brain_mask(dwi, anatomy))
     with temporary_folder(work_dir):
         classes = ants.atropos(to_ants(image, affine), to_ants(inside, affine), i="kmeans[3]",
                                m=SMOOTHNESS, c="[5,0]", r=0)["probabilityimages"]

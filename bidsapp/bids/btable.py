@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from bidsapp.acquisition import B0_MAX, Acquisition, concatenate
+from bidsapp.acquisition import B0_MAX, NORM_TOLERANCE, Acquisition, concatenate
 from bidsapp.bids.inherit import require_file
 from bidsapp.dwi import Part, Run, open_image
 from bidsapp.errors import DataError
@@ -119,6 +119,59 @@ def read_acquisition(part: Part) -> Acquisition:
     except DataError as error:
         others = [p.name for p in (part.bvec, part.encoding) if p]
         raise DataError(f"{part.bval} with {' and '.join(others)}: {error}") from error
+
+
+def read_target(path: Path, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read measurements that are to be predicted.
+
+    Parameters
+    ----------
+    path : Path
+        A .bvec in FSL's convention, relative to the axes of the image beside it (same name,
+        .nii.gz or .nii) or, without one, of the run; with the .bval beside it, if there is one. Or
+        a .b: rows x y z b, in world RAS+, as MRtrix writes them.
+    affine : (4, 4)
+        Affine of the run's image.
+
+    Returns
+    -------
+    bvecs : (n, 3)
+        World RAS+.
+    bvals : (n,) or None
+        s/mm²; None if only directions are given.
+
+    Raises
+    ------
+    DataError
+        A file cannot be read, or does not hold such a table.
+    """
+    if path.suffix == ".b":
+        rows = _rows(path)[0]
+        if any(len(row) != 4 for row in rows):
+            raise DataError(f"{path}: rows of 4 numbers, x y z b, are needed. Export the table as "
+                            "MRtrix writes it (mrinfo -export_grad_mrtrix).")
+        table = np.array(rows)
+        return table[:, :3], table[:, 3]
+    image = next((p for p in target_files(path) if p.suffix in (".gz", ".nii")), None)
+    bvecs = to_world(_vectors(path), affine if image is None else open_image(image).affine)
+    lengths = np.linalg.norm(bvecs, axis=1)
+    bval = path.with_suffix(".bval")
+    if not bval.is_file() and (np.abs(lengths - 1) > NORM_TOLERANCE).any():
+        raise DataError(f"{path}: vector {int(np.argmax(np.abs(lengths - 1)))} has length "
+                        f"{lengths[np.argmax(np.abs(lengths - 1))]:.3g}, and there is no "
+                        f"{bval.name} beside it which says that it is a b0. Unit vectors are "
+                        "needed: add the .bval, or remove the b0.")
+    bvals = _numbers(bval) if bval.is_file() else None
+    if bvals is not None and len(bvals) != len(bvecs):
+        raise DataError(f"{path} has {len(bvecs)} vectors and {bval.name} {len(bvals)} b-values. "
+                        "As many are needed: export both again.")
+    return bvecs, bvals
+
+
+def target_files(path: Path) -> list[Path]:
+    """List the files that `read_target` reads."""
+    beside = [path.with_suffix(extension) for extension in (".bval", ".nii.gz", ".nii")]
+    return [path, *(p for p in beside if path.suffix != ".b" and p.is_file())]
 
 
 def largest_b(part: Part) -> float:

@@ -87,6 +87,11 @@ FIXED: dict[str, tuple[str, str]] = {
                     "raises it; ndc is without it", "1"),
     "bias_min": ("Smallest factor of the bias field in the brain mask: its 1st percentile", "1"),
     "bias_max": ("Largest factor of the bias field in the brain mask: its 99th percentile", "1"),
+    "roundtrip_rmse": ("Upsampling: root mean square error of a measured volume predicted from "
+                       "others, divided by noise_sd; median over volumes", "1"),
+    "roundtrip_correlation": ("The correlation of the two over voxels; median over volumes", "1"),
+    "roundtrip_coverage": ("Share of the measured values in the 90 % interval of predicted SD and "
+                           "noise; median over volumes", "1"),
     "harmonization_angle": ("Median angle between the principal directions before and after "
                             "harmonization, in single-fibre voxels", "degrees"),
     "harmonization_voxels": ("Number of single-fibre voxels: FA > 0.7 in the corpus callosum, or "
@@ -482,7 +487,7 @@ def _describe(key: str) -> dict[str, str]:
         return ({"Description": level, "Units": "as the input signal"} if measure == "signal" else
                 {"Description": f"{level} divided by noise_sd", "Units": "1"})
     signal, _, rest = key.partition("_")
-    if signal in ("harmonized", "upsampled"):
+    if signal in ("denoised", "harmonized", "upsampled"):
         entry = _describe(rest)
         return {**entry, "Description": f"{entry['Description']}; of the {signal} signal"}
     for short in _short_names():
@@ -520,7 +525,7 @@ def _map_statistics(method: str, key: str, entry: Mapping[str, Any]
 
 def _is_signal(key: str) -> bool:
     """Whether a column is a quality measure of the measured signal."""
-    fixed = key in FIXED and not key.startswith("harmonization_")
+    fixed = key in FIXED and not key.startswith(("harmonization_", "roundtrip_"))
     return fixed or bool(re.fullmatch(r"b\d+\w*_(signal|snr)", key))
 
 

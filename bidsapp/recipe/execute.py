@@ -26,12 +26,13 @@ from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.dwi import Run
 from bidsapp.errors import DataError, Refusal, describe
 from bidsapp.evaluate import quality
-from bidsapp.kinds import FromSignal, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
-from bidsapp.recipe.plan import chosen_methods, chosen_upsampler, plan
+from bidsapp.recipe.anatomy import write_anatomy
+from bidsapp.recipe.plan import Chosen, choose, plan
 from bidsapp.recipe.preprocess import Preprocess
-from bidsapp.recipe.steps import Harmonize, Measure, RunContext, Step, StepReport
+from bidsapp.recipe.signals import Harmonize
+from bidsapp.recipe.steps import Measure, RunContext, Step, StepReport
 from bidsapp.report import figures, page
 from bidsapp.stage import Stage
 
@@ -94,17 +95,18 @@ def process_participant(invocation: Invocation, label: str, runs: list[Run], pro
     options, dataset = invocation.options, invocation.dataset
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     folder = f"sub-{label}/log/{invocation.id}"
-    models, chosen = harmonize.load_models(options), chosen_methods(options)
-    upsampler = chosen_upsampler(options)
+    chosen = choose(options)
     with dataset.lock(f"sub-{label}"):
         status: dict[str, dict[str, Any]] = {}
         for problem in problems:
             log.error("sub-%s: %s", label, problem)
         if problems:
             dataset.write_text(f"{folder}/crash-sub-{label}.txt", "\n".join(problems) + "\n")
-        for run in runs:
-            context = RunContext(options, dataset, run, invocation.device, invocation.memory)
-            status[run.name] = process_run(context, models, chosen, upsampler, folder)
+        contexts = [RunContext(options, dataset, run, invocation.device, invocation.memory)
+                    for run in runs]
+        write_anatomy(contexts)
+        for run, context in zip(runs, contexts, strict=True):
+            status[run.name] = process_run(context, chosen, folder)
             if status[run.name]["status"] == "failed" and options.stop_on_first_crash:
                 break
         ok = not problems and all(s["complete"] for s in status.values())
@@ -123,16 +125,14 @@ def process_participant(invocation: Invocation, label: str, runs: list[Run], pro
     return ok
 
 
-def process_run(context: RunContext, models: Sequence[harmonize.Model],
-                chosen: Sequence[FromSignal], upsampler: Upsampler | None, folder: str
-                ) -> dict[str, Any]:
+def process_run(context: RunContext, chosen: Chosen, folder: str) -> dict[str, Any]:
     """Do the steps of a run that are not complete.
 
     Parameters
     ----------
     context : RunContext
-    models, chosen, upsampler
-        Those of `plan.plan`.
+    chosen : Chosen
+        The methods that the options name.
     folder : str
         Folder of the log, below OUTPUT_DIR.
 
@@ -145,10 +145,10 @@ def process_run(context: RunContext, models: Sequence[harmonize.Model],
     """
     dataset, run, start = context.dataset, context.run, time.monotonic()
     try:
-        if conflict := conflicting_model(dataset, run, models):
+        if conflict := conflicting_model(dataset, run, chosen.models):
             log.error("%s: %s", run.name, conflict)
             return {"status": "refused", "complete": False, "error": f"{run.name}: {conflict}"}
-        execution = Execution(context, plan(context, models, chosen, upsampler))
+        execution = Execution(context, plan(context, chosen))
         changed = execution.run()
         seconds = round(time.monotonic() - start, 1)
         refusals, complete = execution.summarize(changed, seconds)

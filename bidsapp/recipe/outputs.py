@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -78,6 +78,17 @@ class Outputs:
         about = self._about(method, entry, parameters)
         self._dwi(dwi.unmask(dwi.signal), self.stage.desc, about)
         return replace(self.stage, sources=(self._uri(self._path("dwi", desc=self.stage.desc)),))
+
+    def write_sd(self, method: Method, sd: np.ndarray, volumes: Sequence[int],
+                 parameters: Mapping[str, Any]) -> None:
+        """Write the SD of predicted volumes.
+
+        sd: (voxel, m) float32. volumes: which volumes of the signal they belong to.
+        """
+        self._map(method, {"entities": {"stat": "std"}, "Description": "SD of the error of the "
+                           "predicted volumes, without the noise of a measurement",
+                           "Units": method.outputs["signal"]["Units"]}, sd, parameters,
+                  Volumes=list(volumes))
 
     def _map(self, method: Method, entry: Mapping[str, Any], values: np.ndarray,
              parameters: Mapping[str, Any], **more: Any) -> PurePosixPath:

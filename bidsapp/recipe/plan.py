@@ -7,24 +7,18 @@ holds their paragraphs for a methods section (`Step.paragraphs`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from bidsapp import methods
 from bidsapp.dwi import peak_memory
 from bidsapp.errors import QSphereError, Refusal
-from bidsapp.kinds import Estimator, FromSignal, Method, MethodContext, Upsampler
+from bidsapp.kinds import Denoiser, Estimator, FromSignal, Method, MethodContext, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.preprocess import CORRECTION_COPIES, Preprocess, paragraphs
+from bidsapp.recipe.signals import Denoise, Harmonize, Upsample
 from bidsapp.recipe.spaces import Register, Resample, paragraph
-from bidsapp.recipe.steps import (
-    PREPARATION,
-    Estimate,
-    Harmonize,
-    Measure,
-    RunContext,
-    Step,
-    Upsample,
-)
+from bidsapp.recipe.steps import PREPARATION, Estimate, Measure, RunContext, Step
 from bidsapp.report import boilerplate
 from bidsapp.spaces import parse
 
@@ -32,23 +26,70 @@ DEFAULT_ESTIMATES = ("dti", "smt", "scnn2")
 """Estimators that run without --estimate, as far as their folders exist."""
 
 
-def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
-         upsampler: Upsampler | None = None) -> list[Step]:
+@dataclass(frozen=True)
+class Chosen:
+    """The methods that the options name.
+
+    Parameters
+    ----------
+    methods : sequence of FromSignal
+        Estimators and the synthesizer, in order.
+    denoiser : Denoiser, optional
+    models : sequence of harmonize.Model
+        Models that --harmonize names; the one for the site of a run is applied.
+    upsampler : Upsampler, optional
+    """
+
+    methods: Sequence[FromSignal] = ()
+    denoiser: Denoiser | None = None
+    models: Sequence[harmonize.Model] = ()
+    upsampler: Upsampler | None = None
+
+    @property
+    def all(self) -> list[Method]:
+        """Each method once, in the order of a plan."""
+        return [*([self.denoiser] if self.denoiser else []),
+                *{m.method.name: m.method for m in self.models}.values(),
+                *([self.upsampler] if self.upsampler else []), *self.methods]
+
+
+def choose(options: Options) -> Chosen:
+    """Load the methods and models that the options name.
+
+    Raises
+    ------
+    UsageError
+        A method or model does not exist, or no method has a hyper-parameter that --set names.
+    """
+    available = methods.names("estimate_")
+    estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in available]
+    named = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
+             *([methods.get("synthesize")] if options.synthesize else []),
+             *([methods.get(options.denoise, "denoise")] if options.denoise else []),
+             *([methods.get(options.upsample, "upsample")] if options.upsample else [])]
+    context = MethodContext(
+        options.sloppy, options.output_dir / harmonize.MODELS,
+        methods.read_settings(options.set, named, training=False, sloppy=options.sloppy),
+        allow_extrapolation=options.allow_extrapolation)
+    loaded = [methods.get(method.name, context=context) for method in named]
+    return Chosen([m for m in loaded if isinstance(m, FromSignal)],
+                  next((m for m in loaded if isinstance(m, Denoiser)), None),
+                  harmonize.load_models(options),
+                  next((m for m in loaded if isinstance(m, Upsampler)), None))
+
+
+def plan(context: RunContext, chosen: Chosen) -> list[Step]:
     """List the steps of a run.
 
-    Estimators are applied to the measured signal and to each signal that harmonization or
-    upsampling changes; the synthesizer is applied to the measured signal only.
+    Each step that changes the signal takes that of the one before. Estimators are applied to the
+    measured signal and to each changed one; the synthesizer is applied to the measured signal only.
 
     Parameters
     ----------
     context : RunContext
         The run and what its steps share.
-    models : sequence of harmonize.Model
-        Models that --harmonize names; the one for the site of the run is applied.
-    chosen : sequence of FromSignal
-        Estimators and the synthesizer, as `chosen_methods` returns them.
-    upsampler : Upsampler, optional
-        Method that --upsample names. It takes the harmonized signal, if that was changed.
+    chosen : Chosen
+        The methods that the options name.
 
     Returns
     -------
@@ -59,16 +100,18 @@ def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequenc
     measured: Step = Measure(context, preprocess)
     signals: list[Step] = [measured]
     changed: list[Step] = []
-    if models:
-        harmonized = Harmonize(context, measured, models)
+    if chosen.denoiser:
+        changed.append(Denoise(context, measured, chosen.denoiser))
+        signals.append(changed[-1])
+    if chosen.models:
+        harmonized = Harmonize(context, signals[-1], chosen.models)
         signals.append(harmonized)
         changed += [harmonized] if harmonized.changes else []
-    if upsampler:
-        upsampled = Upsample(context, changed[-1] if changed else measured, upsampler)
-        signals.append(upsampled)
-        changed.append(upsampled)
+    if chosen.upsampler:
+        changed.append(Upsample(context, changed[-1] if changed else measured, chosen.upsampler))
+        signals.append(changed[-1])
     steps, estimates = [*filter(None, [preprocess]), *signals], list[Estimate]()
-    for method in chosen:
+    for method in chosen.methods:
         of_method = [Estimate(context, measured, method)]
         if isinstance(method, Estimator):
             of_method += [Estimate(context, signal, method) for signal in changed]
@@ -80,48 +123,10 @@ def plan(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequenc
     return steps
 
 
-def chosen_methods(options: Options) -> list[FromSignal]:
-    """Load the estimators and the synthesizer that the options ask for, in order.
-
-    Raises
-    ------
-    UsageError
-        A method does not exist, or none of them has a hyper-parameter that --set names.
-    """
-    return [m for m in _methods(options) if isinstance(m, FromSignal)]
-
-
-def chosen_upsampler(options: Options) -> Upsampler | None:
-    """Load the method that --upsample names; None without the option.
-
-    Raises
-    ------
-    UsageError
-        As of `chosen_methods`.
-    """
-    return next((m for m in _methods(options) if isinstance(m, Upsampler)), None)
-
-
-def _methods(options: Options) -> list[Method]:
-    """Load the methods that the options name, harmonizers apart, with what the command tells
-    them."""
-    available = methods.names("estimate_")
-    estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in available]
-    chosen = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),
-              *([methods.get("synthesize")] if options.synthesize else []),
-              *([methods.get(options.upsample, "upsample")] if options.upsample else [])]
-    context = MethodContext(
-        options.sloppy, options.output_dir / harmonize.MODELS,
-        methods.read_settings(options.set, chosen, training=False, sloppy=options.sloppy),
-        allow_extrapolation=options.allow_extrapolation)
-    return [methods.get(method.name, context=context) for method in chosen]
-
-
-def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Sequence[FromSignal],
-             upsampler: Upsampler | None = None) -> list[str]:
+def describe(context: RunContext, chosen: Chosen) -> list[str]:
     """Describe the steps of a run and its predicted memory, in lines."""
     name = context.run.name
-    steps = plan(context, models, chosen, upsampler)
+    steps = plan(context, chosen)
     measured = next(step for step in steps if isinstance(step, Measure))
     try:
         size = context.like.shape[0] * context.like.shape[1] * context.like.shape[2]
@@ -146,11 +151,9 @@ def describe(context: RunContext, models: Sequence[harmonize.Model], chosen: Seq
     return lines
 
 
-def methods_text(options: Options, models: Sequence[harmonize.Model],
-                 chosen: Sequence[FromSignal], upsampler: Upsampler | None = None) -> str:
+def methods_text(options: Options, chosen: Chosen) -> str:
     """Write the methods text of all steps that a plan may hold, with references."""
-    used = [*{m.method.name: m.method for m in models}.values(),
-            *([upsampler] if upsampler else []), *chosen]
     return boilerplate.markdown([
         *paragraphs(options.corrections(preprocessed=False)), *PREPARATION,
-        *map(boilerplate.of_method, used), *map(paragraph, parse(options.output_spaces))], used)
+        *map(boilerplate.of_method, chosen.all),
+        *map(paragraph, parse(options.output_spaces))], chosen.all)

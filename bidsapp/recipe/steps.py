@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -27,15 +27,15 @@ from bidsapp.bids import btable, names, sidecar
 from bidsapp.bids.writer import Dataset, Transaction, sha256, to_json
 from bidsapp.checkpoint import CARD
 from bidsapp.dwi import Dwi, Part, Run, noise_sd, open_image
-from bidsapp.errors import DataError, Refusal
-from bidsapp.evaluate import change, gradients, plausibility, quality
+from bidsapp.errors import DataError
+from bidsapp.evaluate import gradients, plausibility, quality
 from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
-from bidsapp.kinds import Estimator, FromSignal, Method, Synthesizer, Upsampler
+from bidsapp.kinds import Estimator, FromSignal, Method, Synthesizer
 from bidsapp.microstructure.maps import WEIGHTS
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.outputs import Outputs
-from bidsapp.report import boilerplate, comparison, figures
+from bidsapp.report import boilerplate, figures
 from bidsapp.series import Series
 from bidsapp.stage import Stage
 
@@ -348,142 +348,6 @@ class Measure(Step):
         tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir,
                                anatomy))
         return Stage(dwi, about=about, tissue=tissue, anatomy=anatomy)
-
-
-class Harmonize(Step):
-    """Map the signal to a reference site, by the model for the site of the run."""
-
-    name = desc = "harmonized"
-
-    def __init__(self, context: RunContext, takes: Step, models: Sequence[harmonize.Model]) -> None:
-        super().__init__(context, takes)
-        self.models = models
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        run, options = self.context.run, self.context.options
-        return {"models": [m.checkpoint.card.sha256 for m in self.models],
-                "ids": [m.id for m in self.models], "batch": run.batch,
-                "covariates": run.covariates, "allow_extrapolation": options.allow_extrapolation,
-                "sloppy": options.sloppy, "seed": options.random_seed}
-
-    @property
-    def title(self) -> str:
-        return self.models[0].method.name
-
-    @property
-    def changes(self) -> bool:
-        """Whether the signal is to change: not at the reference site, nor if the site has no model.
-
-        The training domain of the model plays no part; `apply` checks it.
-        """
-        try:
-            model = harmonize.select(self.models, self.context.run.batch)
-        except Refusal:
-            return False
-        return self.context.run.batch != model.checkpoint.card.reference_batch
-
-    def describe(self) -> str:
-        run = self.context.run
-        model = harmonize.select(self.models, run.batch)
-        violations = harmonize.check(
-            model, self.context.acquisition, voxel_size(run), run.batch,
-            self.context.options.allow_extrapolation)
-        reference = model.checkpoint.card.reference_batch
-        if run.batch == reference:
-            return f"{model.id}: unchanged, since {reference} is the reference site"
-        return (f"{model.id}: {run.batch} to {reference}"
-                + (f", outside of its training: {'; '.join(violations)}" if violations else ""))
-
-    @property
-    def paragraphs(self) -> list[tuple[str, str]]:
-        return [boilerplate.of_method(self.models[0].method)]
-
-    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
-        assert stage
-        context, run = self.context, self.context.run
-        result = harmonize.apply(self.models, stage.dwi, run, device=context.device,
-                                 allow=context.options.allow_extrapolation)
-        for notice in result.notices:
-            log.info("%s: %s", run.name, notice)
-        for warning in result.warnings:
-            log.warning("%s: %s", run.name, warning)
-        compared = change.compare_signals(stage.dwi, result.dwi, context.device)
-        report.qc |= {**result.counts, **change.summarize_change(compared, result.dwi)}
-        report.notices += result.notices
-        report.warnings += result.warnings
-        if result.changed:
-            report.figures += comparison.of_change(compared, stage.dwi)
-        method = result.model.method
-        entry = dict(method.outputs["signal"])
-        if not result.changed:
-            entry["Description"] = ("Signal as measured, within the mask: the run is of the "
-                                    "reference batch")
-        harmonized = replace(
-            stage, dwi=result.dwi, desc=self.name, about=result.about,
-            no_intervals=result.no_intervals, widening=result.widening)
-        gain = result.dwi.noise_gain
-        report.facts = {
-            "method": method.name, "unchanged": not result.changed, "about": result.about,
-            "harmonizer": f"{method.name} to {result.model.checkpoint.card.reference_batch}",
-            "no_intervals": result.no_intervals, "widening": result.widening,
-            "noise_gain": None if gain is None else [float(g) for g in gain]}
-        return outputs(context, transaction, harmonized).write_signal(method, entry,
-                                                                    result.parameters)
-
-    def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
-        assert stage
-        return reload_signal(self.context, stage, self.name, facts)
-
-
-class Upsample(Step):
-    """Predict the signal of further measurements."""
-
-    name = desc = "upsampled"
-
-    def __init__(self, context: RunContext, takes: Step, method: Upsampler) -> None:
-        super().__init__(context, takes)
-        self.method = method
-
-    @property
-    def title(self) -> str:
-        return self.method.name
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        options = self.context.options
-        return {"method": self.method.name, **depends_on_weights(options, self.method),
-                "sloppy": options.sloppy, "seed": options.random_seed}
-
-    def describe(self) -> str:
-        self.method.check(self.context.acquisition)
-        return f"{self.method.name} of the {self.takes.name if self.takes else ''} signal"
-
-    @property
-    def paragraphs(self) -> list[tuple[str, str]]:
-        return [boilerplate.of_method(self.method)]
-
-    def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
-        assert stage
-        context, method = self.context, self.method
-        method.check(stage.dwi.acquisition)
-        made = method.apply(stage.dwi, context.device, context.options.random_seed)
-        report.qc |= made.counts
-        report.notices += made.notices
-        upsampled = replace(
-            stage, dwi=made.dwi, desc=self.name, no_intervals=stage.no_intervals or
-            made.no_intervals, about={**stage.about, "SynthesizedVolumes": list(made.synthesized)})
-        report.facts = {"method": method.name, "about": upsampled.about,
-                        "no_intervals": upsampled.no_intervals, "widening": upsampled.widening,
-                        "noise_sd": made.dwi.noise_sd,
-                        "noise_gain": None if made.dwi.noise_gain is None
-                        else [float(g) for g in made.dwi.noise_gain]}
-        return outputs(context, transaction, upsampled).write_signal(
-            method, method.outputs["signal"], made.parameters)
-
-    def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
-        assert stage
-        return reload_signal(self.context, stage, self.name, facts)
 
 
 class Estimate(Step):

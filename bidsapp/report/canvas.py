@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import nibabel as nib
@@ -328,3 +329,64 @@ def coloured(values: np.ndarray, limits: Limits, cmap: str, mask: np.ndarray) ->
     out[~finite] = 128
     out[~mask] = 0
     return out
+
+
+class Strip(NamedTuple):
+    """A canonical volume in colours, (x, y, z, 3), of which `draw_strips` draws a row per view."""
+
+    title: str
+    colours: np.ndarray
+    bar: tuple[Limits, str, str] | None = None
+    outline: np.ndarray | None = None
+    gid: str | None = None
+
+
+def one_row_views(canvas: Canvas, most: int = PER_ROW) -> list[View]:
+    """Thin the views of a canvas out to one row each, of at most this many slices."""
+    thinned = []
+    for view in canvas.views:
+        count = min(most, len(view.positions))
+        at = ((np.arange(count) + 0.5) * len(view.positions) / count).astype(int)
+        thinned.append(View(view.axis, tuple(view.positions[i] for i in at), view.zooms))
+    return thinned
+
+
+def draw_strips(canvas: Canvas, views: Sequence[View], strips: Sequence[Strip]) -> Figure:
+    """Draw volumes below one another, each in a row per view under its title, all of one height.
+
+    What belongs to a strip has SVG ids that begin with its gid.
+    """
+    barred = any(strip.bar for strip in strips)
+    room, head, gap = WIDTH - (0.9 if barred else 0.1), 0.28, 0.06
+    sizes = []
+    for view in views:
+        image = canvas.mosaic(canvas.mask, view)
+        ratio = image.shape[0] * view.zooms[1] / (image.shape[1] * view.zooms[0])
+        width = min(room, room * len(view.positions) / 4, 3.0 / ratio)
+        sizes.append((width, width * ratio))
+    each = head + sum(height + gap for _, height in sizes)
+    total = each * len(strips)
+    drawn = figure(total)
+    for k, strip in enumerate(strips):
+        top = total - k * each
+        label = drawn.text(0.005, (top - 0.07) / total, strip.title, va="top", weight="bold",
+                           size=10)
+        label.set_gid(strip.gid and f"{strip.gid}-label")
+        top -= head
+        for row, (view, (width, height)) in enumerate(zip(views, sizes, strict=True)):
+            ax = drawn.add_axes((0.05 / WIDTH, (top - height) / total, width / WIDTH,
+                                 height / total))
+            ax.set_gid(strip.gid and f"{strip.gid}-{row}")
+            image = canvas.mosaic(strip.colours, view)
+            show(ax, image, view.zooms)
+            label_sides(ax, canvas, image, view)
+            if strip.outline is not None:
+                draw_outline(ax, canvas.mosaic(strip.outline, view))
+            top -= height + gap
+        if strip.bar:
+            limits, cmap, unit = strip.bar
+            width, height = sizes[0]
+            colour_bar(drawn.add_axes(((width + 0.13) / WIDTH, (total - k * each - head - height)
+                                       / total, 0.16 / WIDTH, 0.88 * height / total)),
+                       limits, cmap, unit)
+    return drawn

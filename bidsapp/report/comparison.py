@@ -1,4 +1,4 @@
-"""Figures of a run before and after harmonization and of the difference, on common scales."""
+"""Figures of a run before and after its signal was changed, with the difference."""
 
 from __future__ import annotations
 
@@ -27,15 +27,20 @@ MAPS = {"fa": ("FA", "gray", ""), "md": ("MD", "viridis", "mm²/s")}
 """Title, colour map and unit of each map."""
 
 
-def of_change(change: Change, dwi: Dwi) -> list[Figure]:
+def of_change(change: Change, dwi: Dwi, step: str, desc: str) -> list[Figure]:
     """Draw FA, MD and the mean S/S0 of each shell: before, after and the difference.
 
     Parameters
     ----------
     change : Change
-        Values of the voxels before and after harmonization.
+        Values of the voxels before and after.
     dwi : Dwi
         Signal of the run, whose mask and affine place the voxels.
+    step : str
+        What changed the signal, such as `harmonization`; with a capital, it is the heading under
+        which the figures stand.
+    desc : str
+        `desc` entity of the figures, or its beginning.
     """
     canvas = Canvas(dwi)
     remark = (f"The median angle between the principal directions before and after is "
@@ -48,17 +53,16 @@ def of_change(change: Change, dwi: Dwi) -> list[Figure]:
         for name, pair in change.maps.items():
             title, cmap, unit = MAPS[name]
             drawn.append(_figure(canvas, pair, title, cmap, unit, "dwimap",
-                                 {"model": "tensor", "param": name, "desc": "change"},
+                                 {"model": "tensor", "param": name, "desc": desc}, step,
                                  remark if name == "fa" else ""))
         for name, pair in change.signal.items():
-            desc = f"change{name.replace('_', '')}"
             drawn.append(_figure(canvas, pair, f"Mean S/S0 of {name.replace('_', ', ')}", "gray",
-                                 "", "dwi", {"desc": desc}, ""))
+                                 "", "dwi", {"desc": f"{desc}{name.replace('_', '')}"}, step, ""))
     return drawn
 
 
 def _figure(canvas: Canvas, pair: Pair, title: str, cmap: str, unit: str, suffix: str,
-            entities: dict[str, str], remark: str) -> Figure:
+            entities: dict[str, str], step: str, remark: str) -> Figure:
     before, after = pair
     difference = after - before
     low, high = map(float, np.percentile(np.concatenate(pair), (2, 98)))
@@ -66,8 +70,8 @@ def _figure(canvas: Canvas, pair: Pair, title: str, cmap: str, unit: str, suffix
     high = high if high > low else low + 1
     most = float(np.percentile(np.abs(difference), 98)) or high / 100
     view = canvas.views[0]
-    step = -(-len(view.positions) // PER_ROW)  # thin the slices out to one row
-    view = View(view.axis, view.positions[step // 2::step], view.zooms)
+    thin = -(-len(view.positions) // PER_ROW)  # to one row
+    view = View(view.axis, view.positions[thin // 2::thin], view.zooms)
     rows = [(before, (low, high), cmap, "before"), (after, (low, high), cmap, "after"),
             (difference, (-most, most), DIFFERENCE, "after − before")]
     images = [canvas.mosaic(coloured(canvas.canonical(canvas.dwi.unmask(values)), limits, colours,
@@ -89,6 +93,6 @@ def _figure(canvas: Canvas, pair: Pair, title: str, cmap: str, unit: str, suffix
     caption = (f"The same slices and, before and after, the same scale. Median {medians[0]} before "
                f"and {medians[1]} after{f' ({unit})' if unit else ''}; mean change "
                f"{difference.mean():+.3g}, mean absolute change {np.abs(difference).mean():.3g}. "
-               "Where a lesion or a fold shows in the difference, harmonization changed it. ")
-    return Figure(suffix, entities, svg(drawn), f"{title} before and after harmonization",
-                  (caption + remark).strip(), "Harmonization")
+               f"Where a lesion or a fold shows in the difference, {step} changed it. ")
+    return Figure(suffix, entities, svg(drawn), f"{title} before and after {step}",
+                  (caption + remark).strip(), step.capitalize())

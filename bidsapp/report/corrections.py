@@ -16,19 +16,16 @@ from matplotlib.ticker import MaxNLocator
 from bidsapp.acquisition import Acquisition
 from bidsapp.report.canvas import (
     PALETTE,
-    PER_ROW,
     STYLE,
-    WIDTH,
     Canvas,
     Limits,
-    View,
+    Strip,
     colour_bar,
     coloured,
-    draw_outline,
+    draw_strips,
     figure,
-    label_sides,
     mosaics,
-    show,
+    one_row_views,
     svg,
 )
 from bidsapp.report.figures import Figure
@@ -62,16 +59,6 @@ class _Grid(NamedTuple):
 
     mask: np.ndarray
     affine: np.ndarray
-
-
-class _Strip(NamedTuple):
-    """A canonical volume in colours, (x, y, z, 3), that is drawn in a row for each view."""
-
-    title: str
-    colours: np.ndarray
-    bar: tuple[Limits, str, str] | None = None
-    outline: np.ndarray | None = None
-    gid: str | None = None
 
 
 def of_denoising(before: np.ndarray, after: np.ndarray, sigma: np.ndarray | None,
@@ -108,18 +95,18 @@ def of_denoising(before: np.ndarray, after: np.ndarray, sigma: np.ndarray | None
     noise_ends, relative_ends = (_limits(v[canvas.mask], (2, 98)) for v in (noise, relative))
     everywhere = np.ones_like(canvas.mask)
     strips = [
-        _Strip("before", coloured(before, grey, "gray", everywhere)),
-        _Strip("after", coloured(after, grey, "gray", everywhere)),
-        _Strip("before − after", coloured(before - after, (-span, span), "gray", canvas.mask),
+        Strip("before", coloured(before, grey, "gray", everywhere)),
+        Strip("after", coloured(after, grey, "gray", everywhere)),
+        Strip("before − after", coloured(before - after, (-span, span), "gray", canvas.mask),
                ((-span, span), "gray", ""))]
     if level is not None:
-        strips.append(_Strip("noise SD", coloured(noise, noise_ends, "viridis", canvas.mask),
+        strips.append(Strip("noise SD", coloured(noise, noise_ends, "viridis", canvas.mask),
                              (noise_ends, "viridis", "")))
-    strips.append(_Strip(
+    strips.append(Strip(
         "RMS over volumes of before − after" + (", divided by the noise SD" if level else ""),
         coloured(relative, relative_ends, "gray", canvas.mask), (relative_ends, "gray", "")))
     with mpl.rc_context(STYLE):
-        image = svg(_strips(canvas, _views(canvas)[:1], strips))
+        image = svg(draw_strips(canvas, one_row_views(canvas)[:1], strips))
     middle, anatomy = _median(relative[canvas.mask]), _correlation(relative, before, canvas.mask)
     text = f"Median noise SD {level:.4g}. " if level else ""
     if middle is not None:
@@ -211,12 +198,12 @@ def of_b0(before: np.ndarray, after: np.ndarray, mask: np.ndarray, affine: np.nd
     grey = _limits(np.concatenate([before[canvas.mask], after[canvas.mask]]), (0, 99))
     outline = canvas.mask if edge is None else canvas.canonical(edge)
     everywhere = np.ones_like(canvas.mask)
-    strips = [_Strip(label, coloured(volume, grey, "gray", everywhere), outline=outline, gid=label)
+    strips = [Strip(label, coloured(volume, grey, "gray", everywhere), outline=outline, gid=label)
               for label, volume in (("before", before), ("after", after))]
-    views = _views(canvas, FLICKER_SLICES)
+    views = one_row_views(canvas, FLICKER_SLICES)
     views = [views[0], *views[1:][-1:]]  # axial and sagittal, where both are large
     with mpl.rc_context(STYLE):
-        drawn = _strips(canvas, views, strips)
+        drawn = draw_strips(canvas, views, strips)
         image = _swap(svg(drawn), 72 * drawn.get_figheight() / 2)
     line = ("the brain mask" if edge is None else "white matter in the T1w image")
     return [Figure(
@@ -468,57 +455,6 @@ def _canvas(mask: np.ndarray, affine: np.ndarray) -> Canvas:
     return Canvas(grid)
 
 
-def _views(canvas: Canvas, most: int = PER_ROW) -> list[View]:
-    """Thin the views of a canvas out to one row each, of at most this many slices."""
-    thinned = []
-    for view in canvas.views:
-        count = min(most, len(view.positions))
-        at = ((np.arange(count) + 0.5) * len(view.positions) / count).astype(int)
-        thinned.append(View(view.axis, tuple(view.positions[i] for i in at), view.zooms))
-    return thinned
-
-
-def _strips(canvas: Canvas, views: Sequence[View], strips: Sequence[_Strip]) -> Drawing:
-    """Draw volumes below one another, each in a row per view under its title, all of one height.
-
-    What belongs to a strip has SVG ids that begin with its gid.
-    """
-    barred = any(strip.bar for strip in strips)
-    room, head, gap = WIDTH - (0.9 if barred else 0.1), 0.28, 0.06
-    sizes = []
-    for view in views:
-        image = canvas.mosaic(canvas.mask, view)
-        ratio = image.shape[0] * view.zooms[1] / (image.shape[1] * view.zooms[0])
-        width = min(room, room * len(view.positions) / 4, 3.0 / ratio)
-        sizes.append((width, width * ratio))
-    each = head + sum(height + gap for _, height in sizes)
-    total = each * len(strips)
-    drawn = figure(total)
-    for k, strip in enumerate(strips):
-        top = total - k * each
-        label = drawn.text(0.005, (top - 0.07) / total, strip.title, va="top", weight="bold",
-                           size=10)
-        label.set_gid(strip.gid and f"{strip.gid}-label")
-        top -= head
-        for row, (view, (width, height)) in enumerate(zip(views, sizes, strict=True)):
-            ax = drawn.add_axes((0.05 / WIDTH, (top - height) / total, width / WIDTH,
-                                 height / total))
-            ax.set_gid(strip.gid and f"{strip.gid}-{row}")
-            image = canvas.mosaic(strip.colours, view)
-            show(ax, image, view.zooms)
-            label_sides(ax, canvas, image, view)
-            if strip.outline is not None:
-                draw_outline(ax, canvas.mosaic(strip.outline, view))
-            top -= height + gap
-        if strip.bar:
-            limits, cmap, unit = strip.bar
-            width, height = sizes[0]
-            colour_bar(drawn.add_axes(((width + 0.13) / WIDTH, (total - k * each - head - height)
-                                       / total, 0.16 / WIDTH, 0.88 * height / total)),
-                       limits, cmap, unit)
-    return drawn
-
-
 def _pair(canvas: Canvas, pair: Sequence[np.ndarray], names: tuple[str, str],
           before: float | None, after: float | None) -> Figure:
     """Draw two b0s of opposite phase encoding, as measured and corrected."""
@@ -526,13 +462,13 @@ def _pair(canvas: Canvas, pair: Sequence[np.ndarray], names: tuple[str, str],
     titles = [f"{name}, {state}" for state in ("as measured", "corrected") for name in names]
     for volume, title in zip(pair, titles, strict=True):
         grey = _limits(volume[canvas.mask], (0, 99))
-        strips.append(_Strip(title, coloured(volume, grey, "gray", np.ones_like(canvas.mask)),
+        strips.append(Strip(title, coloured(volume, grey, "gray", np.ones_like(canvas.mask)),
                              outline=canvas.mask))
     text = (f"Their correlation in the head is {before:.3f} as measured and {after:.3f} "
             "corrected. " if before is not None and after is not None
             and np.isfinite([before, after]).all() else "")
     return Figure(
-        "dwi", {"desc": "distortion"}, svg(_strips(canvas, _views(canvas)[:1], strips)),
+        "dwi", {"desc": "distortion"}, svg(draw_strips(canvas, one_row_views(canvas)[:1], strips)),
         "b = 0 of opposite phase encoding",
         f"The field distorts the two in opposite directions. {text}Corrected, they should look "
         "alike and fill the brain mask (orange line). Where signal was piled up the image cannot "

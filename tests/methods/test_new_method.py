@@ -14,38 +14,31 @@ import bidsapp
 PACKAGE = Path(bidsapp.__file__).parent
 
 METHOD = '''
-"""Every weighted volume once more with its direction reversed, which measures the same."""
-
-from dataclasses import replace
+"""The signal along any direction is that of the nearest measured one."""
 
 import numpy as np
 
-from bidsapp.acquisition import Acquisition
 from bidsapp.errors import Refusal
-from bidsapp.kinds import Upsampled, Upsampler
+from bidsapp.kinds import Predicted, Upsampler
 
 
 class Toy(Upsampler):
-    """Antipodes."""
+    """Nearest neighbours."""
 
     def check(self, acquisition):
         if len(acquisition) > 200:
             raise Refusal("more than 200 volumes are enough.")
 
-    def apply(self, dwi, device, seed=0):
-        table = dwi.acquisition
-        more = np.flatnonzero(~table.b0)
-        whole = Acquisition(np.r_[table.bvals, table.bvals[more]],
-                            np.r_[table.bvecs, -table.bvecs[more]])
-        signal = np.concatenate([dwi.signal, dwi.signal[:, more]], axis=1)
-        return Upsampled(replace(dwi, signal=signal, acquisition=whole),
-                         range(len(table), len(whole)),
-                         no_intervals="the volumes that were computed measure nothing new")
+    def predict(self, dwi, target, device, seed=0):
+        weighted = np.flatnonzero(~dwi.acquisition.b0)
+        nearest = np.abs(target.bvecs @ dwi.acquisition.bvecs[weighted].T).argmax(1)
+        return Predicted(dwi.signal[:, weighted[nearest]])
 '''
 
-OUTPUTS = {"model": {"name": "toy", "Description": "Antipodes (Doe 2020)",
+OUTPUTS = {"model": {"name": "toy", "Description": "Nearest neighbours (Doe 2020)",
                      "URL": "https://doi.org/10.1000/toy"},
-           "signal": {"Description": "Signal with antipodes", "Units": "as the input"}, "maps": {}}
+           "signal": {"Description": "Signal with its nearest neighbours", "Units": "as the input"},
+           "maps": {}}
 
 
 @pytest.fixture
@@ -64,7 +57,7 @@ def package(tmp_path):
     (folder / "__init__.py").touch()
     (folder / "method.py").write_text(METHOD)
     (folder / "outputs.json").write_text(json.dumps(OUTPUTS))
-    (folder / "README.md").write_text("# upsample_toy\n\nAntipodes, doi:10.1000/toy.\n")
+    (folder / "README.md").write_text("# upsample_toy\n\nNearest neighbours, doi:10.1000/toy.\n")
     return copy.parent
 
 
@@ -102,5 +95,5 @@ def test_a_folder_is_all_that_a_new_upsampler_needs(package, bids_tree, tmp_path
     text = qsphere("--upsample", "toy", "--estimate", "dti", "smt")
     assert "upsampled_estimate_smt on" in text and "estimate_dti on" not in text
     assert Path(f"{stem}_model-smt_param-neuritefraction_desc-upsampled_dwimap.nii.gz").exists()
-    assert "Antipodes" in (out / "logs/CITATION.md").read_text()
-    assert "Antipodes" in (out / "sub-01.html").read_text()
+    assert "Nearest neighbours" in (out / "logs/CITATION.md").read_text()
+    assert "Nearest neighbours" in (out / "sub-01.html").read_text()

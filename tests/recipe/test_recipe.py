@@ -13,7 +13,7 @@ from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.execute import Execution
-from bidsapp.recipe.plan import chosen_methods, plan
+from bidsapp.recipe.plan import choose, plan
 from bidsapp.recipe.steps import RunContext, StepReport, load_run, outputs, reload_signal
 from bidsapp.stage import Stage
 from support import bids_tree as truth
@@ -154,7 +154,8 @@ def test_fingerprints_follow_what_a_step_takes(study):
         (run,) = find.find_runs(options).runs["02"]
         run = replace(run, covariates={**run.covariates, **covariates})
         context = RunContext(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
-        return {s.name: s.fingerprint for s in plan(context, models, chosen_methods(options))}
+        return {s.name: s.fingerprint for s in plan(
+            context, replace(choose(options), models=models))}
 
     model = checkpoint.load(out / "group/models/harmonize_mica_toA")
     models = [harmonize.Model("x", methods.get("harmonize_mica"), model)]
@@ -201,7 +202,7 @@ def estimate(bids, out, name):
     options = cli.parse([str(bids), str(out), "participant", "--estimate", name])
     (run,) = find.find_runs(options).runs["02"]
     context = RunContext(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
-    return plan(context, (), chosen_methods(options))[-1]
+    return plan(context, choose(options))[-1]
 
 
 def test_a_refusal_reaches_all_later_steps():

@@ -19,7 +19,7 @@ from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
 from bidsapp.dwi import Dwi
 from bidsapp.errors import UsageError
-from bidsapp.recipe.plan import chosen_methods, plan
+from bidsapp.recipe.plan import choose, plan
 from bidsapp.recipe.spaces import Register
 from bidsapp.recipe.steps import RunContext
 from bidsapp.registration import deformable, resample
@@ -481,7 +481,7 @@ def test_what_steps_depend_on(home, tmp_path):
                              *argv])
         (run,) = find.find_runs(options).runs["01"]
         context = RunContext(options, Dataset(tmp_path / "out", {"raw": bids}), run, "cpu", np.inf)
-        return {step.name: step.fingerprint for step in plan(context, (), chosen_methods(options))}
+        return {step.name: step.fingerprint for step in plan(context, choose(options))}
 
     def changed(before, after):
         return {name for name in before if before[name] != after[name]}
