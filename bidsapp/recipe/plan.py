@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from bidsapp import methods
+from bidsapp.bids import btable
 from bidsapp.dwi import peak_memory
-from bidsapp.errors import QSphereError, Refusal
+from bidsapp.errors import DataError, QSphereError, Refusal, UsageError
 from bidsapp.kinds import Denoiser, Estimator, FromSignal, Method, MethodContext, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
@@ -59,8 +62,14 @@ def choose(options: Options) -> Chosen:
     Raises
     ------
     UsageError
-        A method or model does not exist, or no method has a hyper-parameter that --set names.
+        A method or model does not exist, no method has a hyper-parameter that --set names, or the
+        table of --target-bvecs cannot be read.
     """
+    if options.target_bvecs:
+        try:
+            btable.read_target(options.target_bvecs, np.eye(4))
+        except DataError as error:
+            raise UsageError(f"--target-bvecs: {error}") from error
     available = methods.names("estimate_")
     estimates = options.estimate or [n for n in DEFAULT_ESTIMATES if f"estimate_{n}" in available]
     named = [*(methods.get(name, "estimate") for name in dict.fromkeys(estimates)),

@@ -93,6 +93,31 @@ def test_tissues_on_the_grid_of_the_t1w():
         assert 2 * (sure & truth).sum() / (sure.sum() + truth.sum()) > 0.9
 
 
+@pytest.mark.slow
+def test_a_fine_image_is_described_on_its_own_grid(tmp_path, monkeypatch):
+    """Voxels of 1.2 mm, which are enlarged for the networks and for Atropos: a bright ball (white
+    matter) in a grey one, in dark."""
+    x = (np.stack(np.indices((56, 56, 56)), -1) - 27.5) * 1.2
+    r = np.linalg.norm(x, axis=-1)
+    image = np.select([r < 16, r < 24, r < 29], [1000.0, 600, 250], 20)
+    image += np.random.default_rng(1).normal(0, 15, image.shape)
+    path = tmp_path / "sub-01_T1w.nii.gz"
+    nib.save(nib.Nifti1Image(image.astype(np.float32), np.diag([1.2, 1.2, 1.2, 1])), path)
+
+    def extract(head, affine, device):
+        centre = transform_points(np.linalg.inv(affine), np.full(3, 33.0))
+        at = (np.stack(np.indices(head.shape), -1) - centre) * np.abs(np.diag(affine)[:3])
+        return np.linalg.norm(at, axis=-1) < 29
+
+    monkeypatch.setattr(deepbet, "extract", extract)
+    monkeypatch.setattr(deepbet, "is_installed", lambda: True)
+    brain, (gm, wm, csf) = t1w.describe(path)
+    assert brain.shape == image.shape
+    for found, truth in ((brain, r < 29), (gm > 0.5, (r >= 16) & (r < 24)), (wm > 0.5, r < 16),
+                         (csf > 0.5, (r >= 24) & (r < 29))):
+        assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.93
+
+
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize("name,part", [("siemens_xa30", "sub-01/anat/sub-01_T1w.nii.gz"),

@@ -32,7 +32,8 @@ class Toy(Upsampler):
     def predict(self, dwi, target, device, seed=0):
         weighted = np.flatnonzero(~dwi.acquisition.b0)
         nearest = np.abs(target.bvecs @ dwi.acquisition.bvecs[weighted].T).argmax(1)
-        return Predicted(dwi.signal[:, weighted[nearest]])
+        signal = dwi.signal[:, weighted[nearest]]
+        return Predicted(signal, 0.5 * signal)
 '''
 
 OUTPUTS = {"model": {"name": "toy", "Description": "Nearest neighbours (Doe 2020)",
@@ -63,8 +64,8 @@ def package(tmp_path):
 
 @pytest.mark.slow
 def test_a_folder_is_all_that_a_new_upsampler_needs(package, bids_tree, tmp_path):
-    """The tensor of all measurements twice is that of each once; a second run changes nothing, and
-    an estimate that is added reads the upsampled signal back."""
+    """Measured volumes come first and untouched; a second run changes nothing, and an estimate that
+    is added reads the upsampled signal back."""
     bids, out = bids_tree(("01",)), tmp_path / "out"
 
     def qsphere(*argv):
@@ -76,23 +77,28 @@ def test_a_folder_is_all_that_a_new_upsampler_needs(package, bids_tree, tmp_path
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
-    assert "upsample_toy of the measured signal" in qsphere("--upsample", "toy", "--dry-run")
-    qsphere("--upsample", "toy", "--estimate", "dti")
+    toy = ("--upsample", "toy", "--target-directions", "20")
+    assert "upsample_toy of the measured signal, adds 8 × b 1000, 4 × b 2000" in qsphere(
+        *toy, "--dry-run")
+    qsphere(*toy, "--estimate", "dti")
     stem = f"{out}/sub-01/dwi/sub-01"
-    n = nib.load(bids / "sub-01/dwi/sub-01_dwi.nii.gz").shape[3]
-    image = nib.load(f"{stem}_desc-upsampled_dwi.nii.gz")
-    bvals = np.loadtxt(f"{stem}_desc-upsampled_dwi.bval")
-    assert image.shape[3] == len(bvals) == n + (bvals[:n] > 0).sum()
+    measured = nib.load(bids / "sub-01/dwi/sub-01_dwi.nii.gz").get_fdata()
+    mask = np.asarray(nib.load(f"{stem}_desc-brain_mask.nii.gz").dataobj) > 0
+    volumes = nib.load(f"{stem}_desc-upsampled_dwi.nii.gz").get_fdata()
+    n, bvals = measured.shape[3], np.loadtxt(f"{stem}_desc-upsampled_dwi.bval")
+    assert volumes.shape[3] == len(bvals) == n + 12
+    np.testing.assert_array_equal(volumes[mask][:, :n], measured[mask].astype(np.float32))
+    same = (volumes[mask][:, n:, None] == volumes[mask][:, None, :n]).all(0)
+    assert same.any(1).all()  # each new volume is a measured one
+    sd = nib.load(f"{stem}_model-toy_stat-std_desc-upsampled_dwimap.nii.gz")
+    np.testing.assert_array_equal(sd.get_fdata()[mask], 0.5 * volumes[mask][:, n:])
     about = json.loads(Path(f"{stem}_desc-upsampled_dwi.json").read_text())
-    assert about["SynthesizedVolumes"] == list(range(n, len(bvals)))
-
-    def fa(desc=""):
-        return np.asarray(nib.load(f"{stem}_model-tensor_param-fa{desc}_dwimap.nii.gz").dataobj)
-
-    np.testing.assert_allclose(fa("_desc-upsampled"), fa(), atol=2e-5)
+    assert about["SynthesizedVolumes"] == list(range(n, n + 12))
+    assert json.loads(Path(f"{stem}_model-toy_stat-std_desc-upsampled_dwimap.json").read_text())[
+        "Volumes"] == list(range(n, n + 12))
     assert not Path(f"{stem}_model-tensor_param-fa_stat-std_desc-upsampled_dwimap.nii.gz").exists()
-    assert "skipped" in qsphere("--upsample", "toy", "--estimate", "dti")
-    text = qsphere("--upsample", "toy", "--estimate", "dti", "smt")
+    assert "skipped" in qsphere(*toy, "--estimate", "dti")
+    text = qsphere(*toy, "--estimate", "dti", "smt")
     assert "upsampled_estimate_smt on" in text and "estimate_dti on" not in text
     assert Path(f"{stem}_model-smt_param-neuritefraction_desc-upsampled_dwimap.nii.gz").exists()
     assert "Nearest neighbours" in (out / "logs/CITATION.md").read_text()

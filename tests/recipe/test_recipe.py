@@ -197,6 +197,24 @@ def test_intervals_are_widened_by_the_error_of_the_steps_before(study, tmp_path,
     np.testing.assert_allclose(after, 1.5 * before, rtol=1e-5)
 
 
+def test_a_corrected_table_stays_in_the_sidecars_of_harmonized_images(study, monkeypatch):
+    """GradientTableCorrection is written by the first step; the harmonizer adds its own keys."""
+    bids, out = study
+    options = cli.parse([str(bids), str(out), "participant", "--preprocess", "none",
+                         "--harmonize", "mica"])
+    (run,) = find.find_runs(options).runs["02"]
+    context = RunContext(options, Dataset(out, {"raw": bids}), run, "cpu", np.inf)
+    step = next(s for s in plan(context, choose(options)) if s.name == "harmonized")
+    stages = []
+    monkeypatch.setattr("bidsapp.recipe.signals.outputs", lambda *args: SimpleNamespace(
+        write_signal=lambda *_: stages.append(args[2])))
+    report = StepReport()
+    step.apply(Stage(load_run(run)[0], about={"GradientTableCorrection": "x flipped"}), None,
+               report)
+    assert stages[0].about["GradientTableCorrection"] == "x flipped"
+    assert "HarmonizationModel" in stages[0].about and report.facts["about"] == stages[0].about
+
+
 def estimate(bids, out, name):
     """The last step of a plan for sub-02."""
     options = cli.parse([str(bids), str(out), "participant", "--estimate", name])
