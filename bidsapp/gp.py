@@ -181,18 +181,19 @@ class GaussianProcess:
         across = self._signal(target, self.acquisition[use])
         weights = np.zeros((len(target), len(use)))
         weights[:, use] = np.linalg.solve(self._measured()[np.ix_(use, use)], across.T).T
-        variance = np.diag(self._signal(target, target)) + self._noise \
+        variance = np.diag(self._signal(target, target)) + self.noise \
             - np.sum(weights[:, use] * across, axis=1)
         return Prediction(weights, np.sqrt(np.maximum(variance, 0)))
 
     @property
-    def _noise(self) -> float:
+    def noise(self) -> float:
+        """Variance of the noise, in signal units squared."""
         return float(self.hyperparameters.noise * np.mean(self._scale(self.acquisition)**2))
 
     def _measured(self) -> np.ndarray:
         """(n, n) covariance of the measured signals."""
         return self._signal(self.acquisition, self.acquisition) \
-            + self._noise * np.eye(len(self.acquisition))
+            + self.noise * np.eye(len(self.acquisition))
 
     def _signal(self, a: Acquisition, b: Acquisition) -> np.ndarray:
         """(len(a), len(b)) covariance of the signals without noise."""

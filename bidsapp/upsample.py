@@ -1,4 +1,4 @@
-"""Directions of further measurements, spread subsets, and the round trip of an upsampler.
+"""Directions of further measurements, spread subsets, and the errors of upsamplers.
 
 A direction and its antipode are measured alike, so that a set of directions has the electrostatic
 energy of charges at both (Jones et al. 1999,
@@ -9,12 +9,14 @@ doi:10.1002/(SICI)1522-2594(199909)42:3<515::AID-MRM14>3.0.CO;2-Q)
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float, Int
 
+from bidsapp.acquisition import SHELL_GAP, Acquisition, Shell
 from bidsapp.dwi import Dwi
 from bidsapp.kinds import Upsampler
 
@@ -26,6 +28,9 @@ NEAREST = 1e-9
 
 Z90 = 1.6449
 """Half width of a 90 % interval of a normal distribution, in SDs."""
+
+BINS, BIN_VOXELS = 20, 100
+"""Maximum number of bins of `ErrorCurve`, and minimum number of voxels in each."""
 
 
 def energy(directions: Float[np.ndarray, "n 3"]) -> float:
@@ -147,6 +152,15 @@ def subset(directions: Float[np.ndarray, "n 3"], count: int) -> Int[np.ndarray, 
     return chosen
 
 
+def has_one_b(acquisition: Acquisition, shell: Shell) -> bool:
+    """Tell whether the b-values of a shell are within SHELL_GAP of their mean.
+
+    They are not in tables without shells, which count as one wide shell (`Acquisition.shells`).
+    """
+    b = acquisition.bvals[shell.indices]
+    return bool((np.abs(b - shell.b) <= SHELL_GAP * shell.b).all())
+
+
 def assign_folds(dwi: Dwi, folds: int) -> Int[np.ndarray, " n"]:
     """Assign the weighted volumes to folds whose directions are spread over each shell.
 
@@ -236,7 +250,7 @@ def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int =
     -------
     DataFrame
         One row per weighted volume, in their order: `volume` (from 0), `b` (s/mm²), `b_delta`,
-        `mean` (of the measured signal), `rmse` and `mean_error` (predicted minus measured; all
+        `mean_signal` (measured), `rmse` and `mean_error` (predicted minus measured; all
         three in the units of the run), `coverage` (share of voxels whose measurement lies in the
         90 % interval of prediction error and noise; NaN if either is unknown) and `correlation` of
         predicted and measured signal over voxels.
@@ -264,7 +278,61 @@ def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int =
             varies = measured.std() > 0 and value.std() > 0
             rows.append({
                 "volume": v, "b": slab.acquisition.bvals[v], "b_delta": slab.acquisition.b_delta[v],
-                "mean": measured.mean(), "rmse": float(np.sqrt(np.mean(error**2))),
+                "mean_signal": measured.mean(), "rmse": float(np.sqrt(np.mean(error**2))),
                 "mean_error": error.mean(), "coverage": coverage,
                 "correlation": np.corrcoef(measured, value)[0, 1] if varies else np.nan})
     return pd.DataFrame(rows).sort_values("volume", ignore_index=True)
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorCurve:
+    """Mean square error of predictions as a function of the anisotropy of a voxel.
+
+    Errors of angular predictions grow with the part of the signal that depends on the direction.
+    The square errors of one voxel are too few to show its own level, and those of all voxels hide
+    the difference between tissues. They are therefore averaged over voxels of like anisotropy, in
+    bins with the same number of voxels, and interpolated linearly between the bins' means.
+
+    Parameters
+    ----------
+    anisotropy : (bin,)
+        Mean anisotropy of each bin, ascending.
+    square : (bin,)
+        Mean square error of each bin.
+    """
+
+    anisotropy: Float[torch.Tensor, " bin"]
+    square: Float[torch.Tensor, " bin"]
+
+    @classmethod
+    def fit(cls, anisotropy: Float[np.ndarray, " voxel"], square: Float[np.ndarray, " voxel"],
+            device: str = "cpu") -> ErrorCurve:
+        """Average square errors over voxels of like anisotropy.
+
+        Parameters
+        ----------
+        anisotropy : (voxel,)
+            Any measure of the part of the signal that depends on the direction.
+        square : (voxel,)
+            Mean square error of each voxel, in any unit.
+        device : str
+            Device of the result.
+
+        Returns
+        -------
+        ErrorCurve
+        """
+        order = np.argsort(anisotropy, kind="stable")
+        bins = np.array_split(order, max(1, min(BINS, len(order) // BIN_VOXELS)))
+        return cls(*(torch.tensor([values[b].mean() for b in bins], dtype=torch.float32,
+                                  device=device) for values in (anisotropy, square)))
+
+    def __call__(self, anisotropy: Float[torch.Tensor, " voxel"]) -> Float[torch.Tensor, " voxel"]:
+        """Interpolate the mean square error at the anisotropy of voxels."""
+        last = len(self.anisotropy) - 1
+        high = torch.bucketize(anisotropy, self.anisotropy).clamp(max=last)
+        low = (high - 1).clamp(min=0)
+        step = (self.anisotropy[high] - self.anisotropy[low]).clamp(
+            min=torch.finfo(torch.float32).tiny)
+        share = ((anisotropy - self.anisotropy[low]) / step).clamp(0, 1)
+        return torch.lerp(self.square[low], self.square[high], share)

@@ -1,6 +1,7 @@
 """One contract, every method that is applied to images."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,10 +12,11 @@ from dipy.core.sphere import HemiSphere, disperse_charges
 from scipy.spatial.transform import Rotation
 
 from bidsapp import blocks, checkpoint, kinds, methods, sh
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import Acquisition, concatenate
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.microstructure import maps
+from bidsapp.simulate.noise import mean as rician_mean
 from support import travelling_heads
 
 ESTIMATORS = methods.names("estimate_")
@@ -26,6 +28,10 @@ PAIRED = sorted(set(methods.names("harmonize_")) - {*UNPAIRED, "harmonize_combat
 EQUIVARIANT = {"estimate_dti": ("direction",), "estimate_smt": (), "estimate_scnn2": ("odf",),
                "estimate_noddi": ("odf",), "estimate_scnn3": ("odf",)}
 """Methods that claim rotation equivariance, with the maps that turn; the others stay."""
+
+UPSAMPLERS = methods.names("upsample_")
+ANY_TARGET = ("upsample_gp", "upsample_sh")
+"""Upsamplers that need no training, take any table and claim rotation equivariance."""
 
 
 def acquisition(b=(1000, 2200), n=24, seed=5):
@@ -177,8 +183,8 @@ def test_unknown_names_say_what_there_is():
         methods.get("dtii", "estimate")
     with pytest.raises(UsageError, match="Available to estimate are: estimate_dti"):
         methods.get("qbi", "estimate")
-    with pytest.raises(UsageError, match="Available to upsample are: none"):
-        methods.get("anything", "upsample")
+    with pytest.raises(UsageError, match="Available to correct are: none"):
+        methods.get("anything", "correct")
     assert methods.get("dti", "estimate").name == methods.get("estimate_dti").name
 
 
@@ -289,6 +295,121 @@ def test_card_of_a_harmonizer_makes_the_round_trip(harmonizer, rng, tmp_path):
     dwi = person(rng)
     np.testing.assert_array_equal(method.harmonize(dwi, again, "B", "cpu").signal,
                                   method.harmonize(dwi, model, "B", "cpu").signal)
+
+
+@pytest.fixture(params=ANY_TARGET)
+def upsampler(request):
+    return methods.get(request.param)
+
+
+def targets(b=(1000, 2200), n=7, seed=8):
+    """New directions on the shells of `acquisition`."""
+    return acquisition(b, n, seed)[2:]
+
+
+def test_there_are_upsamplers():
+    assert set(ANY_TARGET) <= set(UPSAMPLERS)
+    for name in UPSAMPLERS:
+        found = methods.get(name)
+        assert isinstance(found, kinds.Upsampler)
+        assert {"Description", "Units"} <= set(found.outputs["signal"])
+        assert found.outputs["signal"]["desc"] == "upsampled" and found.outputs["maps"] == {}
+
+
+def test_upsampler_refuses_what_it_cannot_carry(upsampler, rng):
+    acq = acquisition(b=(1000,), n=5)
+    with pytest.raises(Refusal, match="needed"):
+        upsampler.check(acq)
+    with pytest.raises(Refusal, match="needed"):
+        upsampler.predict(brain(acq, rng), targets(b=(1000,)), "cpu")
+    upsampler.check(acquisition())
+    spherical = Acquisition(acq.bvals[[0] * 2 + [2] * 20], acq.bvecs[[0] * 2 + [2] * 20],
+                            np.zeros(22))
+    with pytest.raises(Refusal, match="needed"):
+        upsampler.check(spherical)
+
+
+def test_upsampler_leaves_its_input_unchanged(upsampler, rng):
+    dwi, target = brain(acquisition(), rng), targets()
+    before, table = dwi.signal.copy(), target.bvecs.copy()
+    made = upsampler.predict(dwi, target, "cpu")
+    np.testing.assert_array_equal(dwi.signal, before)
+    np.testing.assert_array_equal(target.bvecs, table)
+    for values in (made.signal, made.sd):
+        assert values.shape == (len(dwi.signal), len(target)) and values.dtype == np.float32
+        assert np.isfinite(values).all() and values.min() >= 0
+    json.dumps([dict(made.counts), dict(made.parameters), list(made.notices)])
+
+
+def test_upsampler_gives_no_negative_magnitude_and_keeps_signs_of_real_signals(upsampler, rng):
+    dwi = brain(acquisition(), rng)
+    dwi = replace(dwi, signal=dwi.signal - 200, magnitude=False)
+    assert upsampler.predict(dwi, targets(), "cpu").signal.min() < 0
+
+
+def test_upsampler_is_independent_of_voxel_order(upsampler, rng):
+    dwi, target = brain(acquisition(), rng), targets()
+    order = rng.permutation(len(dwi.signal))
+    shuffled = Dwi(dwi.signal[order], dwi.mask, dwi.affine, dwi.acquisition, dwi.noise_sd)
+    one, other = (upsampler.predict(d, target, "cpu") for d in (dwi, shuffled))
+    close("signal", one.signal[order], other.signal)
+    close("sd", one.sd[order], other.sd)
+
+
+def test_upsampler_is_independent_of_block_size(upsampler, rng, monkeypatch):
+    dwi, target = brain(acquisition(), rng), targets()
+    whole = upsampler.predict(dwi, target, "cpu")
+    own = __import__(type(upsampler).__module__, fromlist=["map_voxels"])
+    monkeypatch.setattr(own, "map_voxels", lambda function, signal, device, block=0:
+                        blocks.map_voxels(function, signal, device, 5))
+    made = upsampler.predict(dwi, target, "cpu")
+    close("signal", whole.signal, made.signal)
+    close("sd", whole.sd, made.sd)
+
+
+def test_upsampler_is_independent_of_the_order_of_volumes_and_targets(upsampler, rng):
+    dwi, target = brain(acquisition(), rng), targets()
+    order, back = rng.permutation(len(dwi.acquisition)), rng.permutation(len(target))
+    shuffled = Dwi(np.ascontiguousarray(dwi.signal[:, order]), dwi.mask, dwi.affine,
+                   dwi.acquisition[order], dwi.noise_sd)
+    one = upsampler.predict(dwi, target, "cpu")
+    other = upsampler.predict(shuffled, target[back], "cpu")
+    close("signal", one.signal[:, back], other.signal)
+    close("sd", one.sd[:, back], other.sd)
+
+
+def test_upsampler_turns_with_the_head(upsampler):
+    """A turned head, measured and predicted along turned directions, has the same signal."""
+    turn = Rotation.from_euler("zyx", [40, -25, 70], degrees=True).as_matrix()
+    acq, target = acquisition(), targets()
+    one = upsampler.predict(brain(acq, np.random.default_rng(3)), target, "cpu")
+    other = upsampler.predict(brain(acq.rotated(turn), np.random.default_rng(3), turn),
+                              target.rotated(turn), "cpu")
+    close("signal", one.signal, other.signal)
+    close("sd", one.sd, other.sd)
+    # the sign of a direction is none of its business
+    flipped = upsampler.predict(brain(acq, np.random.default_rng(3)),
+                                Acquisition(target.bvals, -target.bvecs), "cpu")
+    close("signal", one.signal, flipped.signal)
+
+
+def test_upsampler_predicts_a_direction_near_its_truth(upsampler):
+    """The error is below the noise of a measurement and far below the anisotropy; the SD agrees."""
+    acq, target, sd = acquisition(n=30), targets(), 8.0
+    both = concatenate([acq, target])
+    clean = brain(both, np.random.default_rng(4), sd=0).signal
+    noisy = brain(acq, np.random.default_rng(4), sd=sd)
+    made = upsampler.predict(noisy, target, "cpu")
+    tissue = np.setdiff1d(np.arange(len(clean)), (3, 11, 17, 23))
+    truth = rician_mean(clean[tissue, len(acq):].astype(float), sd)
+    error = made.signal[tissue] - truth
+    for shell in target.shells:
+        columns = shell.indices
+        anisotropy = truth[:, columns].std(1)
+        assert np.sqrt(np.mean(error[:, columns]**2)) < sd
+        assert np.sqrt(np.mean(error[:, columns]**2)) < 0.3 * np.sqrt(np.mean(anisotropy**2))
+        ratio = np.mean(error[:, columns]**2) / np.mean(made.sd[tissue][:, columns]**2)
+        assert 0.5 < ratio < 2
 
 
 @pytest.mark.parametrize("name", [n for n in ESTIMATORS
