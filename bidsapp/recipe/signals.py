@@ -231,8 +231,8 @@ class Upsample(Step):
         assert stage
         context, method, dwi = self.context, self.method, stage.dwi
         target, violations, notices = self._target(dwi.acquisition)
-        log.info("%s: %s of %d volumes on %d voxels", context.run.name, method.name, len(target),
-                 len(dwi.signal))
+        log.info("%s: %s predicts %d volumes of %d voxels", context.run.name, method.name,
+                 len(target), len(dwi.signal))
         made = method.predict(dwi, target, context.device, context.options.random_seed)
         new = np.arange(len(dwi.acquisition), len(dwi.acquisition) + len(target))
         upsampled = replace(
