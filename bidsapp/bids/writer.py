@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -324,7 +324,9 @@ class Transaction:
     def commit(self) -> None:
         """Put the files in place, and remove those that only the earlier record lists.
 
-        Pages of QSphere are overwritten even if no record lists them.
+        A file that another record in the same folder lists is taken over, and that record becomes
+        incomplete, so that its step is done again. Pages of QSphere are overwritten even if no
+        record lists them.
 
         Raises
         ------
@@ -334,12 +336,21 @@ class Transaction:
         root = self.dataset.root
         old = self.dataset.record(self.record_path).get("outputs", {})
         new = {str(p): sha256(s) for p, s in self.staged.items()}
+        taken = {name for name in new if name not in old and (root / name).exists()}
+        others = self._records_of(taken) if taken else {}
         for name in new:
+            if name in taken and any(sha256(root / name) in r["outputs"].get(name, ())
+                                     for r in others.values()):
+                continue
             if ((root / name).exists() and sha256(root / name) not in (*old.get(name, ()),
                                                                        new[name])
                     and not (name not in old and is_page(root / name))):
                 raise DataError(f"{root / name} exists and was not written by QSphere, or was "
                                 "changed since. Move it away, or give another OUTPUT_DIR.")
+        for path, record in others.items():
+            self.dataset.write_text(str(path), to_json({
+                **record, "state": "incomplete",
+                "outputs": {n: h for n, h in record["outputs"].items() if n not in taken}}))
         both = {n: [*old.get(n, ()), *([new[n]] if n in new else [])] for n in {**old, **new}}
         self._write_record("incomplete", both)
         for path, staged in self.staged.items():
@@ -347,6 +358,13 @@ class Transaction:
             staged.replace(root / path)
         self.dataset._remove({name: old[name] for name in old.keys() - new.keys()})
         self._write_record("complete", {n: [h] for n, h in new.items()})
+
+    def _records_of(self, files: Collection[str]) -> dict[PurePosixPath, dict[str, Any]]:
+        """Find the other records in the folder of this one that list some of these files."""
+        folder = self.record_path.parent
+        paths = [folder / p.name for p in sorted((self.dataset.root / folder).glob("*.json"))]
+        records = {p: self.dataset.record(p) for p in paths if p != self.record_path}
+        return {p: r for p, r in records.items() if set(files) & set(r.get("outputs", ()))}
 
     def _write_record(self, state: str, outputs: Mapping[str, Any]) -> None:
         path = self.dataset.root / self.record_path

@@ -54,6 +54,35 @@ def test_image_and_sidecar_appear_with_their_hashes(tmp_path, like):
     assert dataset.is_complete(record, "a") and not dataset.is_complete(record, "b")
 
 
+@pytest.mark.parametrize("value", [1.0, 2.0])
+def test_a_file_of_another_step_is_taken_over(tmp_path, like, value):
+    """Its own record no longer lists it, and is incomplete; what it lists alone stays. So do the
+    files of a step that then leaves its old ones."""
+    dataset, other = claimed(tmp_path / "out"), RECORD.with_name("sub-01_desc-x_step.json")
+    write(dataset, like, extra=["sub-01/dwi/own.txt"])
+    with dataset.transaction(other, "b") as transaction:
+        transaction.image(MAP, np.full((7, 8, 9), value, np.float32), like, {"Units": "1"})
+    record = dataset.record(RECORD)
+    assert record["state"] == "incomplete" and list(record["outputs"]) == ["sub-01/dwi/own.txt"]
+    assert dataset.is_complete(dataset.record(other), "b")
+    with dataset.transaction(RECORD, "c"):
+        pass
+    assert np.asarray(nib.load(tmp_path / "out" / MAP).dataobj).max() == value
+    assert not (tmp_path / "out/sub-01/dwi/own.txt").exists()
+
+
+def test_a_file_of_another_step_that_was_changed_is_kept(tmp_path, like):
+    dataset = claimed(tmp_path / "out")
+    write(dataset, like)
+    nib.save(nib.Nifti1Image(np.ones((2, 2, 2), np.float32), np.eye(4)), tmp_path / "out" / MAP)
+    other = RECORD.with_name("sub-01_desc-x_step.json")
+    with (pytest.raises(DataError, match="changed since"),
+          dataset.transaction(other, "b") as transaction):
+        transaction.image(MAP, np.zeros((7, 8, 9), np.float32), like, {})
+    assert nib.load(tmp_path / "out" / MAP).shape == (2, 2, 2)
+    assert dataset.record(RECORD)["state"] == "complete"
+
+
 def test_same_data_give_the_same_bytes(tmp_path, like):
     first, second = claimed(tmp_path / "a"), claimed(tmp_path / "b")
     write(first, like)

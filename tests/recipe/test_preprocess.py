@@ -361,3 +361,14 @@ def test_an_incredible_motion_is_not_applied(tmp_path, monkeypatch):
     assert any("is credible" in notice for notice in facts["notices"])
     np.testing.assert_array_equal(image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz"),
                                   image(bids / "sub-01/dwi/sub-01_dwi.nii.gz"))
+
+
+@pytest.mark.slow
+def test_corrections_may_be_left_out_and_added_again(bids_tree, tmp_path):
+    """The brain mask belongs to another step each time; what stays is of the last command."""
+    bids, out = bids_tree(("01",)), tmp_path / "out"
+    corrected = out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz"
+    for steps, there in (("none", False), ("gibbs", True), ("none", False), ("gibbs", True)):
+        assert qsphere(bids, out, "participant", "--preprocess", steps, "--estimate", "dti") == 0
+        assert corrected.exists() == there
+        assert (out / "sub-01/dwi/sub-01_desc-brain_mask.nii.gz").exists()
