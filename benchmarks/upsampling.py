@@ -8,15 +8,16 @@
 The phantom has 90 directions of b 1000 at two sites, A (the reference) and B (other noise with four
 coils, resolution, echo time, b-value, …). Its seed belongs to this benchmark: no method may be
 trained on it. Truth is the expected magnitude of each measurement, which is what the methods
-predict. The given directions are `upsample.subset` of the measured ones, a greedy spread choice, and
-the others are held out. Errors are root mean squares over voxels and new volumes of S/S0, and over
-voxels of FA (weighted least squares of given and predicted volumes). Angles of the first
+predict. The given directions are `upsample.subset` of the measured ones, a greedy spread choice,
+and the others are held out. Errors are root mean squares over voxels and new volumes of S/S0, and
+over voxels of FA (weighted least squares of given and predicted volumes). Angles of the first
 eigenvector are means over voxels whose FA is above 0.2. "few" is the tensor of the given volumes
 alone. Coverage is the share of held-out measurements within 90 % intervals, and of truth within
 those without noise. Wilcoxon tests are paired over axial slices (coronal ones of a slab) of 50
 voxels or more, of all people.
 
---cache FOLDER keeps what was measured of each scan by each method, and goes on from it.
+--cache FOLDER keeps what was measured of each scan by each method, and goes on from it. Delete the
+files of a method that changed.
 """
 
 import argparse
@@ -264,8 +265,9 @@ def cached(options, kind, scene, name, function):
     if not options.cache:
         return function(scene, name, options)
     options.cache.mkdir(parents=True, exist_ok=True)
-    key = "_".join((kind, scene.row, scene.unit, name)).replace(" ", "").replace("/", "")
-    file = options.cache / f"{key}.json"
+    settings = f"{options.people}people_{options.voxel_size:g}mm"
+    key = "_".join((kind, settings, scene.row, scene.unit, name))
+    file = options.cache / f"{key.replace(' ', '')}.json"
     if not file.exists():
         result = function(scene, name, options)
         if result is None:
@@ -326,7 +328,7 @@ def compare(options):
     names, rows = [FEW, *options.methods], Rows()
     for scenes in (phantom_scenes, real_scenes):
         for scene in scenes(options):
-            if options.rows and not any(scene.row.startswith(r) for r in options.rows):
+            if not any(scene.row.startswith(r) for r in options.rows):
                 continue
             for name in names:
                 rows.add(scene.row, name, cached(options, "compare", scene, name, measure))
@@ -436,7 +438,8 @@ def compare_lesions(options):
 
     def cells(results, key, form):
         values = [r[key] for r in results if key in r]
-        return table.spread(values, form) if values else ""
+        return (f"{np.median(values):{form}} ({table.interval(values, form, ' to ')})" if values
+                else "")
 
     table.show("upsampling_lesion", [[name, *(cells(results, key, form) for key, form in (
         ("contrast", ".3f"), ("signal", ".2f"), ("worst", ".3f"), ("fa", ".2f"), ("md", ".2f")))]
@@ -494,7 +497,7 @@ def main() -> None:
     shared = os.environ.get("QSPHERE_TEST_DATA",
                             Path(__file__).resolve().parents[2] / "shared/data")
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
-    parser.add_argument("--rows", nargs="+", help="rows that begin so; default: all")
+    parser.add_argument("--rows", nargs="+", default=[""], help="rows that begin so; default: all")
     parser.add_argument("--people", type=int, default=2)
     parser.add_argument("--voxel-size", type=float, default=3.0, help="mm, of the phantom")
     parser.add_argument("--data", type=Path, default=Path(shared))
