@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from bidsapp import blocks, checkpoint, domain, kinds, methods, sh, tensor, training
+from bidsapp import blocks, checkpoint, domain, kinds, methods, sh, tensor, training, upsample
 from bidsapp.acquisition import Acquisition
 from bidsapp.anatomy import tissue
 from bidsapp.dwi import Dwi
@@ -380,10 +380,6 @@ def states(tmp_path_factory):
     return tmp_path_factory.mktemp("states")
 
 
-TURN = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
-"""Rotation of the measured directions to those that are predicted."""
-
-
 def apply(method, model, device, folder):
     """(voxel, …) arrays by name. model: what was trained; None for a method as it ships."""
     dwi = head("07", "B")
@@ -405,9 +401,10 @@ def apply(method, model, device, folder):
     if isinstance(method, kinds.Denoiser):
         return {"signal": method.denoise(dwi, device).signal}
     if isinstance(method, kinds.Upsampler):
-        table = dwi.acquisition
-        target = method.target(table) or table[~table.b0].rotated(TURN)
-        return {"signal": method.predict(dwi, target, device).signal}
+        target = method.target(dwi.acquisition) or Acquisition(
+            np.full(9, 1000.0), upsample.spread(AXES[BVALS == 1000], 9))
+        made = method.predict(dwi, target, device)
+        return {"signal": made.signal} | ({} if made.sd is None else {"signal_std": made.sd})
     return method.apply(dwi, device).maps
 
 

@@ -63,12 +63,15 @@ class Coherence:
         the given table is as good or the evidence does not suffice.
     table : (3, 3)
         The flip or swap of the best table, which multiplies the rows of the .bvec from the left.
+    rival : str
+        Another flip or swap that is not clearly worse than the best one; empty if there is none.
     """
 
     given: float
     best: float
     better: str
     table: np.ndarray
+    rival: str = ""
 
 
 def measure_coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
@@ -122,11 +125,17 @@ def measure_coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
         whole = weights.take(nearest[table])
         return (agreement.take(nearest[table]) - scores[table] * whole) / whole.sum()
 
-    error = np.sqrt(np.sum((influence(best) - influence(identity)) ** 2))
+    def is_worse(table: bytes) -> bool:
+        """Whether a table is worse than the best one beyond chance."""
+        error = np.sqrt(np.sum((influence(best) - influence(table)) ** 2))
+        return bool(scores[best] - scores[table] > MIN_Z * error)
+
     wrong = (highest > GAIN and scores[best] > COHERENT and given < LESS * highest
-             and highest - given > MIN_Z * error)
-    table = np.frombuffer(best).reshape(3, 3)
-    return Coherence(float(given), float(highest), describe(table) if wrong else "", table)
+             and is_worse(identity))
+    second = max((t for t in scores if t != best), key=lambda t: scores[t])
+    table, other = (np.frombuffer(t).reshape(3, 3) for t in (best, second))
+    return Coherence(float(given), float(highest), describe(table) if wrong else "", table,
+                     describe(other) if wrong and not is_worse(second) else "")
 
 
 def list_tables() -> list[np.ndarray]:
@@ -149,6 +158,13 @@ def describe(table: np.ndarray) -> str:
 
 def describe_mismatch(coherence: Coherence) -> str:
     """Describe a wrong table in sentences for the report and the log."""
+    if coherence.rival:
+        return ("The b-vectors are probably wrong, but how is not clear. Neighbouring voxels agree "
+                f"far better along the fibres with {coherence.better} in the .bvec (coherence "
+                f"{coherence.best:.3f}; with the given table {coherence.given:.3f}), and nearly as "
+                f"well with {coherence.rival}. Fibre directions and everything derived from them "
+                "are then wrong; FA and MD are correct. Convert the series again with a recent "
+                "dcm2niix, or correct the .bvec in one of these ways and compare.")
     return (f"The b-vectors are probably wrong. With {coherence.better} in the .bvec, neighbouring "
             f"voxels agree far better along the fibres (coherence {coherence.best:.3f}; with the "
             f"given table {coherence.given:.3f}). Fibre directions and everything derived from "

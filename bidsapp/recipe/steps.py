@@ -626,13 +626,14 @@ def check_gradients(run: Run, dwi: Dwi, mode: str, *, corrected: bool) -> Gradie
     if coherence is None or not coherence.better:
         return GradientCheck(acquisition, table, {}, [], qc)
     sentence = gradients.describe_mismatch(coherence)
-    if mode == "stop" and corrected:
-        raise DataError(
-            f"{', '.join(str(p.bvec) for p in run.parts)}: {sentence} Or give --gradient-check "
-            "fix, which applies and records this correction, or --gradient-check warn.")
+    if corrected and (mode == "stop" or (mode == "fix" and coherence.rival)):
+        remedy = ("Or give --gradient-check warn." if coherence.rival else
+                  "Or give --gradient-check fix, which applies and records this correction, or "
+                  "--gradient-check warn.")
+        raise DataError(f"{', '.join(str(p.bvec) for p in run.parts)}: {sentence} {remedy}")
     log.warning("%s: %s", run.name, sentence)
     about = {}
-    if mode == "fix":
+    if mode == "fix" and not coherence.rival:
         table = coherence.table
         acquisition = replace(acquisition, bvecs=acquisition.bvecs @ (axes @ table @ axes.T).T)
         about = {"GradientTableCorrection": coherence.better}
