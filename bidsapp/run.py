@@ -90,8 +90,8 @@ def participant(options: Options) -> int:
     dataset = Dataset(options.output_dir, links)
     dataset.claim()
     dataset.describe(inventory.name, inventory.authors, boilerplate.acknowledge())
-    dataset.write_text("logs/CITATION.md", plan.methods_text(options, chosen))
     if options.boilerplate_only:
+        dataset.write_text("logs/CITATION.md", plan.methods_text(options, chosen))
         return 0
     memory, device = available_memory(options), choose_device(options.device)
     workers, threads = share_cpus(options, inventory, memory, device)
@@ -101,6 +101,7 @@ def participant(options: Options) -> int:
         make_work_dir(options.work_dir)
     done = dict(run_all(invocation, inventory, workers))
     dataset.participants({label: inventory.rows[label] for label in done}, inventory.columns)
+    dataset.write_text("logs/CITATION.md", page.methods_text(run_records(dataset)))
     log_unknown_participants(inventory.unknown, options)
     if failed := [label for label, ok in done.items() if not ok]:
         log.error("not everything was done for %s. Their pages say why; after a failure, so do the "

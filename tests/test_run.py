@@ -404,3 +404,18 @@ def test_options_without_use_are_refused(tmp_path, bids_tree, capsys):
         assert re.search(f"{option} 3: harmonize_combat does not use it.* harmonize_shresnet",
                          capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_methods_text_says_what_was_done(bids_tree, tmp_path):
+    """Not what was planned: smt needs two shells, of which one is left."""
+    bids = bids_tree(("01",))
+    for name in ("bval", "bvec"):
+        path = bids / f"sub-01/dwi/sub-01_dwi.{name}"
+        rows = np.loadtxt(path, ndmin=2)
+        if name == "bval":
+            rows[rows > 0] = 1000
+        np.savetxt(path, rows, fmt="%.8g")
+    qsphere(bids, tmp_path / "out", PARTICIPANT, "--estimate", "dti", "smt")
+    text = (tmp_path / "out/logs/CITATION.md").read_text()
+    assert "Method: dti" in text and "Method: smt" not in text

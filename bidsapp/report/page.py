@@ -260,6 +260,12 @@ def _paragraphs(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
                               for p in record.get("paragraphs", ())))
 
 
+def methods_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """Write the methods text of what was done in runs, with references, from their records."""
+    used = _methods(name for record in records for name in record.get("methods", ()))
+    return boilerplate.markdown(_paragraphs(records), used)
+
+
 def _common(paragraphs: Sequence[tuple[str, str]], used: Sequence[Method]) -> dict[str, Any]:
     """Gather the variables of the template that all pages share."""
     return {
