@@ -182,14 +182,15 @@ def test_draws_are_the_same():
 
 def inputs(network, generator):
     """Random inputs as the annotations of `forward` describe them; a new name needs a size here."""
-    size = {"voxel": 24, "group": 3, "shell": 2, "hint": scnn.hint_size(3),
+    size = {"voxel": 24, "group": 3, "shell": 2, "hint": scnn.hint_size(3), "image": 3,
+            "channel": 4, "*grid": (9, 10),
             "coef": sh.size(getattr(network, "l_max", 0) or inspect.signature(
                 type(network)).parameters.get("l_max", inspect.Parameter(
                     "l_max", inspect.Parameter.KEYWORD_ONLY, default=8)).default)}
     wanted = get_type_hints(type(network).forward)
     wanted.pop("return")
-    return [torch.rand([size.get(d) or int(d) for d in hint.dim_str.split()], generator=generator)
-            + 0.1 for hint in wanted.values()]
+    return [torch.rand([int(n) for d in hint.dim_str.split() for n in np.ravel(size.get(d, d))],
+                       generator=generator) + 0.1 for hint in wanted.values()]
 
 
 @pytest.mark.usefixtures("uses_device")
@@ -197,7 +198,7 @@ def inputs(network, generator):
 def test_network(name):
     """Forward and backward, in training and in evaluation. No weight is 0, as some are at the
     start: else no gradient would reach the layers before them."""
-    arguments = {"parameters": 3, "shells": 2}
+    arguments = {"parameters": 3, "shells": 2, "inputs": 4, "outputs": 2}
     known = inspect.signature(builder.ARCHITECTURES[name]).parameters
     generator = torch.Generator().manual_seed(7)
     with training.seeded(7):
