@@ -417,6 +417,10 @@ def test_a_training_can_start_from_a_checkpoint(models, networks, tmp_path):
                              ("inputs=10", "do not fit its network")):
         with pytest.raises(UsageError, match=f"--init: .*{message}"):
             method_with(*texts, changed).fit(cohort(), kinds.TrainingSettings(init=folder))
+    other = Acquisition(TABLE.bvals, TABLE.rotated(np.diag([1, -1, -1])).bvecs)
+    with pytest.raises(UsageError, match=r"--init: .* other directions"):
+        method_with(*texts).fit(cohort(tables=dict.fromkeys(PEOPLE, other)),
+                                kinds.TrainingSettings(init=folder))
     with pytest.raises(UsageError, match="holds no checkpoint"):
         method_with(*texts).fit(cohort(), kinds.TrainingSettings(init=tmp_path / "none"))
 

@@ -305,15 +305,17 @@ class UNetUpsampler(Upsampler, Trainable):
         name = f"{self.name}_b{round(table.shell.b, -2):.0f}n{n}"
         digest = hashlib.sha256(repr((
             __version__, {**recipe, "schedule": {**recipe["schedule"], "steps": 0}},
-            start and start.card.sha256, learners, held)).encode() + linear.matrix.numpy().tobytes()
-        ).hexdigest()[:8]
+            start and start.card.sha256, learners, held)).encode())
+        for values in linear:  # they depend on all training data
+            digest.update(values.numpy().tobytes())
+        state = f"{name}.{digest.hexdigest()[:8]}"
         tensors = {f"linear.{k}": v for k, v in linear._asdict().items()}
         networks, histories = [], []
         for i, (part, group) in enumerate(groups.items()):
             network, history = _train(
                 learned, validated, group, linear, recipe, settings,
                 start and start.part(part),
-                settings.states / f"{name}.{digest}.{i}.ckpt" if settings.states else None,
+                settings.states / f"{state}.{i}.ckpt" if settings.states else None,
                 f"{name}, {part}")
             networks.append(network)
             histories.append(history)
@@ -355,10 +357,12 @@ class UNetUpsampler(Upsampler, Trainable):
                 start.part(part).into(_build(recipe["network"], table.inputs, len(group)))
         except DataError as error:
             raise UsageError(f"--init: {error}") from error
-        if match_directions(np.array(start.card.constants["inputs"]),
-                            table.directions[:table.inputs], SAME_DIRECTION) is None:
-            raise UsageError(f"--init: {settings.init} was trained with other input directions. "
-                             "Needed are those of the runs. Leave the option out.")
+        trained = np.array([v for k in ("inputs", "targets") for v in start.card.constants[k]])
+        if (trained.shape != table.directions.shape
+                or np.abs((trained * table.directions).sum(1)).min() < math.cos(
+                    math.radians(SAME_DIRECTION))):
+            raise UsageError(f"--init: {settings.init} was trained with other directions, or in "
+                             "another order. Needed are those of the runs. Leave the option out.")
         return start
 
 
