@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from bidsapp import blocks, checkpoint, domain, kinds, methods, sh, tensor, training
+from bidsapp import blocks, checkpoint, domain, kinds, methods, sh, tensor, training, upsample
 from bidsapp.acquisition import Acquisition
 from bidsapp.anatomy import tissue
 from bidsapp.dwi import Dwi
@@ -399,8 +399,12 @@ def apply(method, model, device, folder):
         return {**made.signals, **{f"image {k}": v.signal for k, v in made.images.items()},
                 **{f"score {k}": np.array([*v.values()], np.float32)
                    for k, v in made.scores.items() if k != "noise"}}
-    made = method.apply(dwi, device)
-    return made.maps if isinstance(made, kinds.Derived) else {"signal": made.dwi.signal}
+    if isinstance(method, kinds.Upsampler):
+        target = method.target(dwi.acquisition) or Acquisition(
+            np.full(9, 1000.0), upsample.spread(AXES[BVALS == 1000], 9))
+        made = method.predict(dwi, target, device)
+        return {"signal": made.signal} | ({} if made.sd is None else {"signal_std": made.sd})
+    return method.apply(dwi, device).maps
 
 
 def test_every_method_is_applied_or_works_on_tables():

@@ -1,17 +1,18 @@
-"""Gaussian process over b-tensors: new measurements are predicted from all measured ones.
+"""Gaussian process over b-tensors: new measurements are predicted from all weighted ones.
 
-The process (`bidsapp.gp`) is fitted to the voxels of the run. It gives weights W and, for the
-average voxel, the variance of each measurement about its prediction, v with noise. Voxels of
-different tissue have different errors. With e_i the leave-one-out error of measurement i (Rasmussen
-and Williams 2006, equation 5.12) and v_i its variance, the factor of a voxel is
+The process (`bidsapp.gp`) is fitted to the weighted measurements of the run. b0 volumes are left
+out: they have other noise (pulsation), and hardly help. It gives weights W and, for the average
+voxel, the variance of each measurement about its prediction, v with noise. Voxels of different
+tissue have different errors. With e_i the leave-one-out error of measurement i (Rasmussen and
+Williams 2006, equation 5.12) and v_i its variance, the factor of a voxel is
 
     c = mean over i of e_i² / v_i,    sd² = max(c v − σ², σ² |W|²)
 
 where c is the mean over voxels of like anisotropy (`upsample.ErrorCurve`), i runs over the measured
 shell of the target (over all weighted measurements if there is none), and the anisotropy is the
 variance over i of the predictions of the noise-free signal. σ² |W|² is the noise that the weights
-propagate, below which no error can be. σ² is the run's; that of the process if it
-is unknown or the table has no shells.
+propagate, below which no error can be. σ² is the run's; that of the process if it is unknown or the
+table has no shells.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class _Group(NamedTuple):
 
 
 class GaussianProcessUpsampler(Upsampler):
-    """Upsampler that predicts from all measurements with one covariance for all voxels."""
+    """Upsampler that predicts from all weighted volumes, with one covariance for all voxels."""
 
     def check(self, acquisition: Acquisition) -> None:
         """Raise Refusal if there are fewer than six weighted measurements with an axis."""
@@ -78,13 +79,16 @@ class GaussianProcessUpsampler(Upsampler):
 
     def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
         self.check(dwi.acquisition)
-        sample = dwi.signal[::max(1, len(dwi.signal) // SAMPLE)].astype(np.float64)
-        process = GaussianProcess.fit(sample, dwi.acquisition)
+        weighted = np.flatnonzero(~dwi.acquisition.b0)
+        sample = dwi.signal[::max(1, len(dwi.signal) // SAMPLE), weighted].astype(np.float64)
+        process = GaussianProcess.fit(sample, dwi.acquisition[weighted])
         weights = _to(process.predict(target).weights, device)
         groups = [_group(process, sample, dwi, target, shell.indices, device)
                   for shell in target.shells]
+        columns = torch.as_tensor(weighted, device=device)
 
         def predict(signal: torch.Tensor) -> dict[str, torch.Tensor]:
+            signal = signal[:, columns]
             values = signal @ weights.T
             sd = torch.empty_like(values)
             for g in groups:
@@ -103,7 +107,7 @@ class GaussianProcessUpsampler(Upsampler):
 def _group(process: GaussianProcess, sample: np.ndarray, dwi: Dwi, target: Acquisition,
            rows: np.ndarray, device: str) -> _Group:
     """Error model of the targets of one shell."""
-    acquisition = dwi.acquisition
+    acquisition = process.acquisition
     near = _near(acquisition, target[rows])
     smoother, loo = process.predict(acquisition[near]).weights, process.leave_one_out()
     error = sample[:, near] - sample @ loo.weights[near].T
@@ -111,20 +115,20 @@ def _group(process: GaussianProcess, sample: np.ndarray, dwi: Dwi, target: Acqui
                            np.square(error / loo.sd[near]).mean(1), device)
     # the noise of a run is that of SH fits, which exaggerate it if the table has no shells
     shells = all(has_one_b(acquisition, s) for s in acquisition.shells)
-    sigma, prediction = dwi.noise_of(near) if shells else None, process.predict(target[rows])
+    measured = np.flatnonzero(~dwi.acquisition.b0)[near]
+    sigma, prediction = dwi.noise_of(measured) if shells else None, process.predict(target[rows])
     noise = process.noise if sigma is None else sigma**2
     return _Group(rows, _to(smoother, device), curve, _to(prediction.sd**2, device), noise,
                   _to(noise * np.square(prediction.weights).sum(1), device))
 
 
 def _near(acquisition: Acquisition, target: Acquisition) -> np.ndarray:
-    """Indices of the measurements with the b and shape of the targets, or of all weighted ones if
-    there are fewer than MIN_DIRECTIONS."""
-    weighted = np.flatnonzero(~acquisition.b0)
-    b, b_delta = acquisition.bvals[weighted, None], acquisition.b_delta[weighted, None]
-    near = weighted[((np.abs(b - target.bvals) <= SHELL_GAP * target.bvals)
-                     & (np.abs(b_delta - target.b_delta) <= SAME_SHAPE)).any(1)]
-    return near if len(near) >= MIN_DIRECTIONS else weighted
+    """Indices of the measurements with the b and shape of the targets, or of all if there are fewer
+    than MIN_DIRECTIONS."""
+    b, b_delta = acquisition.bvals[:, None], acquisition.b_delta[:, None]
+    near = np.flatnonzero(((np.abs(b - target.bvals) <= SHELL_GAP * target.bvals)
+                           & (np.abs(b_delta - target.b_delta) <= SAME_SHAPE)).any(1))
+    return near if len(near) >= MIN_DIRECTIONS else np.arange(len(acquisition))
 
 
 def _to(values: np.ndarray, device: str) -> torch.Tensor:
