@@ -355,12 +355,17 @@ def head(person, site):
                Acquisition(BVALS, AXES), 8.0)
 
 
-def cohort():
+def one_shell(dwi):
+    """The b0 volumes and the shell of b 1000."""
+    return dwi.select_shell(dwi.acquisition.shells[0])
+
+
+def cohort(select=lambda dwi: dwi):
     rows = [(p, s, f"{p}{s}", 100.0) for p in PEOPLE for s in SITES]
     table = pd.DataFrame(rows, columns=["participant", "batch", "run", "snr_b0"])
     return kinds.Cohort(
-        table, reference_batch="A", load=lambda run: head(run[:2], run[2]),
-        acquisitions=dict.fromkeys(table["run"], Acquisition(BVALS, AXES)),
+        table, reference_batch="A", load=lambda run: select(head(run[:2], run[2])),
+        acquisitions={run: select(head(run[:2], run[2])).acquisition for run in table["run"]},
         voxel_sizes=dict.fromkeys(table["run"], tuple(ZOOM)))
 
 
@@ -368,7 +373,8 @@ def cohort():
 def fitted(name, turn, states):
     """(method, the checkpoint of a brief training); states: a folder that keeps registrations."""
     method = methods.get(name, context=kinds.MethodContext(sloppy=True))
-    made = compute(lambda device: method.fit(cohort(), kinds.TrainingSettings(
+    people = cohort(one_shell) if isinstance(method, kinds.Upsampler) else cohort()
+    made = compute(lambda device: method.fit(people, kinds.TrainingSettings(
         max_steps=STEPS, seed=1, device=device, states=states)), turn)
     for state in states.glob("*.ckpt"):  # the next device must not go on from them
         state.unlink()
@@ -400,6 +406,9 @@ def apply(method, model, device, folder):
                 **{f"score {k}": np.array([*v.values()], np.float32)
                    for k, v in made.scores.items() if k != "noise"}}
     if isinstance(method, kinds.Upsampler):
+        if not method.any_table:  # it takes the inputs of its training
+            inputs = np.abs(np.array(model.card.constants["inputs"]) @ AXES[BVALS == 1000].T)
+            dwi = upsample.select_volumes(one_shell(dwi), np.r_[:3, 3 + inputs.argmax(1)])
         target = method.target(dwi.acquisition) or Acquisition(
             np.full(9, 1000.0), upsample.spread(AXES[BVALS == 1000], 9))
         made = method.predict(dwi, target, device)
