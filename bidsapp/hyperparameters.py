@@ -26,12 +26,14 @@ VARIANTS = (ONE, SLOPPY)
 """Tables of tables that replace values of the tables of the same name: `one.training` for a network
 of a single acquisition, `sloppy.training` for --sloppy."""
 
-CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic"),
+CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic",
+                            "unet"),
+           "networks": ("joint", "single"),
            "output": ("change", "series"),
            "optimizer": ("adam", "adamw", "sgd"),
            "decay": ("constant", "step", "cosine", "plateau")}
 """Hyper-parameters that are texts, with their allowed values: those of `networks.builder`,
-`harmonization.harmonizer` and `training`."""
+`methods.upsample_unet`, `harmonization.harmonizer` and `training`."""
 
 
 def read(folder: Path) -> dict[str, Any]:

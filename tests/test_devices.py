@@ -182,14 +182,15 @@ def test_draws_are_the_same():
 
 def inputs(network, generator):
     """Random inputs as the annotations of `forward` describe them; a new name needs a size here."""
-    size = {"voxel": 24, "group": 3, "shell": 2, "hint": scnn.hint_size(3),
+    size = {"voxel": 24, "group": 3, "shell": 2, "hint": scnn.hint_size(3), "image": 3,
+            "channel": 4, "*grid": (9, 10),
             "coef": sh.size(getattr(network, "l_max", 0) or inspect.signature(
                 type(network)).parameters.get("l_max", inspect.Parameter(
                     "l_max", inspect.Parameter.KEYWORD_ONLY, default=8)).default)}
     wanted = get_type_hints(type(network).forward)
     wanted.pop("return")
-    return [torch.rand([size.get(d) or int(d) for d in hint.dim_str.split()], generator=generator)
-            + 0.1 for hint in wanted.values()]
+    return [torch.rand([int(n) for d in hint.dim_str.split() for n in np.ravel(size.get(d, d))],
+                       generator=generator) + 0.1 for hint in wanted.values()]
 
 
 @pytest.mark.usefixtures("uses_device")
@@ -197,7 +198,7 @@ def inputs(network, generator):
 def test_network(name):
     """Forward and backward, in training and in evaluation. No weight is 0, as some are at the
     start: else no gradient would reach the layers before them."""
-    arguments = {"parameters": 3, "shells": 2}
+    arguments = {"parameters": 3, "shells": 2, "inputs": 4, "outputs": 2}
     known = inspect.signature(builder.ARCHITECTURES[name]).parameters
     generator = torch.Generator().manual_seed(7)
     with training.seeded(7):
@@ -354,12 +355,17 @@ def head(person, site):
                Acquisition(BVALS, AXES), 8.0)
 
 
-def cohort():
+def one_shell(dwi):
+    """The b0 volumes and the shell of b 1000."""
+    return dwi.select_shell(dwi.acquisition.shells[0])
+
+
+def cohort(select=lambda dwi: dwi):
     rows = [(p, s, f"{p}{s}", 100.0) for p in PEOPLE for s in SITES]
     table = pd.DataFrame(rows, columns=["participant", "batch", "run", "snr_b0"])
     return kinds.Cohort(
-        table, reference_batch="A", load=lambda run: head(run[:2], run[2]),
-        acquisitions=dict.fromkeys(table["run"], Acquisition(BVALS, AXES)),
+        table, reference_batch="A", load=lambda run: select(head(run[:2], run[2])),
+        acquisitions={run: select(head(run[:2], run[2])).acquisition for run in table["run"]},
         voxel_sizes=dict.fromkeys(table["run"], tuple(ZOOM)))
 
 
@@ -367,7 +373,8 @@ def cohort():
 def fitted(name, turn, states):
     """(method, the checkpoint of a brief training); states: a folder that keeps registrations."""
     method = methods.get(name, context=kinds.MethodContext(sloppy=True))
-    made = compute(lambda device: method.fit(cohort(), kinds.TrainingSettings(
+    people = cohort(one_shell) if isinstance(method, kinds.Upsampler) else cohort()
+    made = compute(lambda device: method.fit(people, kinds.TrainingSettings(
         max_steps=STEPS, seed=1, device=device, states=states)), turn)
     for state in states.glob("*.ckpt"):  # the next device must not go on from them
         state.unlink()
@@ -401,6 +408,9 @@ def apply(method, model, device, folder):
     if isinstance(method, kinds.Denoiser):
         return {"signal": method.denoise(dwi, device).signal}
     if isinstance(method, kinds.Upsampler):
+        if not method.any_table:  # it takes the inputs of its training
+            inputs = np.abs(np.array(model.card.constants["inputs"]) @ AXES[BVALS == 1000].T)
+            dwi = upsample.select_volumes(one_shell(dwi), np.r_[:3, 3 + inputs.argmax(1)])
         target = method.target(dwi.acquisition) or Acquisition(
             np.full(9, 1000.0), upsample.spread(AXES[BVALS == 1000], 9))
         made = method.predict(dwi, target, device)

@@ -10,6 +10,7 @@ import pytest
 from bidsapp import cli, hyperparameters, kinds, methods, run, training
 from bidsapp.errors import UsageError
 from bidsapp.harmonization import harmonizer
+from bidsapp.methods.upsample_unet import method as upsample_unet
 from bidsapp.networks import builder
 from bidsapp.recipe.plan import choose
 from support.app import qsphere
@@ -71,7 +72,8 @@ def test_values_that_are_refused(method, text, message):
 
 
 def test_texts_are_those_that_the_program_knows():
-    known = {"architecture": tuple(builder.ARCHITECTURES), "output": harmonizer.OUTPUTS,
+    known = {"architecture": tuple(builder.ARCHITECTURES), "networks": upsample_unet.NETWORKS,
+             "output": harmonizer.OUTPUTS,
              "optimizer": tuple(training.OPTIMIZERS), "decay": training.DECAYS}
     assert known == hyperparameters.CHOICES
     for name in methods.names():
