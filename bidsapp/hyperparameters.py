@@ -26,12 +26,16 @@ VARIANTS = (ONE, SLOPPY)
 """Tables of tables that replace values of the tables of the same name: `one.training` for a network
 of a single acquisition, `sloppy.training` for --sloppy."""
 
-CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic"),
+CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic",
+                            "autoencoder"),
+           "layer": ("zonal", "local", "signal", "connected"),
+           "nonlinearity": ("relu", "sigmoid", "tanh"),
+           "space": ("signal", "coefficient"),
            "output": ("change", "series"),
            "optimizer": ("adam", "adamw", "sgd"),
            "decay": ("constant", "step", "cosine", "plateau")}
 """Hyper-parameters that are texts, with their allowed values: those of `networks.builder`,
-`harmonization.harmonizer` and `training`."""
+`networks.autoencoder`, `harmonization.harmonizer` and `training`."""
 
 
 def read(folder: Path) -> dict[str, Any]:
