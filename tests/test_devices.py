@@ -182,7 +182,7 @@ def test_draws_are_the_same():
 
 def inputs(network, generator):
     """Random inputs as the annotations of `forward` describe them; a new name needs a size here."""
-    size = {"voxel": 24, "group": 3, "shell": 2, "hint": scnn.hint_size(3),
+    size = {"voxel": 24, "group": 3, "shell": 2, "direction": 20, "hint": scnn.hint_size(3),
             "coef": sh.size(getattr(network, "l_max", 0) or inspect.signature(
                 type(network)).parameters.get("l_max", inspect.Parameter(
                     "l_max", inspect.Parameter.KEYWORD_ONLY, default=8)).default)}
@@ -398,14 +398,16 @@ def apply(method, model, device, folder):
         return {**made.signals, **{f"image {k}": v.signal for k, v in made.images.items()},
                 **{f"score {k}": np.array([*v.values()], np.float32)
                    for k, v in made.scores.items() if k != "noise"}}
+    if isinstance(method, kinds.Denoiser):
+        return {"signal": method.denoise(dwi, device).signal}
     made = method.apply(dwi, device)
     return made.maps if isinstance(made, kinds.Derived) else {"signal": made.dwi.signal}
 
 
 def test_every_method_is_applied_or_works_on_tables():
     """A new kind of method needs a way to be applied here."""
-    known = (kinds.SiteHarmonizer, kinds.Synthesizer, kinds.Estimator, kinds.Upsampler,
-             kinds.GroupAnalysis)
+    known = (kinds.SiteHarmonizer, kinds.Synthesizer, kinds.Estimator, kinds.Denoiser,
+             kinds.Upsampler, kinds.GroupAnalysis)
     assert all(isinstance(methods.get(n), known) for n in methods.names())
 
 
