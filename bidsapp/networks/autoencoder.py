@@ -124,8 +124,17 @@ class LocalConvolution(nn.Module):
 
     def forward(self, x: Float[torch.Tensor, "coef voxel channel"]
                 ) -> Float[torch.Tensor, "_ voxel out"]:
-        values = (self.samples @ x.flatten(1)).view(1 + RING, -1, *x.shape[1:])
-        a = values.permute(1, 2, 0, 3).flatten(2) @ self.weight + self.bias
+        voxels, channels = x.shape[1:]
+        out = len(self.bias)
+        if channels <= out:  # sums over the fewer channels first
+            values = (self.samples @ x.flatten(1)).view(1 + RING, -1, voxels, channels)
+            a = values.permute(1, 2, 0, 3).flatten(2) @ self.weight
+        else:
+            weight = self.weight.view(1 + RING, channels, out)
+            y = (x.flatten(0, 1) @ weight.transpose(0, 1).flatten(1)).view(len(x), voxels, -1, out)
+            rows = self.samples.view(1 + RING, -1, len(x)).transpose(0, 1).flatten(1)
+            a = (rows @ y.permute(2, 0, 1, 3).flatten(0, 1).flatten(1)).view(-1, voxels, out)
+        a = a + self.bias
         if self.function:
             a = self.function(a)
         return (self.back @ a.flatten(1)).unflatten(1, a.shape[1:])

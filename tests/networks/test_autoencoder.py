@@ -174,18 +174,22 @@ def test_ring():
     torch.testing.assert_close(mean, math.cos(math.pi / 10) * points)
 
 
-def test_local_convolution_is_its_formula():
-    """a(n) = w_0 f(n) + Σ_k w_k f(n_k), and the fit of a."""
-    layer = LocalConvolution(1, 1, 2, grid=9)
-    c = torch.randn(6, 1, 1, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("channels", [(1, 1), (2, 3), (3, 2)])
+def test_local_convolution_is_its_formula(channels):
+    """a_d(n) = Σ_c w_0,cd f_c(n) + Σ_k w_k,cd f_c(n_k) + bias_d, and the fit of a."""
+    channels_in, channels_out = channels
+    layer = LocalConvolution(channels_in, channels_out, 2, grid=9)
+    layer.bias.data += torch.arange(1.0, 1 + channels_out)
+    c = torch.randn(6, 4, channels_in, generator=torch.Generator().manual_seed(0))
     points, weights = sh.half_grid(9)
     samples = ring_samples(torch.tensor(points)).numpy()
-    f = np.stack([sh.basis(2, s) @ c[:, 0, 0].numpy() for s in samples])
-    a = layer.weight.detach().numpy()[:, 0] @ f + layer.bias.detach().numpy()
+    f = np.stack([np.einsum("nk,kvc->nvc", sh.basis(2, s), c.numpy()) for s in samples])
+    w = layer.weight.detach().numpy().reshape(6, channels_in, channels_out)
+    a = np.einsum("knvc,kcd->nvd", f, w) + layer.bias.detach().numpy()
     penalty = 0.006 * (sh.degrees(2) * (sh.degrees(2) + 1.0)) ** 2
     evenly = len(points) / (4 * math.pi)  # B'B of points that are spread evenly
-    wanted = evenly * (sh.basis(2, points).T * weights) @ a / (evenly + penalty)
-    np.testing.assert_allclose(layer(c)[:, 0, 0].detach(), wanted, atol=1e-5)
+    back = evenly * sh.basis(2, points).T * weights / (evenly + penalty)[:, None]
+    np.testing.assert_allclose(layer(c).detach(), np.einsum("kn,nvd->kvd", back, a), atol=1e-5)
 
 
 def test_local_convolution_with_equal_weights_is_nearly_zonal():
