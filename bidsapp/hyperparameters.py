@@ -27,13 +27,16 @@ VARIANTS = (ONE, SLOPPY)
 of a single acquisition, `sloppy.training` for --sloppy."""
 
 CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic",
-                            "unet"),
+                            "unet", "autoencoder"),
            "networks": ("joint", "single"),
+           "layer": ("zonal", "local", "signal", "connected"),
+           "nonlinearity": ("relu", "sigmoid", "tanh"),
+           "space": ("signal", "coefficient"),
            "output": ("change", "series"),
            "optimizer": ("adam", "adamw", "sgd"),
            "decay": ("constant", "step", "cosine", "plateau")}
 """Hyper-parameters that are texts, with their allowed values: those of `networks.builder`,
-`methods.upsample_unet`, `harmonization.harmonizer` and `training`."""
+`methods.upsample_unet`, `networks.autoencoder`, `harmonization.harmonizer` and `training`."""
 
 
 def read(folder: Path) -> dict[str, Any]:

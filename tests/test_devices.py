@@ -182,8 +182,8 @@ def test_draws_are_the_same():
 
 def inputs(network, generator):
     """Random inputs as the annotations of `forward` describe them; a new name needs a size here."""
-    size = {"voxel": 24, "group": 3, "shell": 2, "hint": scnn.hint_size(3), "image": 3,
-            "channel": 4, "*grid": (9, 10),
+    size = {"voxel": 24, "group": 3, "shell": 2, "direction": 20, "hint": scnn.hint_size(3),
+            "image": 3, "channel": 4, "*grid": (9, 10),
             "coef": sh.size(getattr(network, "l_max", 0) or inspect.signature(
                 type(network)).parameters.get("l_max", inspect.Parameter(
                     "l_max", inspect.Parameter.KEYWORD_ONLY, default=8)).default)}

@@ -11,7 +11,7 @@ from bidsapp import cli, hyperparameters, kinds, methods, run, training
 from bidsapp.errors import UsageError
 from bidsapp.harmonization import harmonizer
 from bidsapp.methods.upsample_unet import method as upsample_unet
-from bidsapp.networks import builder
+from bidsapp.networks import autoencoder, builder
 from bidsapp.recipe.plan import choose
 from support.app import qsphere
 
@@ -74,7 +74,9 @@ def test_values_that_are_refused(method, text, message):
 def test_texts_are_those_that_the_program_knows():
     known = {"architecture": tuple(builder.ARCHITECTURES), "networks": upsample_unet.NETWORKS,
              "output": harmonizer.OUTPUTS,
-             "optimizer": tuple(training.OPTIMIZERS), "decay": training.DECAYS}
+             "optimizer": tuple(training.OPTIMIZERS), "decay": training.DECAYS,
+             "layer": autoencoder.LAYERS, "nonlinearity": tuple(autoencoder.NONLINEARITIES),
+             "space": autoencoder.SPACES}
     assert known == hyperparameters.CHOICES
     for name in methods.names():
         for path, value in hyperparameters.values(

@@ -4,12 +4,12 @@
         [--init FOLDER [--new-hints]] [--learning-rate RATE] [--state FILE] [--threads N]
         [--seed N]
 
-METHOD is a folder of bidsapp/methods with a training.toml. --densities names one or more files of
-tools/densities.py; a share of the simulated voxels use densities from them
-(`simulate.tissue.draw_odfs`). --init names a folder of initial weights. With --new-hints the hints
-are computed for the densities drawn now, not for those of the initial weights. An interrupted
-training is resumed from --state (default OUT/state.ckpt). OUT receives model.safetensors and
-model.json.
+METHOD is a folder of bidsapp/methods with a training.toml: an estimator, or a denoiser, which takes
+neither --densities nor --new-hints. --densities names one or more files of tools/densities.py; a
+share of the simulated voxels use densities from them (`simulate.tissue.draw_odfs`). --init names a
+folder of initial weights. With --new-hints the hints are computed for the densities drawn now, not
+for those of the initial weights. An interrupted training is resumed from --state (default
+OUT/state.ckpt). OUT receives model.safetensors and model.json.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from bidsapp import checkpoint, methods
+from bidsapp.kinds import Denoiser
 from bidsapp.microstructure import learn
 
 
@@ -40,7 +41,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    method = methods.get(options.method, "estimate")
+    method = methods.get(options.method)
+    saved = options.state or options.out / "state.ckpt"
+    if isinstance(method, Denoiser):
+        start = checkpoint.load(options.init, method.name) if options.init else None
+        trained = method.train_bundled(
+            steps=options.steps, learning_rate=options.learning_rate, seed=options.seed,
+            device=options.device, start=start, saved=saved)
+    else:
+        trained = train_estimator(method, options, saved)
+    for name, content in checkpoint.pack(trained).items():
+        (options.out / name).write_bytes(content)
+    print(trained.card.metrics)
+
+
+def train_estimator(method, options, saved):
     recipe = method.recipe()
     schedule = recipe.schedule
     recipe = replace(recipe, schedule=replace(
@@ -48,14 +63,10 @@ def main() -> None:
         learning_rate=options.learning_rate or schedule.learning_rate))
     table = torch.from_numpy(np.concatenate([np.load(path) for path in options.densities])
                              ) if options.densities else None
-    trained = learn.train(
+    return learn.train(
         method.name, recipe, seed=options.seed, device=options.device, table=table,
         start=learn.initial_weights(method.name, recipe, options.init) if options.init else None,
-        saved=options.state or options.out / "state.ckpt", intended_use=method.intended_use,
-        new_hints=options.new_hints)
-    for name, content in checkpoint.pack(trained).items():
-        (options.out / name).write_bytes(content)
-    print(trained.card.metrics)
+        saved=saved, intended_use=method.intended_use, new_hints=options.new_hints)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from bidsapp.errors import DataError
+from bidsapp.networks.autoencoder import Autoencoder
 from bidsapp.networks.cyclic import Generator
 from bidsapp.networks.mlp import Perceptron
 from bidsapp.networks.scnn import SphericalNetwork
@@ -16,7 +17,8 @@ from bidsapp.networks.unet import UNet
 
 ARCHITECTURES: Mapping[str, type[nn.Module]] = {
     "spherical": SphericalNetwork, "perceptron": Perceptron, "shresnet": SHResNet,
-    "golkov": QSpacePerceptron, "hybrid": HybridCNN, "cyclic": Generator, "unet": UNet}
+    "golkov": QSpacePerceptron, "hybrid": HybridCNN, "cyclic": Generator, "unet": UNet,
+    "autoencoder": Autoencoder}
 
 
 def build_network(description: Mapping[str, Any], **more: Any) -> nn.Module:

@@ -119,6 +119,24 @@ class Published(nn.Module):
         return Estimate(values, torch.zeros_like(values), truncate(x, self.l_odf)[:, :, 0].T)
 
 
+def shell_properties(shells: Float[torch.Tensor, "group shell 3"]
+                     ) -> Float[torch.Tensor, "group shell 5"]:
+    """Compute the inputs, of size about 1, of a network of the properties of shells.
+
+    Parameters
+    ----------
+    shells : (group, shell, 3) tensor
+        b (ms/µm²), b_delta and 1/√directions.
+
+    Returns
+    -------
+    (group, shell, 5) tensor
+    """
+    b, b_delta, noise = shells.unbind(-1)
+    return torch.stack([b.clamp(min=0.01).log(), b - 2, b_delta, 4 * noise,
+                        noise.clamp(min=0.01).log() + 2], -1)
+
+
 class ShellEmbedding(nn.Module):
     """Embed any set of shells in a fixed number of channels, y_lm,c = Σ_s W_l,c(shell s) x_lm,s.
 
@@ -156,10 +174,7 @@ class ShellEmbedding(nn.Module):
                 shells: Float[torch.Tensor, "group shell 3"]
                 ) -> tuple[Float[torch.Tensor, "_ voxel channel"],
                            Float[torch.Tensor, "voxel channel"]]:
-        b, b_delta, noise = shells.unbind(-1)
-        properties = torch.stack([b.clamp(min=0.01).log(), b - 2, b_delta, 4 * noise,
-                                  noise.clamp(min=0.01).log() + 2], -1)
-        weight = self.net(properties) * (noise > 0)[..., None]
+        weight = self.net(shell_properties(shells)) * (shells[..., 2:] > 0)
         weight = weight.unflatten(-1, (-1, self.channels)).movedim(2, 0)
         *filters, log_weight, bias = weight
         groups = x.unflatten(1, (len(shells), -1))

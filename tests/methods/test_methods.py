@@ -23,6 +23,7 @@ ESTIMATORS = methods.names("estimate_")
 UNPAIRED = ("harmonize_mica", "harmonize_rish")
 """Harmonizers that learn from any people of two batches; the others (but ComBat, which works on
 tables) from people scanned in both."""
+DENOISERS = methods.names("denoise_")
 PAIRED = sorted(set(methods.names("harmonize_")) - {*UNPAIRED, "harmonize_combat"})
 
 EQUIVARIANT = {"estimate_dti": ("direction",), "estimate_smt": (), "estimate_scnn2": ("odf",),
@@ -176,6 +177,49 @@ def test_turns_with_the_head(method):
             # the SD of a signal that looks like none of the training is rounded coarsely, too
             rows = one["flag"] == 0 if "flag" in one and name.endswith("_std") else sane
             close(name, values[rows], other[name][rows])
+
+
+@pytest.fixture(params=DENOISERS)
+def denoiser(request):
+    return methods.get(request.param)
+
+
+def test_denoiser_leaves_its_input_unchanged(denoiser, rng):
+    dwi = brain(acquisition(), rng)
+    before = dwi.signal.copy()
+    result = denoiser.denoise(dwi, "cpu")
+    np.testing.assert_array_equal(dwi.signal, before)
+    assert result.signal.shape == before.shape and result.signal.dtype == np.float32
+    assert np.isfinite(result.signal).all() and not np.shares_memory(result.signal, dwi.signal)
+    json.dumps([dict(result.counts), dict(result.parameters)])
+    assert all(isinstance(v, int) and v >= 0 for v in result.counts.values())
+    assert {"Description", "Units"} <= set(denoiser.outputs["signal"])
+
+
+def test_denoiser_is_independent_of_voxel_order_and_units(denoiser, rng):
+    dwi = brain(acquisition(), rng)
+    one = denoiser.denoise(dwi, "cpu").signal
+    order = rng.permutation(len(dwi.signal))
+    shuffled = Dwi(8 * dwi.signal[order], dwi.mask, dwi.affine, dwi.acquisition, 8 * dwi.noise_sd)
+    close("signal", one[order], denoiser.denoise(shuffled, "cpu").signal / 8)
+
+
+def test_denoiser_is_independent_of_block_size(denoiser, rng, monkeypatch):
+    dwi = brain(acquisition(), rng)
+    whole = denoiser.denoise(dwi, "cpu").signal
+    module = __import__(type(denoiser).__module__, fromlist=["map_voxels"])
+    monkeypatch.setattr(module, "map_voxels", lambda function, signal, device, block=0:
+                        blocks.map_voxels(function, signal, device, 5))
+    close("signal", whole, denoiser.denoise(dwi, "cpu").signal)
+
+
+def test_denoiser_refuses_what_it_does_not_support(denoiser, rng):
+    for dwi in (brain(acquisition(n=3), rng), brain(acquisition()[2:], rng)):
+        with pytest.raises(Refusal, match=r"needed|required"):
+            denoiser.check(dwi.acquisition)
+        with pytest.raises(Refusal):
+            denoiser.denoise(dwi, "cpu")
+    assert not denoiser.violations(acquisition())
 
 
 def test_unknown_names_say_what_there_is():
