@@ -26,7 +26,8 @@ VARIANTS = (ONE, SLOPPY)
 """Tables of tables that replace values of the tables of the same name: `one.training` for a network
 of a single acquisition, `sloppy.training` for --sloppy."""
 
-CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic"),
+CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic",
+                            "upsampling"),
            "output": ("change", "series"),
            "optimizer": ("adam", "adamw", "sgd"),
            "decay": ("constant", "step", "cosine", "plateau")}

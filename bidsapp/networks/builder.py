@@ -12,10 +12,12 @@ from bidsapp.networks.cyclic import Generator
 from bidsapp.networks.mlp import Perceptron
 from bidsapp.networks.scnn import SphericalNetwork
 from bidsapp.networks.shresnet import HybridCNN, QSpacePerceptron, SHResNet
+from bidsapp.networks.upsampling import UpsamplingNetwork
 
 ARCHITECTURES: Mapping[str, type[nn.Module]] = {
     "spherical": SphericalNetwork, "perceptron": Perceptron, "shresnet": SHResNet,
-    "golkov": QSpacePerceptron, "hybrid": HybridCNN, "cyclic": Generator}
+    "golkov": QSpacePerceptron, "hybrid": HybridCNN, "cyclic": Generator,
+    "upsampling": UpsamplingNetwork}
 
 
 def build_network(description: Mapping[str, Any], **more: Any) -> nn.Module:
