@@ -4,7 +4,8 @@
         [--init FOLDER [--new-hints]] [--learning-rate RATE] [--state FILE] [--threads N]
         [--seed N]
 
-METHOD is a folder of bidsapp/methods with a training.toml. --densities names one or more files of
+METHOD is a folder of bidsapp/methods with a training.toml; for upsample_scnn --densities and
+--new-hints have no use. --densities names one or more files of
 tools/densities.py; a share of the simulated voxels use densities from them
 (`simulate.tissue.draw_odfs`). --init names a folder of initial weights. With --new-hints the hints
 are computed for the densities drawn now, not for those of the initial weights. An interrupted
@@ -15,11 +16,13 @@ model.json.
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from bidsapp import checkpoint, methods
+from bidsapp.methods.upsample_scnn import learn as upsampling
 from bidsapp.microstructure import learn
 
 
@@ -40,22 +43,35 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    method = methods.get(options.method, "estimate")
+    upsamples = options.method.startswith("upsample_")
+    method = methods.get(options.method, "" if upsamples else "estimate")
     recipe = method.recipe()
     schedule = recipe.schedule
     recipe = replace(recipe, schedule=replace(
         schedule, steps=options.steps or schedule.steps,
         learning_rate=options.learning_rate or schedule.learning_rate))
-    table = torch.from_numpy(np.concatenate([np.load(path) for path in options.densities])
-                             ) if options.densities else None
-    trained = learn.train(
-        method.name, recipe, seed=options.seed, device=options.device, table=table,
-        start=learn.initial_weights(method.name, recipe, options.init) if options.init else None,
-        saved=options.state or options.out / "state.ckpt", intended_use=method.intended_use,
-        new_hints=options.new_hints)
+    saved = options.state or options.out / "state.ckpt"
+    if upsamples:
+        trained = upsampling.train(
+            method.name, recipe, seed=options.seed, device=options.device, saved=saved,
+            intended_use=method.intended_use,
+            start=checkpoint.load(options.init, method.name) if options.init else None)
+    else:
+        trained = train_estimator(method, recipe, options, saved)
     for name, content in checkpoint.pack(trained).items():
         (options.out / name).write_bytes(content)
     print(trained.card.metrics)
+
+
+def train_estimator(method: Any, recipe: learn.Recipe, options: argparse.Namespace, saved: Path
+                    ) -> checkpoint.Checkpoint:
+    """Train the network of an estimator."""
+    table = torch.from_numpy(np.concatenate([np.load(path) for path in options.densities])
+                             ) if options.densities else None
+    return learn.train(
+        method.name, recipe, seed=options.seed, device=options.device, table=table,
+        start=learn.initial_weights(method.name, recipe, options.init) if options.init else None,
+        saved=saved, intended_use=method.intended_use, new_hints=options.new_hints)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
-from bidsapp import sh
 from bidsapp.networks.scnn import amplitudes
 from bidsapp.networks.spherical import Pointwise, ZonalConvolution, by_degree, mean
 
@@ -37,11 +36,11 @@ DEGREES = L_MAX // 2 + 1
 class Neighbourhoods(NamedTuple):
     """Voxels to predict, and their neighbours; voxels are ordered by group, as are all inputs.
 
-    index: (centre, 27), rows of the voxels, in C order of their positions; any row where there is
-    no voxel. present: (centre, 27), whether there is a voxel.
+    rows: (centre, 27), rows of the voxels, in C order of their positions; any row where there is no
+    voxel. present: (centre, 27), whether there is a voxel.
     """
 
-    index: Int[torch.Tensor, "centre 27"]
+    rows: Int[torch.Tensor, "centre 27"]
     present: Bool[torch.Tensor, "centre 27"]
 
 
@@ -93,12 +92,12 @@ class NeighbourAverage(nn.Module):
         self.register_buffer("classes", nn.functional.one_hot(distance, 4).float(),
                              persistent=False)
         self.register_buffer("degree_sum", by_degree(torch.eye(DEGREES)), persistent=False)
-        self.net = nn.Sequential(nn.Linear(4 * DEGREES, hidden), nn.SiLU(),
+        self.net = nn.Sequential(nn.Linear(4 * DEGREES + 2, hidden), nn.SiLU(),
                                  nn.Linear(hidden, hidden), nn.SiLU(),
                                  nn.Linear(hidden, heads * DEGREES))
 
     def forward(self, x: Float[torch.Tensor, "voxel shell 45"],
-                noise: Float[torch.Tensor, "voxel 2"], log_s0: Float[torch.Tensor, " voxel"],
+                noise: Float[torch.Tensor, "voxel 3"], log_s0: Float[torch.Tensor, " voxel"],
                 neighbours: Neighbourhoods, shells: Shells
                 ) -> tuple[Float[torch.Tensor, "coef centre channel"],
                            Float[torch.Tensor, "centre feature"]]:
@@ -122,10 +121,12 @@ class NeighbourAverage(nn.Module):
         masked = alike * present[..., None]
         typical = (masked.sum(1) - masked[:, CENTRE]) / count
         own = (centre[:, 0].square().sum(1) @ self.degree_sum) / (
-            noise[index[:, CENTRE], :1].square() * variance + 1e-9)
-        level = noise[index[:, CENTRE]].clamp(min=1e-3).log()[:, :1] + 3
+            sigma[:, CENTRE, :1].square() * variance + 1e-9)
+        level = sigma[:, CENTRE, :1].clamp(min=1e-3).log() + 3
+        misfit = sigma[..., 2] * present
         context = torch.cat([typical[:, :DEGREES], (own[:, 1:] + 0.1).log() / 3, level,
-                             count / 26.0], 1)
+                             count / 26.0, misfit[:, CENTRE, None],
+                             misfit.sum(1, keepdim=True) / (count + 1)], 1)
         rows = torch.cat([alike, context[:, None].expand(-1, 27, -1),
                           self.classes.expand(len(index), -1, -1)[..., :3]], 2)
         logit = self.net(rows).masked_fill(~present[..., None], -1e9)
@@ -172,7 +173,7 @@ class UpsamplingNetwork(nn.Module):
             nn.Linear(properties, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, (DEGREES + 2) * (1 + heads) * channels))
         self.trunk = nn.Sequential(
-            nn.Linear((2 + L_MAX) * channels + 2 * DEGREES + 1, hidden), nn.SiLU(),
+            nn.Linear((2 + L_MAX) * channels + 2 * DEGREES + 3, hidden), nn.SiLU(),
             nn.Linear(hidden, hidden), nn.SiLU())
         self.gain = nn.Linear(hidden, DEGREES * (6 * channels + heads + 1))
         self.one = ZonalConvolution(channels, channels, L_MAX)
@@ -184,11 +185,11 @@ class UpsamplingNetwork(nn.Module):
             nn.Linear(hidden + 2 * (1 + L_MAX) * channels, hidden), nn.SiLU(),
             nn.Linear(hidden, 1))
         for layer in (self.out, self.spread, self.gain, self.level[-1]):
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.gain.bias)
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Float[torch.Tensor, "voxel shell 45"],
-                noise: Float[torch.Tensor, "voxel 2"], log_s0: Float[torch.Tensor, " voxel"],
+                noise: Float[torch.Tensor, "voxel 3"], log_s0: Float[torch.Tensor, " voxel"],
                 neighbours: Neighbourhoods, shells: Shells) -> Coefficients:
         """Predict the signal of the central voxels.
 
@@ -196,8 +197,9 @@ class UpsamplingNetwork(nn.Module):
         ----------
         x : (voxel, shell, 45) tensor
             Normalised coefficients of S/S0; 0 where there is no shell.
-        noise : (voxel, 2) tensor
-            σ of one measurement and of the mean b0, over S0.
+        noise : (voxel, 3) tensor
+            σ of one measurement and of the mean b0, over S0, and the logarithm of the mean square
+            of what the fits of the shells leave, over that of noise alone.
         log_s0 : (voxel,) tensor
             Logarithm of S0, in any unit.
         neighbours : Neighbourhoods
@@ -226,14 +228,14 @@ class UpsamplingNetwork(nn.Module):
         predicted = start + self.out(every * by_degree(1 + last))[..., 0]
         level = self.level(torch.cat([hidden, mean(z), amplitudes(z), mean(w), amplitudes(w)], 1))
         log_sd = self.spread(every)[..., 0]
-        sigma = noise[neighbours.index[:, CENTRE], 0].clamp(min=1e-3).log()
+        sigma = noise[neighbours.rows[:, CENTRE], 0].clamp(min=1e-3).log()
         offset = math.sqrt(4 * math.pi) * (sigma - 1 + level[:, 0])
         return Coefficients(predicted, torch.cat([log_sd[:1] + offset, log_sd[1:]]))
 
     def _embed(self, groups: Float[torch.Tensor, "coef group voxels channel"],
                properties: Float[torch.Tensor, "group shell property"]
-               ) -> tuple[Float[torch.Tensor, "coef voxel channel"],
-                          Float[torch.Tensor, "voxel feature"]]:
+               ) -> tuple[Float[torch.Tensor, "coef centre out"],
+                          Float[torch.Tensor, "centre out"]]:
         """Embed the averages, and the logarithms of their means, in a fixed number of channels."""
         weight = self.embed(properties) * properties[..., :1]
         weight = weight.unflatten(2, (DEGREES + 2, 1 + self.heads, self.channels))

@@ -1,16 +1,21 @@
 """Simulate small patches of random tissue, without anatomy, for networks with spatial context.
 
 A patch is a lattice of SIZE³ voxels of up to three materials. A material has a kernel (a stick-like
-tensor, a zeppelin and a ball of random diffusivities and fractions), up to three bundles of fibres
-(Watson densities), an isotropic part and an S0. With the position x of a voxel and the share u_k of
-the materials there, its signal is
+tensor, a zeppelin and a ball), up to three bundles of fibres (Watson densities), an isotropic part
+and an S0. Diffusivities, fractions and dispersion are those of white or grey matter in vivo in a
+share of the materials, and anything in a broad range in the others. With the position x of a voxel
+and the share u_k of the materials there, its signal is
 
-    S(g, x) = Σ_k u_k(x) S0_k ∫ w_k(n, x) K_k(g·n) dn,    u(x) = softmax_k s_k (r_k − |P_k (x − p_k)|)
+    S(g, x) = Σ_k u_k(x) S0_k ∫ w_k(n, x) K_k(g·n) dn
+    u(x) = softmax_k s_k (r_k − |P_k (x − p_k)|)
 
 P_k projects on a random line, plane or the space, so that a material fills a layer, a tube or a
 ball, with a border that is sharp or gradual (s_k). The axes of the bundles bend along the patch, at
 up to BENDING per voxel, and the shares of bundles vary by a few percent. No brain is simulated:
 what a network learns from patches is that neighbours may be alike, not what a brain is like.
+
+A measurement adds noise, which may differ from what the network is told, and, in a share of the
+protocols, what corrections leave behind: each volume has a gain and a displacement of its own.
 """
 
 from __future__ import annotations
@@ -37,18 +42,22 @@ MATERIALS, BUNDLES = 3, 3
 HOMOGENEOUS, TWO = 0.25, 0.45
 """Shares of patches with one and with two materials."""
 
-BENDING, STRAIGHT = math.radians(15), 0.3
-"""Largest typical angle by which an axis bends from a voxel to the next (rad), and share of
-materials whose fibres are straight."""
+BENDING, STRAIGHT = math.radians(15), 0.2
+"""Largest typical angle by which an axis bends from a voxel to the next (rad), with a uniform
+square root, and share of bundles that are straight."""
 
-VARIATION = 0.08
-"""SD of the logarithms of the shares of bundles from voxel to voxel."""
+VARIATION = (0.005, 0.1)
+"""SD of the logarithms of the shares of bundles from voxel to voxel; its logarithm is uniform."""
 
-KAPPA = (0.5, 256.0)
-"""Range of the concentration of bundles; its logarithm is uniform."""
+WHITE, GREY, WATER = 0.4, 0.15, 0.1
+"""Shares of materials like white and grey matter, and of free water. The others are arbitrary."""
 
-WATER, ISOTROPIC = 0.12, 0.15
-"""Shares of materials of free water, and of materials without preferred direction."""
+KAPPA = ((0.5, 256.0), (3.0, 48.0), (0.3, 3.0))
+"""Ranges of the concentration of bundles in arbitrary materials, white and grey matter; its
+logarithm is uniform."""
+
+ISOTROPIC = 0.15
+"""Share of arbitrary materials without preferred direction."""
 
 CONTRAST = (0.5, 3.0)
 """Range of S0 of materials; its logarithm is uniform."""
@@ -56,6 +65,13 @@ CONTRAST = (0.5, 3.0)
 CORRELATED, CORRELATION = 0.5, 0.5
 """Share of protocols whose noise is correlated between voxels, as after interpolation, and the
 largest correlation of neighbours along each axis."""
+
+LOCAL_NOISE = 0.15
+"""SD of the logarithm of the noise from patch to patch."""
+
+RESIDUAL, GAIN, SHIFT = 0.4, 0.06, 0.3
+"""Share of protocols whose volumes have gains and displacements of their own, and the largest SDs
+of the gain and of the displacement (voxels) from volume to volume."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +119,14 @@ def draw(b: Float[torch.Tensor, "group shell"], patches: int, generator: torch.G
     s0 = torch.exp(low + (high - low) * _uniform(generator, count, MATERIALS))
     share = share * (s0 / s0[:, :1])[..., None]  # the S0 of the first is 1
     share = share * torch.exp(0.03 * _normal(generator, count, 1, len(x)))
-    bundle, isotropic = _bundle_shares(count, len(x), generator)
-    k = forward.kernel(_compartments(count * MATERIALS, generator),
+    tissue = torch.bucketize(_uniform(generator, count, MATERIALS), torch.tensor(
+        [1 - WHITE - GREY, 1 - GREY], device=x.device))
+    bundle, isotropic = _bundle_shares(tissue, len(x), generator)
+    k = forward.kernel(_compartments(tissue.flatten(), generator),
                        1000 * b.repeat_interleave(patches * MATERIALS, 0),
                        torch.ones_like(b).repeat_interleave(patches * MATERIALS, 0), L_MAX)
     k = k.unflatten(0, (count, MATERIALS, 1))
-    gain = k * _zonal(count, generator)[:, :, :, None]  # patch, material, bundle, shell, degree
+    gain = k * _zonal(tissue, generator)[:, :, :, None]  # patch, material, bundle, shell, degree
     basis = sh.evaluate(L_MAX, _axes(count, x, generator))
     weight = (share[:, :, None] * bundle).flatten(1, 2)
     degrees = []
@@ -155,12 +173,14 @@ def measure(patches: Patches, protocols: Protocols, sigma: Float[torch.Tensor, "
     clean = torch.einsum("gpvsk,gsdk->gpvsd", patches.coefficients[:, :, :, :shells],
                          protocols.basis)
     mixing = _noise_mixing(len(sigma), generator)
+    local = sigma.view(-1, 1, 1) * torch.exp(
+        LOCAL_NOISE * _normal(generator, *patches.s0.shape[:2], 1))
 
     def noise(like: torch.Tensor) -> torch.Tensor:
-        flat = _normal(generator, *like.shape).flatten(3)
-        return sigma.view(-1, *[1] * (like.ndim - 1)) * (mixing[:, None] @ flat).view_as(like)
+        flat = local[..., None] * _normal(generator, *like.shape).flatten(3)
+        return (mixing[:, None] @ flat).view_as(like)
 
-    real = clean + noise(clean)
+    real = _add_residual(clean, generator) + noise(clean)
     rician = magnitude.view(-1, 1, 1, 1, 1)
     signal = torch.where(rician, torch.hypot(real, noise(clean)), real)
     count = protocols.b0.view(-1, 1, 1)
@@ -207,61 +227,89 @@ def _material_shares(count: int, x: torch.Tensor, generator: torch.Generator) ->
     return torch.softmax(logit.masked_fill(absent, -math.inf), 1)
 
 
-def _compartments(count: int, generator: torch.Generator) -> list[forward.Compartment]:
-    """Draw the kernels of materials: fractions and diffusivities of three compartments."""
-    u = _uniform(generator, 8, count)
+def _compartments(tissue: torch.Tensor, generator: torch.Generator) -> list[forward.Compartment]:
+    """Draw the kernels (n,) of materials of some tissue: 0 arbitrary, 1 white, 2 grey matter."""
+    u = _uniform(generator, 9, len(tissue))
     inner = 0.3 + 2.7 * u[0]
     outer = torch.where(u[1] < 0.5, inner, 0.3 + 2.7 * u[2])
+    outer_radial = outer * (0.05 + 0.95 * u[7])
     ball = torch.where(u[3] < 0.3, 3.0, 3 * u[4])
     radial = inner * 0.2 * (u[5] - 0.5).clamp(min=0) * 2
-    weight = -torch.log(_uniform(generator, 3, count).clamp(min=1e-7))
-    weight = weight * (_uniform(generator, 3, count) < u.new_tensor([[0.8], [0.8], [0.4]]))
+    weight = -torch.log(_uniform(generator, 3, len(tissue)).clamp(min=1e-7))
+    weight = weight * (_uniform(generator, 3, len(tissue)) < u.new_tensor([[0.8], [0.8], [0.4]]))
     weight[1] += (weight.sum(0) == 0)
-    water = (u[6] < WATER).float()
-    fraction = torch.lerp(weight / weight.sum(0), u.new_tensor([[0.0], [0.0], [1.0]]), water)
-    ball = torch.where(water > 0, 2.8 + 0.4 * u[7], ball)
+    fraction = weight / weight.sum(0)
+    # neurites, the space around them with tortuosity, and some free water
+    white = tissue == 1
+    d = torch.where(white, 1.5 + u[0], 0.8 + 1.2 * u[0])
+    f = torch.where(white, 0.4 + 0.4 * u[1], 0.15 + 0.45 * u[1])
+    free = 0.4 * u[2] * (u[3] < 0.3)
+    brain = tissue > 0
+    fraction = torch.where(brain, torch.stack([f * (1 - free), (1 - f) * (1 - free), free]),
+                           fraction)
+    inner, outer = torch.where(brain, d, inner), torch.where(brain, d, outer)
+    radial = torch.where(brain, 0.0, radial)
+    outer_radial = torch.where(brain, (d * (1 - f) * (0.7 + 0.6 * u[4])).minimum(d), outer_radial)
+    water = (u[6] < WATER / (1 - WHITE - GREY)) & ~brain
+    fraction = torch.where(water, u.new_tensor([[0.0], [0.0], [1.0]]), fraction)
+    ball = torch.where(water | brain, 2.8 + 0.4 * u[8], ball)
     return [forward.Compartment(fraction[0], inner, radial),
-            forward.zeppelin(fraction[1], outer, outer * (0.05 + 0.95 * u[7])),
+            forward.zeppelin(fraction[1], outer, outer_radial),
             forward.ball(fraction[2], ball)]
 
 
-def _bundle_shares(count: int, voxels: int, generator: torch.Generator
+def _bundle_shares(tissue: torch.Tensor, voxels: int, generator: torch.Generator
                    ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw the shares of bundles (patch, material, bundle, voxel) and of the isotropic part
     (patch, material, voxel), whose sum is 1."""
-    shape = (count, MATERIALS)
+    shape = tissue.shape
     number = torch.randint(1, BUNDLES + 1, shape, generator=generator, device=generator.device)
     share = -torch.log(_uniform(generator, *shape, BUNDLES).clamp(min=1e-7))
     share = share * (torch.arange(BUNDLES, device=share.device) < number[..., None])
     share = share / share.sum(-1, keepdim=True)
     isotropic = 0.8 * _uniform(generator, *shape) * (_uniform(generator, *shape) < 0.4)
-    isotropic = torch.where(_uniform(generator, *shape) < ISOTROPIC, 1.0, isotropic)[..., None]
+    isotropic = torch.where(_uniform(generator, *shape) < ISOTROPIC, 1.0, isotropic)
+    isotropic = torch.where(tissue == 1, 0.0, isotropic)[..., None]
     both = torch.cat([share * (1 - isotropic), isotropic], -1)[..., None]
-    both = both * torch.exp(VARIATION * _normal(generator, *shape, BUNDLES + 1, voxels))
+    low, high = map(math.log, VARIATION)
+    variation = torch.exp(low + (high - low) * _uniform(generator, *shape, 1, 1))
+    both = both * torch.exp(variation * _normal(generator, *shape, BUNDLES + 1, voxels))
     both = both / both.sum(2, keepdim=True)
     return both[:, :, :BUNDLES], both[:, :, BUNDLES]
 
 
-def _zonal(count: int, generator: torch.Generator) -> torch.Tensor:
+def _zonal(tissue: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw the dispersion of bundles: zonal coefficients (patch, material, bundle, degree) of
-    Watson densities, or of bundles without dispersion."""
-    shape = (count, MATERIALS, BUNDLES)
-    kappa = KAPPA[0] * (KAPPA[1] / KAPPA[0]) ** _uniform(generator, *shape)
+    Watson densities, or of arbitrary bundles without dispersion."""
+    shape = (*tissue.shape, BUNDLES)
+    low, high = torch.tensor(KAPPA, device=tissue.device).log()[tissue].unbind(-1)
+    kappa = torch.exp(low[..., None] + (high - low)[..., None] * _uniform(generator, *shape))
     t, moments = odf.half_rule(L_MAX, odf.NODES, kappa)
     zonal = torch.exp(kappa[..., None] * (t**2 - 1)) @ moments
     zonal = zonal / zonal[..., :1]
-    return torch.where(_uniform(generator, *shape, 1) < 0.1, 1.0, zonal)
+    sharp = (_uniform(generator, *shape) < 0.1) & (tissue == 0)[..., None]
+    return torch.where(sharp[..., None], 1.0, zonal)
 
 
 def _axes(count: int, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw the axes (patch, material × bundle, voxel, 3) of bundles, which bend along the patch."""
     n = count * MATERIALS * BUNDLES
     axis = torch.nn.functional.normalize(_normal(generator, n, 1, 3), dim=-1)
-    scale = BENDING * _uniform(generator, n, 1, 1) * (_uniform(generator, n, 1, 1) > STRAIGHT)
+    scale = BENDING * _uniform(generator, n, 1, 1)**2 * (_uniform(generator, n, 1, 1) > STRAIGHT)
     # in the mean, the part of A x that is perpendicular to the axis has the length scale · |x|
     turn = x @ (scale / math.sqrt(2) * _normal(generator, n, 3, 3))
     moved = axis + torch.linalg.cross(turn, axis.expand_as(turn))
     return torch.nn.functional.normalize(moved, dim=-1).unflatten(0, (count, -1))
+
+
+def _add_residual(clean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Change each volume of the patches by a gain and a displacement along the first axis."""
+    groups, count, _, *volumes = clean.shape
+    gain, shift = (high * _uniform(generator, groups, 1, 1, 1, 1)**2 * (
+        _uniform(generator, groups, 1, 1, 1, 1) < RESIDUAL) * _normal(
+        generator, groups, count, 1, *volumes) for high in (GAIN, SHIFT))
+    (slope,) = torch.gradient(clean.unflatten(2, (SIZE, -1)), dim=2)
+    return clean * (1 + gain) + shift * slope.flatten(2, 3)
 
 
 def _noise_mixing(groups: int, generator: torch.Generator) -> torch.Tensor:

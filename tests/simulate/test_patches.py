@@ -74,7 +74,7 @@ def test_patches_are_of_every_kind():
     g = protocols.spread(30)
     s = (drawn.coefficients @ torch.from_numpy(sh.basis(patches.L_MAX, g).T).float()) / drawn.s0[
         ..., None, None]
-    assert -0.02 < s.min() and s.max() < 1.02
+    assert s.min() > -0.02 and s.max() < 1.02
     assert (s[..., 1, :].mean(-1) <= s[..., 0, :].mean(-1) + 1e-5).all()
     spread = drawn.s0.std(-1) / drawn.s0.mean(-1)
     assert (spread < 0.05).float().mean() > 0.15 and (spread > 0.2).float().mean() > 0.15
@@ -83,7 +83,8 @@ def test_patches_are_of_every_kind():
 @pytest.mark.parametrize("magnitude", [True, False])
 def test_noise_has_its_moments(magnitude, monkeypatch):
     """Mean and SD over many patches of the same signal; the noise of neighbours is correlated."""
-    monkeypatch.setattr(patches, "CORRELATED", 1.1)
+    for name, value in {"CORRELATED": 1.1, "LOCAL_NOISE": 0.0, "RESIDUAL": 0.0}.items():
+        monkeypatch.setattr(patches, name, value)
     groups, count, sigma = 6, 200, 0.2
     stack = protocols.draw(groups, generator(3), l_max=patches.L_MAX, shells=(1, 1),
                            directions=(6, 6), b0=(4, 4), s0_known=0.0)
@@ -104,3 +105,20 @@ def test_noise_has_its_moments(magnitude, monkeypatch):
         (volume.narrow(axis, 0, 3) * volume.narrow(axis, 1, 3)).mean((1, 2, 3, 4))
         for axis in (2, 3, 4)]) / volume.square().mean((1, 2, 3, 4))
     assert -0.03 < rho.min() < 0.2 and 0.3 < rho.max() < patches.CORRELATION + 0.03
+
+
+def test_volumes_have_gains_and_displacements(monkeypatch):
+    """A ramp along the first axis shows both: the changes of a volume are linear in the position,
+    and of mean 0 over volumes."""
+    for name, value in {"RESIDUAL": 1.1, "GAIN": 0.05}.items():
+        monkeypatch.setattr(patches, name, value)
+    ramp = 1 + 0.1 * patches.positions()[:, 0]
+    clean = ramp[:, None, None].expand(8, 50, 64, 1, 20)
+    change = (patches._add_residual(clean, generator(5)) - clean)[..., 0, :].movedim(2, 3)
+    design = torch.stack([ramp, torch.full_like(ramp, 0.1)], 1)
+    found = torch.linalg.lstsq(design, change.flatten(0, 2).T).solution  # gain, displacement
+    np.testing.assert_allclose(design @ found, change.flatten(0, 2).T, atol=1e-6)
+    for values, high in zip(found, (patches.GAIN, patches.SHIFT), strict=True):
+        sd = values.view(8, -1).std(1)
+        assert 0.2 * high < sd.max() < 1.05 * high
+        assert values.mean().abs() < 0.1 * high

@@ -25,6 +25,9 @@ from bidsapp.simulate import patches, protocols
 MEASURED = 0.8
 """Share of queries on a measured shell; the b-value of the others is random."""
 
+FEW = 32
+"""Largest number of directions of a shell in one half of the minibatches."""
+
 UNKNOWN_NOISE = 0.1
 """SD of the logarithm of the noise that the network is told, relative to the true one."""
 
@@ -60,8 +63,8 @@ class Recipe:
         Patches of each protocol in a minibatch. Each has 8 central voxels.
     groups : int
         Protocols of a minibatch.
-    passes : int
-        Number of times that simulated patches are used.
+    pool, passes : int
+        Minibatches that are simulated together, and number of times that they are used.
     targets : int
         Random directions in which the prediction is compared with the truth.
     beta : float
@@ -76,6 +79,7 @@ class Recipe:
     trained_for: TrainingDomain
     patches: int = 8
     groups: int = 16
+    pool: int = 4
     passes: int = 1
     targets: int = 24
     beta: float = 0.5
@@ -109,8 +113,8 @@ class Simulator:
         self.index = flat[:, None] + torch.from_numpy(neighbours((patches.SIZE,) * 3))
 
     def draw_pool(self, generator: torch.Generator) -> list[PatchMinibatch]:
-        """Simulate the minibatch of the next steps of a training."""
-        return [self(generator)] * self.recipe.passes
+        """Simulate the minibatches of the next steps of a training: a pool, `passes` times."""
+        return [self(generator) for _ in range(self.recipe.pool)] * self.recipe.passes
 
     def __call__(self, generator: torch.Generator, **domain: Any) -> PatchMinibatch:
         """Simulate a minibatch; `domain` replaces options of `protocols.draw`, snr and query."""
@@ -119,12 +123,15 @@ class Simulator:
         assert trained.shell_count and trained.snr
         b_range = tuple(v / 1000 for v in trained.shells[0].b)
         low, high = map(math.log, domain.pop("snr", trained.snr))
-        stack = protocols.draw(recipe.groups, generator, l_max=patches.L_MAX, **{
-            "shells": trained.shell_count, "b": b_range, "b0": trained.b0,
-            "directions": trained.shells[0].directions, "single": 1.0, "uneven": 0.3, **domain})
 
         def uniform(*shape: int) -> torch.Tensor:
             return torch.rand(shape, generator=generator, device=device)
+
+        fewest, most = trained.shells[0].directions
+        most = most if uniform() < 0.5 else min(FEW, most)
+        stack = protocols.draw(recipe.groups, generator, l_max=patches.L_MAX, **{
+            "shells": trained.shell_count, "b": b_range, "b0": trained.b0,
+            "directions": (fewest, most), "single": 2.0, "uneven": 0.3, **domain})
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=device)
@@ -145,6 +152,9 @@ class Simulator:
         x = torch.einsum("gskd,gpvsd->gpvsk", fits.matrix, signal / b0[..., None, None])
         noise = told.view(-1, 1, 1, 1) / b0[..., None] * torch.stack(
             [torch.ones_like(stack.b0), stack.b0.rsqrt()], 1)[:, None, None]
+        left = torch.einsum("gsde,gpvse->gpvsd", fits.remainder, signal)
+        misfit = left.square().sum((3, 4)) / told.view(-1, 1, 1).square()
+        noise = torch.cat([noise, (misfit + 0.01).log()[..., None]], -1)
         index = self.index.to(device)
         centres = index[:, CENTRE]
         directions = nn.functional.normalize(normal(groups, recipe.targets, 3), dim=-1)

@@ -81,10 +81,9 @@ class SphericalUpsampler(Upsampler):
     """Network with 3×3×3 neighbourhoods that predicts any direction, with bundled weights."""
 
     intended_use = (
-        "Predicts the signal of further directions of brain tissue from a b0 and one or more shells "
-        "of linear encoding, within the ranges under trained_for, for tensors and displays of "
-        "better angular resolution. Predicted volumes hold no information that was not measured. "
-        "Not for diagnosis.")
+        "Predicts the signal of brain tissue in further directions from a b0 and one or more shells "
+        "of linear encoding, within the ranges under trained_for. Predicted volumes hold no "
+        "information that was not measured. Not for diagnosis.")
 
     def recipe(self) -> learn.Recipe:
         """Read the recipe of the training (training.toml)."""
@@ -155,10 +154,10 @@ class SphericalUpsampler(Upsampler):
             like = block.new_zeros((), dtype=torch.float32)
             s0 = like.new_tensor(np.where(valid[used], b0[used], typical))
             level = sigma / s0
-            noise = torch.stack([level, level * b0_share], 1).clamp(max=MAX_NOISE)
+            noise = torch.stack([level, level * b0_share, level], 1).clamp(max=MAX_NOISE)
             around = Neighbourhoods(torch.from_numpy(inverse.reshape(index.shape)).to(device),
                                     torch.from_numpy(present).to(device))
-            centre = around.index[:, CENTRE]
+            centre = around.rows[:, CENTRE]
             around.present[:, CENTRE] = True
             excess = (level / MAX_NOISE).clamp(min=1)[centre, None]
             scale = s0[centre, None]
@@ -169,6 +168,10 @@ class SphericalUpsampler(Upsampler):
                 parts = y.split(q.counts, 1)
                 x = torch.stack([part @ matrix[:, :part.shape[1]].T.to(like) for part, matrix in
                                  zip(parts, q.fits.matrix[0], strict=True)], 1)
+                left = torch.stack([(part @ matrix[:part.shape[1], :part.shape[1]].T.to(like)
+                                     ).square().sum(1) for part, matrix in
+                                    zip(parts, q.fits.remainder[0], strict=True)]).sum(0)
+                noise[:, 2] = (left / level.square() + 0.01).log()
                 shells = type(q.fits.shells)(*(v.to(like) for v in q.fits.shells))
                 coefficients = network(x, noise, s0.log(), around, shells)
                 factor = q.fits.scale.to(like)

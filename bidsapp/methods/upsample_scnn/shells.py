@@ -59,11 +59,15 @@ class ShellFits:
     shells : Shells
     scale : (group, 45) tensor
         From normalised coefficients of the query to those of S/S0.
+    remainder : (group, shell, direction, direction) tensor
+        From S/S0 to the part that the fits leave, divided by the root of its mean square for noise
+        of variance 1, over all shells.
     """
 
     matrix: Float[torch.Tensor, "group shell 45 direction"]
     shells: Shells
     scale: Float[torch.Tensor, "group 45"]
+    remainder: Float[torch.Tensor, "group shell direction direction"]
 
 
 def power(b: Float[torch.Tensor, "*batch"]) -> Float[torch.Tensor, "*batch degree"]:
@@ -121,6 +125,9 @@ def fit_shells(protocols: Protocols, query: Float[torch.Tensor, " group"],
     normal[..., 0, 0] += 1 - present
     fit = torch.linalg.solve(normal, design.mT)
     response = _degree_sums((fit @ design).diagonal(dim1=-2, dim2=-1))
+    inside = design.square().sum(-1, keepdim=True) > 0
+    remainder = (torch.eye(design.shape[2]).to(design) - design @ fit) * inside
+    expected = remainder.square().sum((1, 2, 3), keepdim=True).clamp(min=1e-9)
     response = response / (4 * torch.arange(L_FIT // 2 + 1).to(response) + 1)
     fit = fit / sh.per_coefficient(size.sqrt())[..., None]
     variance = _degree_sums(fit.square().sum(-1)) * present[..., None]
@@ -138,7 +145,8 @@ def fit_shells(protocols: Protocols, query: Float[torch.Tensor, " group"],
     shells = Shells(*(v.to(dtype) for v in (
         properties, near / near.sum(1, keepdim=True), variance)))
     scale = sh.per_coefficient(power(query).sqrt())
-    return ShellFits(fit.to(dtype), shells, scale.to(dtype))
+    return ShellFits(fit.to(dtype), shells, scale.to(dtype),
+                     (remainder / expected.sqrt()).to(dtype))
 
 
 def _degree_sums(values: Float[torch.Tensor, "*batch 45"]) -> Float[torch.Tensor, "*batch degree"]:
