@@ -69,6 +69,10 @@ largest correlation of neighbours along each axis."""
 LOCAL_NOISE = 0.15
 """SD of the logarithm of the noise from patch to patch."""
 
+BAD, BAD_NOISE = 0.04, 2.3
+"""Share of voxels with more noise than others, as at edges that move from volume to volume, and the
+largest logarithm of the factor."""
+
 RESIDUAL, GAIN, SHIFT = 0.4, 0.06, 0.3
 """Share of protocols whose volumes have gains and displacements of their own, and the largest SDs
 of the gain and of the displacement (voxels) from volume to volume."""
@@ -173,8 +177,9 @@ def measure(patches: Patches, protocols: Protocols, sigma: Float[torch.Tensor, "
     clean = torch.einsum("gpvsk,gsdk->gpvsd", patches.coefficients[:, :, :, :shells],
                          protocols.basis)
     mixing = _noise_mixing(len(sigma), generator)
+    bad = (_uniform(generator, *patches.s0.shape) < BAD) * _uniform(generator, *patches.s0.shape)
     local = sigma.view(-1, 1, 1) * torch.exp(
-        LOCAL_NOISE * _normal(generator, *patches.s0.shape[:2], 1))
+        LOCAL_NOISE * _normal(generator, *patches.s0.shape[:2], 1) + BAD_NOISE * bad)
 
     def noise(like: torch.Tensor) -> torch.Tensor:
         flat = local[..., None] * _normal(generator, *like.shape).flatten(3)

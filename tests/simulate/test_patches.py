@@ -83,7 +83,8 @@ def test_patches_are_of_every_kind():
 @pytest.mark.parametrize("magnitude", [True, False])
 def test_noise_has_its_moments(magnitude, monkeypatch):
     """Mean and SD over many patches of the same signal; the noise of neighbours is correlated."""
-    for name, value in {"CORRELATED": 1.1, "LOCAL_NOISE": 0.0, "RESIDUAL": 0.0}.items():
+    for name, value in {"CORRELATED": 1.1, "LOCAL_NOISE": 0.0, "RESIDUAL": 0.0,
+                        "BAD": 0.0}.items():
         monkeypatch.setattr(patches, name, value)
     groups, count, sigma = 6, 200, 0.2
     stack = protocols.draw(groups, generator(3), l_max=patches.L_MAX, shells=(1, 1),

@@ -34,12 +34,18 @@ UNKNOWN_NOISE = 0.1
 GAUSSIAN = 0.25
 """Share of protocols with Gaussian noise, as of signals whose phase was removed."""
 
+WRONG_S0, LOST = 0.03, 1.6
+"""Share of voxels whose measured S0 is too small, and the largest logarithm of the factor."""
+
 OUTSIDE = 0.25
 """Share of patches in which neighbours are missing, as at the edge of a mask."""
 
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
 """Folder of the bundled weights."""
+
+LARGE = 5.0
+"""Errors (SD) beyond which the loss grows linearly, so that single voxels do not dominate it."""
 
 COVERAGE, QUANTILE = 0.9, 1.6448536269514722
 """Share of errors that ± QUANTILE SDs are calibrated to cover."""
@@ -147,7 +153,9 @@ class Simulator:
         told = sigma * torch.exp(UNKNOWN_NOISE * normal(groups))
         tissue = patches.draw(torch.cat([stack.b, query[:, None]], 1), recipe.patches, generator)
         signal, b0 = patches.measure(tissue, stack, sigma, magnitude, generator)
-        b0 = torch.maximum(b0, sigma.view(-1, 1, 1))
+        # at edges the b0 volumes of real scans may show less of a voxel than the others
+        lost = torch.exp(-LOST * uniform(*b0.shape)) * (uniform(*b0.shape) < WRONG_S0)
+        b0 = torch.maximum(b0 * torch.where(lost > 0, lost, 1.0), sigma.view(-1, 1, 1))
         fits = fit_shells(stack, query, told, magnitude)
         x = torch.einsum("gskd,gpvsd->gpvsk", fits.matrix, signal / b0[..., None, None])
         noise = told.view(-1, 1, 1, 1) / b0[..., None] * torch.stack(
@@ -195,12 +203,16 @@ def evaluate(coefficients: Coefficients, scale: Float[torch.Tensor, "group 45"],
 
 
 def compute_loss(network: nn.Module, minibatch: PatchMinibatch, beta: float) -> torch.Tensor:
-    """Compute the mean negative log likelihood, weighted by (SD/σ)^(2 beta)."""
+    """Compute the mean negative log likelihood, weighted by (SD/σ)^(2 beta).
+
+    Beyond LARGE SDs the square of an error is continued by a straight line (Huber).
+    """
     predicted, log_sd = evaluate(network(*minibatch.inputs), minibatch.scale, minibatch.basis)
     log_sd = log_sd.clamp(-9, 2)
     relative = log_sd - minibatch.sigma.clamp(min=1e-3).log()[:, None]
-    error = (predicted - minibatch.truth).square() * torch.exp(-2 * log_sd)
-    return (torch.exp(2 * beta * relative.detach()) * (0.5 * error + relative)).mean()
+    error = nn.functional.huber_loss((predicted - minibatch.truth) * torch.exp(-log_sd),
+                                     torch.zeros_like(log_sd), reduction="none", delta=LARGE)
+    return (torch.exp(2 * beta * relative.detach()) * (error + relative)).mean()
 
 
 class Predictions(NamedTuple):

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Int
 from torch import nn
 
 from bidsapp import sh, training
@@ -30,17 +30,15 @@ from bidsapp.networks.shresnet import CENTRE, neighbours
 from bidsapp.networks.upsampling import L_MAX, Neighbourhoods
 from bidsapp.simulate import protocols
 
-GRID = 35
-"""Degree of the half grids of the applied network: 222 points."""
+GRID = 71
+"""Degree of the half grids of the applied network: 865 points, with which the prediction turns with
+the head within 1e-4 of S0."""
 
 BLOCK = 1024
 """Voxels per block, so that the layers fit in the cache."""
 
 ASSUMED_SNR = 20.0
 """S0 over the noise SD, assumed if the noise could not be measured."""
-
-MAX_NOISE = 0.5
-"""Largest σ/S0 that the network is told. Where the noise is higher, the SD grows with it."""
 
 WIDENING = 2.0
 """Exponent of the factor of the SD for b outside the trained range, relative to its limit."""
@@ -81,8 +79,8 @@ class SphericalUpsampler(Upsampler):
     """Network with 3×3×3 neighbourhoods that predicts any direction, with bundled weights."""
 
     intended_use = (
-        "Predicts the signal of brain tissue in further directions from a b0 and one or more shells "
-        "of linear encoding, within the ranges under trained_for. Predicted volumes hold no "
+        "Predicts the signal of brain tissue in further directions from a b0 and one or more "
+        "shells of linear encoding, within the ranges under trained_for. Predicted volumes hold no "
         "information that was not measured. Not for diagnosis.")
 
     def recipe(self) -> learn.Recipe:
@@ -152,14 +150,13 @@ class SphericalUpsampler(Upsampler):
             present &= valid[index]
             used, inverse = np.unique(index, return_inverse=True)
             like = block.new_zeros((), dtype=torch.float32)
-            s0 = like.new_tensor(np.where(valid[used], b0[used], typical))
+            # as in training, signals are not divided by less than the noise
+            s0 = like.new_tensor(np.where(valid[used], b0[used], typical)).clamp(min=sigma)
             level = sigma / s0
-            noise = torch.stack([level, level * b0_share, level], 1).clamp(max=MAX_NOISE)
             around = Neighbourhoods(torch.from_numpy(inverse.reshape(index.shape)).to(device),
                                     torch.from_numpy(present).to(device))
             centre = around.rows[:, CENTRE]
             around.present[:, CENTRE] = True
-            excess = (level / MAX_NOISE).clamp(min=1)[centre, None]
             scale = s0[centre, None]
             signal = like.new_zeros(len(block), len(target))
             sd = torch.zeros_like(signal)
@@ -171,7 +168,8 @@ class SphericalUpsampler(Upsampler):
                 left = torch.stack([(part @ matrix[:part.shape[1], :part.shape[1]].T.to(like)
                                      ).square().sum(1) for part, matrix in
                                     zip(parts, q.fits.remainder[0], strict=True)]).sum(0)
-                noise[:, 2] = (left / level.square() + 0.01).log()
+                misfit = (left / level.square() + 0.01).log()
+                noise = torch.stack([level, level * b0_share, misfit], 1)
                 shells = type(q.fits.shells)(*(v.to(like) for v in q.fits.shells))
                 coefficients = network(x, noise, s0.log(), around, shells)
                 factor = q.fits.scale.to(like)
@@ -181,7 +179,7 @@ class SphericalUpsampler(Upsampler):
                     q.bands.to(like).expand(len(block), -1), factor.expand(len(block), -1))
                 log_sd = log_sd + learn.log_factor(described, factors)
                 signal[:, q.targets] = (value.clamp(min=0) if dwi.magnitude else value) * scale
-                sd[:, q.targets] = log_sd.clamp(-9, 3).exp() * excess * scale * q.widening
+                sd[:, q.targets] = log_sd.clamp(-9, 3).exp() * scale * q.widening
             there = torch.from_numpy(valid[block[:, 0].cpu().numpy()]).to(device)[:, None]
             return {"signal": torch.where(there, signal, 0), "sd": torch.where(there, sd, 0)}
 
@@ -239,7 +237,7 @@ class RowGrid:
         self.steps = neighbours(padded.shape)
 
     def around(self, block: Int[np.ndarray, " voxel"]
-               ) -> tuple[Int[np.ndarray, "voxel 27"], Float[np.ndarray, "voxel 27"]]:
+               ) -> tuple[Int[np.ndarray, "voxel 27"], Bool[np.ndarray, "voxel 27"]]:
         """Find the 27 rows around each voxel of a block, and whether they are in the mask; where
         they are not, the row is that of the voxel itself."""
         index = self.rows[self.places[block][:, None] + self.steps]
