@@ -27,7 +27,7 @@ VARIANTS = (ONE, SLOPPY)
 of a single acquisition, `sloppy.training` for --sloppy."""
 
 CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic",
-                            "unet", "autoencoder"),
+                            "unet", "autoencoder", "upsampling"),
            "networks": ("joint", "single"),
            "layer": ("zonal", "local", "signal", "connected"),
            "nonlinearity": ("relu", "sigmoid", "tanh"),

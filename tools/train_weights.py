@@ -4,23 +4,26 @@
         [--init FOLDER [--new-hints]] [--learning-rate RATE] [--state FILE] [--threads N]
         [--seed N]
 
-METHOD is a folder of bidsapp/methods with a training.toml: an estimator, or a denoiser, which takes
-neither --densities nor --new-hints. --densities names one or more files of tools/densities.py; a
-share of the simulated voxels use densities from them (`simulate.tissue.draw_odfs`). --init names a
-folder of initial weights. With --new-hints the hints are computed for the densities drawn now, not
-for those of the initial weights. An interrupted training is resumed from --state (default
-OUT/state.ckpt). OUT receives model.safetensors and model.json.
+METHOD is a folder of bidsapp/methods with a training.toml: an estimator, or denoise_spherical or
+upsample_scnn, which take neither --densities nor --new-hints. --densities names one or more files
+of tools/densities.py; a share of the simulated voxels use densities from them
+(`simulate.tissue.draw_odfs`). --init names a folder of initial weights. With --new-hints the hints
+are computed for the densities drawn now, not for those of the initial weights. An interrupted
+training is resumed from --state (default OUT/state.ckpt). OUT receives model.safetensors and
+model.json.
 """
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from bidsapp import checkpoint, methods
-from bidsapp.kinds import Denoiser
+from bidsapp.kinds import Denoiser, Upsampler
+from bidsapp.methods.upsample_scnn import learn as upsampling
 from bidsapp.microstructure import learn
 
 
@@ -43,24 +46,38 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     method = methods.get(options.method)
     saved = options.state or options.out / "state.ckpt"
+    start = (checkpoint.load(options.init, method.name)
+             if options.init and isinstance(method, Denoiser | Upsampler) else None)
     if isinstance(method, Denoiser):
-        start = checkpoint.load(options.init, method.name) if options.init else None
         trained = method.train_bundled(
             steps=options.steps, learning_rate=options.learning_rate, seed=options.seed,
             device=options.device, start=start, saved=saved)
-    else:
-        trained = train_estimator(method, options, saved)
-    for name, content in checkpoint.pack(trained).items():
-        (options.out / name).write_bytes(content)
-    print(trained.card.metrics)
-
-
-def train_estimator(method, options, saved):
+        write(trained, options.out)
+        return
     recipe = method.recipe()
     schedule = recipe.schedule
     recipe = replace(recipe, schedule=replace(
         schedule, steps=options.steps or schedule.steps,
         learning_rate=options.learning_rate or schedule.learning_rate))
+    if isinstance(method, Upsampler):
+        trained = upsampling.train(
+            method.name, recipe, seed=options.seed, device=options.device, saved=saved,
+            intended_use=method.intended_use, start=start)
+    else:
+        trained = train_estimator(method, recipe, options, saved)
+    write(trained, options.out)
+
+
+def write(trained: checkpoint.Checkpoint, folder: Path) -> None:
+    """Write weights and card, and print the card's metrics."""
+    for name, content in checkpoint.pack(trained).items():
+        (folder / name).write_bytes(content)
+    print(trained.card.metrics)
+
+
+def train_estimator(method: Any, recipe: learn.Recipe, options: argparse.Namespace, saved: Path
+                    ) -> checkpoint.Checkpoint:
+    """Train the network of an estimator."""
     table = torch.from_numpy(np.concatenate([np.load(path) for path in options.densities])
                              ) if options.densities else None
     return learn.train(

@@ -14,11 +14,12 @@ from bidsapp.networks.mlp import Perceptron
 from bidsapp.networks.scnn import SphericalNetwork
 from bidsapp.networks.shresnet import HybridCNN, QSpacePerceptron, SHResNet
 from bidsapp.networks.unet import UNet
+from bidsapp.networks.upsampling import UpsamplingNetwork
 
 ARCHITECTURES: Mapping[str, type[nn.Module]] = {
     "spherical": SphericalNetwork, "perceptron": Perceptron, "shresnet": SHResNet,
     "golkov": QSpacePerceptron, "hybrid": HybridCNN, "cyclic": Generator, "unet": UNet,
-    "autoencoder": Autoencoder}
+    "autoencoder": Autoencoder, "upsampling": UpsamplingNetwork}
 
 
 def build_network(description: Mapping[str, Any], **more: Any) -> nn.Module:

@@ -241,11 +241,11 @@ def spread(n: int, steps: int = 60) -> np.ndarray:
 
 def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[int, int] = (1, 4),
          b: tuple[float, float] = (0.5, 5.0), directions: tuple[int, int] = (6, 90),
-         b_delta: Sequence[float] = (1.0,), b0: tuple[int, int] = (1, 16), s0_known: float = 0.1
-         ) -> Protocols:
+         b_delta: Sequence[float] = (1.0,), b0: tuple[int, int] = (1, 16), s0_known: float = 0.1,
+         single: float = 0.25, uneven: float = 0.0) -> Protocols:
     """Draw random protocols.
 
-    Directions are spread evenly, and each shell is rotated at random.
+    Directions are spread evenly, but for a share of shells, and each shell is rotated at random.
 
     Parameters
     ----------
@@ -255,7 +255,7 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
     l_max : int
         Highest degree of the basis.
     shells : (int, int)
-        Range of the number of shells; a single shell is four times as rare as the others.
+        Range of the number of shells.
     b : (float, float)
         Range of b (ms/µm²), uniform in √b. Shells of one shape differ by 15 % or more.
     directions : (int, int)
@@ -267,6 +267,11 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
         Range of the number of b0 volumes.
     s0_known : float
         Share of protocols whose S0 is known.
+    single : float
+        Frequency of a single shell, relative to that of each other number.
+    uneven : float
+        Share of shells with uneven directions: each is displaced by normal numbers whose SD is up
+        to 1.5 times the mean distance between neighbours.
 
     Returns
     -------
@@ -275,7 +280,7 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
     rng = np.random.default_rng(
         int(torch.randint(2**62, (), generator=generator, device=generator.device)))
     max_shells = shells[1]
-    share = 1.0 - 0.75 * (np.arange(shells[0], max_shells + 1) < 2)
+    share = np.where(np.arange(shells[0], max_shells + 1) < 2, single, 1.0)
     share /= share.sum()
     count = np.zeros((groups, max_shells), int)
     values, shapes = np.ones((groups, max_shells)), np.ones((groups, max_shells))
@@ -296,6 +301,11 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
             n = round(rng.uniform(directions[0]**0.5, directions[1]**0.5) ** 2)
             count[g, s] = n
             xyz[g, s, :n] = spread(n) @ rotations[g, s].T
+            if uneven and rng.random() < uneven:
+                # n axes share half a sphere, 2π/n each
+                moved = xyz[g, s, :n] + rng.uniform(0, 1.5 * (2 * np.pi / n)**0.5) * rng.normal(
+                    size=(n, 3))
+                xyz[g, s, :n] = moved / np.linalg.norm(moved, axis=1, keepdims=True)
     b0_count = np.where(rng.random(groups) < s0_known, np.inf,
                         rng.integers(b0[0], b0[1] + 1, groups))
 
@@ -304,4 +314,4 @@ def draw(groups: int, generator: torch.Generator, *, l_max: int, shells: tuple[i
         return torch.as_tensor(array, device=generator.device)
 
     return build(put(values), put(shapes), put(count), put(b0_count), put(xyz), l_max,
-                 even=True)
+                 even=not uneven)

@@ -1,0 +1,369 @@
+"""More directions by the spherical network: contract, refusals, and what it adds to few directions.
+
+Truth comes from the forward models on slabs of tissue that the training did not draw.
+"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from bidsapp import blocks, checkpoint, kinds, methods, sh, training
+from bidsapp.acquisition import Acquisition, concatenate
+from bidsapp.dwi import Dwi
+from bidsapp.errors import Refusal
+from bidsapp.methods.upsample_scnn import learn, shells
+from bidsapp.methods.upsample_scnn import method as module
+from bidsapp.simulate import forward, noise, odf, protocols
+
+SHAPE = (7, 8, 6)
+
+
+def acquisition(n=20, b=(2000.0,), b0=2, seed=0):
+    turn = Rotation.random(len(b), random_state=seed)
+    g = [r.apply(protocols.spread(n)) for r in turn]
+    return Acquisition(np.r_[np.zeros(b0), np.repeat(b, n)],
+                       np.concatenate([np.zeros((b0, 3)), *g]))
+
+
+def target(m=40, b=2000.0, seed=9):
+    g = Rotation.random(random_state=seed).apply(protocols.spread(m))
+    return Acquisition(np.full(m, b), g)
+
+
+def tissue(acq, turn=None, lesion=False):
+    """Noise-free signal (x, y, z, n): a bundle that bends along x, beside grey matter along y with
+    a gradual border. lesion: a ball in the bundle with less of neurites and free water."""
+    x, y, z = (v.ravel() for v in np.indices(SHAPE))
+    angle = np.radians(4) * x
+    axis = torch.tensor(np.stack([np.cos(angle), np.sin(angle), 0.3 + 0 * angle], 1)).float()
+    axis = torch.nn.functional.normalize(axis, dim=1)
+    if turn is not None:
+        axis = axis @ torch.from_numpy(turn).float().T
+    kappa = torch.full((len(x),), 10.0)
+    ball = ((x - 3)**2 + (y - 2)**2 + (z - 3)**2 < 5) if lesion else np.zeros(len(x), bool)
+    f = torch.from_numpy(np.where(ball, 0.3, 0.6)).float()
+    d = torch.full((len(x),), 1.9)
+    free = torch.from_numpy(np.where(ball, 0.3, 0.0)).float()
+    parts = [forward.Compartment(p.fraction * (1 - free), p.axial, p.radial)
+             for p in forward.two_compartments(d, f)] + [forward.ball(free, 3 + 0 * d)]
+    simulator = forward.Protocol(acq, 12, torch.zeros(()))
+    white = simulator.signal(odf.watson(axis, kappa, 12), parts).numpy()
+    grey = simulator.signal(odf.watson(axis, 0 * kappa + 0.5, 12), forward.two_compartments(
+        torch.full((len(x),), 1.2), torch.full((len(x),), 0.4))).numpy()
+    share = 1 / (1 + np.exp(3 * (y - 4.5)))[:, None]
+    return ((share * white + 1.2 * (1 - share) * grey).reshape(*SHAPE, -1),
+            ball.reshape(SHAPE))
+
+
+def scan(acq, sigma=0.04, turn=None, lesion=False, seed=1, mask=None):
+    """The Dwi of `tissue` with Rician noise and an S0 of 300."""
+    signal, _ = tissue(acq, turn, lesion)
+    rng = np.random.default_rng(seed)
+    signal = 300 * np.hypot(signal + sigma * rng.normal(size=signal.shape),
+                            sigma * rng.normal(size=signal.shape))
+    mask = np.ones(SHAPE, bool) if mask is None else mask
+    return Dwi(signal[mask].astype(np.float32), mask, np.diag([2.0, 2.0, 4.0, 1.0]), acq,
+               300 * sigma)
+
+
+@pytest.fixture(scope="module")
+def method():
+    return methods.get("upsample_scnn")
+
+
+def close(a, b, scale=300):
+    np.testing.assert_allclose(b / scale, a / scale, atol=2e-4)
+
+
+def test_predicts_and_leaves_its_input_unchanged(method):
+    dwi = scan(acquisition())
+    before = dwi.signal.copy()
+    found = method.predict(dwi, target(), "cpu")
+    np.testing.assert_array_equal(dwi.signal, before)
+    assert found.signal.shape == found.sd.shape == (len(before), 40)
+    assert found.signal.dtype == found.sd.dtype == np.float32
+    assert np.isfinite(found.signal).all() and np.isfinite(found.sd).all()
+    assert (found.signal >= 0).all() and (found.sd > 0).all()
+    json.dumps([dict(found.counts), dict(found.parameters)])
+
+
+def test_strange_voxels_are_finite(method):
+    dwi = scan(acquisition())
+    signal = dwi.signal.copy()
+    signal[3], signal[11, 4], signal[17, :2] = 0, -2, 0
+    signal[23] = np.linspace(5, 3000, signal.shape[1])
+    signal[40, :2] = 1e-3
+    found = method.predict(replace(dwi, signal=signal), target(), "cpu")
+    assert np.isfinite(found.signal).all() and np.isfinite(found.sd).all()
+    for empty in (3, 17):
+        assert not found.signal[empty].any() and not found.sd[empty].any()
+    assert found.counts["upsample_voxels_without_b0"] == 2
+    # voxels without b0 count as outside of the mask; far ones do not matter at all
+    whole = method.predict(dwi, target(), "cpu").signal
+    far = np.indices(SHAPE)[0].ravel() == 6
+    np.testing.assert_allclose(found.signal[far], whole[far], rtol=1e-4)
+
+
+def test_order_of_the_axes_of_the_grid_does_not_matter(method):
+    """The result depends on neighbourhood only, not on the order of voxels."""
+    mask = np.ones(SHAPE, bool)
+    mask[0, :3], mask[4, 4, 4] = False, False
+    dwi = scan(acquisition(), mask=mask)
+    row = np.cumsum(mask.ravel()) - 1
+    order = np.arange(mask.size).reshape(SHAPE)[::-1].transpose(2, 0, 1)
+    turned = mask[::-1].transpose(2, 0, 1)
+    rows = row[order[turned]]
+    other = Dwi(dwi.signal[rows], turned, np.eye(4), dwi.acquisition, dwi.noise_sd)
+    one, found = (method.predict(d, target(), "cpu") for d in (dwi, other))
+    close(one.signal[rows], found.signal)
+    close(one.sd[rows], found.sd)
+
+
+def test_blocks_do_not_matter(method, monkeypatch):
+    dwi = scan(acquisition(b=(1000.0, 2000.0)))
+    one = method.predict(dwi, target(), "cpu")
+    monkeypatch.setattr(module, "map_voxels", lambda function, rows, device, block:
+                        blocks.map_voxels(function, rows, device, 5))
+    found = method.predict(dwi, target(), "cpu")
+    close(one.signal, found.signal)
+    close(one.sd, found.sd)
+
+
+def test_voxels_outside_of_the_mask_are_not_used(method):
+    """What lies outside has no influence, and the edge is predicted, too."""
+    mask = np.zeros(SHAPE, bool)
+    mask[1:6, 1:7, 1:5] = True
+    alone = np.zeros(SHAPE, bool)
+    alone[3, 3, 3] = True
+    acq = acquisition()
+    inside = method.predict(scan(acq, mask=mask), target(), "cpu")
+    assert np.isfinite(inside.signal).all()
+    dwi = scan(acq, mask=alone)
+    single = method.predict(dwi, target(), "cpu")
+    pair = np.zeros(SHAPE, bool)
+    pair[3, 3, 3], pair[6, 7, 5] = True, True
+    both = replace(dwi, mask=pair, signal=np.repeat(dwi.signal, 2, axis=0))
+    for signal in method.predict(both, target(), "cpu").signal:
+        close(single.signal[0], signal)
+    # with neighbours the SD is smaller
+    at = (np.argwhere(mask) == [3, 3, 3]).all(1).argmax()
+    assert inside.sd[at].mean() < 0.8 * single.sd[0].mean()
+
+
+def test_turns_with_the_head(method):
+    """The same noise on turned tissue and turned tables: the same prediction at turned targets."""
+    turn = Rotation.from_euler("zyx", [40, -25, 70], degrees=True).as_matrix()
+    acq, to = acquisition(b=(1000.0, 2000.0)), target()
+    one = method.predict(scan(acq), to, "cpu")
+    other = method.predict(scan(acq.rotated(turn), turn=turn), to.rotated(turn), "cpu")
+    close(one.signal, other.signal)
+    close(one.sd, other.sd)
+
+
+def test_order_of_measurements_does_not_matter(method, rng):
+    acq = acquisition(b=(1000.0, 2000.0))
+    dwi, order, to = scan(acq), rng.permutation(len(acq)), target()
+    shuffled = replace(dwi, signal=dwi.signal[:, order], acquisition=acq[order])
+    back = rng.permutation(len(to))
+    close(method.predict(dwi, to, "cpu").signal[:, back],
+          method.predict(shuffled, to[back], "cpu").signal)
+
+
+@pytest.mark.parametrize("n,b", [(20, 2000.0), (12, 1000.0), (30, 1000.0), (6, 1000.0)])
+def test_is_better_than_spherical_harmonics(method, n, b):
+    """Error of S/S0 against the expected magnitude, for tissue and noise that were not drawn in
+    training; the SD covers it."""
+    acq, to = acquisition(n, (b,)), target(b=b)
+    dwi = scan(acq)
+    truth = 300 * noise.mean(tissue(to)[0].reshape(-1, len(to)), 0.04)
+    found = method.predict(dwi, to, "cpu")
+    degree = sh.degree_for(n)
+    fit = sh.smooth_fit(degree, acq.bvecs[2:], 0.006)
+    plain = dwi.signal[:, 2:] @ (sh.basis(degree, to.bvecs) @ fit).T
+    error, other = (np.sqrt(np.mean((v - truth) ** 2)) for v in (found.signal, plain))
+    assert error < 0.75 * other
+    covered = (np.abs(found.signal - truth) <= 1.645 * found.sd).mean()
+    assert 0.8 < covered <= 1.0
+
+
+def test_a_lesion_keeps_its_contrast(method):
+    """A lesion is like nothing around it; its mean signal against the bundle stays within 10 %."""
+    acq, to = acquisition(30, (1000.0,)), target(b=1000.0)
+    clean, ball = tissue(to, lesion=True)
+    healthy = tissue(to)[0]
+    dwi = scan(acq, lesion=True, sigma=0.03)
+    found = dwi.unmask(method.predict(dwi, to, "cpu").signal) / 300
+    truth = (clean - healthy)[ball].mean()
+    assert abs(truth) > 0.05
+    assert (found - healthy)[ball].mean() == pytest.approx(truth, rel=0.1)
+
+
+def test_sd_widens_with_noise_and_with_less_data(method):
+    few, many = acquisition(8), acquisition(45)
+    to = target()
+
+    def sd(acq, sigma):
+        return method.predict(scan(acq, sigma), to, "cpu").sd.mean()
+
+    assert sd(few, 0.04) > 1.2 * sd(many, 0.04)
+    assert sd(many, 0.1) > 1.5 * sd(many, 0.02)
+    other = method.predict(scan(many), target(b=3500.0), "cpu").sd.mean()
+    assert other > 1.5 * sd(many, 0.04)
+
+
+def test_sd_widens_outside_of_the_training():
+    method = methods.get("upsample_scnn", context=kinds.MethodContext(allow_extrapolation=True))
+    inside = method.predict(scan(acquisition(b=(5000.0,))), target(b=5000.0), "cpu")
+    outside = method.predict(scan(acquisition(b=(7000.0,))), target(b=7000.0), "cpu")
+    assert outside.sd.mean() > 1.5 * inside.sd.mean()
+    truth = 300 * noise.mean(tissue(target(b=7000.0))[0].reshape(-1, 40), 0.04)
+    assert (np.abs(outside.signal - truth) <= 1.645 * outside.sd).mean() > 0.88
+
+
+def test_noise_without_a_floor(method):
+    """Of a real-valued signal, the expected value itself is predicted, not that of a magnitude."""
+    acq, to = acquisition(b=(4000.0,)), target(b=4000.0)
+    clean = tissue(acq)[0]
+    rng = np.random.default_rng(3)
+    signal = (300 * (clean + 0.1 * rng.normal(size=clean.shape))).reshape(-1, len(acq))
+    dwi = Dwi(signal.astype(np.float32), np.ones(SHAPE, bool), np.eye(4), acq, 30.0,
+              magnitude=False)
+    truth = tissue(to)[0].reshape(-1, len(to))
+    bias = (method.predict(dwi, to, "cpu").signal / 300 - truth).mean()
+    magnitude = scan(acq, 0.1)
+    floor = noise.mean(truth, 0.1)
+    other = (method.predict(magnitude, to, "cpu").signal / 300 - floor).mean()
+    assert (floor - truth).mean() > 0.03
+    assert abs(bias) < 0.01 and abs(other) < 0.01
+
+
+def test_refusals(method):
+    acq = acquisition()
+    with pytest.raises(Refusal, match="Needed is a b0"):
+        method.check(acq[2:])
+    with pytest.raises(Refusal, match="6 or more directions"):
+        method.check(acquisition(5))
+    planar = replace(acq, b_delta=np.where(acq.b0, 1.0, -0.5))
+    with pytest.raises(Refusal, match="linear encoding"):
+        method.check(planar)
+    dwi = scan(acq)
+    with pytest.raises(Refusal, match="only linear encoding"):
+        method.predict(dwi, replace(target(), b_delta=np.zeros(40)), "cpu")
+    with pytest.raises(Refusal, match=r"b 7000 .*--allow-extrapolation"):
+        method.predict(dwi, target(b=7000.0), "cpu")
+    with pytest.raises(Refusal, match="6 or more directions"):
+        method.predict(scan(acquisition(5)), target(), "cpu")
+
+
+def test_violations(method):
+    acq = acquisition()
+    assert method.violations(acq, target()) == []
+    (outside,) = method.violations(acq, target(b=300.0))
+    assert "300" in outside and "500–5000" in outside
+    assert method.violations(acquisition(b=(7000.0,)), target())
+    # a shell of b-tensors beside one that serves is left out
+    both = concatenate([acq, replace(target(), b_delta=np.zeros(40))])
+    assert method.violations(both, target()) == []
+
+
+def test_shells_of_other_tensors_are_left_out(method):
+    acq = acquisition()
+    extra = replace(target(30, seed=4), b_delta=np.zeros(30))
+    dwi = scan(acq)
+    more = Dwi(np.concatenate([dwi.signal, np.full((len(dwi.signal), 30), 1e4, np.float32)], 1),
+               dwi.mask, dwi.affine, concatenate([acq, extra]), dwi.noise_sd)
+    close(method.predict(dwi, target(), "cpu").signal, method.predict(more, target(), "cpu").signal)
+
+
+def test_card(method):
+    card = method.weights.card
+    assert card.trained_for.shells[0].directions == (6, 90)
+    assert card.intended_use == method.intended_use
+    assert dict(card.network) == dict(method.recipe().network)
+    assert 0.88 < card.metrics["coverage90"] < 0.92
+    for name, bands in card.metrics["coverage90_in_bands"].items():
+        assert all(0.87 < covered < 0.93 for _, covered in bands), name
+
+
+def test_fit_is_the_posterior_mean():
+    """Against Bayes' rule with matrices of the measurements: P Bᵀ (B P Bᵀ + σ² I)⁻¹ y."""
+    acq = acquisition(14)
+    stack = protocols.from_acquisition(acq, acq.shells, 8)
+    b, sigma = torch.tensor([2.0]).double(), torch.tensor([0.08]).double()
+    fits = shells.fit_shells(stack, b, sigma, torch.tensor([True]))
+    size = np.repeat(shells.power(b)[0].numpy(), [1, 5, 9, 13, 17])
+    assert (sigma**2 / shells.FEWER / size[-1] > shells.MIN_PRIOR * 14 / (4 * np.pi)).all()
+    floored = np.minimum(size, float(sigma)**2 / shells.FEWER
+                         / (shells.MIN_PRIOR * 14 / (4 * np.pi)))
+    floored[0] = 1e5  # as good as no prior
+    basis = sh.basis(8, acq.bvecs[2:])
+    expected = floored[:, None] * basis.T @ np.linalg.inv(
+        basis @ np.diag(floored) @ basis.T + float(sigma)**2 / shells.FEWER * np.eye(14))
+    np.testing.assert_allclose(fits.matrix[0, 0].numpy() * np.sqrt(size)[:, None], expected,
+                               atol=1e-6)
+    np.testing.assert_allclose(fits.scale[0], np.sqrt(size), rtol=1e-6)
+    noise_ = np.random.default_rng(0).normal(size=(14, 40_000))
+    square = np.square(fits.matrix[0, 0].numpy() @ noise_).mean(1)
+    found = [part.sum() for part in np.split(square, np.cumsum([1, 5, 9, 13]))]
+    np.testing.assert_allclose(fits.shells.variance[0, 0], found, rtol=0.03)
+    left = fits.remainder[0, 0].numpy() @ noise_
+    assert np.square(left).sum(0).mean() == pytest.approx(1, rel=0.02)
+
+
+def test_calibration_covers_nine_in_ten():
+    """Errors whose SD is wrong by a factor that depends on the features; others are covered."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        features = torch.rand(n, len(learn.FEATURES), generator=generator)
+        wrong = features[:, 1] - 2 * features[:, 3]**2
+        return learn.Predictions(torch.randn(n, generator=generator) * torch.exp(wrong),
+                                 torch.zeros(n), features)
+
+    factors = learn.calibrate(draw(100_000))
+    metrics = learn.measure(draw(50_000), json.loads(json.dumps(factors)))
+    assert metrics["coverage90"] == pytest.approx(0.9, abs=0.005)
+    for bands in metrics["coverage90_in_bands"].values():
+        assert all(0.88 < covered < 0.92 for _, covered in bands)
+
+
+def test_training_resumes_and_round_trips(tmp_path):
+    """A training that was interrupted gives the weights of one that was not."""
+    recipe = methods.get("upsample_scnn", context=kinds.MethodContext(sloppy=True)).recipe()
+    recipe = replace(recipe, network={**recipe.network, "channels": 4, "hidden": 8,
+                                      "attention": 4, "grid": 11},
+                     schedule=replace(recipe.schedule, steps=4, validate_every=2,
+                                      decay="constant"))
+    whole = learn.train("upsample_scnn", recipe, seed=3, device="cpu")
+    saved = tmp_path / "state.ckpt"
+    half = replace(recipe, schedule=replace(recipe.schedule, steps=2))
+    learn.train("upsample_scnn", half, seed=3, device="cpu", saved=saved)
+    resumed = learn.train("upsample_scnn", recipe, seed=3, device="cpu", saved=saved)
+    for name, value in whole.tensors.items():
+        assert torch.equal(value, resumed.tensors[name]), name
+    for name, content in checkpoint.pack(whole).items():
+        (tmp_path / name).write_bytes(content)
+    again = checkpoint.load(tmp_path, "upsample_scnn")
+    assert again.card.constants == json.loads(json.dumps(dict(whole.card.constants)))
+    assert again.into(learn.build(again.card.network)).training is False
+
+
+def test_loss_falls():
+    """A few steps on the same minibatches lower the loss."""
+    recipe = methods.get("upsample_scnn", context=kinds.MethodContext(sloppy=True)).recipe()
+    with training.seeded(0):
+        network = learn.build(recipe.network)
+    minibatch = learn.Simulator(recipe)(torch.Generator().manual_seed(5))
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    losses = []
+    for _ in range(15):
+        loss = learn.compute_loss(network, minibatch, 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.2
