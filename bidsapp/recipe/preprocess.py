@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,14 +23,15 @@ from bidsapp.acquisition import Acquisition, PhaseEncoding
 from bidsapp.anatomy import t1w
 from bidsapp.anatomy.mask import median_otsu, read_mask
 from bidsapp.bids import btable, sidecar
-from bidsapp.bids.inherit import entities_of, name_of
+from bidsapp.bids.inherit import name_of
 from bidsapp.bids.writer import Transaction, sha256
-from bidsapp.dwi import FIELD_MAPS, Dwi, FieldMap, ImageFile, Part, Run, open_image, read_array
+from bidsapp.dwi import Dwi, Run, open_image, read_array
 from bidsapp.errors import DataError, Refusal
 from bidsapp.evaluate import quality
 from bidsapp.options import DENOISERS, Options
 from bidsapp.preprocess import bias, denoise, distortion, gibbs, motion, phase
 from bidsapp.preprocess.model import Geometry, resample
+from bidsapp.recipe.field import FIELD_SOURCES, describe_run, field_sources
 from bidsapp.recipe.outputs import write_tables
 from bidsapp.recipe.spaces import Register, like
 from bidsapp.recipe.steps import (
@@ -514,68 +513,6 @@ TITLES = {"pair": "distortion, by opposite phase encoding", "gre": "distortion, 
           "complex": "phase", "gibbs": "Gibbs ringing", "denoise": "noise", "bias": "bias field"}
 """Headings of corrections, where they differ from their key in `boilerplate.CORRECTIONS`."""
 
-FieldFinder = Callable[[np.ndarray, np.ndarray, PhaseEncoding, Dwi],
-                       tuple[distortion.Field, tuple[np.ndarray, ...] | None]]
-"""Finds a field for a b0 image, its affine and phase encoding, and the series in the brain. Returns
-it, and both b0 images as measured and corrected if it comes of opposite phase encodings."""
-
-
-def field_sources(context: RunContext) -> Iterator[tuple[str, list[Path], FieldFinder]]:
-    """Yield what gives the susceptibility field, the most trusted first: its kind (a key of
-    FIELD_SOURCES), its images and a function."""
-    run, fallback = context.run, context.options.fallback_total_readout_time
-    for field_map in run.field_maps:
-        if field_map.kind == "opposite":
-            image = next(i for i in field_map.images if run.phase_encoding and
-                         run.phase_encoding.opposes(PhaseEncoding.from_sidecar(i.metadata)))
-            yield field_map.kind, [image.image], partial(_field_from_pair, image, fallback)
-        else:
-            yield (field_map.kind, [i.image for i in (*field_map.images, *field_map.magnitudes)],
-                   partial(_field_from_gre, field_map))
-    if run.t1w:
-        yield "t1w", [run.t1w], partial(_field_from_t1w, run.t1w, context.device)
-
-
-def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.ndarray,
-                     affine: np.ndarray, encoding: PhaseEncoding, dwi: Dwi
-                     ) -> tuple[distortion.Field, tuple[np.ndarray, ...]]:
-    opposite = PhaseEncoding.from_sidecar(image.metadata)
-    assert opposite
-    if opposite.readout is None:
-        opposite = replace(opposite, readout=fallback)
-    second = open_image(image.image)
-    volumes = read_array(second, np.float32)
-    if isinstance(image, Part):
-        volumes = volumes[..., btable.read_acquisition(image).b0]
-    if not volumes.size:
-        raise DataError(f"{image.image}: has no b0 volume. One is needed: name another image.")
-    other = volumes.reshape(*second.shape[:3], -1).mean(axis=-1)
-    found = distortion.field_from_pair(b0, other, affine, encoding, opposite,
-                                       second_affine=second.affine)
-    return found, (b0, other, *found.corrected)
-
-
-def _field_from_gre(field_map: FieldMap, b0: np.ndarray, affine: np.ndarray,
-                    encoding: PhaseEncoding, dwi: Dwi) -> tuple[distortion.Field, None]:
-    images = [open_image(image.image) for image in field_map.images]
-    metadata = [image.metadata for image in field_map.images]
-    magnitude = read_array(open_image(field_map.magnitudes[-1].image), np.float32)
-    return distortion.field_from_gre(
-        field_map.kind, [read_array(image, np.float32) for image in images], magnitude,
-        images[0].affine, b0, affine, encoding, units=metadata[0].get("Units"),
-        echo_times=field_map.echo_times), None
-
-
-def _field_from_t1w(image: Path, device: str, b0: np.ndarray, affine: np.ndarray,
-                    encoding: PhaseEncoding, dwi: Dwi) -> tuple[distortion.Field, None]:
-    anatomy = t1w.register(dwi, image, device)
-    if anatomy.brain is None:
-        raise DataError(anatomy.notice)
-    return distortion.field_from_t1w(
-        b0, affine, encoding, np.where(anatomy.brain, anatomy.image, 0),
-        np.linalg.inv(anatomy.transform) @ anatomy.affine, dwi.mask, device=device), None
-
-
 def load(run: Run, acquisition: Acquisition) -> tuple[np.ndarray, int]:
     """Read the volumes of a run, complex if it has phase images or imaginary parts.
 
@@ -634,39 +571,8 @@ CORRECTION_COPIES = 3
 MARGIN = 4
 """Voxels around the brain in which noise is removed, too."""
 
-FIELD_SOURCES = {**FIELD_MAPS, "t1w": "registration to the T1w image"}
-"""Names of what gives the susceptibility field, the most trusted first."""
-
 PARAGRAPHS = {"opposite": "pair", "phasediff": "gre", "phases": "gre", "fieldmap": "gre"}
 """Key of `boilerplate.CORRECTIONS` for each source of the field, where it has another name."""
-
-RULES = {"session": "of the same session, since no sidecar assigns one", "run": "a merged run"}
-"""Words for `FieldMap.rule`; others are sidecar keys."""
-
-
-def describe_run(run: Run) -> list[str]:
-    """Describe what can correct a run, in lines: its phase encoding, field maps (with the rule that
-    assigns each), phase images and T1w image."""
-    encoding = run.phase_encoding
-    readout = ("TotalReadoutTime unknown" if encoding is None or encoding.readout is None
-               else f"readout {1000 * encoding.readout:.4g} ms")
-    lines = [f"phase encoding {encoding.direction}, {readout}" if encoding
-             else "phase encoding unknown", *map(_describe_field_map, run.field_maps)]
-    if run.phase:
-        lines.append(f"phase {', '.join(name_of(p.image) for p in run.phase)}: complex data")
-    if run.t1w:
-        session = entities_of(run.t1w.name).get("ses")
-        lines.append(f"T1w {name_of(run.t1w)}: of the "
-                     f"{'same session' if session == run.session else 'participant'}")
-    return [*lines, *run.notices]
-
-
-def _describe_field_map(field_map: FieldMap) -> str:
-    images = ", ".join(name_of(image.image) for image in field_map.images)
-    magnitudes = ", ".join(name_of(image.image) for image in field_map.magnitudes)
-    rule = RULES.get(field_map.rule, f"by {field_map.rule}")
-    return (f"field map {images}" + f" with {magnitudes}" * bool(magnitudes)
-            + f": {FIELD_MAPS[field_map.kind]}, {rule}")
 
 
 def rigid_spaces(options: Options) -> list[Space]:
