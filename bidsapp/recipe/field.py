@@ -24,30 +24,35 @@ FIELD_SOURCES = {**FIELD_MAPS, "t1w": "registration to the T1w image"}
 RULES = {"session": "of the same session, since no sidecar assigns one", "run": "a merged run"}
 """Words for `FieldMap.rule`; others are sidecar keys."""
 
-FieldFinder = Callable[[np.ndarray, np.ndarray, PhaseEncoding, Dwi],
+FieldFinder = Callable[[np.ndarray, np.ndarray, Dwi],
                        tuple[distortion.Field, tuple[np.ndarray, ...] | None]]
-"""Finds a field for a b0 image, its affine and phase encoding, and the series in the brain. Returns
-it, and both b0 images as measured and corrected if it comes of opposite phase encodings."""
+"""Finds a field for a b0 image, its affine, and the series in the brain. Returns it, and both b0
+images as measured and corrected if it comes of opposite phase encodings."""
 
 
-def field_sources(context: RunContext) -> Iterator[tuple[str, list[Path], FieldFinder]]:
+def field_sources(context: RunContext, encoding: PhaseEncoding
+                  ) -> Iterator[tuple[str, list[Path], FieldFinder]]:
     """Yield what gives the susceptibility field, the most trusted first: its kind (a key of
-    FIELD_SOURCES), its images and a function."""
+    FIELD_SOURCES), its images and a function.
+
+    encoding: that of the b0 image which the field undistorts.
+    """
     run, fallback = context.run, context.options.fallback_total_readout_time
     for field_map in run.field_maps:
         if field_map.kind == "opposite":
-            image = next(i for i in field_map.images if run.phase_encoding and
-                         run.phase_encoding.opposes(PhaseEncoding.from_sidecar(i.metadata)))
-            yield field_map.kind, [image.image], partial(_field_from_pair, image, fallback)
+            for image in field_map.images:
+                if encoding.opposes(PhaseEncoding.from_sidecar(image.metadata)):
+                    yield (field_map.kind, [image.image],
+                           partial(_field_from_pair, image, encoding, fallback))
         else:
             yield (field_map.kind, [i.image for i in (*field_map.images, *field_map.magnitudes)],
-                   partial(_field_from_gre, field_map))
+                   partial(_field_from_gre, field_map, encoding))
     if run.t1w:
-        yield "t1w", [run.t1w], partial(_field_from_t1w, run.t1w, context.device)
+        yield "t1w", [run.t1w], partial(_field_from_t1w, run.t1w, encoding, context.device)
 
 
-def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.ndarray,
-                     affine: np.ndarray, encoding: PhaseEncoding, dwi: Dwi
+def _field_from_pair(image: ImageFile | Part, encoding: PhaseEncoding, fallback: float | None,
+                     b0: np.ndarray, affine: np.ndarray, dwi: Dwi
                      ) -> tuple[distortion.Field, tuple[np.ndarray, ...]]:
     opposite = PhaseEncoding.from_sidecar(image.metadata)
     assert opposite
@@ -65,8 +70,8 @@ def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.nda
     return found, (b0, other, *found.corrected)
 
 
-def _field_from_gre(field_map: FieldMap, b0: np.ndarray, affine: np.ndarray,
-                    encoding: PhaseEncoding, dwi: Dwi) -> tuple[distortion.Field, None]:
+def _field_from_gre(field_map: FieldMap, encoding: PhaseEncoding, b0: np.ndarray,
+                    affine: np.ndarray, dwi: Dwi) -> tuple[distortion.Field, None]:
     images = [open_image(image.image) for image in field_map.images]
     metadata = [image.metadata for image in field_map.images]
     magnitude = read_array(open_image(field_map.magnitudes[-1].image), np.float32)
@@ -76,8 +81,8 @@ def _field_from_gre(field_map: FieldMap, b0: np.ndarray, affine: np.ndarray,
         echo_times=field_map.echo_times), None
 
 
-def _field_from_t1w(image: Path, device: str, b0: np.ndarray, affine: np.ndarray,
-                    encoding: PhaseEncoding, dwi: Dwi) -> tuple[distortion.Field, None]:
+def _field_from_t1w(image: Path, encoding: PhaseEncoding, device: str, b0: np.ndarray,
+                    affine: np.ndarray, dwi: Dwi) -> tuple[distortion.Field, None]:
     anatomy = t1w.register(dwi, image, device)
     if anatomy.brain is None:
         raise DataError(anatomy.notice)

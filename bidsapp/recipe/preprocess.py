@@ -133,6 +133,7 @@ class Corrector:
         self.volumes, invalid = load(run, self.acquisition)
         self.signed = np.iscomplexobj(self.volumes)  # so is the real part
         self.magnitude = not self.signed
+        self.reference = int(np.argmax(self.acquisition.b0))
         self.mask = median_otsu(self.first_b0())
         report.facts = {"invalid": invalid, "corrections": []}
         raw = self.dwi()
@@ -155,7 +156,7 @@ class Corrector:
 
     def first_b0(self) -> np.ndarray:
         """Magnitude of the first b0 volume, in whose place all others are brought."""
-        return np.abs(self.volumes[..., np.argmax(self.acquisition.b0)])
+        return np.abs(self.volumes[..., self.reference])
 
     def by_volume(self) -> list[np.ndarray]:
         """The volumes of the series, (x, y, z) each."""
@@ -204,7 +205,7 @@ class Corrector:
 
     def unring(self) -> None:
         """Remove Gibbs ringing in the plane of the slices."""
-        start, encoding = time.monotonic(), self.encodings[0]
+        start, encoding = time.monotonic(), self.encodings[self.reference]
         result = gibbs.unring(self.volumes, self.in_plane(),
                               partial_fourier=self.run.metadata.get("PartialFourier"),
                               phase_axis=encoding.axis if encoding else None,
@@ -234,17 +235,17 @@ class Corrector:
     def find_field(self) -> None:
         """Find the susceptibility field by the most trusted images that serve."""
         encoding = next((e for e in self.encodings if e is None or e.readout is None),
-                        self.encodings[0])
+                        self.encodings[self.reference])
         if encoding is None or encoding.readout is None:
             missing = "PhaseEncodingDirection" if encoding is None else "TotalReadoutTime"
             self.skip(f"Distortion was not corrected: the sidecar has no {missing}. Add it"
                       + (", or give --fallback-total-readout-time." if encoding else "."))
             return
         self.report.notices += self.run.notices
-        for kind, images, find in field_sources(self.context):
+        for kind, images, find in field_sources(self.context, encoding):
             start = time.monotonic()
             try:
-                found, pair = find(self.first_b0(), self.affine, encoding, self.dwi())
+                found, pair = find(self.first_b0(), self.affine, self.dwi())
             except DataError as error:
                 self.skip(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
                           f"field: {error}")
@@ -278,7 +279,8 @@ class Corrector:
                       f"movements across them, {MIN_SLICES} are needed.")
             return
         if self.field is not None:
-            (b0,) = resample([b0], self.still(1), b0.shape, self.affine)
+            (b0,) = resample([b0], self.still([self.encodings[self.reference]]), b0.shape,
+                             self.affine)
         try:
             found = motion.estimate(
                 self.by_volume(), self.acquisition, self.encodings, self.affine, median_otsu(b0),
@@ -319,11 +321,11 @@ class Corrector:
 
     def geometry(self) -> Geometry:
         """Return the geometry of the series, in which each volume shows the first b0 volume."""
-        return self.motion.geometry if self.motion else self.still(len(self.acquisition))
+        return self.motion.geometry if self.motion else self.still(self.encodings)
 
-    def still(self, volumes: int) -> Geometry:
+    def still(self, encodings: Sequence[PhaseEncoding | None]) -> Geometry:
         """Make the geometry of volumes that did not move, in the susceptibility field."""
-        return Geometry.static(self.affine, self.volumes.shape[:3], self.encodings[:volumes],
+        return Geometry.static(self.affine, self.volumes.shape[:3], encodings,
                                None if self.field is None else self.field.hz)
 
     def interpolate(self) -> None:

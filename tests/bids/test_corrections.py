@@ -233,7 +233,7 @@ def test_b0_field_source_comes_before_intended_for(tree):
         fmap(bids, f"sub-01_dir-{way}_epi", {**sidecar, "B0FieldIdentifier": ["x", "pepolar"]})
     edit(dwi(bids), {"B0FieldSource": "pepolar"})
     assert summary(run_of(bids)) == [
-        ("opposite", ["sub-01_dir-AP_epi", "sub-01_dir-PA_epi"], "B0FieldSource")]
+        ("opposite", ["sub-01_dir-PA_epi"], "B0FieldSource")]
 
 
 def test_a_run_may_be_part_of_its_own_field_map(tree):
@@ -246,7 +246,9 @@ def test_a_run_may_be_part_of_its_own_field_map(tree):
 
 @pytest.mark.parametrize("sidecar,notice", [
     ({"B0FieldSource": "gone"}, "B0FieldSource names gone"),
-    ({"B0FieldSource": "same"}, "B0FieldSource names do not have the opposite phase")])
+    ({"B0FieldSource": "same"}, "B0FieldSource assigns sub-01_dir-AP_epi (encoded along j-) to "
+                                "the run, which is encoded along j-. An image that is encoded "
+                                "along j on the same axis")])
 def test_a_source_that_does_not_serve_leaves_the_other_rules(tree, sidecar, notice):
     bids = tree()
     gre(bids, {**GRE, "IntendedFor": "dwi/sub-01_dir-AP_dwi.nii.gz"})
@@ -255,6 +257,26 @@ def test_a_source_that_does_not_serve_leaves_the_other_rules(tree, sidecar, noti
     run = run_of(bids)
     assert summary(run) == [("phasediff", ["sub-01_phasediff"], "IntendedFor")]
     assert any(notice in n for n in run.notices)
+
+
+def test_a_pair_along_another_axis_than_the_run(tree):
+    bids = tree({"dir-LR": {"sidecar": {**AP, "PhaseEncodingDirection": "i",
+                                        "B0FieldSource": "pair"}}})
+    for way, sidecar in (("AP", AP), ("PA", PA)):
+        fmap(bids, f"sub-01_dir-{way}_epi", {**sidecar, "B0FieldIdentifier": "pair"})
+    run = run_of(bids, "sub-01_dir-LR")
+    assert summary(run) == []
+    assert any("sub-01_dir-PA_epi (encoded along j) to the run, which is encoded along i. An image "
+               "that is encoded along i-" in n for n in run.notices)
+
+
+def test_merged_runs_whose_identifier_names_themselves_alone(tree):
+    """The parts have opposite encodings, but only one of them has a b0."""
+    pair = {"B0FieldIdentifier": "pair", "B0FieldSource": "pair"}
+    bids = tree({"dir-AP": {"scheme": ((1000, 12),), "sidecar": {**AP, **pair}},
+                 "dir-PA": {"sidecar": {**PA, **pair}}})
+    (merged,) = runs_of(bids, "--merge-distortion-groups").values()
+    assert summary(merged) == []
 
 
 def test_nothing_corrects(tree):
@@ -298,6 +320,15 @@ def test_runs_of_opposite_encodings_are_merged_when_asked(tree):
     (field_map,) = merged.field_maps
     assert (field_map.kind, field_map.rule) == ("opposite", "run")
     assert [image.image for image in field_map.images] == [dwi(bids, "sub-01_dir-PA")]
+
+
+def test_a_merged_run_is_corrected_in_the_place_of_its_first_b0(tree):
+    bids = tree({"dir-AP": {"scheme": ((1000, 12),)}, "dir-PA": {"sidecar": PA}})
+    fmap(bids, "sub-01_dir-AP_epi", AP)
+    (merged,) = runs_of(bids, "--merge-distortion-groups").values()
+    assert [part.metadata["PhaseEncodingDirection"] for part in merged.parts] == ["j-", "j"]
+    assert merged.phase_encoding == PhaseEncoding(1, 1, 0.05)
+    assert summary(merged) == [("opposite", ["sub-01_dir-AP_epi"], "session")]
 
 
 def test_runs_on_other_grids_are_not_merged(tree):

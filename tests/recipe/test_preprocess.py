@@ -256,6 +256,38 @@ def test_merged_runs_are_one_corrected_series(raw, tmp_path):
     assert np.corrcoef(first, second)[0, 1] > 0.9
 
 
+def test_a_merged_run_whose_first_part_has_no_b0(raw, tmp_path):
+    """The first b0 has the encoding of the second part, so that a b0 of the first one opposes."""
+    bids = shutil.copytree(raw, tmp_path / "bids")
+    first, second = (bids / STEM.format("dwi", f"dir-{way}_dwi") for way in ("AP", "PA"))
+    epi = bids / STEM.format("fmap", "dir-PA_epi")
+    series, b0 = nib.load(f"{first}.nii.gz"), np.loadtxt(f"{first}.bval") < 50
+    data, opposite = np.asarray(series.dataobj), np.asarray(nib.load(f"{epi}.nii.gz").dataobj)
+    tables = np.loadtxt(f"{first}.bval")[None], np.loadtxt(f"{first}.bvec")
+    sidecars = [json.loads(path.with_name(f"{path.name}.json").read_text())
+                for path in (first, epi)]
+    shutil.rmtree(bids / "sub-01/ses-siteA/fmap")
+    epi.parent.mkdir()
+    for path, volumes, about in (
+            (first, data[..., ~b0], sidecars[0]),
+            (second, np.concatenate([opposite[..., :1], data[..., ~b0][..., :1]], -1), {
+                **sidecars[0], "PhaseEncodingDirection": sidecars[1]["PhaseEncodingDirection"]}),
+            (bids / STEM.format("fmap", "dir-AP_epi"), data[..., b0][..., :1], sidecars[0])):
+        nib.save(nib.Nifti1Image(volumes, series.affine), f"{path}.nii.gz")
+        path.with_name(f"{path.name}.json").write_text(json.dumps(about))
+    for values, extension in zip(tables, ("bval", "bvec"), strict=True):
+        np.savetxt(f"{first}.{extension}", values[:, ~b0], fmt="%g")
+        np.savetxt(f"{second}.{extension}", np.c_[values[:, b0][:, :1] * 0,
+                                                  values[:, ~b0][:, :1]], fmt="%g")
+    folder = tmp_path / "out"
+    assert qsphere(bids, folder, "participant", "--preprocess", "distortion", "--estimate", "dti",
+                   "--merge-distortion-groups") == 0
+    field = image(folder / STEM.format("fmap", "desc-preproc_fieldmap.nii.gz"))
+    real = image(bids / f"{TRUTH.format('dwi', 'desc-field_truth')}.nii.gz")
+    brain = image(bids / f"{TRUTH.format('dwi', 'desc-brain_mask')}.nii.gz") > 0
+    assert np.sqrt(np.mean((field - real)[brain]**2)) < 0.5 * np.sqrt(np.mean(real[brain]**2))
+
+
 @pytest.mark.parametrize(("sidecar", "axis"), [
     ({}, 2), ({"SliceEncodingDirection": "i-"}, 0), ({"SliceEncodingDirection": "x"}, 2)])
 def test_the_axis_of_the_slices(sidecar, axis):
