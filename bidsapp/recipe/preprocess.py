@@ -343,8 +343,11 @@ class Corrector:
                                             self.affine)):
             self.volumes[..., v] = volume if self.signed else np.maximum(volume, 0)
         self.mask = median_otsu(self.mean_b0())
-        self.note("resample", "all volumes interpolated once, by cubic splines, with the Jacobian "
-                  "of the distortion", start)
+        causes = ["susceptibility"] * (self.field is not None) + ["eddy currents"] * bool(
+            self.motion is not None and self.motion.geometry.eddy.any())
+        self.note("resample", "all volumes interpolated once, by cubic splines" + (
+            f", and multiplied by the Jacobian of the displacement by {' and '.join(causes)}"
+            if causes else ""), start)
 
     def mean_b0(self) -> np.ndarray:
         """Mean of the b0 volumes, (x, y, z)."""
@@ -371,14 +374,15 @@ class Corrector:
     def find_mask(self) -> None:
         """Find the brain on the corrected images."""
         run = self.run
-        self.mask_source = MADE_MASK
+        self.mask_source, self.mask_files = MADE_MASK, list[str]()
         self.mask = median_otsu(self.mean_b0())
         if run.t1w and not run.mask:
             start = time.monotonic()
             try:
                 self.anatomy = t1w.register(self.dwi(), run.t1w, self.context.device)
                 self.mask = t1w.mask_from_t1w(self.anatomy, self.mask, self.affine)
-                self.mask_source = self.context.dataset.uri(run.t1w)
+                self.mask_source = f"deepbet of {run.t1w.name}"
+                self.mask_files = [self.context.dataset.uri(run.t1w)]
                 self.note("brain", f"brain mask of {run.t1w.name}, brought to the corrected images",
                           start)
             except DataError as error:
@@ -474,7 +478,7 @@ class Corrector:
         transaction.image(context.path("dwiref"), self.mean_b0(), context.like,
                           {**raw, "Description": "Mean of the corrected b0 volumes"})
         transaction.image(context.mask, self.mask.astype(np.uint8), context.like,
-                          sidecar.mask(run, dataset, self.mask_source))
+                          sidecar.mask(run, dataset, self.mask_source, self.mask_files))
         if self.field is not None:
             transaction.image(
                 context.path("fieldmap", folder="fmap", desc="preproc"), self.field.hz,

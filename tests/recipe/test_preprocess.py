@@ -85,7 +85,7 @@ def test_it_says_what_it_did(raw, out):
         assert text in page
     assert "were not corrected" not in page
     citation = (out / "logs/CITATION.md").read_text()
-    assert "optimally for the mean square error" in " ".join(citation.split())
+    assert "shrunk optimally in operator norm" in " ".join(citation.split())
     assert validate(out) == []
 
 
