@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bidsapp.acquisition import PhaseEncoding
+from bidsapp.acquisition import PhaseEncoding, read_partial_fourier
 from bidsapp.bids.btable import read_acquisition
 from bidsapp.bids.index import label_order
 from bidsapp.bids.inherit import entities_of, name_of, read_part, read_sidecar, require_file
@@ -146,6 +146,10 @@ def find_corrections(run: Run, root: Path, session: Session) -> Run:
                            "PhaseEncodingDirection. Add it.")
     except DataError as error:
         notices.append(f"Distortion cannot be corrected: {reference.image}: {error}")
+    try:
+        read_partial_fourier(run.metadata)
+    except DataError as error:
+        notices.append(f"{run.parts[0].image}: {error}")
     field_maps: list[FieldMap] = []
     if encoding := run.phase_encoding:
         opposite = tuple(part for part in run.parts if part is not reference and _has_b0(part)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.acquisition import Acquisition, PhaseEncoding, read_partial_fourier
 from bidsapp.anatomy import t1w
 from bidsapp.anatomy.mask import median_otsu, read_mask
 from bidsapp.bids import btable, sidecar
@@ -205,9 +205,12 @@ class Corrector:
 
     def unring(self) -> None:
         """Remove Gibbs ringing in the plane of the slices."""
-        start, encoding = time.monotonic(), self.encodings[self.reference]
-        result = gibbs.unring(self.volumes, self.in_plane(),
-                              partial_fourier=self.run.metadata.get("PartialFourier"),
+        start, encoding, share = time.monotonic(), self.encodings[self.reference], None
+        try:
+            share = read_partial_fourier(self.run.metadata)
+        except DataError as error:
+            self.skip(f"{self.run.parts[0].image}: {error}")
+        result = gibbs.unring(self.volumes, self.in_plane(), partial_fourier=share,
                               phase_axis=encoding.axis if encoding else None,
                               device=self.context.device)
         self.volumes = result.volumes

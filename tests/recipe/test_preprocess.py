@@ -384,6 +384,16 @@ def test_a_slab_is_corrected_as_far_as_it_allows(tmp_path):
     assert image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz").min() >= 0
 
 
+def test_a_partial_fourier_that_is_no_number_is_unknown(tmp_path):
+    bids = truth.write_dataset(tmp_path / "bids", ("01",), sidecar={
+        **truth.SIDECAR, "PartialFourier": "6/8"})
+    out = tmp_path / "out"
+    assert qsphere(bids, out, "participant", "--preprocess", "gibbs", "--estimate", "dti") == 0
+    facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
+    assert [c["text"] for c in facts["corrections"]] == ["Gibbs ringing removed along i and j"]
+    assert any("PartialFourier is '6/8'" in notice for notice in facts["notices"])
+
+
 def test_an_incredible_motion_is_not_applied(tmp_path, monkeypatch):
     monkeypatch.setattr("bidsapp.recipe.preprocess.MAX_MOVE", -1.0)
     bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
