@@ -43,7 +43,7 @@ def field_sources(context: RunContext, encoding: PhaseEncoding
             for image in field_map.images:
                 if encoding.opposes(PhaseEncoding.from_sidecar(image.metadata)):
                     yield (field_map.kind, [image.image],
-                           partial(_field_from_pair, image, encoding, fallback))
+                           partial(_field_from_pair, image, encoding, fallback, context.device))
         else:
             yield (field_map.kind, [i.image for i in (*field_map.images, *field_map.magnitudes)],
                    partial(_field_from_gre, field_map, encoding))
@@ -52,7 +52,7 @@ def field_sources(context: RunContext, encoding: PhaseEncoding
 
 
 def _field_from_pair(image: ImageFile | Part, encoding: PhaseEncoding, fallback: float | None,
-                     b0: np.ndarray, affine: np.ndarray, dwi: Dwi
+                     device: str, b0: np.ndarray, affine: np.ndarray, dwi: Dwi
                      ) -> tuple[distortion.Field, tuple[np.ndarray, ...]]:
     opposite = PhaseEncoding.from_sidecar(image.metadata)
     assert opposite
@@ -66,7 +66,7 @@ def _field_from_pair(image: ImageFile | Part, encoding: PhaseEncoding, fallback:
         raise DataError(f"{image.image}: has no b0 volume. One is needed: name another image.")
     other = volumes.reshape(*second.shape[:3], -1).mean(axis=-1)
     found = distortion.field_from_pair(b0, other, affine, encoding, opposite,
-                                       second_affine=second.affine)
+                                       second_affine=second.affine, device=device)
     return found, (b0, other, *found.corrected)
 
 

@@ -100,6 +100,7 @@ class Preprocess(Step):
         if "distortion" in chosen:
             corrector.find_field()
         if "motion" in chosen:
+            log.info("%s: search for motion and eddy currents started", corrector.run.name)
             corrector.find_motion()
         corrector.interpolate()
         if "bias" in chosen:
@@ -133,9 +134,17 @@ class Corrector:
         self.volumes, invalid = load(run, self.acquisition)
         self.signed = np.iscomplexobj(self.volumes)  # so is the real part
         self.magnitude = not self.signed
-        self.reference = int(np.argmax(self.acquisition.b0))
-        self.mask = median_otsu(self.first_b0())
         report.facts = {"invalid": invalid, "corrections": []}
+        self.reference = int(np.argmax(self.acquisition.b0))
+        if not self.first_b0().any():
+            raise DataError(f"{', '.join(str(p.image) for p in run.parts)}: volume "
+                            f"{self.reference} (counted from 0), the first b0, holds no signal. "
+                            "Remove it from image, .bval and .bvec, or convert the series again.")
+        self.mask = median_otsu(self.first_b0())
+        if (angle := disagreement(context.like)) > MAX_DISAGREEMENT:
+            self.warn(f"{run.parts[0].image}: the axes of its qform and its sform differ by "
+                      f"{angle:.1f}°, and the sform is used. Check which of them holds, since "
+                      "field maps, the T1w image and the b-vectors are placed by it.")
         raw = self.dwi()
         self.raw_b0 = np.abs(self.volumes[..., self.acquisition.b0]).mean(axis=-1)
         self.raw_correlations = quality.neighbouring_correlations(raw.signal, self.acquisition)
@@ -155,7 +164,7 @@ class Corrector:
                    self.mask, self.affine, self.acquisition)
 
     def first_b0(self) -> np.ndarray:
-        """Magnitude of the first b0 volume, in whose place all others are brought."""
+        """Magnitude of the first b0 volume, in whose place the field is found."""
         return np.abs(self.volumes[..., self.reference])
 
     def by_volume(self) -> list[np.ndarray]:
@@ -170,9 +179,14 @@ class Corrector:
             "name": name, "title": TITLES.get(name, name), "text": text, "seconds": seconds})
 
     def skip(self, reason: str) -> None:
-        """Say why a correction is left out."""
+        """Say why a part of a correction is left out."""
         log.info("%s: %s", self.run.name, reason)
         self.report.notices.append(reason)
+
+    def warn(self, reason: str) -> None:
+        """Say what is probably wrong, or which error of the images is left in them."""
+        log.warning("%s: %s", self.run.name, reason)
+        self.report.warnings.append(reason)
 
     def denoise(self, method: str) -> None:
         """Remove noise in and around the brain by a method of `options.DENOISERS`."""
@@ -185,7 +199,7 @@ class Corrector:
                 method={"denoise": "pca"}.get(method, method), rician=self.magnitude,
                 bvals=self.acquisition.bvals, device=self.context.device)
         except Refusal as refusal:
-            self.skip(f"Noise was not removed: {refusal}")
+            self.warn(f"Noise was not removed: {refusal}")
             return
         self.volumes = result.signal
         self.magnitude = self.magnitude and result.law == "rician"
@@ -227,6 +241,7 @@ class Corrector:
         start = time.monotonic()
         self.volumes = phase.remove_phase(self.volumes, self.in_plane(),
                                           device=self.context.device).real
+        self.sources += [self.context.dataset.uri(image.image) for image in self.run.phase]
         self.note("complex", "background phase of each slice removed; the signal is the real part",
                   start)
 
@@ -241,7 +256,7 @@ class Corrector:
                         self.encodings[self.reference])
         if encoding is None or encoding.readout is None:
             missing = "PhaseEncodingDirection" if encoding is None else "TotalReadoutTime"
-            self.skip(f"Distortion was not corrected: the sidecar has no {missing}. Add it"
+            self.warn(f"Distortion was not corrected: the sidecar has no {missing}. Add it"
                       + (", or give --fallback-total-readout-time." if encoding else "."))
             return
         self.report.notices += self.run.notices
@@ -250,7 +265,7 @@ class Corrector:
             try:
                 found, pair = find(self.first_b0(), self.affine, self.dwi())
             except DataError as error:
-                self.skip(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
+                self.warn(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
                           f"field: {error}")
                 continue
             self.field = found
@@ -270,7 +285,7 @@ class Corrector:
                 found.hz, self.mask, self.affine, found.before, found.after, pair,
                 ("this series", "the opposite encoding"))
             return
-        self.skip("Distortion was not corrected: no image gives the susceptibility field. Add one "
+        self.warn("Distortion was not corrected: no image gives the susceptibility field. Add one "
                   "of opposite phase encoding, a GRE field map or a T1w image.")
 
     def find_motion(self) -> None:
@@ -300,7 +315,8 @@ class Corrector:
                       f"than {MAX_MOVE:.0f} mm is credible. The images may hold too little "
                       "structure, or too much noise. Look at them, or leave motion out.")
             return
-        self.report.notices += found.notices
+        for notice in found.notices:
+            self.warn(notice)
         distance, replaced = self.head_motion().framewise_displacement[1:], found.outliers.sum()
         self.report.qc |= {"fd_mean": float(distance.mean()) if len(distance) else 0.0,
                            "fd_max": float(distance.max()) if len(distance) else 0.0,
@@ -381,6 +397,7 @@ class Corrector:
         self.mask = median_otsu(self.mean_b0())
         if run.t1w and not run.mask:
             start = time.monotonic()
+            log.info("%s: registration to %s started", run.name, run.t1w.name)
             try:
                 self.anatomy = t1w.register(self.dwi(), run.t1w, self.context.device)
                 self.mask = t1w.mask_from_t1w(self.anatomy, self.mask, self.affine)
@@ -389,7 +406,7 @@ class Corrector:
                 self.note("brain", f"brain mask of {run.t1w.name}, brought to the corrected images",
                           start)
             except DataError as error:
-                self.skip(f"The brain mask is made of the mean b0, not of the T1w image: {error}")
+                self.warn(f"The brain mask is made of the mean b0, not of the T1w image: {error}")
         if run.mask:
             self.mask = read_mask(run.mask, self.mask.shape, self.affine)
             self.mask_source = self.context.dataset.uri(run.mask)
@@ -568,6 +585,9 @@ def _make_complex(volumes: np.ndarray, run: Run) -> np.ndarray:
     return phase.from_polar(volumes, np.nan_to_num(np.concatenate(angles, axis=-1)))
 
 
+MAX_DISAGREEMENT = 1.0
+"""Largest angle between the axes of qform and sform that is not told, in degrees."""
+
 MIN_SLICES = 5
 """Fewest slices of which motion and bias field are corrected."""
 
@@ -605,6 +625,16 @@ def volume_encodings(run: Run, fallback: float | None) -> tuple[PhaseEncoding | 
             encoding = replace(encoding, readout=fallback)
         encodings += [encoding] * open_image(part.image).shape[3]
     return tuple(encodings)
+
+
+def disagreement(image: Any) -> float:
+    """Find the largest angle between the voxel axes of an image by its qform and by its sform, in
+    degrees; 0 if it has only one of them."""
+    matrices = image.get_qform(coded=True)[0], image.get_sform(coded=True)[0]
+    if any(matrix is None for matrix in matrices):
+        return 0.0
+    one, other = (m[:3, :3] / np.linalg.norm(m[:3, :3], axis=0) for m in matrices)
+    return float(np.degrees(np.arccos(np.clip((one * other).sum(axis=0), -1, 1))).max())
 
 
 def slice_axis(metadata: Mapping[str, Any]) -> int:

@@ -147,7 +147,7 @@ def test_distortion_needs_the_encoding(missing, remedy, raw, tmp_path):
     assert qsphere(bids, folder, "participant", "--preprocess", "distortion", "--estimate",
                    "dti") == 0
     assert any("Distortion was not corrected" in n and remedy in n
-               for n in record(folder)["notices"])
+               for n in record(folder)["warnings"])
     if missing == "TotalReadoutTime":
         assert qsphere(bids, folder, "participant", "--preprocess", "distortion", "--estimate",
                        "dti", "--fallback-total-readout-time", "0.0252") == 0
@@ -382,6 +382,28 @@ def test_a_slab_is_corrected_as_far_as_it_allows(tmp_path):
     assert [c["name"] for c in facts["corrections"]] == ["denoise", "gibbs"]
     assert sum("2 slices" in notice for notice in facts["notices"]) == 2
     assert image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz").min() >= 0
+
+
+def test_an_empty_first_b0_is_named(tmp_path, capsys):
+    bids = truth.write_dataset(tmp_path / "bids", ("01",))
+    path = bids / "sub-01/dwi/sub-01_dwi.nii.gz"
+    series = nib.load(path)
+    data = np.asarray(series.dataobj).copy()
+    data[..., 0] = 0
+    nib.save(nib.Nifti1Image(data, None, series.header), path)
+    assert qsphere(bids, tmp_path / "out", "participant", "--preprocess", "denoise") == 1
+    assert "volume 0 (counted from 0), the first b0, holds no signal" in capsys.readouterr().err
+
+
+def test_a_qform_that_contradicts_the_sform_is_told(tmp_path):
+    bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
+    path = bids / "sub-01/dwi/sub-01_dwi.nii.gz"
+    series = nib.load(path)
+    series.header.set_qform(truth.affine(turn=(0, 0, 5)), 1)
+    nib.save(nib.Nifti1Image(np.asarray(series.dataobj), None, series.header), path)
+    assert qsphere(bids, out, "participant", "--preprocess", "gibbs", "--estimate", "dti") == 0
+    facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
+    assert any("its qform and its sform differ by 5.0°" in w for w in facts["warnings"])
 
 
 def test_a_partial_fourier_that_is_no_number_is_unknown(tmp_path):
