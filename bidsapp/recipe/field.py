@@ -13,7 +13,7 @@ from bidsapp.acquisition import PhaseEncoding
 from bidsapp.anatomy import t1w
 from bidsapp.bids import btable
 from bidsapp.bids.inherit import entities_of, name_of
-from bidsapp.dwi import FIELD_MAPS, Dwi, FieldMap, ImageFile, Part, Run, open_image, read_array
+from bidsapp.dwi import FIELD_MAPS, FieldMap, ImageFile, Part, Run, open_image, read_array
 from bidsapp.errors import DataError
 from bidsapp.preprocess import distortion
 from bidsapp.recipe.steps import RunContext
@@ -24,18 +24,20 @@ FIELD_SOURCES = {**FIELD_MAPS, "t1w": "registration to the T1w image"}
 RULES = {"session": "of the same session, since no sidecar assigns one", "run": "a merged run"}
 """Words for `FieldMap.rule`; others are sidecar keys."""
 
-FieldFinder = Callable[[np.ndarray, np.ndarray, Dwi],
+FieldFinder = Callable[[np.ndarray, np.ndarray, np.ndarray],
                        tuple[distortion.Field, tuple[np.ndarray, ...] | None]]
-"""Finds a field for a b0 image, its affine, and the series in the brain. Returns it, and both b0
-images as measured and corrected if it comes of opposite phase encodings."""
+"""Finds a field for a b0 image, its affine and its brain mask. Returns it, and both b0 images as
+measured and corrected if it comes of opposite phase encodings."""
 
 
-def field_sources(context: RunContext, encoding: PhaseEncoding
+def field_sources(context: RunContext, encoding: PhaseEncoding,
+                  register_t1w: Callable[[], t1w.Anatomy]
                   ) -> Iterator[tuple[str, list[Path], FieldFinder]]:
     """Yield what gives the susceptibility field, the most trusted first: its kind (a key of
     FIELD_SOURCES), its images and a function.
 
-    encoding: that of the b0 image which the field undistorts.
+    encoding: that of the b0 image which the field undistorts. register_t1w: registers the series
+    to the T1w image.
     """
     run, fallback = context.run, context.options.fallback_total_readout_time
     for field_map in run.field_maps:
@@ -48,11 +50,11 @@ def field_sources(context: RunContext, encoding: PhaseEncoding
             yield (field_map.kind, [i.image for i in (*field_map.images, *field_map.magnitudes)],
                    partial(_field_from_gre, field_map, encoding))
     if run.t1w:
-        yield "t1w", [run.t1w], partial(_field_from_t1w, run.t1w, encoding, context.device)
+        yield "t1w", [run.t1w], partial(_field_from_t1w, register_t1w, encoding, context.device)
 
 
 def _field_from_pair(image: ImageFile | Part, encoding: PhaseEncoding, fallback: float | None,
-                     device: str, b0: np.ndarray, affine: np.ndarray, dwi: Dwi
+                     device: str, b0: np.ndarray, affine: np.ndarray, mask: np.ndarray
                      ) -> tuple[distortion.Field, tuple[np.ndarray, ...]]:
     opposite = PhaseEncoding.from_sidecar(image.metadata)
     assert opposite
@@ -71,7 +73,7 @@ def _field_from_pair(image: ImageFile | Part, encoding: PhaseEncoding, fallback:
 
 
 def _field_from_gre(field_map: FieldMap, encoding: PhaseEncoding, b0: np.ndarray,
-                    affine: np.ndarray, dwi: Dwi) -> tuple[distortion.Field, None]:
+                    affine: np.ndarray, mask: np.ndarray) -> tuple[distortion.Field, None]:
     images = [open_image(image.image) for image in field_map.images]
     metadata = [image.metadata for image in field_map.images]
     magnitude = read_array(open_image(field_map.magnitudes[-1].image), np.float32)
@@ -81,14 +83,15 @@ def _field_from_gre(field_map: FieldMap, encoding: PhaseEncoding, b0: np.ndarray
         echo_times=field_map.echo_times), None
 
 
-def _field_from_t1w(image: Path, encoding: PhaseEncoding, device: str, b0: np.ndarray,
-                    affine: np.ndarray, dwi: Dwi) -> tuple[distortion.Field, None]:
-    anatomy = t1w.register(dwi, image, device)
+def _field_from_t1w(register_t1w: Callable[[], t1w.Anatomy], encoding: PhaseEncoding, device: str,
+                    b0: np.ndarray, affine: np.ndarray, mask: np.ndarray
+                    ) -> tuple[distortion.Field, None]:
+    anatomy = register_t1w()
     if anatomy.brain is None:
         raise DataError(anatomy.notice)
     return distortion.field_from_t1w(
         b0, affine, encoding, np.where(anatomy.brain, anatomy.image, 0),
-        np.linalg.inv(anatomy.transform) @ anatomy.affine, dwi.mask, device=device), None
+        np.linalg.inv(anatomy.transform) @ anatomy.affine, mask, device=device), None
 
 
 def describe_run(run: Run) -> list[str]:

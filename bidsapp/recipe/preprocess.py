@@ -41,6 +41,7 @@ from bidsapp.recipe.steps import (
     StepReport,
     check_gradients,
     is_real,
+    register_t1w,
 )
 from bidsapp.registration.geometry import transform_points, world_points
 from bidsapp.registration.image import sample
@@ -153,6 +154,7 @@ class Corrector:
         self.motion: motion.MotionEstimate | None = None
         self.bias: np.ndarray | None = None
         self.anatomy: t1w.Anatomy | None = None
+        self.t1w_problem: str | None = None
         self.uninterpolated: list[np.ndarray] = []
         self.sources: list[str] = []
         self.about: dict[str, Any] = {}
@@ -260,10 +262,10 @@ class Corrector:
                       + (", or give --fallback-total-readout-time." if encoding else "."))
             return
         self.report.notices += self.run.notices
-        for kind, images, find in field_sources(self.context, encoding):
+        for kind, images, find in field_sources(self.context, encoding, self.register_t1w):
             start = time.monotonic()
             try:
-                found, pair = find(self.first_b0(), self.affine, self.dwi())
+                found, pair = find(self.first_b0(), self.affine, self.mask)
             except DataError as error:
                 self.warn(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
                           f"field: {error}")
@@ -399,7 +401,7 @@ class Corrector:
             start = time.monotonic()
             log.info("%s: registration to %s started", run.name, run.t1w.name)
             try:
-                self.anatomy = t1w.register(self.dwi(), run.t1w, self.context.device)
+                self.anatomy = self.register_t1w()
                 self.mask = t1w.mask_from_t1w(self.anatomy, self.mask, self.affine)
                 self.mask_source = f"deepbet of {run.t1w.name}"
                 self.mask_files = [self.context.dataset.uri(run.t1w)]
@@ -413,6 +415,21 @@ class Corrector:
             if self.field is not None:
                 self.skip(f"{run.mask.name} was given, and is used although distortion was "
                           "corrected since. Check that it still follows the brain.")
+
+    def register_t1w(self) -> t1w.Anatomy:
+        """Register the series, as it is now, to the T1w image.
+
+        Raises
+        ------
+        DataError
+            It cannot be registered, or could not before.
+        """
+        try:
+            return register_t1w(self.run, self.dwi(), self.context.device,
+                                problem=self.t1w_problem)
+        except DataError as error:
+            self.t1w_problem = str(error)
+            raise
 
     def check_gradients(self) -> None:
         """Check the b-vectors on the corrected signal; turn them with the head afterwards."""
@@ -446,7 +463,7 @@ class Corrector:
         if self.run.t1w is None or self.run.entities.get("space") == space.name:
             return  # the step `register` says why
         try:
-            self.anatomy = self.anatomy or t1w.register(self.dwi(), self.run.t1w, context.device)
+            self.anatomy = self.anatomy or self.register_t1w()
             to_t1w, shape, affine = register.place(self.dwi(), self.anatomy)
         except (DataError, Refusal) as error:
             self.skip(f"The corrected images are not written in the space {space}: {error}")
@@ -474,6 +491,7 @@ class Corrector:
     def facts(self) -> dict[str, Any]:
         """Entries of the record that later steps read."""
         return {"mask_source": self.mask_source, "about": self.about, "magnitude": self.magnitude,
+                "t1w_problem": self.t1w_problem,
                 "t1w_transform": self.anatomy.transform.tolist() if self.anatomy else None}
 
     def sidecar(self) -> dict[str, Any]:

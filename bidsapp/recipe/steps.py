@@ -345,7 +345,8 @@ class Measure(Step):
         record = self.context.dataset.record(self.preprocess.record) if self.preprocess else {}
         transform = record.get("t1w_transform")
         anatomy = cache(partial(register_t1w, self.context.run, dwi, self.context.device,
-                                None if transform is None else np.array(transform)))
+                                None if transform is None else np.array(transform),
+                                record.get("t1w_problem")))
         tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir,
                                anatomy))
         return Stage(dwi, about=about, tissue=tissue, anatomy=anatomy)
@@ -654,10 +655,11 @@ def corrected_run(dataset: Dataset, run: Run) -> Run:
                    phase_encoding=None, field_maps=(), phase=(), notices=())
 
 
-def register_t1w(run: Run, dwi: Dwi, device: str, transform: np.ndarray | None) -> t1w.Anatomy:
+def register_t1w(run: Run, dwi: Dwi, device: str, transform: np.ndarray | None = None,
+                 problem: str | None = None) -> t1w.Anatomy:
     """Read the T1w image of a run and register the run to it, unless an earlier step did so.
 
-    transform: that of the earlier step (`t1w.Anatomy`).
+    transform: that of the earlier step (`t1w.Anatomy`). problem: why that step failed.
 
     Raises
     ------
@@ -666,6 +668,8 @@ def register_t1w(run: Run, dwi: Dwi, device: str, transform: np.ndarray | None) 
     """
     if run.t1w is None:
         raise DataError("no T1w image was found for this run.")
+    if problem is not None:
+        raise DataError(problem)
     return t1w.register(dwi, run.t1w, device, transform)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bidsapp import cli_phantom
+from bidsapp.anatomy import t1w
 from bidsapp.bids import btable
 from bidsapp.bids.inherit import read_part
 from bidsapp.bids.writer import Dataset
@@ -382,6 +383,27 @@ def test_a_slab_is_corrected_as_far_as_it_allows(tmp_path):
     assert [c["name"] for c in facts["corrections"]] == ["denoise", "gibbs"]
     assert sum("2 slices" in notice for notice in facts["notices"]) == 2
     assert image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz").min() >= 0
+
+
+def test_a_t1w_image_that_failed_is_not_registered_again(tmp_path, monkeypatch):
+    """Neither for the field, nor for the brain mask, nor for the tissues."""
+    bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
+    (bids / "sub-01/anat").mkdir()
+    nib.save(nib.Nifti1Image(np.ones((9, 9, 9), np.float32), np.eye(4)),
+             bids / "sub-01/anat/sub-01_T1w.nii.gz")
+    calls = []
+
+    def align(*args):
+        calls.append(args)
+        raise DataError("shows someone else.")
+
+    monkeypatch.setattr(t1w, "align", align)
+    assert qsphere(bids, out, "participant", "--preprocess", "distortion", "--estimate",
+                   "freewater") == 0
+    assert len(calls) == 1
+    facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
+    assert sum("shows someone else" in warning for warning in facts["warnings"]) == 2
+    assert any("Distortion was not corrected" in warning for warning in facts["warnings"])
 
 
 def test_an_empty_first_b0_is_named(tmp_path, capsys):
