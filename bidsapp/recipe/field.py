@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,20 +94,30 @@ def _field_from_t1w(register_t1w: Callable[[], t1w.Anatomy], encoding: PhaseEnco
         np.linalg.inv(anatomy.transform) @ anatomy.affine, mask, device=device), None
 
 
-def describe_run(run: Run) -> list[str]:
+def describe_run(run: Run, corrections: Sequence[str], fallback: float | None) -> list[str]:
     """Describe what can correct a run, in lines: its phase encoding, field maps (with the rule that
-    assigns each), phase images and T1w image."""
+    assigns each), phase images and T1w image.
+
+    corrections: those that are asked for. fallback: readout time (s) where the sidecar has none.
+    """
     encoding = run.phase_encoding
-    readout = ("TotalReadoutTime unknown" if encoding is None or encoding.readout is None
-               else f"readout {1000 * encoding.readout:.4g} ms")
+    if encoding and encoding.readout is not None:
+        readout = f"readout {1000 * encoding.readout:.4g} ms"
+    elif fallback is not None:
+        readout = f"readout {1000 * fallback:.4g} ms, by --fallback-total-readout-time"
+    else:
+        readout = ("TotalReadoutTime unknown: distortion and eddy currents cannot be corrected. "
+                   "Add it to the sidecar, or give --fallback-total-readout-time")
     lines = [f"phase encoding {encoding.direction}, {readout}" if encoding
              else "phase encoding unknown", *map(_describe_field_map, run.field_maps)]
     if run.phase:
         lines.append(f"phase {', '.join(name_of(p.image) for p in run.phase)}: complex data")
     if run.t1w:
         session = entities_of(run.t1w.name).get("ses")
+        serves = "distortion" in corrections and encoding and not run.field_maps
         lines.append(f"T1w {name_of(run.t1w)}: of the "
-                     f"{'same session' if session == run.session else 'participant'}")
+                     f"{'same session' if session == run.session else 'participant'}"
+                     + "; the field comes from it, since no field map does" * bool(serves))
     return [*lines, *run.notices]
 
 

@@ -82,7 +82,12 @@ class Preprocess(Step):
         return "preprocessing"
 
     def describe(self) -> str:
-        lines = describe_run(self.context.run) if not self.context.run.preprocessed else []
+        run, fallback = self.context.run, self.context.options.fallback_total_readout_time
+        try:
+            volume_encodings(run, fallback)
+        except DataError as error:
+            return f"corrections: would fail: {error}"
+        lines = [] if run.preprocessed else describe_run(run, self.context.corrections, fallback)
         return "\n    ".join([f"corrections: {' '.join(self.context.corrections)}", *lines])
 
     @property
@@ -205,7 +210,8 @@ class Corrector:
             return
         self.volumes = result.signal
         self.magnitude = self.magnitude and result.law == "rician"
-        text = f"noise removed in patches of {' × '.join(map(str, result.patch))} voxels"
+        text = "noise removed" + (
+            f" in patches of {' × '.join(map(str, result.patch))} voxels" if result.patch else "")
         residual = np.sqrt(np.mean((before - self.volumes)**2, axis=-1))
         if result.sigma is not None:
             sd = float(np.median(result.sigma[self.mask]))
@@ -265,26 +271,26 @@ class Corrector:
         for kind, images, find in field_sources(self.context, encoding, self.register_t1w):
             start = time.monotonic()
             try:
-                found, pair = find(self.first_b0(), self.affine, self.mask)
+                field, pair = find(self.first_b0(), self.affine, self.mask)
             except DataError as error:
                 self.warn(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
                           f"field: {error}")
                 continue
-            self.field = found
+            self.field = field
             self.sources += [self.context.dataset.uri(path) for path in images]
-            self.report.notices += found.notices
-            largest = float(np.abs(found.hz[self.mask]).max())
+            self.report.notices += field.notices
+            largest = float(np.abs(field.hz[self.mask]).max())
             self.report.qc["field_max"] = largest
             text = (f"susceptibility field from {', '.join(map(name_of, images))} "
                     f"({FIELD_SOURCES[kind]}): up to {largest:.0f} Hz in the brain")
             if pair:
-                self.report.qc |= {"field_correlation_before": found.before,
-                                   "field_correlation_after": found.after}
-                text += (f"; correlation of the two b0 images {found.before:.3f} before and "
-                         f"{found.after:.3f} after")
+                self.report.qc |= {"field_correlation_before": field.before,
+                                   "field_correlation_after": field.after}
+                text += (f"; correlation of the two b0 images {field.before:.3f} before and "
+                         f"{field.after:.3f} after")
             self.note(PARAGRAPHS.get(kind, kind), text, start)
             self.report.figures += corrections.of_field(
-                found.hz, self.mask, self.affine, found.before, found.after, pair,
+                field.hz, self.mask, self.affine, field.before, field.after, pair,
                 ("this series", "the opposite encoding"))
             return
         self.warn("Distortion was not corrected: no image gives the susceptibility field. Add one "
@@ -382,15 +388,15 @@ class Corrector:
                       f"show it, {MIN_SLICES} are needed.")
             return
         try:
-            found = bias.estimate(self.mean_b0(), self.mask, self.affine)
+            field = bias.estimate(self.mean_b0(), self.mask, self.affine)
         except DataError as error:
             self.skip(f"The bias field was not corrected: {error}")
             return
-        self.bias = found.values
+        self.bias = field.values
         self.volumes /= self.bias[..., None]
-        self.report.qc |= {"bias_min": found.lowest, "bias_max": found.highest}
-        self.note("bias", f"bias field of the mean b0 removed by N4: {found.lowest:.2f} to "
-                  f"{found.highest:.2f} in the brain (percentiles 1 and 99)", start)
+        self.report.qc |= {"bias_min": field.lowest, "bias_max": field.highest}
+        self.note("bias", f"bias field of the mean b0 removed by N4: {field.lowest:.2f} to "
+                  f"{field.highest:.2f} in the brain (percentiles 1 and 99)", start)
 
     def find_mask(self) -> None:
         """Find the brain on the corrected images."""
@@ -638,7 +644,10 @@ def volume_encodings(run: Run, fallback: float | None) -> tuple[PhaseEncoding | 
     """
     encodings: list[PhaseEncoding | None] = []
     for part in run.parts:
-        encoding = PhaseEncoding.from_sidecar(part.metadata)
+        try:
+            encoding = PhaseEncoding.from_sidecar(part.metadata)
+        except DataError as error:
+            raise DataError(f"{part.image}: {error}") from error
         if encoding and encoding.readout is None:
             encoding = replace(encoding, readout=fallback)
         encodings += [encoding] * open_image(part.image).shape[3]

@@ -393,6 +393,26 @@ def test_the_dry_run_says_what_corrects(tree, capsys):
         assert f"    {line}\n" in text
 
 
+def dry_run(bids, capsys, *argv):
+    assert cli.main([str(bids), str(bids.parent / "out"), "participant", "--dry-run", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_dry_run_says_what_follows_from_the_sidecar(tree, capsys):
+    bids = tree({"dir-AP": {"sidecar": {"PhaseEncodingDirection": "j-"}}})
+    text = dry_run(bids, capsys)
+    assert "phase encoding j-, TotalReadoutTime unknown: distortion and eddy currents" in text
+    text = dry_run(bids, capsys, "--fallback-total-readout-time", "0.04")
+    assert "phase encoding j-, readout 40 ms, by --fallback-total-readout-time\n" in text
+    (bids / "sub-01/anat").mkdir()
+    shutil.copy(dwi(bids), bids / "sub-01/anat/sub-01_T1w.nii.gz")
+    text = dry_run(bids, capsys)
+    assert "of the same session; the field comes from it, since no field map does\n" in text
+    edit(dwi(bids), {"PhaseEncodingDirection": "AP"})
+    assert "_dwi.nii.gz: PhaseEncodingDirection is 'AP'" in dry_run(bids, capsys).partition(
+        "corrections: would fail: ")[2]
+
+
 def test_the_dry_run_of_preprocessed_data_is_silent_on_corrections(tree, capsys):
     bids = tree({"dir-AP_desc-preproc": {}, "dir-PA_desc-preproc": {"sidecar": PA}})
     (bids / "dataset_description.json").write_text(json.dumps(
