@@ -111,6 +111,33 @@ class PhaseEncoding:
         return other is not None and (other.axis, other.sign) == (self.axis, -self.sign)
 
 
+def read_partial_fourier(metadata: Mapping[str, Any]) -> float | None:
+    """Read PartialFourier of a sidecar: the share of k-space that was sampled along the phase
+    encoding.
+
+    Parameters
+    ----------
+    metadata : mapping
+        Keys of the sidecar.
+
+    Returns
+    -------
+    float or None
+        None if the sidecar has no such key.
+
+    Raises
+    ------
+    DataError
+        It is no number above 0 and at most 1.
+    """
+    share = metadata.get("PartialFourier")
+    if share is not None and not (isinstance(share, int | float) and not isinstance(share, bool)
+                                  and 0 < share <= 1):
+        raise DataError(f"PartialFourier is {str(share)[:20]!r}; a number above 0 and at most 1 is "
+                        "needed, so it counts as unknown. Correct the sidecar: write 6/8 as 0.75.")
+    return share
+
+
 @dataclass(frozen=True)
 class Shell:
     """Measurements that share b and b_delta.

@@ -94,9 +94,8 @@ class FieldMap:
     kind : str
         A key of FIELD_MAPS.
     images : tuple of ImageFile or Part
-        `opposite`: EPIs or DWIs that, with the DWIs of the run, have both directions of phase
-        encoding. `phasediff`, `fieldmap`: one image. `phases`: those of the first and of the second
-        echo.
+        `opposite`: EPIs or DWIs of the opposite phase encoding. `phasediff`, `fieldmap`: one
+        image. `phases`: those of the first and of the second echo.
     magnitudes : tuple of ImageFile
         Magnitudes of the echoes, for all kinds but `opposite`.
     rule : str
@@ -184,7 +183,8 @@ class Run:
     preprocessed : bool
         Whether the images are already corrected. The fields below are set only if they are not.
     phase_encoding : PhaseEncoding, optional
-        Phase encoding of the first part, which only merged runs do not share; None if unknown.
+        Phase encoding of the first part with b0 volumes, which only the parts of merged runs do not
+        share; None if unknown.
     field_maps : tuple of FieldMap
         Field maps that may be used, the most trusted first.
     phase : tuple of ImageFile

@@ -10,6 +10,7 @@ posteriors are averaged over the voxels of the diffusion images.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,11 +109,11 @@ def align(attenuation: Float[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z
         The image is unreadable, without contrast, shows less than half of the brain, or shows
         someone else (`rigid.compare_to_mirror`).
     """
-    head, head_affine = read(t1w)
-    image, brain, notice, known = head, None, "", transform is not None
+    head, head_affine, image, brain, notice = _find_head(t1w, device)
+    known = transform is not None
     try:
-        brain = find_brain(head, head_affine, device)
-        image = head / n4.bias_field(head, brain, head_affine)
+        if brain is None:
+            raise DataError(notice)
         only = np.where(brain, image, 0)
         if transform is None:
             transform = rigid.register(attenuation, mask, affine, only, head_affine)
@@ -133,6 +134,37 @@ def align(attenuation: Float[np.ndarray, "x y z"], mask: Bool[np.ndarray, "x y z
     if coverage < MIN_COVERAGE:
         raise DataError(f"{t1w}: covers only {coverage:.0%} of the brain in the diffusion images.")
     return Anatomy(image, head_affine, transform, brain, notice)
+
+
+class _Head(NamedTuple):
+    """A T1w image as `read` reads it, with its affine; without bias field; its brain, or why none
+    was found."""
+
+    image: np.ndarray
+    affine: np.ndarray
+    flat: np.ndarray
+    brain: np.ndarray | None
+    notice: str
+
+
+def _find_head(t1w: Path, device: str) -> _Head:
+    status = t1w.stat() if t1w.exists() else None
+    return _segment_head(t1w, device, status and (status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=1)
+def _segment_head(t1w: Path, device: str, _status: tuple[int, int] | None) -> _Head:
+    """Find brain and bias field; kept for the steps of one participant, which all need them."""
+    image, affine = read(t1w)
+    try:
+        brain = find_brain(image, affine, device)
+        head = _Head(image, affine, image / n4.bias_field(image, brain, affine), brain, "")
+    except DataError as error:
+        return _Head(image, affine, image, None, str(error))
+    for array in (head.image, head.flat, head.brain):
+        assert array is not None
+        array.flags.writeable = False
+    return head
 
 
 def find_brain(image: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
@@ -292,9 +324,10 @@ def describe(t1w: Path, device: str = "cpu", work_dir: Path | None = None
     DataError
         The image cannot be read, or no brain was found.
     """
-    head, affine = read(t1w)
-    brain = find_brain(head, affine, device)
-    tissues = _atropos(head / n4.bias_field(head, brain, affine), affine, brain, work_dir)
+    _, affine, flat, brain, notice = _find_head(t1w, device)
+    if brain is None:
+        raise DataError(notice)
+    tissues = _atropos(flat, affine, brain, work_dir)
     image = open_image(t1w)
     shape = image.shape[:3]
     at = _voxels(np.ones(shape, bool), image.affine, np.eye(4), affine)

@@ -15,14 +15,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bidsapp.acquisition import PhaseEncoding
+from bidsapp.acquisition import PhaseEncoding, read_partial_fourier
+from bidsapp.bids.btable import read_acquisition
 from bidsapp.bids.index import label_order
 from bidsapp.bids.inherit import entities_of, name_of, read_part, read_sidecar, require_file
 from bidsapp.dwi import FIELD_MAPS, FieldMap, ImageFile, Part, Run, open_image
@@ -58,18 +57,6 @@ class Candidate:
     field_map: FieldMap
     identifiers: frozenset[str]
     intended: frozenset[Path]
-
-    @cached_property
-    def axes(self) -> np.ndarray:
-        """Unit vectors of the voxel axes of its first image in world RAS+, as columns (3, 3).
-
-        Raises
-        ------
-        DataError
-            The image cannot be opened.
-        """
-        linear = open_image(self.field_map.images[0].image).affine[:3, :3]
-        return np.asarray(linear / np.linalg.norm(linear, axis=0))
 
 
 @dataclass(frozen=True)
@@ -150,28 +137,41 @@ def find_corrections(run: Run, root: Path, session: Session) -> Run:
     Run
     """
     notices = list(session.notices)
+    reference = next((part for part in run.parts if _has_b0(part)), run.parts[0])
     try:
-        encoding = PhaseEncoding.from_sidecar(run.parts[0].metadata)
+        encoding = PhaseEncoding.from_sidecar(reference.metadata)
         run = replace(run, phase_encoding=encoding)
         if encoding is None:
             notices.append("Distortion cannot be corrected: the sidecar has no "
                            "PhaseEncodingDirection. Add it.")
     except DataError as error:
-        notices.append(f"Distortion cannot be corrected: {run.parts[0].image}: {error}")
+        notices.append(f"Distortion cannot be corrected: {reference.image}: {error}")
+    try:
+        read_partial_fourier(run.metadata)
+    except DataError as error:
+        notices.append(f"{run.parts[0].image}: {error}")
     field_maps: list[FieldMap] = []
     if encoding := run.phase_encoding:
-        opposite = tuple(part for part in run.parts[1:]
-                         if encoding.opposes(PhaseEncoding.from_sidecar(part.metadata)))
+        opposite = tuple(part for part in run.parts if part is not reference and _has_b0(part)
+                         and encoding.opposes(PhaseEncoding.from_sidecar(part.metadata)))
         field_maps = ([FieldMap("opposite", opposite, rule="run")] if opposite  # merged runs
                       else _field_maps(run, session.candidates, notices))
     phase = _phase(run, root, notices)
     return replace(run, field_maps=tuple(field_maps), phase=phase, notices=tuple(notices))
 
 
+def _has_b0(part: Part) -> bool:
+    """Tell whether a part has b0 volumes; it counts as such if its table cannot be read."""
+    try:
+        return bool(read_acquisition(part).b0.any())
+    except DataError:  # reported when the run is loaded
+        return True
+
+
 def _field_maps(run: Run, candidates: Sequence[Candidate], notices: list[str]) -> list[FieldMap]:
     """Find the field maps by the first rule that gives any, the most trusted first."""
-    images = {part.image for part in run.parts}
-    run_dwis = [c for c in candidates if c.field_map.images[0].image in images]
+    images, encoding = {part.image for part in run.parts}, run.phase_encoding
+    assert encoding
     others = [c for c in candidates if c.field_map.images[0].image not in images]
     sources = _strings(run.metadata.get("B0FieldSource"))
     notices += [f"B0FieldSource names {source[:40]}, which is the B0FieldIdentifier of no other "
@@ -183,17 +183,28 @@ def _field_maps(run: Run, candidates: Sequence[Candidate], notices: list[str]) -
             ("IntendedFor", [[c] for c in others if c.intended & images]),
             ("session", [[c] for c in others if not c.intended])):
         used = [replace(m, rule=rule) for group in groups
-                for m in _usable(group, run_dwis, notices)]
+                for m in _usable(group, run, notices)]
         if used:
             if rule == "session":
-                notices.append("No sidecar assigns a field map to this run, so those of its "
-                               "session are used. Assign one by IntendedFor or B0FieldSource.")
+                notices.append("No sidecar assigns to this run a field map that can be used, so "
+                               "those of its session are used. Assign one by IntendedFor or "
+                               "B0FieldSource.")
             return sorted(used, key=lambda m: ([*FIELD_MAPS].index(m.kind), -_shared(m, run)))
         if rule != "session" and any(groups):
-            notices.append(f"The images that {rule} names do not have the opposite phase encoding.")
+            named = [c.field_map.images[0] for group in groups for c in group]
+            notices.append(
+                f"{rule} assigns {', '.join(map(_describe_encoding, named))} to the run, which is "
+                f"encoded along {encoding.direction}. An image that is encoded along "
+                f"{replace(encoding, sign=-encoding.sign).direction} on the same axis of the head "
+                "is needed. Correct PhaseEncodingDirection, or acquire one.")
     notices.append("No field map was found: no image of the session has the opposite phase "
                    "encoding, and none is a GRE field map.")
     return []
+
+
+def _describe_encoding(image: ImageFile | Part) -> str:
+    encoding = PhaseEncoding.from_sidecar(image.metadata)
+    return name_of(image.image) + (f" (encoded along {encoding.direction})" if encoding else "")
 
 
 def _shared(field_map: FieldMap, run: Run) -> int:
@@ -201,27 +212,31 @@ def _shared(field_map: FieldMap, run: Run) -> int:
     return len(run.entities.items() & entities_of(field_map.images[0].image.name).items())
 
 
-def _usable(group: Sequence[Candidate], run_dwis: Sequence[Candidate], notices: list[str]
-            ) -> Iterator[FieldMap]:
-    """Yield the GRE field maps of a group, and one field map of all its EPIs and DWIs.
-
-    The latter needs two images, both of the group or one of them a DWI of the run, with opposite
-    phase encodings along the same axis in the world.
-    """
+def _usable(group: Sequence[Candidate], run: Run, notices: list[str]) -> Iterator[FieldMap]:
+    """Yield the GRE field maps of a group, and one field map of its EPIs and DWIs that have the
+    opposite phase encoding of the run along the same axis in the world."""
     yield from (c.field_map for c in group if c.field_map.kind != "opposite")
-    epis = [c for c in group if c.field_map.kind == "opposite"]
-    for first, second in combinations([*epis, *run_dwis], 2):
-        one, other = (PhaseEncoding.from_sidecar(c.field_map.images[0].metadata)
-                      for c in (first, second))
-        if one and one.opposes(other):
+    opposite: list[ImageFile | Part] = []
+    for candidate in group:
+        (image, *_) = candidate.field_map.images
+        if (candidate.field_map.kind == "opposite" and run.phase_encoding
+                and run.phase_encoding.opposes(PhaseEncoding.from_sidecar(image.metadata))):
+            axis = run.phase_encoding.axis
             try:
-                cosine = first.axes[:, one.axis] @ second.axes[:, one.axis]
+                cosine = _axes(image.image)[:, axis] @ _axes(run.parts[0].image)[:, axis]
             except DataError as error:
                 notices.append(f"A field map is not used: {error}")
                 continue
             if cosine > SAME_AXIS:
-                yield FieldMap("opposite", tuple(i for c in epis for i in c.field_map.images))
-                return
+                opposite.append(image)
+    if opposite:
+        yield FieldMap("opposite", tuple(opposite))
+
+
+def _axes(image: Path) -> np.ndarray:
+    """Unit vectors of the voxel axes of an image in world RAS+, as columns (3, 3)."""
+    linear = open_image(image).affine[:3, :3]
+    return np.asarray(linear / np.linalg.norm(linear, axis=0))
 
 
 def _phase(run: Run, root: Path, notices: list[str]) -> tuple[ImageFile, ...]:

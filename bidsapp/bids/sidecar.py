@@ -53,9 +53,14 @@ def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
     return keys
 
 
-def mask(run: Run, dataset: Dataset, source: str) -> dict[str, Any]:
-    """Make the sidecar keys of a brain mask. source: URI of the mask, or how it was computed."""
-    return {**base(run, dataset, f"Brain mask: {source}"), "Type": "Brain"}
+def mask(run: Run, dataset: Dataset, source: str, more_sources: Sequence[str] = ()
+         ) -> dict[str, Any]:
+    """Make the sidecar keys of a brain mask.
+
+    source: URI of the mask, or how it was computed. more_sources: URIs besides the run.
+    """
+    keys = base(run, dataset, f"Brain mask: {source}")
+    return {**keys, "Sources": [*keys["Sources"], *more_sources], "Type": "Brain"}
 
 
 def derived(run: Run, dataset: Dataset, *, model: Mapping[str, Any], output: Mapping[str, Any],

@@ -88,8 +88,8 @@ class Denoised:
         denoised, None if the method does not estimate it.
     rank : (x, y, z) float32 or None
         Mean number of components of the patches that hold a voxel, without the mean.
-    patch : (3,) tuple of int
-        Voxels along the edges of a patch.
+    patch : (3,) tuple of int or None
+        Voxels along the edges of a patch; None if the method has no patches.
     law : str
         `gaussian` or `rician`: noise law of the denoised signal. A Rician signal has a noise floor
         of `sigma`.
@@ -98,7 +98,7 @@ class Denoised:
     signal: np.ndarray
     sigma: np.ndarray | None
     rank: np.ndarray | None
-    patch: tuple[int, ...]
+    patch: tuple[int, ...] | None
     law: str
 
 
@@ -160,11 +160,9 @@ def denoise(volumes: Shaped[np.ndarray, "x y z n"], mask: Bool[np.ndarray, "x y 
         if magnitudes and sigma is not None:
             floor = map_volume(_without_floor, [signal, sigma], 0, device)
             signal, sigma = floor["signal"], floor["sigma"]
-        if method == "patch2self":
-            edges = (1, 1, 1)
         signal = np.where(inside[..., None], signal, volumes)
     law = "rician" if magnitudes and sigma is None else "gaussian"
-    return Denoised(signal, sigma, rank, edges, law)
+    return Denoised(signal, sigma, rank, None if method == "patch2self" else edges, law)
 
 
 def choose_patch(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -36,6 +36,7 @@ from torch.nn import functional
 from bidsapp.acquisition import PhaseEncoding
 from bidsapp.dwi import FIELD_UNITS
 from bidsapp.errors import DataError
+from bidsapp.preprocess.phase import to_radians
 from bidsapp.registration.geometry import grid_coordinates, transform_points, world_points
 
 SMOOTHNESS, BARRIER = 0.05, 1e-3
@@ -253,7 +254,8 @@ def field_from_gre(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarra
     echo_times : tuple of float, optional
         Echo times in s, the second larger; not for `fieldmap`.
     units : str, optional
-        `Units` of the sidecar. A phase without units is recognised by its range.
+        `Units` of the sidecar. Unless it is `rad`, the scale of a phase is recognised by its range
+        (`phase.to_radians`).
 
     Returns
     -------
@@ -269,7 +271,7 @@ def field_from_gre(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarra
     from bidsapp.registration.image import sample
 
     _seconds(encoding)
-    hz, notices = _measured_field(kind, images, magnitude, echo_times, units)
+    hz = _measured_field(kind, images, magnitude, echo_times, units)
     points = world_points(b0.shape, b0_affine)
     move = np.eye(4)
     for _ in range(PLACINGS):
@@ -279,7 +281,7 @@ def field_from_gre(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarra
         move = _place(undistorted, mask, b0_affine, magnitude, affine, move)
     placed = sample(hz, affine, transform_points(move, points), beyond="nearest")
     undistorted = undistort(b0, placed, b0_affine, encoding)
-    return _single(placed.astype(np.float32), undistorted, move, encoding, mask, notices)
+    return _single(placed.astype(np.float32), undistorted, move, encoding, mask)
 
 
 def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"],
@@ -362,7 +364,7 @@ def field_from_t1w(b0: Float[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 
 
 
 def _single(hz: np.ndarray, undistorted: np.ndarray, move: np.ndarray, encoding: PhaseEncoding,
-            mask: np.ndarray, notices: tuple[str, ...]) -> Field:
+            mask: np.ndarray, notices: tuple[str, ...] = ()) -> Field:
     """The Field of a single image."""
     factor = 1 + np.gradient(_seconds(encoding) * hz, axis=encoding.axis)[mask]
     if factor.min() <= 0:
@@ -427,8 +429,7 @@ def _local_mean(image: np.ndarray, mask: np.ndarray, affine: np.ndarray, sd: flo
 
 
 def _measured_field(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarray,
-                    echo_times: tuple[float, float] | None, units: str | None
-                    ) -> tuple[np.ndarray, tuple[str, ...]]:
+                    echo_times: tuple[float, float] | None, units: str | None) -> np.ndarray:
     """The field in Hz on the grid of a gradient-echo map, continued outside the head."""
     from skimage.restoration import unwrap_phase
 
@@ -437,37 +438,23 @@ def _measured_field(kind: str, images: Sequence[np.ndarray], magnitude: np.ndarr
                         f"{magnitude.shape}; the same three sizes are needed. Export both again.")
     if not np.nan_to_num(magnitude).max() > 0:
         raise DataError("the magnitude of the field map holds no signal above 0. Convert it again.")
+    if not any(np.nan_to_num(image).any() for image in images):
+        raise DataError("the field map holds no values but 0. Convert it again.")
     head = _head([magnitude])
     if kind == "fieldmap":
         if units not in FIELD_UNITS:
             raise DataError(f"the field map has the unit {units!r}; Hz, rad/s or T is needed. "
                             "Correct Units in its sidecar.")
-        return _continue(images[0] * FIELD_UNITS[units], magnitude * head), ()
+        return _continue(images[0] * FIELD_UNITS[units], magnitude * head)
     if echo_times is None or not 0 < echo_times[0] < echo_times[1]:
         raise DataError(f"the echo times of the field map are {echo_times}; two are needed, the "
                         "second larger than the first. Correct its sidecar.")
-    phases, notices = zip(*(_radians(i, units) for i in images), strict=True)
+    phases = [to_radians(image, units) for image in images]
     wrapped = np.angle(np.exp(1j * (phases[0] if kind == "phasediff" else phases[1] - phases[0])))
     phase = np.ma.filled(unwrap_phase(np.ma.array(wrapped, mask=~head), rng=0), 0.0)
     phase -= 2 * np.pi * np.round(np.median(phase[head]) / (2 * np.pi))
     hz = phase / (2 * np.pi * (echo_times[1] - echo_times[0]))
-    return _continue(hz, magnitude * head), tuple(dict.fromkeys(n for n in notices if n))
-
-
-def _radians(phase: np.ndarray, units: str | None) -> tuple[np.ndarray, str]:
-    """Convert a phase to radians by its range, and say so where the sidecar states another unit."""
-    low, high = float(np.nanmin(phase)), float(np.nanmax(phase))
-    if 0 < high - low <= 2 * np.pi * 1.01:
-        return phase, ""
-    note = (f"The phase of the field map spans {low:g} to {high:g} though its Units are rad; it "
-            "was taken for the integers of the scanner.") if units == "rad" else ""
-    if -4096 <= low < 0 and 1000 < high <= 4096:
-        return phase * (np.pi / 4096), note
-    if low >= 0 and 1000 < high <= 4096:
-        return (phase - 2048) * (np.pi / 2048), note
-    raise DataError(f"the phase of the field map spans {low:g} to {high:g} with the unit {units!r};"
-                    " radians, -4096 to 4096 or 0 to 4095 are needed. Convert it to radians, and "
-                    "write Units: rad in its sidecar.")
+    return _continue(hz, magnitude * head)
 
 
 def _continue(hz: np.ndarray, weight: np.ndarray) -> np.ndarray:

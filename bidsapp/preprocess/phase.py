@@ -38,13 +38,15 @@ ROUNDS = 3
 
 SCALES = ((-math.pi, math.pi, 0.0, 1.0), (0.0, 2 * math.pi, 0.0, 1.0),
           (0.0, 4096.0, -math.pi, math.pi / 2048), (-4096.0, 4096.0, 0.0, math.pi / 4096),
+          (-2048.0, 2048.0, 0.0, math.pi / 2048),
           (-1000 * math.pi, 1000 * math.pi, 0.0, 1e-3))
 """Known scales: lowest and highest value, and offset and factor to radians. They are radians, the
-integers of Siemens and the milliradians of Philips and GE."""
+integers of Siemens, 12 bits with a sign, and the milliradians of Philips and GE."""
 
-SCALE_TOLERANCE = 0.02
-"""Share of a scale by which the extremes of an image may differ from its ends. Noise in the air
-reaches both."""
+SCALE_TOLERANCE, SCALE_FILLED = 0.02, 0.9
+"""Share of a scale by which an image may exceed its ends, and share of it that the image must
+reach: noise in the air reaches both ends, a masked image need not. The scales that an image may
+have are then never two."""
 
 
 def to_radians(phase: Shaped[np.ndarray, "x y z *n"], units: str | None = None
@@ -78,11 +80,13 @@ def to_radians(phase: Shaped[np.ndarray, "x y z *n"], units: str | None = None
         return np.asarray(phase, np.float32)
     for lowest, highest, offset, factor in SCALES:
         margin = SCALE_TOLERANCE * (highest - lowest)
-        if abs(low - lowest) <= margin and abs(high - highest) <= margin:
+        inside = lowest - margin <= low and high <= highest + margin
+        if inside and (low < -margin) == (lowest < 0) and (
+                max(-low if lowest else low, high) >= SCALE_FILLED * highest):
             return (np.asarray(phase, np.float32) * np.float32(factor) + np.float32(offset))
     raise DataError(f"the phase image has values from {low:.4g} to {high:.4g}. Known are radians, "
-                    "0 to 4095, -4096 to 4095 and milliradians. Convert it to radians, and write "
-                    '"Units": "rad" in its sidecar; or remove it, to use the magnitude alone.')
+                    "0 to 4095, -4096 to 4095, -2048 to 2047 and milliradians. Convert it to "
+                    'radians, and write "Units": "rad" in its sidecar; or remove it.')
 
 
 def from_polar(magnitude: Float[np.ndarray, "*shape"], phase: Float[np.ndarray, "*shape"]

@@ -13,26 +13,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.acquisition import Acquisition, PhaseEncoding, read_partial_fourier
 from bidsapp.anatomy import t1w
 from bidsapp.anatomy.mask import median_otsu, read_mask
 from bidsapp.bids import btable, sidecar
-from bidsapp.bids.inherit import entities_of, name_of
+from bidsapp.bids.inherit import name_of
 from bidsapp.bids.writer import Transaction, sha256
-from bidsapp.dwi import FIELD_MAPS, Dwi, FieldMap, ImageFile, Part, Run, open_image, read_array
+from bidsapp.dwi import Dwi, Run, open_image, read_array
 from bidsapp.errors import DataError, Refusal
 from bidsapp.evaluate import quality
 from bidsapp.options import DENOISERS, Options
 from bidsapp.preprocess import bias, denoise, distortion, gibbs, motion, phase
 from bidsapp.preprocess.model import Geometry, resample
+from bidsapp.recipe.field import FIELD_SOURCES, describe_run, field_sources
 from bidsapp.recipe.outputs import write_tables
 from bidsapp.recipe.spaces import Register, like
 from bidsapp.recipe.steps import (
@@ -42,6 +41,7 @@ from bidsapp.recipe.steps import (
     StepReport,
     check_gradients,
     is_real,
+    register_t1w,
 )
 from bidsapp.registration.geometry import transform_points, world_points
 from bidsapp.registration.image import sample
@@ -82,7 +82,12 @@ class Preprocess(Step):
         return "preprocessing"
 
     def describe(self) -> str:
-        lines = describe_run(self.context.run) if not self.context.run.preprocessed else []
+        run, fallback = self.context.run, self.context.options.fallback_total_readout_time
+        try:
+            volume_encodings(run, fallback)
+        except DataError as error:
+            return f"corrections: would fail: {error}"
+        lines = [] if run.preprocessed else describe_run(run, self.context.corrections, fallback)
         return "\n    ".join([f"corrections: {' '.join(self.context.corrections)}", *lines])
 
     @property
@@ -101,6 +106,7 @@ class Preprocess(Step):
         if "distortion" in chosen:
             corrector.find_field()
         if "motion" in chosen:
+            log.info("%s: search for motion and eddy currents started", corrector.run.name)
             corrector.find_motion()
         corrector.interpolate()
         if "bias" in chosen:
@@ -134,8 +140,17 @@ class Corrector:
         self.volumes, invalid = load(run, self.acquisition)
         self.signed = np.iscomplexobj(self.volumes)  # so is the real part
         self.magnitude = not self.signed
-        self.mask = median_otsu(self.first_b0())
         report.facts = {"invalid": invalid, "corrections": []}
+        self.reference = int(np.argmax(self.acquisition.b0))
+        if not self.first_b0().any():
+            raise DataError(f"{', '.join(str(p.image) for p in run.parts)}: volume "
+                            f"{self.reference} (counted from 0), the first b0, holds no signal. "
+                            "Remove it from image, .bval and .bvec, or convert the series again.")
+        self.mask = median_otsu(self.first_b0())
+        if (angle := disagreement(context.like)) > MAX_DISAGREEMENT:
+            self.warn(f"{run.parts[0].image}: the axes of its qform and its sform differ by "
+                      f"{angle:.1f}°, and the sform is used. Check which of them holds, since "
+                      "field maps, the T1w image and the b-vectors are placed by it.")
         raw = self.dwi()
         self.raw_b0 = np.abs(self.volumes[..., self.acquisition.b0]).mean(axis=-1)
         self.raw_correlations = quality.neighbouring_correlations(raw.signal, self.acquisition)
@@ -144,6 +159,7 @@ class Corrector:
         self.motion: motion.MotionEstimate | None = None
         self.bias: np.ndarray | None = None
         self.anatomy: t1w.Anatomy | None = None
+        self.t1w_problem: str | None = None
         self.uninterpolated: list[np.ndarray] = []
         self.sources: list[str] = []
         self.about: dict[str, Any] = {}
@@ -155,8 +171,8 @@ class Corrector:
                    self.mask, self.affine, self.acquisition)
 
     def first_b0(self) -> np.ndarray:
-        """Magnitude of the first b0 volume, in whose place all others are brought."""
-        return np.abs(self.volumes[..., np.argmax(self.acquisition.b0)])
+        """Magnitude of the first b0 volume, in whose place the field is found."""
+        return np.abs(self.volumes[..., self.reference])
 
     def by_volume(self) -> list[np.ndarray]:
         """The volumes of the series, (x, y, z) each."""
@@ -170,9 +186,14 @@ class Corrector:
             "name": name, "title": TITLES.get(name, name), "text": text, "seconds": seconds})
 
     def skip(self, reason: str) -> None:
-        """Say why a correction is left out."""
+        """Say why a part of a correction is left out."""
         log.info("%s: %s", self.run.name, reason)
         self.report.notices.append(reason)
+
+    def warn(self, reason: str) -> None:
+        """Say what is probably wrong, or which error of the images is left in them."""
+        log.warning("%s: %s", self.run.name, reason)
+        self.report.warnings.append(reason)
 
     def denoise(self, method: str) -> None:
         """Remove noise in and around the brain by a method of `options.DENOISERS`."""
@@ -185,11 +206,12 @@ class Corrector:
                 method={"denoise": "pca"}.get(method, method), rician=self.magnitude,
                 bvals=self.acquisition.bvals, device=self.context.device)
         except Refusal as refusal:
-            self.skip(f"Noise was not removed: {refusal}")
+            self.warn(f"Noise was not removed: {refusal}")
             return
         self.volumes = result.signal
         self.magnitude = self.magnitude and result.law == "rician"
-        text = f"noise removed in patches of {' × '.join(map(str, result.patch))} voxels"
+        text = "noise removed" + (
+            f" in patches of {' × '.join(map(str, result.patch))} voxels" if result.patch else "")
         residual = np.sqrt(np.mean((before - self.volumes)**2, axis=-1))
         if result.sigma is not None:
             sd = float(np.median(result.sigma[self.mask]))
@@ -205,9 +227,12 @@ class Corrector:
 
     def unring(self) -> None:
         """Remove Gibbs ringing in the plane of the slices."""
-        start, encoding = time.monotonic(), self.encodings[0]
-        result = gibbs.unring(self.volumes, self.in_plane(),
-                              partial_fourier=self.run.metadata.get("PartialFourier"),
+        start, encoding, share = time.monotonic(), self.encodings[self.reference], None
+        try:
+            share = read_partial_fourier(self.run.metadata)
+        except DataError as error:
+            self.skip(f"{self.run.parts[0].image}: {error}")
+        result = gibbs.unring(self.volumes, self.in_plane(), partial_fourier=share,
                               phase_axis=encoding.axis if encoding else None,
                               device=self.context.device)
         self.volumes = result.volumes
@@ -224,6 +249,7 @@ class Corrector:
         start = time.monotonic()
         self.volumes = phase.remove_phase(self.volumes, self.in_plane(),
                                           device=self.context.device).real
+        self.sources += [self.context.dataset.uri(image.image) for image in self.run.phase]
         self.note("complex", "background phase of each slice removed; the signal is the real part",
                   start)
 
@@ -235,39 +261,39 @@ class Corrector:
     def find_field(self) -> None:
         """Find the susceptibility field by the most trusted images that serve."""
         encoding = next((e for e in self.encodings if e is None or e.readout is None),
-                        self.encodings[0])
+                        self.encodings[self.reference])
         if encoding is None or encoding.readout is None:
             missing = "PhaseEncodingDirection" if encoding is None else "TotalReadoutTime"
-            self.skip(f"Distortion was not corrected: the sidecar has no {missing}. Add it"
+            self.warn(f"Distortion was not corrected: the sidecar has no {missing}. Add it"
                       + (", or give --fallback-total-readout-time." if encoding else "."))
             return
         self.report.notices += self.run.notices
-        for kind, images, find in field_sources(self.context):
+        for kind, images, find in field_sources(self.context, encoding, self.register_t1w):
             start = time.monotonic()
             try:
-                found, pair = find(self.first_b0(), self.affine, encoding, self.dwi())
+                field, pair = find(self.first_b0(), self.affine, self.mask)
             except DataError as error:
-                self.skip(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
+                self.warn(f"{', '.join(map(name_of, images))} cannot give the susceptibility "
                           f"field: {error}")
                 continue
-            self.field = found
+            self.field = field
             self.sources += [self.context.dataset.uri(path) for path in images]
-            self.report.notices += found.notices
-            largest = float(np.abs(found.hz[self.mask]).max())
+            self.report.notices += field.notices
+            largest = float(np.abs(field.hz[self.mask]).max())
             self.report.qc["field_max"] = largest
             text = (f"susceptibility field from {', '.join(map(name_of, images))} "
                     f"({FIELD_SOURCES[kind]}): up to {largest:.0f} Hz in the brain")
             if pair:
-                self.report.qc |= {"field_correlation_before": found.before,
-                                   "field_correlation_after": found.after}
-                text += (f"; correlation of the two b0 images {found.before:.3f} before and "
-                         f"{found.after:.3f} after")
+                self.report.qc |= {"field_correlation_before": field.before,
+                                   "field_correlation_after": field.after}
+                text += (f"; correlation of the two b0 images {field.before:.3f} before and "
+                         f"{field.after:.3f} after")
             self.note(PARAGRAPHS.get(kind, kind), text, start)
             self.report.figures += corrections.of_field(
-                found.hz, self.mask, self.affine, found.before, found.after, pair,
+                field.hz, self.mask, self.affine, field.before, field.after, pair,
                 ("this series", "the opposite encoding"))
             return
-        self.skip("Distortion was not corrected: no image gives the susceptibility field. Add one "
+        self.warn("Distortion was not corrected: no image gives the susceptibility field. Add one "
                   "of opposite phase encoding, a GRE field map or a T1w image.")
 
     def find_motion(self) -> None:
@@ -279,7 +305,8 @@ class Corrector:
                       f"movements across them, {MIN_SLICES} are needed.")
             return
         if self.field is not None:
-            (b0,) = resample([b0], self.still(1), b0.shape, self.affine)
+            (b0,) = resample([b0], self.still([self.encodings[self.reference]]), b0.shape,
+                             self.affine)
         try:
             found = motion.estimate(
                 self.by_volume(), self.acquisition, self.encodings, self.affine, median_otsu(b0),
@@ -296,7 +323,8 @@ class Corrector:
                       f"than {MAX_MOVE:.0f} mm is credible. The images may hold too little "
                       "structure, or too much noise. Look at them, or leave motion out.")
             return
-        self.report.notices += found.notices
+        for notice in found.notices:
+            self.warn(notice)
         distance, replaced = self.head_motion().framewise_displacement[1:], found.outliers.sum()
         self.report.qc |= {"fd_mean": float(distance.mean()) if len(distance) else 0.0,
                            "fd_max": float(distance.max()) if len(distance) else 0.0,
@@ -320,11 +348,11 @@ class Corrector:
 
     def geometry(self) -> Geometry:
         """Return the geometry of the series, in which each volume shows the first b0 volume."""
-        return self.motion.geometry if self.motion else self.still(len(self.acquisition))
+        return self.motion.geometry if self.motion else self.still(self.encodings)
 
-    def still(self, volumes: int) -> Geometry:
+    def still(self, encodings: Sequence[PhaseEncoding | None]) -> Geometry:
         """Make the geometry of volumes that did not move, in the susceptibility field."""
-        return Geometry.static(self.affine, self.volumes.shape[:3], self.encodings[:volumes],
+        return Geometry.static(self.affine, self.volumes.shape[:3], encodings,
                                None if self.field is None else self.field.hz)
 
     def interpolate(self) -> None:
@@ -342,8 +370,11 @@ class Corrector:
                                             self.affine)):
             self.volumes[..., v] = volume if self.signed else np.maximum(volume, 0)
         self.mask = median_otsu(self.mean_b0())
-        self.note("resample", "all volumes interpolated once, by cubic splines, with the Jacobian "
-                  "of the distortion", start)
+        causes = ["susceptibility"] * (self.field is not None) + ["eddy currents"] * bool(
+            self.motion is not None and self.motion.geometry.eddy.any())
+        self.note("resample", "all volumes interpolated once, by cubic splines" + (
+            f", and multiplied by the Jacobian of the displacement by {' and '.join(causes)}"
+            if causes else ""), start)
 
     def mean_b0(self) -> np.ndarray:
         """Mean of the b0 volumes, (x, y, z)."""
@@ -357,37 +388,54 @@ class Corrector:
                       f"show it, {MIN_SLICES} are needed.")
             return
         try:
-            found = bias.estimate(self.mean_b0(), self.mask, self.affine)
+            field = bias.estimate(self.mean_b0(), self.mask, self.affine)
         except DataError as error:
             self.skip(f"The bias field was not corrected: {error}")
             return
-        self.bias = found.values
+        self.bias = field.values
         self.volumes /= self.bias[..., None]
-        self.report.qc |= {"bias_min": found.lowest, "bias_max": found.highest}
-        self.note("bias", f"bias field of the mean b0 removed by N4: {found.lowest:.2f} to "
-                  f"{found.highest:.2f} in the brain (percentiles 1 and 99)", start)
+        self.report.qc |= {"bias_min": field.lowest, "bias_max": field.highest}
+        self.note("bias", f"bias field of the mean b0 removed by N4: {field.lowest:.2f} to "
+                  f"{field.highest:.2f} in the brain (percentiles 1 and 99)", start)
 
     def find_mask(self) -> None:
         """Find the brain on the corrected images."""
         run = self.run
-        self.mask_source = MADE_MASK
+        self.mask_source, self.mask_files = MADE_MASK, list[str]()
         self.mask = median_otsu(self.mean_b0())
         if run.t1w and not run.mask:
             start = time.monotonic()
+            log.info("%s: registration to %s started", run.name, run.t1w.name)
             try:
-                self.anatomy = t1w.register(self.dwi(), run.t1w, self.context.device)
+                self.anatomy = self.register_t1w()
                 self.mask = t1w.mask_from_t1w(self.anatomy, self.mask, self.affine)
-                self.mask_source = self.context.dataset.uri(run.t1w)
+                self.mask_source = f"deepbet of {run.t1w.name}"
+                self.mask_files = [self.context.dataset.uri(run.t1w)]
                 self.note("brain", f"brain mask of {run.t1w.name}, brought to the corrected images",
                           start)
             except DataError as error:
-                self.skip(f"The brain mask is made of the mean b0, not of the T1w image: {error}")
+                self.warn(f"The brain mask is made of the mean b0, not of the T1w image: {error}")
         if run.mask:
             self.mask = read_mask(run.mask, self.mask.shape, self.affine)
             self.mask_source = self.context.dataset.uri(run.mask)
             if self.field is not None:
                 self.skip(f"{run.mask.name} was given, and is used although distortion was "
                           "corrected since. Check that it still follows the brain.")
+
+    def register_t1w(self) -> t1w.Anatomy:
+        """Register the series, as it is now, to the T1w image.
+
+        Raises
+        ------
+        DataError
+            It cannot be registered, or could not before.
+        """
+        try:
+            return register_t1w(self.run, self.dwi(), self.context.device,
+                                problem=self.t1w_problem)
+        except DataError as error:
+            self.t1w_problem = str(error)
+            raise
 
     def check_gradients(self) -> None:
         """Check the b-vectors on the corrected signal; turn them with the head afterwards."""
@@ -421,7 +469,7 @@ class Corrector:
         if self.run.t1w is None or self.run.entities.get("space") == space.name:
             return  # the step `register` says why
         try:
-            self.anatomy = self.anatomy or t1w.register(self.dwi(), self.run.t1w, context.device)
+            self.anatomy = self.anatomy or self.register_t1w()
             to_t1w, shape, affine = register.place(self.dwi(), self.anatomy)
         except (DataError, Refusal) as error:
             self.skip(f"The corrected images are not written in the space {space}: {error}")
@@ -449,6 +497,7 @@ class Corrector:
     def facts(self) -> dict[str, Any]:
         """Entries of the record that later steps read."""
         return {"mask_source": self.mask_source, "about": self.about, "magnitude": self.magnitude,
+                "t1w_problem": self.t1w_problem,
                 "t1w_transform": self.anatomy.transform.tolist() if self.anatomy else None}
 
     def sidecar(self) -> dict[str, Any]:
@@ -473,7 +522,7 @@ class Corrector:
         transaction.image(context.path("dwiref"), self.mean_b0(), context.like,
                           {**raw, "Description": "Mean of the corrected b0 volumes"})
         transaction.image(context.mask, self.mask.astype(np.uint8), context.like,
-                          sidecar.mask(run, dataset, self.mask_source))
+                          sidecar.mask(run, dataset, self.mask_source, self.mask_files))
         if self.field is not None:
             transaction.image(
                 context.path("fieldmap", folder="fmap", desc="preproc"), self.field.hz,
@@ -513,68 +562,6 @@ TITLES = {"pair": "distortion, by opposite phase encoding", "gre": "distortion, 
           "t1w": "distortion, by the T1w image", "resample": "interpolation",
           "complex": "phase", "gibbs": "Gibbs ringing", "denoise": "noise", "bias": "bias field"}
 """Headings of corrections, where they differ from their key in `boilerplate.CORRECTIONS`."""
-
-FieldFinder = Callable[[np.ndarray, np.ndarray, PhaseEncoding, Dwi],
-                       tuple[distortion.Field, tuple[np.ndarray, ...] | None]]
-"""Finds a field for a b0 image, its affine and phase encoding, and the series in the brain. Returns
-it, and both b0 images as measured and corrected if it comes of opposite phase encodings."""
-
-
-def field_sources(context: RunContext) -> Iterator[tuple[str, list[Path], FieldFinder]]:
-    """Yield what gives the susceptibility field, the most trusted first: its kind (a key of
-    FIELD_SOURCES), its images and a function."""
-    run, fallback = context.run, context.options.fallback_total_readout_time
-    for field_map in run.field_maps:
-        if field_map.kind == "opposite":
-            image = next(i for i in field_map.images if run.phase_encoding and
-                         run.phase_encoding.opposes(PhaseEncoding.from_sidecar(i.metadata)))
-            yield field_map.kind, [image.image], partial(_field_from_pair, image, fallback)
-        else:
-            yield (field_map.kind, [i.image for i in (*field_map.images, *field_map.magnitudes)],
-                   partial(_field_from_gre, field_map))
-    if run.t1w:
-        yield "t1w", [run.t1w], partial(_field_from_t1w, run.t1w, context.device)
-
-
-def _field_from_pair(image: ImageFile | Part, fallback: float | None, b0: np.ndarray,
-                     affine: np.ndarray, encoding: PhaseEncoding, dwi: Dwi
-                     ) -> tuple[distortion.Field, tuple[np.ndarray, ...]]:
-    opposite = PhaseEncoding.from_sidecar(image.metadata)
-    assert opposite
-    if opposite.readout is None:
-        opposite = replace(opposite, readout=fallback)
-    second = open_image(image.image)
-    volumes = read_array(second, np.float32)
-    if isinstance(image, Part):
-        volumes = volumes[..., btable.read_acquisition(image).b0]
-    if not volumes.size:
-        raise DataError(f"{image.image}: has no b0 volume. One is needed: name another image.")
-    other = volumes.reshape(*second.shape[:3], -1).mean(axis=-1)
-    found = distortion.field_from_pair(b0, other, affine, encoding, opposite,
-                                       second_affine=second.affine)
-    return found, (b0, other, *found.corrected)
-
-
-def _field_from_gre(field_map: FieldMap, b0: np.ndarray, affine: np.ndarray,
-                    encoding: PhaseEncoding, dwi: Dwi) -> tuple[distortion.Field, None]:
-    images = [open_image(image.image) for image in field_map.images]
-    metadata = [image.metadata for image in field_map.images]
-    magnitude = read_array(open_image(field_map.magnitudes[-1].image), np.float32)
-    return distortion.field_from_gre(
-        field_map.kind, [read_array(image, np.float32) for image in images], magnitude,
-        images[0].affine, b0, affine, encoding, units=metadata[0].get("Units"),
-        echo_times=field_map.echo_times), None
-
-
-def _field_from_t1w(image: Path, device: str, b0: np.ndarray, affine: np.ndarray,
-                    encoding: PhaseEncoding, dwi: Dwi) -> tuple[distortion.Field, None]:
-    anatomy = t1w.register(dwi, image, device)
-    if anatomy.brain is None:
-        raise DataError(anatomy.notice)
-    return distortion.field_from_t1w(
-        b0, affine, encoding, np.where(anatomy.brain, anatomy.image, 0),
-        np.linalg.inv(anatomy.transform) @ anatomy.affine, dwi.mask, device=device), None
-
 
 def load(run: Run, acquisition: Acquisition) -> tuple[np.ndarray, int]:
     """Read the volumes of a run, complex if it has phase images or imaginary parts.
@@ -622,6 +609,9 @@ def _make_complex(volumes: np.ndarray, run: Run) -> np.ndarray:
     return phase.from_polar(volumes, np.nan_to_num(np.concatenate(angles, axis=-1)))
 
 
+MAX_DISAGREEMENT = 1.0
+"""Largest angle between the axes of qform and sform that is not told, in degrees."""
+
 MIN_SLICES = 5
 """Fewest slices of which motion and bias field are corrected."""
 
@@ -634,39 +624,8 @@ CORRECTION_COPIES = 3
 MARGIN = 4
 """Voxels around the brain in which noise is removed, too."""
 
-FIELD_SOURCES = {**FIELD_MAPS, "t1w": "registration to the T1w image"}
-"""Names of what gives the susceptibility field, the most trusted first."""
-
 PARAGRAPHS = {"opposite": "pair", "phasediff": "gre", "phases": "gre", "fieldmap": "gre"}
 """Key of `boilerplate.CORRECTIONS` for each source of the field, where it has another name."""
-
-RULES = {"session": "of the same session, since no sidecar assigns one", "run": "a merged run"}
-"""Words for `FieldMap.rule`; others are sidecar keys."""
-
-
-def describe_run(run: Run) -> list[str]:
-    """Describe what can correct a run, in lines: its phase encoding, field maps (with the rule that
-    assigns each), phase images and T1w image."""
-    encoding = run.phase_encoding
-    readout = ("TotalReadoutTime unknown" if encoding is None or encoding.readout is None
-               else f"readout {1000 * encoding.readout:.4g} ms")
-    lines = [f"phase encoding {encoding.direction}, {readout}" if encoding
-             else "phase encoding unknown", *map(_describe_field_map, run.field_maps)]
-    if run.phase:
-        lines.append(f"phase {', '.join(name_of(p.image) for p in run.phase)}: complex data")
-    if run.t1w:
-        session = entities_of(run.t1w.name).get("ses")
-        lines.append(f"T1w {name_of(run.t1w)}: of the "
-                     f"{'same session' if session == run.session else 'participant'}")
-    return [*lines, *run.notices]
-
-
-def _describe_field_map(field_map: FieldMap) -> str:
-    images = ", ".join(name_of(image.image) for image in field_map.images)
-    magnitudes = ", ".join(name_of(image.image) for image in field_map.magnitudes)
-    rule = RULES.get(field_map.rule, f"by {field_map.rule}")
-    return (f"field map {images}" + f" with {magnitudes}" * bool(magnitudes)
-            + f": {FIELD_MAPS[field_map.kind]}, {rule}")
 
 
 def rigid_spaces(options: Options) -> list[Space]:
@@ -685,11 +644,24 @@ def volume_encodings(run: Run, fallback: float | None) -> tuple[PhaseEncoding | 
     """
     encodings: list[PhaseEncoding | None] = []
     for part in run.parts:
-        encoding = PhaseEncoding.from_sidecar(part.metadata)
+        try:
+            encoding = PhaseEncoding.from_sidecar(part.metadata)
+        except DataError as error:
+            raise DataError(f"{part.image}: {error}") from error
         if encoding and encoding.readout is None:
             encoding = replace(encoding, readout=fallback)
         encodings += [encoding] * open_image(part.image).shape[3]
     return tuple(encodings)
+
+
+def disagreement(image: Any) -> float:
+    """Find the largest angle between the voxel axes of an image by its qform and by its sform, in
+    degrees; 0 if it has only one of them."""
+    matrices = image.get_qform(coded=True)[0], image.get_sform(coded=True)[0]
+    if any(matrix is None for matrix in matrices):
+        return 0.0
+    one, other = (m[:3, :3] / np.linalg.norm(m[:3, :3], axis=0) for m in matrices)
+    return float(np.degrees(np.arccos(np.clip((one * other).sum(axis=0), -1, 1))).max())
 
 
 def slice_axis(metadata: Mapping[str, Any]) -> int:

@@ -59,13 +59,14 @@ PREPARATION = [
     f"{__version__}, a BIDS App (doi:10.1371/journal.pcbi.1005209); data were indexed with "
     "PyBIDS (doi:10.21105/joss.01294). b-vectors were turned from image into world axes. "
     "Volumes with b < 50 s/mm² counted as b = 0; the others were grouped in shells by b-value "
-    "and b-tensor shape. Everything was computed inside the brain mask that came with the data "
-    "or, where none did, in a mask of the mean b = 0 image: after a median filter (radius 4 "
-    "voxels; scikit-image, doi:10.7717/peerj.453), the largest component above Otsu's threshold "
-    "(doi:10.1109/TSMC.1979.4310076), with its holes filled slice by slice; it equals the "
-    "median-Otsu mask of DIPY (doi:10.3389/fninf.2014.00008) but for rounding. Where one "
-    "acquisition was split in several runs, they "
-    "were concatenated and scaled to the mean b = 0 signal of the first. NaN and infinite "
+    "and b-tensor shape. Everything was computed inside a brain mask: the one that came with the "
+    "data; where none did, the brain that was segmented in the T1w image, for runs that were "
+    "corrected and have one; otherwise a mask of the mean b = 0 image. The latter is, after a "
+    "median filter (radius 4 voxels; scikit-image, doi:10.7717/peerj.453), the largest component "
+    "above Otsu's threshold (doi:10.1109/TSMC.1979.4310076), with its holes filled slice by slice; "
+    "it equals the median-Otsu mask of DIPY (doi:10.3389/fninf.2014.00008) but for rounding. "
+    "Where one acquisition was split in several runs, they were concatenated and scaled to the "
+    "mean b = 0 signal of the first. NaN and infinite "
     "values were set to 0 and counted.")),
     ("Quality", (
     "The noise standard deviation is the residual of a spherical harmonics fit "
@@ -75,7 +76,7 @@ PREPARATION = [
     "weighted volume with the one of the nearest b-tensor, averaged. A slice of a volume was "
     f"reported as corrupted where its mean signal lay {DROPOUT_LOSS:.0%} or more, and "
     f"{DROPOUT_Z:g} robust standard deviations or more, below what the other volumes of its "
-    "shell predict; no slice was removed or replaced."))]
+    "shell predict; this check changes no slice."))]
 """Sections of the methods text that hold for every run."""
 
 
@@ -344,7 +345,8 @@ class Measure(Step):
         record = self.context.dataset.record(self.preprocess.record) if self.preprocess else {}
         transform = record.get("t1w_transform")
         anatomy = cache(partial(register_t1w, self.context.run, dwi, self.context.device,
-                                None if transform is None else np.array(transform)))
+                                None if transform is None else np.array(transform),
+                                record.get("t1w_problem")))
         tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir,
                                anatomy))
         return Stage(dwi, about=about, tissue=tissue, anatomy=anatomy)
@@ -654,10 +656,11 @@ def corrected_run(dataset: Dataset, run: Run) -> Run:
                    phase_encoding=None, field_maps=(), phase=(), notices=())
 
 
-def register_t1w(run: Run, dwi: Dwi, device: str, transform: np.ndarray | None) -> t1w.Anatomy:
+def register_t1w(run: Run, dwi: Dwi, device: str, transform: np.ndarray | None = None,
+                 problem: str | None = None) -> t1w.Anatomy:
     """Read the T1w image of a run and register the run to it, unless an earlier step did so.
 
-    transform: that of the earlier step (`t1w.Anatomy`).
+    transform: that of the earlier step (`t1w.Anatomy`). problem: why that step failed.
 
     Raises
     ------
@@ -666,6 +669,8 @@ def register_t1w(run: Run, dwi: Dwi, device: str, transform: np.ndarray | None) 
     """
     if run.t1w is None:
         raise DataError("no T1w image was found for this run.")
+    if problem is not None:
+        raise DataError(problem)
     return t1w.register(dwi, run.t1w, device, transform)
 
 

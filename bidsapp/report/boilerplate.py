@@ -8,6 +8,7 @@ from typing import Any
 
 from bidsapp import __version__
 from bidsapp.kinds import Method
+from bidsapp.preprocess.gibbs import PARTIAL
 
 DOI = re.compile(r"\b(?:doi:\s*|https?://(?:dx\.)?doi\.org/)"
                  r"(10\.\d{4,9}/(?:[^\s;,()\[\]{}<>\"]|\([^\s()]*\))+)", re.I)
@@ -62,7 +63,7 @@ CORRECTIONS = {
     "denoise": (
         "Noise was removed by local principal component analysis: in patches of voxels, the mean "
         "of each volume was removed, and the singular values of the matrix of voxels by volumes "
-        "were shrunk optimally for the mean square error (doi:10.1109/TIT.2017.2653801), with the "
+        "were shrunk optimally in operator norm (doi:10.1109/TIT.2017.2653801), with the "
         "noise level estimated from the same patch; each voxel is the weighted mean of all patches "
         "that hold it. From magnitude images the noise floor (doi:10.1002/mrm.1910340618) was "
         "removed too, and their noise level was corrected (doi:10.1016/j.jmr.2006.01.016)."),
@@ -75,7 +76,8 @@ CORRECTIONS = {
         "volume from all others, as implemented in DIPY (doi:10.3389/fninf.2014.00008)."),
     "gibbs": (
         "Gibbs ringing was removed by local sub-voxel shifts (doi:10.1002/mrm.26054) in the planes "
-        "of the slices."),
+        "of the slices; along the phase encoding only if the sidecar does not say that less than "
+        f"{PARTIAL:.0%} of k-space were sampled."),
     "pair": (
         "The susceptibility field was estimated from b = 0 images of opposite phase encoding: "
         "the displacement along the phase encoding that makes the two equal after correction, "
@@ -104,7 +106,8 @@ CORRECTIONS = {
         "centre of the brain."),
     "resample": (
         "All displacements were joined, so that every volume was interpolated once (cubic "
-        "B-splines), and its intensity was multiplied by the local change of volume."),
+        "B-splines), and its intensity was multiplied by the local change of volume by those "
+        "displacements along the phase encoding that were corrected."),
     "bias": (
         "The bias field was estimated in the mean b = 0 image by N4 "
         "(doi:10.1109/TMI.2010.2046908, ANTs), and all volumes were divided by it."),

@@ -6,7 +6,7 @@ import pytest
 from scipy.ndimage import label
 from scipy.spatial.transform import Rotation
 
-from bidsapp.anatomy import deepbet, t1w
+from bidsapp.anatomy import deepbet, n4, t1w
 from bidsapp.anatomy.mask import median_otsu
 from bidsapp.errors import DataError
 from bidsapp.registration.geometry import transform_points, world_points
@@ -116,6 +116,26 @@ def test_a_fine_image_is_described_on_its_own_grid(tmp_path, monkeypatch):
     for found, truth in ((brain, r < 29), (gm > 0.5, (r >= 16) & (r < 24)), (wm > 0.5, r < 16),
                          (csf > 0.5, (r >= 24) & (r < 29))):
         assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.93
+
+
+def test_the_brain_of_an_image_is_found_once(tmp_path, monkeypatch):
+    calls = []
+
+    def extract(head, affine, device):
+        calls.append(head)
+        return head > 1
+
+    monkeypatch.setattr(deepbet, "extract", extract)
+    monkeypatch.setattr(deepbet, "is_installed", lambda: True)
+    monkeypatch.setattr(n4, "bias_field", lambda image, *_: np.ones_like(image))
+    monkeypatch.setattr(t1w, "_atropos", lambda image, *_: [image] * 3)
+    path = tmp_path / "sub-01_T1w.nii.gz"
+    for content in (np.eye(12), 1 - np.eye(12)):
+        image = np.stack([content.astype(np.float32) * 2] * 12, -1)
+        nib.save(nib.Nifti1Image(image, np.diag([2, 2, 2, 1])), path)
+        for _ in range(2):
+            np.testing.assert_array_equal(t1w.describe(path)[0], image > 1)
+    assert len(calls) == 2
 
 
 @installed

@@ -113,6 +113,12 @@ def test_a_run_without_phase_encoding_is_a_run(tree, sidecar):
     assert any("Distortion cannot be corrected" in n for n in run.notices)
 
 
+@pytest.mark.parametrize("share", ["6/8", 0, 1.5, True, [0.75]])
+def test_a_partial_fourier_that_is_none_is_told(tree, share):
+    run = run_of(tree({"dir-AP": {"sidecar": {**AP, "PartialFourier": share}}}))
+    assert any("PartialFourier is" in n and "counts as unknown" in n for n in run.notices)
+
+
 # field maps
 
 @pytest.mark.parametrize("kind,sidecars,magnitudes,message", [
@@ -233,7 +239,7 @@ def test_b0_field_source_comes_before_intended_for(tree):
         fmap(bids, f"sub-01_dir-{way}_epi", {**sidecar, "B0FieldIdentifier": ["x", "pepolar"]})
     edit(dwi(bids), {"B0FieldSource": "pepolar"})
     assert summary(run_of(bids)) == [
-        ("opposite", ["sub-01_dir-AP_epi", "sub-01_dir-PA_epi"], "B0FieldSource")]
+        ("opposite", ["sub-01_dir-PA_epi"], "B0FieldSource")]
 
 
 def test_a_run_may_be_part_of_its_own_field_map(tree):
@@ -246,7 +252,9 @@ def test_a_run_may_be_part_of_its_own_field_map(tree):
 
 @pytest.mark.parametrize("sidecar,notice", [
     ({"B0FieldSource": "gone"}, "B0FieldSource names gone"),
-    ({"B0FieldSource": "same"}, "B0FieldSource names do not have the opposite phase")])
+    ({"B0FieldSource": "same"}, "B0FieldSource assigns sub-01_dir-AP_epi (encoded along j-) to "
+                                "the run, which is encoded along j-. An image that is encoded "
+                                "along j on the same axis")])
 def test_a_source_that_does_not_serve_leaves_the_other_rules(tree, sidecar, notice):
     bids = tree()
     gre(bids, {**GRE, "IntendedFor": "dwi/sub-01_dir-AP_dwi.nii.gz"})
@@ -255,6 +263,26 @@ def test_a_source_that_does_not_serve_leaves_the_other_rules(tree, sidecar, noti
     run = run_of(bids)
     assert summary(run) == [("phasediff", ["sub-01_phasediff"], "IntendedFor")]
     assert any(notice in n for n in run.notices)
+
+
+def test_a_pair_along_another_axis_than_the_run(tree):
+    bids = tree({"dir-LR": {"sidecar": {**AP, "PhaseEncodingDirection": "i",
+                                        "B0FieldSource": "pair"}}})
+    for way, sidecar in (("AP", AP), ("PA", PA)):
+        fmap(bids, f"sub-01_dir-{way}_epi", {**sidecar, "B0FieldIdentifier": "pair"})
+    run = run_of(bids, "sub-01_dir-LR")
+    assert summary(run) == []
+    assert any("sub-01_dir-PA_epi (encoded along j) to the run, which is encoded along i. An image "
+               "that is encoded along i-" in n for n in run.notices)
+
+
+def test_merged_runs_whose_identifier_names_themselves_alone(tree):
+    """The parts have opposite encodings, but only one of them has a b0."""
+    pair = {"B0FieldIdentifier": "pair", "B0FieldSource": "pair"}
+    bids = tree({"dir-AP": {"scheme": ((1000, 12),), "sidecar": {**AP, **pair}},
+                 "dir-PA": {"sidecar": {**PA, **pair}}})
+    (merged,) = runs_of(bids, "--merge-distortion-groups").values()
+    assert summary(merged) == []
 
 
 def test_nothing_corrects(tree):
@@ -298,6 +326,15 @@ def test_runs_of_opposite_encodings_are_merged_when_asked(tree):
     (field_map,) = merged.field_maps
     assert (field_map.kind, field_map.rule) == ("opposite", "run")
     assert [image.image for image in field_map.images] == [dwi(bids, "sub-01_dir-PA")]
+
+
+def test_a_merged_run_is_corrected_in_the_place_of_its_first_b0(tree):
+    bids = tree({"dir-AP": {"scheme": ((1000, 12),)}, "dir-PA": {"sidecar": PA}})
+    fmap(bids, "sub-01_dir-AP_epi", AP)
+    (merged,) = runs_of(bids, "--merge-distortion-groups").values()
+    assert [part.metadata["PhaseEncodingDirection"] for part in merged.parts] == ["j-", "j"]
+    assert merged.phase_encoding == PhaseEncoding(1, 1, 0.05)
+    assert summary(merged) == [("opposite", ["sub-01_dir-AP_epi"], "session")]
 
 
 def test_runs_on_other_grids_are_not_merged(tree):
@@ -354,6 +391,26 @@ def test_the_dry_run_says_what_corrects(tree, capsys):
                  "phase sub-01_dir-AP_part-phase_dwi: complex data",
                  "T1w sub-01_T1w: of the same session"):
         assert f"    {line}\n" in text
+
+
+def dry_run(bids, capsys, *argv):
+    assert cli.main([str(bids), str(bids.parent / "out"), "participant", "--dry-run", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_dry_run_says_what_follows_from_the_sidecar(tree, capsys):
+    bids = tree({"dir-AP": {"sidecar": {"PhaseEncodingDirection": "j-"}}})
+    text = dry_run(bids, capsys)
+    assert "phase encoding j-, TotalReadoutTime unknown: distortion and eddy currents" in text
+    text = dry_run(bids, capsys, "--fallback-total-readout-time", "0.04")
+    assert "phase encoding j-, readout 40 ms, by --fallback-total-readout-time\n" in text
+    (bids / "sub-01/anat").mkdir()
+    shutil.copy(dwi(bids), bids / "sub-01/anat/sub-01_T1w.nii.gz")
+    text = dry_run(bids, capsys)
+    assert "of the same session; the field comes from it, since no field map does\n" in text
+    edit(dwi(bids), {"PhaseEncodingDirection": "AP"})
+    assert "_dwi.nii.gz: PhaseEncodingDirection is 'AP'" in dry_run(bids, capsys).partition(
+        "corrections: would fail: ")[2]
 
 
 def test_the_dry_run_of_preprocessed_data_is_silent_on_corrections(tree, capsys):

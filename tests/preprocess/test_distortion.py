@@ -232,11 +232,20 @@ def magnitude():
     return np.where(signal > 0.3, 2.6 - signal, 0.0)
 
 
+def noise():
+    """Phases of the air in two echoes."""
+    return np.random.default_rng(0).uniform(-np.pi, np.pi, (2, *GRE_SHAPE))
+
+
 @pytest.mark.parametrize("kind,images,units", [
     ("phasediff", lambda: [phase_of(TIMES[1] - TIMES[0])], "rad"),
     ("phasediff", lambda: [np.round(phase_of(TIMES[1] - TIMES[0]) * 4095 / np.pi)], None),
     ("phasediff", lambda: [np.round((phase_of(TIMES[1] - TIMES[0]) / np.pi + 1) * 2047.5)],
      "arbitrary"),
+    ("phasediff", lambda: [np.round(phase_of(TIMES[1] - TIMES[0]) * 2047 / np.pi)], None),
+    ("phasediff", lambda: [np.round(phase_of(TIMES[1] - TIMES[0]) * 1000)], "arbitrary"),
+    ("phases", lambda: [np.round(1000 * np.where(magnitude() > 0, phase_of(t), air))
+                        for t, air in zip(TIMES, noise(), strict=True)], None),
     ("phases", lambda: [phase_of(t) for t in TIMES], "rad"),
     ("fieldmap", lambda: [field(world(GRE_AFFINE, GRE_SHAPE))], "Hz"),
     ("fieldmap", lambda: [2 * np.pi * field(world(GRE_AFFINE, GRE_SHAPE))], "rad/s"),
@@ -275,8 +284,8 @@ def test_a_field_map_for_a_slab():
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"images": [np.linspace(0, 77, 43200).reshape(GRE_SHAPE)]}, "spans 0 to 77"),
-    ({"images": [np.zeros(GRE_SHAPE)]}, "spans 0 to 0"),
+    ({"images": [np.linspace(0, 77, 43200).reshape(GRE_SHAPE)]}, "from 0 to 77"),
+    ({"images": [np.zeros(GRE_SHAPE)]}, "holds no values but 0"),
     ({"kind": "fieldmap", "units": "Gauss"}, "Gauss"),
     ({"echo_times": None}, "echo times"),
     ({"echo_times": (0.01, 0.01)}, "echo times"),

@@ -11,7 +11,11 @@ from bidsapp.simulate import noise
 
 @pytest.mark.parametrize("low,high,factor,offset", [
     (0, 4095, np.pi / 2048, -np.pi), (-4096, 4095, np.pi / 4096, 0),
-    (-3141, 3141, 1e-3, 0), (-3.14, 3.14, 1, 0), (0.0, 6.28, 1, 0)])
+    (-3141, 3141, 1e-3, 0), (-3.14, 3.14, 1, 0), (0.0, 6.28, 1, 0),
+    (-2048, 2047, np.pi / 2048, 0),
+    # not filled: masked, on one side or on both
+    (0, 3800, np.pi / 2048, -np.pi), (-300, 3800, np.pi / 4096, 0), (-1900, 1700, np.pi / 2048, 0),
+    (-2900, 900, 1e-3, 0), (-1.0, 3.0, 1, 0)])
 def test_scales_of_scanners(rng, low, high, factor, offset):
     stored = rng.uniform(low, high, (8, 8, 4, 3)).astype(np.float32)
     stored[0, 0, 0, 0], stored[1, 0, 0, 0] = low, high
@@ -26,7 +30,9 @@ def test_radians_stay():
 
 
 @pytest.mark.parametrize("values,units,words", [
-    ((0, 1000), None, "0 to 1000"), ((0, 0), None, "0 to 0"), ((-0.1, 0.2), "arbitrary", "-0.1"),
+    ((0, 1000), None, "0 to 1000"), ((0, 0), None, "0 to 0"), ((-2500, 2500), None, "-2500"),
+    ((-3400, 3400), "arbitrary", "-3400"), ((-1500, 1000), None, "-1500"), ((-1, 1), None, "-1"),
+    ((-0.1, 0.2), "arbitrary", "-0.1"),
     ((-4096, 4095), "rad", '"Units": "rad"')])
 def test_unknown_units_are_refused(values, units, words):
     phase = np.linspace(*values, 8).reshape(2, 2, 2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bidsapp import cli_phantom
+from bidsapp.anatomy import t1w
 from bidsapp.bids import btable
 from bidsapp.bids.inherit import read_part
 from bidsapp.bids.writer import Dataset
@@ -85,7 +86,7 @@ def test_it_says_what_it_did(raw, out):
         assert text in page
     assert "were not corrected" not in page
     citation = (out / "logs/CITATION.md").read_text()
-    assert "optimally for the mean square error" in " ".join(citation.split())
+    assert "shrunk optimally in operator norm" in " ".join(citation.split())
     assert validate(out) == []
 
 
@@ -147,7 +148,7 @@ def test_distortion_needs_the_encoding(missing, remedy, raw, tmp_path):
     assert qsphere(bids, folder, "participant", "--preprocess", "distortion", "--estimate",
                    "dti") == 0
     assert any("Distortion was not corrected" in n and remedy in n
-               for n in record(folder)["notices"])
+               for n in record(folder)["warnings"])
     if missing == "TotalReadoutTime":
         assert qsphere(bids, folder, "participant", "--preprocess", "distortion", "--estimate",
                        "dti", "--fallback-total-readout-time", "0.0252") == 0
@@ -256,6 +257,38 @@ def test_merged_runs_are_one_corrected_series(raw, tmp_path):
     assert np.corrcoef(first, second)[0, 1] > 0.9
 
 
+def test_a_merged_run_whose_first_part_has_no_b0(raw, tmp_path):
+    """The first b0 has the encoding of the second part, so that a b0 of the first one opposes."""
+    bids = shutil.copytree(raw, tmp_path / "bids")
+    first, second = (bids / STEM.format("dwi", f"dir-{way}_dwi") for way in ("AP", "PA"))
+    epi = bids / STEM.format("fmap", "dir-PA_epi")
+    series, b0 = nib.load(f"{first}.nii.gz"), np.loadtxt(f"{first}.bval") < 50
+    data, opposite = np.asarray(series.dataobj), np.asarray(nib.load(f"{epi}.nii.gz").dataobj)
+    tables = np.loadtxt(f"{first}.bval")[None], np.loadtxt(f"{first}.bvec")
+    sidecars = [json.loads(path.with_name(f"{path.name}.json").read_text())
+                for path in (first, epi)]
+    shutil.rmtree(bids / "sub-01/ses-siteA/fmap")
+    epi.parent.mkdir()
+    for path, volumes, about in (
+            (first, data[..., ~b0], sidecars[0]),
+            (second, np.concatenate([opposite[..., :1], data[..., ~b0][..., :1]], -1), {
+                **sidecars[0], "PhaseEncodingDirection": sidecars[1]["PhaseEncodingDirection"]}),
+            (bids / STEM.format("fmap", "dir-AP_epi"), data[..., b0][..., :1], sidecars[0])):
+        nib.save(nib.Nifti1Image(volumes, series.affine), f"{path}.nii.gz")
+        path.with_name(f"{path.name}.json").write_text(json.dumps(about))
+    for values, extension in zip(tables, ("bval", "bvec"), strict=True):
+        np.savetxt(f"{first}.{extension}", values[:, ~b0], fmt="%g")
+        np.savetxt(f"{second}.{extension}", np.c_[values[:, b0][:, :1] * 0,
+                                                  values[:, ~b0][:, :1]], fmt="%g")
+    folder = tmp_path / "out"
+    assert qsphere(bids, folder, "participant", "--preprocess", "distortion", "--estimate", "dti",
+                   "--merge-distortion-groups") == 0
+    field = image(folder / STEM.format("fmap", "desc-preproc_fieldmap.nii.gz"))
+    real = image(bids / f"{TRUTH.format('dwi', 'desc-field_truth')}.nii.gz")
+    brain = image(bids / f"{TRUTH.format('dwi', 'desc-brain_mask')}.nii.gz") > 0
+    assert np.sqrt(np.mean((field - real)[brain]**2)) < 0.5 * np.sqrt(np.mean(real[brain]**2))
+
+
 @pytest.mark.parametrize(("sidecar", "axis"), [
     ({}, 2), ({"SliceEncodingDirection": "i-"}, 0), ({"SliceEncodingDirection": "x"}, 2)])
 def test_the_axis_of_the_slices(sidecar, axis):
@@ -350,6 +383,59 @@ def test_a_slab_is_corrected_as_far_as_it_allows(tmp_path):
     assert [c["name"] for c in facts["corrections"]] == ["denoise", "gibbs"]
     assert sum("2 slices" in notice for notice in facts["notices"]) == 2
     assert image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz").min() >= 0
+
+
+def test_a_t1w_image_that_failed_is_not_registered_again(tmp_path, monkeypatch):
+    """Neither for the field, nor for the brain mask, nor for the tissues."""
+    bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
+    (bids / "sub-01/anat").mkdir()
+    nib.save(nib.Nifti1Image(np.ones((9, 9, 9), np.float32), np.eye(4)),
+             bids / "sub-01/anat/sub-01_T1w.nii.gz")
+    calls = []
+
+    def align(*args):
+        calls.append(args)
+        raise DataError("shows someone else.")
+
+    monkeypatch.setattr(t1w, "align", align)
+    assert qsphere(bids, out, "participant", "--preprocess", "distortion", "--estimate",
+                   "freewater") == 0
+    assert len(calls) == 1
+    facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
+    assert sum("shows someone else" in warning for warning in facts["warnings"]) == 2
+    assert any("Distortion was not corrected" in warning for warning in facts["warnings"])
+
+
+def test_an_empty_first_b0_is_named(tmp_path, capsys):
+    bids = truth.write_dataset(tmp_path / "bids", ("01",))
+    path = bids / "sub-01/dwi/sub-01_dwi.nii.gz"
+    series = nib.load(path)
+    data = np.asarray(series.dataobj).copy()
+    data[..., 0] = 0
+    nib.save(nib.Nifti1Image(data, None, series.header), path)
+    assert qsphere(bids, tmp_path / "out", "participant", "--preprocess", "denoise") == 1
+    assert "volume 0 (counted from 0), the first b0, holds no signal" in capsys.readouterr().err
+
+
+def test_a_qform_that_contradicts_the_sform_is_told(tmp_path):
+    bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
+    path = bids / "sub-01/dwi/sub-01_dwi.nii.gz"
+    series = nib.load(path)
+    series.header.set_qform(truth.affine(turn=(0, 0, 5)), 1)
+    nib.save(nib.Nifti1Image(np.asarray(series.dataobj), None, series.header), path)
+    assert qsphere(bids, out, "participant", "--preprocess", "gibbs", "--estimate", "dti") == 0
+    facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
+    assert any("its qform and its sform differ by 5.0°" in w for w in facts["warnings"])
+
+
+def test_a_partial_fourier_that_is_no_number_is_unknown(tmp_path):
+    bids = truth.write_dataset(tmp_path / "bids", ("01",), sidecar={
+        **truth.SIDECAR, "PartialFourier": "6/8"})
+    out = tmp_path / "out"
+    assert qsphere(bids, out, "participant", "--preprocess", "gibbs", "--estimate", "dti") == 0
+    facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
+    assert [c["text"] for c in facts["corrections"]] == ["Gibbs ringing removed along i and j"]
+    assert any("PartialFourier is '6/8'" in notice for notice in facts["notices"])
 
 
 def test_an_incredible_motion_is_not_applied(tmp_path, monkeypatch):
