@@ -49,7 +49,8 @@ HP_POINTS = 5_000
 """Number of voxels from which the hyper-parameters of the Gaussian process are estimated."""
 
 SHARED = 0.3
-"""Share of the misalignment of the predictions that is taken back."""
+"""Share of the misalignment of the predictions of weighted volumes that is taken back; of those of
+b0 volumes all is."""
 
 PRIOR_SHIFT, PRIOR_ANGLE, PRIOR_VOXELS = 10.0, 0.2, 5.0
 """SD of a step of translation (mm) and of rotation (rad), and of the shift (voxels) by which each
@@ -423,9 +424,11 @@ class _Head:
             normal, right = zip(*(
                 self._normal(v, sampled.signal[i], predicted[i], slope[i], trust[i], terms)
                 for i, v in enumerate(index.tolist())), strict=True)
-            # W of the gradients, each relative to that of its volume
-            size = slope.square().mean((1, 2)).sqrt().cpu().numpy().astype(float)
-            shared = w.cpu().numpy() * size / size[:, None]
+            shared = w.cpu().numpy().astype(float)
+            if not self.acquisition.b0[index].all():
+                # W of the gradients, each relative to that of its volume
+                size = slope.square().mean((1, 2)).sqrt().cpu().numpy().astype(float)
+                shared *= size / size[:, None]
             delta = self._solve(index, np.stack(normal), np.stack(right), shared,
                                 terms)
             moved = self._move(index, delta, terms)
@@ -529,8 +532,10 @@ class _Head:
             target[:, field] = (q @ self.eddy_slope - self.eddy[index])[:, terms]
         delta = np.linalg.solve(normal + precision[:, :, None] * np.eye(6 + k),
                                 (right + precision * target)[..., None])[..., 0]
-        share = 1 - 1e-3 if self.acquisition.b0[index].all() else SHARED
-        rigid_steps = np.linalg.solve(np.eye(n) - share * shared, delta[:, :6])
+        if self.acquisition.b0[index].all():  # 1 − W has the null vector 1: all move together
+            rigid_steps = np.linalg.pinv(np.eye(n) - shared) @ delta[:, :6]
+        else:
+            rigid_steps = np.linalg.solve(np.eye(n) - SHARED * shared, delta[:, :6])
         delta[:, :6] = rigid_steps - rigid_steps.mean(0)  # the frame is found otherwise
         return delta
 
