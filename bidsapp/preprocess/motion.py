@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.blocks import one_thread
 from bidsapp.gp import GaussianProcess
 from bidsapp.preprocess.model import EDDY_TERMS, Geometry, eddy_basis, eddy_basis_along
 from bidsapp.registration.geometry import transform_points
@@ -155,6 +156,7 @@ class MotionEstimate:
     points: np.ndarray
 
 
+@one_thread()
 def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
              encodings: Sequence[PhaseEncoding | None], affine: Float[np.ndarray, "4 4"],
              mask: Bool[np.ndarray, "x y z"], field: Float[np.ndarray, "x y z"] | None = None, *,
@@ -224,6 +226,7 @@ def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
         head.z, head.change, slice_axis, tuple(passes), tuple(notices), head.points)
 
 
+@one_thread()
 def replace_outliers(volumes: Sequence[np.ndarray], estimated: MotionEstimate
                      ) -> list[np.ndarray]:
     """Replace the outlier slices of a series by their predictions from the other volumes.
