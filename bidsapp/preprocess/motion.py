@@ -83,8 +83,9 @@ this number of robust SDs of its shell."""
 OUTLIER_LOSS = 0.05
 """Smallest relative loss of signal of an outlier slice."""
 
-MIN_VOXELS = 250
-"""Minimum number of voxels of the mask in a slice that is assessed."""
+MIN_AREA = 2250.0
+"""Minimum area of the mask in a slice that is assessed, mm². In smaller ones the edge of the brain
+dominates, and with it what is left of motion."""
 
 MIN_SHELL = 6
 """Minimum number of volumes of a shell that has an SD of its own; smaller ones share theirs."""
@@ -329,7 +330,9 @@ class _Head:
         self.affine, self.mask_shape = affine, shape
         self.device, self.slice_axis = device, slice_axis
         voxels = np.argwhere(mask)
-        self.voxels_per_point = max(1.0, len(voxels) / MAX_POINTS)
+        in_slice = np.delete(affine[:3, :3], slice_axis, axis=1)
+        self.area_per_point = max(1.0, len(voxels) / MAX_POINTS) \
+            * float(np.linalg.norm(np.cross(*in_slice.T)))
         keep = np.random.default_rng(0).permutation(len(voxels))[:MAX_POINTS]
         self.points = transform_points(affine, voxels[np.sort(keep)].astype(float))
         self.centre = self.points.mean(0)
@@ -709,9 +712,10 @@ class _Head:
                 for q in range(2):
                     np.add.at(mix, (np.arange(count) + p, np.arange(count) + q),
                               np.bincount(k, h[p] * h[q] * expected, count))
-            assessed = (voxels * self.voxels_per_point >= MIN_VOXELS) & (np.diag(mix) > 0)
-            part = np.ix_(assessed, assessed)
-            change[assessed[:-1], i] = np.linalg.lstsq(mix[part], right[assessed], rcond=1e-6)[0]
+            # all slices are solved for, lest a loss in a small one counts as its neighbour's
+            fitted = np.linalg.lstsq(mix, right, rcond=1e-6)[0]
+            assessed = (voxels * self.area_per_point >= MIN_AREA) & (np.diag(mix) > 0)
+            change[assessed[:-1], i] = fitted[assessed]
         z = np.full(change.shape, np.nan)
         for group in self._groups(index):
             z[:, group] = _robust_z(change[:, group])

@@ -303,8 +303,8 @@ class Corrector:
                            "n_replaced_slices": int(replaced)}
         self.note("motion", "motion and eddy currents estimated: framewise displacement "
                   f"{self.report.qc['fd_mean']:.2f} mm on average, "
-                  f"{self.report.qc['fd_max']:.2f} mm at most; {replaced} outlier slices replaced",
-                  start)
+                  f"{self.report.qc['fd_max']:.2f} mm at most; {replaced} outlier slices replaced "
+                  f"of {np.isfinite(found.z).sum()} assessed", start)
         moved = self.head_motion()
         self.report.figures += [
             *corrections.of_motion(moved.translations, moved.rotations, found.geometry.eddy,

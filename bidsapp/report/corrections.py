@@ -323,6 +323,8 @@ def of_carpet(z: np.ndarray, outliers: np.ndarray, bvals: np.ndarray) -> list[Fi
                 "replaced by their prediction (black frames). ")
     else:
         text = f"None of {assessed} slices was replaced. "
+    if assessed and assessed < z.size:
+        text += f"{z.size - assessed} slices without enough brain were not assessed. "
     return [Figure(
         "dwi", {"desc": "carpet"}, image, "Slices and their predictions",
         f"{text}Colour: mean residual of each slice against the prediction from the other volumes, "

@@ -176,6 +176,20 @@ def test_outlier_slices_are_found_and_replaced(two_shells):
     assert all(replaced[v] is truth.volumes[v] for v in untouched)
 
 
+def test_small_slices():
+    """A lost slice of 3500 mm² is found whatever the size of its voxels; one that is too small to
+    be assessed does not make its neighbour an outlier."""
+    truth = scan([0, *[1000] * 9], move=1.5, eddy=0)
+    area = 16 * mask().sum((0, 1))
+    found, small = (int(np.argmax(area > least)) for least in (2600, 1200))
+    assert area[found] < 3500 and area[small] < motion.MIN_AREA < area[found]
+    truth.volumes[4][:, :, found] *= 0.05
+    truth.volumes[7][:, :, small] *= 0.05
+    estimated = estimate(truth, smoothing=(5.0, 0.0))
+    assert np.argwhere(estimated.outliers).tolist() == [[found, 4]]
+    assert np.isnan(estimated.z[small]).all()
+
+
 @pytest.mark.slow
 def test_corrected_series_shows_the_head_at_rest(two_shells):
     truth, estimated = two_shells
