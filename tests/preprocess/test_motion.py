@@ -85,8 +85,10 @@ def directions(n):
     return np.stack([np.sqrt(1 - z**2) * np.cos(phi), np.sqrt(1 - z**2) * np.sin(phi), z], -1)
 
 
-def scan(bvals, b_delta=None, *, move=2.0, eddy=1.0, field=False, noise=1.5, lost=(), seed=1):
-    """Simulate a scan. lost: (slice, volume) of which half of the signal is lost."""
+def scan(bvals, b_delta=None, *, move=2.0, eddy=1.0, offset=0, field=False, noise=1.5, lost=(),
+         seed=1):
+    """Simulate a scan. offset: SD (Hz) of a constant field in weighted volumes that is not linear
+    in the gradient; lost: (slice, volume) of which half of the signal is lost."""
     rng = np.random.default_rng(seed)
     bvals, n = np.asarray(bvals, float), len(bvals)
     vectors = np.zeros((n, 3))
@@ -98,6 +100,7 @@ def scan(bvals, b_delta=None, *, move=2.0, eddy=1.0, field=False, noise=1.5, los
     q = np.sqrt(bvals / 1000)[:, None] * vectors
     truth = Scan([], acquisition, Rotation.from_rotvec(walk[:, :3], degrees=True).as_matrix(),
                  walk[:, 3:], eddy * q @ (size * rng.standard_normal((3, 10))), field)
+    truth.eddy[:, 0] += offset * rng.standard_normal(n) * (bvals > 0)
     grid = world_points(SHAPE, AFFINE)
     for v in range(n):
         y, step = grid, 1e-3
@@ -253,6 +256,21 @@ def test_few_b0_volumes_among_weighted_ones(count):
 def test_still_head_stays_nearly_still(bvals, b_delta):
     truth = scan(bvals, b_delta, eddy=0, move=0)
     assert truth.displacement_error(estimate(truth).geometry) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("move", [0, 2])
+def test_field_is_not_motion(move):
+    """An irregular constant of the field, 0.8 mm (SD), does not count as motion of a still head;
+    motion along the phase encoding still does."""
+    truth = scan([0, *[1500] * 16], move=move, offset=4, noise=1)
+    geometry = estimate(truth).geometry
+    centre = geometry.centre
+    y, true = ((r @ centre + t - centre)[1:, 1] for r, t in (
+        (geometry.rotations, geometry.translations), (truth.rotation, truth.translation)))
+    assert np.std(truth.eddy[1:, 0] * PER_HERTZ[1]) > 0.5
+    assert np.std(y - true) < 0.25
+    assert not move or np.std(true) > 0.4
 
 
 @pytest.mark.slow
