@@ -104,31 +104,6 @@ SLICES_AT_ONCE = 8
 """Number of outlier slices that are predicted at once, which bounds the memory."""
 
 
-class Pass(NamedTuple):
-    """Summary of one pass over the weighted or the b0 volumes.
-
-    Attributes
-    ----------
-    group : str
-        `b0` or `weighted`.
-    smoothing : float
-        FWHM, mm.
-    step : float
-        Root mean square displacement by the last step, in voxels of the mask, mm.
-    residual : float
-        Root mean square difference between volumes and predictions, relative to that of the
-        predictions.
-    outliers : int
-        Number of outlier slices.
-    """
-
-    group: str
-    smoothing: float
-    step: float
-    residual: float
-    outliers: int
-
-
 @dataclass(frozen=True, eq=False)
 class MotionEstimate:
     """Motion, eddy currents and outlier slices of a series of n volumes.
@@ -144,12 +119,10 @@ class MotionEstimate:
         Slices that are replaced by their prediction.
     z : (slice, n)
         Relative difference from the prediction in robust SDs of the shell; NaN if not assessed.
-    change : (slice, n)
-        Relative difference from the prediction; NaN if not assessed.
     slice_axis : int
         Voxel axis of the slices.
-    passes : tuple of Pass
-        The course of the estimation.
+    eddy_terms : int
+        Number of coefficients of the field that were fitted: 0, 4 (linear) or 10 (quadratic).
     notices : tuple of str
         What was left out, and why.
     points : (points, 3)
@@ -160,9 +133,8 @@ class MotionEstimate:
     acquisition: Acquisition
     outliers: np.ndarray
     z: np.ndarray
-    change: np.ndarray
     slice_axis: int
-    passes: tuple[Pass, ...]
+    eddy_terms: int
     notices: tuple[str, ...]
     points: np.ndarray
 
@@ -205,24 +177,25 @@ def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
     ------
     ValueError
         The numbers of volumes, measurements and encodings differ, or the mask is empty.
+    numpy.linalg.LinAlgError
+        The estimation diverged.
     """
     if not len(volumes) == len(acquisition) == len(encodings) or not mask.any():
         raise ValueError(f"{len(volumes)} volumes, {len(acquisition)} measurements, "
                          f"{len(encodings)} encodings; mask of {mask.sum()} voxels")
     head = _Head(volumes, acquisition, tuple(encodings), affine, mask, field, device, slice_axis)
     b0, weighted = np.flatnonzero(acquisition.b0), np.flatnonzero(~acquisition.b0)
-    passes = []
     if len(b0) > 1:
         for fwhm in smoothing:
             head.load(b0, fwhm)
-            passes.append(head.align(b0, "b0", fwhm, np.zeros(0, int)))
+            head.align(b0, np.zeros(0, int))
             head.refer_to(int(b0[0]), b0)
         head.place_between(b0, weighted)
     terms, notices = _terms(acquisition, encodings)
     if len(weighted) > 1:
         for fwhm in smoothing:
             head.load(np.r_[b0, weighted], fwhm)
-            passes.append(head.align(weighted, "weighted", fwhm, terms))
+            head.align(weighted, terms)
             if len(b0):
                 head.anchor(b0, weighted)
             else:
@@ -234,17 +207,18 @@ def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
     geometry = head.geometry()
     return MotionEstimate(
         geometry, acquisition.rotated(np.swapaxes(geometry.rotations, 1, 2)), head.outliers,
-        head.z, head.change, slice_axis, tuple(passes), tuple(notices), head.points)
+        head.z, slice_axis,
+        len(terms) + 1 if len(terms) else 0, tuple(notices), head.points)
 
 
 @one_thread()
 def replace_outliers(volumes: Sequence[np.ndarray], estimated: MotionEstimate
-                     ) -> list[np.ndarray]:
+                     ) -> tuple[list[np.ndarray], np.ndarray]:
     """Replace the outlier slices of a series by their predictions from the other volumes.
 
     Each voxel of such a slice is predicted from the volumes of its kind (b0 or weighted) that show
-    the same point of the head in a slice that is no outlier. Of complex volumes the magnitude is
-    replaced.
+    the same point of the head in a slice that is no outlier. Without such volumes it stays. Of
+    complex volumes the magnitude is replaced.
 
     Parameters
     ----------
@@ -257,9 +231,11 @@ def replace_outliers(volumes: Sequence[np.ndarray], estimated: MotionEstimate
     -------
     list of n arrays (x, y, z)
         Volumes without outliers are those that were given, not copies.
+    (slice, n) bool
+        Slices that were replaced.
     """
     geometry, axis = estimated.geometry, estimated.slice_axis
-    result = list(volumes)
+    result, replaced = list(volumes), np.zeros_like(estimated.outliers)
     table, count = estimated.acquisition, estimated.outliers.shape[0]
     for index in (np.flatnonzero(table.b0), np.flatnonzero(~table.b0)):
         lost = [(k, v) for v in index.tolist()
@@ -280,9 +256,18 @@ def replace_outliers(volumes: Sequence[np.ndarray], estimated: MotionEstimate
                     continue
                 weights = process.predict(table[[v]], use).weights[0]
                 factor = geometry.coordinates(v, points[part.index((k, v))])[1]
-                value = np.maximum(weights @ signal[:, low:high] / np.maximum(factor, 0.1), 0)
+                value = weights @ signal[:, low:high] / np.maximum(factor, 0.1)
+                # a real part that was made of complex data has values below 0, which are noise
+                if np.iscomplexobj(volumes[v]) or volumes[v].min() >= 0:
+                    value = np.maximum(value, 0)
                 _put(result, volumes, v, axis, k, value)
-    return result
+                replaced[k, v] = True
+    return result, replaced
+
+
+def _real(volume: np.ndarray) -> np.ndarray:
+    """float32: the magnitude of a complex volume; a real one as it is, values below 0 included."""
+    return (np.abs(volume) if np.iscomplexobj(volume) else volume).astype(np.float32, copy=False)
 
 
 def _slice_points(geometry: Geometry, v: int, axis: int, k: int) -> np.ndarray:
@@ -296,15 +281,14 @@ def _slice_points(geometry: Geometry, v: int, axis: int, k: int) -> np.ndarray:
 
 def _show(volumes: Sequence[np.ndarray], geometry: Geometry, index: np.ndarray, points: np.ndarray,
           axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n, points): magnitudes of volumes at points of the reference, and the slices there."""
+    """(n, points): signals of volumes at points of the reference, and the slices there."""
     from scipy.ndimage import map_coordinates
 
     signal, slices = np.empty((2, len(index), len(points)), np.float32)
     field = geometry.field_at(points)
     for i, v in enumerate(index.tolist()):
         at, factor = geometry._displace(v, points, *field)
-        signal[i] = factor * map_coordinates(np.abs(volumes[v]).astype(np.float32, copy=False),
-                                             at.T, order=1, mode="nearest")
+        signal[i] = factor * map_coordinates(_real(volumes[v]), at.T, order=1, mode="nearest")
         slices[i] = at[:, axis]
     return signal, slices
 
@@ -353,7 +337,7 @@ class _Head:
             blocks, axis=0, return_inverse=True)[1].reshape(-1)).to(device)
         self.n_blocks = int(self.blocks.max()) + 1
         self.outliers = np.zeros((shape[slice_axis], n), bool)
-        self.z, self.change = np.full((2, shape[slice_axis], n), np.nan)
+        self.z = np.full((shape[slice_axis], n), np.nan)
         self.rest = Geometry.static(affine, shape, encodings, field)
         self.at_field = self.rest.field_at(self.points)
         self.images: dict[int, torch.Tensor] = {}
@@ -369,7 +353,7 @@ class _Head:
         sigma = fwhm / 2.355 / np.linalg.norm(self.affine[:3, :3], axis=0)
         self.images.clear()
         for v in index:
-            image = np.abs(self.volumes[v]).astype(np.float32, copy=False)
+            image = _real(self.volumes[v])
             image = gaussian_filter(image, sigma, mode="nearest") if fwhm else image
             self.images[v] = torch.from_numpy(np.pad(
                 spline_filter(image, 3, np.float32, mode="mirror"), 2, mode="reflect")
@@ -428,7 +412,7 @@ class _Head:
             filled = torch.where(good, sampled.signal, predicted)
         return w, predicted, good
 
-    def align(self, index: np.ndarray, group: str, fwhm: float, terms: np.ndarray) -> Pass:
+    def align(self, index: np.ndarray, terms: np.ndarray) -> None:
         """Register volumes to their predictions by Gauss–Newton steps."""
         for _ in range(STEPS):
             sampled = self.sample(index)
@@ -447,18 +431,14 @@ class _Head:
                 shared *= size / size[:, None]
             delta = self._solve(index, np.stack(normal), np.stack(right), shared,
                                 terms)
-            moved = self._move(index, delta, terms)
+            self._move(index, delta, terms)
         if len(terms):
             self._separate(index)
-        residual = torch.where(good, sampled.signal - predicted, 0)
-        return Pass(group, fwhm, moved,
-                    float(residual.square().sum().sqrt() / predicted.square().sum().sqrt()),
-                    int(self.outliers[:, index].sum()))
 
     def _trust(self, index: np.ndarray, sampled: _Sampled, predicted: torch.Tensor,
                good: torch.Tensor) -> torch.Tensor:
-        """(n, points) root of the weights w: the SD of the residuals of a voxel over the volumes of
-        its shell, at least half of its root mean square over the voxels, inverted."""
+        """(n, points) root of the weights w: 1 over the root of the mean square residual of a voxel
+        over the volumes of its shell, plus FLOOR times the mean of this over the voxels."""
         squares = torch.where(good, sampled.signal - predicted, 0).square()
         trust = torch.zeros_like(squares)
         for group in self._groups(index):
@@ -492,6 +472,7 @@ class _Head:
             torch.cat(columns) * good, (predicted - signal) * good, predicted * good)
         normal = (a @ a.T).double().cpu().numpy()
         right = (a @ difference).double().cpu().numpy()
+        _require_finite(normal, right)
         fit = np.linalg.lstsq(normal, right, rcond=1e-10)[0]
         rest = difference - torch.from_numpy(fit.astype(np.float32)).to(self.device) @ a
         scores = torch.zeros((len(a), self.n_blocks), device=self.device)
@@ -564,24 +545,15 @@ class _Head:
         encoding = self.encodings[v]
         return (encoding.readout or 0.0) if encoding is not None else 0.0
 
-    def _move(self, index: np.ndarray, delta: np.ndarray, terms: np.ndarray) -> float:
-        """Add a step to the positions; returns its RMS displacement, mm."""
+    def _move(self, index: np.ndarray, delta: np.ndarray, terms: np.ndarray) -> None:
+        """Add a step to the positions."""
         from scipy.spatial.transform import Rotation
 
-        before = [self._moved(v) for v in index[:: max(1, len(index) // 10)].tolist()]
         for v, d in zip(index, delta, strict=True):
             turn = Rotation.from_rotvec(d[3:6]).as_matrix()
             self.rotation[v] = turn @ self.rotation[v]
             self.shift[v] = turn @ self.shift[v] + d[:3]
             self.eddy[v, terms] += d[6:]
-        after = [self._moved(v) for v in index[:: max(1, len(index) // 10)].tolist()]
-        return float(np.sqrt(np.mean([np.sum((a - b)**2, -1) for a, b in
-                                      zip(after, before, strict=True)])))
-
-    def _moved(self, v: int) -> np.ndarray:
-        every = slice(None, None, max(1, len(self.points) // 500))
-        at, _ = self.geometry().coordinates(v, self.points[every])
-        return transform_points(self.affine, at)
 
     def _separate(self, index: np.ndarray) -> None:
         """Tell the constant of the field from a translation u of the head along p.
@@ -697,8 +669,9 @@ class _Head:
             a, difference = self._without_local_gain(
                 torch.cat([slope, torch.linalg.cross(arm, slope, dim=0)]) * trust,
                 (predicted - mean) * trust, predicted * trust)
-            d = np.linalg.solve((a @ a.T).cpu().numpy().astype(float),
-                                (a @ difference).cpu().numpy().astype(float))
+            normal, right = ((a @ b).cpu().numpy().astype(float) for b in (a.T, difference))
+            _require_finite(normal, right)
+            d = np.linalg.solve(normal, right)
             step = Rotation.from_rotvec(d[3:]).as_matrix()
             turn, shift = step @ turn, step @ shift + d[:3]
         return Rotation.from_matrix(turn).as_rotvec(), shift
@@ -761,7 +734,7 @@ class _Head:
         z = np.full(change.shape, np.nan)
         for group in self._groups(index):
             z[:, group] = _robust_z(change[:, group])
-        self.change[:, index], self.z[:, index] = change, z
+        self.z[:, index] = z
         with np.errstate(invalid="ignore"):
             self.outliers[:, index] = (z < -OUTLIER_Z) & (change < -OUTLIER_LOSS)
 
@@ -793,6 +766,12 @@ class _Sampled(NamedTuple):
     gradient: torch.Tensor
     inside: torch.Tensor
     slices: np.ndarray
+
+
+def _require_finite(*arrays: np.ndarray) -> None:
+    """Refuse what is not finite before LAPACK writes about it to the terminal."""
+    if not all(np.isfinite(a).all() for a in arrays):
+        raise np.linalg.LinAlgError("a step is not finite")
 
 
 def _interpolate(coefficients: torch.Tensor, at: torch.Tensor

@@ -352,8 +352,9 @@ def test_a_slab_is_corrected_as_far_as_it_allows(tmp_path):
     assert image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz").min() >= 0
 
 
-def test_an_incredible_motion_is_not_applied(tmp_path, monkeypatch):
-    monkeypatch.setattr("bidsapp.recipe.preprocess.MAX_MOVE", -1.0)
+@pytest.mark.parametrize("limit", ["MAX_MOVE", "MAX_TURN"])
+def test_an_incredible_motion_is_not_applied(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(f"bidsapp.recipe.preprocess.{limit}", -1.0)
     bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
     assert qsphere(bids, out, "participant", "--preprocess", "motion", "--estimate", "dti") == 0
     facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
