@@ -81,7 +81,9 @@ class Prediction(NamedTuple):
     weights : (m, n)
         The prediction of signals (voxel, n) is `signal @ weights.T`.
     sd : (m,)
-        SD of the measurement about its prediction, noise included.
+        SD of the measurement about its prediction, noise included: on average over the voxels,
+        and at b-values that were measured. At others it is too small: in a simulated head the
+        errors were 3.2 to 3.6 times as large.
     """
 
     weights: Float[np.ndarray, "m n"]

@@ -411,6 +411,9 @@ README = """# QSphere derivatives
 
 Diffusion MRI derivatives in BIDS, made by QSphere. Open `sub-*.html` (and `group.html`) first.
 
+- `*_desc-preproc_dwi.nii.gz`: the corrected series; `*_desc-confounds_timeseries.tsv`: its motion
+  and eddy currents; `fmap/*_fieldmap.nii.gz`: the susceptibility field, Hz.
+- `*_desc-upsampled_dwi.nii.gz`, `*_desc-denoised_dwi.nii.gz`: with more directions, less noise.
 - `sub-*/[ses-*/]dwi/*_model-*_param-*_dwimap.nii.gz`: maps; the JSON beside each says what it is,
   its units, and what it was made from. `_stat-std` is the uncertainty of the map of that name.
 - `*_desc-harmonized_dwi.nii.gz`: the signal as the reference site would have measured it;

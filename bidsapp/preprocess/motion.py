@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from bidsapp.acquisition import Acquisition, PhaseEncoding
+from bidsapp.blocks import one_thread
 from bidsapp.gp import GaussianProcess
 from bidsapp.preprocess.model import EDDY_TERMS, Geometry, eddy_basis, eddy_basis_along
 from bidsapp.registration.geometry import transform_points
@@ -49,7 +50,8 @@ HP_POINTS = 5_000
 """Number of voxels from which the hyper-parameters of the Gaussian process are estimated."""
 
 SHARED = 0.3
-"""Share of the misalignment of the predictions that is taken back."""
+"""Share of the misalignment of the predictions of weighted volumes that is taken back; of those of
+b0 volumes all is."""
 
 PRIOR_SHIFT, PRIOR_ANGLE, PRIOR_VOXELS = 10.0, 0.2, 5.0
 """SD of a step of translation (mm) and of rotation (rad), and of the shift (voxels) by which each
@@ -59,6 +61,16 @@ do not determine."""
 EDDY_SPREAD = 0.03
 """SD of the shift (voxels) by each term of the field at 100 mm from the centre, about its part that
 is linear in the gradient."""
+
+TURN_RADIUS, LEAST_STEP, START = 50.0, 0.02, 10.0
+"""To tell the constant of the field from motion: radius (mm) at which rotations count as steps of
+the head, smallest SD of a step (mm), and SD of where the head is first (mm)."""
+
+STEP_SPREAD = 0.5
+"""SD of the logarithm of the ratio κ between steps along the phase encoding and other steps."""
+
+LINEAR_FIELD = 30.0
+"""SD of the constant of the field by the gradient of the largest b-value, Hz."""
 
 FLOOR = 0.3
 """Floor of the variance of a voxel's residuals, relative to its mean over the voxels."""
@@ -81,39 +93,15 @@ this number of robust SDs of its shell."""
 OUTLIER_LOSS = 0.05
 """Smallest relative loss of signal of an outlier slice."""
 
-MIN_VOXELS = 250
-"""Minimum number of voxels of the mask in a slice that is assessed."""
+MIN_AREA = 2250.0
+"""Minimum area of the mask in a slice that is assessed, mm². In smaller ones the edge of the brain
+dominates, and with it what is left of motion."""
 
 MIN_SHELL = 6
 """Minimum number of volumes of a shell that has an SD of its own; smaller ones share theirs."""
 
 SLICES_AT_ONCE = 8
 """Number of outlier slices that are predicted at once, which bounds the memory."""
-
-
-class Pass(NamedTuple):
-    """Summary of one pass over the weighted or the b0 volumes.
-
-    Attributes
-    ----------
-    group : str
-        `b0` or `weighted`.
-    smoothing : float
-        FWHM, mm.
-    step : float
-        Root mean square displacement by the last step, in voxels of the mask, mm.
-    residual : float
-        Root mean square difference between volumes and predictions, relative to that of the
-        predictions.
-    outliers : int
-        Number of outlier slices.
-    """
-
-    group: str
-    smoothing: float
-    step: float
-    residual: float
-    outliers: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,12 +119,10 @@ class MotionEstimate:
         Slices that are replaced by their prediction.
     z : (slice, n)
         Relative difference from the prediction in robust SDs of the shell; NaN if not assessed.
-    change : (slice, n)
-        Relative difference from the prediction; NaN if not assessed.
     slice_axis : int
         Voxel axis of the slices.
-    passes : tuple of Pass
-        The course of the estimation.
+    eddy_terms : int
+        Number of coefficients of the field that were fitted: 0, 4 (linear) or 10 (quadratic).
     notices : tuple of str
         What was left out, and why.
     points : (points, 3)
@@ -147,13 +133,13 @@ class MotionEstimate:
     acquisition: Acquisition
     outliers: np.ndarray
     z: np.ndarray
-    change: np.ndarray
     slice_axis: int
-    passes: tuple[Pass, ...]
+    eddy_terms: int
     notices: tuple[str, ...]
     points: np.ndarray
 
 
+@one_thread()
 def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
              encodings: Sequence[PhaseEncoding | None], affine: Float[np.ndarray, "4 4"],
              mask: Bool[np.ndarray, "x y z"], field: Float[np.ndarray, "x y z"] | None = None, *,
@@ -191,24 +177,25 @@ def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
     ------
     ValueError
         The numbers of volumes, measurements and encodings differ, or the mask is empty.
+    numpy.linalg.LinAlgError
+        The estimation diverged.
     """
     if not len(volumes) == len(acquisition) == len(encodings) or not mask.any():
         raise ValueError(f"{len(volumes)} volumes, {len(acquisition)} measurements, "
                          f"{len(encodings)} encodings; mask of {mask.sum()} voxels")
     head = _Head(volumes, acquisition, tuple(encodings), affine, mask, field, device, slice_axis)
     b0, weighted = np.flatnonzero(acquisition.b0), np.flatnonzero(~acquisition.b0)
-    passes = []
     if len(b0) > 1:
         for fwhm in smoothing:
             head.load(b0, fwhm)
-            passes.append(head.align(b0, "b0", fwhm, np.zeros(0, int)))
+            head.align(b0, np.zeros(0, int))
             head.refer_to(int(b0[0]), b0)
         head.place_between(b0, weighted)
     terms, notices = _terms(acquisition, encodings)
     if len(weighted) > 1:
         for fwhm in smoothing:
             head.load(np.r_[b0, weighted], fwhm)
-            passes.append(head.align(weighted, "weighted", fwhm, terms))
+            head.align(weighted, terms)
             if len(b0):
                 head.anchor(b0, weighted)
             else:
@@ -220,16 +207,18 @@ def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
     geometry = head.geometry()
     return MotionEstimate(
         geometry, acquisition.rotated(np.swapaxes(geometry.rotations, 1, 2)), head.outliers,
-        head.z, head.change, slice_axis, tuple(passes), tuple(notices), head.points)
+        head.z, slice_axis,
+        len(terms) + 1 if len(terms) else 0, tuple(notices), head.points)
 
 
+@one_thread()
 def replace_outliers(volumes: Sequence[np.ndarray], estimated: MotionEstimate
-                     ) -> list[np.ndarray]:
+                     ) -> tuple[list[np.ndarray], np.ndarray]:
     """Replace the outlier slices of a series by their predictions from the other volumes.
 
     Each voxel of such a slice is predicted from the volumes of its kind (b0 or weighted) that show
-    the same point of the head in a slice that is no outlier. Of complex volumes the magnitude is
-    replaced.
+    the same point of the head in a slice that is no outlier. Without such volumes it stays. Of
+    complex volumes the magnitude is replaced.
 
     Parameters
     ----------
@@ -242,9 +231,11 @@ def replace_outliers(volumes: Sequence[np.ndarray], estimated: MotionEstimate
     -------
     list of n arrays (x, y, z)
         Volumes without outliers are those that were given, not copies.
+    (slice, n) bool
+        Slices that were replaced.
     """
     geometry, axis = estimated.geometry, estimated.slice_axis
-    result = list(volumes)
+    result, replaced = list(volumes), np.zeros_like(estimated.outliers)
     table, count = estimated.acquisition, estimated.outliers.shape[0]
     for index in (np.flatnonzero(table.b0), np.flatnonzero(~table.b0)):
         lost = [(k, v) for v in index.tolist()
@@ -265,9 +256,18 @@ def replace_outliers(volumes: Sequence[np.ndarray], estimated: MotionEstimate
                     continue
                 weights = process.predict(table[[v]], use).weights[0]
                 factor = geometry.coordinates(v, points[part.index((k, v))])[1]
-                value = np.maximum(weights @ signal[:, low:high] / np.maximum(factor, 0.1), 0)
+                value = weights @ signal[:, low:high] / np.maximum(factor, 0.1)
+                # a real part that was made of complex data has values below 0, which are noise
+                if np.iscomplexobj(volumes[v]) or volumes[v].min() >= 0:
+                    value = np.maximum(value, 0)
                 _put(result, volumes, v, axis, k, value)
-    return result
+                replaced[k, v] = True
+    return result, replaced
+
+
+def _real(volume: np.ndarray) -> np.ndarray:
+    """float32: the magnitude of a complex volume; a real one as it is, values below 0 included."""
+    return (np.abs(volume) if np.iscomplexobj(volume) else volume).astype(np.float32, copy=False)
 
 
 def _slice_points(geometry: Geometry, v: int, axis: int, k: int) -> np.ndarray:
@@ -281,15 +281,14 @@ def _slice_points(geometry: Geometry, v: int, axis: int, k: int) -> np.ndarray:
 
 def _show(volumes: Sequence[np.ndarray], geometry: Geometry, index: np.ndarray, points: np.ndarray,
           axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n, points): magnitudes of volumes at points of the reference, and the slices there."""
+    """(n, points): signals of volumes at points of the reference, and the slices there."""
     from scipy.ndimage import map_coordinates
 
     signal, slices = np.empty((2, len(index), len(points)), np.float32)
     field = geometry.field_at(points)
     for i, v in enumerate(index.tolist()):
         at, factor = geometry._displace(v, points, *field)
-        signal[i] = factor * map_coordinates(np.abs(volumes[v]).astype(np.float32, copy=False),
-                                             at.T, order=1, mode="nearest")
+        signal[i] = factor * map_coordinates(_real(volumes[v]), at.T, order=1, mode="nearest")
         slices[i] = at[:, axis]
     return signal, slices
 
@@ -325,7 +324,9 @@ class _Head:
         self.affine, self.mask_shape = affine, shape
         self.device, self.slice_axis = device, slice_axis
         voxels = np.argwhere(mask)
-        self.voxels_per_point = max(1.0, len(voxels) / MAX_POINTS)
+        in_slice = np.delete(affine[:3, :3], slice_axis, axis=1)
+        self.area_per_point = max(1.0, len(voxels) / MAX_POINTS) \
+            * float(np.linalg.norm(np.cross(*in_slice.T)))
         keep = np.random.default_rng(0).permutation(len(voxels))[:MAX_POINTS]
         self.points = transform_points(affine, voxels[np.sort(keep)].astype(float))
         self.centre = self.points.mean(0)
@@ -336,7 +337,7 @@ class _Head:
             blocks, axis=0, return_inverse=True)[1].reshape(-1)).to(device)
         self.n_blocks = int(self.blocks.max()) + 1
         self.outliers = np.zeros((shape[slice_axis], n), bool)
-        self.z, self.change = np.full((2, shape[slice_axis], n), np.nan)
+        self.z = np.full((shape[slice_axis], n), np.nan)
         self.rest = Geometry.static(affine, shape, encodings, field)
         self.at_field = self.rest.field_at(self.points)
         self.images: dict[int, torch.Tensor] = {}
@@ -352,7 +353,7 @@ class _Head:
         sigma = fwhm / 2.355 / np.linalg.norm(self.affine[:3, :3], axis=0)
         self.images.clear()
         for v in index:
-            image = np.abs(self.volumes[v]).astype(np.float32, copy=False)
+            image = _real(self.volumes[v])
             image = gaussian_filter(image, sigma, mode="nearest") if fwhm else image
             self.images[v] = torch.from_numpy(np.pad(
                 spline_filter(image, 3, np.float32, mode="mirror"), 2, mode="reflect")
@@ -411,7 +412,7 @@ class _Head:
             filled = torch.where(good, sampled.signal, predicted)
         return w, predicted, good
 
-    def align(self, index: np.ndarray, group: str, fwhm: float, terms: np.ndarray) -> Pass:
+    def align(self, index: np.ndarray, terms: np.ndarray) -> None:
         """Register volumes to their predictions by Gauss–Newton steps."""
         for _ in range(STEPS):
             sampled = self.sample(index)
@@ -423,23 +424,21 @@ class _Head:
             normal, right = zip(*(
                 self._normal(v, sampled.signal[i], predicted[i], slope[i], trust[i], terms)
                 for i, v in enumerate(index.tolist())), strict=True)
-            # W of the gradients, each relative to that of its volume
-            size = slope.square().mean((1, 2)).sqrt().cpu().numpy().astype(float)
-            shared = w.cpu().numpy() * size / size[:, None]
+            shared = w.cpu().numpy().astype(float)
+            if not self.acquisition.b0[index].all():
+                # W of the gradients, each relative to that of its volume
+                size = slope.square().mean((1, 2)).sqrt().cpu().numpy().astype(float)
+                shared *= size / size[:, None]
             delta = self._solve(index, np.stack(normal), np.stack(right), shared,
                                 terms)
-            moved = self._move(index, delta, terms)
+            self._move(index, delta, terms)
         if len(terms):
             self._separate(index)
-        residual = torch.where(good, sampled.signal - predicted, 0)
-        return Pass(group, fwhm, moved,
-                    float(residual.square().sum().sqrt() / predicted.square().sum().sqrt()),
-                    int(self.outliers[:, index].sum()))
 
     def _trust(self, index: np.ndarray, sampled: _Sampled, predicted: torch.Tensor,
                good: torch.Tensor) -> torch.Tensor:
-        """(n, points) root of the weights w: the SD of the residuals of a voxel over the volumes of
-        its shell, at least half of its root mean square over the voxels, inverted."""
+        """(n, points) root of the weights w: 1 over the root of the mean square residual of a voxel
+        over the volumes of its shell, plus FLOOR times the mean of this over the voxels."""
         squares = torch.where(good, sampled.signal - predicted, 0).square()
         trust = torch.zeros_like(squares)
         for group in self._groups(index):
@@ -473,6 +472,7 @@ class _Head:
             torch.cat(columns) * good, (predicted - signal) * good, predicted * good)
         normal = (a @ a.T).double().cpu().numpy()
         right = (a @ difference).double().cpu().numpy()
+        _require_finite(normal, right)
         fit = np.linalg.lstsq(normal, right, rcond=1e-10)[0]
         rest = difference - torch.from_numpy(fit.astype(np.float32)).to(self.device) @ a
         scores = torch.zeros((len(a), self.n_blocks), device=self.device)
@@ -529,8 +529,10 @@ class _Head:
             target[:, field] = (q @ self.eddy_slope - self.eddy[index])[:, terms]
         delta = np.linalg.solve(normal + precision[:, :, None] * np.eye(6 + k),
                                 (right + precision * target)[..., None])[..., 0]
-        share = 1 - 1e-3 if self.acquisition.b0[index].all() else SHARED
-        rigid_steps = np.linalg.solve(np.eye(n) - share * shared, delta[:, :6])
+        if self.acquisition.b0[index].all():  # 1 − W has the null vector 1: all move together
+            rigid_steps = np.linalg.pinv(np.eye(n) - shared) @ delta[:, :6]
+        else:
+            rigid_steps = np.linalg.solve(np.eye(n) - SHARED * shared, delta[:, :6])
         delta[:, :6] = rigid_steps - rigid_steps.mean(0)  # the frame is found otherwise
         return delta
 
@@ -543,38 +545,61 @@ class _Head:
         encoding = self.encodings[v]
         return (encoding.readout or 0.0) if encoding is not None else 0.0
 
-    def _move(self, index: np.ndarray, delta: np.ndarray, terms: np.ndarray) -> float:
-        """Add a step to the positions; returns its RMS displacement, mm."""
+    def _move(self, index: np.ndarray, delta: np.ndarray, terms: np.ndarray) -> None:
+        """Add a step to the positions."""
         from scipy.spatial.transform import Rotation
 
-        before = [self._moved(v) for v in index[:: max(1, len(index) // 10)].tolist()]
         for v, d in zip(index, delta, strict=True):
             turn = Rotation.from_rotvec(d[3:6]).as_matrix()
             self.rotation[v] = turn @ self.rotation[v]
             self.shift[v] = turn @ self.shift[v] + d[:3]
             self.eddy[v, terms] += d[6:]
-        after = [self._moved(v) for v in index[:: max(1, len(index) // 10)].tolist()]
-        return float(np.sqrt(np.mean([np.sum((a - b)**2, -1) for a, b in
-                                      zip(after, before, strict=True)])))
-
-    def _moved(self, v: int) -> np.ndarray:
-        every = slice(None, None, max(1, len(self.points) // 500))
-        at, _ = self.geometry().coordinates(v, self.points[every])
-        return transform_points(self.affine, at)
 
     def _separate(self, index: np.ndarray) -> None:
-        """Tell the constant of the field from a translation along p, by regression on the gradient.
+        """Tell the constant of the field from a translation u of the head along p.
 
-        The part of the translation that is linear in the gradient becomes field.
+        Together they are d = u + s (β·q + ε) with s = p_v s_v T_v. u is a random walk, whose steps
+        have the mean square of those of the five other rigid parameters times κ² ≥ 1, where log κ
+        has a prior about 0. ε is the independent deviation (SD σ) of the field from what is linear
+        in the gradient: on a real pair of series of opposite phase encoding it was the same for a
+        direction in both, −0.97 correlated as a translation. κ and σ are those of the largest
+        posterior density, and u has its posterior mean.
         """
-        q = self._gradients(index)
-        x = np.column_stack([np.ones(len(index)), q])
-        shifts = np.array([self.rest.shift_per_hertz(v) for v in index.tolist()])
-        hertz = np.sum(self.shift[index] * shifts, 1) / np.sum(shifts**2, 1)
-        ridge = np.diag([0, 0.1, 0.1, 0.1])
-        by_gradient = q @ np.linalg.solve(x.T @ x + ridge, x.T @ hertz)[1:]
-        self.eddy[index, 0] += by_gradient
-        self.shift[index] -= by_gradient[:, None] * shifts
+        from scipy.optimize import minimize
+        from scipy.spatial.transform import Rotation
+
+        q, shifts = self._gradients(index), np.array([
+            self.rest.shift_per_hertz(v) for v in index.tolist()])
+        turns = Rotation.from_matrix(
+            np.swapaxes(self.rotation[index[:-1]], 1, 2) @ self.rotation[index[1:]]).as_rotvec()
+        for axis in {e.axis for e in self.encodings if e is not None}:
+            along = self.affine[:3, axis] / np.linalg.norm(self.affine[:3, axis])
+            steps = np.diff(self.shift[index] @ (np.eye(3) - np.outer(along, along)), axis=0)
+            squares = np.sum(steps**2 + (TURN_RADIUS * turns)**2, 1) / 5 + LEAST_STEP**2
+            walk = np.minimum.outer(*2 * [np.append(0, np.cumsum(squares))])
+            s = shifts @ along
+            linear = LINEAR_FIELD**2 * np.outer(s, s) * (q @ q.T)
+            d = self.shift[index] @ along + s * self.eddy[index, 0]
+            d_mean = d.mean()
+
+            def head(log_kappa: float, walk: np.ndarray = walk) -> np.ndarray:
+                return START**2 + np.exp(2 * log_kappa) * walk
+
+            def series(logs: np.ndarray, s: np.ndarray = s, linear: np.ndarray = linear
+                       ) -> np.ndarray:
+                return head(logs[0]) + linear + np.diag((np.exp(logs[1]) * s)**2 + 1e-6)
+
+            def cost(logs: np.ndarray, d: np.ndarray = d - d_mean) -> float:
+                k = series(logs)
+                return float(np.linalg.slogdet(k)[1] + d @ np.linalg.solve(k, d)
+                             + (logs[0] / STEP_SPREAD)**2)
+
+            best = min((minimize(cost, (kappa, sigma), method="L-BFGS-B",
+                                 bounds=[(0, 4), (-4, 4)])
+                        for kappa in (0, 1.5) for sigma in (-2, 1)), key=lambda fit: fit.fun).x
+            u = d_mean + head(best[0]) @ np.linalg.solve(series(best), d - d_mean)
+            self.eddy[index, 0] = np.divide(d - u, s, out=self.eddy[index, 0], where=s != 0)
+            self.shift[index] += np.where(s != 0, u - self.shift[index] @ along, 0)[:, None] * along
 
     def anchor(self, b0: np.ndarray, weighted: np.ndarray) -> None:
         """Move all weighted volumes by one rigid motion so that they fit the b0 volumes.
@@ -644,8 +669,9 @@ class _Head:
             a, difference = self._without_local_gain(
                 torch.cat([slope, torch.linalg.cross(arm, slope, dim=0)]) * trust,
                 (predicted - mean) * trust, predicted * trust)
-            d = np.linalg.solve((a @ a.T).cpu().numpy().astype(float),
-                                (a @ difference).cpu().numpy().astype(float))
+            normal, right = ((a @ b).cpu().numpy().astype(float) for b in (a.T, difference))
+            _require_finite(normal, right)
+            d = np.linalg.solve(normal, right)
             step = Rotation.from_rotvec(d[3:]).as_matrix()
             turn, shift = step @ turn, step @ shift + d[:3]
         return Rotation.from_matrix(turn).as_rotvec(), shift
@@ -701,13 +727,14 @@ class _Head:
                 for q in range(2):
                     np.add.at(mix, (np.arange(count) + p, np.arange(count) + q),
                               np.bincount(k, h[p] * h[q] * expected, count))
-            assessed = (voxels * self.voxels_per_point >= MIN_VOXELS) & (np.diag(mix) > 0)
-            part = np.ix_(assessed, assessed)
-            change[assessed[:-1], i] = np.linalg.lstsq(mix[part], right[assessed], rcond=1e-6)[0]
+            # all slices are solved for, lest a loss in a small one counts as its neighbour's
+            fitted = np.linalg.lstsq(mix, right, rcond=1e-6)[0]
+            assessed = (voxels * self.area_per_point >= MIN_AREA) & (np.diag(mix) > 0)
+            change[assessed[:-1], i] = fitted[assessed]
         z = np.full(change.shape, np.nan)
         for group in self._groups(index):
             z[:, group] = _robust_z(change[:, group])
-        self.change[:, index], self.z[:, index] = change, z
+        self.z[:, index] = z
         with np.errstate(invalid="ignore"):
             self.outliers[:, index] = (z < -OUTLIER_Z) & (change < -OUTLIER_LOSS)
 
@@ -739,6 +766,12 @@ class _Sampled(NamedTuple):
     gradient: torch.Tensor
     inside: torch.Tensor
     slices: np.ndarray
+
+
+def _require_finite(*arrays: np.ndarray) -> None:
+    """Refuse what is not finite before LAPACK writes about it to the terminal."""
+    if not all(np.isfinite(a).all() for a in arrays):
+        raise np.linalg.LinAlgError("a step is not finite")
 
 
 def _interpolate(coefficients: torch.Tensor, at: torch.Tensor

@@ -157,6 +157,8 @@ class Corrector:
         report.qc["ndc_raw"] = quality.neighbouring_correlation(raw)
         self.field: distortion.Field | None = None
         self.motion: motion.MotionEstimate | None = None
+        self.moved: quality.HeadMotion | None = None
+        self.replaced: np.ndarray | None = None
         self.bias: np.ndarray | None = None
         self.anatomy: t1w.Anatomy | None = None
         self.t1w_problem: str | None = None
@@ -298,10 +300,12 @@ class Corrector:
 
     def find_motion(self) -> None:
         """Find motion, eddy currents and outlier slices."""
+        from scipy.spatial.transform import Rotation
+
         start, across = time.monotonic(), slice_axis(self.run.metadata)
         b0 = self.first_b0()
         if b0.shape[across] < MIN_SLICES:
-            self.skip(f"Motion was not corrected: {b0.shape[across]} slices do not determine "
+            self.warn(f"Motion was not corrected: {b0.shape[across]} slices do not determine "
                       f"movements across them, {MIN_SLICES} are needed.")
             return
         if self.field is not None:
@@ -313,29 +317,36 @@ class Corrector:
                 None if self.field is None else self.field.hz, slice_axis=across,
                 device=self.context.device)
         except np.linalg.LinAlgError as error:
-            self.skip(f"Motion was not corrected: the images do not determine it ({error}). Look "
-                      "at them, or leave motion out.")
+            self.warn(f"Motion was not corrected: its estimate diverged ({error}). The cause is "
+                      "not known: too little structure, too much noise, or a fault of this "
+                      "program. No volume is moved.")
             return
         self.motion = found
-        if (far := np.linalg.norm(self.head_motion().translations, axis=1).max()) > MAX_MOVE:
+        moved = self.head_motion()
+        far = np.linalg.norm(moved.translations, axis=1).max()
+        turned = np.degrees(Rotation.from_matrix(found.geometry.rotations).magnitude()).max()
+        if far > MAX_MOVE or turned > MAX_TURN:
             self.motion = None
-            self.skip(f"Motion was not corrected: it was estimated as {far:.0f} mm, and no more "
-                      f"than {MAX_MOVE:.0f} mm is credible. The images may hold too little "
-                      "structure, or too much noise. Look at them, or leave motion out.")
+            self.warn(f"Motion was not corrected: it was estimated as {far:.0f} mm and "
+                      f"{turned:.0f}°, and no more than {MAX_MOVE:.0f} mm and {MAX_TURN:.0f}° is "
+                      "credible. The images may hold too little structure or too much noise. No "
+                      "volume is moved.")
             return
+        self.moved = moved  # once, for the mask and with it the centre change later
         for notice in found.notices:
             self.warn(notice)
-        distance, replaced = self.head_motion().framewise_displacement[1:], found.outliers.sum()
+        distance = moved.framewise_displacement[1:]
         self.report.qc |= {"fd_mean": float(distance.mean()) if len(distance) else 0.0,
-                           "fd_max": float(distance.max()) if len(distance) else 0.0,
-                           "n_replaced_slices": int(replaced)}
-        self.note("motion", "motion and eddy currents estimated: framewise displacement "
+                           "fd_max": float(distance.max()) if len(distance) else 0.0}
+        name, what = {0: ("rigid", "motion"), 4: ("motion", "motion and linear eddy currents")}.get(
+            found.eddy_terms, ("motion", "motion and eddy currents"))
+        self.note(name, f"{what} estimated: framewise displacement "
                   f"{self.report.qc['fd_mean']:.2f} mm on average, "
-                  f"{self.report.qc['fd_max']:.2f} mm at most; {replaced} outlier slices replaced",
-                  start)
-        moved = self.head_motion()
+                  f"{self.report.qc['fd_max']:.2f} mm at most; {found.outliers.sum()} outlier "
+                  f"slices of {np.isfinite(found.z).sum()} assessed", start)
         self.report.figures += [
-            *corrections.of_motion(moved.translations, moved.rotations, found.geometry.eddy,
+            *corrections.of_motion(moved.translations, moved.rotations,
+                                   found.geometry.eddy if found.eddy_terms else None,
                                    moved.framewise_displacement, self.acquisition.b0),
             *corrections.of_carpet(found.z, found.outliers, self.acquisition.bvals)]
 
@@ -361,7 +372,8 @@ class Corrector:
             return
         start, volumes = time.monotonic(), self.by_volume()
         if self.motion is not None:
-            volumes = motion.replace_outliers(volumes, self.motion)
+            volumes, self.replaced = motion.replace_outliers(volumes, self.motion)
+            self.report.qc["n_replaced_slices"] = int(self.replaced.sum())
             self.acquisition = self.motion.acquisition
         if rigid_spaces(self.context.options):
             self.uninterpolated = volumes
@@ -533,14 +545,14 @@ class Corrector:
         correlations = quality.neighbouring_correlations(signal, self.acquisition)
         self.report.qc["ndc_preproc"] = float(np.nanmean(correlations)) if np.isfinite(
             correlations).any() else None
-        moved = self.head_motion() if self.motion else None
+        moved = self.moved
         rows, columns = corrections.confounds(
             context.acquisition, self.acquisition,
             correlation_before=self.raw_correlations, correlation_after=correlations,
             **({} if self.motion is None or moved is None else {
                 "translations": moved.translations, "rotations": moved.rotations,
                 "framewise_displacement": moved.framewise_displacement,
-                "eddy": self.motion.geometry.eddy, "replaced": self.motion.outliers}))
+                "eddy": self.motion.geometry.eddy, "replaced": self.replaced}))
         transaction.table(context.path("timeseries", ".tsv", desc="confounds"), rows, columns)
         self.report.figures += [
             *corrections.of_b0(self.raw_b0, self.mean_b0(), self.mask, self.affine),
@@ -559,6 +571,7 @@ def paragraphs(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 TITLES = {"pair": "distortion, by opposite phase encoding", "gre": "distortion, by a GRE field map",
+          "rigid": "motion",
           "t1w": "distortion, by the T1w image", "resample": "interpolation",
           "complex": "phase", "gibbs": "Gibbs ringing", "denoise": "noise", "bias": "bias field"}
 """Headings of corrections, where they differ from their key in `boilerplate.CORRECTIONS`."""
@@ -615,8 +628,9 @@ MAX_DISAGREEMENT = 1.0
 MIN_SLICES = 5
 """Fewest slices of which motion and bias field are corrected."""
 
-MAX_MOVE = 40.0
-"""Displacement of the brain's centre within a series above which its estimate is wrong, mm."""
+MAX_MOVE, MAX_TURN = 40.0, 30.0
+"""Displacement of the brain's centre (mm) and rotation (degrees) within a series above which their
+estimate is wrong."""
 
 CORRECTION_COPIES = 3
 """Memory of the corrections over that of the signal of all voxels (`peak_memory`)."""

@@ -54,6 +54,14 @@ CITED = {
 }
 """DOI → what it is, of what some paragraphs cite beside the methods."""
 
+_MOTION = (
+    "fitted by Gauss–Newton to a prediction from the other volumes by a Gaussian process over "
+    "b-tensors (doi:10.1016/j.neuroimage.2015.07.067). Slices with signal dropout were replaced by "
+    "that prediction (after doi:10.1016/j.neuroimage.2016.06.058) and are listed. The "
+    "susceptibility field, where it was corrected, moved with the head, and b-vectors were rotated "
+    "with it. Framewise displacement is that of Power et al. "
+    "(doi:10.1016/j.neuroimage.2011.10.018), at the centre of the brain.")
+
 CORRECTIONS = {
     "complex": (
         "Magnitude and phase were combined to complex images. The phase of each slice of each "
@@ -97,13 +105,11 @@ CORRECTIONS = {
     "motion": (
         "Head motion and eddy currents were corrected together. Each volume has six parameters of "
         "rigid movement and a field that is a quadratic polynomial of the position in the scanner "
-        "(doi:10.1016/j.neuroimage.2015.10.019), fitted by Gauss–Newton to a prediction from the "
-        "other volumes by a Gaussian process over b-tensors "
-        "(doi:10.1016/j.neuroimage.2015.07.067). Slices with signal dropout were replaced by that "
-        "prediction (after doi:10.1016/j.neuroimage.2016.06.058) and are listed. The "
-        "susceptibility field moved with the head, and b-vectors were rotated with it. Framewise "
-        "displacement is that of Power et al. (doi:10.1016/j.neuroimage.2011.10.018), at the "
-        "centre of the brain."),
+        "(doi:10.1016/j.neuroimage.2015.10.019), a linear one if there are fewer than 12 weighted "
+        "volumes; both were " + _MOTION),
+    "rigid": (
+        "Head motion was corrected; eddy currents were not. Each volume has six parameters of "
+        "rigid movement, " + _MOTION),
     "resample": (
         "All displacements were joined, so that every volume was interpolated once (cubic "
         "B-splines), and its intensity was multiplied by the local change of volume by those "

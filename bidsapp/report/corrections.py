@@ -278,7 +278,7 @@ def of_carpet(z: np.ndarray, outliers: np.ndarray, bvals: np.ndarray) -> list[Fi
     z : (slice, volume)
         Robust z of the residual of the slice; NaN where it was not assessed.
     outliers : (slice, volume) bool
-        Slices that were replaced.
+        Outlier slices.
     bvals : (volume,)
         b-values, s/mm².
 
@@ -298,7 +298,7 @@ def of_carpet(z: np.ndarray, outliers: np.ndarray, bvals: np.ndarray) -> list[Fi
         highest = max(1.0, float(np.max(bvals)))
         above.set_ylim(-0.15 * highest, 1.2 * highest)
         top.bar(range(n), outliers.sum(axis=0), width=0.8, color=PALETTE[1])
-        top.set_ylabel("replaced", size=8)
+        top.set_ylabel("outliers", size=8)
         top.set_ylim(0, max(1, outliers.sum(axis=0).max(initial=0)) * 1.05)
         for ax, most in ((above, 2), (top, 2), (carpet, 6)):
             ax.yaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
@@ -319,15 +319,18 @@ def of_carpet(z: np.ndarray, outliers: np.ndarray, bvals: np.ndarray) -> list[Fi
     if not assessed:
         text = "No slice was assessed. "
     elif replaced:
-        text = (f"{replaced} of {assessed} slices, in {volumes} volume{'s' * (volumes > 1)}, were "
-                "replaced by their prediction (black frames). ")
+        text = (f"{replaced} of {assessed} slices, in {volumes} volume{'s' * (volumes > 1)}, are "
+                "outliers (black frames). They were replaced by their prediction where other "
+                "volumes show the same place. ")
     else:
-        text = f"None of {assessed} slices was replaced. "
+        text = f"None of {assessed} slices is an outlier. "
+    if assessed and assessed < z.size:
+        text += f"{z.size - assessed} slices without enough brain were not assessed. "
     return [Figure(
         "dwi", {"desc": "carpet"}, image, "Slices and their predictions",
         f"{text}Colour: mean residual of each slice against the prediction from the other volumes, "
         "in robust standard deviations of its shell; blue is signal that is missing; light grey: "
-        "not assessed. Above: b-value and number of replaced slices of each volume.", SECTION)]
+        "not assessed. Above: b-value and number of outlier slices of each volume.", SECTION)]
 
 
 def of_correlation(before: np.ndarray, after: np.ndarray) -> list[Figure]:

@@ -438,13 +438,14 @@ def test_a_partial_fourier_that_is_no_number_is_unknown(tmp_path):
     assert any("PartialFourier is '6/8'" in notice for notice in facts["notices"])
 
 
-def test_an_incredible_motion_is_not_applied(tmp_path, monkeypatch):
-    monkeypatch.setattr("bidsapp.recipe.preprocess.MAX_MOVE", -1.0)
+@pytest.mark.parametrize("limit", ["MAX_MOVE", "MAX_TURN"])
+def test_an_incredible_motion_is_not_applied(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(f"bidsapp.recipe.preprocess.{limit}", -1.0)
     bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
     assert qsphere(bids, out, "participant", "--preprocess", "motion", "--estimate", "dti") == 0
     facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
     assert facts["corrections"] == []
-    assert any("is credible" in notice for notice in facts["notices"])
+    assert any("is credible" in warning for warning in facts["warnings"])
     np.testing.assert_array_equal(image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz"),
                                   image(bids / "sub-01/dwi/sub-01_dwi.nii.gz"))
 

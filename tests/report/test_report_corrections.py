@@ -166,7 +166,7 @@ def test_replaced_slices_are_framed(rng):
     outliers[3, 5] = outliers[4, 5] = outliers[7, 9] = True
     figure, clean = (corrections.of_carpet(z, o, np.full(12, 1000.0))[0]
                      for o in (outliers, np.zeros_like(outliers)))
-    assert "3 of 120 slices, in 2 volumes, were replaced" in figure.caption
+    assert "3 of 120 slices, in 2 volumes, are outliers" in figure.caption
     assert "None of 120 slices" in clean.caption
     frames = [len(re.findall("stroke: #000000; stroke-width: 0.8", f.svg.decode()))
               for f in (figure, clean)]
