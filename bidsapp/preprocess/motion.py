@@ -93,7 +93,7 @@ this number of robust SDs of its shell."""
 OUTLIER_LOSS = 0.05
 """Smallest relative loss of signal of an outlier slice."""
 
-MIN_AREA = 2250.0
+MIN_AREA = 3000.0
 """Minimum area of the mask in a slice that is assessed, mm². In smaller ones the edge of the brain
 dominates, and with it what is left of motion."""
 
