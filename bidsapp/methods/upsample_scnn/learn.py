@@ -320,8 +320,8 @@ def measure(predictions: Predictions, factors: Mapping[str, Any]) -> dict[str, A
         bands[name] = [[round(float(predictions.features[part, i].median()), 4),
                         round(float(covered[part].mean()), 4)]
                        for part in order.tensor_split(5)]
-    return {"errors": len(covered), "rmse": float(predictions.error.square().mean().sqrt()),
-            "rmse_over_noise": float((predictions.error / sigma).square().mean().sqrt()),
+    return {"errors": len(covered),
+            "median_error_over_noise": float((predictions.error / sigma).abs().median()),
             "coverage90": float(covered.mean()), "coverage90_in_bands": bands}
 
 
