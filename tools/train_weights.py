@@ -44,6 +44,8 @@ def main() -> None:
     method = methods.get(options.method)
     saved = options.state or options.out / "state.ckpt"
     if isinstance(method, Denoiser):
+        if options.densities or options.new_hints:
+            parser.error(f"{method.name} takes neither --densities nor --new-hints")
         start = checkpoint.load(options.init, method.name) if options.init else None
         trained = method.train_bundled(
             steps=options.steps, learning_rate=options.learning_rate, seed=options.seed,
