@@ -134,12 +134,15 @@ class Denoised:
         In the gradient table and units of the run.
     counts, parameters, notices
         As in `Derived`.
+    magnitude : bool
+        Whether a magnitude still has its noise floor (`Dwi.magnitude`).
     """
 
     signal: np.ndarray
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    magnitude: bool = True
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ class Denoise(Step):
         violations = self._check(stage.dwi.acquisition)
         log.info("%s: %s on %d voxels", context.run.name, method.name, len(stage.dwi.signal))
         made = method.denoise(stage.dwi, context.device, context.options.random_seed)
-        dwi = replace(stage.dwi, signal=made.signal)
+        dwi = replace(stage.dwi, signal=made.signal,
+                      magnitude=stage.dwi.magnitude and made.magnitude)
         compared = change.compare_signals(stage.dwi, dwi, context.device)
         report.qc |= made.counts
         report.notices += [*made.notices, "Maps of the denoised signal come without intervals "
@@ -371,7 +372,7 @@ def describe_signal(method: Method, stage: Stage) -> dict[str, Any]:
     """List what `reload_signal` needs from the record of a step that made a signal."""
     gain = stage.dwi.noise_gain
     return {"method": method.name, "about": stage.about, "no_intervals": stage.no_intervals,
-            "widening": stage.widening,
+            "widening": stage.widening, "magnitude": stage.dwi.magnitude,
             "noise_gain": None if gain is None else [float(g) for g in gain]}
 
 

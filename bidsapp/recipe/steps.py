@@ -454,6 +454,7 @@ def reload_signal(context: RunContext, stage: Stage, desc: str, facts: Mapping[s
     gain = facts["noise_gain"]
     dwi = replace(dwi, affine=stage.dwi.affine, invalid=stage.dwi.invalid,
                   noise_sd=facts.get("noise_sd", stage.dwi.noise_sd),
+                  magnitude=facts.get("magnitude", stage.dwi.magnitude),
                   noise_gain=None if gain is None else np.array(gain))
     return replace(stage, dwi=dwi, desc=desc, sources=(context.dataset.uri(image),),
                    about=facts["about"], no_intervals=facts["no_intervals"],

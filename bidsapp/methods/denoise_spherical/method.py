@@ -137,7 +137,8 @@ class SphericalDenoiser(Denoiser, Trainable):
             parameters["OutOfDistribution"] = violations
             notices.append("spherical denoising: used outside of the training domain because of "
                            f"--allow-extrapolation: {'; '.join(violations)}.")
-        return Denoised(signal, counts, parameters, notices)
+        return Denoised(signal, counts, parameters, notices,
+                        magnitude=card.training["floor"] != "removed")
 
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Train a network on measured signals with added noise.
