@@ -30,9 +30,9 @@ from bidsapp.networks.shresnet import CENTRE, neighbours
 from bidsapp.networks.upsampling import L_MAX, Neighbourhoods
 from bidsapp.simulate import protocols
 
-GRID = 71
-"""Degree of the half grids of the applied network: 865 points, with which the prediction turns with
-the head within 1e-4 of S0."""
+GRID = 95
+"""Degree of the half grids of the applied network: 1537 points, with which the prediction turns
+with the head within 1e-4 of S0."""
 
 BLOCK = 1024
 """Voxels per block, so that the layers fit in the cache."""
