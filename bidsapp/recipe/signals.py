@@ -55,6 +55,12 @@ DENOISED = ("the errors of a denoised signal are not independent between measure
             "intervals of the measured signal")
 """Reason why no interval is given for maps of a denoised signal."""
 
+UNLIKE_TRAINING = (
+    "The harmonizer takes the denoised signal, and learned from signals that were not denoised "
+    "(--denoise). Their noise differs, so that it may not fit. Compare with a run without "
+    "--denoise.")
+"""Warning if a denoised signal is harmonized."""
+
 PREDICTED = ("predicted volumes add no measurement, so that their errors and those of the measured "
              "ones are not independent. Use the intervals of the measured signal")
 """Reason why no interval is given for maps of an upsampled signal."""
@@ -178,6 +184,9 @@ class Harmonize(Step):
         report.qc |= {**result.counts, **change.summarize_change(compared, result.dwi)}
         report.notices += result.notices
         report.warnings += result.warnings
+        if result.changed and stage.desc == Denoise.desc:
+            log.warning("%s: %s", run.name, UNLIKE_TRAINING)
+            report.warnings.append(UNLIKE_TRAINING)
         if result.changed:
             report.figures += comparison.of_change(compared, stage.dwi, "harmonization", "change")
         method = result.model.method

@@ -209,8 +209,11 @@ def test_a_corrected_table_stays_in_the_sidecars_of_harmonized_images(study, mon
     monkeypatch.setattr("bidsapp.recipe.signals.outputs", lambda *args: SimpleNamespace(
         write_signal=lambda *_: stages.append(args[2])))
     report = StepReport()
-    step.apply(Stage(load_run(run)[0], about={"GradientTableCorrection": "x flipped"}), None,
-               report)
+    stage = Stage(load_run(run)[0], about={"GradientTableCorrection": "x flipped"})
+    step.apply(stage, None, report)
+    assert not any("denoised" in warning for warning in report.warnings)
+    step.apply(replace(stage, desc="denoised"), None, denoised := StepReport())
+    assert any("learned from signals that were not denoised" in w for w in denoised.warnings)
     assert stages[0].about["GradientTableCorrection"] == "x flipped"
     assert "HarmonizationModel" in stages[0].about and report.facts["about"] == stages[0].about
 
