@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from bidsapp import hyperparameters
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import SAME_SHAPE, Acquisition, Shell
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.options import Options
@@ -528,6 +528,10 @@ class Upsampler(SignalStep):
     """
 
     any_table: ClassVar[bool] = True
+
+    def shells(self, acquisition: Acquisition) -> list[Shell]:
+        """List the shells to which directions can be added; by default all with directions."""
+        return [s for s in acquisition.shells if abs(s.b_delta) > SAME_SHAPE]
 
     def target(self, acquisition: Acquisition) -> Acquisition | None:
         """Return the measurements that the method can add to an acquisition, if they are fixed.

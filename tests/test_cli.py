@@ -114,7 +114,7 @@ def test_option_of_the_other_level(argv, capsys):
     assert "does not belong to the" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--harmonize", "shrek"], ["--upsample", "unet"],
+@pytest.mark.parametrize("argv", [["--harmonize", "shrek"], ["--upsample", "nett"],
                                   ["--estimate", "dtti"]])
 def test_method_that_does_not_exist(tmp_path, argv, capsys):
     (tmp_path / "in").mkdir()

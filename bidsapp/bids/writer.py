@@ -347,12 +347,15 @@ class Transaction:
                     and not (name not in old and is_page(root / name))):
                 raise DataError(f"{root / name} exists and was not written by QSphere, or was "
                                 "changed since. Move it away, or give another OUTPUT_DIR.")
+        listed = {n: [*old.get(n, ()), *(h for r in others.values() if n in taken
+                                         for h in r["outputs"].get(n, ()))]
+                  for n in {**old, **new}}
+        both = {n: [*h, *([new[n]] if n in new else [])] for n, h in listed.items()}
+        self._write_record("incomplete", both)  # at any time some record lists each file
         for path, record in others.items():
             self.dataset.write_text(str(path), to_json({
                 **record, "state": "incomplete",
                 "outputs": {n: h for n, h in record["outputs"].items() if n not in taken}}))
-        both = {n: [*old.get(n, ()), *([new[n]] if n in new else [])] for n in {**old, **new}}
-        self._write_record("incomplete", both)
         for path, staged in self.staged.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             staged.replace(root / path)

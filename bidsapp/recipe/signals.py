@@ -22,6 +22,7 @@ from bidsapp.acquisition import (
 from bidsapp.bids import btable
 from bidsapp.bids.writer import Transaction, sha256
 from bidsapp.domain import OVERRIDE
+from bidsapp.dwi import noise_sd
 from bidsapp.errors import Refusal
 from bidsapp.evaluate import change
 from bidsapp.kinds import Denoiser, Method, Upsampler
@@ -44,9 +45,6 @@ log = logging.getLogger("qsphere")
 
 DIRECTIONS = 90
 """Directions per shell after upsampling, unless the options say otherwise (He et al. 2020)."""
-
-ISOTROPIC = 0.05
-"""|b_delta| below which a shell has no directions."""
 
 SAME_DIRECTION = 1.0
 """Angle in degrees below which a direction of a target table counts as measured."""
@@ -99,6 +97,7 @@ class Denoise(Step):
         made = method.denoise(stage.dwi, context.device, context.options.random_seed)
         dwi = replace(stage.dwi, signal=made.signal,
                       magnitude=stage.dwi.magnitude and made.magnitude)
+        dwi = replace(dwi, noise_sd=noise_sd(dwi), noise_gain=None)
         compared = change.compare_signals(stage.dwi, dwi, context.device)
         report.qc |= made.counts
         report.notices += [*made.notices, "Maps of the denoised signal come without intervals "
@@ -318,7 +317,12 @@ def choose_target(method: Upsampler, acquisition: Acquisition, affine: np.ndarra
     DataError
         The table cannot be read.
     """
-    shells = [s for s in acquisition.shells if abs(s.b_delta) > ISOTROPIC]
+    shells = method.shells(acquisition)
+    filled = {int(s.indices[0]) for s in shells}
+    rest = [s for s in acquisition.shells if int(s.indices[0]) not in filled
+            and abs(s.b_delta) > SAME_SHAPE]
+    left = [f"{method.name} adds no directions to {describe_shells(rest)} s/mm², which it cannot "
+            "predict."] if rest else []
     asked = options.target_directions or options.target_bvecs
     if fixed := method.target(acquisition):
         if asked:
@@ -346,7 +350,7 @@ def choose_target(method: Upsampler, acquisition: Acquisition, affine: np.ndarra
         raise Refusal(f"the run has {describe_shells(acquisition.shells)} s/mm², and {count} "
                       "directions per shell are asked for. Give a larger number to "
                       "--target-directions, or leave --upsample out.")
-    return concatenate(added), []
+    return concatenate(added), left
 
 
 def _along(shell: Shell, bvecs: np.ndarray) -> Acquisition:
@@ -382,6 +386,7 @@ def describe_signal(method: Method, stage: Stage) -> dict[str, Any]:
     gain = stage.dwi.noise_gain
     return {"method": method.name, "about": stage.about, "no_intervals": stage.no_intervals,
             "widening": stage.widening, "magnitude": stage.dwi.magnitude,
+            "noise_sd": stage.dwi.noise_sd,
             "noise_gain": None if gain is None else [float(g) for g in gain]}
 
 

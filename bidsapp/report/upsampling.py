@@ -94,13 +94,13 @@ def of_round_trip(trip: pd.DataFrame, noise: float | None) -> Figure:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0].legend(fontsize=8, ncols=2)
         image = svg(drawn)
-    coverage = trip["coverage"].mean()
+    coverage = trip["coverage"].median()
     text = ("Each measured volume was predicted from those of nine tenths of the directions, in "
             "slices around the middle of the brain. The RMSE contains the noise of the measured "
             "volume. ")
     if np.isfinite(coverage):
-        text += (f"{coverage:.0%} of the measured values lie in the 90 % interval of predicted SD "
-                 "and noise. ")
+        text += (f"{coverage:.0%} of the measured values of a volume (median) lie in the 90 % "
+                 "interval of predicted SD and noise. ")
     return Figure("dwi", {"desc": "roundtrip"}, image, "Round trip of the prediction",
-                  text + "A volume that stands out was moved or corrupted, or its b-vector is "
-                  "wrong.", SECTION)
+                  text + "A volume that stands out may have been moved or corrupted, or have a "
+                  "wrong b-vector; shells of few directions are predicted less well.", SECTION)

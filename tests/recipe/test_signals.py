@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bidsapp import cli, upsample
+from bidsapp import cli, methods, upsample
 from bidsapp.acquisition import Acquisition, concatenate
 from bidsapp.bids import btable
 from bidsapp.errors import DataError, Refusal, UsageError
@@ -16,7 +16,9 @@ from bidsapp.recipe.signals import choose_target, summarize_round_trip
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, 0, 2.5, -30], [0, 2, 0, -20], [0, 0, 0, 1]])
 """Radiological and with swapped axes, so that image and world axes differ."""
 
-ANY = SimpleNamespace(name="upsample_any", target=lambda acquisition: None)
+ANY = SimpleNamespace(
+    name="upsample_any", target=lambda acquisition: None,
+    shells=lambda acquisition: [s for s in acquisition.shells if abs(s.b_delta) > 0.1])
 
 
 def shell(b, count, b_delta=1.0):
@@ -53,8 +55,18 @@ def test_a_shell_without_directions_gets_none_and_a_planar_one_keeps_its_shape()
     assert [(s.b, s.b_delta, len(s)) for s in target.shells] == [(1000, -0.5, 4)]
 
 
+@pytest.mark.parametrize("name", ["upsample_sh", "upsample_scnn"])
+def test_a_shell_that_the_method_cannot_use_is_left_as_it_is(name):
+    few = concatenate([TABLE, shell(200, 3)])
+    target, notices = choose_target(methods.get(name), few, AFFINE,
+                                    options("--target-directions", 24))
+    assert [(s.b, len(s)) for s in target.shells] == [(1000, 12), (2000, 4)]
+    assert "3 × b 200" in notices[0]
+
+
 def test_directions_of_a_model_are_the_only_ones_that_it_adds():
-    fixed = SimpleNamespace(name="upsample_fixed", target=lambda acquisition: TABLE[1:4])
+    fixed = SimpleNamespace(name="upsample_fixed", target=lambda acquisition: TABLE[1:4],
+                            shells=lambda acquisition: [])
     assert choose_target(fixed, TABLE, AFFINE, options())[0] == TABLE[1:4]
     with pytest.raises(Refusal, match="3 directions that it was trained for"):
         choose_target(fixed, TABLE, AFFINE, options("--target-directions", 30))

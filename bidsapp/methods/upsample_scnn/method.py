@@ -115,6 +115,13 @@ class SphericalUpsampler(Upsampler):
                 f"the run has {describe_shells(acquisition.shells)} s/mm². Needed is a shell of "
                 f"linear encoding (b_delta 1) with {self._fewest} or more directions.")
 
+    def shells(self, acquisition: Acquisition) -> list[Shell]:
+        """List the shells of linear encoding in the training domain, or all linear ones if
+        extrapolation is allowed."""
+        if self.context.allow_extrapolation:
+            return self._linear(acquisition)
+        return self.weights.card.trained_for.usable_shells(acquisition) or self._linear(acquisition)
+
     def violations(self, acquisition: Acquisition, target: Acquisition) -> list[str]:
         domain = self.weights.card.trained_for
         low, high = domain.shells[0].b

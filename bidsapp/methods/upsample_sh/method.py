@@ -74,6 +74,10 @@ class SphericalHarmonics(Upsampler):
                 "directions, spread over the sphere, with one b-value and a b-tensor that is not "
                 "spherical, is needed. Use upsample_gp for tables without shells.")
 
+    def shells(self, acquisition: Acquisition) -> list[Shell]:
+        """List the shells that determine a fit of degree 2."""
+        return [s for s in acquisition.shells if degree(acquisition, s)]
+
     def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
         self.check(dwi.acquisition)
         shells, source = _sources(dwi.acquisition, target)
