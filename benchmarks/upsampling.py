@@ -277,7 +277,7 @@ def cached(options, kind, scene, name, function):
 
 
 class Rows:
-    """What was measured, by row, method and scan."""
+    """Collect the measures of each row, method and scan."""
 
     def __init__(self):
         self.values = {}

@@ -229,7 +229,9 @@ def select_volumes(dwi: Dwi, index: np.ndarray) -> Dwi:
 
 def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int = 10,
                voxels: int = 20_000) -> pd.DataFrame:
-    """Predict each weighted volume from those of the other folds and all b0 volumes.
+    """Predict each weighted volume from those of the other folds, and all that are in no fold.
+
+    These are b0 volumes and those of shells that the method cannot predict.
 
     Parameters
     ----------
@@ -262,6 +264,9 @@ def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int =
     """
     slab = middle_slab(dwi, voxels)
     fold = assign_folds(slab, folds)
+    usable = np.isin(np.arange(len(fold)), [i for shell in method.shells(slab.acquisition)
+                                            for i in shell.indices])
+    fold[~usable] = -1
     rows = []
     for f in range(fold.max() + 1):
         part = np.flatnonzero(fold == f)

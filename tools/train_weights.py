@@ -48,6 +48,8 @@ def main() -> None:
     saved = options.state or options.out / "state.ckpt"
     start = (checkpoint.load(options.init, method.name)
              if options.init and isinstance(method, Denoiser | Upsampler) else None)
+    if isinstance(method, Upsampler) and not hasattr(method, "recipe"):
+        parser.error(f"{method.name} learns from scans: use `qsphere … group --train`")
     if isinstance(method, Denoiser | Upsampler) and (options.densities or options.new_hints):
         parser.error(f"{method.name} takes neither --densities nor --new-hints")
     if isinstance(method, Denoiser):

@@ -145,6 +145,15 @@ def read_target(path: Path, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray 
     DataError
         A file cannot be read, or does not hold such a table.
     """
+    bvecs, bvals = _read_target(path, affine)
+    try:
+        Acquisition(np.full(len(bvecs), B0_MAX) if bvals is None else bvals, bvecs)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return bvecs, bvals
+
+
+def _read_target(path: Path, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     if path.suffix == ".b":
         rows = _rows(path)[0]
         if any(len(row) != 4 for row in rows):

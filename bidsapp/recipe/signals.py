@@ -64,12 +64,10 @@ PREDICTED = ("predicted volumes add no measurement, so that their errors and tho
 """Reason why no interval is given for maps of an upsampled signal."""
 
 
-class Denoise(Step):
-    """Remove noise from the signal."""
+class ByMethod(Step):
+    """A step that replaces the signal by that of one method, which is the same for all runs."""
 
-    name = desc = "denoised"
-
-    def __init__(self, context: RunContext, takes: Step, method: Denoiser) -> None:
+    def __init__(self, context: RunContext, takes: Step, method: Denoiser | Upsampler) -> None:
         super().__init__(context, takes)
         self.method = method
 
@@ -78,16 +76,27 @@ class Denoise(Step):
         return self.method.name
 
     @property
+    def paragraphs(self) -> list[tuple[str, str]]:
+        return [boilerplate.of_method(self.method)]
+
+    def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
+        assert stage
+        return reload_signal(self.context, stage, self.name, facts)
+
+
+class Denoise(ByMethod):
+    """Remove noise from the signal."""
+
+    method: Denoiser
+    name = desc = "denoised"
+
+    @property
     def parameters(self) -> Mapping[str, Any]:
         return parameters(self.context.options, self.method)
 
     def describe(self) -> str:
         violations = self._check(self.context.acquisition)
         return self.method.name + describe_violations(violations)
-
-    @property
-    def paragraphs(self) -> list[tuple[str, str]]:
-        return [boilerplate.of_method(self.method)]
 
     def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
         assert stage
@@ -109,10 +118,6 @@ class Denoise(Step):
         report.facts = describe_signal(method, denoised)
         return outputs(context, transaction, denoised).write_signal(
             method, method.outputs["signal"], made.parameters)
-
-    def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
-        assert stage
-        return reload_signal(self.context, stage, self.name, facts)
 
     def _check(self, acquisition: Acquisition) -> list[str]:
         self.method.check(acquisition)
@@ -207,18 +212,11 @@ class Harmonize(Step):
         return reload_signal(self.context, stage, self.name, facts)
 
 
-class Upsample(Step):
+class Upsample(ByMethod):
     """Add predicted volumes to the signal; the measured ones stay as they are."""
 
+    method: Upsampler
     name = desc = "upsampled"
-
-    def __init__(self, context: RunContext, takes: Step, method: Upsampler) -> None:
-        super().__init__(context, takes)
-        self.method = method
-
-    @property
-    def title(self) -> str:
-        return self.method.name
 
     @property
     def parameters(self) -> Mapping[str, Any]:
@@ -231,10 +229,6 @@ class Upsample(Step):
         target, violations, _ = self._target(self.context.acquisition)
         return (f"{self.method.name} of the {self.takes.name if self.takes else ''} signal, adds "
                 f"{describe_shells(target.shells)}" + describe_violations(violations))
-
-    @property
-    def paragraphs(self) -> list[tuple[str, str]]:
-        return [boilerplate.of_method(self.method)]
 
     def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
         assert stage
@@ -273,10 +267,6 @@ class Upsample(Step):
         if made.sd is not None:
             written.write_sd(method, made.sd, new.tolist(), made.parameters)
         return written.write_signal(method, method.outputs["signal"], made.parameters)
-
-    def reload(self, stage: Stage | None, facts: Mapping[str, Any]) -> Stage:
-        assert stage
-        return reload_signal(self.context, stage, self.name, facts)
 
     def _target(self, acquisition: Acquisition) -> tuple[Acquisition, list[str], list[str]]:
         """Choose the measurements to add, and check them: with violations and notices."""

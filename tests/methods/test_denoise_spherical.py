@@ -303,7 +303,7 @@ def test_target_of_a_cohort_is_the_measured_signal(runs):
 
 
 def test_training_on_a_cohort_lowers_the_error(runs):
-    """Of the noise that is added, from the first steps on."""
+    """The added noise is lowered from the first steps on."""
     (trained,) = taught(runs).values()
     (longer,) = taught(runs, steps=150).values()
     assert longer.card.metrics["mse_output"] < 0.8 * longer.card.metrics["mse_input"]

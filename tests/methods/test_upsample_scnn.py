@@ -134,7 +134,7 @@ def test_blocks_do_not_matter(method, monkeypatch):
 
 
 def test_voxels_outside_of_the_mask_are_not_used(method):
-    """What lies outside has no influence, and the edge is predicted, too."""
+    """Voxels outside of the mask have no influence, and those at its edge are predicted."""
     mask = np.zeros(SHAPE, bool)
     mask[1:6, 1:7, 1:5] = True
     alone = np.zeros(SHAPE, bool)
@@ -225,7 +225,7 @@ def test_sd_widens_outside_of_the_training():
 
 
 def test_noise_without_a_floor(method):
-    """Of a real-valued signal, the expected value itself is predicted, not that of a magnitude."""
+    """For a real-valued signal the prediction has no noise floor, unlike for a magnitude."""
     acq, to = acquisition(b=(4000.0,)), target(b=4000.0)
     clean = tissue(acq)[0]
     rng = np.random.default_rng(3)

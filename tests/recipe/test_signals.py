@@ -110,7 +110,9 @@ def test_what_was_measured_is_not_predicted(tmp_path):
 
 @pytest.mark.parametrize(("name", "text", "match"), [
     ("t.bvec", "1 0\n0 0\n0 0.5\n", "vector 1 has length 0.5.*add the .bval"),
-    ("t.b", "1 0 0\n0 1 0\n", "rows of 4 numbers"), ("t.bvec", "a b\n", "not a finite number")])
+    ("t.b", "1 0 0\n0 1 0\n", "rows of 4 numbers"),
+    ("t.b", "1 1 0 1000\n", r"t\.b: the b-vector of volume 0 has length 1\.41"),
+    ("t.bvec", "a b\n", "not a finite number")])
 def test_a_broken_table_says_what_it_needs(tmp_path, name, text, match):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=match):

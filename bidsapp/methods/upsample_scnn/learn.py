@@ -227,7 +227,7 @@ class Predictions(NamedTuple):
 
 
 FEATURES = ("sd", "noise", "anisotropy", "b", "directions")
-"""What the factors of the SD depend on: see `features`."""
+"""Names of the features that the factors of the SD depend on (`features`)."""
 
 
 def features(coefficients: Coefficients, log_sd: Float[torch.Tensor, "centre target"],
