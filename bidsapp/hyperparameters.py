@@ -27,10 +27,13 @@ VARIANTS = (ONE, SLOPPY)
 of a single acquisition, `sloppy.training` for --sloppy."""
 
 CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hybrid", "cyclic",
-                            "unet", "autoencoder", "upsampling"),
+                            "unet", "autoencoder", "upsampling", "volumetric"),
            "networks": ("joint", "single"),
            "layer": ("zonal", "local", "signal", "connected"),
            "nonlinearity": ("relu", "sigmoid", "tanh"),
+           "input": ("any", "table"), "start": ("pretrained", "random"),
+           "corruption": ("artifacts", "none", "mask"), "loss": ("cross-entropy", "l1"),
+           "target": ("axis", "angles"),
            "space": ("signal", "coefficient"),
            "output": ("change", "series"),
            "optimizer": ("adam", "adamw", "sgd"),

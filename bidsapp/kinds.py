@@ -20,7 +20,7 @@ import numpy as np
 from bidsapp import hyperparameters
 from bidsapp.acquisition import SAME_SHAPE, Acquisition, Shell
 from bidsapp.dwi import Dwi
-from bidsapp.errors import Refusal
+from bidsapp.errors import Refusal, UsageError
 from bidsapp.options import Options
 
 if TYPE_CHECKING:
@@ -199,6 +199,33 @@ class Cohort:
     load: Callable[[str], Dwi] | None = None
     voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     paired_by: str | None = None
+
+    def hold_out(self, share: float, seed: int, method: str, runs: Sequence[str]) -> set[str]:
+        """Choose the runs of a random share of the participants, at least one, for validation.
+
+        Parameters
+        ----------
+        share : float
+        seed : int
+        method : str
+            Name of the method, for messages.
+        runs : sequence of str
+            Runs that the training uses.
+
+        Raises
+        ------
+        UsageError
+            The runs have fewer than two participants.
+        """
+        person = self.statistics.set_index("run")["participant"].astype(str)
+        people = sorted({person[run] for run in runs})
+        if len(people) < 2:
+            raise UsageError(f"--train {method}: found {len(people)} participant that it can learn "
+                             "from. Needed are two or more: one to learn from, one to validate. "
+                             "Add participants.")
+        count = min(max(1, round(share * len(people))), len(people) - 1)
+        held = set(np.random.default_rng(seed).permutation(people)[:count].tolist())
+        return {run for run in runs if person[run] in held}
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from bidsapp.networks.scnn import SphericalNetwork
 from bidsapp.networks.shresnet import HybridCNN, QSpacePerceptron, SHResNet
 from bidsapp.networks.unet import UNet
 from bidsapp.networks.upsampling import UpsamplingNetwork
+from bidsapp.networks.volumetric import VolumeNetwork
 
 ARCHITECTURES: Mapping[str, type[nn.Module]] = {
     "spherical": SphericalNetwork, "perceptron": Perceptron, "shresnet": SHResNet,
     "golkov": QSpacePerceptron, "hybrid": HybridCNN, "cyclic": Generator, "unet": UNet,
-    "autoencoder": Autoencoder, "upsampling": UpsamplingNetwork}
+    "autoencoder": Autoencoder, "upsampling": UpsamplingNetwork,
+    "volumetric": VolumeNetwork}
 
 
 def build_network(description: Mapping[str, Any], **more: Any) -> nn.Module:

@@ -1,0 +1,58 @@
+"""Pretraining of an encoder of volumes by the removal of artifacts (Weninger et al. 2022).
+
+Weninger, Ecke, et al. 2022, "Diffusion MRI specific pretraining by self-supervision on an auxiliary
+dataset". Without artifacts it is an autoencoder, with masked cubes a masked autoencoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bidsapp.acquisition import Acquisition
+from bidsapp.errors import Refusal
+from bidsapp.kinds import Cohort, Fitted, Trainable, TrainingSettings
+from bidsapp.volumetric import learn
+from bidsapp.volumetric.corruption import Corruption
+
+
+class ArtifactRemoval(Trainable):
+    """Training of an encoder that other networks start from with --init."""
+
+    intended_use = (
+        "Start of the training of a network on volumes of diffusion signals (`--init`), such as "
+        "estimate_tissue, estimate_crossings or estimate_direction. Its own outputs, signals "
+        "without artifacts, are not meant for use.")
+
+    def check(self, acquisition: Acquisition) -> None:
+        raise Refusal(f"{self.name} trains the start of other networks, and is not applied to "
+                      f"images. Use `group --train {self.name}`, then `group --train "
+                      "estimate_tissue --init OUTPUT_DIR/group/models/…`.")
+
+    def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
+        """Train the encoder on the runs of the cohort, without labels."""
+        recipe = self.settings("training")
+        assert cohort.load
+        load = cohort.load
+        start = learn.load_start(settings.init) if settings.init else None
+        of_table = (bool(start.card.constants["channels"]["directions"]) if start
+                    else recipe["input"] == learn.TABLE)
+        directions = 0
+        if of_table:
+            channels = learn.choose_channels(learn.read_recipe(recipe), cohort, start)
+            directions = len(channels.directions)
+
+        def loss(output: torch.Tensor, example: learn.Example) -> torch.Tensor:
+            return (output - example.clean)[:, example.valid].square().mean()
+
+        def measure(output: torch.Tensor, example: learn.Example) -> dict[str, Any]:
+            before = (example.ratio - example.clean)[:, example.valid].square().mean()
+            return {"mse": float(loss(output, example)), "mse_before": float(before)}
+
+        task = learn.Task(lambda run: learn.Labelled(load(run)), directions or None, loss, measure,
+                          Corruption(recipe["corruption"]))
+        name, checkpoint = learn.fit(self, task, cohort, settings,
+                                     intended_use=self.intended_use, start=start)
+        return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
+                           "Metrics": dict(checkpoint.card.metrics)}, {name: checkpoint})

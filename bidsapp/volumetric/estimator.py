@@ -1,0 +1,182 @@
+"""Base class of the methods that estimate maps by a network on volumes, and their losses."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+
+from bidsapp import tensor
+from bidsapp.acquisition import Acquisition
+from bidsapp.anatomy import tissue
+from bidsapp.blocks import map_voxels
+from bidsapp.checkpoint import Checkpoint
+from bidsapp.dwi import Dwi
+from bidsapp.kinds import Cohort, Derived, Estimator, Fitted, Trainable, TrainingSettings
+from bidsapp.microstructure import maps
+from bidsapp.networks.builder import build_network
+from bidsapp.volumetric import inputs, learn
+from bidsapp.volumetric.apply import apply
+from bidsapp.volumetric.inputs import Grid
+
+PRETRAINED = "pretrain_artifacts"
+"""Method whose bundled weights start a training unless `--init` or `start` say otherwise."""
+
+
+class VolumeEstimator(Estimator, Trainable):
+    """Estimator of maps by a network on volumes, which learns them from labels of the runs.
+
+    Attributes
+    ----------
+    intended_use : str
+        Text of the model card, set by each method.
+    """
+
+    intended_use: ClassVar[str]
+
+    @abstractmethod
+    def task(self, cohort: Cohort, settings: TrainingSettings) -> learn.Task:
+        """Describe what the network learns."""
+
+    @abstractmethod
+    def activate(self, output: Float[torch.Tensor, "out x y z"]
+                 ) -> Float[torch.Tensor, "k x y z"]:
+        """Convert outputs to values that may be averaged, such as probabilities."""
+
+    @abstractmethod
+    def derive(self, values: Float[np.ndarray, "voxel k"], grid: Grid) -> Derived:
+        """Convert values of the voxels of a run to maps."""
+
+    @cached_property
+    def weights(self) -> list[Checkpoint]:
+        """Networks trained at group level and the bundled one, loaded once."""
+        return maps.find_weights(self.name, self.context.models)
+
+    def select(self, acquisition: Acquisition) -> Checkpoint:
+        """Select the weights for a run (`maps.select_weights`)."""
+        return maps.select_weights(self.name, self.weights, acquisition,
+                                   allow=self.context.allow_extrapolation)
+
+    def check(self, acquisition: Acquisition) -> None:
+        """Check that there are weights for an acquisition.
+
+        Raises
+        ------
+        Refusal
+            Neither a network trained at group level nor the bundled one supports the acquisition,
+            or it has no b0 or no shell of 6 linear directions.
+        """
+        inputs.weighted(acquisition)
+        self.select(acquisition)
+
+    def violations(self, acquisition: Acquisition) -> list[str]:
+        return self.select(acquisition).card.trained_for.violations(acquisition)
+
+    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
+        checkpoint = self.select(dwi.acquisition)
+        card = checkpoint.card
+        shells, violations = maps.select_shells(card, dwi.acquisition,
+                                                allow=self.context.allow_extrapolation)
+        parameters, notices = maps.describe_shells_used(card, dwi.acquisition, shells, violations)
+        channels = learn.Channels(**card.constants["channels"])
+        used = np.sort(np.concatenate([np.flatnonzero(dwi.acquisition.b0),
+                                       *(s.indices for s in shells)]))
+        dwi = replace(dwi, signal=np.ascontiguousarray(dwi.signal[:, used]),
+                      acquisition=dwi.acquisition[used], noise_gain=None)
+        grid = Grid.over(dwi, channels.voxel)
+        network: Any = checkpoint.into(build_network(card.network)).to(device)
+        measured = dwi.acquisition[inputs.weighted(dwi.acquisition)]
+        if channels.directions:
+            matrix, degree = channels.interpolate(measured, grid)
+            if degree is not None:
+                parameters["InterpolationDegree"] = degree
+            if degree is not None and degree < inputs.DEGREE:
+                notices.append(f"{self.short}: the signal was interpolated to the table of the "
+                               f"training with SH of degree {degree}, since the directions "
+                               f"determine no more; the training had degree {inputs.DEGREE}.")
+        else:
+            matrix = network.matrix(inputs.describe_table(measured, grid).to(device)).detach()
+        values = apply(network, dwi, grid, matrix, self.activate, card.training["patch"], device)
+        derived = self.derive(values, grid)
+        size = " × ".join(f"{e:.3g}" for e in np.linalg.norm(dwi.affine[:3, :3], axis=0))
+        if grid.ratio != (1, 1, 1):
+            notices.append(f"{self.short}: voxels of {size} mm were resampled to "
+                           f"{channels.voxel:.3g} mm, those of the training, and the results "
+                           "back.")
+        return replace(
+            derived, notices=[*derived.notices, *notices],
+            parameters={**derived.parameters, **parameters, "Weights": card.sha256,
+                        "TrainingData": card.training["data"], "NetworkVoxel": channels.voxel})
+
+    def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
+        """Train a network on the labels of the cohort.
+
+        The encoder starts from `--init`, or from the bundled pretraining if the recipe says so.
+        """
+        recipe = self.settings("training")
+        start = None
+        if settings.init:
+            start = learn.load_start(settings.init)
+        elif recipe["start"] == "pretrained" and recipe["input"] == learn.ANY:
+            start = maps.bundled_weights(PRETRAINED)
+        name, checkpoint = learn.fit(self, self.task(cohort, settings), cohort, settings,
+                                     intended_use=self.intended_use, start=start)
+        return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
+                           "Metrics": dict(checkpoint.card.metrics)}, {name: checkpoint})
+
+
+def find_white_matter(dwi: Dwi, device: str) -> Bool[np.ndarray, " voxel"]:
+    """Find white matter by the posteriors of the T1w image, or else by MD and FA
+    (`tissue.labels`)."""
+    chosen = tensor.volumes(dwi.acquisition)
+    x = tensor.design(dwi.acquisition[chosen].btensors)
+    fitted = map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, device)
+    usable = (dwi.mean_b0 > 0) & ~fitted["failed"]
+    return tissue.labels(dwi, fitted["md"], fitted["fa"], usable) == tissue.WHITE
+
+
+def load_with_tissue(cohort: Cohort, run: str) -> Dwi:
+    """Load a run with the tissue probabilities of its T1w image, if it has one."""
+    assert cohort.load
+    return replace(cohort.load(run), tissue=cohort.tissue(run) if cohort.tissue else None)
+
+
+def class_loss(kind: str, output: Float[torch.Tensor, "class x y z"], example: learn.Example
+               ) -> torch.Tensor:
+    """Compute the loss of class probabilities against one-hot labels, over the valid voxels.
+
+    Parameters
+    ----------
+    kind : str
+        `cross-entropy`, or `l1`: Σ |p − label| of the probabilities p, as published.
+    output : (class, x, y, z)
+        Logits.
+    example : Example
+        Its target has the labels, whose sum is 1 in valid voxels.
+    """
+    logits, label = output[:, example.valid], example.target[:, example.valid]
+    if kind == "l1":
+        return (logits.softmax(0) - label).abs().sum(0).mean()
+    return -(label * logits.log_softmax(0)).sum(0).mean()
+
+
+def one_hot(labels: np.ndarray, classes: int) -> Float[np.ndarray, "voxel class"]:
+    """Convert labels 0 … classes − 1 to one-hot rows."""
+    return np.eye(classes, dtype=np.float32)[labels]
+
+
+def class_metrics(output: Float[torch.Tensor, "class x y z"], example: learn.Example
+                  ) -> dict[str, float]:
+    """Compute `accuracy` and `f1`, the mean over classes of the F1 score (Dice coefficient)."""
+    predicted = output[:, example.valid].argmax(0)
+    label = example.target[:, example.valid].argmax(0)
+    scores = []
+    for k in label.unique():
+        both = ((predicted == k) & (label == k)).sum()
+        scores.append(float(2 * both / ((predicted == k).sum() + (label == k).sum())))
+    return {"accuracy": float((predicted == label).float().mean()), "f1": float(np.mean(scores))}

@@ -1,0 +1,567 @@
+"""Training of networks on volumes: scans on the grid of a network, crops, the loop, the card."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import nn
+
+from bidsapp import __version__, scratch, training
+from bidsapp.acquisition import Acquisition
+from bidsapp.checkpoint import Card, Checkpoint, load
+from bidsapp.domain import ShellRange, TrainingDomain
+from bidsapp.dwi import Dwi
+from bidsapp.errors import DataError, Refusal, UsageError
+from bidsapp.kinds import Cohort, Trainable, TrainingSettings
+from bidsapp.networks.builder import build_network
+from bidsapp.networks.volumetric import Table
+from bidsapp.progress import track
+from bidsapp.volumetric import inputs
+from bidsapp.volumetric.corruption import Corruption
+from bidsapp.volumetric.inputs import MIN_DIRECTIONS, Grid
+
+log = logging.getLogger("qsphere")
+
+ANY, TABLE = "any", "table"
+"""Inputs of a network: any gradient table, or one, to which others are interpolated in q-space."""
+
+ENCODER = "encoder"
+"""Part of a checkpoint that can start the network of another task."""
+
+SAME_DIRECTION = 1.0
+"""Largest angle between a direction of a run and one of the network's table that count as the same,
+degrees."""
+
+CHUNK = 8
+"""Volumes that are put on the grid at a time."""
+
+WIDEN = 0.1
+"""Share by which a network may be applied below and above the b-values of its training."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a training: the table `training` of a method's training.toml.
+
+    Parameters
+    ----------
+    network : mapping
+        `architecture` and its arguments (`networks.volumetric.VolumeNetwork`).
+    schedule : Schedule
+    input : str
+        ANY or TABLE.
+    voxel : float
+        Edge of the network's voxels, mm; 0 for the median edge of the cohort.
+    patch : int
+        Largest number of voxels of a crop along an axis.
+    batch : int
+        Crops of a minibatch.
+    held_out : float
+        Share of the participants (at least one) for validation.
+    subsample : bool
+        Whether each crop has a random part of the shells and directions of its run, for ANY.
+
+    Raises
+    ------
+    UsageError
+        A value is outside of these.
+    """
+
+    network: Mapping[str, Any]
+    schedule: training.Schedule
+    input: str = ANY
+    voxel: float = 0.0
+    patch: int = 64
+    batch: int = 3
+    held_out: float = 0.2
+    subsample: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.input not in (ANY, TABLE) or self.voxel < 0 or self.batch < 1
+                or self.patch < 16 or not 0 < self.held_out < 1):
+            raise UsageError(f"the training has input {self.input!r}, voxel {self.voxel}, patch "
+                             f"{self.patch}, batch {self.batch} and held_out {self.held_out}. The "
+                             f"input must be {ANY} or {TABLE}, the voxel 0 or more, the patch 16 "
+                             "or more, the batch 1 or more, and held_out between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What the channels of a network are: constants of its card.
+
+    Parameters
+    ----------
+    voxel : float
+        Edge of the network's voxels, mm.
+    directions : sequence of sequence of float
+        Unit vectors of the table relative to the axes of the grid, for TABLE; empty for any table.
+    b : float
+        b-value of the table, s/mm².
+    """
+
+    voxel: float
+    directions: Sequence[Sequence[float]] = ()
+    b: float = 0.0
+
+    def interpolate(self, acquisition: Acquisition, grid: Grid
+                    ) -> tuple[Float[torch.Tensor, "n channel"], int | None]:
+        """Compute the matrix from weighted measurements to the directions of the table.
+
+        The shell nearest in b is used. If it has the directions of the table, within
+        SAME_DIRECTION, they are selected; otherwise they are interpolated by SH.
+
+        Returns
+        -------
+        matrix : (n, channel)
+        degree : int or None
+            Degree of the SH, 8 or what the directions determine; None without interpolation.
+        """
+        wanted = np.array(self.directions)
+        shell = min(acquisition.shells, key=lambda s: abs(s.b - self.b))
+        axes = grid.directions(acquisition.bvecs[shell.indices])
+        cosine = np.abs(wanted @ axes.T)
+        if cosine.max(1).min() >= math.cos(math.radians(SAME_DIRECTION)):
+            selected = torch.from_numpy(shell.indices[cosine.argmax(1)])
+            return torch.eye(len(acquisition))[:, selected], None
+        return inputs.interpolation(inputs.describe_table(acquisition, grid), wanted, self.b)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A run with the target of a training.
+
+    Parameters
+    ----------
+    dwi : Dwi
+    target : (voxel, t) float32, optional
+        None if the network learns S/S0 itself.
+    valid : (voxel,) bool, optional
+        Voxels whose target is known; None for all with signal at b = 0.
+    """
+
+    dwi: Dwi
+    target: Float[np.ndarray, "voxel t"] | None = None
+    valid: Bool[np.ndarray, " voxel"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A run on the grid of a network, in a training.
+
+    Parameters
+    ----------
+    ratio : (n, x, y, z) float16
+        S/S0 in a file: of the measurements, or along the directions of the network's table.
+    acquisition : Acquisition, optional
+        The n measurements; None for the directions of the network's table.
+    grid : Grid
+    target : (t, x, y, z) float32 tensor
+        What the network learns to predict, if not S/S0.
+    valid : (x, y, z) bool tensor
+        Voxels whose target is known.
+    """
+
+    ratio: np.ndarray
+    acquisition: Acquisition | None
+    grid: Grid
+    target: Float[torch.Tensor, "t x y z"]
+    valid: Bool[torch.Tensor, "x y z"]
+
+
+class Example(NamedTuple):
+    """A crop of a scan with part of its measurements.
+
+    Attributes
+    ----------
+    ratio, clean : (n, x, y, z) tensor
+        S/S0 as the network sees them, and without corruption.
+    table : Table, optional
+        The n measurements; None for the directions of the network's table.
+    target : (t, x, y, z) tensor
+    valid : (x, y, z) bool tensor
+        Voxels on which the loss is computed.
+    """
+
+    ratio: torch.Tensor
+    clean: torch.Tensor
+    table: Table | None
+    target: torch.Tensor
+    valid: torch.Tensor
+
+    def to(self, device: str | torch.device) -> Example:
+        """Move to a device."""
+        return self._replace(
+            ratio=self.ratio.to(device), clean=self.clean.to(device),
+            table=None if self.table is None else self.table.to(device),
+            target=self.target.to(device), valid=self.valid.to(device))
+
+
+def prepare(labelled: Labelled, channels: Channels, folder: Path, name: str) -> Scan:
+    """Put a run and its target on the grid of a network; interpolate it to the network's table.
+
+    Parameters
+    ----------
+    labelled : Labelled
+    channels : Channels
+        Voxel and table of the network.
+    folder, name
+        Where the attenuations are kept.
+
+    Raises
+    ------
+    Refusal
+        The run has no b0 or too few directions, or no voxel has a label.
+    """
+    dwi = labelled.dwi
+    grid = Grid.over(dwi, channels.voxel)
+    measurements = inputs.weighted(dwi.acquisition)
+    acquisition: Acquisition | None = dwi.acquisition[measurements]
+    b0 = torch.from_numpy(dwi.signal[:, dwi.acquisition.b0])
+    matrix = None
+    if channels.directions:
+        matrix, _ = channels.interpolate(dwi.acquisition[measurements], grid)
+        acquisition = None
+    count = len(channels.directions) or len(measurements)
+    ratio = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16,
+                                      (count, *grid.shape))
+    for i in range(0, count, CHUNK):
+        if matrix is None:
+            signal = torch.from_numpy(dwi.signal[:, measurements[i:i + CHUNK]])
+            part = inputs.attenuation(signal, b0)
+        else:
+            signal = torch.from_numpy(dwi.signal[:, measurements])
+            part = (inputs.attenuation(signal, b0) @ matrix[:, i:i + CHUNK]).clip(0, 1)
+        ratio[i:i + CHUNK] = grid.volumes(part).numpy()
+    ratio.flush()
+    known = dwi.mean_b0 > 0 if labelled.valid is None else labelled.valid
+    target = (np.zeros((len(known), 0), np.float32) if labelled.target is None
+              else labelled.target)
+    valid = grid.volumes(torch.from_numpy(known[:, None].astype(np.float32)))[0] > 0.5
+    if not valid.any():
+        raise Refusal("no voxel has a label. Check the alignment with the T1w image.")
+    return Scan(ratio, acquisition, grid, grid.volumes(torch.from_numpy(target)), valid)
+
+
+def example(scan: Scan, crop: inputs.Block, chosen: Int[np.ndarray, " n"] | None = None,
+            corruption: Corruption | None = None, generator: torch.Generator | None = None
+            ) -> Example:
+    """Cut a crop of a scan, with some of its measurements; corrupt it, if asked.
+
+    chosen: measurements; default: all.
+    """
+    every = np.arange(len(scan.ratio)) if chosen is None else chosen
+    clean = torch.from_numpy(scan.ratio[(slice(None), *crop)][every].astype(np.float32))
+    table = None if scan.acquisition is None else inputs.describe_table(
+        scan.acquisition[every], scan.grid)
+    valid, ratio = scan.valid[crop], clean
+    if corruption is not None:
+        assert generator is not None
+        ratio, counted = corruption(clean, generator)
+        ratio, valid = ratio * scan.grid.mask[crop], valid & counted
+    return Example(ratio, clean, table, scan.target[(slice(None), *crop)], valid)
+
+
+def middle(scan: Scan, patch: int, corruption: Corruption | None = None, seed: int = 0) -> Example:
+    """Cut the crop in the middle of a scan, with all measurements, for the validation."""
+    x, y, z = (slice(max(0, (n - patch) // 2), max(0, (n - patch) // 2) + patch)
+               for n in scan.grid.shape)
+    return example(scan, (x, y, z), None, corruption, torch.Generator().manual_seed(seed))
+
+
+class Sampler:
+    """Draws minibatches of random crops of scans.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+    recipe : Recipe
+    corruption : Corruption, optional
+        What is done to each crop.
+    """
+
+    def __init__(self, scans: Sequence[Scan], recipe: Recipe,
+                 corruption: Corruption | None = None) -> None:
+        self.scans, self.recipe, self.corruption = scans, recipe, corruption
+        self.centres = [torch.nonzero(scan.valid) for scan in scans]
+
+    def __call__(self, generator: torch.Generator) -> list[list[Example]]:
+        """Draw one minibatch."""
+        cpu = generator if generator.device.type == "cpu" else torch.Generator().manual_seed(
+            int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+        return [[self._draw(cpu).to(generator.device) for _ in range(self.recipe.batch)]]
+
+    def _draw(self, generator: torch.Generator) -> Example:
+        def below(n: int) -> int:
+            return int(torch.randint(n, (), generator=generator))
+
+        number = below(len(self.scans))
+        scan, centres = self.scans[number], self.centres[number]
+        centre, patch = centres[below(len(centres))].tolist(), self.recipe.patch
+        starts = [min(max(0, c - patch // 2), max(0, n - patch))
+                  for c, n in zip(centre, scan.grid.shape, strict=True)]
+        x, y, z = (slice(start, start + patch) for start in starts)
+        chosen = (subsample(scan.acquisition, generator)
+                  if self.recipe.subsample and scan.acquisition is not None else None)
+        return example(scan, (x, y, z), chosen, self.corruption, generator)
+
+
+def subsample(acquisition: Acquisition, generator: torch.Generator) -> Int[np.ndarray, " n"]:
+    """Choose random shells, at least one, and of each MIN_DIRECTIONS or more directions.
+
+    The directions are uniformly random, so that tables are as uneven as they come.
+    """
+    shells = acquisition.shells
+    count = 1 + int(torch.randint(len(shells), (), generator=generator))
+    chosen = []
+    for i in torch.randperm(len(shells), generator=generator)[:count].tolist():
+        size = len(shells[i])
+        keep = MIN_DIRECTIONS + int(torch.randint(size - MIN_DIRECTIONS + 1, (),
+                                                  generator=generator))
+        chosen.append(shells[i].indices[torch.randperm(size, generator=generator)[:keep].numpy()])
+    return np.sort(np.concatenate(chosen))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network learns.
+
+    Parameters
+    ----------
+    read : callable
+        Name of a run → Labelled. It raises Refusal for a run without labels.
+    outputs : int, optional
+        Number of outputs of a voxel; None for S/S0 of the measurements.
+    loss : callable
+        (output (out, x, y, z), example) → scalar to minimise.
+    measure : callable
+        (output, example) → metrics by name, of the validation.
+    corruption : Corruption, optional
+        What is done to the input.
+    """
+
+    read: Callable[[str], Labelled]
+    outputs: int | None
+    loss: Callable[[torch.Tensor, Example], torch.Tensor]
+    measure: Callable[[torch.Tensor, Example], Mapping[str, float]]
+    corruption: Corruption | None = None
+
+
+def fit(method: Trainable, task: Task, cohort: Cohort, settings: TrainingSettings, *,
+        intended_use: str, start: Checkpoint | None) -> tuple[str, Checkpoint]:
+    """Train a network on the runs of a cohort.
+
+    Parameters
+    ----------
+    method : Trainable
+        Its training.toml has a Recipe.
+    task : Task
+    cohort : Cohort
+    settings : TrainingSettings
+    intended_use : str
+        Text of the card.
+    start : Checkpoint, optional
+        Weights whose encoder starts the network.
+
+    Returns
+    -------
+    name : str
+        Name of the model.
+    checkpoint : Checkpoint
+
+    Raises
+    ------
+    UsageError
+        Fewer than two participants have labels, or the table cannot be that of a network.
+    """
+    began = time.monotonic()
+    recipe = read_recipe(method.settings("training"))
+    channels = choose_channels(recipe, cohort, start)
+    with scratch.temporary(settings.states) as folder:
+        scans = read_scans(method.name, task, cohort, channels, folder)
+        held = cohort.hold_out(recipe.held_out, settings.seed, method.name, list(scans))
+        learners = [scan for run, scan in scans.items() if run not in held]
+        validation = [middle(scans[run], recipe.patch, task.corruption, settings.seed).to(
+            settings.device) for run in scans if run in held]
+        network, description = initial_network(recipe, task.outputs, channels, settings.seed,
+                                               start)
+        kind = f"b{round(channels.b, -2):.0f}n{len(channels.directions)}" if (
+            channels.directions) else ANY
+        name = f"{method.name}_{kind}"
+        digest = hashlib.sha256(repr((
+            __version__, description, channels, replace(recipe, schedule=replace(
+                recipe.schedule, steps=1)), task.corruption, sorted(scans), sorted(held),
+            start and start.card.sha256)).encode()).hexdigest()
+        history = train(network, Sampler(learners, recipe, task.corruption), validation,
+                        task.loss, recipe.schedule, settings,
+                        settings.states / f"{name}.{digest[:8]}.ckpt" if settings.states else None,
+                        name)
+        metrics = evaluate(network, validation, task.measure)
+    return name, Checkpoint(dict(network.state_dict()), Card(
+        method=method.name, network=description,
+        trained_for=domain(cohort, list(scans), channels, recipe.subsample),
+        training={"runs": len(scans), "validation_runs": len(held), "batch": recipe.batch,
+                  "patch": recipe.patch, "steps": int(history[-1]["step"]),
+                  "validation": min(row["validation"] for row in history),
+                  "corruption": asdict(task.corruption) if task.corruption else None,
+                  "seconds": round(time.monotonic() - began), "device": settings.device,
+                  "start": start.card.sha256 if start else "random", "data": "runs of the cohort"},
+        intended_use=intended_use, seed=settings.seed,
+        versions={"qsphere": __version__, "torch": torch.__version__}, metrics=metrics,
+        constants={"channels": asdict(channels)}))
+
+
+def read_recipe(table: Mapping[str, Any]) -> Recipe:
+    """Read the Recipe in the table `training` of a training.toml; other keys are the method's."""
+    names = {f.name for f in fields(Recipe)}
+    return Recipe(**{**{k: v for k, v in table.items() if k in names},
+                     "schedule": training.Schedule(**table["schedule"])})
+
+
+def read_scans(name: str, task: Task, cohort: Cohort, channels: Channels, folder: Path
+               ) -> dict[str, Scan]:
+    """Read the runs of a cohort that have labels, each onto the grid of the network."""
+    scans = {}
+    for run in track(list(cohort.acquisitions), f"{name}: reading"):
+        try:
+            scans[run] = prepare(task.read(run), channels, folder, run)
+        except Refusal as refusal:
+            log.warning("--train %s: %s is left out: %s", name, run, refusal)
+    return scans
+
+
+def train(network: nn.Module, draw: Callable[..., Any],
+          validation: Sequence[Example], loss: Callable[[torch.Tensor, Example], torch.Tensor],
+          schedule: training.Schedule, settings: TrainingSettings, saved: Path | None, name: str
+          ) -> list[dict[str, float]]:
+    """Train a network in place (`training.train`), and validate on the mean loss of examples.
+
+    Returns
+    -------
+    list of dict
+        History of `training.train`.
+    """
+    def mean_loss(model: nn.Module, minibatch: Sequence[Example]) -> torch.Tensor:
+        return torch.stack([loss(model(one.ratio, one.table), one) for one in minibatch]).mean()
+
+    schedule = replace(schedule, steps=settings.max_steps or schedule.steps)
+    return training.train(
+        network, draw, mean_loss, schedule, seed=settings.seed, device=settings.device,
+        saved=saved, devices=settings.devices, name=name,
+        validate=lambda model: float(mean_loss(model, validation)))
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, examples: Sequence[Example],
+             measure: Callable[[torch.Tensor, Example], Mapping[str, float]]) -> dict[str, float]:
+    """Average the metrics of examples."""
+    rows = [measure(network(one.ratio, one.table), one) for one in examples]
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+
+def encoder(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Select the weights of the encoder, with their names in the whole network."""
+    return {k: v for k, v in checkpoint.tensors.items() if k.startswith(f"{ENCODER}.")}
+
+
+def load_start(folder: Path) -> Checkpoint:
+    """Load the checkpoint of --init: of a pretraining, or of another task.
+
+    Raises
+    ------
+    UsageError
+        It cannot be read, or is not of a network on volumes.
+    """
+    try:
+        start = load(folder)
+    except DataError as error:
+        raise UsageError(f"--init: {error}") from error
+    if start.card.network.get("architecture") != "volumetric":
+        raise UsageError(f"--init: {folder} holds weights of {start.card.method}, which has no "
+                         "encoder of volumes. Needed are those of pretrain_artifacts, or of a "
+                         "task that was trained from it.")
+    return start
+
+
+def initial_network(recipe: Recipe, outputs: int | None, channels: Channels, seed: int,
+                    start: Checkpoint | None) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a network, with the encoder of a checkpoint if there is one.
+
+    The checkpoint also determines width, levels and channels.
+
+    Returns
+    -------
+    network : torch.nn.Module
+    description : dict
+        Its architecture, for the card.
+    """
+    description = {**(start.card.network if start else recipe.network), "outputs": outputs}
+    if not start:
+        description |= {"any_table": not channels.directions}
+        if channels.directions:
+            description["channels"] = len(channels.directions)
+    with training.seeded(seed):
+        network = build_network(description)
+    if start:
+        network.load_state_dict({**network.state_dict(), **encoder(start)})
+    return network, description
+
+
+def choose_channels(recipe: Recipe, cohort: Cohort, start: Checkpoint | None) -> Channels:
+    """Choose voxel size and table of a network: those of the checkpoint that it starts from, or of
+    the runs of --reference-batch, or of all runs.
+
+    The voxel is that of the recipe or the median of the runs' shortest edges; the table, if it is
+    not any, is the largest shell of the first run.
+
+    Raises
+    ------
+    UsageError
+        A run cannot serve as the table.
+    """
+    if start:
+        return Channels(**start.card.constants["channels"])
+    site = cohort.statistics.set_index("run")["batch"].astype(str)
+    runs = [run for run in cohort.acquisitions
+            if cohort.reference_batch in (None, str(site[run]))]
+    voxel = recipe.voxel or float(np.median([min(cohort.voxel_sizes[run]) for run in runs]))
+    if recipe.input == ANY:
+        return Channels(round(voxel, 3))
+    acquisition = cohort.acquisitions[runs[0]]
+    shells = inputs.usable_shells(acquisition)
+    if not shells:
+        raise UsageError(f"{runs[0]} has no shell of {MIN_DIRECTIONS} directions, and its table "
+                         "would be that of the network. Choose another site with "
+                         "--reference-batch, or leave the run out.")
+    assert cohort.load
+    shell = max(shells, key=len)
+    axes = Grid.over(cohort.load(runs[0])).directions(acquisition.bvecs[shell.indices])
+    return Channels(round(voxel, 3), axes.round(6).tolist(), round(shell.b, 1))
+
+
+def domain(cohort: Cohort, runs: Sequence[str], channels: Channels, subsampled: bool
+           ) -> TrainingDomain:
+    """Describe the acquisitions that a network may be applied to."""
+    shells = [s for run in runs for s in inputs.usable_shells(cohort.acquisitions[run])]
+    b = [channels.b] if channels.directions else [s.b for s in shells]
+    sizes = [len(s) for s in shells]
+    most = 1 if channels.directions else max(
+        len(inputs.usable_shells(cohort.acquisitions[run])) for run in runs)
+    levels = [float(v) for v in cohort.statistics.get("snr_b0", ()) if v is not None
+              and math.isfinite(v)]
+    fewest = MIN_DIRECTIONS if subsampled or channels.directions else min(sizes)
+    return TrainingDomain(
+        (ShellRange((round((1 - WIDEN) * min(b), 1), round((1 + WIDEN) * max(b), 1)), 1.0,
+                    (fewest, max(sizes))),),
+        b0=(1, max(int(cohort.acquisitions[run].b0.sum()) for run in runs)),
+        shell_count=(1, most), snr=(min(levels), max(levels)) if levels else None)
