@@ -36,12 +36,7 @@ class ArtifactRemoval(Trainable):
         assert cohort.load
         load = cohort.load
         start = learn.load_start(settings.init) if settings.init else None
-        of_table = (bool(start.card.constants["channels"]["directions"]) if start
-                    else recipe["input"] == learn.TABLE)
-        directions = 0
-        if of_table:
-            channels = learn.choose_channels(learn.read_recipe(recipe), cohort, start)
-            directions = len(channels.directions)
+        channels = learn.choose_channels(learn.read_recipe(recipe), cohort, start)
 
         def loss(output: torch.Tensor, example: learn.Example) -> torch.Tensor:
             return (output - example.clean)[:, example.valid].square().mean()
@@ -50,8 +45,9 @@ class ArtifactRemoval(Trainable):
             before = (example.ratio - example.clean)[:, example.valid].square().mean()
             return {"mse": float(loss(output, example)), "mse_before": float(before)}
 
-        task = learn.Task(lambda run: learn.Labelled(load(run)), directions or None, loss, measure,
-                          Corruption(recipe["corruption"]))
+        task = learn.Task(lambda run: learn.Labelled(load(run)),
+                          len(channels.directions) or None, loss, measure, Corruption(
+                              recipe["corruption"], channels.voxel, recipe["phase_axis"]))
         name, checkpoint = learn.fit(self, task, cohort, settings,
                                      intended_use=self.intended_use, start=start)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
