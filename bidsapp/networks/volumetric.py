@@ -9,6 +9,7 @@ voxels, it commutes with an interpolation in space.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -167,24 +168,37 @@ class VolumeNetwork(nn.Module):
         """Compute the matrix from the S/S0 of a table to the channels."""
         return self.encoder["embedding"](table)
 
-    def forward(self, ratio: Float[torch.Tensor, "n x y z"], table: Table | None = None
-                ) -> Float[torch.Tensor, "out x y z"]:
-        """Compute the outputs of an image.
+    def forward(self, ratios: Sequence[Float[torch.Tensor, "_ _ _ _"]],
+                tables: Sequence[Table | None]) -> list[Float[torch.Tensor, "_ _ _ _"]]:
+        """Compute the outputs (out, x, y, z) of images, whose sizes and tables may differ.
 
-        ratio: S/S0 of the measurements of the table; without a table, the channels.
+        ratios: S/S0 of the measurements of each table, (n, x, y, z); without a table, the channels.
         """
-        channels = ratio if table is None else torch.einsum(
+        channels = [ratio if table is None else torch.einsum(
             "nc,nxyz->cxyz", self.matrix(table), ratio)
-        features = self.features(channels)
-        if isinstance(self.head, TableReadout):
-            return torch.einsum("fxyz,fn->nxyz", features, self.head(table))
-        return self.head(features)
+            for ratio, table in zip(ratios, tables, strict=True)]
+        # one batch: PyTorch's convolutions on a CPU are several times slower on single images
+        shape = [max(sizes) for sizes in zip(*(c.shape[1:] for c in channels), strict=True)]
+        features = self.features(torch.stack([_pad(c, shape) for c in channels]))
+        outputs = []
+        for f, ratio, table in zip(features, ratios, tables, strict=True):
+            x, y, z = ratio.shape[1:]
+            f = f[:, :x, :y, :z]
+            outputs.append(torch.einsum("fxyz,fn->nxyz", f, self.head(table))
+                           if isinstance(self.head, TableReadout) else self.head(f[None])[0])
+        return outputs
 
-    def features(self, channels: Float[torch.Tensor, "channel x y z"]
-                 ) -> Float[torch.Tensor, "feature x y z"]:
+    def features(self, channels: Float[torch.Tensor, "image channel x y z"]
+                 ) -> Float[torch.Tensor, "image feature x y z"]:
         """Compute the features of every voxel. Grids of fewer than 2 · 2^levels voxels along an
         axis are padded with zeros, since instance normalisation needs more than one voxel at the
         coarsest level."""
-        x, y, z = channels.shape[1:]
-        ends = [p for n in (z, y, x) for p in (0, max(0, self.min_size - n))]
-        return self.encoder["unet"](nn.functional.pad(channels[None], ends))[0][:, :x, :y, :z]
+        x, y, z = channels.shape[2:]
+        padded = _pad(channels, [max(n, self.min_size) for n in (x, y, z)])
+        return self.encoder["unet"](padded)[..., :x, :y, :z]
+
+
+def _pad(volumes: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Pad the last three axes with zeros at their ends."""
+    return nn.functional.pad(volumes, [p for n, old in zip(
+        reversed(shape), reversed(volumes.shape[-3:]), strict=True) for p in (0, n - old)])

@@ -59,8 +59,8 @@ def apply(network: VolumeNetwork, dwi: Dwi, grid: Grid, matrix: Float[torch.Tens
     for block in blocks(grid.shape, patch):
         if not grid.mask[block].any():
             continue
-        out = activate(network.head(network.features(
-            grid.volumes(values, block).to(device)))).cpu()
+        features = network.features(grid.volumes(values, block)[None].to(device))
+        out = activate(network.head(features)[0]).cpu()
         ramp = taper(block, grid.shape)
         if total is None:
             total = torch.zeros(len(out), *grid.shape)

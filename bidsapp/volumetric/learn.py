@@ -451,20 +451,23 @@ def train(network: nn.Module, draw: Callable[..., Any],
         History of `training.train`.
     """
     def mean_loss(model: nn.Module, minibatch: Sequence[Example]) -> torch.Tensor:
-        return torch.stack([loss(model(one.ratio, one.table), one) for one in minibatch]).mean()
+        outputs = model([one.ratio for one in minibatch], [one.table for one in minibatch])
+        return torch.stack([loss(output, one) for output, one in zip(
+            outputs, minibatch, strict=True)]).mean()
 
     schedule = replace(schedule, steps=settings.max_steps or schedule.steps)
     return training.train(
         network, draw, mean_loss, schedule, seed=settings.seed, device=settings.device,
         saved=saved, devices=settings.devices, name=name,
-        validate=lambda model: float(mean_loss(model, validation)))
+        validate=lambda model: float(np.mean([float(mean_loss(model, [one]))
+                                              for one in validation])))
 
 
 @torch.inference_mode()
 def evaluate(network: nn.Module, examples: Sequence[Example],
              measure: Callable[[torch.Tensor, Example], Mapping[str, float]]) -> dict[str, float]:
     """Average the metrics of examples."""
-    rows = [measure(network(one.ratio, one.table), one) for one in examples]
+    rows = [measure(network([one.ratio], [one.table])[0], one) for one in examples]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 

@@ -70,7 +70,7 @@ def to_matrix(elements: Float[torch.Tensor, "*n 6"]) -> Float[torch.Tensor, "*n 
     return elements[..., order.to(elements.device)]
 
 
-def to_dyad(output: Float[torch.Tensor, "out *n"]) -> Float[torch.Tensor, "6 *n"]:
+def to_dyad(output: Float[torch.Tensor, "out ..."]) -> Float[torch.Tensor, "6 ..."]:
     """Convert outputs to the elements of n nᵀ; of two outputs, the angles of n over π."""
     if len(output) == len(ROWS):
         return output
