@@ -35,9 +35,9 @@ WHOLE: Block = (slice(None), slice(None), slice(None))
 class Grid:
     """The grid of a network over the mask of a run, and the interpolation between both.
 
-    The grid covers the bounding box of the mask. Interpolation is linear along each axis; towards
-    larger voxels the triangle is widened to the new voxel, so that noise and edges are not aliased.
-    Values outside the mask have no part in it.
+    The grid covers the bounding box of the mask. Interpolation is linear along each axis; larger
+    voxels have the mean of the interpolated values over the voxel. Values outside the mask have no
+    part in it.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ class Grid:
         """Interpolate volumes on the grid at the voxels of the run's mask."""
         inside = torch.from_numpy(self.rows >= 0)
         if self.ratio != (1, 1, 1):
-            matrices = [_triangles(old, new, 1 / r) for old, new, r in zip(
+            matrices = [_interpolation(old, new, 1 / r) for old, new, r in zip(
                 self.rows.shape, self.shape, self.ratio, strict=True)]
             known = self.mask[None].to(volumes.dtype)
             weight = _along_axes(known, matrices).clamp(min=1e-6)
@@ -125,16 +125,22 @@ class Grid:
 
     @cached_property
     def _to_grid(self) -> list[torch.Tensor]:
-        return [_triangles(new, old, r) for new, old, r in zip(
+        return [_interpolation(new, old, r) for new, old, r in zip(
             self.shape, self.rows.shape, self.ratio, strict=True)]
 
 
-def _triangles(new: int, old: int, ratio: float) -> Float[torch.Tensor, "new old"]:
-    """Weights max(0, 1 − |x_i − j|/w)/w of old voxels j for a new voxel i, with
-    x_i = ratio (i + ½) − ½ and w = max(1, ratio)."""
-    width = max(1.0, ratio)
-    x = ratio * (torch.arange(new) + 0.5) - 0.5
-    return (1 - (x[:, None] - torch.arange(old)).abs() / width).clamp(min=0) / width
+def _interpolation(new: int, old: int, ratio: float) -> Float[torch.Tensor, "new old"]:
+    """Weights of old voxels j for a new voxel i, centred at x_i = ratio (i + ½) − ½: Λ(x_i − j), or
+    the mean of Λ(x − j) over |x − x_i| < ratio/2 if ratio > 1, with Λ(x) = max(0, 1 − |x|)."""
+    x = (ratio * (torch.arange(new) + 0.5) - 0.5)[:, None] - torch.arange(old)
+    if ratio <= 1:
+        return (1 - x.abs()).clamp(min=0)
+
+    def integral(x: torch.Tensor) -> torch.Tensor:
+        """∫ Λ from −∞."""
+        return ((1 + x.clamp(-1, 0)) ** 2 + 1 - (1 - x.clamp(0, 1)) ** 2) / 2
+
+    return (integral(x + ratio / 2) - integral(x - ratio / 2)) / ratio
 
 
 def _along_axes(volumes: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
