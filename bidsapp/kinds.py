@@ -189,6 +189,10 @@ class Cohort:
         Voxel size in mm of every run, by its name.
     paired_by : str, optional
         `session` if only scans of the same session are paired.
+    tissue : callable, optional
+        Segments the T1w image of a run, given its name. Returns the (voxel, 3) float32
+        probabilities of grey matter, white matter and CSF in the voxels of `load`, or None if the
+        run has no T1w image that can be used. It takes up to minutes.
     """
 
     statistics: pd.DataFrame
@@ -199,6 +203,7 @@ class Cohort:
     load: Callable[[str], Dwi] | None = None
     voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     paired_by: str | None = None
+    tissue: Callable[[str], np.ndarray | None] | None = None
 
 
 @dataclass(frozen=True)
