@@ -367,6 +367,27 @@ class Method(ABC):
         "Units", "range", …}}}; for a harmonizer also "signal": {"Description", "Units"}."""
         return json.loads((self.folder / "outputs.json").read_text())
 
+    def name_map(self, entry: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+        """Find what names the files of a map.
+
+        Parameters
+        ----------
+        entry : mapping
+            Entry of the map in outputs.json. Without "suffix" it is a parameter of the model
+            (`dwimap`). `dseg` is a segmentation by the labels of BIDS (0 background, 1 grey matter,
+            2 white matter, 3 CSF), whose Units are "label"; `probseg` is the probability of the
+            tissue that the entity `label` names (GM, WM, CSF). These two follow from no model.
+
+        Returns
+        -------
+        suffix : str
+        entities : dict
+            Entities of the file, with `model` for `dwimap` alone, besides those of the run.
+        """
+        suffix = entry.get("suffix", "dwimap")
+        model = {"model": self.outputs["model"]["name"]} if suffix == "dwimap" else {}
+        return suffix, {**model, **entry["entities"]}
+
     @property
     def ranges(self) -> dict[str, tuple[float | None, float | None]]:
         """Minimum and maximum of every map; None for no limit."""
