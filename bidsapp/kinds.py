@@ -189,6 +189,10 @@ class Cohort:
         Voxel size in mm of every run, by its name.
     paired_by : str, optional
         `session` if only scans of the same session are paired.
+    tissue : callable, optional
+        Segments the T1w image of a run, given its name. Returns the (voxel, 3) float32
+        probabilities of grey matter, white matter and CSF in the voxels of `load`, or None if the
+        run has no T1w image that can be used. It takes up to minutes.
     """
 
     statistics: pd.DataFrame
@@ -199,6 +203,7 @@ class Cohort:
     load: Callable[[str], Dwi] | None = None
     voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     paired_by: str | None = None
+    tissue: Callable[[str], np.ndarray | None] | None = None
 
     def hold_out(self, share: float, seed: int, method: str, runs: Sequence[str]) -> set[str]:
         """Choose the runs of a random share of the participants, at least one, for validation.
@@ -388,6 +393,27 @@ class Method(ABC):
         """Content of outputs.json: {"model": {...}, "maps": {key: {"entities", "Description",
         "Units", "range", …}}}; for a harmonizer also "signal": {"Description", "Units"}."""
         return json.loads((self.folder / "outputs.json").read_text())
+
+    def name_map(self, entry: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+        """Find what names the files of a map.
+
+        Parameters
+        ----------
+        entry : mapping
+            Entry of the map in outputs.json. Without "suffix" it is a parameter of the model
+            (`dwimap`). `dseg` is a segmentation by the labels of BIDS (0 background, 1 grey matter,
+            2 white matter, 3 CSF), whose Units are "label"; `probseg` is the probability of the
+            tissue that the entity `label` names (GM, WM, CSF). These two follow from no model.
+
+        Returns
+        -------
+        suffix : str
+        entities : dict
+            Entities of the file, with `model` for `dwimap` alone, besides those of the run.
+        """
+        suffix = entry.get("suffix", "dwimap")
+        model = {"model": self.outputs["model"]["name"]} if suffix == "dwimap" else {}
+        return suffix, {**model, **entry["entities"]}
 
     @property
     def ranges(self) -> dict[str, tuple[float | None, float | None]]:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -48,7 +49,13 @@ from bidsapp.recipe.execute import (
     write_page,
 )
 from bidsapp.recipe.preprocess import CORRECTION_COPIES
-from bidsapp.recipe.steps import RunContext, load_measured, read_measured, voxel_size
+from bidsapp.recipe.steps import (
+    RunContext,
+    load_measured,
+    load_tissue,
+    read_measured,
+    voxel_size,
+)
 from bidsapp.report import boilerplate, distributions, page
 from bidsapp.workers import pool, task
 
@@ -210,7 +217,9 @@ def expand_shorthands(options: Options, trained: Sequence[Trainable]) -> list[st
 
 def load_cohort(dataset: Dataset, options: Options, runs: Mapping[str, Run],
                 statistics: pd.DataFrame, covariates: Sequence[str], memory: float) -> Cohort:
-    """Gather what trainings need of the processed runs; `load` reads a signal on demand.
+    """Gather what trainings need of the processed runs.
+
+    A signal is read (`load`) and a T1w image is segmented (`tissue`) on demand.
 
     memory: bytes that a process may use.
     """
@@ -220,13 +229,21 @@ def load_cohort(dataset: Dataset, options: Options, runs: Mapping[str, Run],
         reference_batch=options.reference_batch, paired_by=options.paired_by,
         acquisitions={name: read_measured(dataset, run)[1] for name, run in runs.items()},
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
-        load=partial(load_signal, dataset, runs, per_scan, options.work_dir))
+        load=partial(load_signal, dataset, runs, per_scan, options.work_dir),
+        tissue=partial(load_posteriors, dataset, runs, per_scan, options.work_dir,
+                       choose_device(options.device)))
 
 
 def load_signal(dataset: Dataset, runs: Mapping[str, Run], memory: float, work_dir: Path | None,
                 name: str) -> Dwi:
     """Load a run by its name. A function of the module, so that other processes can call it."""
     return load_measured(dataset, runs[name], memory=memory, work_dir=work_dir)
+
+
+def load_posteriors(dataset: Dataset, runs: Mapping[str, Run], memory: float, work_dir: Path | None,
+                    device: str, name: str) -> np.ndarray | None:
+    """Compute the tissue probabilities of a run by its name. A function of the module, as well."""
+    return load_tissue(dataset, runs[name], device, memory=memory, work_dir=work_dir)
 
 
 def training_settings(options: Options, devices: tuple[int, int], workers: int

@@ -111,10 +111,9 @@ def method_page(folder: Path) -> str:
     if "signal" in outputs:
         parts.append(f"## Signal\n\n{outputs['signal']['Description']}.")
     if outputs.get("maps"):
-        rows = [f"| `{entities(m)}` | {m['Description']} | {m['Units']} | {limits(m['range'])} |"
-                for m in outputs["maps"].values()]
-        parts.append(f"## Maps\n\nFiles are named `…_model-{outputs['model']['name']}_ENTITIES"
-                     "_dwimap.nii.gz`.\n\n| entities | map | unit | range |\n|---|---|---|---|\n"
+        rows = [f"| `{file_name(folder.name, m)}` | {m['Description']} | {m['Units']} "
+                f"| {limits(m['range'])} |" for m in outputs["maps"].values()]
+        parts.append("## Maps\n\n| file | map | unit | range |\n|---|---|---|---|\n"
                      + "\n".join(rows))
     settings = folder / "training.toml"
     if settings.exists():
@@ -123,9 +122,13 @@ def method_page(folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def entities(entry: dict) -> str:
-    """BIDS entities of a map, as in its file's name."""
-    return "_".join(f"{key}-{value}" for key, value in entry["entities"].items())
+def file_name(method: str, entry: dict) -> str:
+    """Name of a map's file, after the entities of the run."""
+    from bidsapp import methods
+
+    suffix, entities = methods.get(method).name_map(entry)
+    parts = [f"{key}-{value}_" for key, value in entities.items()]
+    return f"…_{''.join(parts)}{suffix}.nii.gz"
 
 
 def limits(bounds: list) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from bidsapp import __version__, methods
+from bidsapp.anatomy import t1w
+from bidsapp.bids import names
 from support import ROOT
 
 TESTS = ROOT / "tests"
@@ -78,6 +80,10 @@ def test_every_method_folder_is_complete():
         assert {"model", "maps"} <= method.outputs.keys(), folder.name
         for key, output in method.outputs["maps"].items():
             assert {"entities", "Description", "Units", "range"} <= output.keys(), (folder, key)
+            suffix, entities = method.name_map(output)
+            assert suffix in names.MAPS, (folder, key)
+            assert (suffix == "probseg") == (entities.get("label") in t1w.TISSUES), (folder, key)
+            assert suffix != "dseg" or output["Units"] == "label", (folder, key)
         assert (folder / "README.md").read_text().startswith(f"# {folder.name}\n")
 
 

@@ -10,6 +10,9 @@ ENTITIES = ("sub", "ses", "sample", "task", "tracksys", "acq", "ce", "trc", "sta
             "res", "label", "model", "param", "stat", "desc")
 """Entities in BIDS order, with those of BEP016 (model, param) and `stat` before `desc`."""
 
+MAPS = ("dwimap", "dseg", "probseg")
+"""Suffixes of the maps of estimators: parameters, labels of tissues, probabilities of tissues."""
+
 BIDSIGNORE = ("*.html", "logs", "log", "figures", "group", "*_dwimap.*", "*_dwi.bval",
               "*_dwi.bvec", "*_dwi.b", "*_dwi.btens", "*_qc.*", "*_truth.*", "*_xfm.*",
               "*_cohort-*", "*_fieldmap.*", "*_dwiref.*",

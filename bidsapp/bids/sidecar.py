@@ -90,7 +90,8 @@ def derived(run: Run, dataset: Dataset, *, model: Mapping[str, Any], output: Map
     """
     keys = base(run, dataset, output["Description"])
     keys["Sources"] = [*keys["Sources"], *more_sources]
-    not_copied = ("entities", "Description", "range", "cmap", "report", "display", "background")
+    not_copied = ("suffix", "entities", "Description", "range", "cmap", "report", "display",
+                  "background")
     return {
         **keys,
         **{k: v for k, v in output.items() if k not in not_copied},

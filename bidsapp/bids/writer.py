@@ -419,10 +419,12 @@ Diffusion MRI derivatives in BIDS, made by QSphere. Open `sub-*.html` (and `grou
 - `*_desc-upsampled_dwi.nii.gz`, `*_desc-denoised_dwi.nii.gz`: with more directions, less noise.
 - `sub-*/[ses-*/]dwi/*_model-*_param-*_dwimap.nii.gz`: maps; the JSON beside each says what it is,
   its units, and what it was made from. `_stat-std` is the uncertainty of the map of that name.
+- `sub-*/[ses-*/]dwi/*_dseg.nii.gz`: tissues by the labels of BIDS (1 grey matter, 2 white matter,
+  3 CSF); `*_label-*_probseg.nii.gz`: the probability of each.
 - `*_desc-harmonized_dwi.nii.gz`: the signal as the reference site would have measured it;
   `*_desc-harmonized_dwimap.nii.gz`: maps made from it, beside those of the measured signal.
-- `*_space-*_dwimap.nii.gz`: maps on the grid of the T1w image or of a template, by one
-  interpolation; `*_xfm.*`: the transform.
+- `*_space-*_{dwimap,dseg,probseg}.nii.gz`: maps on the grid of the T1w image or of a template, by
+  one interpolation; `*_xfm.*`: the transform.
 - `*_desc-synth*_dwi.nii.gz`: synthetic signals, one voxel after another; `*_desc-synth*_truth.tsv`
   beside each holds what every voxel was made from, in the same order. `*_desc-synth_qc.tsv`: how
   well each mode stands for the participant.

@@ -92,10 +92,11 @@ class Outputs:
 
     def _map(self, method: Method, entry: Mapping[str, Any], values: np.ndarray,
              parameters: Mapping[str, Any], **more: Any) -> PurePosixPath:
-        model = method.outputs["model"]
+        suffix, entities = method.name_map(entry)
+        if suffix == "dseg":
+            values = values.astype(np.uint8)
         own = {"desc": self.stage.desc} if self.stage.desc else {}
-        path = self._path("dwimap", model=model["name"],
-                          **{**entry["entities"], **own, **more.pop("entities", {})})
+        path = self._path(suffix, **{**entities, **own, **more.pop("entities", {})})
         self.transaction.image(path, self.stage.dwi.unmask(values), self.like,
                          {**self._about(method, entry, parameters), **more})
         return path

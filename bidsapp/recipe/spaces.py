@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bidsapp.anatomy import t1w
-from bidsapp.bids import sidecar
+from bidsapp.bids import names, sidecar
 from bidsapp.bids.inherit import entities_of
 from bidsapp.bids.writer import Transaction, sha256, to_json
 from bidsapp.dwi import Dwi, open_image, read_array
@@ -317,7 +317,8 @@ class Resample(Step):
         points = resample.read_points(root / self.takes.transform, grid.shape, grid.affine)
         mask = read_array(open_image(root / context.mask)) > 0
         images = [PurePosixPath(name) for name in context.dataset.record(
-            self.estimate.record)["outputs"] if name.endswith("_dwimap.nii.gz")]
+            self.estimate.record)["outputs"]
+                  if name.endswith(tuple(f"_{suffix}.nii.gz" for suffix in names.MAPS))]
         log.info("%s: %s, %d images", context.run.name, self.title, len(images))
         rotations = np.empty(0)
         for path in images:
@@ -349,11 +350,12 @@ class Resample(Step):
             whole = np.zeros((*inside.shape, new.shape[1]), image.get_data_dtype())
             whole[inside] = new
             whole = whole if image.ndim > 3 else whole[..., 0]
+            suffix = path.name.removesuffix(".nii.gz").rpartition("_")[2]
             entities = {**{k: v for k, v in entities_of(path.name).items() if k != "res"},
                         **space.entities}
             uri = context.dataset.uri(root / path)
             transaction.image(
-                context.path("dwimap", **entities), whole, grid,
+                context.path(suffix, **entities), whole, grid,
                 {**_elsewhere(about), **self.takes.about, "Interpolation": way,
                  "Sources": [uri, self.takes.about["Transform"]]})
             if path.name.endswith("_model-tensor_param-fa_dwimap.nii.gz"):

@@ -343,10 +343,8 @@ class Measure(Step):
     def _stage(self, dwi: Dwi, about: Mapping[str, Any]) -> Stage:
         # cached: several methods and spaces may use them
         record = self.context.dataset.record(self.preprocess.record) if self.preprocess else {}
-        transform = record.get("t1w_transform")
         anatomy = cache(partial(register_t1w, self.context.run, dwi, self.context.device,
-                                None if transform is None else np.array(transform),
-                                record.get("t1w_problem")))
+                                *_earlier_registration(record)))
         tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir,
                                anatomy))
         return Stage(dwi, about=about, tissue=tissue, anatomy=anatomy)
@@ -537,6 +535,54 @@ def load_measured(dataset: Dataset, run: Run, *, memory: float = math.inf,
                                                       desc="brain"), series.shape, series.affine)
     return replace(series.within(mask, memory=memory, work_dir=work_dir),
                    noise_sd=facts["noise_sd"], magnitude=facts["magnitude"])
+
+
+def load_tissue(dataset: Dataset, run: Run, device: str, *, memory: float = math.inf,
+                work_dir: Path | None = None) -> np.ndarray | None:
+    """Compute the tissue probabilities of a run that an earlier invocation measured.
+
+    The run is registered to its T1w image, unless the correction of its images did so before. A
+    T1w image that cannot be used is reported in the log.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        OUTPUT_DIR, with the records of the run.
+    run : Run
+        The run as it was found.
+    device : str
+        Device of torch, for the brain extraction.
+    memory, work_dir
+        Those of `load_run`.
+
+    Returns
+    -------
+    (voxel, 3) float32 or None
+        Probabilities of grey matter, white matter and CSF, Σ ≤ 1, of the voxels of
+        `load_measured`; None if the run has no T1w image that can be used.
+
+    Raises
+    ------
+    DataError
+        A file of the run is missing or damaged.
+    """
+    if run.t1w is None:
+        return None
+    dwi = load_measured(dataset, run, memory=memory, work_dir=work_dir)
+    *_, facts = read_measured(dataset, run)
+    records = [dataset.record(names.output_path(run.entities, "step", ".json", "log", desc=name))
+               for name in facts["takes"]]  # the step that corrected the images, if one did
+    earlier = _earlier_registration(records[0] if records else {})
+    tissue, sentence = find_tissue(run, dwi, work_dir,
+                                   partial(register_t1w, run, dwi, device, *earlier))
+    log.info("%s: %s", run.name, sentence)
+    return tissue
+
+
+def _earlier_registration(record: Mapping[str, Any]) -> tuple[np.ndarray | None, str | None]:
+    """Transform to the T1w image and problem with it in the record of the correction of images."""
+    transform = record.get("t1w_transform")
+    return None if transform is None else np.array(transform), record.get("t1w_problem")
 
 
 def read_measured(dataset: Dataset, run: Run) -> tuple[Run, Acquisition, dict[str, Any]]:

@@ -95,13 +95,13 @@ def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
     with mpl.rc_context(STYLE):
         for key, values in derived.maps.items():
             entry = outputs["maps"][key]
-            entities = {"model": outputs["model"]["name"], **entry["entities"]}
+            suffix, entities = method.name_map(entry)
             section = f"Maps: {method.name.removeprefix('estimate_')}"
             if values.ndim == 2 and values.shape[1] == 3:
                 drawn.insert(0, _directions(canvas, values, derived.maps.get("fa"), entities,
                                             section))
             elif values.ndim == 1 and entry.get("report"):
-                drawn.append(_map(canvas, values, entry, entities, section))
+                drawn.append(_map(canvas, values, entry, suffix, entities, section))
             elif entry.get("report"):
                 drawn.append(_glyphs(canvas, values, derived, outputs, entry, entities, section))
     return drawn
@@ -318,8 +318,8 @@ def _directions(canvas: Canvas, direction: np.ndarray, fa: np.ndarray | None,
         "corticospinal tract blue; anything else points to wrong b-vectors.", section)
 
 
-def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities: dict[str, str],
-         section: str) -> Figure:
+def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], suffix: str,
+         entities: dict[str, str], section: str) -> Figure:
     finite = values[np.isfinite(values)]
     ends = entry.get("display") or entry.get("range") or (None, None)
     usual = np.percentile(finite, (2, 98)) if len(finite) else (0.0, 1.0)
@@ -345,7 +345,7 @@ def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], entities:
         parts.append(f"{beyond:.2%} of the voxels lie outside the shown range.")
     if len(finite) < len(values):
         parts.append(f"{len(values) - len(finite)} voxels have no value (grey).")
-    return Figure("dwimap", entities, svg(drawn), short(name), " ".join(parts), section)
+    return Figure(suffix, entities, svg(drawn), short(name), " ".join(parts), section)
 
 
 def _glyphs(canvas: Canvas, odf: np.ndarray, derived: Derived, outputs: Mapping[str, Any],

@@ -117,7 +117,7 @@ def test_is_finite_complete_and_in_range(method, rng):
     json.dumps([dict(derived.counts), dict(derived.parameters)])
     assert all(isinstance(v, str) or (isinstance(v, int) and v >= 0)
                for v in derived.counts.values())
-    stems = [tuple(sorted(o["entities"].items())) for o in outputs["maps"].values()]
+    stems = [(o.get("suffix"), *sorted(o["entities"].items())) for o in outputs["maps"].values()]
     assert len(set(stems)) == len(stems)
     for name, values in derived.maps.items():
         output = outputs["maps"][name]

@@ -346,7 +346,7 @@ def test_labels_are_counted(rng):
             "Units": "label", "range": [0, 2], "report": True}
     values = np.repeat([0.0, 1, 2], (70, 20, 10)).astype(np.float32)
     with mpl.rc_context(canvas.STYLE):
-        drawn = figures._map(canvas.Canvas(dwi), values, flag, {}, "")
+        drawn = figures._map(canvas.Canvas(dwi), values, flag, "dwimap", {}, "")
     assert drawn.title == "Flag" and "1: 20.00%, 2: 10.00%" in drawn.caption
     assert "Median" not in drawn.caption and ">0.5<" not in drawn.svg.decode()
 
