@@ -71,7 +71,7 @@ class ShellWeights(nn.Module):
 
     def forward(self, shells: Float[torch.Tensor, "shell 3"]
                 ) -> Float[torch.Tensor, "coef shell kernel"]:
-        weights = self.net(shell_properties(shells)).unflatten(-1, (-1, self.kernels))
+        weights = self.net(shell_properties(shells[None])[0]).unflatten(-1, (-1, self.kernels))
         return by_degree(weights.movedim(1, 0))
 
 

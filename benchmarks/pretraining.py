@@ -1,0 +1,270 @@
+"""Pretraining: do encoders that learned without labels help tasks with few labelled people?
+
+    python benchmarks/pretraining.py WORK [--workers 2]      # every start, task and number of people
+    python benchmarks/pretraining.py WORK --tables           # one network for four acquisitions
+    python benchmarks/pretraining.py WORK --real             # tissue of real DWIs against their T1w
+    python benchmarks/pretraining.py WORK --speed            # a brain of 72 × 72 × 39 voxels
+
+The design is that of Weninger et al. 2022 on two phantoms whose seeds belong to this benchmark. The
+auxiliary one (no labels) has AUXILIARY people at 4 mm with 90 directions each of b 1000, 2000 and
+3000 at SNR 25; the clinic 28 people (15 to learn from, 5 to validate, 8 to test) at 6 mm with 64
+directions of b 1000 at SNR 15. Tissue is that of the phantom, crossings and directions those of CSD
+of the same scans. `table` is the published network, on 64 channels, with its losses (L1, angles);
+`any` takes any gradient table, with cross-entropy and axes. Every start has the same schedule, the
+same people and the same order of crops. Tests are one-sided and paired over runs and people.
+
+WORK keeps scans, encoders and results; an interrupted benchmark goes on from them. Delete it after a
+change of methods or phantom.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import table
+import torch
+from scipy.stats import ttest_rel
+
+from bidsapp import methods, training
+from bidsapp.acquisition import Acquisition, concatenate
+from bidsapp.dwi import Dwi
+from bidsapp.kinds import MethodContext, TrainingSettings
+from bidsapp.methods.estimate_direction import method as direction
+from bidsapp.networks.builder import build_network
+from bidsapp.options import PhantomOptions
+from bidsapp.phantom import load_atlas, recruit
+from bidsapp.simulate import person, phantom, site
+from bidsapp.volumetric import learn
+from bidsapp.volumetric.corruption import Corruption
+from bidsapp.volumetric.estimator import class_loss, class_metrics, one_hot
+from bidsapp.volumetric.labels import MAX_PEAKS, label_fibres
+
+CLINIC, AUXILIARY = 28, 12
+TRAINING, VALIDATION, TEST = range(15), range(15, 20), range(20, 28)
+LABELLED, RUNS = (2, 5, 15), 4
+STARTS = ("random", "none", "mask", "artifacts")
+NAMES = {"random": "random", "none": "autoencoder", "mask": "masked autoencoder",
+         "artifacts": "artifact removal"}
+TASKS = ("tissue", "crossings", "direction")
+SCORES = {"tissue": "f1", "crossings": "accuracy", "direction": "mse_angles"}
+VOXEL = 6.0
+PRETRAINING = training.Schedule(steps=300, learning_rate=1e-3, validate_every=50)
+SCHEDULE = training.Schedule(steps=60, learning_rate=1e-3, validate_every=15)
+RECIPE = learn.Recipe({"architecture": "volumetric"}, SCHEDULE, batch=2, patch=64, voxel=VOXEL)
+TABLES = {"20 × b 1000": ((1000.0,), 20), "64 × b 1000": ((1000.0,), 64),
+          "30 × b 1000, 2000": ((1000.0, 2000.0), 30),
+          "30 × b 700, 1500, 3000": ((700.0, 1500.0, 3000.0), 30)}
+
+
+def scans(seed, people, acquisition, voxel, snr):
+    """Yield the scan of each person at the reference site, with tissue GM, WM, CSF of its voxels."""
+    design = PhantomOptions(Path("unused"), random_seed=seed, voxel_size=voxel, snr=snr,
+                            participants=people, sites=1)
+    atlas, scanner = load_atlas(design.step), site.draw_sites(design)[0]
+    for one in recruit(design):
+        who = person.draw_person(design, atlas, one.label, one.age, one.sex, one.lesion,
+                                 one.tissue)
+        scan = phantom.simulate_scan(who, scanner, scanner, acquisition, atlas, design,
+                                     phantom.draw_pose(design, one.label, scanner.name))
+        inside = scan.mask
+        clean = np.moveaxis(scan.signal, 0, -1)[inside].astype(np.float64)
+        sigma = phantom.UNIT * scanner.sigma(scan.grid.points).reshape(scan.grid.shape)[inside]
+        rng = torch.Generator().manual_seed(1000 * seed + int(one.label))
+        measured = phantom.add_noise(clean, sigma[:, None], scanner, rng)
+        shares = np.stack([scan.tissue[phantom.TISSUES.index(t)][inside]
+                           for t in ("gm", "wm", "csf")], 1).astype(np.float32)
+        yield Dwi(measured.astype(np.float32), inside, scan.grid.affine, acquisition,
+                  tissue=shares / np.maximum(shares.sum(1, keepdims=True), 1))
+
+
+def simulate(work, name, *arguments):
+    """Simulate people once, each in a file with its labels."""
+    folder = work / "people"
+    folder.mkdir(parents=True, exist_ok=True)
+    count = arguments[1]
+    if not (folder / f"{name}_{count - 1:02d}.npz").exists():
+        for i, dwi in enumerate(scans(*arguments)):
+            white = dwi.tissue.argmax(1) == 1
+            fibres = label_fibres(dwi, white & (dwi.tissue[:, 1] > 0.5))
+            part = folder / f"{name}_{i:02d}.part.npz"
+            np.savez(part, signal=dwi.signal, mask=dwi.mask, affine=dwi.affine,
+                     bvals=dwi.acquisition.bvals, bvecs=dwi.acquisition.bvecs, tissue=dwi.tissue,
+                     count=fibres.count, axis=fibres.axis)
+            part.replace(folder / f"{name}_{i:02d}.npz")
+            print(f"{name} {i + 1} of {count}", flush=True)
+    return [folder / f"{name}_{i:02d}.npz" for i in range(count)]
+
+
+def read(path):
+    """A person: Dwi and labels."""
+    data = np.load(path)
+    dwi = Dwi(data["signal"], data["mask"], data["affine"],
+              Acquisition(data["bvals"], data["bvecs"]), tissue=data["tissue"])
+    return dwi, data
+
+
+def labelled(path, task):
+    """A person with the target of a task; None for pretraining."""
+    dwi, data = read(path)
+    if task is None:
+        return learn.Labelled(dwi)
+    if task == "tissue":
+        return learn.Labelled(dwi, one_hot(dwi.tissue.argmax(1), 3), dwi.tissue.sum(1) > 0.5)
+    white = data["count"] > 0
+    if task == "crossings":  # in white matter, as published
+        return learn.Labelled(dwi, one_hot(data["count"], MAX_PEAKS + 1), white)
+    axis = learn.Grid.over(dwi).directions(data["axis"])
+    return learn.Labelled(dwi, (axis[:, direction.ROWS] * axis[:, direction.COLUMNS]).astype(
+        np.float32), white)
+
+
+def prepare(work, paths, task, channels):
+    folder = work / "grids" / f"{task}_{'table' if channels.directions else 'any'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return [learn.prepare(labelled(path, task), channels, folder,
+                          f"{path.stem}_{multiprocessing.current_process().pid}")
+            for path in paths]
+
+
+def channels_of(input_):
+    """The clinic's table, or any; its grid has the axes of the world."""
+    if input_ == "any":
+        return learn.Channels(VOXEL)
+    clinic = site.gradient_table((1000.0,), 64)
+    return learn.Channels(VOXEL, clinic.bvecs[~clinic.b0].tolist(), 1000.0)
+
+
+def loss_of(task, input_):
+    """Published losses for `table`, and ours for `any`: number of outputs, loss, metrics."""
+    if task == "direction":
+        target = direction.ANGLES if input_ == "table" else direction.AXIS
+        return (2 if target == direction.ANGLES else 6,
+                partial(direction.direction_loss, target), direction.direction_metrics)
+    kind = "l1" if input_ == "table" else "cross-entropy"
+    return 3 if task == "tissue" else MAX_PEAKS + 1, partial(class_loss, kind), class_metrics
+
+
+def pretrain(work, input_, kind):
+    """Weights of an encoder pretrained on the auxiliary phantom."""
+    file = work / f"encoder_{input_}_{kind}.pt"
+    if not file.exists():
+        people = prepare(work, sorted((work / "people").glob("auxiliary_*.npz")), None,
+                         channels := channels_of(input_))
+        corruption = Corruption(kind, VOXEL)
+
+        def loss(output, example):
+            return (output - example.clean)[:, example.valid].square().mean()
+
+        recipe = replace(RECIPE, input=input_, schedule=PRETRAINING)
+        network, _ = learn.initial_network(
+            recipe, len(channels.directions) or None, channels, 0, None)
+        held = [learn.middle(s, RECIPE.patch, corruption, 1) for s in people[-2:]]
+        history = learn.train(network, learn.Sampler(people[:-2], recipe, corruption), held, loss,
+                              PRETRAINING, TrainingSettings(seed=1), None, f"{input_}, {kind}")
+        torch.save({k: v for k, v in network.state_dict().items()
+                    if k.startswith(f"{learn.ENCODER}.")}, file)
+        print(input_, kind, [round(row["validation"], 5) for row in history], flush=True)
+    return torch.load(file)
+
+
+def tune(work, input_, start, task, people, run):
+    """Train a task from a start on labelled people; metrics of each test person, and validation."""
+    file = work / "results" / f"{input_}_{start}_{task}_{people}_{run}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    torch.set_num_threads(1)
+    paths = sorted((work / "people").glob("clinic_*.npz"))
+    chosen = np.random.default_rng(run).permutation(TRAINING)[:people]
+    channels, (outputs, loss, metrics) = channels_of(input_), loss_of(task, input_)
+    groups = [prepare(work, [paths[i] for i in part], task, channels)
+              for part in (chosen, VALIDATION, TEST)]
+    recipe = replace(RECIPE, input=input_, subsample=False)
+    network, _ = learn.initial_network(recipe, outputs, channels, run, None)
+    if start != "random":
+        network.load_state_dict({**network.state_dict(), **pretrain(work, input_, start)})
+    history = learn.train(
+        network, learn.Sampler(groups[0], recipe),
+        [learn.middle(s, RECIPE.patch) for s in groups[1]], loss, SCHEDULE,
+        TrainingSettings(seed=run), None, file.stem)
+    result = {"test": [learn.evaluate(network, [learn.middle(s, RECIPE.patch)], metrics)
+                       for s in groups[2]],
+              "validation": [row["validation"] for row in history]}
+    for scan in itertools.chain(*groups):
+        Path(scan.ratio.filename).unlink()
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result))
+    return result
+
+
+def combinations():
+    """(input, start, task, people, run), the runs outermost, so that a part is balanced."""
+    for run in range(1, RUNS + 1):
+        for task, people, start in itertools.product(TASKS, LABELLED, STARTS):
+            yield "table", start, task, people, run
+        for task, (people, start) in itertools.product(
+                TASKS, ((2, "random"), (2, "artifacts"), (5, "random"), (5, "artifacts"))):
+            yield "any", start, task, people, run
+
+
+def compare(options):
+    work = options.work
+    simulate(work, "clinic", 41, CLINIC, site.gradient_table((1000.0,), 64), VOXEL, 15.0)
+    simulate(work, "auxiliary", 42, AUXILIARY, site.gradient_table(
+        (1000.0, 2000.0, 3000.0), 90), 4.0, 25.0)
+    for input_, kind in (("table", "none"), ("table", "mask"), ("table", "artifacts"),
+                         ("any", "artifacts")):
+        pretrain(work, input_, kind)
+    todo = list(combinations())
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.workers) as pool:
+        pool.starmap(tune, [(work, *one) for one in todo], chunksize=1)
+    results = {one: tune(work, *one) for one in todo}
+    rows = []
+    for input_, task in itertools.product(("table", "any"), TASKS):
+        for people in LABELLED if input_ == "table" else (2, 5):
+            values = {start: [t for run in range(1, RUNS + 1)
+                              for t in results[input_, start, task, people, run]["test"]]
+                      for start in STARTS if (input_, start, task, people, 1) in results}
+            for start, tests in values.items():
+                rows.append([f"{input_}, {task}, {people} people: {NAMES[start]}",
+                             *describe(tests, values["random"], task)])
+    table.show("pretraining", rows, options.csv)
+    for task in TASKS:  # figure 2a
+        for start in STARTS:
+            curves = [results["table", start, task, 15, run]["validation"]
+                      for run in range(1, RUNS + 1)]
+            print(f"validation, {task}, {NAMES[start]}: "
+                  + " ".join(f"{v:.4f}" for v in np.mean(curves, 0)))
+
+
+def describe(tests, random, task):
+    """Scores, and the change from the random start with its one-sided p-value."""
+    score = SCORES[task]
+    mine, theirs = ([t[score] for t in of] for of in (tests, random))
+    better = "less" if task == "direction" else "greater"
+    change = 100 * (np.mean(mine) / np.mean(theirs) - 1)
+    p = ttest_rel(mine, theirs, alternative=better).pvalue
+    degrees = f"{np.mean([t['degrees'] for t in tests]):.1f}" if task == "direction" else ""
+    return [f"{np.mean(mine):.4f}", degrees,
+            "" if tests is random else f"{change:+.1f} % (p {p:.0e})"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    table.add_option(parser)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    compare(options)
+
+
+if __name__ == "__main__":
+    main()

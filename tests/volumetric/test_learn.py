@@ -1,0 +1,209 @@
+"""Training on volumes: crops, tables, labels, the start of another task, and its refusals."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bidsapp import checkpoint, kinds, methods
+from bidsapp.acquisition import Acquisition
+from bidsapp.errors import Refusal, UsageError
+from bidsapp.volumetric import learn
+from bidsapp.volumetric.corruption import Corruption
+from bidsapp.volumetric.inputs import MIN_DIRECTIONS
+from support import bids_tree, ellipsoid, synthetic_head, travelling_heads
+
+TISSUES = {1: 0, 2: 2, 3: 1, 4: 1}
+"""Labels of `synthetic_head` → column of the tissue probabilities."""
+
+
+def tissue(run):
+    labels = synthetic_head.tissues()[::2, ::2, ::2]
+    inside = labels[labels > 0]
+    return np.eye(3, dtype=np.float32)[[TISSUES[label] for label in inside]]
+
+
+def cohort(people=("01", "02", "03"), **more):
+    more.setdefault("tissue", tissue)
+    return travelling_heads.study(people, "A", **more)
+
+
+def method_with(name, *settings, **context):
+    method = methods.get(name)
+    values = methods.read_settings([f"{name}.{s}" for s in settings], [method], training=True,
+                                   sloppy=True)
+    return methods.get(name, context=kinds.MethodContext(sloppy=True, settings=values, **context))
+
+
+def keep(fitted, folder):
+    for name, trained in fitted.checkpoints.items():
+        (folder / name).mkdir(parents=True)
+        for file, content in checkpoint.pack(trained).items():
+            (folder / name / file).write_bytes(content)
+    return folder / next(iter(fitted.checkpoints))
+
+
+def scan(tmp_path, channels=None, scheme=((0, 2), (1000, 12), (2000, 20))):
+    rng = np.random.default_rng(0)
+    dwi = ellipsoid.dwi_on(np.diag([-6.0, 6, 6, 1]), (20, 22, 18), scheme)
+    dwi = ellipsoid.with_signal(dwi, rng.uniform(0, 1, dwi.signal.shape))
+    target = rng.uniform(0, 1, (len(dwi.signal), 2)).astype(np.float32)
+    return dwi, learn.prepare(learn.Labelled(dwi, target), channels or learn.Channels(6.0),
+                              tmp_path, "run")
+
+
+def test_a_crop_holds_the_signal_and_target_of_its_voxels(tmp_path):
+    dwi, one = scan(tmp_path)
+    chosen = np.array([1, 5, 20])
+    crop = (slice(3, 9), slice(2, 12), slice(0, 7))
+    example = learn.example(one, crop, chosen)
+    ratio = torch.tensor(dwi.signal[:, 2:][:, chosen])
+    want = one.grid.volumes(ratio)[(slice(None), *crop)]
+    torch.testing.assert_close(example.ratio, want, atol=1e-3, rtol=0)  # kept in float16
+    assert torch.equal(example.clean, example.ratio)
+    assert torch.equal(example.valid, one.grid.mask[crop])
+    assert example.table.shell.tolist() == [0, 0, 1]
+
+
+def test_the_table_of_a_network_is_selected_or_interpolated(tmp_path):
+    turned = bids_tree.directions(20, turn=0.4)  # of the second shell
+    axes = turned * [1, 1, 1]
+    dwi, _ = scan(tmp_path)
+    order = np.random.default_rng(1).permutation(20)
+    channels = learn.Channels(6.0, (-axes[order]).tolist(), 2000.0)
+    selected = learn.prepare(learn.Labelled(dwi), channels, tmp_path, "selected")
+    assert selected.acquisition is None
+    want = selected.grid.volumes(torch.tensor(dwi.signal[:, 14:][:, order]))
+    np.testing.assert_allclose(selected.ratio, want, atol=1e-3)
+    weighted = dwi.acquisition[2:]
+    other = replace(channels, directions=bids_tree.directions(30, turn=1.1).tolist())
+    matrix, degree = other.interpolate(weighted, selected.grid)
+    assert (matrix.shape, degree) == ((32, 30), 4)
+    assert not matrix[:12].any()  # the shell of b 1000
+
+
+def test_parts_of_a_table_keep_enough_directions():
+    acquisition = Acquisition(*bids_tree.table(((700, 7), (1500, 20), (3000, 40))))
+    generator = torch.Generator().manual_seed(0)
+    shells, sizes = set(), set()
+    for _ in range(60):
+        part = acquisition[learn.subsample(acquisition, generator)]
+        shells.add(tuple(round(s.b) for s in part.shells))
+        sizes |= {len(s) for s in part.shells}
+    assert len(shells) == 7  # every set but the empty one
+    assert min(sizes) == MIN_DIRECTIONS
+    assert max(sizes) > 30
+
+
+def test_corruption_reaches_the_input_alone(tmp_path):
+    _, one = scan(tmp_path)
+    crop = (slice(0, 16),) * 3
+    masked = learn.example(one, crop, None, Corruption("mask", 6.0),
+                           torch.Generator().manual_seed(1))
+    clean = learn.example(one, crop)
+    assert torch.equal(masked.clean, clean.clean)
+    assert not masked.ratio[:, masked.valid].any()
+    assert torch.equal(masked.ratio[:, ~masked.valid], clean.ratio[:, ~masked.valid])
+    assert 0 < masked.valid.sum() < clean.valid.sum()
+    noisy = learn.example(one, crop, None, Corruption("artifacts", 6.0),
+                          torch.Generator().manual_seed(1))
+    assert not noisy.ratio[:, ~one.grid.mask[crop]].any()
+    assert (noisy.ratio != clean.ratio).any()
+
+
+@pytest.mark.parametrize("corruption", ["artifacts", "none", "mask"])
+@pytest.mark.parametrize("input_", ["any", "table"])
+def test_pretraining_starts_a_task(corruption, input_, tmp_path):
+    people, settings = cohort()
+    pretraining = method_with("pretrain_artifacts", f"corruption={corruption}", f"input={input_}")
+    fitted = pretraining.fit(people, settings)
+    folder = keep(fitted, tmp_path)
+    assert folder.name == f"pretrain_artifacts_{'any' if input_ == 'any' else 'b1000n30'}"
+    (pretrained,) = fitted.checkpoints.values()
+    assert pretrained.card.training["corruption"]["kind"] == corruption
+    assert pretrained.card.metrics["mse"] > 0
+    task = method_with("estimate_tissue")
+    (trained,) = task.fit(people, replace(settings, init=folder, max_steps=1)
+                          ).checkpoints.values()
+    assert trained.card.training["start"] == pretrained.card.sha256 or folder
+    assert trained.card.constants["channels"] == json.loads(
+        (folder / "model.json").read_text())["constants"]["channels"]
+    assert {k for k in trained.tensors if k.startswith("encoder.")} == {
+        k for k in pretrained.tensors if k.startswith("encoder.")}
+    moved = [float((trained.tensors[k] - pretrained.tensors[k]).abs().max())
+             for k in learn.encoder(pretrained)]
+    assert max(moved) < 2e-3  # one step of Adam moves each weight by its learning rate, 1e-3
+
+
+def test_a_task_learns_what_it_can_see():
+    """Tissues of the head differ clearly in their signals."""
+    people, settings = cohort()
+    task = method_with("estimate_tissue", "start=random", "network.width=4", "patch=32",
+                       "schedule.validate_every=20")
+    (trained,) = task.fit(people, replace(settings, max_steps=80)).checkpoints.values()
+    assert trained.card.metrics["f1"] > 0.8
+    assert trained.card.training["validation_runs"] == 1
+
+
+def test_the_weights_of_a_training_are_used(tmp_path):
+    people, settings = cohort()
+    task = method_with("estimate_tissue", "start=random", "network.width=4", "patch=32",
+                       "schedule.validate_every=20")
+    folder = keep(task.fit(people, replace(settings, max_steps=60)), tmp_path)
+    task = methods.get("estimate_tissue", context=kinds.MethodContext(models=folder.parent))
+    dwi = travelling_heads.head("09", "A")
+    derived = task.apply(dwi, "cpu")
+    truth = tissue("09A").argmax(1) + 1
+    assert (derived.maps["segmentation"] == truth).mean() > 0.8
+    total = sum(derived.maps[k] for k in ("gm", "wm", "csf"))
+    np.testing.assert_allclose(total, 1, atol=1e-4)
+    reordered = replace(dwi, signal=dwi.signal[:, ::-1].copy(),
+                        acquisition=dwi.acquisition[np.arange(len(dwi.acquisition))[::-1]])
+    np.testing.assert_allclose(task.apply(reordered, "cpu").maps["gm"], derived.maps["gm"],
+                               atol=1e-3)
+
+
+def test_a_training_goes_on_where_it_stopped(tmp_path):
+    people, settings = cohort()
+    task = method_with("estimate_tissue", "start=random", "network.width=4")
+
+    def weights(**more):
+        (trained,) = task.fit(people, replace(settings, **more)).checkpoints.values()
+        return trained.tensors
+
+    weights(max_steps=2, states=tmp_path)
+    resumed, straight = weights(max_steps=4, states=tmp_path), weights(max_steps=4)
+    for name in straight:
+        assert torch.equal(resumed[name], straight[name])
+
+
+def test_runs_without_labels_are_left_out_or_refused(caplog):
+    people, settings = cohort(tissue=lambda run: None if run == "02A" else tissue(run))
+    task = method_with("estimate_tissue", "start=random")
+    (trained,) = task.fit(people, settings).checkpoints.values()
+    assert "02A is left out: it has no T1w image" in caplog.text
+    assert trained.card.training["runs"] == 2
+    alone, settings = cohort(tissue=lambda run: None)
+    with pytest.raises(UsageError, match="0 participant"):
+        task.fit(alone, settings)
+
+
+def test_labels_of_nothing_are_refused(tmp_path):
+    dwi, _ = scan(tmp_path)
+    nothing = learn.Labelled(dwi, np.zeros((len(dwi.signal), 1), np.float32),
+                             np.zeros(len(dwi.signal), bool))
+    with pytest.raises(Refusal, match="no voxel has a label"):
+        learn.prepare(nothing, learn.Channels(6.0), tmp_path, "nothing")
+
+
+def test_init_of_another_network_is_refused(tmp_path):
+    bundled = methods.get("estimate_scnn2").weights[-1]
+    fitted = kinds.Fitted({}, {}, {"estimate_scnn2": bundled})
+    folder = keep(fitted, tmp_path)
+    with pytest.raises(UsageError, match=re.escape("has no encoder of volumes")):
+        learn.load_start(folder)
+    with pytest.raises(UsageError, match="--init"):
+        learn.load_start(tmp_path / "nowhere")
