@@ -1,0 +1,1 @@
+"""What networks on whole volumes share: the labels that they learn from."""
