@@ -39,7 +39,7 @@ from bidsapp.methods.estimate_direction import method as direction
 from bidsapp.networks.builder import build_network
 from bidsapp.options import PhantomOptions
 from bidsapp.phantom import load_atlas, recruit
-from bidsapp.simulate import person, phantom, site
+from bidsapp.simulate import anatomy, person, phantom, site
 from bidsapp.volumetric import learn
 from bidsapp.volumetric.corruption import Corruption
 from bidsapp.volumetric.estimator import class_loss, class_metrics, one_hot
@@ -77,7 +77,7 @@ def scans(seed, people, acquisition, voxel, snr):
         sigma = phantom.UNIT * scanner.sigma(scan.grid.points).reshape(scan.grid.shape)[inside]
         rng = torch.Generator().manual_seed(1000 * seed + int(one.label))
         measured = phantom.add_noise(clean, sigma[:, None], scanner, rng)
-        shares = np.stack([scan.tissue[phantom.TISSUES.index(t)][inside]
+        shares = np.stack([scan.tissue[anatomy.TISSUES.index(t)][inside]
                            for t in ("gm", "wm", "csf")], 1).astype(np.float32)
         yield Dwi(measured.astype(np.float32), inside, scan.grid.affine, acquisition,
                   tissue=shares / np.maximum(shares.sum(1, keepdims=True), 1))
