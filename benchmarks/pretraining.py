@@ -1,9 +1,6 @@
 """Pretraining: do encoders that learned without labels help tasks with few labelled people?
 
-    python benchmarks/pretraining.py WORK [--workers 2]      # every start, task and number of people
-    python benchmarks/pretraining.py WORK --tables           # one network for four acquisitions
-    python benchmarks/pretraining.py WORK --real             # tissue of real DWIs against their T1w
-    python benchmarks/pretraining.py WORK --speed            # a brain of 72 × 72 × 39 voxels
+    python benchmarks/pretraining.py WORK [--workers 2]  # every start, task, number of people
 
 The design is that of Weninger et al. 2022 on two phantoms whose seeds belong to this benchmark. The
 auxiliary one (no labels) has AUXILIARY people at 4 mm with 90 directions each of b 1000, 2000 and
@@ -13,15 +10,14 @@ of the same scans. `table` is the published network, on 64 channels, with its lo
 `any` takes any gradient table, with cross-entropy and axes. Every start has the same schedule, the
 same people and the same order of crops. Tests are one-sided and paired over runs and people.
 
-WORK keeps scans, encoders and results; an interrupted benchmark goes on from them. Delete it after a
-change of methods or phantom.
+WORK keeps scans, encoders and results; an interrupted benchmark goes on from them. Delete it after
+a change of methods or phantom.
 """
 
 import argparse
 import itertools
 import json
 import multiprocessing
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,12 +27,11 @@ import table
 import torch
 from scipy.stats import ttest_rel
 
-from bidsapp import methods, training
-from bidsapp.acquisition import Acquisition, concatenate
+from bidsapp import training
+from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
-from bidsapp.kinds import MethodContext, TrainingSettings
+from bidsapp.kinds import TrainingSettings
 from bidsapp.methods.estimate_direction import method as direction
-from bidsapp.networks.builder import build_network
 from bidsapp.options import PhantomOptions
 from bidsapp.phantom import load_atlas, recruit
 from bidsapp.simulate import anatomy, person, phantom, site
@@ -63,7 +58,7 @@ TABLES = {"20 × b 1000": ((1000.0,), 20), "64 × b 1000": ((1000.0,), 64),
 
 
 def scans(seed, people, acquisition, voxel, snr):
-    """Yield the scan of each person at the reference site, with tissue GM, WM, CSF of its voxels."""
+    """Yield the scan of each person at the reference site, with GM, WM and CSF of its voxels."""
     design = PhantomOptions(Path("unused"), random_seed=seed, voxel_size=voxel, snr=snr,
                             participants=people, sites=1)
     atlas, scanner = load_atlas(design.step), site.draw_sites(design)[0]

@@ -16,7 +16,8 @@ The map of the house, in the order a run flows through it:
     preprocess/     raw images to clean signal: noise, Gibbs ringing, distortion, motion, eddy
                     currents, bias field
     microstructure/ what spherical estimators share: trained, calibrated, applied; fibre densities
-    volumetric/     what networks on whole volumes share: corruption for pretraining
+    volumetric/     what networks on whole volumes share: grid and inputs, labels, corruption,
+                    training, application in blocks
     kinds.py        the kinds of method: what each takes and returns
     training.py     the only optimisation loop
     simulate/       forward models, noise, people, sites: signals with known truth

@@ -39,7 +39,8 @@ CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hy
            "optimizer": ("adam", "adamw", "sgd"),
            "decay": ("constant", "step", "cosine", "plateau")}
 """Hyper-parameters that are texts, with their allowed values: those of `networks.builder`,
-`methods.upsample_unet`, `networks.autoencoder`, `harmonization.harmonizer` and `training`."""
+`methods.upsample_unet`, `networks.autoencoder`, `harmonization.harmonizer`, `training`,
+`volumetric` and `methods.estimate_direction`."""
 
 
 def read(folder: Path) -> dict[str, Any]:

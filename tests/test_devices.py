@@ -32,6 +32,7 @@ from bidsapp.microstructure.estimator import SphericalMethod
 from bidsapp.networks import builder, scnn
 from bidsapp.options import MODES
 from bidsapp.simulate.likelihood import needs_search
+from bidsapp.volumetric import learn as volumetric
 from support import bids_tree, synthetic_head
 
 DEVICE = os.environ.get("QSPHERE_TEST_DEVICE", "")
@@ -194,11 +195,13 @@ def inputs(network, generator):
 
 
 @pytest.mark.usefixtures("uses_device")
-@pytest.mark.parametrize("name", [n for n in builder.ARCHITECTURES if n != "upsampling"])
+@pytest.mark.parametrize("name", [n for n in builder.ARCHITECTURES
+                                  if n not in ("upsampling", "volumetric")])
 def test_network(name):
     """Forward and backward, in training and in evaluation. No weight is 0, as some are at the
     start: else no gradient would reach the layers before them. (The inputs of `upsampling` are
-    rows of neighbourhoods; upsample_scnn applies it below.)"""
+    rows of neighbourhoods; upsample_scnn applies it below. Those of `volumetric` are lists: see
+    the trainings of its tasks.)"""
     arguments = {"parameters": 3, "shells": 2, "inputs": 4, "outputs": 2}
     known = inspect.signature(builder.ARCHITECTURES[name]).parameters
     generator = torch.Generator().manual_seed(7)
@@ -356,6 +359,13 @@ def head(person, site):
                Acquisition(BVALS, AXES), 8.0)
 
 
+def probabilities(run):
+    """Probabilities of grey matter, white matter and CSF: those of the head, whoever it is."""
+    labels = synthetic_head.tissues()[::2, ::2, ::2]
+    column = np.array([0, 0, 2, 1, 1])  # of the labels of synthetic_head
+    return np.eye(3, dtype=np.float32)[column[labels[labels > 0]]]
+
+
 def one_shell(dwi):
     """The b0 volumes and the shell of b 1000."""
     return dwi.select_shell(dwi.acquisition.shells[0])
@@ -367,7 +377,7 @@ def cohort(select=lambda dwi: dwi):
     return kinds.Cohort(
         table, reference_batch="A", load=lambda run: select(head(run[:2], run[2])),
         acquisitions={run: select(head(run[:2], run[2])).acquisition for run in table["run"]},
-        voxel_sizes=dict.fromkeys(table["run"], tuple(ZOOM)))
+        voxel_sizes=dict.fromkeys(table["run"], tuple(ZOOM)), tissue=probabilities)
 
 
 @cache
@@ -416,14 +426,23 @@ def apply(method, model, device, folder):
             np.full(9, 1000.0), upsample.spread(AXES[BVALS == 1000], 9))
         made = method.predict(dwi, target, device)
         return {"signal": made.signal} | ({} if made.sd is None else {"signal_std": made.sd})
-    return method.apply(dwi, device).maps
+    if isinstance(method, kinds.Estimator):
+        return method.apply(dwi, device).maps
+    # a pretraining: what its network says of a volume
+    network = model.into(builder.build_network(model.card.network)).to(device)
+    scan = volumetric.prepare(volumetric.Labelled(dwi), volumetric.Channels(
+        **model.card.constants["channels"]), folder, "volume")
+    example = volumetric.middle(scan, 16).to(device)
+    with torch.no_grad():
+        return {"signal": array(network([example.ratio], [example.table])[0])}
 
 
 def test_every_method_is_applied_or_works_on_tables():
     """A new kind of method needs a way to be applied here."""
     known = (kinds.SiteHarmonizer, kinds.Synthesizer, kinds.Estimator, kinds.Denoiser,
              kinds.Upsampler, kinds.GroupAnalysis)
-    assert all(isinstance(methods.get(n), known) for n in methods.names())
+    assert all(isinstance(methods.get(n), known) for n in methods.names()
+               if not n.startswith("pretrain_"))
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
@@ -455,7 +474,7 @@ def test_application(name, states, tmp_path):
     """One model on both devices; a method that ships with weights, or needs none, as it ships."""
     method = methods.get(name)
     model = None
-    if isinstance(method, kinds.SiteHarmonizer) or (
+    if isinstance(method, kinds.SiteHarmonizer) or name.startswith("pretrain_") or (
             name in TRAINABLE and not (learn.bundled_weights(name))):
         method, model = fitted(name, 0, states)
     wanted, found = both(lambda device: apply(method, model, device, tmp_path))

@@ -10,9 +10,11 @@ import pytest
 from bidsapp import cli, hyperparameters, kinds, methods, run, training
 from bidsapp.errors import UsageError
 from bidsapp.harmonization import harmonizer
+from bidsapp.methods.estimate_direction import method as estimate_direction
 from bidsapp.methods.upsample_unet import method as upsample_unet
 from bidsapp.networks import autoencoder, builder
 from bidsapp.recipe.plan import choose
+from bidsapp.volumetric import corruption, estimator, learn
 from support.app import qsphere
 
 SHRESNET = "harmonize_shresnet"
@@ -73,7 +75,10 @@ def test_values_that_are_refused(method, text, message):
 
 def test_texts_are_those_that_the_program_knows():
     known = {"architecture": tuple(builder.ARCHITECTURES), "networks": upsample_unet.NETWORKS,
-             "output": harmonizer.OUTPUTS,
+             "output": harmonizer.OUTPUTS, "input": (learn.ANY, learn.TABLE),
+             "start": estimator.STARTS, "corruption": corruption.KINDS,
+             "loss": estimator.LOSSES, "target": (estimate_direction.AXIS,
+                                                  estimate_direction.ANGLES),
              "optimizer": tuple(training.OPTIMIZERS), "decay": training.DECAYS,
              "layer": autoencoder.LAYERS, "nonlinearity": tuple(autoencoder.NONLINEARITIES),
              "space": autoencoder.SPACES}

@@ -24,8 +24,13 @@ from bidsapp.volumetric import inputs, learn
 from bidsapp.volumetric.apply import apply
 from bidsapp.volumetric.inputs import Grid
 
-PRETRAINED = "pretrain_artifacts"
-"""Method whose bundled weights start a training unless `--init` or `start` say otherwise."""
+PRETRAINING = "pretrain_artifacts"
+"""Method whose bundled weights may start a training."""
+
+STARTS = PRETRAINED, RANDOM = "pretrained", "random"
+"""Starts of a training without `--init`: the bundled pretraining, or random weights."""
+
+LOSSES = CROSS_ENTROPY, L1 = "cross-entropy", "l1"
 
 
 class VolumeEstimator(Estimator, Trainable):
@@ -122,8 +127,8 @@ class VolumeEstimator(Estimator, Trainable):
         start = None
         if settings.init:
             start = learn.load_start(settings.init)
-        elif recipe["start"] == "pretrained" and recipe["input"] == learn.ANY:
-            start = maps.bundled_weights(PRETRAINED)
+        elif recipe["start"] == PRETRAINED and recipe["input"] == learn.ANY:
+            start = maps.bundled_weights(PRETRAINING)
         name, checkpoint = learn.fit(self, self.task(cohort, settings), cohort, settings,
                                      intended_use=self.intended_use, start=start)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
@@ -160,7 +165,7 @@ def class_loss(kind: str, output: Float[torch.Tensor, "class x y z"], example: l
         Its target has the labels, whose sum is 1 in valid voxels.
     """
     logits, label = output[:, example.valid], example.target[:, example.valid]
-    if kind == "l1":
+    if kind == L1:
         return (logits.softmax(0) - label).abs().sum(0).mean()
     return -(label * logits.log_softmax(0)).sum(0).mean()
 

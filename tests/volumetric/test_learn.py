@@ -69,9 +69,8 @@ def test_a_crop_holds_the_signal_and_target_of_its_voxels(tmp_path):
 
 
 def test_the_table_of_a_network_is_selected_or_interpolated(tmp_path):
-    turned = bids_tree.directions(20, turn=0.4)  # of the second shell
-    axes = turned * [1, 1, 1]
     dwi, _ = scan(tmp_path)
+    axes = dwi.acquisition.bvecs[14:]  # of the second shell
     order = np.random.default_rng(1).permutation(20)
     channels = learn.Channels(6.0, (-axes[order]).tolist(), 2000.0)
     selected = learn.prepare(learn.Labelled(dwi), channels, tmp_path, "selected")
