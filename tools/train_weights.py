@@ -1,11 +1,13 @@
 """Train the bundled weights of a method: one network for all protocols.
 
-    python tools/train_weights.py METHOD OUT [--densities FILE.npy] [--steps N]
+    python tools/train_weights.py METHOD OUT [--densities FILE.npy] [--steps N] [--set KEY=VALUE]
         [--init FOLDER [--new-hints]] [--learning-rate RATE] [--state FILE] [--threads N]
         [--seed N]
 
 METHOD is a folder of bidsapp/methods with a training.toml: an estimator, or denoise_spherical or
-upsample_scnn, which take neither --densities nor --new-hints. --densities names one or more files
+upsample_scnn, which take neither --densities nor --new-hints. pretrain_artifacts, estimate_tissue,
+estimate_crossings and estimate_direction learn from a phantom that is simulated in memory
+(`phantom_cohort`), and take --init, --steps, --set and --seed. --densities names one or more files
 of tools/densities.py; a share of the simulated voxels use densities from them
 (`simulate.tissue.draw_odfs`). --init names a folder of initial weights. With --new-hints the hints
 are computed for the densities drawn now, not for those of the initial weights. An interrupted
@@ -19,12 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from bidsapp import checkpoint, methods
-from bidsapp.kinds import Denoiser, Upsampler
+from bidsapp.dwi import Dwi
+from bidsapp.kinds import Cohort, Denoiser, MethodContext, TrainingSettings, Upsampler
 from bidsapp.methods.upsample_scnn import learn as upsampling
 from bidsapp.microstructure import learn
+from bidsapp.options import PhantomOptions
+from bidsapp.phantom import load_atlas, recruit
+from bidsapp.simulate import anatomy, person, phantom, site
+from bidsapp.volumetric.estimator import PRETRAINING, VolumeEstimator
+
+PEOPLE, SITES, VOXEL, SEED = 8, 3, 3.0, 51
+SHELLS, DIRECTIONS = (700.0, 1000.0, 2000.0, 3000.0), 64
+"""The phantom of the networks on volumes; its seed belongs to these trainings."""
 
 
 def main() -> None:
@@ -41,10 +53,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     method = methods.get(options.method)
+    if method.name == PRETRAINING or isinstance(method, VolumeEstimator):
+        write(train_on_phantom(method.name, options), options.out)
+        return
     saved = options.state or options.out / "state.ckpt"
     start = (checkpoint.load(options.init, method.name)
              if options.init and isinstance(method, Denoiser | Upsampler) else None)
@@ -88,6 +104,68 @@ def train_estimator(method: Any, recipe: learn.Recipe, options: argparse.Namespa
         method.name, recipe, seed=options.seed, device=options.device, table=table,
         start=learn.initial_weights(method.name, recipe, options.init) if options.init else None,
         saved=saved, intended_use=method.intended_use, new_hints=options.new_hints)
+
+
+def train_on_phantom(name: str, options: argparse.Namespace) -> checkpoint.Checkpoint:
+    """Train a network on volumes on the people of `phantom_cohort`."""
+    settings = methods.read_settings([f"{name}.{text}" for text in options.set],
+                                     [methods.get(name)], training=True)
+    method = methods.trainable(name, MethodContext(settings=settings))
+    fitted = method.fit(phantom_cohort(options.out / "people"), TrainingSettings(
+        max_steps=options.steps, seed=options.seed, device=options.device, init=options.init,
+        states=options.out))
+    (trained,) = fitted.checkpoints.values()
+    return trained
+
+
+def phantom_cohort(folder: Path) -> Cohort:
+    """Simulate people at sites, each scan once, in a file of a folder.
+
+    Sites differ in noise, resolution, bias field, echo time and b-value, as in `qsphere-phantom`.
+    The tissue is that of the phantom, as a perfect T1w image would show it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    design = PhantomOptions(Path("unused"), random_seed=SEED, voxel_size=VOXEL, sites=SITES,
+                            participants=PEOPLE, shells=SHELLS, directions=DIRECTIONS)
+    atlas, scanners = load_atlas(design.step), site.draw_sites(design)
+    table = site.gradient_table(SHELLS, DIRECTIONS)
+    rows = []
+    for one in recruit(design):
+        who = None
+        for scanner in scanners:
+            run = f"{one.label}{scanner.name}"
+            rows.append((one.label, scanner.name, run, scanner.snr))
+            file = folder / f"{run}.npz"
+            if file.exists():
+                continue
+            who = who or person.draw_person(design, atlas, one.label, one.age, one.sex, one.lesion,
+                                            one.tissue)
+            scan = phantom.simulate_scan(who, scanner, scanners[0], table, atlas, design,
+                                         phantom.draw_pose(design, one.label, scanner.name))
+            inside = scan.mask
+            shares = np.stack([scan.tissue[anatomy.TISSUES.index(t)][inside]
+                               for t in ("gm", "wm", "csf")], 1)
+            np.savez(folder / f"{run}.part.npz", signal=scan.signal[:, inside].T, mask=inside,
+                     affine=scan.grid.affine, tissue=shares.astype(np.float32))
+            (folder / f"{run}.part.npz").replace(file)
+            print(f"{run} simulated", flush=True)
+
+    def read(run: str) -> Any:
+        return np.load(folder / f"{run}.npz")
+
+    def load(run: str) -> Dwi:
+        data = read(run)
+        return Dwi(np.ascontiguousarray(data["signal"], np.float32), data["mask"],
+                   data["affine"], table)
+
+    def tissue(run: str) -> np.ndarray:
+        shares = read(run)["tissue"]
+        return shares / np.maximum(shares.sum(1, keepdims=True), 1)
+
+    statistics = pd.DataFrame(rows, columns=["participant", "batch", "run", "snr_b0"])
+    runs = list(statistics["run"])
+    return Cohort(statistics, acquisitions=dict.fromkeys(runs, table), load=load, tissue=tissue,
+                  voxel_sizes=dict.fromkeys(runs, (VOXEL,) * 3))
 
 
 if __name__ == "__main__":

@@ -141,16 +141,16 @@ def test_a_task_learns_what_it_can_see():
     """Tissues of the head differ clearly in their signals."""
     people, settings = cohort()
     task = method_with("estimate_tissue", "start=random", "network.width=4", "patch=32",
-                       "schedule.validate_every=20")
+                       "schedule.validate_every=20", "schedule.learning_rate=0.01")
     (trained,) = task.fit(people, replace(settings, max_steps=80)).checkpoints.values()
-    assert trained.card.metrics["f1"] > 0.8
+    assert trained.card.metrics["accuracy"] > 0.9  # 0.58 if all were grey matter
     assert trained.card.training["validation_runs"] == 1
 
 
 def test_the_weights_of_a_training_are_used(tmp_path):
     people, settings = cohort()
     task = method_with("estimate_tissue", "start=random", "network.width=4", "patch=32",
-                       "schedule.validate_every=20")
+                       "schedule.validate_every=20", "schedule.learning_rate=0.01")
     folder = keep(task.fit(people, replace(settings, max_steps=60)), tmp_path)
     task = methods.get("estimate_tissue", context=kinds.MethodContext(models=folder.parent))
     dwi = travelling_heads.head("09", "A")
