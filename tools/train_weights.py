@@ -34,8 +34,8 @@ from bidsapp.phantom import load_atlas, recruit
 from bidsapp.simulate import anatomy, person, phantom, site
 from bidsapp.volumetric.estimator import PRETRAINING, VolumeEstimator
 
-PEOPLE, SITES, VOXEL, SEED = 8, 3, 3.0, 51
-SHELLS, DIRECTIONS = (700.0, 1000.0, 2000.0, 3000.0), 64
+PEOPLE, SITES, VOXEL, SEED = 6, 2, 3.0, 51
+SHELLS, DIRECTIONS = (700.0, 1000.0, 2000.0, 3000.0), 60
 """The phantom of the networks on volumes; its seed belongs to these trainings."""
 
 
