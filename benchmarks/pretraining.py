@@ -27,7 +27,7 @@ import json
 import multiprocessing
 import time
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +60,8 @@ NAMES = {"random": "random", "none": "autoencoder", "mask": "masked autoencoder"
 TASKS = ("tissue", "crossings", "direction")
 SCORES = {"tissue": "f1", "crossings": "accuracy", "direction": "mse_angles"}
 VOXEL = 6.0
-PRETRAINING = training.Schedule(steps=300, learning_rate=1e-3, validate_every=50)
-SCHEDULE = training.Schedule(steps=60, learning_rate=1e-3, validate_every=15)
+PRETRAINING = training.Schedule(steps=200, learning_rate=1e-3, validate_every=50)
+SCHEDULE = training.Schedule(steps=40, learning_rate=1e-3, validate_every=10)
 RECIPE = learn.Recipe({"architecture": "volumetric"}, SCHEDULE, batch=2, patch=64, voxel=VOXEL)
 
 
@@ -130,7 +130,10 @@ def labelled(path, task):
         np.float32), white)
 
 
-def prepare(work, paths, task, channels):
+@cache
+def prepare(work, paths, task, input_):
+    """Scans on the grid of the network, once in each process."""
+    channels = channels_of(input_)
     folder = work / "grids" / f"{task}_{'table' if channels.directions else 'any'}"
     folder.mkdir(parents=True, exist_ok=True)
     return [learn.prepare(labelled(path, task), channels, folder,
@@ -138,6 +141,7 @@ def prepare(work, paths, task, channels):
             for path in paths]
 
 
+@cache
 def channels_of(input_):
     """The clinic's table, or any; its grid has the axes of the world."""
     if input_ == "any":
@@ -160,8 +164,9 @@ def pretrain(work, input_, kind):
     """Weights of an encoder pretrained on the auxiliary phantom."""
     file = work / f"encoder_{input_}_{kind}.pt"
     if not file.exists():
-        people = prepare(work, sorted((work / "people").glob("auxiliary_*.npz")), None,
-                         channels := channels_of(input_))
+        people = prepare(work, tuple(sorted((work / "people").glob("auxiliary_*.npz"))), None,
+                         input_)
+        channels = channels_of(input_)
         corruption = Corruption(kind, VOXEL)
 
         def loss(output, example):
@@ -185,11 +190,10 @@ def tune(work, input_, start, task, people, run):
     if file.exists():
         return json.loads(file.read_text())
     torch.set_num_threads(1)
-    paths = sorted((work / "people").glob("clinic_*.npz"))
+    everybody = prepare(work, tuple(sorted((work / "people").glob("clinic_*.npz"))), task, input_)
     chosen = np.random.default_rng(run).permutation(TRAINING)[:people]
     channels, (outputs, loss, metrics) = channels_of(input_), loss_of(task, input_)
-    groups = [prepare(work, [paths[i] for i in part], task, channels)
-              for part in (chosen, VALIDATION, TEST)]
+    groups = [[everybody[i] for i in part] for part in (chosen, VALIDATION, TEST)]
     recipe = replace(RECIPE, input=input_, subsample=False)
     network, _ = learn.initial_network(recipe, outputs, channels, run, None)
     if start != "random":
@@ -201,8 +205,6 @@ def tune(work, input_, start, task, people, run):
     result = {"test": [learn.evaluate(network, [learn.middle(s, RECIPE.patch)], metrics)
                        for s in groups[2]],
               "validation": [row["validation"] for row in history]}
-    for scan in itertools.chain(*groups):
-        Path(scan.ratio.filename).unlink()
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(result))
     return result
@@ -377,8 +379,10 @@ def measure_speed(options):
         method.apply(dwi, "cpu")
         rows.append([f"{name}, 72 × 72 × 39 voxels, 60 directions",
                      f"{time.perf_counter() - began:.1f}", f"{time.process_time() - cpu:.1f}"])
-    people = prepare(options.work, sorted((options.work / "people").glob("clinic_*.npz"))[:15],
-                     "tissue", channels := channels_of("any"))
+    paths = tuple(sorted((options.work / "people").glob("clinic_*.npz")))[:15]
+    people = prepare(options.work, paths,
+                     "tissue", "any")
+    channels = channels_of("any")
     outputs, loss, _ = loss_of("tissue", "any")
     network, _ = learn.initial_network(RECIPE, outputs, channels, 0, None)
     began, cpu = time.perf_counter(), time.process_time()

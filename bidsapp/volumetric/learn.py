@@ -226,30 +226,25 @@ def prepare(labelled: Labelled, channels: Channels, folder: Path, name: str) -> 
     grid = Grid.over(dwi, channels.voxel)
     measurements = inputs.weighted(dwi.acquisition)
     acquisition: Acquisition | None = dwi.acquisition[measurements]
-    b0 = torch.from_numpy(dwi.signal[:, dwi.acquisition.b0])
-    matrix = None
+    values = inputs.attenuation(torch.from_numpy(dwi.signal[:, measurements]),
+                                torch.from_numpy(dwi.signal[:, dwi.acquisition.b0]))
     if channels.directions:
         matrix, _ = channels.interpolate(dwi.acquisition[measurements], grid)
-        acquisition = None
-    count = len(channels.directions) or len(measurements)
+        values, acquisition = (values @ matrix).clip(0, 1), None
     ratio = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16,
-                                      (count, *grid.shape))
-    for i in range(0, count, CHUNK):
-        if matrix is None:
-            signal = torch.from_numpy(dwi.signal[:, measurements[i:i + CHUNK]])
-            part = inputs.attenuation(signal, b0)
-        else:
-            signal = torch.from_numpy(dwi.signal[:, measurements])
-            part = (inputs.attenuation(signal, b0) @ matrix[:, i:i + CHUNK]).clip(0, 1)
-        ratio[i:i + CHUNK] = grid.volumes(part).numpy()
+                                      (values.shape[1], *grid.shape))
+    for i in range(0, len(ratio), CHUNK):
+        ratio[i:i + CHUNK] = grid.volumes(values[:, i:i + CHUNK]).numpy()
     ratio.flush()
-    known = dwi.mean_b0 > 0 if labelled.valid is None else labelled.valid
-    target = (np.zeros((len(known), 0), np.float32) if labelled.target is None
-              else labelled.target)
-    valid = grid.volumes(torch.from_numpy(known[:, None].astype(np.float32)))[0] > 0.5
-    if not valid.any():
+    known = torch.from_numpy(dwi.mean_b0 > 0 if labelled.valid is None else labelled.valid)[:, None]
+    weight = grid.volumes(known.float())
+    if not (weight > 0.5).any():
         raise Refusal("no voxel has a label. Check the alignment with the T1w image.")
-    return Scan(ratio, acquisition, grid, grid.volumes(torch.from_numpy(target)), valid)
+    target = torch.zeros(len(known), 0) if labelled.target is None else torch.from_numpy(
+        labelled.target)
+    # the mean over known voxels
+    return Scan(ratio, acquisition, grid, grid.volumes(target * known) / weight.clamp(min=1e-6),
+                weight[0] > 0.5)
 
 
 def example(scan: Scan, crop: inputs.Block, chosen: Int[np.ndarray, " n"] | None = None,
