@@ -20,7 +20,7 @@ RUN touch README.md LICENSE NOTICE \
  && /opt/qsphere/bin/pip check
 COPY README.md LICENSE NOTICE ./
 COPY bidsapp bidsapp
-# What no run needs is a seventh of the image: tests of libraries (nilearn imports some of its own),
+# What no run needs: tests of libraries, 0.2 GB (but for those of nilearn, which imports some of them),
 # and what deepbet, of which only the weights are read, requires: a GUI toolkit and LGPL libraries.
 RUN /opt/qsphere/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
  && /opt/qsphere/bin/pip uninstall -q -y connected-components-3d customtkinter darkdetect \
