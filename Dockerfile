@@ -20,12 +20,17 @@ RUN touch README.md LICENSE NOTICE \
  && /opt/qsphere/bin/pip check
 COPY README.md LICENSE NOTICE ./
 COPY bidsapp bidsapp
-# what no run needs is a tenth of the image
+# What no run needs: tests of libraries, 0.2 GB (but for those of nilearn, which imports some of them),
+# and what deepbet, of which only the weights are read, requires: a GUI toolkit and LGPL libraries.
 RUN /opt/qsphere/bin/pip install --no-cache-dir --no-deps --force-reinstall . \
+ && /opt/qsphere/bin/pip uninstall -q -y connected-components-3d customtkinter darkdetect \
+      fastremap fill_voids \
  && /opt/qsphere/bin/pip uninstall -q -y setuptools pip \
- && rm -rf /opt/qsphere/lib/python3*/site-packages/torch/include \
+ && rm -rf /opt/qsphere/bin/deepbet-* \
+           /opt/qsphere/lib/python3*/site-packages/torch/include \
            /opt/qsphere/lib/python3*/site-packages/torch/test \
-           /opt/qsphere/lib/python3*/site-packages/pandas/tests
+ && find /opt/qsphere/lib/python3*/site-packages -type d -name tests \
+      -not -path '*/nilearn/*' -prune -exec rm -rf {} +
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="QSphere" \
