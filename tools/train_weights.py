@@ -1,6 +1,7 @@
 """Train the bundled weights of a method: one network for all protocols.
 
-    python tools/train_weights.py METHOD OUT [--densities FILE.npy] [--steps N] [--set KEY=VALUE]
+    python tools/train_weights.py METHOD OUT [--densities FILE.npy] [--steps N] [--set KEY=VALUE …]
+        [--people FOLDER]
         [--init FOLDER [--new-hints]] [--learning-rate RATE] [--state FILE] [--threads N]
         [--seed N]
 
@@ -34,9 +35,10 @@ from bidsapp.phantom import load_atlas, recruit
 from bidsapp.simulate import anatomy, person, phantom, site
 from bidsapp.volumetric.estimator import PRETRAINING, VolumeEstimator
 
-PEOPLE, SITES, VOXEL, SEED = 6, 2, 3.0, 51
+PEOPLE, SCANNED, SITES, VOXEL, SEED = 6, 4, 2, 3.0, 51
 SHELLS, DIRECTIONS = (700.0, 1000.0, 2000.0, 3000.0), 60
-"""The phantom of the networks on volumes; its seed belongs to these trainings."""
+"""The phantom of the networks on volumes, of whose people the first SCANNED serve; its seed belongs
+to these trainings."""
 
 
 def main() -> None:
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--people", type=Path, help="folder of the phantom; default: OUT/people")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -111,7 +114,8 @@ def train_on_phantom(name: str, options: argparse.Namespace) -> checkpoint.Check
     settings = methods.read_settings([f"{name}.{text}" for text in options.set],
                                      [methods.get(name)], training=True)
     method = methods.trainable(name, MethodContext(settings=settings))
-    fitted = method.fit(phantom_cohort(options.out / "people"), TrainingSettings(
+    cohort = phantom_cohort(options.people or options.out / "people")
+    fitted = method.fit(cohort, TrainingSettings(
         max_steps=options.steps, seed=options.seed, device=options.device, init=options.init,
         states=options.out))
     (trained,) = fitted.checkpoints.values()
@@ -120,6 +124,8 @@ def train_on_phantom(name: str, options: argparse.Namespace) -> checkpoint.Check
 
 def phantom_cohort(folder: Path) -> Cohort:
     """Simulate people at sites, each scan once, in a file of a folder.
+
+    The folder may be shared by several trainings.
 
     Sites differ in noise, resolution, bias field, echo time and b-value, as in `qsphere-phantom`.
     The tissue is that of the phantom, as a perfect T1w image would show it.
@@ -130,7 +136,7 @@ def phantom_cohort(folder: Path) -> Cohort:
     atlas, scanners = load_atlas(design.step), site.draw_sites(design)
     table = site.gradient_table(SHELLS, DIRECTIONS)
     rows = []
-    for one in recruit(design):
+    for one in recruit(design)[:SCANNED]:
         who = None
         for scanner in scanners:
             run = f"{one.label}{scanner.name}"
