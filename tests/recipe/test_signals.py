@@ -1,5 +1,6 @@
 """Steps that replace the signal: what an upsampler adds, and what a denoised signal is worth."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from bidsapp.recipe import steps
 from bidsapp.recipe.signals import Denoise, choose_target, summarize_round_trip
 from bidsapp.recipe.steps import Estimate, StepReport
 from bidsapp.stage import Stage
+from support.app import image, qsphere
 from support.crossing_tensors import simulate
 
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, 0, 2.5, -30], [0, 2, 0, -20], [0, 0, 0, 1]])
@@ -201,3 +203,26 @@ def test_maps_of_a_denoised_signal_have_no_intervals(denoised, monkeypatch):
     intervals = {key for key in measured if key.endswith("_std")}
     assert intervals and set(denoised_maps) == set(measured) - intervals
     assert any("intervals" in notice for notice in report.notices)
+
+
+@pytest.mark.slow
+def test_denoise_on_the_command_line(bids_tree, tmp_path):
+    """The denoised signal, with weights and noise in its sidecar, and its maps without intervals
+    beside the measured ones with them."""
+    root, out = bids_tree(("01",), shape=(10, 11, 9)), tmp_path / "out"
+    assert qsphere(root, out, "participant", "--denoise", "spherical", "--estimate", "dti") == 0
+    folder = out / "sub-01/dwi"
+    about = json.loads((folder / "sub-01_desc-denoised_dwi.json").read_text())
+    parameters = about["Model"]["Parameters"]
+    assert parameters["Layer"] == "zonal" and len(parameters["Weights"]) == 64
+    signal = image(folder / "sub-01_desc-denoised_dwi.nii.gz")
+    raw = image(root / "sub-01/dwi/sub-01_dwi.nii.gz")
+    mask = image(folder / "sub-01_desc-brain_mask.nii.gz") > 0
+    assert signal.shape == raw.shape and not signal[~mask].any()
+    np.testing.assert_array_equal(signal[mask][:, :2], raw[mask][:, :2])  # b0
+    assert (signal[mask][:, 2:] != raw[mask][:, 2:]).any(0).all()
+    names = {p.name for p in folder.glob("*param-*_dwimap.nii.gz")}
+    denoised = {n.replace("_desc-denoised", "") for n in names if "denoised" in n}
+    measured = {n for n in names if "denoised" not in n}
+    intervals = {n for n in measured if "stat-std" in n}
+    assert intervals and denoised == measured - intervals
