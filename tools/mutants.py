@@ -295,7 +295,7 @@ MUTANTS = (
            "test_combat.py -k what_others_teach"),
     # ---- denoising and upsampling
     Mutant("recipe/signals.py", "no_intervals=DENOISED", 'no_intervals=""',
-           "maps of a denoised signal have intervals", "test_signals.py -k no_intervals"),
+           "maps of a denoised signal have intervals", "test_denoise_step.py -k no_intervals"),
     Mutant("methods/denoise_spherical/method.py", "out = 2 * out - x", "pass",
            "cohort models keep half of the noise",
            "test_denoise_spherical.py -k half_of_the_noise_that"),
