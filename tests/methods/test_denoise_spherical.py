@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,8 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods.denoise_spherical import learn
-from bidsapp.methods.denoise_spherical.method import direction_difference
+from bidsapp.methods.denoise_spherical import method as module
+from bidsapp.methods.denoise_spherical.method import apply_network, direction_difference
 from bidsapp.networks.builder import build_network
 from bidsapp.simulate.protocols import spread
 
@@ -285,6 +287,73 @@ def test_cohort_round_trip(runs, layer, space, tmp_path):
     other = table(turn=0.5)
     assert applied.select(other).card.network["shells"] == (0 if layer in ("signal", "connected")
                                                             else 2)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_signal_without_the_half_of_the_noise_that_training_keeps(monkeypatch, rng, half):
+    """If all voxels have the attenuation x = 0.4, the best prediction of y = x + n from z = y + n'
+    is (x + z)/2, with n and n' of one distribution, and x follows from it. The bundled network
+    learns x, and its output stays."""
+    acq = table()
+    noisy = 0.4 + rng.normal(0, SD, (50, len(acq)))
+    noisy[:, acq.b0] = 1
+    dwi = as_dwi(400 * noisy, acq, SD * 400, magnitude=False)
+    monkeypatch.setattr(module, "build_network", lambda _: torch.nn.Identity())
+    trained = SimpleNamespace(
+        card=SimpleNamespace(network={"layer": "local"}, constants={"half_of_the_noise": half},
+                             trained_for=SimpleNamespace(snr=(5.0, 100.0))),
+        into=lambda _: Halving())
+    signal, _ = apply_network(trained, dwi, acq.shells, "cpu")
+    expected = 0.4 if half else (0.4 + noisy[:, ~acq.b0]) / 2
+    np.testing.assert_allclose(signal[:, ~acq.b0], np.broadcast_to(400 * expected, (50, 60)),
+                               rtol=1e-5)
+
+
+class Halving(torch.nn.Module):
+    """(0.4 + z)/2."""
+
+    def forward(self, z, *_):
+        return (0.4 + z) / 2
+
+
+def test_networks_that_keep_half_of_the_noise_say_so(runs):
+    """They are those of a cohort, with a shortcut and for any table."""
+    for layer, kept in (("zonal", True), ("connected", False)):
+        (trained,) = taught(runs, 1, network__layer=layer,
+                            network__widths=[8, 4, 8]).values()
+        assert trained.card.constants["half_of_the_noise"] is kept
+    bundled = checkpoint.load(methods.FOLDER.parent / "weights" / NAME, NAME)
+    assert not bundled.card.constants.get("half_of_the_noise", False)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_validation_is_on_participants_that_are_not_learned_from(monkeypatch, seed):
+    """The attenuation says whose a voxel is: k/10 for participant k, who has two runs."""
+    acq, people = table(), ["1", "1", "2", "2", "3", "3", "4", "4"]
+
+    def load(name):
+        signal = np.where(acq.b0, 1.0, int(people[int(name)]) / 10) * np.ones((40, 1))
+        return as_dwi(400 * signal, acq, SD * 400)
+
+    def owners(minibatches):
+        return {round(10 * float(v)) for b in minibatches for v in b.target[b.measured].unique()}
+
+    class Stop(Exception):
+        pass
+
+    found = []
+
+    def train(_, __, draw, held_out, *args, **options):
+        generator = torch.Generator().manual_seed(0)
+        found.append((owners(b for _ in range(40) for b in draw(generator)), owners(held_out)))
+        raise Stop
+
+    monkeypatch.setattr(learn, "train", train)
+    everyone = cohort(dict.fromkeys(map(str, range(8)), acq), load, people)
+    with pytest.raises(Stop):
+        method(held_out=8 * 1024, batch=16).fit(everyone, kinds.TrainingSettings(seed=seed))
+    ((learned, validated),) = found
+    assert len(validated) == 1 and len(learned) == 3 and learned | validated == {1, 2, 3, 4}
 
 
 def test_target_of_a_cohort_is_the_measured_signal(runs):

@@ -54,6 +54,19 @@ def test_sd_is_that_of_the_error(method, rng, name, sd):
             assert 0.87 < covered.mean() < 0.93
 
 
+def test_sd_is_at_least_the_noise_of_the_average(method, rng):
+    """Isotropic signals are predicted with less error than the noise that is told. A prediction
+    that keeps a constant has weights whose sum is 1, and any such weights of n measurements leave a
+    noise of σ/√n or more."""
+    acquisition, target = TABLES["one shell"]
+    sigma, told = 0.02, 0.05
+    signal = np.where(acquisition.b0, 1.0, 0.4) + rng.normal(0, sigma, (1000, len(acquisition)))
+    dwi = replace(crossing_tensors.dwi_of(signal, acquisition), noise_sd=told)
+    made = method.predict(dwi, target, "cpu")
+    assert made.signal.mean() == pytest.approx(0.4, rel=0.01)
+    assert made.sd.min() > 0.95 * told / np.sqrt(30)
+
+
 def test_prediction_is_better_than_the_nearest_measurement_and_the_mean(method, rng):
     acquisition, target = TABLES["two shells"]
     noisy, clean = crossing_tensors.simulate(rng, concatenate([acquisition, target]), 3000, 0.03)

@@ -17,7 +17,8 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.methods.upsample_scnn import learn, shells
 from bidsapp.methods.upsample_scnn import method as module
-from bidsapp.simulate import forward, noise, odf, protocols
+from bidsapp.networks.upsampling import CENTRE, Coefficients
+from bidsapp.simulate import forward, noise, odf, patches, protocols
 
 SHAPE = (7, 8, 6)
 
@@ -131,6 +132,79 @@ def test_blocks_do_not_matter(method, monkeypatch):
     found = method.predict(dwi, target(), "cpu")
     close(one.signal, found.signal)
     close(one.sd, found.sd)
+
+
+def test_neighbours_without_b0_signal_are_not_used(method):
+    """Voxels whose b0 is 0 are as if they were outside of the mask, whatever they show."""
+    hole = np.zeros(SHAPE, bool)
+    hole[3, 3, 3], hole[4, 6, 1] = True, True
+    dwi, to = scan(acquisition()), target(6)
+    signal = dwi.signal.copy()
+    signal[hole.ravel()] = np.where(dwi.acquisition.b0, 0, 900)
+    found = method.predict(replace(dwi, signal=signal), to, "cpu")
+    outside = method.predict(replace(dwi, signal=dwi.signal[~hole.ravel()], mask=~hole), to, "cpu")
+    close(outside.signal, found.signal[~hole.ravel()])
+    close(outside.sd, found.sd[~hole.ravel()])
+
+
+def test_the_four_nearest_shells_are_used(method):
+    """In log b, 1500, 2500, 1000 and 4000 s/mm² are nearer to 1800 than 600 s/mm² is."""
+    b = (600.0, 1000.0, 1500.0, 2500.0, 4000.0)
+    mask = np.zeros(SHAPE, bool)
+    mask[2:5, 3:6, 1:4] = True
+    dwi, to = scan(acquisition(8, b), mask=mask), target(6, 1800.0)
+    one = method.predict(dwi, to, "cpu").signal
+    changes = []
+    for shell in dwi.acquisition.shells:
+        signal = dwi.signal.copy()
+        signal[:, shell.indices] *= 1.3
+        found = method.predict(replace(dwi, signal=signal), to, "cpu").signal
+        changes.append(np.abs(found - one).mean() / 300)
+    assert changes[0] == 0
+    assert min(changes[1:]) > 2e-4
+
+
+class Recorder(torch.nn.Module):
+    """A network that keeps its inputs and predicts 0 with an SD of 0.05 S0."""
+
+    def forward(self, *inputs):
+        self.inputs = inputs
+        count = len(inputs[3].rows)
+        log_sd = torch.zeros(15, count)
+        log_sd[0] = np.log(0.05) * np.sqrt(4 * np.pi)
+        return Coefficients(torch.zeros(45, count), log_sd)
+
+
+@pytest.fixture
+def recorder(method, monkeypatch):
+    """The network of `method`; its SD is not calibrated."""
+    recorder = Recorder()
+    monkeypatch.setattr(method, "network", recorder)
+    monkeypatch.setattr(learn, "log_factor", lambda features, _: torch.zeros_like(features[..., 0]))
+    return recorder
+
+
+def test_sd_is_relative_to_the_s0_of_each_voxel(method, recorder, rng):
+    """S0 from a third to three times the median: SD is 0.05 of each, and σ/S0 is told of each."""
+    dwi = scan(acquisition())
+    dwi = replace(dwi, signal=dwi.signal * np.float32(3) ** rng.uniform(
+        -1, 1, (len(dwi.signal), 1)).astype(np.float32))
+    found = method.predict(dwi, target(5), "cpu")
+    np.testing.assert_allclose(found.sd, 0.05 * dwi.mean_b0[:, None] * np.ones(5), rtol=1e-4)
+    _, told, log_s0, around, _ = recorder.inputs
+    centre = around.rows[:, CENTRE]
+    np.testing.assert_allclose(log_s0[centre].exp(), dwi.mean_b0, rtol=1e-4)
+    np.testing.assert_allclose(told[centre, 0], dwi.noise_sd / dwi.mean_b0, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "known"), [(1, False), (9, False), (4, True)])
+def test_noise_of_the_mean_b0_is_told(method, recorder, count, known):
+    """The mean of n volumes has the noise σ/√n; an S0 that is known has none."""
+    dwi = replace(scan(acquisition(b0=count)), s0_known=known)
+    method.predict(dwi, target(5), "cpu")
+    _, told, _, around, _ = recorder.inputs
+    expected = 0 if known else dwi.noise_sd / np.sqrt(count) / dwi.mean_b0
+    np.testing.assert_allclose(told[around.rows[:, CENTRE], 1], expected, rtol=1e-4)
 
 
 def test_voxels_outside_of_the_mask_are_not_used(method):
@@ -312,6 +386,29 @@ def test_fit_is_the_posterior_mean():
     np.testing.assert_allclose(fits.shells.variance[0, 0], found, rtol=0.03)
     left = fits.remainder[0, 0].numpy() @ noise_
     assert np.square(left).sum(0).mean() == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize("magnitude", [True, False])
+@pytest.mark.parametrize("level", [0.0, 0.3])
+def test_training_teaches_the_expected_measurement(monkeypatch, magnitude, level):
+    """A signal S with σ 0.2: the truth is the mean of Rician noise about S, σ √(π/2) for S = 0, or
+    S itself if the noise is Gaussian; both over the measured S0."""
+    monkeypatch.setattr(learn, "GAUSSIAN", -1.0 if magnitude else 2.0)
+
+    def draw(b, count, _):
+        coefficients = torch.zeros(*b.shape[:1], count, patches.SIZE**3, b.shape[1],
+                                   sh.size(patches.L_MAX))
+        coefficients[..., 0] = level * np.sqrt(4 * np.pi)
+        return patches.Patches(torch.ones(coefficients.shape[:3]), coefficients)
+
+    monkeypatch.setattr(patches, "draw", draw)
+    recipe = methods.get("upsample_scnn", context=kinds.MethodContext(sloppy=True)).recipe()
+    minibatch = learn.Simulator(recipe)(torch.Generator().manual_seed(2), snr=(5.0, 5.0))
+    _, _, log_s0, around, _ = minibatch.inputs
+    signal = minibatch.truth * log_s0[around.rows[:, CENTRE], None].exp()
+    expected = noise.mean(level, 0.2) if magnitude else level
+    assert level or not magnitude or expected == pytest.approx(0.2 * np.sqrt(np.pi / 2))
+    np.testing.assert_allclose(signal, expected, atol=1e-5)
 
 
 def test_calibration_covers_nine_in_ten():

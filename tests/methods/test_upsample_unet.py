@@ -210,6 +210,30 @@ def test_networks_improve_on_the_linear_prediction():
         metrics["mse_signal"] / metrics["mse_linear"], rel=0.1)
 
 
+def test_linear_prediction_knows_nothing_of_the_validation():
+    """Targets do not depend on the inputs, and are those of a participant: the prediction is the
+    mean of the participants of the training, and its error the distance of the one held out."""
+    level = dict(zip(PEOPLE, (0.1, 0.2, 0.5, 0.8), strict=True))
+    inputs = 2 + upsample.subset(SPREAD, INPUTS)
+    mask = np.ones((8, 8, 6), bool)
+
+    def load(run):
+        signal = np.full((mask.sum(), len(TABLE)), level[run])
+        signal[:, :2] = 1
+        signal[:, inputs] = np.random.default_rng(int(run)).uniform(0, 1, (len(signal), INPUTS))
+        return Dwi((S0 * signal).astype(np.float32), mask, AFFINE, TABLE, magnitude=False)
+
+    fitted = method_with(f"inputs={INPUTS}", "network.width=2").fit(
+        cohort(load=load), kinds.TrainingSettings(max_steps=1))
+    (model,) = fitted.checkpoints.values()
+    shift = model.tensors["linear.shift"] + model.tensors["linear.matrix"].sum(1) / 2
+    others = {p: np.mean([level[q] for q in PEOPLE if q != p]) for p in PEOPLE}
+    held = min(PEOPLE, key=lambda p: abs(float(shift.mean()) - others[p]))
+    np.testing.assert_allclose(shift, others[held], atol=0.01)
+    assert model.card.metrics["mse_linear"] == pytest.approx(
+        (level[held] - others[held])**2, rel=0.1)
+
+
 def test_card_says_what_was_learned(networks):
     (name, model), = trained(networks).checkpoints.items()
     card = model.card

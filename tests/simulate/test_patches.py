@@ -108,6 +108,20 @@ def test_noise_has_its_moments(magnitude, monkeypatch):
     assert -0.03 < rho.min() < 0.2 and 0.3 < rho.max() < patches.CORRELATION + 0.03
 
 
+def test_correlation_of_noise_falls_with_the_distance(monkeypatch):
+    """Along each axis it is ρ^k at the distance k, and the product of those of the axes elsewhere;
+    the variance is 1."""
+    monkeypatch.setattr(patches, "CORRELATED", 1.1)
+    mixing = patches._noise_mixing(5, generator(6))
+    found = (mixing @ mixing.mT).reshape(5, 4, 4, 4, 4, 4, 4)
+    rho = torch.stack([found[:, 0, 0, 0, 1, 0, 0], found[:, 0, 0, 0, 0, 1, 0],
+                       found[:, 0, 0, 0, 0, 0, 1]], 1)
+    assert rho.min() >= 0 and 0.3 < rho.max() < patches.CORRELATION
+    lag = (patches.positions()[:, None] - patches.positions()).abs()
+    expected = (rho[:, None, None] ** lag).prod(-1)
+    torch.testing.assert_close(found.reshape(5, 64, 64), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_volumes_have_gains_and_displacements(monkeypatch):
     """A ramp along the first axis shows both: the changes of a volume are linear in the position,
     and of mean 0 over volumes."""
