@@ -19,12 +19,16 @@ from jaxtyping import Float, Int
 from bidsapp.acquisition import SHELL_GAP, Acquisition, Shell
 from bidsapp.dwi import Dwi
 from bidsapp.kinds import Upsampler
+from bidsapp.progress import track
 
 STARTS, CANDIDATES = 8, 20
 """Number of starts of `spread`, and of random candidates per new direction in each."""
 
 NEAREST = 1e-9
 """Lower limit of the squared distance of two directions in e, which would be infinite."""
+
+SAME_DIRECTION = 1.0
+"""Angle in degrees below which two directions, or one and the antipode of another, are the same."""
 
 Z90 = 1.6449
 """Half width of a 90 % interval of a normal distribution, in SDs."""
@@ -152,6 +156,20 @@ def subset(directions: Float[np.ndarray, "n 3"], count: int) -> Int[np.ndarray, 
     return chosen
 
 
+def distinct(directions: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, " m"]:
+    """Find the first of each group of unit directions that are the same, antipodes included.
+
+    >>> distinct(np.array([[1.0, 0, 0], [0, 1, 0], [-1, 0, 0]])).tolist()
+    [0, 1]
+    """
+    near = np.abs(directions @ directions.T) > np.cos(np.radians(SAME_DIRECTION))
+    first: list[int] = []
+    for i in range(len(directions)):
+        if not near[i, first].any():
+            first.append(i)
+    return np.array(first, int)
+
+
 def has_one_b(acquisition: Acquisition, shell: Shell) -> bool:
     """Tell whether the b-values of a shell are within SHELL_GAP of their mean.
 
@@ -228,7 +246,7 @@ def select_volumes(dwi: Dwi, index: np.ndarray) -> Dwi:
 
 
 def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int = 10,
-               voxels: int = 20_000) -> pd.DataFrame:
+               voxels: int = 8_000) -> pd.DataFrame:
     """Predict each weighted volume from those of the other folds, and all that are in no fold.
 
     These are b0 volumes and those of shells that the method cannot predict.
@@ -268,7 +286,7 @@ def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int =
                                             for i in shell.indices])
     fold[~usable] = -1
     rows = []
-    for f in range(fold.max() + 1):
+    for f in track(range(fold.max() + 1), f"{method.name}: round trip"):
         part = np.flatnonzero(fold == f)
         predicted = method.predict(select_volumes(slab, fold != f), slab.acquisition[part], device,
                                    seed)

@@ -17,6 +17,7 @@ table has no shells.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,14 +64,16 @@ class GaussianProcessUpsampler(Upsampler):
                 f"{describe_shells(acquisition.shells)}. {MIN_DIRECTIONS} are needed: acquire more "
                 "directions.")
 
-    def violations(self, acquisition: Acquisition, target: Acquisition) -> list[str]:
+    def violations(self, acquisition: Acquisition, target: Acquisition,
+                   voxel_size: Sequence[float] | None = None) -> list[str]:
         """List targets outside the b-values and shapes that were measured."""
         weighted, out = acquisition[~acquisition.b0], []
         low, high = weighted.bvals.min(), weighted.bvals.max()
         outside = (target.bvals < (1 - SAME_B) * low) | (target.bvals > (1 + SAME_B) * high)
         if outside.any():
-            out.append(f"b = {target.bvals[outside][0]:.0f} s/mm² is predicted, and b-values from "
-                       f"{low:.0f} to {high:.0f} s/mm² were measured")
+            measured = f"{low:.0f}" + f" to {high:.0f}" * (round(low) != round(high))
+            out.append(f"b = {target.bvals[outside][0]:.0f} s/mm² is predicted, and b = {measured} "
+                       "s/mm² was measured")
         away = np.abs(np.subtract.outer(target.b_delta, weighted.b_delta)).min(1) > SAME_SHAPE
         if away.any():
             out.append(f"b_delta = {target.b_delta[away][0]:.2g} is predicted, and was not "

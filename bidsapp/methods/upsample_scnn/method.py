@@ -8,6 +8,7 @@ was measured.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -122,7 +123,15 @@ class SphericalUpsampler(Upsampler):
             return self._linear(acquisition)
         return self.weights.card.trained_for.usable_shells(acquisition) or self._linear(acquisition)
 
-    def violations(self, acquisition: Acquisition, target: Acquisition) -> list[str]:
+    def check_target(self, acquisition: Acquisition, target: Acquisition) -> None:
+        """Raise Refusal if a target has another b-tensor than a linear one."""
+        if any(abs(shell.b_delta - 1) > SAME_SHAPE for shell in target.shells):
+            raise Refusal(f"directions of {describe_shells(target.shells)} s/mm² are to be added, "
+                          "but only linear encoding (b_delta 1) was trained. Remove the others "
+                          "from the target table.")
+
+    def violations(self, acquisition: Acquisition, target: Acquisition,
+                   voxel_size: Sequence[float] | None = None) -> list[str]:
         domain = self.weights.card.trained_for
         low, high = domain.shells[0].b
         outside = [shell for shell in target.shells
@@ -133,10 +142,7 @@ class SphericalUpsampler(Upsampler):
 
     def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
         self.check(dwi.acquisition)
-        if any(abs(shell.b_delta - 1) > SAME_SHAPE for shell in target.shells):
-            raise Refusal(f"directions of {describe_shells(target.shells)} s/mm² are to be added, "
-                          "but only linear encoding (b_delta 1) was trained. Remove the others "
-                          "from the target table.")
+        self.check_target(dwi.acquisition, target)
         allowed = self.context.allow_extrapolation
         violations = self.violations(dwi.acquisition, target)
         if violations and not allowed:

@@ -78,6 +78,10 @@ class SphericalHarmonics(Upsampler):
         """List the shells that determine a fit of degree 2."""
         return [s for s in acquisition.shells if degree(acquisition, s)]
 
+    def check_target(self, acquisition: Acquisition, target: Acquisition) -> None:
+        """Raise Refusal if a target is on no shell that can be fitted."""
+        _sources(acquisition, target)
+
     def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
         self.check(dwi.acquisition)
         shells, source = _sources(dwi.acquisition, target)

@@ -145,8 +145,14 @@ class UNetUpsampler(Upsampler, Trainable):
             acquisition, bvals=np.full(len(m.targets), m.shell.b), bvecs=m.targets,
             b_delta=np.ones(len(m.targets))) for m in models])
 
-    def violations(self, acquisition: Acquisition, target: Acquisition) -> list[str]:
-        return [v for model in self.select(acquisition) for v in _violations(model, acquisition)]
+    def check_target(self, acquisition: Acquisition, target: Acquisition) -> None:
+        """Raise Refusal if a target is none of those of the training."""
+        self._assign(self.select(acquisition), target)
+
+    def violations(self, acquisition: Acquisition, target: Acquisition,
+                   voxel_size: Sequence[float] | None = None) -> list[str]:
+        return list(dict.fromkeys(v for model in self.select(acquisition)
+                                  for v in _violations(model, acquisition, voxel_size)))
 
     def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
         """Predict the signal along directions of the training (`Upsampler.predict`).
@@ -156,7 +162,7 @@ class UNetUpsampler(Upsampler, Trainable):
         """
         models = self.select(dwi.acquisition)
         owners = self._assign(models, target)
-        outside = self._check_domain(models, dwi)
+        outside = self._check_domain(dwi, target)
         s0 = np.maximum(dwi.mean_b0, 0)[:, None]
         signal = np.zeros((len(dwi.signal), len(target)), np.float32)
         sd: np.ndarray | None = signal.copy()
@@ -203,12 +209,11 @@ class UNetUpsampler(Upsampler, Trainable):
                 f"--target-bvecs, {NO_TRAINING}.")
         return owner, direction
 
-    def _check_domain(self, models: Sequence[ShellModel], dwi: Dwi) -> list[str]:
+    def _check_domain(self, dwi: Dwi, target: Acquisition) -> list[str]:
         """List differences of a run from the training, voxel size included; refuse them unless
         they are allowed."""
         size = np.linalg.norm(dwi.affine[:3, :3], axis=0).tolist()
-        violations = list(dict.fromkeys(
-            v for m in models for v in _violations(m, dwi.acquisition, size)))
+        violations = self.violations(dwi.acquisition, target, size)
         if violations and not self.context.allow_extrapolation:
             raise Refusal(f"{self.name} was not trained for this run: {'; '.join(violations)}. "
                           f"Train on such runs, {NO_TRAINING}. {OVERRIDE}")
