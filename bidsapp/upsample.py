@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
+from bidsapp import sh
 from bidsapp.acquisition import SHELL_GAP, Acquisition, Shell
 from bidsapp.dwi import Dwi
 from bidsapp.kinds import Upsampler
@@ -32,6 +33,16 @@ SAME_DIRECTION = 1.0
 
 Z90 = 1.6449
 """Half width of a 90 % interval of a normal distribution, in SDs."""
+
+MAX_CONDITION = 30.0
+"""Highest condition number of YᵀY of directions that determine SH coefficients."""
+
+SAMPLE = 20_000
+"""Number of voxels, at least, of a sample spread evenly over the mask; all of a smaller mask."""
+
+OUTLIER = 5.0
+"""Signal, in units of that which 95 % of the signals do not exceed, above which a voxel is left out of
+a sample. Fits use mean squares, which one bad value would govern."""
 
 BINS, BIN_VOXELS = 20, 100
 """Maximum number of bins of `ErrorCurve`, and minimum number of voxels in each."""
@@ -168,6 +179,41 @@ def distinct(directions: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, " m"]:
         if not near[i, first].any():
             first.append(i)
     return np.array(first, int)
+
+
+def determines(degree: int, directions: Float[np.ndarray, "n 3"]) -> bool:
+    """Tell whether directions are spread well enough for an SH fit of a degree.
+
+    They are if there are as many as coefficients and the condition number of YᵀY is at most
+    MAX_CONDITION. Directions in a plane or in a small cap are not, however many.
+    """
+    return len(directions) >= sh.size(degree) and bool(
+        np.linalg.cond(sh.basis(degree, directions))**2 <= MAX_CONDITION)
+
+
+def sample_voxels(signal: Float[np.ndarray, "voxel n"], columns: Int[np.ndarray, " m"]
+                  ) -> tuple[Float[np.ndarray, "sample m"], list[str]]:
+    """Select about SAMPLE voxels for fits of mean squares, without those of bad values (OUTLIER).
+
+    Parameters
+    ----------
+    signal : (voxel, n)
+    columns : (m,) int
+        The measurements that are selected.
+
+    Returns
+    -------
+    sample : (sample, m) float64
+    notices : list of str
+        A sentence on the voxels that were left out; empty if there were none.
+    """
+    sample = signal[::max(1, len(signal) // SAMPLE), columns].astype(np.float64)
+    size = np.abs(sample)
+    bad = (size > OUTLIER * np.percentile(size, 95)).any(1)
+    return sample[~bad], [
+        f"{bad.sum()} of {len(bad)} voxels have a weighted signal above {OUTLIER:g} times the 95th "
+        "percentile. They were left out of the fit, and predictions there are wrong. Look for bad "
+        "values in the image."] if bad.any() else []
 
 
 def has_one_b(acquisition: Acquisition, shell: Shell) -> bool:

@@ -14,9 +14,12 @@ from bidsapp.kinds import Predicted, Upsampler
 from bidsapp.upsample import (
     ErrorCurve,
     assign_folds,
+    determines,
+    distinct,
     energy,
     middle_slab,
     round_trip,
+    sample_voxels,
     select_volumes,
     spread,
     subset,
@@ -93,6 +96,28 @@ def test_subset_is_spread_nested_and_turns_with_the_directions(rng):
 def test_repeated_directions_are_selected_last():
     x = np.repeat(icosahedron(), 2, axis=0)
     assert set(subset(x, 6) // 2) == set(range(6))
+
+
+def test_distinct_directions_are_axes():
+    given = icosahedron()
+    assert distinct(np.vstack([given[:4], -given[:3], given])).tolist() == [0, 1, 2, 3, 11, 12]
+
+
+def test_directions_in_a_plane_or_a_cap_determine_no_tensor(rng):
+    x = spread(NOTHING, 30)
+    assert determines(2, x) and determines(4, x) and not determines(6, x[:20])
+    flat, free = x * [1, 1, 0], unit(rng, 1000)
+    assert not determines(2, flat / np.linalg.norm(flat, axis=1, keepdims=True))
+    assert not determines(2, free[np.abs(free[:, 2]) > np.cos(np.radians(40))])
+
+
+def test_a_sample_has_no_bad_values(rng):
+    signal = rng.uniform(0.5, 1.5, (50_000, 6)).astype(np.float32)
+    signal[::100, 3] = 100
+    sample, notices = sample_voxels(signal, np.array([3, 4]))
+    assert sample.max() < 2 and 20_000 <= len(sample) <= 25_000 and sample.shape[1] == 2
+    assert "500 of 25000 voxels" in notices[0]
+    assert not sample_voxels(signal[1:90], np.arange(6))[1]
 
 
 def brain(rng, shells=((1000, 12), (2000, 25)), shape=(6, 5, 9)):

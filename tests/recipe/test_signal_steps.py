@@ -24,7 +24,7 @@ SHAPE = (9, 10, 8)
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A denoiser that shrinks each shell towards its mean: less noise, and errors that correlate."""
+    """A denoiser that shrinks each shell towards its mean, so that errors correlate."""
     def denoise(self, dwi, device, seed=0):
         signal = dwi.signal.copy()
         for shell in dwi.acquisition.shells:
@@ -156,7 +156,7 @@ def test_targets_of_another_shape_are_refused_before_the_prediction():
     table = Acquisition([0.0, *[1000.0] * 12], np.vstack([np.zeros((1, 3)), truth.directions(12)]))
     planar = Acquisition([1000.0] * 3, truth.directions(3), [-0.5] * 3)
     for name in ("upsample_scnn", "upsample_sh"):
-        with pytest.raises(Refusal, match="b_delta|linear"):
+        with pytest.raises(Refusal, match=r"b_delta|linear"):
             methods.get(name).check_target(table, planar)
         methods.get(name).check_target(table, replace(planar, b_delta=np.ones(3)))
 

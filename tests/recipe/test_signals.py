@@ -1,5 +1,6 @@
 """The measurements that an upsampler adds: by number, by table, by its training."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -106,6 +107,28 @@ def test_what_was_measured_is_not_predicted(tmp_path):
     np.savetxt(table, rows[:1])
     with pytest.raises(Refusal, match="other directions is needed"):
         choose_target(ANY, TABLE, AFFINE, options("--target-bvecs", table))
+
+
+def test_repeats_and_antipodes_count_once(tmp_path):
+    """Among the targets of a table, and among the measured directions that are filled up."""
+    table = tmp_path / "new.b"
+    axes = upsample.spread(TABLE.bvecs[1:], 4)
+    np.savetxt(table, np.column_stack([np.vstack([axes, -axes, axes[:2]]), np.full(10, 1000)]))
+    target, notices = choose_target(ANY, TABLE, AFFINE, options("--target-bvecs", table))
+    np.testing.assert_allclose(target.bvecs, axes)
+    assert notices == ["6 of 10 measurements in new.b repeat another one or its antipode, and are "
+                       "not predicted again."]
+    twice = concatenate([TABLE[:13], replace(TABLE[1:13], bvecs=-TABLE.bvecs[1:13]), TABLE[1:13]])
+    assert len(choose_target(ANY, twice, AFFINE, options("--target-directions", 30))[0]) == 18
+
+
+def test_a_table_without_b_values_names_the_shells_that_get_none(tmp_path):
+    few = concatenate([TABLE, shell(200, 3)])
+    table = tmp_path / "new.bvec"
+    np.savetxt(table, upsample.spread(TABLE.bvecs[1:], 4).T)
+    target, notices = choose_target(methods.get("upsample_sh"), few, AFFINE,
+                                    options("--target-bvecs", table))
+    assert {s.b for s in target.shells} == {1000, 2000} and "3 × b 200" in notices[0]
 
 
 @pytest.mark.parametrize(("name", "text", "match"), [

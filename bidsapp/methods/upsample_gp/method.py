@@ -29,14 +29,15 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.gp import GaussianProcess
 from bidsapp.kinds import Predicted, Upsampler
-from bidsapp.upsample import ErrorCurve, has_one_b
+from bidsapp.upsample import ErrorCurve, determines, has_one_b, sample_voxels
 
 MIN_DIRECTIONS = 6
 """Minimum number of weighted measurements whose b-tensor has an axis."""
 
-SAMPLE = 20_000
-"""Number of voxels, at least, that the process and the errors are fitted to, spread evenly over the
-mask; all voxels of a smaller mask."""
+MIN_ANGLE_RANGE = 15.0
+"""Minimum range of the angles between the axes of all pairs of measurements, degrees. If all angles
+are alike, as between the six axes of an icosahedron, the likelihood cannot tell noise from signals
+that change over a smaller angle."""
 
 
 class _Group(NamedTuple):
@@ -55,7 +56,8 @@ class GaussianProcessUpsampler(Upsampler):
     """Upsampler that predicts from all weighted volumes, with one covariance for all voxels."""
 
     def check(self, acquisition: Acquisition) -> None:
-        """Raise Refusal if there are fewer than six weighted measurements with an axis."""
+        """Raise Refusal if there are fewer than six weighted measurements with an axis, if these
+        axes do not span the sphere, or if all angles between them are alike."""
         oriented = ~acquisition.b0 & (np.abs(acquisition.b_delta) > SAME_SHAPE)
         if oriented.sum() < MIN_DIRECTIONS:
             raise Refusal(
@@ -63,6 +65,19 @@ class GaussianProcessUpsampler(Upsampler):
                 "b-tensor is not spherical. This acquisition has "
                 f"{describe_shells(acquisition.shells)}. {MIN_DIRECTIONS} are needed: acquire more "
                 "directions.")
+        axes = acquisition.bvecs[oriented]
+        if not determines(2, axes):
+            raise Refusal(
+                f"upsample_gp found {describe_shells(acquisition.shells)}, whose directions do not "
+                "span the sphere. Directions that determine a tensor are needed: acquire others.")
+        angles = np.degrees(np.arccos(np.abs(axes @ axes.T).clip(0, 1)))[
+            np.triu_indices(len(axes), 1)]
+        if np.ptp(angles) < MIN_ANGLE_RANGE:
+            raise Refusal(
+                f"upsample_gp found {describe_shells(acquisition.shells)}, with angles from "
+                f"{angles.min():.0f}° to {angles.max():.0f}° between directions. From angles that "
+                "are alike it cannot tell noise from signal; a range of "
+                f"{MIN_ANGLE_RANGE:g}° is needed. Use upsample_sh, or acquire more directions.")
 
     def violations(self, acquisition: Acquisition, target: Acquisition,
                    voxel_size: Sequence[float] | None = None) -> list[str]:
@@ -83,7 +98,7 @@ class GaussianProcessUpsampler(Upsampler):
     def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
         self.check(dwi.acquisition)
         weighted = np.flatnonzero(~dwi.acquisition.b0)
-        sample = dwi.signal[::max(1, len(dwi.signal) // SAMPLE), weighted].astype(np.float64)
+        sample, notices = sample_voxels(dwi.signal, weighted)
         process = GaussianProcess.fit(sample, dwi.acquisition[weighted])
         weights = _to(process.predict(target).weights, device)
         groups = [_group(process, sample, dwi, target, shell.indices, device)
@@ -101,7 +116,7 @@ class GaussianProcessUpsampler(Upsampler):
             return {"signal": values.clamp_(min=0) if dwi.magnitude else values, "sd": sd}
 
         predicted = map_voxels(predict, dwi.signal, device)
-        return Predicted(predicted["signal"], predicted["sd"], parameters={
+        return Predicted(predicted["signal"], predicted["sd"], notices=notices, parameters={
             "Covariance": {k: float(f"{v:.4g}")
                            for k, v in process.hyperparameters._asdict().items()},
             "Uncertainty": "predictive SD, scaled by leave-one-out errors"})
