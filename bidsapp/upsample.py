@@ -41,8 +41,8 @@ SAMPLE = 20_000
 """Number of voxels, at least, of a sample spread evenly over the mask; all of a smaller mask."""
 
 OUTLIER = 5.0
-"""Signal, in units of that which 95 % of the signals do not exceed, above which a voxel is left out of
-a sample. Fits use mean squares, which one bad value would govern."""
+"""Signal, in units of the 95th percentile of all, above which a voxel is left out of a sample. Fits
+use mean squares, which one bad value would govern."""
 
 BINS, BIN_VOXELS = 20, 100
 """Maximum number of bins of `ErrorCurve`, and minimum number of voxels in each."""
