@@ -39,7 +39,7 @@ from bidsapp.recipe.steps import (
     voxel_size,
 )
 from bidsapp.report import boilerplate, comparison
-from bidsapp.report.upsampling import of_prediction, of_round_trip
+from bidsapp.report.upsampling import of_directions, of_prediction, of_round_trip
 from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
@@ -287,14 +287,16 @@ class Upsample(ByMethod):
             report.warnings.append(PREDICTED_FROM_DENOISED)
         report.warnings += warn_of(violations, "Upsampled")
         report.qc |= made.counts
-        report.figures.append(of_prediction(made, target, dwi))
+        sd = None if made.sd is None or stage.no_intervals else (
+            made.sd * np.float32(stage.widening))
+        report.figures += [of_directions(dwi.acquisition, target),
+                           of_prediction(made.signal, sd, target, dwi, signal)]
         if method.any_table:
             self._round_trip(stage, report)
         report.facts = describe_signal(method, upsampled)
         written = outputs(context, transaction, upsampled)
-        if made.sd is not None and not stage.no_intervals:
-            written.write_sd(method, made.sd * np.float32(stage.widening), new.tolist(),
-                             made.parameters)
+        if sd is not None:
+            written.write_sd(method, sd, new.tolist(), made.parameters)
         entry = dict(method.outputs["signal"])
         entry["Description"] = (f"Volumes of the {signal} signal, unchanged inside of the brain "
                                 f"mask and 0 outside, and after them {entry['Description']}")

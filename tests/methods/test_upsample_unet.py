@@ -320,6 +320,8 @@ def test_another_b_or_voxel_size_needs_allow_extrapolation(method, models):
     for dwi, text in ((replace(known, acquisition=far), "12 × b 1500"),
                       (replace(known, affine=np.diag([3, 3, 3, 1.0])), "3 × 3 × 3 mm")):
         target = method.target(dwi.acquisition)
+        size = np.linalg.norm(dwi.affine[:3, :3], axis=0).tolist()
+        assert text in method.violations(dwi.acquisition, target, size)[0]  # for the dry run
         with pytest.raises(Refusal, match=rf"{text}.*--allow-extrapolation"):
             method.predict(dwi, target, "cpu")
         made = allowed.predict(dwi, target, "cpu")
@@ -438,3 +440,11 @@ def test_group_level_trains_and_participant_level_finds_the_model(bids_tree, tmp
     target = method.target(Acquisition(np.r_[0, np.full(6, 1000.0)],
                                        np.r_[np.zeros((1, 3)), inputs]))
     assert len(target) == 6
+    # the directions for the scanner, and what the page says
+    table = pd.read_csv(out / "group/desc-unetb1000n6_directions.tsv", sep="\t")
+    assert table["role"].tolist() == ["input"] * 6 + ["target"] * 6
+    np.testing.assert_allclose(table[["x", "y", "z"]][:6], inputs, atol=1e-4)
+    page = (out / "group.html").read_text()
+    assert "held-out simulation" not in page
+    assert "1 held-out runs of the cohort: 6 to 6 further directions" in page
+    assert "runs that have the input directions (group/desc-unetb1000n6_directions.tsv)" in page
