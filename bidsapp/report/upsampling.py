@@ -38,8 +38,9 @@ def of_directions(acquisition: Acquisition, target: Acquisition) -> Figure:
             for rows, s in zip(near, acquisition.shells, strict=True)]
     parts = [(s.b, s.b_delta, acquisition.bvecs[s.indices], target.bvecs[rows])
              for s, rows in zip(acquisition.shells, near, strict=True) if rows.any()]
-    rest = target[~np.any(near, axis=0)] if near else target
-    parts += [(s.b, s.b_delta, np.zeros((0, 3)), rest.bvecs[s.indices]) for s in rest.shells]
+    if (other := ~np.any([np.zeros(len(target), bool), *near], axis=0)).any():
+        rest = target[other]
+        parts += [(s.b, s.b_delta, np.zeros((0, 3)), rest.bvecs[s.indices]) for s in rest.shells]
     columns = max(2, min(4, len(parts)))
     rows = -(-len(parts) // columns)
     with mpl.rc_context(STYLE):
