@@ -9,7 +9,7 @@ doi:10.1002/(SICI)1522-2594(199909)42:3<515::AID-MRM14>3.0.CO;2-Q)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -251,46 +251,6 @@ def assign_folds(dwi: Dwi, folds: int) -> Int[np.ndarray, " n"]:
     return fold
 
 
-def middle_slab(dwi: Dwi, voxels: int) -> Dwi:
-    """Select a slab of whole slices (third axis) around the middle of the mask.
-
-    Parameters
-    ----------
-    dwi : Dwi
-    voxels : int
-        Maximum number of voxels; exceeded only if one slice has more.
-
-    Returns
-    -------
-    Dwi
-        On the same grid, with the mask of the slab.
-    """
-    counts = dwi.mask.sum((0, 1))
-    total = np.r_[0, np.cumsum(counts)]
-    low = int(np.searchsorted(total, total[-1] / 2, side="right")) - 1  # half lies below and above
-    high = low + 1
-    while True:
-        # the next slice is the one that keeps the middle in the middle
-        sides = [(low - 1, high), (low, high + 1)]
-        wider = [s for s in sides if s[0] >= 0 and s[1] <= len(counts)
-                 and total[s[1]] - total[s[0]] <= voxels]
-        if not wider:
-            break
-        low, high = min(wider, key=lambda s: abs(total[s[0]] + total[s[1]] - total[-1]))
-    inside = np.zeros(len(counts), bool)
-    inside[low:high] = True
-    rows = np.broadcast_to(inside, dwi.mask.shape)[dwi.mask]
-    return replace(dwi, signal=dwi.signal[rows], mask=dwi.mask & inside,
-                   tissue=None if dwi.tissue is None else dwi.tissue[rows])
-
-
-def select_volumes(dwi: Dwi, index: np.ndarray) -> Dwi:
-    """Select some measurements of a Dwi, by a boolean array or indices."""
-    return replace(dwi, signal=np.ascontiguousarray(dwi.signal[:, index]),
-                   acquisition=dwi.acquisition[index],
-                   noise_gain=None if dwi.noise_gain is None else dwi.noise_gain[index])
-
-
 def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int = 10,
                voxels: int = 8_000) -> pd.DataFrame:
     """Predict each weighted volume from those of the other folds, and all that are in no fold.
@@ -310,7 +270,7 @@ def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int =
     folds : int
         Number of folds (`assign_folds`).
     voxels : int
-        Maximum number of voxels of the slab in which it is done (`middle_slab`).
+        Maximum number of voxels of the slab in which it is done (`Dwi.middle_slab`).
 
     Returns
     -------
@@ -326,7 +286,7 @@ def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int =
     Refusal
         The other folds are too few measurements for the method.
     """
-    slab = middle_slab(dwi, voxels)
+    slab = dwi.middle_slab(voxels)
     fold = assign_folds(slab, folds)
     usable = np.isin(np.arange(len(fold)), [i for shell in method.shells(slab.acquisition)
                                             for i in shell.indices])
@@ -334,7 +294,7 @@ def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int =
     rows = []
     for f in track(range(fold.max() + 1), f"{method.name}: round trip"):
         part = np.flatnonzero(fold == f)
-        predicted = method.predict(select_volumes(slab, fold != f), slab.acquisition[part], device,
+        predicted = method.predict(slab.select_volumes(fold != f), slab.acquisition[part], device,
                                    seed)
         for k, v in enumerate(part.tolist()):
             measured, value = (x.astype(np.float64) for x in (slab.signal[:, v],

@@ -17,10 +17,8 @@ from bidsapp.upsample import (
     determines,
     distinct,
     energy,
-    middle_slab,
     round_trip,
     sample_voxels,
-    select_volumes,
     spread,
     subset,
 )
@@ -150,7 +148,7 @@ def test_slab_is_of_whole_slices_in_the_middle(rng):
     dwi = brain(rng)
     counts = dwi.mask.sum((0, 1))
     for voxels in (1, 50, 90, 10_000):
-        slab = middle_slab(dwi, voxels)
+        slab = dwi.middle_slab(voxels)
         kept = np.flatnonzero(slab.mask.any((0, 1)))
         np.testing.assert_array_equal(kept, np.arange(kept[0], kept[-1] + 1))
         np.testing.assert_array_equal(slab.mask, dwi.mask & slab.mask.any((0, 1)))
@@ -159,7 +157,7 @@ def test_slab_is_of_whole_slices_in_the_middle(rng):
         half = np.searchsorted(np.cumsum(counts), counts.sum() / 2)
         assert half in kept
         assert len(slab.signal) <= voxels or len(kept) == 1
-    assert len(middle_slab(dwi, 10_000).signal) == len(dwi.signal)
+    assert len(dwi.middle_slab(10_000).signal) == len(dwi.signal)
 
 
 class Offset(Upsampler):
@@ -218,7 +216,7 @@ def test_round_trip_without_intervals_and_with_too_few(rng):
 
 def test_parts_of_a_run_keep_their_noise(rng):
     dwi = brain(rng)
-    part = select_volumes(dwi, np.array([5, 3]))
+    part = dwi.select_volumes(np.array([5, 3]))
     np.testing.assert_array_equal(part.signal, dwi.signal[:, [5, 3]])
     np.testing.assert_array_equal(part.noise_gain, dwi.noise_gain[[5, 3]])
 

@@ -5,8 +5,8 @@
 The phantom has six people, each scanned at two sites that differ as real sites do, and its images
 are raw: distorted, moved, with eddy currents and lost slices. The demo corrects them, estimates
 maps and writes a report of every scan, harmonizes the maps by ComBat, trains a harmonizer of the
-signal, cross-validated over the people, and applies it to two of them. Last it predicts more directions
-for one person.
+signal, cross-validated over the people, and applies it to two of them. Last it predicts more
+directions for one person.
 """
 
 import json

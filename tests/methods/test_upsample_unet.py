@@ -84,7 +84,7 @@ def method(models):
 
 def limited(dwi):
     """The b0 volumes and the input directions of a scan."""
-    return upsample.select_volumes(dwi, np.r_[0, 1, 2 + np.sort(upsample.subset(SPREAD, INPUTS))])
+    return dwi.select_volumes(np.r_[0, 1, 2 + np.sort(upsample.subset(SPREAD, INPUTS))])
 
 
 # --- pieces
@@ -228,7 +228,7 @@ def test_order_of_volumes_and_targets_and_antipodes_do_not_matter(method, rng):
     target = method.target(known.acquisition)
     one = method.predict(known, target, "cpu")
     order, back = rng.permutation(len(known.acquisition)), rng.permutation(len(target))
-    other = upsample.select_volumes(known, order)
+    other = known.select_volumes(order)
     sign = rng.choice([-1.0, 1.0], len(order))[:, None]
     other = replace(other, acquisition=replace(
         other.acquisition, bvecs=sign * other.acquisition.bvecs))
@@ -294,7 +294,7 @@ def test_other_directions_are_refused(method):
         with pytest.raises(Refusal, match=r"found .* × b 1000.*models for 12 × b 1000.*Needed are"):
             method.check(acquisition)
     with pytest.raises(Refusal, match="found 9"):
-        part = upsample.select_volumes(known, np.r_[0:11])
+        part = known.select_volumes(np.r_[0:11])
         method.predict(part, TABLE[[5]], "cpu")
     two = Acquisition(np.r_[known.acquisition.bvals, np.full(DIRECTIONS, 2000.0)],
                       np.r_[known.acquisition.bvecs, SPREAD])
@@ -338,7 +338,7 @@ def test_each_shell_has_a_model_of_its_own(tmp_path):
         models=keep(fitted.checkpoints, tmp_path / "models")))
     dwi, clean = head("09", table)
     inputs = 2 + upsample.subset(SPREAD, INPUTS)
-    known = upsample.select_volumes(dwi, np.r_[0, 1, inputs, inputs + DIRECTIONS])
+    known = dwi.select_volumes(np.r_[0, 1, inputs, inputs + DIRECTIONS])
     target = method.target(known.acquisition)
     assert [len(s) for s in target.shells] == [INPUTS, INPUTS]
     new = np.setdiff1d(np.arange(2, 2 + DIRECTIONS), inputs)
