@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -10,12 +11,16 @@ import pytest
 from bidsapp import cli, methods
 from bidsapp.acquisition import Acquisition
 from bidsapp.bids.btable import load_acquisition
-from bidsapp.dwi import noise_sd, peak_memory
+from bidsapp.bids.writer import Dataset
+from bidsapp.dwi import Dwi, noise_sd, peak_memory
 from bidsapp.errors import Refusal
 from bidsapp.kinds import Denoised
 from bidsapp.methods.denoise_spherical.method import SphericalDenoiser
 from bidsapp.recipe import signals
+from bidsapp.recipe.plan import choose, plan
+from bidsapp.recipe.steps import RunContext, StepReport, load_run
 from bidsapp.run import memory_of
+from bidsapp.stage import Stage
 from support import bids_tree as truth
 from support.app import find_runs, image, qsphere, validate
 
@@ -50,6 +55,11 @@ def record(out):
 
 def columns(out):
     return (out / "sub-01/dwi/sub-01_desc-image_qc.tsv").read_text().split("\n")[0].split("\t")
+
+
+def dwi_of(signal, out, run):
+    mask = image(out / "sub-01/dwi/sub-01_desc-brain_mask.nii.gz") > 0
+    return Dwi(signal[mask].astype(np.float32), mask, np.eye(4), load_acquisition(run))
 
 
 def test_measured_volumes_are_predicted_with_sd_and_a_round_trip(tmp_path, capsys):
@@ -95,16 +105,10 @@ def test_the_noise_of_a_denoised_signal_is_measured_anew(tmp_path, quick):
              for name in ("measured", "denoised")}
     (run,) = find_runs(bids).runs["01"]
     signal = image(out / "sub-01/dwi/sub-01_desc-denoised_dwi.nii.gz")
-    dwi = truth_dwi(signal, out, run)
+    dwi = dwi_of(signal, out, run)
     assert steps["denoised"]["noise_sd"] == pytest.approx(noise_sd(dwi), rel=1e-4)
     assert steps["denoised"]["noise_sd"] < 0.8 * steps["measured"]["noise_sd"]
     assert steps["denoised"]["magnitude"] is False
-
-
-def truth_dwi(signal, out, run):
-    from bidsapp.dwi import Dwi
-    mask = image(out / "sub-01/dwi/sub-01_desc-brain_mask.nii.gz") > 0
-    return Dwi(signal[mask].astype(np.float32), mask, np.eye(4), load_acquisition(run))
 
 
 def test_an_upsampler_whose_denoiser_is_refused_says_so(tmp_path, capsys):
@@ -178,3 +182,29 @@ def test_predicted_volumes_are_in_the_memory(tmp_path):
     assert nib.load(run.parts[0].image).shape == (*SHAPE, 30)
     assert signals.count_predicted(load_acquisition(run), cli.parse(["/in", "/out", "participant"]
                                                                     )) == 0
+
+
+def test_a_signal_that_the_corrections_denoised_is_not_denoised_unwarned(tmp_path, quick):
+    bids, out = dataset(tmp_path), tmp_path / "out"
+    assert qsphere(bids, out, "participant", "--estimate", "dti", "--preprocess", "denoise",
+                   "--denoise", "spherical") == 0
+    assert any("second denoiser" in w for w in record(out)["warnings"])
+
+
+def test_sds_of_predictions_are_widened_by_the_error_of_the_harmonizer(tmp_path, monkeypatch):
+    bids = dataset(tmp_path)
+    options = cli.parse([str(bids), str(tmp_path / "out"), "participant", "--preprocess", "none",
+                         "--upsample", "sh", "--target-directions", "18"])
+    (run,) = find_runs(bids).runs["01"]
+    context = RunContext(options, Dataset(tmp_path / "out", {"raw": bids}), run, "cpu", np.inf)
+    step = next(s for s in plan(context, choose(options)) if s.name == "upsampled")
+    sds = []
+    monkeypatch.setattr("bidsapp.recipe.signals.outputs", lambda *_: SimpleNamespace(
+        write_signal=lambda *_: None, write_sd=lambda _, sd, *__: sds.append(sd)))
+    dwi = load_run(run)[0]
+    for stage in (Stage(dwi), Stage(dwi, desc="harmonized", widening=1.5),
+                  Stage(dwi, desc="harmonized", no_intervals="nobody knows its error")):
+        step.apply(stage, None, report := StepReport())
+        assert any(n.startswith("No round trip") for n in report.notices) == bool(stage.desc)
+    np.testing.assert_allclose(sds[1], 1.5 * sds[0], rtol=1e-6)
+    assert len(sds) == 2 and any("nobody knows its error" in n for n in report.notices)
