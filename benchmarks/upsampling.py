@@ -46,7 +46,7 @@ from bidsapp.options import PhantomOptions
 from bidsapp.phantom import load_atlas, recruit
 from bidsapp.recipe.steps import load_run
 from bidsapp.simulate import noise, person, phantom, site
-from bidsapp.upsample import Z90, select_volumes, spread, subset
+from bidsapp.upsample import Z90, spread, subset
 
 SEED = 22
 FEW, BASELINES = "few", ("upsample_sh", "upsample_gp")
@@ -83,13 +83,13 @@ class Scene(NamedTuple):
     @property
     def limited(self) -> Dwi:
         """The given volumes, with the noise level that they show."""
-        dwi = select_volumes(self.dwi, self.given)
+        dwi = self.dwi.select_volumes(self.given)
         return Dwi(dwi.signal, dwi.mask, dwi.affine, dwi.acquisition, magnitude=dwi.magnitude,
                    noise_sd=noise_sd(dwi))
 
     def reduced(self, row: str, given: int) -> "Scene":
         """The same scan of the given volumes alone, of which fewer are given."""
-        part = select_volumes(self.dwi, self.given)
+        part = self.dwi.select_volumes(self.given)
         few, new = split(part.acquisition, given)
         return self._replace(row=row, dwi=part, truth=self.truth[:, self.given], given=few, new=new)
 

@@ -329,9 +329,45 @@ class Dwi:
 
     def select_shell(self, shell: Shell) -> Dwi:
         """Select the volumes of a shell and the b0 volumes."""
-        part = np.sort(np.r_[np.flatnonzero(self.acquisition.b0), shell.indices])
-        return replace(self, signal=self.signal[:, part], acquisition=self.acquisition[part],
-                       noise_gain=None if self.noise_gain is None else self.noise_gain[part])
+        return self.select_volumes(np.sort(np.r_[np.flatnonzero(self.acquisition.b0),
+                                                 shell.indices]))
+
+    def select_volumes(self, index: np.ndarray) -> Dwi:
+        """Select some measurements, by a boolean array or indices."""
+        return replace(self, signal=np.ascontiguousarray(self.signal[:, index]),
+                       acquisition=self.acquisition[index],
+                       noise_gain=None if self.noise_gain is None else self.noise_gain[index])
+
+    def middle_slab(self, voxels: int) -> Dwi:
+        """Select a slab of whole slices (third axis) around the middle of the mask.
+
+        Parameters
+        ----------
+        voxels : int
+            Maximum number of voxels; exceeded only if one slice has more.
+
+        Returns
+        -------
+        Dwi
+            On the same grid, with the mask of the slab.
+        """
+        counts = self.mask.sum((0, 1))
+        total = np.r_[0, np.cumsum(counts)]
+        low = int(np.searchsorted(total, total[-1] / 2, side="right")) - 1  # half below and above
+        high = low + 1
+        while True:
+            # the next slice is the one that keeps the middle in the middle
+            sides = [(low - 1, high), (low, high + 1)]
+            wider = [s for s in sides if s[0] >= 0 and s[1] <= len(counts)
+                     and total[s[1]] - total[s[0]] <= voxels]
+            if not wider:
+                break
+            low, high = min(wider, key=lambda s: abs(total[s[0]] + total[s[1]] - total[-1]))
+        inside = np.zeros(len(counts), bool)
+        inside[low:high] = True
+        rows = np.broadcast_to(inside, self.mask.shape)[self.mask]
+        return replace(self, signal=self.signal[rows], mask=self.mask & inside,
+                       tissue=None if self.tissue is None else self.tissue[rows])
 
     @property
     def mean_b0(self) -> np.ndarray:

@@ -277,7 +277,7 @@ class Options:
                              "are added. Give one of them.")
         if self.target_directions and self.target_directions > MAX_DIRECTIONS:
             raise UsageError(f"--target-directions {self.target_directions}: at most "
-                             f"{MAX_DIRECTIONS} are needed.")
+                             f"{MAX_DIRECTIONS} are allowed. Give a smaller number.")
         for name in ("folds", "epochs", "blocks"):
             if getattr(self, name) and not self.train:
                 raise UsageError(f"--{name} {getattr(self, name)} belongs to a training. Give a "

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bidsapp import checkpoint, methods, spaces, training
-from bidsapp.bids import find
+from bidsapp.bids import btable, find
 from bidsapp.bids.writer import Dataset, Transaction, to_json
 from bidsapp.blocks import choose_device, memory_limit
 from bidsapp.dwi import FIXED_MEMORY, Dwi, Run, open_image, peak_memory
@@ -49,6 +49,7 @@ from bidsapp.recipe.execute import (
     write_page,
 )
 from bidsapp.recipe.preprocess import CORRECTION_COPIES
+from bidsapp.recipe.signals import with_predicted
 from bidsapp.recipe.steps import (
     RunContext,
     load_measured,
@@ -444,7 +445,10 @@ def memory_of(run: Run, options: Options | None = None) -> float:
         shapes = [open_image(part.image).shape for part in run.parts]
         voxels, volumes = math.prod(shapes[0][:3]), sum(shape[3] for shape in shapes)
         corrected = options is not None and bool(options.corrections(run.preprocessed))
-        return peak_memory(voxels, volumes * (CORRECTION_COPIES if corrected else 1))
+        volumes *= CORRECTION_COPIES if corrected else 1
+        if options is not None and options.upsample:
+            volumes = max(volumes, with_predicted(btable.load_acquisition(run), options))
+        return peak_memory(voxels, volumes)
     except (DataError, IndexError):
         return 0.0
 

@@ -9,16 +9,18 @@ doi:10.1002/(SICI)1522-2594(199909)42:3<515::AID-MRM14>3.0.CO;2-Q)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
+from bidsapp import sh
 from bidsapp.acquisition import SHELL_GAP, Acquisition, Shell
 from bidsapp.dwi import Dwi
 from bidsapp.kinds import Upsampler
+from bidsapp.progress import track
 
 STARTS, CANDIDATES = 8, 20
 """Number of starts of `spread`, and of random candidates per new direction in each."""
@@ -26,8 +28,21 @@ STARTS, CANDIDATES = 8, 20
 NEAREST = 1e-9
 """Lower limit of the squared distance of two directions in e, which would be infinite."""
 
+SAME_DIRECTION = 1.0
+"""Angle in degrees below which two directions, or one and the antipode of another, are the same."""
+
 Z90 = 1.6449
 """Half width of a 90 % interval of a normal distribution, in SDs."""
+
+MAX_CONDITION = 30.0
+"""Highest condition number of YᵀY of directions that determine SH coefficients."""
+
+SAMPLE = 20_000
+"""Number of voxels, at least, of a sample spread evenly over the mask; all of a smaller mask."""
+
+OUTLIER = 5.0
+"""Signal, in units of the 95th percentile of all, above which a voxel is left out of a sample. Fits
+use mean squares, which one bad value would govern."""
 
 BINS, BIN_VOXELS = 20, 100
 """Maximum number of bins of `ErrorCurve`, and minimum number of voxels in each."""
@@ -152,6 +167,55 @@ def subset(directions: Float[np.ndarray, "n 3"], count: int) -> Int[np.ndarray, 
     return chosen
 
 
+def distinct(directions: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, " m"]:
+    """Find the first of each group of unit directions that are the same, antipodes included.
+
+    >>> distinct(np.array([[1.0, 0, 0], [0, 1, 0], [-1, 0, 0]])).tolist()
+    [0, 1]
+    """
+    near = np.abs(directions @ directions.T) > np.cos(np.radians(SAME_DIRECTION))
+    first: list[int] = []
+    for i in range(len(directions)):
+        if not near[i, first].any():
+            first.append(i)
+    return np.array(first, int)
+
+
+def determines(degree: int, directions: Float[np.ndarray, "n 3"]) -> bool:
+    """Tell whether directions are spread well enough for an SH fit of a degree.
+
+    They are if there are as many as coefficients and the condition number of YᵀY is at most
+    MAX_CONDITION. Directions in a plane or in a small cap are not, however many.
+    """
+    return len(directions) >= sh.size(degree) and bool(
+        np.linalg.cond(sh.basis(degree, directions))**2 <= MAX_CONDITION)
+
+
+def sample_voxels(signal: Float[np.ndarray, "voxel n"], columns: Int[np.ndarray, " m"]
+                  ) -> tuple[Float[np.ndarray, "sample m"], list[str]]:
+    """Select about SAMPLE voxels for fits of mean squares, without those of bad values (OUTLIER).
+
+    Parameters
+    ----------
+    signal : (voxel, n)
+    columns : (m,) int
+        The measurements that are selected.
+
+    Returns
+    -------
+    sample : (sample, m) float64
+    notices : list of str
+        A sentence on the voxels that were left out; empty if there were none.
+    """
+    sample = signal[::max(1, len(signal) // SAMPLE), columns].astype(np.float64)
+    size = np.abs(sample)
+    bad = (size > OUTLIER * np.percentile(size, 95)).any(1)
+    return sample[~bad], [
+        f"{bad.sum()} of {len(bad)} voxels have a weighted signal above {OUTLIER:g} times the 95th "
+        "percentile. They were left out of the fit, and predictions there are wrong. Look for bad "
+        "values in the image."] if bad.any() else []
+
+
 def has_one_b(acquisition: Acquisition, shell: Shell) -> bool:
     """Tell whether the b-values of a shell are within SHELL_GAP of their mean.
 
@@ -187,48 +251,8 @@ def assign_folds(dwi: Dwi, folds: int) -> Int[np.ndarray, " n"]:
     return fold
 
 
-def middle_slab(dwi: Dwi, voxels: int) -> Dwi:
-    """Select a slab of whole slices (third axis) around the middle of the mask.
-
-    Parameters
-    ----------
-    dwi : Dwi
-    voxels : int
-        Maximum number of voxels; exceeded only if one slice has more.
-
-    Returns
-    -------
-    Dwi
-        On the same grid, with the mask of the slab.
-    """
-    counts = dwi.mask.sum((0, 1))
-    total = np.r_[0, np.cumsum(counts)]
-    low = int(np.searchsorted(total, total[-1] / 2, side="right")) - 1  # half lies below and above
-    high = low + 1
-    while True:
-        # the next slice is the one that keeps the middle in the middle
-        sides = [(low - 1, high), (low, high + 1)]
-        wider = [s for s in sides if s[0] >= 0 and s[1] <= len(counts)
-                 and total[s[1]] - total[s[0]] <= voxels]
-        if not wider:
-            break
-        low, high = min(wider, key=lambda s: abs(total[s[0]] + total[s[1]] - total[-1]))
-    inside = np.zeros(len(counts), bool)
-    inside[low:high] = True
-    rows = np.broadcast_to(inside, dwi.mask.shape)[dwi.mask]
-    return replace(dwi, signal=dwi.signal[rows], mask=dwi.mask & inside,
-                   tissue=None if dwi.tissue is None else dwi.tissue[rows])
-
-
-def select_volumes(dwi: Dwi, index: np.ndarray) -> Dwi:
-    """Select some measurements of a Dwi, by a boolean array or indices."""
-    return replace(dwi, signal=np.ascontiguousarray(dwi.signal[:, index]),
-                   acquisition=dwi.acquisition[index],
-                   noise_gain=None if dwi.noise_gain is None else dwi.noise_gain[index])
-
-
 def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int = 10,
-               voxels: int = 20_000) -> pd.DataFrame:
+               voxels: int = 8_000) -> pd.DataFrame:
     """Predict each weighted volume from those of the other folds, and all that are in no fold.
 
     These are b0 volumes and those of shells that the method cannot predict.
@@ -246,7 +270,7 @@ def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int =
     folds : int
         Number of folds (`assign_folds`).
     voxels : int
-        Maximum number of voxels of the slab in which it is done (`middle_slab`).
+        Maximum number of voxels of the slab in which it is done (`Dwi.middle_slab`).
 
     Returns
     -------
@@ -262,15 +286,15 @@ def round_trip(method: Upsampler, dwi: Dwi, device: str, seed: int, folds: int =
     Refusal
         The other folds are too few measurements for the method.
     """
-    slab = middle_slab(dwi, voxels)
+    slab = dwi.middle_slab(voxels)
     fold = assign_folds(slab, folds)
     usable = np.isin(np.arange(len(fold)), [i for shell in method.shells(slab.acquisition)
                                             for i in shell.indices])
     fold[~usable] = -1
     rows = []
-    for f in range(fold.max() + 1):
+    for f in track(range(fold.max() + 1), f"{method.name}: round trip"):
         part = np.flatnonzero(fold == f)
-        predicted = method.predict(select_volumes(slab, fold != f), slab.acquisition[part], device,
+        predicted = method.predict(slab.select_volumes(fold != f), slab.acquisition[part], device,
                                    seed)
         for k, v in enumerate(part.tolist()):
             measured, value = (x.astype(np.float64) for x in (slab.signal[:, v],

@@ -421,7 +421,7 @@ def apply(method, model, device, folder):
     if isinstance(method, kinds.Upsampler):
         if not method.any_table:  # it takes the inputs of its training
             inputs = np.abs(np.array(model.card.constants["inputs"]) @ AXES[BVALS == 1000].T)
-            dwi = upsample.select_volumes(one_shell(dwi), np.r_[:3, 3 + inputs.argmax(1)])
+            dwi = one_shell(dwi).select_volumes(np.r_[:3, 3 + inputs.argmax(1)])
         target = method.target(dwi.acquisition) or Acquisition(
             np.full(9, 1000.0), upsample.spread(AXES[BVALS == 1000], 9))
         made = method.predict(dwi, target, device)

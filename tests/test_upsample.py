@@ -14,10 +14,11 @@ from bidsapp.kinds import Predicted, Upsampler
 from bidsapp.upsample import (
     ErrorCurve,
     assign_folds,
+    determines,
+    distinct,
     energy,
-    middle_slab,
     round_trip,
-    select_volumes,
+    sample_voxels,
     spread,
     subset,
 )
@@ -95,6 +96,28 @@ def test_repeated_directions_are_selected_last():
     assert set(subset(x, 6) // 2) == set(range(6))
 
 
+def test_distinct_directions_are_axes():
+    given = icosahedron()
+    assert distinct(np.vstack([given[:4], -given[:3], given])).tolist() == [0, 1, 2, 3, 11, 12]
+
+
+def test_directions_in_a_plane_or_a_cap_determine_no_tensor(rng):
+    x = spread(NOTHING, 30)
+    assert determines(2, x) and determines(4, x) and not determines(6, x[:20])
+    flat, free = x * [1, 1, 0], unit(rng, 1000)
+    assert not determines(2, flat / np.linalg.norm(flat, axis=1, keepdims=True))
+    assert not determines(2, free[np.abs(free[:, 2]) > np.cos(np.radians(40))])
+
+
+def test_a_sample_has_no_bad_values(rng):
+    signal = rng.uniform(0.5, 1.5, (50_000, 6)).astype(np.float32)
+    signal[::100, 3] = 100
+    sample, notices = sample_voxels(signal, np.array([3, 4]))
+    assert sample.max() < 2 and 20_000 <= len(sample) <= 25_000 and sample.shape[1] == 2
+    assert "500 of 25000 voxels" in notices[0]
+    assert not sample_voxels(signal[1:90], np.arange(6))[1]
+
+
 def brain(rng, shells=((1000, 12), (2000, 25)), shape=(6, 5, 9)):
     mask = rng.random(shape) < 0.7
     mask[:, :, 0] = False
@@ -125,7 +148,7 @@ def test_slab_is_of_whole_slices_in_the_middle(rng):
     dwi = brain(rng)
     counts = dwi.mask.sum((0, 1))
     for voxels in (1, 50, 90, 10_000):
-        slab = middle_slab(dwi, voxels)
+        slab = dwi.middle_slab(voxels)
         kept = np.flatnonzero(slab.mask.any((0, 1)))
         np.testing.assert_array_equal(kept, np.arange(kept[0], kept[-1] + 1))
         np.testing.assert_array_equal(slab.mask, dwi.mask & slab.mask.any((0, 1)))
@@ -134,7 +157,7 @@ def test_slab_is_of_whole_slices_in_the_middle(rng):
         half = np.searchsorted(np.cumsum(counts), counts.sum() / 2)
         assert half in kept
         assert len(slab.signal) <= voxels or len(kept) == 1
-    assert len(middle_slab(dwi, 10_000).signal) == len(dwi.signal)
+    assert len(dwi.middle_slab(10_000).signal) == len(dwi.signal)
 
 
 class Offset(Upsampler):
@@ -172,7 +195,7 @@ def trip(rng, **settings):
 
 def test_round_trip_finds_the_errors_of_a_method(rng):
     method, dwi = trip(rng)
-    rows = round_trip(method, dwi, "cpu", 0)
+    rows = round_trip(method, dwi, "cpu", 0, voxels=20_000)
     assert rows["volume"].tolist() == list(range(2, 21))
     np.testing.assert_array_equal(rows["b"], dwi.acquisition.bvals[2:])
     np.testing.assert_allclose(rows["rmse"], np.sqrt(0.03**2 + 0.1**2 + 0.01**2), rtol=0.05)
@@ -193,7 +216,7 @@ def test_round_trip_without_intervals_and_with_too_few(rng):
 
 def test_parts_of_a_run_keep_their_noise(rng):
     dwi = brain(rng)
-    part = select_volumes(dwi, np.array([5, 3]))
+    part = dwi.select_volumes(np.array([5, 3]))
     np.testing.assert_array_equal(part.signal, dwi.signal[:, [5, 3]])
     np.testing.assert_array_equal(part.noise_gain, dwi.noise_gain[[5, 3]])
 

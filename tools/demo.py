@@ -5,7 +5,8 @@
 The phantom has six people, each scanned at two sites that differ as real sites do, and its images
 are raw: distorted, moved, with eddy currents and lost slices. The demo corrects them, estimates
 maps and writes a report of every scan, harmonizes the maps by ComBat, trains a harmonizer of the
-signal, cross-validated over the people, and applies it to two of them.
+signal, cross-validated over the people, and applies it to two of them. Last it predicts more
+directions for one person.
 """
 
 import json
@@ -56,7 +57,9 @@ def main() -> int:
             or run("bidsapp", bids, out, "group", "--train", "harmonize_combat",
                    "harmonize_rish", "--reference-batch", "siteA", "--folds", 2)
             or run("bidsapp", bids, out, "participant", "--harmonize", "rish",
-                   "--participant-label", "01", "02"))
+                   "--participant-label", "01", "02")
+            or run("bidsapp", bids, out, "participant", "--estimate", "dti", "--upsample", "scnn",
+                   "--target-directions", 40, "--participant-label", "03"))
     if code == 0:
         print("\nmaps:", *sorted(out.glob("sub-*/ses-*/dwi")), sep="\n  ")
         print("\ntruth:", bids / "sourcedata" / "truth", sep="\n  ")

@@ -128,8 +128,9 @@ def read_target(path: Path, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray 
     ----------
     path : Path
         A .bvec in FSL's convention, relative to the axes of the image beside it (same name,
-        .nii.gz or .nii) or, without one, of the run; with the .bval beside it, if there is one. Or
-        a .b: rows x y z b, in world RAS+, as MRtrix writes them.
+        .nii.gz or .nii) or, without one, of the run; with the .bval beside it, if there is one.
+        Without it vectors of length 0 are left out, as those of b0 volumes. Or a
+        .b: rows x y z b, in world RAS+, as MRtrix writes them.
     affine : (4, 4)
         Affine of the run's image.
 
@@ -145,6 +146,8 @@ def read_target(path: Path, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray 
     DataError
         A file cannot be read, or does not hold such a table.
     """
+    if not path.exists() and not path.is_symlink():
+        raise DataError(f"{path}: does not exist. Correct the path.")
     bvecs, bvals = _read_target(path, affine)
     try:
         Acquisition(np.full(len(bvecs), B0_MAX) if bvals is None else bvals, bvecs)
@@ -163,13 +166,18 @@ def _read_target(path: Path, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray
         return table[:, :3], table[:, 3]
     image = next((p for p in target_files(path) if p.suffix in (".gz", ".nii")), None)
     bvecs = to_world(_vectors(path), affine if image is None else open_image(image).affine)
-    lengths = np.linalg.norm(bvecs, axis=1)
     bval = path.with_suffix(".bval")
+    if not bval.is_file():  # vectors of length 0 are those of b0 volumes
+        bvecs = bvecs[bvecs.any(1)]
+    lengths = np.linalg.norm(bvecs, axis=1)
+    if not len(bvecs):
+        raise DataError(f"{path}: all vectors are 0. Directions are needed: export the table "
+                        "again.")
     if not bval.is_file() and (np.abs(lengths - 1) > NORM_TOLERANCE).any():
         raise DataError(f"{path}: vector {int(np.argmax(np.abs(lengths - 1)))} has length "
                         f"{lengths[np.argmax(np.abs(lengths - 1))]:.3g}, and there is no "
-                        f"{bval.name} beside it which says that it is a b0. Unit vectors are "
-                        "needed: add the .bval, or remove the b0.")
+                        f"{bval.name} beside it which says that it is a b0. Unit vectors, or 0 for "
+                        "a b0, are needed: add the .bval, or correct the vector.")
     bvals = _numbers(bval) if bval.is_file() else None
     if bvals is not None and len(bvals) != len(bvecs):
         raise DataError(f"{path} has {len(bvecs)} vectors and {bval.name} {len(bvals)} b-values. "

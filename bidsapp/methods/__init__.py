@@ -119,9 +119,12 @@ def find(name: str, kind: str = "") -> str:
         raise UsageError(f"{name} is the short name of {' and '.join(matches)}. Give the full "
                          "name of one of them.")
     if not matches:
-        folder = name if not kind or name.startswith(f"{kind}_") else f"{kind}_{name}"
-        short = [n.partition("_")[2] or n for n in available] if "_" not in folder else available
-        similar = difflib.get_close_matches(folder, short, 1, 0.5)
+        # the kind is common to all, so that it says nothing of the similarity
+        short = {n.partition("_")[2] or n: n for n in available}
+        if not kind:
+            short = {n: n for n in (available if "_" in name else short)}
+        given = name.removeprefix(f"{kind}_") if kind else name
+        similar = [short[m] for m in difflib.get_close_matches(given, short, 1, 0.5)]
         raise UsageError(
             f"no such method: {name}. Available{f' to {kind}' if kind else ''} are: "
             f"{', '.join(available) or 'none'}."

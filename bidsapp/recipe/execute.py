@@ -32,7 +32,7 @@ from bidsapp.recipe.anatomy import write_anatomy
 from bidsapp.recipe.plan import Chosen, choose, plan
 from bidsapp.recipe.preprocess import Preprocess
 from bidsapp.recipe.signals import Harmonize
-from bidsapp.recipe.steps import Measure, RunContext, Step, StepReport
+from bidsapp.recipe.steps import Measure, RunContext, Step, StepReport, lacks
 from bidsapp.report import figures, page
 from bidsapp.stage import Stage
 
@@ -186,6 +186,7 @@ class Execution:
         changed = False
         for step in self.steps:
             if self._lacks_signal(step):
+                self._log_removal(step)
                 self.dataset.discard(step.record)
                 continue
             if self._is_complete(step):
@@ -208,6 +209,14 @@ class Execution:
         return any("refusal" in self.dataset.record(other.record) or self._lacks_signal(other)
                    for other in step.needs)
 
+    def _log_removal(self, step: Step) -> None:
+        """Say that files of an earlier command go, because this one is refused."""
+        if images := [name for name in self.dataset.record(step.record).get("outputs", ())
+                      if name.endswith(".nii.gz")]:
+            log.warning("%s: %d images of an earlier %s are removed, since this command cannot "
+                        "make them: %s", self.context.run.name, len(images), step.title,
+                        ", ".join(PurePosixPath(name).name for name in images))
+
     def _do(self, step: Step) -> None:
         report = StepReport()
         with self.dataset.transaction(step.record, step.fingerprint) as transaction:
@@ -222,6 +231,7 @@ class Execution:
                 about["paragraphs"] = step.paragraphs
             except Refusal as refusal:
                 log.warning("%s: %s is left out: %s", self.context.run.name, step.title, refusal)
+                self._log_removal(step)
                 report, about["refusal"] = StepReport(), str(refusal)
             transaction.facts = {
                 **about, **report.facts, "qc": report.qc,
@@ -261,12 +271,20 @@ class Execution:
                    if not self._lacks_signal(step)}
         refusals = {step.title: records[step.name]["refusal"] for step in self.steps
                     if "refusal" in records.get(step.name, ())}
+        lacking = {step.title: lacks(next(o for o in step.needs if o.name not in records or
+                                          "refusal" in records[o.name]))
+                   for step in self.steps if step.desc and step.name not in records}
+        if changed:
+            for title, reason in lacking.items():
+                log.warning("%s: %s is %s", run.name, title, reason)
+        refusals |= lacking
         complete = not any(step.required for step in self.steps
                            if "refusal" in records.get(step.name, ()))
         records |= self._earlier(records)
         done = [r for r in records.values() if "refusal" not in r]
         content = {"fingerprints": [r["fingerprint"] for r in records.values()],
-                   "batch": [run.batch, run.batch_source], "covariates": run.covariates}
+                   "batch": [run.batch, run.batch_source], "covariates": run.covariates,
+                   **({"lacking": lacking} if lacking else {})}
         mark = hashlib.sha256(to_json(content).encode()).hexdigest()
         if not changed and dataset.is_complete(dataset.record(run_record(run)), mark):
             return refusals, complete

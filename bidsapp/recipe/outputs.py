@@ -85,10 +85,14 @@ class Outputs:
 
         sd: (voxel, m) float32. volumes: which volumes of the signal they belong to.
         """
-        self._map(method, {"entities": {"stat": "std"}, "Description": "SD of the error of the "
-                           "predicted volumes, without the noise of a measurement",
-                           "Units": method.outputs["signal"]["Units"]}, sd, parameters,
-                  Volumes=list(volumes))
+        image = self._path("dwi", desc=self.stage.desc).name
+        about = {k: v for k, v in self.stage.about.items() if k != "SynthesizedVolumes"}
+        replace(self, stage=replace(self.stage, about=about))._map(
+            method, {"entities": {"stat": "std"}, "Description": "SD of the error of the "
+                     "predicted volumes, without the noise of a measurement. `Volumes` are the "
+                     f"indices of these volumes in {image}, from 0",
+                     "Units": method.outputs["signal"]["Units"]}, sd, parameters,
+            Volumes=list(volumes))
 
     def _map(self, method: Method, entry: Mapping[str, Any], values: np.ndarray,
              parameters: Mapping[str, Any], **more: Any) -> PurePosixPath:

@@ -19,9 +19,9 @@ from bidsapp.kinds import Denoiser, Estimator, FromSignal, Method, MethodContext
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.preprocess import CORRECTION_COPIES, Preprocess, paragraphs
-from bidsapp.recipe.signals import Denoise, Harmonize, Upsample
+from bidsapp.recipe.signals import Denoise, Harmonize, Upsample, with_predicted
 from bidsapp.recipe.spaces import Register, Resample, paragraph
-from bidsapp.recipe.steps import PREPARATION, Estimate, Measure, RunContext, Step
+from bidsapp.recipe.steps import PREPARATION, Estimate, Measure, RunContext, Step, lacks
 from bidsapp.report import boilerplate
 from bidsapp.spaces import parse
 
@@ -140,7 +140,8 @@ def describe(context: RunContext, chosen: Chosen) -> list[str]:
     try:
         size = context.like.shape[0] * context.like.shape[1] * context.like.shape[2]
         copies = CORRECTION_COPIES if context.corrections else 1
-        most = peak_memory(size, copies * len(context.acquisition)) / 1e9
+        most = peak_memory(size, max(copies * len(context.acquisition), with_predicted(
+            context.acquisition, context.options))) / 1e9
         lines = [f"{name}: {measured.describe()}; batch {context.run.batch}; at most "
                  f"{most:.1f} GB"]
     except QSphereError as error:
@@ -149,8 +150,10 @@ def describe(context: RunContext, chosen: Chosen) -> list[str]:
     for step in steps:
         if step is measured:
             continue
-        if any(other in refused for other in step.needs):
+        if lacking := [other for other in step.needs if other in refused]:
             refused.append(step)
+            if step.desc:
+                lines.append(f"  {step.title}: {lacks(lacking[0])}")
             continue
         try:
             lines.append(f"  {step.describe()}")

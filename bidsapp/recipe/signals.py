@@ -25,10 +25,11 @@ from bidsapp.domain import OVERRIDE
 from bidsapp.dwi import noise_sd
 from bidsapp.errors import Refusal
 from bidsapp.evaluate import change
-from bidsapp.kinds import Denoiser, Method, Upsampler
+from bidsapp.kinds import Denoiser, Method, Trainable, Upsampler
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.steps import (
+    Measure,
     RunContext,
     Step,
     StepReport,
@@ -38,7 +39,7 @@ from bidsapp.recipe.steps import (
     voxel_size,
 )
 from bidsapp.report import boilerplate, comparison
-from bidsapp.report.upsampling import of_prediction, of_round_trip
+from bidsapp.report.upsampling import of_directions, of_prediction, of_round_trip
 from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
@@ -46,12 +47,22 @@ log = logging.getLogger("qsphere")
 DIRECTIONS = 90
 """Directions per shell after upsampling, unless the options say otherwise (He et al. 2020)."""
 
-SAME_DIRECTION = 1.0
-"""Angle in degrees below which a direction of a target table counts as measured."""
-
 DENOISED = ("the errors of a denoised signal are not independent between measurements. Use the "
             "intervals of the measured signal")
 """Reason why no interval is given for maps of a denoised signal."""
+
+DENOISED_TWICE = (
+    "The corrections removed noise before (--preprocess denoise), and the residuals from which a "
+    "second denoiser measures the noise hide it. The signal may be further from the truth than "
+    "after the first one. Leave --denoise out, or name corrections without denoise.")
+"""Warning if a signal is denoised that the corrections denoised."""
+
+PREDICTED_FROM_DENOISED = (
+    "The directions are predicted from the denoised signal, whose errors are not independent "
+    "between measurements, as all upsamplers assume, and larger than its residuals show. No SD is "
+    "given for the predictions, and they may be further from the truth than those from the "
+    "measured signal. Compare with a run without --denoise.")
+"""Warning if an upsampler takes a denoised signal."""
 
 UNLIKE_TRAINING = (
     "The harmonizer takes the denoised signal, and learned from signals that were not denoised "
@@ -96,7 +107,9 @@ class Denoise(ByMethod):
 
     def describe(self) -> str:
         violations = self._check(self.context.acquisition)
-        return self.method.name + describe_violations(violations)
+        again = "denoise" in self.context.corrections
+        return (self.method.name + describe_violations(violations)
+                + "; the corrections denoise, too, which may make the signal worse" * again)
 
     def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
         assert stage
@@ -111,13 +124,23 @@ class Denoise(ByMethod):
         report.qc |= made.counts
         report.notices += [*made.notices, "Maps of the denoised signal come without intervals "
                            f"(…_stat-std): {DENOISED}."]
+        if "denoise" in self._corrected():
+            log.warning("%s: %s", context.run.name, DENOISED_TWICE)
+            report.warnings.append(DENOISED_TWICE)
         report.warnings += warn_of(violations, "Denoised")
         report.figures += comparison.of_change(compared, stage.dwi, "denoising", self.name)
         denoised = replace(stage, dwi=dwi, desc=self.name, no_intervals=DENOISED,
-                           about={**stage.about, **out_of_distribution(violations)})
+                           about={**stage.about, **out_of_distribution(violations),
+                                  "Denoiser": {"Name": method.name, **made.parameters}})
         report.facts = describe_signal(method, denoised)
         return outputs(context, transaction, denoised).write_signal(
             method, method.outputs["signal"], made.parameters)
+
+    def _corrected(self) -> list[str]:
+        """Names of the corrections that were done."""
+        preprocess = self.takes.preprocess if isinstance(self.takes, Measure) else None
+        record = self.context.dataset.record(preprocess.record) if preprocess else {}
+        return [entry["name"] for entry in record.get("corrections", ())]
 
     def _check(self, acquisition: Acquisition) -> list[str]:
         self.method.check(acquisition)
@@ -213,7 +236,7 @@ class Harmonize(Step):
 
 
 class Upsample(ByMethod):
-    """Add predicted volumes to the signal; the measured ones stay as they are."""
+    """Add predicted volumes to the signal; those that it has stay as they are."""
 
     method: Upsampler
     name = desc = "upsampled"
@@ -226,9 +249,13 @@ class Upsample(ByMethod):
                 "table": [sha256(f) for f in btable.target_files(table)] if table else None}
 
     def describe(self) -> str:
-        target, violations, _ = self._target(self.context.acquisition)
+        target, violations, notices = self._target(self.context.acquisition)
+        of_denoised = self.takes is not None and any(
+            isinstance(step, Denoise) for step in (self.takes, self.takes.takes))
         return (f"{self.method.name} of the {self.takes.name if self.takes else ''} signal, adds "
-                f"{describe_shells(target.shells)}" + describe_violations(violations))
+                f"{describe_shells(target.shells)}" + describe_violations(violations)
+                + "; without SD, and maybe worse than from the measured signal" * of_denoised
+                + "".join(f"\n    {notice}" for notice in notices))
 
     def apply(self, stage: Stage | None, transaction: Transaction, report: StepReport) -> Stage:
         assert stage
@@ -246,34 +273,63 @@ class Upsample(ByMethod):
                 np.r_[dwi.noise_gain, np.ones(len(target))]),
             about={**stage.about, "SynthesizedVolumes": new.tolist(),
                    **out_of_distribution(violations)})
+        signal = stage.desc or "measured"
         report.notices += [
             *notices, *made.notices, f"{len(target)} volumes were predicted "
-            f"({describe_shells(target.shells)}), and follow the {len(dwi.acquisition)} measured "
-            "ones. Maps of this signal come without intervals (…_stat-std): " f"{PREDICTED}."]
+            f"({describe_shells(target.shells)}), and follow the {len(dwi.acquisition)} of the "
+            f"{signal} signal. Maps of this signal come without intervals (…_stat-std): "
+            f"{PREDICTED}."]
+        if stage.no_intervals:
+            report.notices.append("The predicted volumes come without SD (…_stat-std): "
+                                  f"{stage.no_intervals}.")
+        if stage.no_intervals == DENOISED:
+            log.warning("%s: %s", context.run.name, PREDICTED_FROM_DENOISED)
+            report.warnings.append(PREDICTED_FROM_DENOISED)
         report.warnings += warn_of(violations, "Upsampled")
         report.qc |= made.counts
-        report.figures.append(of_prediction(made, target, dwi))
+        sd = None if made.sd is None or stage.no_intervals else (
+            made.sd * np.float32(stage.widening))
+        report.figures += [of_directions(dwi.acquisition, target),
+                           of_prediction(made.signal, sd, target, dwi, signal)]
         if method.any_table:
-            try:
-                trip = upsample.round_trip(method, dwi, context.device,
-                                           context.options.random_seed)
-            except Refusal as refusal:  # nine tenths of the directions may be too few
-                report.notices.append(f"No round trip: {refusal}")
-            else:
-                report.qc |= summarize_round_trip(trip, dwi.noise_sd)
-                report.figures.append(of_round_trip(trip, dwi.noise_sd))
+            self._round_trip(stage, report)
         report.facts = describe_signal(method, upsampled)
         written = outputs(context, transaction, upsampled)
-        if made.sd is not None:
-            written.write_sd(method, made.sd, new.tolist(), made.parameters)
-        return written.write_signal(method, method.outputs["signal"], made.parameters)
+        if sd is not None:
+            written.write_sd(method, sd, new.tolist(), made.parameters)
+        entry = dict(method.outputs["signal"])
+        entry["Description"] = (f"Volumes of the {signal} signal, unchanged inside of the brain "
+                                f"mask and 0 outside, and after them {entry['Description']}")
+        return written.write_signal(method, entry, made.parameters)
+
+    def _round_trip(self, stage: Stage, report: StepReport) -> None:
+        """Predict each volume from others, or say why that would show nothing."""
+        context, dwi = self.context, stage.dwi
+        if stage.desc:
+            report.notices.append(
+                f"No round trip: each volume of the {stage.desc} signal was made from all measured "
+                "ones, so that its prediction from the others would look better than it is.")
+            return
+        try:
+            trip = upsample.round_trip(self.method, dwi, context.device,
+                                       context.options.random_seed)
+        except Refusal as refusal:  # nine tenths of the directions may be too few
+            report.notices.append(f"No round trip: {refusal}")
+            return
+        if "denoise" in context.corrections:
+            report.notices.append(
+                "Round trip: the corrections denoised the images, which carries some of each "
+                "volume to the others. Its errors are smaller than those of new volumes.")
+        report.qc |= summarize_round_trip(trip, dwi.noise_sd)
+        report.figures.append(of_round_trip(trip, dwi.noise_sd))
 
     def _target(self, acquisition: Acquisition) -> tuple[Acquisition, list[str], list[str]]:
         """Choose the measurements to add, and check them: with violations and notices."""
         context, method = self.context, self.method
         method.check(acquisition)
         target, notices = choose_target(method, acquisition, context.like.affine, context.options)
-        violations = method.violations(acquisition, target)
+        method.check_target(acquisition, target)
+        violations = method.violations(acquisition, target, voxel_size(context.run))
         require_domain(method, violations, context.options)
         return target, violations, notices
 
@@ -292,12 +348,13 @@ def choose_target(method: Upsampler, acquisition: Acquisition, affine: np.ndarra
     options : Options
         `target_bvecs`: these directions. `target_directions`: so many for each shell with
         directions, the measured ones included; the new ones repel each other and the measured ones.
+        Antipodes and repeated directions count once.
         Neither: those that the method was trained for, or DIRECTIONS for each shell.
 
     Returns
     -------
     target : Acquisition
-        One or more measurements, none of them measured already.
+        One or more measurements, none of them measured already, and none twice.
     notices : list of str
 
     Raises
@@ -325,17 +382,23 @@ def choose_target(method: Upsampler, acquisition: Acquisition, affine: np.ndarra
         wanted = (Acquisition(bvals, bvecs) if bvals is not None else
                   concatenate([_along(shell, bvecs) for shell in shells]))
         wanted = wanted[~wanted.b0] if not wanted.b0.all() else wanted
-        measured = _measured(wanted, acquisition)
+        measured = _alike(wanted, acquisition).any(1)
         if measured.all() or wanted.b0.all():
             raise Refusal(f"{options.target_bvecs}: all {len(wanted)} measurements are b0 or were "
                           "acquired. A table with other directions is needed.")
-        notices = [f"{measured.sum()} of {len(wanted)} measurements in "
-                   f"{options.target_bvecs.name} were acquired, and are not predicted."]
-        return wanted[~measured], notices if measured.any() else []
+        repeated = np.tril(_alike(wanted, wanted), -1).any(1) & ~measured
+        counted = f"of {len(wanted)} measurements in {options.target_bvecs.name}"
+        notices = [*([f"{measured.sum()} {counted} were acquired, and are not predicted."]
+                     if measured.any() else []),
+                   *([f"{repeated.sum()} {counted} repeat another one or its antipode, and are not "
+                      "predicted again."] if repeated.any() else []),
+                   *(left if bvals is None else [])]
+        return wanted[~measured & ~repeated], notices
     count = options.target_directions or DIRECTIONS
-    added = [_along(shell, upsample.spread(acquisition.bvecs[shell.indices], count - len(shell),
-                                           options.random_seed))
-             for shell in shells if len(shell) < count]
+    axes = [acquisition.bvecs[shell.indices][upsample.distinct(acquisition.bvecs[shell.indices])]
+            for shell in shells]
+    added = [_along(shell, upsample.spread(given, count - len(given), options.random_seed))
+             for shell, given in zip(shells, axes, strict=True) if len(given) < count]
     if not added:
         raise Refusal(f"the run has {describe_shells(acquisition.shells)} s/mm², and {count} "
                       "directions per shell are asked for. Give a larger number to "
@@ -348,13 +411,38 @@ def _along(shell: Shell, bvecs: np.ndarray) -> Acquisition:
     return Acquisition(np.full(len(bvecs), shell.b), bvecs, np.full(len(bvecs), shell.b_delta))
 
 
-def _measured(wanted: Acquisition, acquisition: Acquisition) -> np.ndarray:
-    """(len(wanted),) bool: a measurement of the same b (5 %), shape and direction was acquired."""
-    angle = np.degrees(np.arccos(np.abs(wanted.bvecs @ acquisition.bvecs.T).clip(0, 1)))
-    same = (np.abs(np.subtract.outer(wanted.bvals, acquisition.bvals)) <= SAME_B
-            * wanted.bvals[:, None])
-    shape = np.abs(np.subtract.outer(wanted.b_delta, acquisition.b_delta)) <= SAME_SHAPE
-    return (same & shape & (angle < SAME_DIRECTION)).any(1)
+def _alike(a: Acquisition, b: Acquisition) -> np.ndarray:
+    """(len(a), len(b)) bool: measurements of the same b (5 %), shape and direction."""
+    angle = np.degrees(np.arccos(np.abs(a.bvecs @ b.bvecs.T).clip(0, 1)))
+    same = np.abs(np.subtract.outer(a.bvals, b.bvals)) <= SAME_B * a.bvals[:, None]
+    shape = np.abs(np.subtract.outer(a.b_delta, b.b_delta)) <= SAME_SHAPE
+    return same & shape & (angle < upsample.SAME_DIRECTION)
+
+
+def count_predicted(acquisition: Acquisition, options: Options) -> int:
+    """Count the volumes that --upsample may add to an acquisition, at most.
+
+    Neither the method nor its weights are loaded. The table of --target-bvecs counts for each
+    shell; without an option, so many directions as DIRECTIONS.
+
+    Raises
+    ------
+    DataError
+        The table cannot be read.
+    """
+    if not options.upsample:
+        return 0
+    shells = acquisition.shells
+    if options.target_bvecs:
+        bvecs, bvals = btable.read_target(options.target_bvecs, np.eye(4))
+        return len(bvecs) * (len(shells) if bvals is None else 1)
+    count = options.target_directions or DIRECTIONS
+    return sum(max(0, count - len(shell)) for shell in shells)
+
+
+def with_predicted(acquisition: Acquisition, options: Options) -> int:
+    """Count volumes for the memory (`peak_memory`): those predicted count twice, with their SD."""
+    return len(acquisition) + 2 * count_predicted(acquisition, options)
 
 
 def summarize_round_trip(trip: pd.DataFrame, noise: float | None) -> dict[str, float | None]:
@@ -381,28 +469,30 @@ def describe_signal(method: Method, stage: Stage) -> dict[str, Any]:
 
 
 def require_domain(method: Method, violations: Sequence[str], options: Options) -> None:
-    """Refuse a run outside the training domain of a method, unless extrapolation is allowed.
+    """Refuse a run outside the domain of a method, unless extrapolation is allowed.
 
     Raises
     ------
     Refusal
     """
     if violations and not options.allow_extrapolation:
-        raise Refusal(f"{method.name} was not trained for this run: {'; '.join(violations)}. Train "
-                      f"on such runs, or leave the method out. {OVERRIDE}")
+        advice = ("Train it on such runs, or leave it out." if isinstance(method, Trainable) else
+                  "Choose other targets or another method, or leave it out.")
+        raise Refusal(f"{method.name} does not serve this run: {'; '.join(violations)}. {advice} "
+                      f"{OVERRIDE}")
 
 
 def describe_violations(violations: Sequence[str]) -> str:
     """Describe violations at the end of a line of the dry run; empty if there are none."""
-    return f", outside of its training: {'; '.join(violations)}" * bool(violations)
+    return f", outside of its domain: {'; '.join(violations)}" * bool(violations)
 
 
 def out_of_distribution(violations: Sequence[str]) -> dict[str, Any]:
-    """Make the sidecar key of violations of a training domain; empty if there are none."""
+    """Make the sidecar key of violations of a domain; empty if there are none."""
     return {"OutOfDistribution": list(violations)} if violations else {}
 
 
 def warn_of(violations: Sequence[str], done: str) -> list[str]:
     """Warn of violations that the user allowed."""
-    return [f"{done} outside of what the method was trained for, as --allow-extrapolation asks: "
+    return [f"{done} outside of the domain of the method, as --allow-extrapolation asks: "
             f"{'; '.join(violations)}."] if violations else []

@@ -420,6 +420,12 @@ class Estimate(Step):
                                       "rows": derived.synthetic.scores}
 
 
+def lacks(needed: Step) -> str:
+    """Say that a step is left out because one that it needs was."""
+    return (f"left out, since {needed.title} was, whose signal it takes. Correct that, or leave "
+            f"{needed.title} out.")
+
+
 def depends_on_weights(options: Options, method: Method) -> dict[str, Any]:
     """List what the result of a method with weights depends on.
 

@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from bidsapp.acquisition import Acquisition, describe_shape
+from bidsapp.acquisition import SAME_SHAPE, SHELL_GAP, Acquisition, describe_shape
 from bidsapp.dwi import Dwi
-from bidsapp.kinds import Predicted
 from bidsapp.report.canvas import (
     PALETTE,
     STYLE,
@@ -26,19 +25,70 @@ from bidsapp.report.figures import Figure
 SECTION = "Upsampling"
 
 
-def of_prediction(made: Predicted, target: Acquisition, dwi: Dwi) -> Figure:
-    """Draw a predicted volume, the measured volume of the nearest direction, and the SD.
+def of_directions(acquisition: Acquisition, target: Acquisition) -> Figure:
+    """Draw the measured and the predicted directions of each shell on the sphere.
 
     Parameters
     ----------
-    made : Predicted
-    target : Acquisition
-        The predicted measurements. The first of the highest b-value is drawn.
-    dwi : Dwi
-        The measured signal.
+    acquisition, target : Acquisition
+        The given and the predicted measurements.
     """
-    i = int(target.bvals.argmax())
+    near = [np.abs(target.bvals - s.b) <= SHELL_GAP * s.b for s in acquisition.shells]
+    near = [rows & (np.abs(target.b_delta - s.b_delta) <= SAME_SHAPE)
+            for rows, s in zip(near, acquisition.shells, strict=True)]
+    parts = [(s.b, s.b_delta, acquisition.bvecs[s.indices], target.bvecs[rows])
+             for s, rows in zip(acquisition.shells, near, strict=True) if rows.any()]
+    if (other := ~np.any([np.zeros(len(target), bool), *near], axis=0)).any():
+        rest = target[other]
+        parts += [(s.b, s.b_delta, np.zeros((0, 3)), rest.bvecs[s.indices]) for s in rest.shells]
+    columns = max(2, min(4, len(parts)))
+    rows = -(-len(parts) // columns)
+    with mpl.rc_context(STYLE):
+        drawn = figure(0.3 + 2.75 * rows)
+        circle = np.linspace(0, 2 * np.pi, 200)
+        for k, (b, b_delta, given, new) in enumerate(parts):
+            ax = drawn.add_subplot(rows, columns, k + 1, aspect="equal")
+            ax.set_axis_off()
+            ax.plot(np.cos(circle), np.sin(circle), color="#888888", linewidth=0.8)
+            for bvecs, face, edge in ((given, "#444444", "#444444"), (new, "none", PALETTE[1])):
+                above = np.where(bvecs[:, 2:] >= 0, bvecs, -bvecs)
+                plane = above[:, :2] / np.sqrt(1 + above[:, 2:])
+                ax.scatter(plane[:, 0], plane[:, 1], s=22, linewidths=1, facecolors=face,
+                           edgecolors=edge)
+            ax.set_xlim(-1.1, 1.1)
+            ax.set_ylim(-1.1, 1.1)
+            ax.set_title(f"b = {b:.0f} s/mm²{describe_shape(float(b_delta))}\n{len(given)} given, "
+                         f"{len(new)} predicted", size=9)
+        drawn.subplots_adjust(0.01, 0.02, 0.99, 1 - 0.45 / (0.3 + 2.75 * rows), 0.05, 0.3)
+        image = svg(drawn)
+    return Figure("dwi", {"desc": "upsampledbvecs"}, image, "Given and predicted directions",
+                  "Axes of the given (filled) and predicted (open) measurements, seen from above "
+                  "the head (upper half sphere, equal-area projection). Predictions far from "
+                  "all given directions are the least certain.", SECTION)
+
+
+def of_prediction(predicted: np.ndarray, sd: np.ndarray | None, target: Acquisition, dwi: Dwi,
+                  given: str = "measured") -> Figure:
+    """Draw a predicted volume, the given volume of the nearest direction, and the SD.
+
+    Parameters
+    ----------
+    predicted : (voxel, m)
+        Predicted signals.
+    sd : (voxel, m), optional
+        SDs of their errors.
+    target : Acquisition
+        The predicted measurements. Of the shell with the highest b-value the one that is farthest
+        from the given directions is drawn.
+    dwi : Dwi
+        The given signal.
+    given : str
+        Its name.
+    """
     table = dwi.acquisition
+    highest = np.flatnonzero(target.bvals >= (1 - SHELL_GAP) * target.bvals.max())
+    away = np.abs(target.bvecs[highest] @ table.bvecs[~table.b0].T).max(1)
+    i = int(highest[away.argmin()])
     shape = np.abs(table.bvals - target.bvals[i]) + 1000 * np.abs(table.b_delta - target.b_delta[i])
     shell = np.flatnonzero(shape <= shape.min() + 0.1 * target.bvals[i])
     angles = np.degrees(np.arccos(np.abs(table.bvecs[shell] @ target.bvecs[i]).clip(0, 1)))
@@ -50,17 +100,18 @@ def of_prediction(made: Predicted, target: Acquisition, dwi: Dwi) -> Figure:
         volume = canvas.canonical(dwi.unmask(values))
         return Strip(title, coloured(volume, ends, cmap, canvas.mask), (ends, cmap, ""))
 
-    strips = [strip(f"measured, volume {nearest}, b {table.bvals[nearest]:.0f} s/mm²",
+    strips = [strip(f"{given}, volume {nearest}, b {table.bvals[nearest]:.0f} s/mm²",
                     dwi.signal[:, nearest], limits, "gray"),
               strip(f"predicted, b {target.bvals[i]:.0f} s/mm², {angle:.0f}° away",
-                    made.signal[:, i], limits, "gray")]
-    if made.sd is not None:
-        ends = (0.0, float(np.percentile(made.sd[:, i], 99)) or 1.0)
-        strips.append(strip("SD of the prediction's error", made.sd[:, i], ends, "viridis"))
+                    predicted[:, i], limits, "gray")]
+    if sd is not None:
+        ends = (0.0, float(np.percentile(sd[:, i], 99)) or 1.0)
+        strips.append(strip("SD of the prediction's error", sd[:, i], ends, "viridis"))
     with mpl.rc_context(STYLE):
         image = svg(draw_strips(canvas, one_row_views(canvas)[:1], strips))
     return Figure("dwi", {"desc": "predicted"}, image, "A predicted volume",
-                  "A predicted volume has less noise than a measured one. It should have the same "
+                  "Of the highest b-value, the predicted volume that is farthest from the given "
+                  "directions. It has less noise than a measured one. It should have the same "
                   "anatomy and, where fibres are coherent, the contrast of its own direction. "
                   "Nothing should appear in it that no measured volume shows.", SECTION)
 
@@ -83,11 +134,13 @@ def of_round_trip(trip: pd.DataFrame, noise: float | None) -> Figure:
         for k, (_, rows) in enumerate(shells):
             colour = PALETTE[k % len(PALETTE)]
             label = f"b {rows['b'].mean():.0f}{describe_shape(float(rows['b_delta'].mean()))}"
-            axes[0].plot(rows["volume"], rows["rmse"], "o", ms=3.5, color=colour, label=label)
+            axes[0].plot(rows["volume"], rows["rmse"] / (noise or 1), "o", ms=3.5, color=colour,
+                         label=label)
             axes[1].plot(rows["volume"], rows["correlation"], "o", ms=3.5, color=colour)
         if noise:
-            axes[0].axhline(noise, color="#444444", lw=1, ls="--", label="noise SD")
-        axes[0].set(ylim=(0, None), ylabel="signal", title="RMSE")
+            axes[0].axhline(1, color="#444444", lw=1, ls="--", label="noise SD")
+        axes[0].set(ylim=(0, None), ylabel="in units of the noise" if noise else "signal",
+                    title="RMSE")
         axes[1].set(ylim=(None, 1), title="correlation")
         for ax in axes:
             ax.set_xlabel("measured volume")

@@ -7,6 +7,7 @@ import pytest
 
 from bidsapp import methods
 from bidsapp.acquisition import Acquisition, concatenate
+from bidsapp.errors import Refusal
 from bidsapp.simulate.protocols import spread
 from support import crossing_tensors
 
@@ -98,3 +99,39 @@ def test_noise_that_is_unknown_is_the_one_of_the_process(method, rng):
     known, unknown = (method.predict(d, target, "cpu").sd
                       for d in (dwi, replace(dwi, noise_sd=None)))
     np.testing.assert_allclose(np.median(unknown), np.median(known), rtol=0.15)
+
+
+def test_one_bad_value_spoils_no_other_voxel(method, rng):
+    """The covariance is one of mean squares over voxels, which one value could govern."""
+    acquisition, target = TABLES["one shell"]
+    noisy, clean = crossing_tensors.simulate(rng, concatenate([acquisition, target]), 2000, 0.03)
+    n = len(acquisition)
+    signal = noisy[:, :n].copy()
+    before = method.predict(crossing_tensors.dwi_of(signal, acquisition), target, "cpu")
+    signal[5, 7] = 1000 * np.median(signal[:, 0])
+    after = method.predict(crossing_tensors.dwi_of(signal, acquisition), target, "cpu")
+    rest = np.arange(len(signal)) != 5
+    errors = [np.sqrt(np.mean((made.signal - clean[:, n:])[rest]**2)) for made in (before, after)]
+    assert errors[1] < 1.02 * errors[0]
+    assert not before.notices and after.notices[0].startswith("1 of 2000 voxels")
+
+
+def test_directions_from_which_it_cannot_learn_are_refused(method):
+    """All angles alike (an icosahedron), or all directions in a plane."""
+    golden = (1 + 5**0.5) / 2
+    axes = np.array([np.roll([0, 1, s * golden], k) for s in (1, -1) for k in range(3)])
+    axes /= np.hypot(1, golden)
+    edges = np.array([np.roll([0, 1, s], k) for s in (1, -1) for k in range(3)]) / 2**0.5
+
+    def table(*bvecs):
+        bvecs = np.vstack([np.zeros((1, 3)), *bvecs])
+        return Acquisition(np.r_[0, np.full(len(bvecs) - 1, 1000.0)], bvecs)
+
+    with pytest.raises(Refusal, match=r"angles from 63° to 63°.*range of 15°"):
+        method.check(table(axes))
+    method.check(table(edges))
+    method.check(table(axes, edges[:1]))
+    method.check(table(axes, axes))  # repeats show the noise
+    angle = np.linspace(0, np.pi, 30, endpoint=False)
+    with pytest.raises(Refusal, match="do not span the sphere"):
+        method.check(table(np.column_stack([np.cos(angle), np.sin(angle), 0 * angle])))

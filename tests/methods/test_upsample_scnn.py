@@ -464,3 +464,11 @@ def test_loss_falls():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.2
+
+
+def test_directions_in_a_plane_are_refused(method):
+    angle = np.linspace(0, np.pi, 30, endpoint=False)
+    plane = np.column_stack([np.cos(angle), np.sin(angle), 0 * angle])
+    table = Acquisition(np.r_[0, np.full(30, 1000.0)], np.vstack([np.zeros((1, 3)), plane]))
+    with pytest.raises(Refusal, match="spread over the sphere"):
+        method.check(table)

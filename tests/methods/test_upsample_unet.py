@@ -84,7 +84,7 @@ def method(models):
 
 def limited(dwi):
     """The b0 volumes and the input directions of a scan."""
-    return upsample.select_volumes(dwi, np.r_[0, 1, 2 + np.sort(upsample.subset(SPREAD, INPUTS))])
+    return dwi.select_volumes(np.r_[0, 1, 2 + np.sort(upsample.subset(SPREAD, INPUTS))])
 
 
 # --- pieces
@@ -252,7 +252,7 @@ def test_order_of_volumes_and_targets_and_antipodes_do_not_matter(method, rng):
     target = method.target(known.acquisition)
     one = method.predict(known, target, "cpu")
     order, back = rng.permutation(len(known.acquisition)), rng.permutation(len(target))
-    other = upsample.select_volumes(known, order)
+    other = known.select_volumes(order)
     sign = rng.choice([-1.0, 1.0], len(order))[:, None]
     other = replace(other, acquisition=replace(
         other.acquisition, bvecs=sign * other.acquisition.bvecs))
@@ -318,7 +318,7 @@ def test_other_directions_are_refused(method):
         with pytest.raises(Refusal, match=r"found .* × b 1000.*models for 12 × b 1000.*Needed are"):
             method.check(acquisition)
     with pytest.raises(Refusal, match="found 9"):
-        part = upsample.select_volumes(known, np.r_[0:11])
+        part = known.select_volumes(np.r_[0:11])
         method.predict(part, TABLE[[5]], "cpu")
     two = Acquisition(np.r_[known.acquisition.bvals, np.full(DIRECTIONS, 2000.0)],
                       np.r_[known.acquisition.bvecs, SPREAD])
@@ -344,6 +344,8 @@ def test_another_b_or_voxel_size_needs_allow_extrapolation(method, models):
     for dwi, text in ((replace(known, acquisition=far), "12 × b 1500"),
                       (replace(known, affine=np.diag([3, 3, 3, 1.0])), "3 × 3 × 3 mm")):
         target = method.target(dwi.acquisition)
+        size = np.linalg.norm(dwi.affine[:3, :3], axis=0).tolist()
+        assert text in method.violations(dwi.acquisition, target, size)[0]  # for the dry run
         with pytest.raises(Refusal, match=rf"{text}.*--allow-extrapolation"):
             method.predict(dwi, target, "cpu")
         made = allowed.predict(dwi, target, "cpu")
@@ -360,7 +362,7 @@ def test_each_shell_has_a_model_of_its_own(tmp_path):
         models=keep(fitted.checkpoints, tmp_path / "models")))
     dwi, clean = head("09", table)
     inputs = 2 + upsample.subset(SPREAD, INPUTS)
-    known = upsample.select_volumes(dwi, np.r_[0, 1, inputs, inputs + DIRECTIONS])
+    known = dwi.select_volumes(np.r_[0, 1, inputs, inputs + DIRECTIONS])
     target = method.target(known.acquisition)
     assert [len(s) for s in target.shells] == [INPUTS, INPUTS]
     new = np.setdiff1d(np.arange(2, 2 + DIRECTIONS), inputs)
@@ -462,3 +464,11 @@ def test_group_level_trains_and_participant_level_finds_the_model(bids_tree, tmp
     target = method.target(Acquisition(np.r_[0, np.full(6, 1000.0)],
                                        np.r_[np.zeros((1, 3)), inputs]))
     assert len(target) == 6
+    # the directions for the scanner, and what the page says
+    table = pd.read_csv(out / "group/desc-unetb1000n6_directions.tsv", sep="\t")
+    assert table["role"].tolist() == ["input"] * 6 + ["target"] * 6
+    np.testing.assert_allclose(table[["x", "y", "z"]][:6], inputs, atol=1e-4)
+    page = (out / "group.html").read_text()
+    assert "held-out simulation" not in page
+    assert "1 held-out runs of the cohort: 6 to 6 further directions" in page
+    assert "runs that have the input directions (group/desc-unetb1000n6_directions.tsv)" in page

@@ -1,5 +1,6 @@
 """The measurements that an upsampler adds: by number, by table, by its training."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -12,6 +13,7 @@ from bidsapp.acquisition import Acquisition, concatenate
 from bidsapp.bids import btable
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.recipe.signals import choose_target, summarize_round_trip
+from bidsapp.report.upsampling import of_directions, of_round_trip
 
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, 0, 2.5, -30], [0, 2, 0, -20], [0, 0, 0, 1]])
 """Radiological and with swapped axes, so that image and world axes differ."""
@@ -108,6 +110,28 @@ def test_what_was_measured_is_not_predicted(tmp_path):
         choose_target(ANY, TABLE, AFFINE, options("--target-bvecs", table))
 
 
+def test_repeats_and_antipodes_count_once(tmp_path):
+    """Among the targets of a table, and among the measured directions that are filled up."""
+    table = tmp_path / "new.b"
+    axes = upsample.spread(TABLE.bvecs[1:], 4)
+    np.savetxt(table, np.column_stack([np.vstack([axes, -axes, axes[:2]]), np.full(10, 1000)]))
+    target, notices = choose_target(ANY, TABLE, AFFINE, options("--target-bvecs", table))
+    np.testing.assert_allclose(target.bvecs, axes)
+    assert notices == ["6 of 10 measurements in new.b repeat another one or its antipode, and are "
+                       "not predicted again."]
+    twice = concatenate([TABLE[:13], replace(TABLE[1:13], bvecs=-TABLE.bvecs[1:13]), TABLE[1:13]])
+    assert len(choose_target(ANY, twice, AFFINE, options("--target-directions", 30))[0]) == 18
+
+
+def test_a_table_without_b_values_names_the_shells_that_get_none(tmp_path):
+    few = concatenate([TABLE, shell(200, 3)])
+    table = tmp_path / "new.bvec"
+    np.savetxt(table, upsample.spread(TABLE.bvecs[1:], 4).T)
+    target, notices = choose_target(methods.get("upsample_sh"), few, AFFINE,
+                                    options("--target-bvecs", table))
+    assert {s.b for s in target.shells} == {1000, 2000} and "3 × b 200" in notices[0]
+
+
 @pytest.mark.parametrize(("name", "text", "match"), [
     ("t.bvec", "1 0\n0 0\n0 0.5\n", "vector 1 has length 0.5.*add the .bval"),
     ("t.b", "1 0 0\n0 1 0\n", "rows of 4 numbers"),
@@ -117,7 +141,7 @@ def test_a_broken_table_says_what_it_needs(tmp_path, name, text, match):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=match):
         btable.read_target(tmp_path / name, AFFINE)
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match=r"does not exist\. Correct the path"):
         btable.read_target(tmp_path / "none.bvec", AFFINE)
 
 
@@ -130,7 +154,7 @@ def test_tables_of_other_lengths_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("more", "match"), [
     (["--target-directions", "0", "--upsample", "sh"], "at least 1"),
-    (["--target-directions", "1001", "--upsample", "sh"], "at most 1000"),
+    (["--target-directions", "1001", "--upsample", "sh"], "at most 1000 are allowed"),
     (["--target-directions", "60"], "belongs to --upsample"),
     (["--upsample", "sh", "--target-directions", "60", "--target-bvecs", "x.bvec"],
      "Give one of them")])
@@ -145,3 +169,29 @@ def test_a_round_trip_is_summarised_in_units_of_the_noise():
     assert summarize_round_trip(trip, 2.0) == {
         "roundtrip_rmse": 2.0, "roundtrip_correlation": 0.8, "roundtrip_coverage": None}
     assert summarize_round_trip(trip, None)["roundtrip_rmse"] is None
+
+
+def test_vectors_of_length_zero_are_b0_volumes(tmp_path):
+    """As in the table of every scanner, also without its .bval."""
+    (tmp_path / "t.bvec").write_text("0 1 0\n0 0 1\n0 0 0\n")
+    bvecs, bvals = btable.read_target(tmp_path / "t.bvec", np.eye(4))
+    assert bvals is None and np.abs(bvecs).tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize(("name", "kind", "meant"), [
+    ("foo", "upsample", ""), ("sh", "denoise", ""), ("scn", "upsample", "upsample_scnn"),
+    ("upsample_gpp", "upsample", "upsample_gp")])
+def test_only_similar_methods_are_suggested(name, kind, meant):
+    with pytest.raises(UsageError) as refused:
+        methods.find(name, kind)
+    assert str(refused.value).endswith(f"Did you mean {meant}?" if meant else ".")
+
+
+def test_figures_show_new_directions_beside_the_given_ones():
+    """Also targets of a b that was not measured; the RMSE is in units of the noise."""
+    target = concatenate([shell(1000, 20)[12:], shell(3000, 5)])
+    drawn = of_directions(TABLE, target)
+    assert "12 given, 8 predicted" in drawn.svg.decode() and "0 given, 5" in drawn.svg.decode()
+    trip = pd.DataFrame({"volume": [1, 2], "b": 1000.0, "b_delta": 1.0, "rmse": [20.0, 30.0],
+                         "correlation": 0.9, "coverage": 0.9})
+    assert "units of the noise" in of_round_trip(trip, 20.0).svg.decode()

@@ -208,7 +208,9 @@ class SphericalDenoiser(Denoiser, Trainable):
                   "floor": "that of the measurements, as in the target"},
             constants=constants, start=start, saved=saved, devices=settings.devices)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
-                           "Metrics": dict(checkpoint.card.metrics)}, {name: checkpoint})
+                           "MetricsOf": "held-out runs of the cohort, against their noisy "
+                           "measurements", "Metrics": dict(checkpoint.card.metrics)},
+                      {name: checkpoint})
 
     def train_bundled(self, *, steps: int | None = None, learning_rate: float | None = None,
                       seed: int = 1, device: str = "cpu", start: Checkpoint | None = None,

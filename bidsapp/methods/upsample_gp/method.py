@@ -17,6 +17,7 @@ table has no shells.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,14 +29,15 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.gp import GaussianProcess
 from bidsapp.kinds import Predicted, Upsampler
-from bidsapp.upsample import ErrorCurve, has_one_b
+from bidsapp.upsample import ErrorCurve, determines, has_one_b, sample_voxels
 
 MIN_DIRECTIONS = 6
 """Minimum number of weighted measurements whose b-tensor has an axis."""
 
-SAMPLE = 20_000
-"""Number of voxels, at least, that the process and the errors are fitted to, spread evenly over the
-mask; all voxels of a smaller mask."""
+MIN_ANGLE_RANGE = 15.0
+"""Minimum range of the angles between the axes of all pairs of measurements, degrees. If all angles
+are alike, as between the six axes of an icosahedron, the likelihood cannot tell noise from signals
+that change over a smaller angle."""
 
 
 class _Group(NamedTuple):
@@ -54,7 +56,8 @@ class GaussianProcessUpsampler(Upsampler):
     """Upsampler that predicts from all weighted volumes, with one covariance for all voxels."""
 
     def check(self, acquisition: Acquisition) -> None:
-        """Raise Refusal if there are fewer than six weighted measurements with an axis."""
+        """Raise Refusal if there are fewer than six weighted measurements with an axis, if these
+        axes do not span the sphere, or if all angles between them are alike."""
         oriented = ~acquisition.b0 & (np.abs(acquisition.b_delta) > SAME_SHAPE)
         if oriented.sum() < MIN_DIRECTIONS:
             raise Refusal(
@@ -62,15 +65,30 @@ class GaussianProcessUpsampler(Upsampler):
                 "b-tensor is not spherical. This acquisition has "
                 f"{describe_shells(acquisition.shells)}. {MIN_DIRECTIONS} are needed: acquire more "
                 "directions.")
+        axes = acquisition.bvecs[oriented]
+        if not determines(2, axes):
+            raise Refusal(
+                f"upsample_gp found {describe_shells(acquisition.shells)}, whose directions do not "
+                "span the sphere. Directions that determine a tensor are needed: acquire others.")
+        angles = np.degrees(np.arccos(np.abs(axes @ axes.T).clip(0, 1)))[
+            np.triu_indices(len(axes), 1)]
+        if np.ptp(angles) < MIN_ANGLE_RANGE:
+            raise Refusal(
+                f"upsample_gp found {describe_shells(acquisition.shells)}, with angles from "
+                f"{angles.min():.0f}° to {angles.max():.0f}° between directions. From angles that "
+                "are alike it cannot tell noise from signal; a range of "
+                f"{MIN_ANGLE_RANGE:g}° is needed. Use upsample_sh, or acquire more directions.")
 
-    def violations(self, acquisition: Acquisition, target: Acquisition) -> list[str]:
+    def violations(self, acquisition: Acquisition, target: Acquisition,
+                   voxel_size: Sequence[float] | None = None) -> list[str]:
         """List targets outside the b-values and shapes that were measured."""
         weighted, out = acquisition[~acquisition.b0], []
         low, high = weighted.bvals.min(), weighted.bvals.max()
         outside = (target.bvals < (1 - SAME_B) * low) | (target.bvals > (1 + SAME_B) * high)
         if outside.any():
-            out.append(f"b = {target.bvals[outside][0]:.0f} s/mm² is predicted, and b-values from "
-                       f"{low:.0f} to {high:.0f} s/mm² were measured")
+            measured = f"{low:.0f}" + f" to {high:.0f}" * (round(low) != round(high))
+            out.append(f"b = {target.bvals[outside][0]:.0f} s/mm² is predicted, and b = {measured} "
+                       "s/mm² was measured")
         away = np.abs(np.subtract.outer(target.b_delta, weighted.b_delta)).min(1) > SAME_SHAPE
         if away.any():
             out.append(f"b_delta = {target.b_delta[away][0]:.2g} is predicted, and was not "
@@ -80,7 +98,7 @@ class GaussianProcessUpsampler(Upsampler):
     def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
         self.check(dwi.acquisition)
         weighted = np.flatnonzero(~dwi.acquisition.b0)
-        sample = dwi.signal[::max(1, len(dwi.signal) // SAMPLE), weighted].astype(np.float64)
+        sample, notices = sample_voxels(dwi.signal, weighted)
         process = GaussianProcess.fit(sample, dwi.acquisition[weighted])
         weights = _to(process.predict(target).weights, device)
         groups = [_group(process, sample, dwi, target, shell.indices, device)
@@ -98,7 +116,7 @@ class GaussianProcessUpsampler(Upsampler):
             return {"signal": values.clamp_(min=0) if dwi.magnitude else values, "sd": sd}
 
         predicted = map_voxels(predict, dwi.signal, device)
-        return Predicted(predicted["signal"], predicted["sd"], parameters={
+        return Predicted(predicted["signal"], predicted["sd"], notices=notices, parameters={
             "Covariance": {k: float(f"{v:.4g}")
                            for k, v in process.hyperparameters._asdict().items()},
             "Uncertainty": "predictive SD, scaled by leave-one-out errors"})

@@ -8,6 +8,7 @@ was measured.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -29,6 +30,7 @@ from bidsapp.methods.upsample_scnn.shells import ShellFits, fit_shells
 from bidsapp.networks.shresnet import CENTRE, neighbours
 from bidsapp.networks.upsampling import L_MAX, Neighbourhoods
 from bidsapp.simulate import protocols
+from bidsapp.upsample import determines
 
 GRID = 95
 """Degree of the half grids of the applied network: 1537 points, with which the prediction turns
@@ -113,16 +115,28 @@ class SphericalUpsampler(Upsampler):
         if not self._linear(acquisition):
             raise Refusal(
                 f"the run has {describe_shells(acquisition.shells)} s/mm². Needed is a shell of "
-                f"linear encoding (b_delta 1) with {self._fewest} or more directions.")
+                f"linear encoding (b_delta 1) with {self._fewest} or more directions that are "
+                "spread over the sphere.")
 
     def shells(self, acquisition: Acquisition) -> list[Shell]:
         """List the shells of linear encoding in the training domain, or all linear ones if
-        extrapolation is allowed."""
+        extrapolation is allowed; in both cases those whose directions span the sphere."""
+        linear = self._linear(acquisition)
         if self.context.allow_extrapolation:
-            return self._linear(acquisition)
-        return self.weights.card.trained_for.usable_shells(acquisition) or self._linear(acquisition)
+            return linear
+        inside = {int(s.indices[0]) for s in
+                  self.weights.card.trained_for.usable_shells(acquisition)}
+        return [s for s in linear if int(s.indices[0]) in inside] or linear
 
-    def violations(self, acquisition: Acquisition, target: Acquisition) -> list[str]:
+    def check_target(self, acquisition: Acquisition, target: Acquisition) -> None:
+        """Raise Refusal if a target has another b-tensor than a linear one."""
+        if any(abs(shell.b_delta - 1) > SAME_SHAPE for shell in target.shells):
+            raise Refusal(f"directions of {describe_shells(target.shells)} s/mm² are to be added, "
+                          "but only linear encoding (b_delta 1) was trained. Remove the others "
+                          "from the target table.")
+
+    def violations(self, acquisition: Acquisition, target: Acquisition,
+                   voxel_size: Sequence[float] | None = None) -> list[str]:
         domain = self.weights.card.trained_for
         low, high = domain.shells[0].b
         outside = [shell for shell in target.shells
@@ -133,10 +147,7 @@ class SphericalUpsampler(Upsampler):
 
     def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
         self.check(dwi.acquisition)
-        if any(abs(shell.b_delta - 1) > SAME_SHAPE for shell in target.shells):
-            raise Refusal(f"directions of {describe_shells(target.shells)} s/mm² are to be added, "
-                          "but only linear encoding (b_delta 1) was trained. Remove the others "
-                          "from the target table.")
+        self.check_target(dwi.acquisition, target)
         allowed = self.context.allow_extrapolation
         violations = self.violations(dwi.acquisition, target)
         if violations and not allowed:
@@ -202,18 +213,15 @@ class SphericalUpsampler(Upsampler):
         return self.weights.card.trained_for.shells[0].directions[0]
 
     def _linear(self, acquisition: Acquisition) -> list[Shell]:
-        """Select the shells of linear encoding with enough directions."""
+        """Select the shells of linear encoding with enough directions, spread over the sphere."""
         return [s for s in acquisition.shells if abs(s.b_delta - 1) <= SAME_SHAPE
-                and len(s) >= self._fewest]
+                and len(s) >= self._fewest and determines(2, acquisition.bvecs[s.indices])]
 
     def _query(self, dwi: Dwi, shell: Shell, target: Acquisition, sigma: float) -> Query:
         """Prepare the prediction of one shell of the target."""
         domain = self.weights.card.trained_for
         assert domain.shell_count
-        measured = self._linear(dwi.acquisition)
-        if not self.context.allow_extrapolation:
-            measured = domain.usable_shells(dwi.acquisition)
-        nearest = sorted(measured, key=lambda s: abs(math.log(s.b / shell.b)))
+        nearest = sorted(self.shells(dwi.acquisition), key=lambda s: abs(math.log(s.b / shell.b)))
         # a shell within 5 % is that of the target
         b = nearest[0].b if abs(nearest[0].b / shell.b - 1) <= SAME_B else shell.b
         used = sorted(nearest[:domain.shell_count[1]], key=lambda s: s.b)

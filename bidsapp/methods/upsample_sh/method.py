@@ -33,7 +33,7 @@ from bidsapp.blocks import map_voxels
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.kinds import Predicted, Upsampler
-from bidsapp.upsample import ErrorCurve, has_one_b
+from bidsapp.upsample import ErrorCurve, determines, has_one_b, sample_voxels
 
 LAPLACE_BELTRAMI = 0.006
 """λ (Descoteaux et al. 2007)."""
@@ -41,12 +41,6 @@ LAPLACE_BELTRAMI = 0.006
 L_MAX, REDUNDANCY, MIN_DIRECTIONS = 8, 1.3, 6
 """Highest degree, minimum number of directions per coefficient from degree 4 on, and minimum number
 of directions, which determine degree 2."""
-
-MAX_CONDITION = 30.0
-"""Highest condition number of YᵀY. The degree is lowered until uneven directions meet it."""
-
-SAMPLE = 20_000
-"""Number of voxels, at least, for τ², spread evenly over the mask; all voxels of a smaller mask."""
 
 
 class _Group(NamedTuple):
@@ -77,6 +71,10 @@ class SphericalHarmonics(Upsampler):
     def shells(self, acquisition: Acquisition) -> list[Shell]:
         """List the shells that determine a fit of degree 2."""
         return [s for s in acquisition.shells if degree(acquisition, s)]
+
+    def check_target(self, acquisition: Acquisition, target: Acquisition) -> None:
+        """Raise Refusal if a target is on no shell that can be fitted."""
+        _sources(acquisition, target)
 
     def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
         self.check(dwi.acquisition)
@@ -113,15 +111,14 @@ def degree(acquisition: Acquisition, shell: Shell) -> int:
     """Find the degree of the fit of a shell; 0 if the shell cannot be used.
 
     It is the highest one up to L_MAX with REDUNDANCY directions per coefficient (degree 2: with
-    MIN_DIRECTIONS) whose condition number is at most MAX_CONDITION.
+    MIN_DIRECTIONS) that the directions determine (`upsample.determines`).
     """
     if (len(shell) < MIN_DIRECTIONS or abs(shell.b_delta) <= SAME_SHAPE
             or not has_one_b(acquisition, shell)):
         return 0
     highest = max(2, sh.degree_for(len(shell) / REDUNDANCY, L_MAX))
     directions = acquisition.bvecs[shell.indices]
-    return next((l for l in range(highest, 0, -2)
-                 if np.linalg.cond(sh.basis(l, directions))**2 <= MAX_CONDITION), 0)
+    return next((l for l in range(highest, 0, -2) if determines(l, directions)), 0)
 
 
 def _sources(acquisition: Acquisition, target: Acquisition) -> tuple[list[Shell], np.ndarray]:
@@ -151,7 +148,7 @@ def _group(dwi: Dwi, shell: Shell, rows: np.ndarray, target: Acquisition, device
     sigma, curve = dwi.noise_of(shell.indices), None
     rest = np.eye(len(shell)) - smoother
     if sigma is not None:
-        sample = dwi.signal[::max(1, len(dwi.signal) // SAMPLE), shell.indices].astype(np.float64)
+        sample, _ = sample_voxels(dwi.signal, shell.indices)
         square = np.square(sample @ rest.T).sum(1) / np.square(rest).sum()
         curve = ErrorCurve.fit((sample @ smoother.T).var(1), square, device)
     w, h, noise = (torch.as_tensor(a, dtype=torch.float32, device=device) for a in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import nn
@@ -36,6 +38,8 @@ from bidsapp.methods.upsample_unet.slices import Linear, Minibatch, SliceDataset
 from bidsapp.microstructure.maps import find_weights
 from bidsapp.networks.builder import build_network
 from bidsapp.progress import track
+
+log = logging.getLogger("qsphere")
 
 NETWORKS = JOINT, SINGLE = "joint", "single"
 """One network for all new directions, or one for each, as published."""
@@ -121,9 +125,10 @@ class UNetUpsampler(Upsampler, Trainable):
                                   for c in self.weights)
                 raise Refusal(
                     f"{self.name} found {describe_shells([shell])} s/mm², and models for {known} "
-                    "s/mm². Needed are the directions that a model was trained with, within "
-                    f"{SAME_DIRECTION:g}°, and no others. Train on runs with these and more "
-                    f"directions (group --train {self.name}), {NO_TRAINING}.")
+                    "s/mm². Needed are the input directions of a model (OUTPUT_DIR/group/"
+                    f"desc-unet…_directions.tsv), within {SAME_DIRECTION:g}°, and no others; runs "
+                    "of the training have all directions already. Train on runs with these and "
+                    f"more directions (group --train {self.name}), {NO_TRAINING}.")
             _, i, order = min(matched, key=lambda m: m[:2])
             selected.append(ShellModel(shell, self.weights[i], shell.indices[order]))
         return selected
@@ -145,8 +150,14 @@ class UNetUpsampler(Upsampler, Trainable):
             acquisition, bvals=np.full(len(m.targets), m.shell.b), bvecs=m.targets,
             b_delta=np.ones(len(m.targets))) for m in models])
 
-    def violations(self, acquisition: Acquisition, target: Acquisition) -> list[str]:
-        return [v for model in self.select(acquisition) for v in _violations(model, acquisition)]
+    def check_target(self, acquisition: Acquisition, target: Acquisition) -> None:
+        """Raise Refusal if a target is none of those of the training."""
+        self._assign(self.select(acquisition), target)
+
+    def violations(self, acquisition: Acquisition, target: Acquisition,
+                   voxel_size: Sequence[float] | None = None) -> list[str]:
+        return list(dict.fromkeys(v for model in self.select(acquisition)
+                                  for v in _violations(model, acquisition, voxel_size)))
 
     def predict(self, dwi: Dwi, target: Acquisition, device: str, seed: int = 0) -> Predicted:
         """Predict the signal along directions of the training (`Upsampler.predict`).
@@ -156,7 +167,7 @@ class UNetUpsampler(Upsampler, Trainable):
         """
         models = self.select(dwi.acquisition)
         owners = self._assign(models, target)
-        outside = self._check_domain(models, dwi)
+        outside = self._check_domain(dwi, target)
         s0 = np.maximum(dwi.mean_b0, 0)[:, None]
         signal = np.zeros((len(dwi.signal), len(target)), np.float32)
         sd: np.ndarray | None = signal.copy()
@@ -203,12 +214,11 @@ class UNetUpsampler(Upsampler, Trainable):
                 f"--target-bvecs, {NO_TRAINING}.")
         return owner, direction
 
-    def _check_domain(self, models: Sequence[ShellModel], dwi: Dwi) -> list[str]:
+    def _check_domain(self, dwi: Dwi, target: Acquisition) -> list[str]:
         """List differences of a run from the training, voxel size included; refuse them unless
         they are allowed."""
         size = np.linalg.norm(dwi.affine[:3, :3], axis=0).tolist()
-        violations = list(dict.fromkeys(
-            v for m in models for v in _violations(m, dwi.acquisition, size)))
+        violations = self.violations(dwi.acquisition, target, size)
         if violations and not self.context.allow_extrapolation:
             raise Refusal(f"{self.name} was not trained for this run: {'; '.join(violations)}. "
                           f"Train on such runs, {NO_TRAINING}. {OVERRIDE}")
@@ -220,14 +230,21 @@ class UNetUpsampler(Upsampler, Trainable):
         learners, held = self._split(cohort, settings.seed)
         if settings.states:
             settings.states.mkdir(parents=True, exist_ok=True)
-        checkpoints = {}
+        checkpoints, directions = {}, {}
         for table in tables:
             with scratch.temporary(settings.states) as folder:
                 name, checkpoint = self._fit_shell(cohort, settings, table, learners, held, folder)
             checkpoints[name] = checkpoint
-        return Fitted({}, {"Method": self.name, "Model": self.outputs["model"], "Metrics": {
-            f"{key}_{c.card.trained_for.shells[0].name}": value for c in checkpoints.values()
-            for key, value in c.card.metrics.items()}}, checkpoints)
+            directions[f"desc-unet{name.removeprefix(f'{self.name}_')}_directions"] = table.listing
+        summary = "; ".join(describe_errors(c) for c in checkpoints.values())
+        files = ", ".join(f"group/{table}.tsv" for table in directions)
+        return Fitted(directions, {
+            "Method": self.name, "Model": self.outputs["model"], "Summary":
+            f"On {len(held)} held-out runs of the cohort: {summary}.", "UsedFor":
+            f"runs that have the input directions ({files}), and no others. Those of the training "
+            "have all directions already", "Metrics": {
+                f"{key}_{c.card.trained_for.shells[0].name}": value for c in checkpoints.values()
+                for key, value in c.card.metrics.items()}}, checkpoints)
 
     def _match_tables(self, cohort: Cohort) -> list[ShellTable]:
         """Match the directions of each shell of all runs to those of the first run.
@@ -323,7 +340,7 @@ class UNetUpsampler(Upsampler, Trainable):
         constants, metrics = _validate(networks, validated, linear, recipe["validation"],
                                        settings.device)
         runs = [*learners, *held]
-        return name, Checkpoint(tensors, Card(
+        result = Checkpoint(tensors, Card(
             method=self.name, network={**recipe["network"], "inputs": n, "outputs": len(
                 next(iter(groups.values())))},
             trained_for=_training_domain(cohort, table, runs),
@@ -339,6 +356,8 @@ class UNetUpsampler(Upsampler, Trainable):
             versions={"qsphere": __version__, "torch": torch.__version__}, metrics=metrics,
             constants={"networks": recipe["networks"], "inputs": table.directions[:n].tolist(),
                        "targets": table.directions[n:].tolist(), **constants}))
+        log.info("%s: on %d held-out runs: %s", name, len(held), describe_errors(result))
+        return name, result
 
     def _start(self, settings: TrainingSettings, recipe: Mapping[str, Any], table: ShellTable
                ) -> Checkpoint | None:
@@ -387,11 +406,29 @@ class ShellTable:
     directions: Float[np.ndarray, "_ 3"]
     indices: Mapping[str, Int[np.ndarray, " _"]]
 
+    @property
+    def listing(self) -> pd.DataFrame:
+        """The directions with their role and b-value, for the table at group level."""
+        roles = ["input"] * self.inputs + ["target"] * (len(self.directions) - self.inputs)
+        return pd.DataFrame({"role": roles, **dict(zip("xyz", self.directions.T, strict=True)),
+                             "b": round(self.shell.b, 1)})
+
     def groups(self, networks: str) -> dict[str, list[int]]:
         """List the targets of each network, by the name of its part of the checkpoint."""
         targets = range(len(self.directions) - self.inputs)
         return {f"direction-{i}": [i] for i in targets} if networks == SINGLE else {
             JOINT: list(targets)}
+
+
+def describe_errors(checkpoint: Checkpoint) -> str:
+    """Describe the errors of a model on held-out runs in words."""
+    constants, metrics = checkpoint.card.constants, checkpoint.card.metrics
+    error, plain = (metrics[key]**0.5 for key in ("mse_signal", "mse_linear"))
+    noise = metrics.get("noise")
+    return (f"{len(constants['inputs'])} to {len(constants['targets'])} further directions of b "
+            f"{_trained_b(checkpoint):.0f}, RMSE of S/S0 {error:.4f} against the measurements"
+            + (f", whose noise is {noise**0.5:.4f}" if noise is not None else "")
+            + f"; by the linear prediction alone {plain:.4f}")
 
 
 def match_directions(directions: Float[np.ndarray, "n 3"], wanted: Float[np.ndarray, "k 3"],
