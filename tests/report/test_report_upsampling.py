@@ -4,7 +4,6 @@ import numpy as np
 
 from bidsapp.acquisition import Acquisition
 from bidsapp.dwi import Dwi
-from bidsapp.kinds import Predicted
 from bidsapp.report import canvas, upsampling
 
 
@@ -25,7 +24,7 @@ def test_a_predicted_volume_is_beside_the_measured_one_of_the_nearest_direction(
     drawn = []
     monkeypatch.setattr(upsampling, "draw_strips", lambda *args: drawn.extend(args[2])
                         or canvas.draw_strips(*args))
-    upsampling.of_prediction(Predicted(signal, sd), target, dwi)
+    upsampling.of_prediction(signal, sd, target, dwi)
     measured, predicted, uncertain = drawn
     assert "volume 17, b 2000" in measured.title and "3° away" in predicted.title
     for strip, values in ((measured, dwi.signal[:, 17]), (predicted, signal[:, 1]),
