@@ -6,10 +6,11 @@
 Every layer and nonlinearity, with the same widths, steps, minibatches and simulated voxels, two
 seeds each (one for ten times as many steps), beside MP-PCA and Patch2Self (dipy), the default
 denoiser, and the bundled weights. All are applied to people of the phantom that no training saw, in
-white matter, with Rician noise. SNR is that of white matter at b 0. Truth of the signal and of the
-tensor is noise-free; fODF (CSD of dipy, b 2500) and scnn2 are compared with their estimates from
-the noise-free signal. Voxels/s are those of one thread. --weights keeps the networks, so that a
-second run does not train them again.
+white matter, with Rician noise; the image denoisers remove its floor, too, Patch2Self with the
+noise of the residuals of SH fits. SNR is that of white matter at b 0. Truth of the signal and of
+the tensor is noise-free; fODF (CSD of dipy, b 2500) and scnn2 are compared with their estimates
+from the noise-free signal. Voxels/s are those of one thread. --weights keeps the networks, so that
+a second run does not train them again. --only shows the rows that begin so.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from bidsapp.dwi import Dwi, noise_sd
 from bidsapp.methods.denoise_spherical import learn
 from bidsapp.methods.denoise_spherical.method import apply_network
 from bidsapp.networks import autoencoder
-from bidsapp.preprocess.denoise import denoise
+from bidsapp.preprocess.denoise import denoise, remove_floor
 from bidsapp.simulate import noise, odf
 
 SCHEME = ((0, 8), (1000, 30), (2500, 60))
@@ -264,9 +265,11 @@ def noisy_image(scene, snr, seed):
     return replace(dwi, noise_sd=noise_sd(dwi))
 
 
-def processors(folder, size):
-    """(name, training seed, function, parameters) of all denoisers; function: (image, rows) →
-    (voxel, measurement) of the rows of the mask."""
+def processors(folder, size, only=("",)):
+    """(name, training seed, function, parameters) of the denoisers whose name begins so; function:
+    (image, rows) → (voxel, measurement) of the rows of the mask."""
+    only = tuple(only)
+
     def network(trained):
         shells = ACQUISITION.shells
 
@@ -277,23 +280,33 @@ def processors(folder, size):
 
     def image(name):
         def apply(dwi, rows):
-            out = denoise(dwi.unmask(dwi.signal), dwi.mask, method=name, rician=name == "pca",
+            out = denoise(dwi.unmask(dwi.signal), dwi.mask, method=name, rician=True,
                           bvals=ACQUISITION.bvals)
-            return out.signal[dwi.mask][rows]
+            signal = out.signal[dwi.mask][rows]
+            if out.sigma is None:  # the method estimates no noise, and leaves the floor
+                sd = torch.full((len(rows),), dwi.noise_sd)
+                signal = remove_floor(torch.from_numpy(signal), sd)["signal"].numpy()
+            return signal
 
         return apply, None, None
 
-    yield "as measured", 0, lambda dwi, rows: dwi.signal[rows], None, None
-    yield "SH fit, λ 0.006", 0, lambda dwi, rows: smooth(dwi.signal[rows]), None, None
+    if "as measured".startswith(only):
+        yield "as measured", 0, lambda dwi, rows: dwi.signal[rows], None, None
+    if (label := "SH fit, λ 0.006").startswith(only):
+        yield label, 0, lambda dwi, rows: smooth(dwi.signal[rows]), None, None
     for which in NETWORKS:
         for seed in TRAINING_SEEDS if which.steps == STEPS else TRAINING_SEEDS[:1]:
-            yield which.name, seed, *network(train(which, seed, folder=folder))
-    yield "zonal relu signal 32 16 32 shortcut, cohort", 0, *network(train_on_cohort(size))
-    bundled = checkpoint.load(Path(methods.__file__).parent.parent / "weights/denoise_spherical")
-    yield "bundled weights, any table", 0, *network(bundled)
+            if which.name.startswith(only):
+                yield which.name, seed, *network(train(which, seed, folder=folder))
+    if (label := "zonal relu signal 32 16 32 shortcut, cohort").startswith(only):
+        yield label, 0, *network(train_on_cohort(size))
+    if (label := "bundled weights, any table").startswith(only):
+        yield label, 0, *network(checkpoint.load(
+            Path(methods.__file__).parent.parent / "weights/denoise_spherical"))
     for label, name in (("default denoiser (pca)", "pca"), ("dipy MP-PCA", "mppca"),
                         ("dipy Patch2Self", "patch2self")):
-        yield label, 0, *image(name)
+        if label.startswith(only):
+            yield label, 0, *image(name)
 
 
 def noise_free_output(trained):
@@ -309,7 +322,8 @@ def compare(options):
     images = {(seed, snr): noisy_image(references[seed].scene, snr, seed)
               for seed in PEOPLE for snr in SNR}
     results = {}
-    for name, seed, function, parameters, trained in processors(options.weights, options.size):
+    for name, seed, function, parameters, trained in processors(options.weights, options.size,
+                                                               options.only):
         voxels = seconds = 0
         found = {}
         for (person, snr), dwi in images.items():
@@ -360,6 +374,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--only", nargs="+", default=[""])
     parser.add_argument("--size", type=int, nargs=3, default=(40, 40, 8))
     table.add_option(parser)
     options = parser.parse_args()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from bidsapp import blocks, checkpoint, kinds, methods, sh, training
+from bidsapp import blocks, checkpoint, kinds, methods, sh, training, upsample
 from bidsapp.acquisition import Acquisition, concatenate
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
@@ -245,8 +245,9 @@ def test_refusals(method):
     acq = acquisition()
     with pytest.raises(Refusal, match="Needed is a b0"):
         method.check(acq[2:])
-    with pytest.raises(Refusal, match="6 or more directions"):
-        method.check(acquisition(5))
+    for n in (5, 7):
+        with pytest.raises(Refusal, match="8 or more directions"):
+            method.check(acquisition(n))
     planar = replace(acq, b_delta=np.where(acq.b0, 1.0, -0.5))
     with pytest.raises(Refusal, match="linear encoding"):
         method.check(planar)
@@ -257,6 +258,34 @@ def test_refusals(method):
         method.predict(dwi, target(b=7000.0), "cpu")
     with pytest.raises(Refusal, match="6 or more directions"):
         method.predict(scan(acquisition(5)), target(), "cpu")
+
+
+def test_few_directions_serve_the_round_trip_and_are_refused_else(method):
+    """Eight are filled, and seven of them predict the eighth; a shell of six is left as it is."""
+    few = acquisition(8)
+    method.check(few)
+    assert upsample.round_trip(method, scan(few), "cpu", 0)["rmse"].notna().all()
+    both = concatenate([acquisition(20), target(6, 1000.0)])
+    assert [shell.b for shell in method.shells(both)] == [2000]
+    allowed = methods.get("upsample_scnn", context=kinds.MethodContext(allow_extrapolation=True))
+    allowed.check(acquisition(6))
+    (six,) = allowed.violations(acquisition(6), target())
+    assert "6 directions, 8 are needed" in six and not allowed.violations(few, target())
+
+
+def test_warnings_of_few_directions_and_of_strange_noise(method):
+    def warned(acq, sigma=0.04, known=True):
+        dwi = scan(acq, sigma)
+        return method.predict(dwi if known else replace(dwi, noise_sd=None), target(),
+                              "cpu").warnings
+
+    assert warned(acquisition(20)) == []
+    (few,) = warned(acquisition(19))
+    assert "19 directions" in few and "FA" in few
+    (loud,) = warned(acquisition(20), 0.5)
+    assert "SNR is 2" in loud and "5–60" in loud
+    (unknown,) = warned(acquisition(20), known=False)
+    assert "SNR of 20 was assumed" in unknown
 
 
 def test_violations(method):
