@@ -224,6 +224,30 @@ def test_sd_widens_outside_of_the_training():
     assert (np.abs(outside.signal - truth) <= 1.645 * outside.sd).mean() > 0.88
 
 
+@pytest.mark.parametrize(("measured", "wanted"), [
+    (2000.0, 3000.0), (3000.0, 1000.0), (8000.0, 4000.0), (4000.0, 8000.0), (1000.0, 300.0)])
+def test_intervals_hold_at_another_b_in_tissue_unlike_the_training(measured, wanted):
+    """A bending bundle of Gaussian diffusion: its signal falls faster with b than that of the
+    training, so that errors are systematic and grow with the distance in b."""
+    method = methods.get("upsample_scnn", context=kinds.MethodContext(allow_extrapolation=True))
+    acq, to = acquisition(45, (measured,)), target(b=wanted)
+    x = np.indices(SHAPE)[0].ravel()
+    axis = np.stack([np.cos(x / 8), np.sin(x / 8), 0 * x], 1)
+
+    def clean(table):
+        return np.exp(-table.bvals / 1000 * (0.35 + 1.35 * (axis @ table.bvecs.T) ** 2))
+
+    rng = np.random.default_rng(4)
+    real, imaginary = 0.04 * rng.normal(size=(2, len(x), len(acq)))
+    dwi = Dwi((300 * np.hypot(clean(acq) + real, imaginary)).astype(np.float32),
+              np.ones(SHAPE, bool), np.eye(4), acq, 12.0)
+    found = method.predict(dwi, to, "cpu")
+    error = found.signal - 300 * noise.mean(clean(to), 0.04)
+    assert (np.abs(error) <= 1.645 * found.sd).mean() > 0.7
+    same = method.predict(dwi, target(b=measured), "cpu")
+    assert found.sd.mean() > 1.5 * same.sd.mean()
+
+
 def test_noise_without_a_floor(method):
     """For a real-valued signal the prediction has no noise floor, unlike for a magnitude."""
     acq, to = acquisition(b=(4000.0,)), target(b=4000.0)
