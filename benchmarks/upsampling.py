@@ -178,6 +178,21 @@ def rough_scenes(options) -> Iterator[Scene]:
         yield scene.reduced("6 → 30, rough tissue", 6)
 
 
+def load_real(data, name, wanted, b=None):
+    """Name and Dwi, of the shell b or of all, of the first run of a dataset whose name holds
+    `wanted`; None without the dataset. Voxels without signal are left out: raw masks hold some."""
+    if not (data / name).is_dir():
+        return None
+    found = find.find_runs(cli.parse([str(data / name), "unused", "participant"]))
+    run = next(r for label in found.participants for r in found.runs[label] if wanted in r.name)
+    dwi = load_run(run)[0]
+    if b:
+        dwi = dwi.select_shell(next(s for s in dwi.acquisition.shells if abs(s.b - b) < 0.05 * b))
+    s0 = dwi.mean_b0
+    usable = (s0 > 0.2 * np.median(s0)) & (dwi.signal > 0).all(1)
+    return run.name, Dwi(dwi.signal[usable], dwi.unmask(usable), dwi.affine, dwi.acquisition)
+
+
 def real_scenes(options) -> Iterator[Scene]:
     """Shells of real runs, as they were measured; those of siemens_xa30 and canon_retest moved."""
     for row, name, wanted, b, count in (
@@ -190,26 +205,15 @@ def real_scenes(options) -> Iterator[Scene]:
             ("6 → 12, canon_retest b 1500", "canon_retest", "", 1500, 6)):
         if not chosen(row, options):
             continue
-        root = options.data / name
-        if not root.is_dir():
-            print(f"{row}: there is no {root}")
+        if (run := load_real(options.data, name, wanted, b)) is None:
+            print(f"{row}: there is no {options.data / name}")
             continue
-        found = find.find_runs(cli.parse([str(root), "unused", "participant"]))
-        run = next(r for label in found.participants for r in found.runs[label]
-                   if wanted in r.name)
-        dwi = load_run(run)[0]
-        shell = next(s for s in dwi.acquisition.shells if abs(s.b - b) < 0.05 * b)
-        dwi = dwi.select_shell(shell)
-        s0 = dwi.mean_b0
-        # voxels with signal: raw masks hold some without
-        usable = (s0 > 0.2 * np.median(s0)) & (dwi.signal > 0).all(1)
-        mask = dwi.unmask(usable)
-        dwi = Dwi(dwi.signal[usable], mask, dwi.affine, dwi.acquisition)
+        name, dwi = run
         fa = tensor_of(dwi.signal, dwi.acquisition)[0]
         bands = np.full(len(fa), -1)
         for i, (low, high) in enumerate(FA_BANDS.values()):
             bands[(fa >= low) & (fa < high)] = i
-        yield Scene(row, run.name, dwi, None, *split(dwi.acquisition, count), bands, s0[usable])
+        yield Scene(row, name, dwi, None, *split(dwi.acquisition, count), bands, dwi.mean_b0)
 
 
 def tensor_of(signal, acquisition):
