@@ -394,26 +394,31 @@ def new_tables():
     """Tables by name: given, and directions to predict."""
     rng = np.random.default_rng(SEED)
 
-    def shells(*parts, random=False):
+    def shells(*parts, random=False, to=None):
         given, new = [], []
         for b, n, m in parts:
             v = rng.standard_normal((n, 3))
             g = (v / np.linalg.norm(v, axis=1, keepdims=True) if random
                  else spread(np.zeros((0, 3)), n, seed=int(b)))
             given.append(Acquisition(np.full(n, float(b)), g))
-            new.append(Acquisition(np.full(m, float(b)), spread(g, m)))
+            new.append(Acquisition(np.full(m, float(to or b)), spread(g, m)))
         b0 = Acquisition(np.zeros(4), np.zeros((4, 3)))
         return concatenate([b0, *given]), concatenate(new)
 
     return {"21 of b 800": shells((800, 21, 40)),
             "16 of b 1100 and 40 of b 2300": shells((1100, 16, 20), (2300, 40, 40)),
             "50 random of b 3000": shells((3000, 50, 40), random=True),
-            "outside: 45 of b 8000": shells((8000, 45, 40))}
+            "45 of b 2000, b 3000 predicted": shells((2000, 45, 40), to=3000),
+            "45 of b 3000, b 1000 predicted": shells((3000, 45, 40), to=1000),
+            "outside: 45 of b 8000": shells((8000, 45, 40)),
+            "outside: 45 of b 8000, b 4000 predicted": shells((8000, 45, 40), to=4000)}
 
 
 def compare_tables(options):
     rows = Rows()
     for row, (given, new) in new_tables().items():
+        if not chosen(row, options):
+            continue
         both = concatenate([given, new])
         for _, _, scene in simulate(both, options, sites=(0,)):
             n = len(given)
