@@ -333,13 +333,12 @@ def test_target_of_a_cohort_is_the_measured_signal(runs):
     (b,) = sampler.draw(torch.Generator().manual_seed(0))
     run = next(i for i, s in enumerate(signals) if (s == b.target[0]).flatten(1).all(1).any())
     assert all((signals[run] == row).flatten(1).all(1).any() for row in b.target[:20])
-    # the network is told the noise of its input: that of the target, and as much again
     ratio = ((b.signal - b.target) / b.noise[:, :1, None])[b.target > 0.2].square().mean()
-    assert float(ratio) == pytest.approx(1 / 2, rel=0.03)
+    assert float(ratio) == pytest.approx(1, rel=0.03)
     # with magnitudes the second moment rises by two channels of noise
     (b,) = replace(sampler, magnitude=[True] * 3).draw(torch.Generator().manual_seed(0))
     excess = (b.signal.square() - b.target.square()).mean() / b.noise[:, 0].square().mean()
-    assert float(excess) == pytest.approx(2 / 2, rel=0.1)
+    assert float(excess) == pytest.approx(2, rel=0.1)
 
 
 def test_training_on_a_cohort_lowers_the_error(runs):
