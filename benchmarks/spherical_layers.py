@@ -2,18 +2,21 @@
 
     python benchmarks/spherical_layers.py [--weights FOLDER] [--csv FILE]
     python benchmarks/spherical_layers.py --tune       # learning rates, on a seed of their own
+    python benchmarks/spherical_layers.py --fa         # FA of other tissue and of real runs
 
 Every layer and nonlinearity, with the same widths, steps, minibatches and simulated voxels, two
 seeds each (one for ten times as many steps), beside MP-PCA and Patch2Self (dipy), the default
 denoiser, and the bundled weights. All are applied to people of the phantom that no training saw, in
-white matter, with Rician noise. SNR is that of white matter at b 0. Truth of the signal and of the
-tensor is noise-free; fODF (CSD of dipy, b 2500) and scnn2 are compared with their estimates from
-the noise-free signal. Voxels/s are those of one thread. --weights keeps the networks, so that a
-second run does not train them again.
+white matter, with Rician noise; the image denoisers remove its floor, too, Patch2Self with the
+noise of the residuals of SH fits. SNR is that of white matter at b 0. Truth of the signal and of
+the tensor is noise-free; fODF (CSD of dipy, b 2500) and scnn2 are compared with their estimates
+from the noise-free signal. Voxels/s are those of one thread. --weights keeps the networks, so that
+a second run does not train them again. --only shows the rows that begin so.
 """
 
 import argparse
 import itertools
+import os
 import time
 import warnings
 from dataclasses import replace
@@ -22,8 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import rough_tissue
 import table
 import torch
+import upsampling
 from denoise import Scene, simulate
 from dipy.core.gradients import gradient_table
 from dipy.data import get_sphere
@@ -31,12 +36,13 @@ from dipy.reconst.csdeconv import ConstrainedSphericalDeconvModel, response_from
 from simulated import spiral_shells
 
 from bidsapp import checkpoint, kinds, methods, sh, tensor, training
+from bidsapp.acquisition import describe_shells
 from bidsapp.domain import TrainingDomain
 from bidsapp.dwi import Dwi, noise_sd
 from bidsapp.methods.denoise_spherical import learn
 from bidsapp.methods.denoise_spherical.method import apply_network
 from bidsapp.networks import autoencoder
-from bidsapp.preprocess.denoise import denoise
+from bidsapp.preprocess.denoise import denoise, remove_floor
 from bidsapp.simulate import noise, odf
 
 SCHEME = ((0, 8), (1000, 30), (2500, 60))
@@ -264,9 +270,11 @@ def noisy_image(scene, snr, seed):
     return replace(dwi, noise_sd=noise_sd(dwi))
 
 
-def processors(folder, size):
-    """(name, training seed, function, parameters) of all denoisers; function: (image, rows) →
-    (voxel, measurement) of the rows of the mask."""
+def processors(folder, size, only=("",)):
+    """(name, training seed, function, parameters) of the denoisers whose name begins so; function:
+    (image, rows) → (voxel, measurement) of the rows of the mask."""
+    only = tuple(only)
+
     def network(trained):
         shells = ACQUISITION.shells
 
@@ -277,23 +285,33 @@ def processors(folder, size):
 
     def image(name):
         def apply(dwi, rows):
-            out = denoise(dwi.unmask(dwi.signal), dwi.mask, method=name, rician=name == "pca",
+            out = denoise(dwi.unmask(dwi.signal), dwi.mask, method=name, rician=True,
                           bvals=ACQUISITION.bvals)
-            return out.signal[dwi.mask][rows]
+            signal = out.signal[dwi.mask][rows]
+            if out.sigma is None:  # the method estimates no noise, and leaves the floor
+                sd = torch.full((len(rows),), dwi.noise_sd)
+                signal = remove_floor(torch.from_numpy(signal), sd)["signal"].numpy()
+            return signal
 
         return apply, None, None
 
-    yield "as measured", 0, lambda dwi, rows: dwi.signal[rows], None, None
-    yield "SH fit, λ 0.006", 0, lambda dwi, rows: smooth(dwi.signal[rows]), None, None
+    if "as measured".startswith(only):
+        yield "as measured", 0, lambda dwi, rows: dwi.signal[rows], None, None
+    if (label := "SH fit, λ 0.006").startswith(only):
+        yield label, 0, lambda dwi, rows: smooth(dwi.signal[rows]), None, None
     for which in NETWORKS:
         for seed in TRAINING_SEEDS if which.steps == STEPS else TRAINING_SEEDS[:1]:
-            yield which.name, seed, *network(train(which, seed, folder=folder))
-    yield "zonal relu signal 32 16 32 shortcut, cohort", 0, *network(train_on_cohort(size))
-    bundled = checkpoint.load(Path(methods.__file__).parent.parent / "weights/denoise_spherical")
-    yield "bundled weights, any table", 0, *network(bundled)
+            if which.name.startswith(only):
+                yield which.name, seed, *network(train(which, seed, folder=folder))
+    if (label := "zonal relu signal 32 16 32 shortcut, cohort").startswith(only):
+        yield label, 0, *network(train_on_cohort(size))
+    if (label := "bundled weights, any table").startswith(only):
+        yield label, 0, *network(checkpoint.load(
+            Path(methods.__file__).parent.parent / "weights/denoise_spherical"))
     for label, name in (("default denoiser (pca)", "pca"), ("dipy MP-PCA", "mppca"),
                         ("dipy Patch2Self", "patch2self")):
-        yield label, 0, *image(name)
+        if label.startswith(only):
+            yield label, 0, *image(name)
 
 
 def noise_free_output(trained):
@@ -309,7 +327,8 @@ def compare(options):
     images = {(seed, snr): noisy_image(references[seed].scene, snr, seed)
               for seed in PEOPLE for snr in SNR}
     results = {}
-    for name, seed, function, parameters, trained in processors(options.weights, options.size):
+    for name, seed, function, parameters, trained in processors(options.weights, options.size,
+                                                               options.only):
         voxels = seconds = 0
         found = {}
         for (person, snr), dwi in images.items():
@@ -348,6 +367,58 @@ def row(name, runs):
             cells("peak", ".1f"), pair(("diffusivity", "neuritefraction"), ".3f")]
 
 
+def compare_fa(options):
+    """The bundled weights on tissue unlike that of their training, and on real runs."""
+    rows = []
+    for scheme in (((1000, 12),), ((1000, 30),), ((2500, 60),), ((1000, 30), (2500, 60))):
+        acquisition = spiral_shells(((0, 8), *scheme))
+        for snr in (20, 60):
+            scans = []
+            for seed in PEOPLE:
+                tissue = rough_tissue.draw(seed)
+                clean = rough_tissue.signal(tissue, acquisition)
+                mask = np.ones(tissue.label.shape, bool)
+                signal = 1000 * rough_tissue.measure(clean, 1 / snr, seed)[mask]
+                scans.append((Dwi(signal.astype(np.float32), mask, np.eye(4), acquisition),
+                              1000 * clean[mask], tissue.label[mask] == 0))
+            name = " and ".join(f"{n} × b {b}" for b, n in scheme)
+            rows.append(fa_row(f"rough tissue, {name}, SNR {snr}", scans))
+    for name, wanted in (("mdt_multishell", "acq-b1kb2k"), ("uih_dti16", ""),
+                         ("canon_retest", ""), ("siemens_xa30", "dir-AP")):
+        if run := upsampling.load_real(options.data, name, wanted):
+            rows.append(fa_row(f"{name}, {describe_shells(run[1].acquisition.shells)}",
+                               [(run[1], None, np.ones(len(run[1].signal), bool))]))
+    table.show("spherical_fa", rows, options.csv)
+
+
+def fa_row(label, scans):
+    """A row: errors in white matter if there is truth, else differences from the measured signal.
+    scans: (Dwi, noise-free signal or None, voxels)."""
+    square, errors, references = [], [], []
+    for dwi, clean, voxels in scans:
+        dwi = replace(dwi, noise_sd=noise_sd(dwi))
+        signals = dwi.signal, methods.get("denoise_spherical").denoise(dwi, "cpu").signal
+        maps = [upsampling.tensor_of(s, dwi.acquisition)[0][voxels] for s in signals]
+        reference = maps[0]
+        if clean is not None:
+            reference = upsampling.tensor_of(clean, dwi.acquisition)[0][voxels]
+            square.append([np.mean(np.square((s - clean) / clean[:, :1])[voxels][
+                :, ~dwi.acquisition.b0]) for s in signals])
+        references.append(reference)
+        errors.append([m - reference for m in maps])
+    reference, errors = np.concatenate(references), np.concatenate(errors, 1)
+    print(f"{label}: done", flush=True)
+
+    def biases(values):
+        return ", ".join(f"{values[(reference >= low) & (reference < high)].mean():+.3f}"
+                         for low, high in ((0.15, 0.3), (0.3, 0.5), (0.5, 2)))
+
+    rmse = np.sqrt(np.mean(errors**2, 1))
+    before = square and " → ".join(f"{1e3 * v:.2f}" for v in np.mean(square, 0))
+    return [label, before or "", f"{rmse[0]:.3f} → {rmse[1]:.3f}" if square else "",
+            biases(errors[0]) if square else "", biases(errors[1])]
+
+
 def tune(_):
     for network in (*map(Network, autoencoder.LAYERS), Network("connected", widths=WIDE)):
         for rate in TRIED[network.layer]:
@@ -359,12 +430,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--fa", action="store_true")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get(
+        "QSPHERE_TEST_DATA", Path(__file__).resolve().parents[2] / "shared/data")))
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--only", nargs="+", default=[""])
     parser.add_argument("--size", type=int, nargs=3, default=(40, 40, 8))
     table.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    (tune if options.tune else compare)(options)
+    (tune if options.tune else compare_fa if options.fa else compare)(options)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,8 @@ class Denoised:
         In the gradient table and units of the run.
     counts, parameters, notices
         As in `Derived`.
+    warnings : sequence of str
+        Sentences for the report and the log: reasons to doubt the result.
     magnitude : bool
         Whether a magnitude still has its noise floor (`Dwi.magnitude`), in the weighted volumes
         that were denoised. It holds for the whole signal. b0 volumes, which keep their floor, are
@@ -145,6 +147,7 @@ class Denoised:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
     magnitude: bool = True
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,8 @@ class Predicted:
         method does not estimate it.
     counts, parameters, notices
         As in `Derived`.
+    warnings : sequence of str
+        Sentences for the report and the log: reasons to doubt the result.
     """
 
     signal: np.ndarray
@@ -167,6 +172,7 @@ class Predicted:
     counts: Mapping[str, int] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

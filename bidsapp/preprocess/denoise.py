@@ -158,7 +158,7 @@ def denoise(volumes: Shaped[np.ndarray, "x y z n"], mask: Bool[np.ndarray, "x y 
         signal, sigma = _dipy(method, volumes, inside, edges, bvals)
         rank = None
         if magnitudes and sigma is not None:
-            floor = map_volume(_without_floor, [signal, sigma], 0, device)
+            floor = map_volume(remove_floor, [signal, sigma], 0, device)
             signal, sigma = floor["signal"], floor["sigma"]
         signal = np.where(inside[..., None], signal, volumes)
     law = "rician" if magnitudes and sigma is None else "gaussian"
@@ -243,7 +243,7 @@ def _denoise_slab(volumes: torch.Tensor, mask: torch.Tensor, starts: list[list[i
     if clean.is_complex():
         sigma = sigma / math.sqrt(2)
     elif magnitudes:
-        floor = _without_floor(signal, sigma)
+        floor = remove_floor(signal, sigma)
         signal, sigma = floor["signal"], floor["sigma"]
     use = mask & (weight > 0)
     return {"signal": torch.where(use[..., None], signal, volumes),
@@ -316,8 +316,21 @@ def marchenko_pastur_median(beta: Float[np.ndarray, " k"]) -> Float[np.ndarray, 
     return 1 + root[:, 0] ** 2 - 2 * root[:, 0] * np.cos(half)
 
 
-def _without_floor(magnitude: torch.Tensor, sd: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Remove the Rician floor of denoised magnitudes (x, …, n), whose SD was sd (x, …)."""
+def remove_floor(magnitude: Float[torch.Tensor, "*grid n"], sd: Float[torch.Tensor, "*grid"]
+                 ) -> dict[str, torch.Tensor]:
+    """Remove the Rician floor of denoised magnitudes.
+
+    Parameters
+    ----------
+    magnitude : (x, …, n) tensor
+    sd : (x, …) tensor
+        SD of the magnitudes before they were denoised.
+
+    Returns
+    -------
+    dict
+        `signal` (x, …, n), and `sigma` (x, …), the noise SD of one real channel.
+    """
     planes = [_plane_without_floor(m, s) for m, s in zip(magnitude, sd, strict=True)]
     return {name: torch.stack([plane[i] for plane in planes])
             for i, name in enumerate(("signal", "sigma"))}

@@ -127,7 +127,8 @@ class Denoise(ByMethod):
         if "denoise" in self._corrected():
             log.warning("%s: %s", context.run.name, DENOISED_TWICE)
             report.warnings.append(DENOISED_TWICE)
-        report.warnings += warn_of(violations, "Denoised")
+        log_warnings(context, made.warnings)
+        report.warnings += [*warn_of(violations, "Denoised"), *made.warnings]
         report.figures += comparison.of_change(compared, stage.dwi, "denoising", self.name)
         denoised = replace(stage, dwi=dwi, desc=self.name, no_intervals=DENOISED,
                            about={**stage.about, **out_of_distribution(violations),
@@ -285,7 +286,8 @@ class Upsample(ByMethod):
         if stage.no_intervals == DENOISED:
             log.warning("%s: %s", context.run.name, PREDICTED_FROM_DENOISED)
             report.warnings.append(PREDICTED_FROM_DENOISED)
-        report.warnings += warn_of(violations, "Upsampled")
+        log_warnings(context, made.warnings)
+        report.warnings += [*warn_of(violations, "Upsampled"), *made.warnings]
         report.qc |= made.counts
         sd = None if made.sd is None or stage.no_intervals else (
             made.sd * np.float32(stage.widening))
@@ -490,6 +492,12 @@ def describe_violations(violations: Sequence[str]) -> str:
 def out_of_distribution(violations: Sequence[str]) -> dict[str, Any]:
     """Make the sidecar key of violations of a domain; empty if there are none."""
     return {"OutOfDistribution": list(violations)} if violations else {}
+
+
+def log_warnings(context: RunContext, warnings: Sequence[str]) -> None:
+    """Log the warnings of a method about a run."""
+    for warning in warnings:
+        log.warning("%s: %s", context.run.name, warning)
 
 
 def warn_of(violations: Sequence[str], done: str) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bidsapp import cli, methods
+from bidsapp import cli, methods, upsample
 from bidsapp.acquisition import Acquisition
 from bidsapp.anatomy.mask import median_otsu, read_mask
 from bidsapp.bids import btable, find
@@ -100,6 +100,27 @@ def test_noise_level_is_unbiased_with_few_directions(rng):
     signal = (800 + SD * rng.standard_normal((20_000, 13))).astype(np.float32)
     dwi = Dwi(signal, np.ones((20, 25, 40), bool), np.eye(4), acquisition)
     assert noise_sd(dwi) == pytest.approx(SD, rel=0.015)
+
+
+@pytest.mark.parametrize("n,b0,highest", [(6, 1, None), (7, 1, None), (6, 4, 1.02), (7, 9, 1.02),
+                                          (8, 1, 2.0), (20, 1, 1.05)])
+def test_anisotropy_is_not_taken_for_noise(rng, n, b0, highest):
+    """Tensors of one axis at SNR 40. A shell of fewer than 8 directions says nothing of the noise:
+    b0 volumes do, or it is unknown. Degree 2, of 8 directions, leaves a part of degree 4."""
+    axes = upsample.spread(np.zeros((0, 3)), n)
+    acquisition = Acquisition(np.r_[np.zeros(b0), np.full(n, 1000.0)],
+                              np.vstack([np.zeros((b0, 3)), axes]))
+    bundle = rng.standard_normal((4000, 3))
+    bundle /= np.linalg.norm(bundle, axis=1, keepdims=True)
+    signal = 40 * SD * np.exp(-acquisition.bvals * (
+        0.4e-3 + 1.3e-3 * (bundle @ acquisition.bvecs.T)**2))
+    signal += SD * rng.standard_normal(signal.shape)
+    level = noise_sd(Dwi(signal.astype(np.float32), np.ones((20, 20, 10), bool), np.eye(4),
+                         acquisition))
+    if highest is None:
+        assert level is None
+    else:
+        assert 0.97 < level / SD < highest
 
 
 def test_unknown_noise_gives_no_snr(dwi):

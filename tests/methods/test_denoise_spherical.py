@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from bidsapp import checkpoint, kinds, methods, sh
 from bidsapp.acquisition import Acquisition
+from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.methods.denoise_spherical import learn
@@ -158,6 +159,10 @@ def test_refusals():
     with pytest.raises(Refusal, match=r"b 300 .*needed are.*500–5000"):
         method().check(table(b=(300,)))
     assert method(allow=True).violations(planar)
+    with pytest.raises(Refusal, match=r"11 × b 1000.*shell of 12 directions: with fewer, FA falls"):
+        method().check(table(11, (1000,)))
+    assert "12 directions" in method(allow=True).violations(table(6, (1000,)))[0]
+    assert not method().violations(table(12, (1000,)))
     assert not method().violations(table())
 
 
@@ -169,6 +174,40 @@ def test_shells_outside_of_the_training_are_left_as_they_are(rng):
     np.testing.assert_array_equal(result.signal[:, :8], dwi.signal[:, :8])
     assert (result.signal[:, 8:] != dwi.signal[:, 8:]).any()
     assert result.parameters["ShellsLeftOut"] == [200] and "6 × b 200" in result.notices[0]
+
+
+def test_warnings_of_few_directions_and_of_strange_noise(rng):
+    def warned(n, sd):
+        dwi, _ = measured(table(n, (1000,)), 20, rng, sd)
+        return method().denoise(dwi, "cpu").warnings
+
+    assert warned(30, 0.05) == []
+    (few,) = warned(29, 0.05)
+    assert "29 directions" in few and "FA" in few
+    (loud,) = warned(30, 0.5)
+    assert "SNR is 2" in loud and "5–100" in loud
+
+
+def test_a_few_directions_beside_many_are_left_as_they_are(rng):
+    acq = Acquisition(np.r_[0, 0, [700] * 6, [1000] * 20],
+                      np.r_[np.zeros((2, 3)), spread(6), spread(20)])
+    dwi, _ = measured(acq, 20, rng)
+    result = method().denoise(dwi, "cpu")
+    np.testing.assert_array_equal(result.signal[:, :8], dwi.signal[:, :8])
+    assert result.parameters["ShellsLeftOut"] == [700]
+
+
+def test_the_cohort_with_the_least_noise_is_not_the_best():
+    """The target of a validation holds its noise, so that errors compare relative to the noise."""
+    (bundled,) = method().weights
+    domain = replace(bundled.card.trained_for, shell_count=None,
+                     shells=(ShellRange((1000, 1000), 1.0, (30, 30)),))
+    quiet, noisy = (replace(bundled, card=replace(
+        bundled.card, trained_for=domain, metrics={"mse_input": level, "mse_output": out}))
+        for level, out in ((1e-3, 0.9e-3), (4e-3, 2.2e-3)))
+    chosen = method()
+    chosen.__dict__["weights"] = [quiet, noisy, bundled]
+    assert chosen.select(table(30, (1000,))) is noisy
 
 
 def test_voxels_without_b0_signal_are_left_as_they_are(rng):
@@ -191,11 +230,11 @@ def test_unknown_noise_is_assumed_and_said(rng):
 
 @pytest.mark.parametrize("n,b,sd,share", [
     (30, (1000, 2500), 0.05, 0.25), (64, (3000,), 0.05, 0.25), (12, (1000,), 0.1, 0.5),
-    (6, (1000,), 0.05, 1.0), (30, (1000, 2500), 0.01, 1.0)])
+    (30, (1000, 2500), 0.01, 1.0)])
 def test_error_falls_on_independent_tensors(n, b, sd, share, rng):
     """Tensors, not the model of the training: below the measured signal and below an SH fit. With
-    16 b0 volumes the error of the mean b0, which remains, is small. Six directions, and SNR 100,
-    are no worse than measured."""
+    16 b0 volumes the error of the mean b0, which remains, is small. SNR 100 is no worse than
+    measured."""
     acq = table(n, b, b0=16, turn=0.3)
     dwi, clean = measured(acq, 1500, rng, sd)
     weighted = ~acq.b0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from bidsapp import blocks, checkpoint, kinds, methods, sh, training
+from bidsapp import blocks, checkpoint, kinds, methods, sh, training, upsample
 from bidsapp.acquisition import Acquisition, concatenate
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
@@ -298,6 +298,30 @@ def test_sd_widens_outside_of_the_training():
     assert (np.abs(outside.signal - truth) <= 1.645 * outside.sd).mean() > 0.88
 
 
+@pytest.mark.parametrize(("measured", "wanted"), [
+    (2000.0, 3000.0), (3000.0, 1000.0), (8000.0, 4000.0), (4000.0, 8000.0), (1000.0, 300.0)])
+def test_intervals_hold_at_another_b_in_tissue_unlike_the_training(measured, wanted):
+    """A bending bundle of Gaussian diffusion: its signal falls faster with b than that of the
+    training, so that errors are systematic and grow with the distance in b."""
+    method = methods.get("upsample_scnn", context=kinds.MethodContext(allow_extrapolation=True))
+    acq, to = acquisition(45, (measured,)), target(b=wanted)
+    x = np.indices(SHAPE)[0].ravel()
+    axis = np.stack([np.cos(x / 8), np.sin(x / 8), 0 * x], 1)
+
+    def clean(table):
+        return np.exp(-table.bvals / 1000 * (0.35 + 1.35 * (axis @ table.bvecs.T) ** 2))
+
+    rng = np.random.default_rng(4)
+    real, imaginary = 0.04 * rng.normal(size=(2, len(x), len(acq)))
+    dwi = Dwi((300 * np.hypot(clean(acq) + real, imaginary)).astype(np.float32),
+              np.ones(SHAPE, bool), np.eye(4), acq, 12.0)
+    found = method.predict(dwi, to, "cpu")
+    error = found.signal - 300 * noise.mean(clean(to), 0.04)
+    assert (np.abs(error) <= 1.645 * found.sd).mean() > 0.7
+    same = method.predict(dwi, target(b=measured), "cpu")
+    assert found.sd.mean() > 1.5 * same.sd.mean()
+
+
 def test_noise_without_a_floor(method):
     """For a real-valued signal the prediction has no noise floor, unlike for a magnitude."""
     acq, to = acquisition(b=(4000.0,)), target(b=4000.0)
@@ -319,8 +343,9 @@ def test_refusals(method):
     acq = acquisition()
     with pytest.raises(Refusal, match="Needed is a b0"):
         method.check(acq[2:])
-    with pytest.raises(Refusal, match="6 or more directions"):
-        method.check(acquisition(5))
+    for n in (5, 7):
+        with pytest.raises(Refusal, match="8 or more directions"):
+            method.check(acquisition(n))
     planar = replace(acq, b_delta=np.where(acq.b0, 1.0, -0.5))
     with pytest.raises(Refusal, match="linear encoding"):
         method.check(planar)
@@ -331,6 +356,34 @@ def test_refusals(method):
         method.predict(dwi, target(b=7000.0), "cpu")
     with pytest.raises(Refusal, match="6 or more directions"):
         method.predict(scan(acquisition(5)), target(), "cpu")
+
+
+def test_few_directions_serve_the_round_trip_and_are_refused_else(method):
+    """Eight are filled, and seven of them predict the eighth; a shell of six is left as it is."""
+    few = acquisition(8)
+    method.check(few)
+    assert upsample.round_trip(method, scan(few), "cpu", 0)["rmse"].notna().all()
+    both = concatenate([acquisition(20), target(6, 1000.0)])
+    assert [shell.b for shell in method.shells(both)] == [2000]
+    allowed = methods.get("upsample_scnn", context=kinds.MethodContext(allow_extrapolation=True))
+    allowed.check(acquisition(6))
+    (six,) = allowed.violations(acquisition(6), target())
+    assert "6 directions, 8 are needed" in six and not allowed.violations(few, target())
+
+
+def test_warnings_of_few_directions_and_of_strange_noise(method):
+    def warned(acq, sigma=0.04, known=True):
+        dwi = scan(acq, sigma)
+        return method.predict(dwi if known else replace(dwi, noise_sd=None), target(),
+                              "cpu").warnings
+
+    assert warned(acquisition(20)) == []
+    (few,) = warned(acquisition(19))
+    assert "19 directions" in few and "FA" in few
+    (loud,) = warned(acquisition(20), 0.5)
+    assert "SNR is 2" in loud and "5–60" in loud
+    (unknown,) = warned(acquisition(20), known=False)
+    assert "SNR of 20 was assumed" in unknown
 
 
 def test_violations(method):

@@ -36,7 +36,8 @@ def quick(monkeypatch):
             part = dwi.signal[:, shell.indices]
             signal[:, shell.indices] = part.mean(1, keepdims=True) + 0.5 * (
                 part - part.mean(1, keepdims=True))
-        return Denoised(signal, magnitude=False, parameters={"Weights": "abc"})
+        return Denoised(signal, magnitude=False, parameters={"Weights": "abc"},
+                        warnings=["SNR is 2, and 5–60 in the training."])
 
     monkeypatch.setattr(SphericalDenoiser, "denoise", denoise)
 
@@ -98,9 +99,12 @@ def test_predictions_from_a_denoised_signal_come_without_sd_and_round_trip(
     assert any("follow the 30 of the denoised signal" in n for n in facts["notices"])
 
 
-def test_the_noise_of_a_denoised_signal_is_measured_anew(tmp_path, quick):
+def test_the_noise_of_a_denoised_signal_is_measured_anew(tmp_path, quick, capsys):
     bids, out = dataset(tmp_path), tmp_path / "out"
     assert qsphere(bids, out, "participant", "--estimate", "dti", "--denoise", "spherical") == 0
+    # what the method warns of is on the page and in the log
+    assert "SNR is 2, and 5–60 in the training." in record(out)["warnings"]
+    assert "SNR is 2, and 5–60" in capsys.readouterr().err
     steps = {name: json.loads((out / f"sub-01/log/sub-01_desc-{name}_step.json").read_text())
              for name in ("measured", "denoised")}
     (run,) = find_runs(bids).runs["01"]

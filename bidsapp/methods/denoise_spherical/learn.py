@@ -251,7 +251,7 @@ class CohortSampler:
     """Sampler of minibatches of measured signals.
 
     The target is the measured signal, noise included, and the input is the target with as much
-    noise again.
+    noise again. The network is told the noise of the target.
 
     Parameters
     ----------
@@ -368,7 +368,8 @@ def train(method: str, network: Mapping[str, Any],
     -------
     Checkpoint
         Its metrics are the mean square errors of the held-out signal before and after, relative to
-        the target.
+        the target. The weights of least error on it were chosen, and the target of a cohort holds
+        the noise of the measurements.
     """
     with training.seeded(seed):
         model = build_network(network)

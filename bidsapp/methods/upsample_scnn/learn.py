@@ -77,7 +77,7 @@ class Recipe:
         Exponent of the weight SD^(2 beta) of the negative log likelihood of a voxel (Seitzer et al.
         2022, arXiv:2203.09168).
     held_out : int
-        Minibatches of the validation; the calibration has 4 times as many, and the test twice.
+        Minibatches of the validation; the calibration has 8 times as many, and the test 4 times.
     """
 
     network: Mapping[str, Any]
