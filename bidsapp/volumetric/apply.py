@@ -16,7 +16,7 @@ from bidsapp.volumetric import inputs
 from bidsapp.volumetric.inputs import Block, Grid
 
 OVERLAP = 16
-"""Voxels that neighbouring blocks share along an axis. Instance normalisation takes the statistics
+"""Voxels that neighbouring blocks share along an axis, half a block at most. Instance normalisation takes the statistics
 of a block, so that blocks differ; their results are blended linearly over the overlap."""
 
 
@@ -61,7 +61,7 @@ def apply(network: VolumeNetwork, dwi: Dwi, grid: Grid, matrix: Float[torch.Tens
             continue
         features = network.features(grid.volumes(values, block)[None].to(device))
         out = activate(network.head(features)[0]).cpu()
-        ramp = taper(block, grid.shape)
+        ramp = taper(block, grid.shape, overlap(patch))
         if total is None:
             total = torch.zeros(len(out), *grid.shape)
         total[(slice(None), *block)] += ramp * out
@@ -71,25 +71,33 @@ def apply(network: VolumeNetwork, dwi: Dwi, grid: Grid, matrix: Float[torch.Tens
 
 
 def blocks(shape: tuple[int, int, int], patch: int) -> Iterator[Block]:
-    """Cover a grid with blocks of at most `patch` voxels along an axis, which overlap by OVERLAP
-    or more."""
+    """Cover a grid with blocks of at most `patch` voxels along an axis, which overlap by
+    `overlap(patch)` or more."""
+    shared = overlap(patch)
+
     def parts(n: int) -> list[slice]:
         if n <= patch:
             return [slice(0, n)]
-        count = -(-(n - OVERLAP) // (patch - OVERLAP))
+        count = -(-(n - shared) // (patch - shared))
         return [slice(start, start + patch)
                 for start in np.linspace(0, n - patch, count).round().astype(int).tolist()]
 
     yield from product(*map(parts, shape))
 
 
-def taper(block: Block, shape: tuple[int, int, int]) -> Float[torch.Tensor, "x y z"]:
-    """Weights of a block: 1, falling linearly over OVERLAP voxels towards its faces inside the
+def overlap(patch: int) -> int:
+    """Number of voxels that neighbouring blocks share along an axis, at least."""
+    return min(OVERLAP, patch // 2)
+
+
+def taper(block: Block, shape: tuple[int, int, int], width: int
+          ) -> Float[torch.Tensor, "x y z"]:
+    """Weights of a block: 1, falling linearly over `width` voxels towards its faces inside the
     grid."""
     ramps = []
     for part, n in zip(block, shape, strict=True):
         i = torch.arange(part.start, part.stop, dtype=torch.float32)
-        low = (i - part.start + 1) / OVERLAP if part.start > 0 else torch.ones_like(i)
-        high = (part.stop - i) / OVERLAP if part.stop < n else torch.ones_like(i)
+        low = (i - part.start + 1) / width if part.start > 0 else torch.ones_like(i)
+        high = (part.stop - i) / width if part.stop < n else torch.ones_like(i)
         ramps.append(torch.minimum(low, high).clamp(max=1))
     return torch.einsum("x,y,z->xyz", *ramps)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bidsapp.networks.volumetric import VolumeNetwork
-from bidsapp.volumetric.apply import OVERLAP, apply, blocks, taper
+from bidsapp.volumetric.apply import OVERLAP, apply, blocks, overlap, taper
 from bidsapp.volumetric.inputs import Grid
 from support import ellipsoid
 
@@ -65,15 +65,16 @@ def test_blocks_that_differ_are_blended_without_steps(dwi):
     assert (steps <= 1.5 * spread / OVERLAP).all()
 
 
+@pytest.mark.parametrize("patch", [16, 24, 40])
 @pytest.mark.parametrize("shape", [(5, 24, 60), (25, 40, 41)])
-def test_blocks_cover_the_grid_and_overlap(shape):
+def test_blocks_cover_the_grid_and_overlap(shape, patch):
     count, weight = torch.zeros(shape), torch.zeros(shape)
-    for block in blocks(shape, 24):
-        assert all(part.stop - part.start == min(24, n)
+    for block in blocks(shape, patch):
+        assert all(part.stop - part.start == min(patch, n)
                    for part, n in zip(block, shape, strict=True))
         count[block] += 1
-        weight[block] += taper(block, shape)
+        weight[block] += taper(block, shape, overlap(patch))
     assert count.min() == 1
     assert weight.min() > 0
-    starts = sorted({block[2].start for block in blocks(shape, 24)})
-    assert all(b - a <= 24 - OVERLAP for a, b in pairwise(starts))
+    starts = sorted({block[2].start for block in blocks(shape, patch)})
+    assert all(b - a <= patch - min(16, patch // 2) for a, b in pairwise(starts))
