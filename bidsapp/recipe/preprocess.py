@@ -229,11 +229,12 @@ class Corrector:
 
     def unring(self) -> None:
         """Remove Gibbs ringing in the plane of the slices."""
-        start, encoding, share = time.monotonic(), self.encodings[self.reference], None
+        start, encoding = time.monotonic(), self.encodings[self.reference]
         try:
             share = read_partial_fourier(self.run.metadata)
         except DataError as error:
-            self.skip(f"{self.run.parts[0].image}: {error}")
+            share = float("nan")
+            self.warn(f"{self.run.parts[0].image}: {error}")
         result = gibbs.unring(self.volumes, self.in_plane(), partial_fourier=share,
                               phase_axis=encoding.axis if encoding else None,
                               device=self.context.device)
@@ -455,6 +456,7 @@ class Corrector:
             self.run, self.dwi(), self.context.options.gradient_check,
             corrected=self.run.preprocessed or self.motion is not None)
         self.report.warnings += checked.warnings
+        self.report.notices += checked.notices
         self.report.qc |= checked.qc
         self.about.update(checked.about)
         if checked.about:  # the table is wrong in the scanner, before it is turned with the head

@@ -86,9 +86,10 @@ def directions(n):
 
 
 def scan(bvals, b_delta=None, *, move=2.0, eddy=1.0, offset=0, field=False, noise=1.5, lost=(),
-         seed=1):
+         seed=1, drift=0.0):
     """Simulate a scan. offset: SD (Hz) of a constant field in weighted volumes that is not linear
-    in the gradient; lost: (slice, volume) of which half of the signal is lost."""
+    in the gradient; lost: (slice, volume) of which half of the signal is lost; drift: along the
+    phase encoding over the scan, mm."""
     rng = np.random.default_rng(seed)
     bvals, n = np.asarray(bvals, float), len(bvals)
     vectors = np.zeros((n, 3))
@@ -96,6 +97,7 @@ def scan(bvals, b_delta=None, *, move=2.0, eddy=1.0, offset=0, field=False, nois
     acquisition = Acquisition(bvals, vectors, b_delta)
     walk = np.cumsum(rng.standard_normal((n, 6)), 0)
     walk = (walk - walk[0]) * move / max(np.abs(walk - walk[0]).max(), 1e-9)
+    walk[:, 4] += np.linspace(0, drift, n)
     size = np.array([8] + [12] * 3 + [10] * 6)
     q = np.sqrt(bvals / 1000)[:, None] * vectors
     truth = Scan([], acquisition, Rotation.from_rotvec(walk[:, :3], degrees=True).as_matrix(),
@@ -271,6 +273,55 @@ def test_field_is_not_motion(move):
     assert np.std(truth.eddy[1:, 0] * PER_HERTZ[1]) > 0.5
     assert np.std(y - true) < 0.25
     assert not move or np.std(true) > 0.4
+
+
+def positions(kind, deviation, rng, count=25):
+    """Positions (mm) along the phase encoding of one b0 and weighted volumes, with the arguments of
+    `_split_series` and the truth: field of 5 Hz linear in the gradient, independent deviations
+    (Hz), an error of 0.3 mm of the registration of b0 to weighted volumes, noise of 0.03 mm."""
+    b0, unit = np.arange(count) == 0, rng.standard_normal((count, 3))
+    walk = rng.normal(0, 0.25, (count, 6)).cumsum(0) if kind == "walk" else np.zeros((count, 6))
+    u = walk[:, 0] + {"drift": np.linspace(0, 3, count),
+                      "step": 2.0 * (np.arange(count) > count // 2)}.get(kind, 0)
+    u -= u[0]
+    others = walk[:, 1:] + rng.normal(0, 0.05, (count, 5)) * ~b0[:, None]
+    q = unit / np.linalg.norm(unit, axis=1, keepdims=True) * ~b0[:, None]
+    shared, s = rng.normal(0, 0.3), np.full(count, PER_HERTZ[1])
+    field = q @ rng.normal(0, 5, 3) + rng.normal(0, deviation, count)
+    position = u + (s * field + shared + rng.normal(0, 0.03, count)) * ~b0
+    return (position, s, q, (np.diff(others, axis=0)**2).mean(1), b0), u, shared
+
+
+@pytest.mark.parametrize("kind,deviation,error,largest", [
+    ("still", 0.5, 0.1, 0.1), ("still", 2.5, 0.2, 0.2), ("still", 8, 0.3, 0.2),
+    ("drift", 0.5, 0.25, 0.3), ("drift", 2.5, 0.35, 0.45), ("step", 2.5, 0.3, 0.5),
+    ("walk", 2.5, 0.3, 0.4), ("walk", 8, 0.35, 0.55)])
+def test_series_from_one_b0(kind, deviation, error, largest):
+    """The order of the scan leads the weighted volumes nearer to the b0 than the images put them,
+    and at most a tenth further away."""
+    squares = np.zeros((20, 3))
+    for seed in range(20):
+        given, u, shared = positions(kind, deviation, np.random.default_rng(seed))
+        head, offset = motion._split_series(*given)
+        squares[seed] = (offset - shared)**2, np.mean((head - u)[1:]**2), shared**2
+        assert abs(head[0] - u[0]) < 0.01
+    shared, head, images = np.sqrt(squares.mean(0))
+    assert shared < min(error, 1.1 * images) and head < largest
+
+
+def test_without_b0_there_is_no_shared_error():
+    (position, s, q, squares, b0), u, _ = positions("walk", 0.5, np.random.default_rng(0))
+    head, offset = motion._split_series(position[1:], s[1:], q[1:], squares[1:], b0[1:])
+    assert offset == 0 and np.std((head - u[1:])) < 0.3
+    far, _ = motion._split_series(position[1:] + 40, s[1:], q[1:], squares[1:], b0[1:])
+    np.testing.assert_allclose(far, head + 40, atol=0.02)
+
+
+@pytest.mark.slow
+def test_a_drift_does_not_put_weighted_volumes_off_the_only_b0():
+    """3 mm along the phase encoding, beside independent deviations of the field of 0.5 mm."""
+    truth = scan([0, *[1000] * 20], move=0, offset=2.5, noise=1, drift=3)
+    assert truth.displacement_error(estimate(truth).geometry) < 0.4
 
 
 @pytest.mark.slow
