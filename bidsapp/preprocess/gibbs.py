@@ -88,8 +88,8 @@ def unring(volumes: Shaped[np.ndarray, "x y z *n"], axes: tuple[int, ...] = (0, 
     Returns
     -------
     Unrung
-        With `partial_fourier` NaN or below PARTIAL only the axis across the phase encoding is corrected,
-        or none if `phase_axis` is unknown, and a notice says so.
+        With `partial_fourier` NaN or below PARTIAL only the axis across the phase encoding is
+        corrected, or none if `phase_axis` is unknown, and a notice says so.
     """
     notice, corrected = None, axes
     if partial_fourier is not None and not partial_fourier >= PARTIAL:

@@ -762,8 +762,8 @@ def _split_series(position: Float[np.ndarray, " n"], shift_per_hertz: Float[np.n
     volumes have q = 0 and ε = 0. e is the error of the registration of b0 to weighted volumes (SD
     CONTRAST_SHIFT); without b0 volumes it is not determined, and 0. κ and σ are those of the
     largest posterior density; u and e, which are returned, have their posterior means given them.
-    An uncertain u next to a b0 thus leaves e to the registration, and a walk from one b0 to the next
-    does not.
+    An uncertain u next to a b0 thus leaves e to the registration, and a walk from one b0 to the
+    next does not.
     """
     from scipy.optimize import minimize
 

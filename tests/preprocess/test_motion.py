@@ -312,7 +312,7 @@ def test_series_from_one_b0(kind, deviation, error, largest):
 def test_without_b0_there_is_no_shared_error():
     (position, s, q, squares, b0), u, _ = positions("walk", 0.5, np.random.default_rng(0))
     head, offset = motion._split_series(position[1:], s[1:], q[1:], squares[1:], b0[1:])
-    assert offset == 0 and np.std((head - u[1:])) < 0.3
+    assert offset == 0 and np.std(head - u[1:]) < 0.3
     far, _ = motion._split_series(position[1:] + 40, s[1:], q[1:], squares[1:], b0[1:])
     np.testing.assert_allclose(far, head + 40, atol=0.02)
 

@@ -40,7 +40,7 @@ def test_masked_phases_of_several_possible_scales_are_refused(rng, factor, reach
     if air:
         phase[4:] = 0
     stored = np.round(phase * factor)
-    with pytest.raises(DataError, match='may be .*"mrad"'):
+    with pytest.raises(DataError, match=r'may be .*"mrad"'):
         to_radians(stored, "arbitrary")
     in_units = to_radians(phase * 1e3, "mrad")
     np.testing.assert_allclose(in_units, phase, atol=1e-5)

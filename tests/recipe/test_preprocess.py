@@ -177,6 +177,8 @@ def test_complex_images_lose_their_phase_and_floor(tmp_path):
     facts = json.loads(found.read_text())
     assert [c["name"] for c in facts["corrections"]] == ["complex", "denoise"]
     assert facts["magnitude"] is False
+    assert "floor of the magnitudes" not in (folder / "logs/CITATION.md").read_text()
+    assert "From magnitude" not in (folder / "logs/CITATION.md").read_text()
     (series,) = folder.glob("sub-01/**/*_desc-preproc_dwi.nii.gz")
     assert image(series).min() < 0
 
@@ -398,6 +400,20 @@ def test_a_slab_is_corrected_as_far_as_it_allows(tmp_path):
     assert image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz").min() >= 0
 
 
+@pytest.mark.parametrize("count,words", [
+    (5, "Motion was not corrected: 5 slices"), (7, "Motion was estimated from 7 slices"),
+    (8, None)])
+def test_few_slices_are_told(count, words, tmp_path):
+    bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
+    path = bids / "sub-01/dwi/sub-01_dwi.nii.gz"
+    series = nib.load(path)
+    nib.save(series.slicer[:, :, 2:2 + count], path)
+    assert qsphere(bids, out, "participant", "--preprocess", "motion", "--estimate", "dti") == 0
+    facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
+    told = [w for w in facts["warnings"] if "slices" in w]
+    assert [w.startswith(words) for w in told] == [True] if words else told == []
+
+
 def test_a_t1w_image_that_failed_is_not_registered_again(tmp_path, monkeypatch):
     """Neither for the field, nor for the brain mask, nor for the tissues."""
     bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
@@ -452,6 +468,8 @@ def test_a_partial_fourier_that_is_no_number_leaves_the_phase_encoding(tmp_path)
     assert any("PartialFourier cannot be read" in notice for notice in facts["notices"])
     sidecar = json.loads((out / "sub-01/dwi/sub-01_desc-preproc_dwi.json").read_text())
     assert "PartialFourier" not in sidecar
+    methods = (out / "logs/CITATION.md").read_text()
+    assert "along the axis that is not phase-encoded" in methods and "only if" not in methods
 
 
 @pytest.mark.parametrize("limit", ["MAX_MOVE", "MAX_TURN"])
