@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
 
 from bidsapp.acquisition import Acquisition, PhaseEncoding
@@ -322,6 +323,57 @@ def test_a_drift_does_not_put_weighted_volumes_off_the_only_b0():
     """3 mm along the phase encoding, beside independent deviations of the field of 0.5 mm."""
     truth = scan([0, *[1000] * 20], move=0, offset=2.5, noise=1, drift=3)
     assert truth.displacement_error(estimate(truth).geometry) < 0.4
+
+
+@pytest.fixture(scope="module")
+def still():
+    """A head at rest, its volumes loaded, and the estimation's state before any step."""
+    truth = scan([0, *[1000] * 6], move=0, eddy=0)
+    state = motion._Head(truth.volumes, truth.acquisition, (ENCODING,) * 7, AFFINE, mask(), None,
+                         "cpu", 2)
+    state.load(np.arange(7), 5.0)
+    return state
+
+
+@pytest.mark.parametrize("terms,along", [((), 0.3), ((1, 2, 3), 0.6)])
+def test_images_and_order_of_the_scan_count_by_their_errors(still, monkeypatch, terms, along):
+    """Equal errors: half each. Along the phase encoding `separate` weighs them, if there is a
+    field."""
+    shift, b0, weighted = np.full(3, 0.6), np.arange(1), np.arange(1, 7)
+    monkeypatch.setattr(still, "shift", np.zeros((7, 3)))
+    monkeypatch.setattr(still, "rotation", np.tile(np.eye(3), (7, 1, 1)))
+    monkeypatch.setattr(still, "_match_b0", lambda *a: (np.array([0.01, 0, 0]), shift))
+    monkeypatch.setattr(still, "_follow_b0", lambda *a: (
+        np.zeros(3), np.zeros(3), motion.CONTRAST_ANGLE, motion.CONTRAST_SHIFT))
+    still.anchor(b0, weighted, np.array(terms, int))
+    turn = Rotation.from_matrix(still.rotation[1:])
+    np.testing.assert_allclose(turn.as_rotvec(), [[-0.005, 0, 0]] * 6, atol=1e-9)
+    np.testing.assert_allclose(still.shift[1:], turn.apply([[-0.3, -along, -0.3]] * 6), atol=1e-9)
+    assert not still.shift[0].any()
+
+
+def test_residuals_that_are_alike_within_blocks_tell_less(still):
+    """The precision of a step is lower if neighbouring residuals are correlated."""
+    rng = np.random.default_rng(0)
+    sampled = still.sample(np.arange(1, 7))
+    predicted, slope = sampled.signal.mean(0), sampled.gradient.mean(0)
+    size = slope[0].abs() / slope[0].abs().mean()
+    signs = torch.from_numpy(rng.choice([-1.0, 1.0], still.n_blocks).astype(np.float32))
+    white = torch.from_numpy(rng.choice([-1.0, 1.0], len(size)).astype(np.float32))
+    precision = [still._normal(1, predicted + 2 * size * sign, predicted, slope,
+                               torch.ones_like(predicted), np.zeros(0, int))[0]
+                 for sign in (signs[still.blocks] * slope[0].sign(), white)]
+    assert precision[0][0, 0] < 0.2 * precision[1][0, 0]
+
+
+def test_a_part_of_the_misalignment_of_the_predictions_is_taken_back(still):
+    """Of a misalignment u that the predictions share by a factor w, the steps show 1 − w."""
+    index, w, u = np.arange(1, 7), 0.8, np.array([1.0, -1, 1, -1, 1, -1])
+    shared = w * np.outer(u, u) / 6
+    normal = np.tile(1e6 * np.eye(6), (6, 1, 1))
+    right = 1e6 * (1 - w) * u[:, None] * np.eye(6)[0]
+    steps = still._solve(index, normal, right, shared, np.zeros(0, int))[:, 0] / u
+    assert np.all(steps > 1.2 * (1 - w)) and np.all(steps < 0.5)
 
 
 @pytest.mark.slow
