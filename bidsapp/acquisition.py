@@ -134,7 +134,9 @@ def read_partial_fourier(metadata: Mapping[str, Any]) -> float | None:
     if share is not None and not (isinstance(share, int | float) and not isinstance(share, bool)
                                   and 0 < share <= 1):
         raise DataError(f"PartialFourier is {str(share)[:20]!r}; a number above 0 and at most 1 is "
-                        "needed, so it counts as unknown. Correct the sidecar: write 6/8 as 0.75.")
+                        "needed. Gibbs ringing along the phase encoding is left as it is, since "
+                        "its correction may be wrong there. Correct the sidecar: write 6/8 as "
+                        "0.75.")
     return share
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
+from scipy.special import eval_legendre
 
 from bidsapp.acquisition import Acquisition
 from bidsapp.gp import GaussianProcess, Hyperparameters
@@ -49,6 +50,16 @@ def test_covariance_is_positive(rng):
         process = GaussianProcess(acquisition, np.ones(150),
                                   TABLE._replace(angle=angle, noise=1e-12))
         assert np.linalg.eigvalsh(process._measured()).min() > -1e-9
+
+
+@pytest.mark.parametrize("name,degree", [("second", 2), ("fourth", 4)])
+def test_smooth_terms_are_legendre_polynomials(rng, name, degree):
+    acquisition = Acquisition(np.full(30, 2000.0), unit(rng, 30))
+    without, more = (GaussianProcess(acquisition, np.ones(30), TABLE._replace(**{name: value}))
+                     ._signal(acquisition, acquisition) for value in (0.0, 0.5))
+    difference = (more - without) / (more - without)[0, 0]
+    cosines = (acquisition.bvecs @ acquisition.bvecs.T).clip(-1, 1)
+    np.testing.assert_allclose(difference, eval_legendre(degree, cosines), atol=1e-6)
 
 
 def test_signal_of_a_tensor_is_predicted(rng):

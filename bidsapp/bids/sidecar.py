@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bidsapp.acquisition import read_partial_fourier
 from bidsapp.bids.writer import Dataset
 from bidsapp.dwi import Run
+from bidsapp.errors import DataError
 
 ACQUISITION = (
     "Manufacturer", "ManufacturersModelName", "SoftwareVersions", "MagneticFieldStrength",
@@ -38,7 +40,8 @@ def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        Description, Sources (URIs of the run's files), ACQUISITION and the space of the image.
+        Description, Sources (URIs of the run's files), ACQUISITION (without a PartialFourier that
+        is no share) and the space of the image.
     """
     metadata = run.metadata
     keys: dict[str, Any] = {
@@ -47,6 +50,10 @@ def base(run: Run, dataset: Dataset, description: str) -> dict[str, Any]:
         "Sources": [dataset.uri(f) for f in run.files],
         **{k: metadata[k] for k in ACQUISITION if metadata.get(k) is not None},
     }
+    try:
+        read_partial_fourier(keys)
+    except DataError:
+        del keys["PartialFourier"]
     keys["SpatialReference"] = metadata.get("SpatialReference", keys["Sources"][0])
     if "res" in run.entities:
         keys["Resolution"] = metadata.get("Resolution", f"as {keys['Sources'][0]}")

@@ -65,6 +65,9 @@ class Coherence:
         The flip or swap of the best table, which multiplies the rows of the .bvec from the left.
     rival : str
         Another flip or swap that is not clearly worse than the best one; empty if there is none.
+    unclear : bool
+        Whether even the best table agrees too little along the fibres (GAIN, COHERENT) to tell
+        whether the given one is wrong.
     """
 
     given: float
@@ -72,6 +75,7 @@ class Coherence:
     better: str
     table: np.ndarray
     rival: str = ""
+    unclear: bool = False
 
 
 def measure_coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
@@ -130,12 +134,12 @@ def measure_coherence(dwi: Dwi, axes: np.ndarray) -> Coherence | None:
         error = np.sqrt(np.sum((influence(best) - influence(table)) ** 2))
         return bool(scores[best] - scores[table] > MIN_Z * error)
 
-    wrong = (highest > GAIN and scores[best] > COHERENT and given < LESS * highest
-             and is_worse(identity))
+    clear = bool(highest > GAIN and scores[best] > COHERENT)
+    wrong = clear and given < LESS * highest and is_worse(identity)
     second = max((t for t in scores if t != best), key=lambda t: scores[t])
     table, other = (np.frombuffer(t).reshape(3, 3) for t in (best, second))
     return Coherence(float(given), float(highest), describe(table) if wrong else "", table,
-                     describe(other) if wrong and not is_worse(second) else "")
+                     describe(other) if wrong and not is_worse(second) else "", not clear)
 
 
 def list_tables() -> list[np.ndarray]:
@@ -170,6 +174,14 @@ def describe_mismatch(coherence: Coherence) -> str:
             f"given table {coherence.given:.3f}). Fibre directions and everything derived from "
             "them are then wrong; FA and MD are correct. Convert the series again with a recent "
             "dcm2niix, or correct the .bvec in this way and compare.")
+
+
+def describe_unclear(coherence: Coherence) -> str:
+    """Describe in sentences that the check cannot tell."""
+    return ("The check of the b-vectors cannot tell whether rows of the .bvec are flipped or "
+            "swapped: neighbouring voxels agree too little along the fibres (coherence "
+            f"{coherence.best:.3f} with the best table), as in coarse voxels, few slices or much "
+            "noise. Look at the fibre directions on the page.")
 
 
 def _slab(mask: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ def unring(volumes: Shaped[np.ndarray, "x y z *n"], axes: tuple[int, ...] = (0, 
         The two axes in the plane of a slice, 0, 1 or 2.
     partial_fourier : float, optional
         Share of k-space that was sampled along the phase encoding (PartialFourier of the sidecar);
-        None if it is unknown, which counts as 1.
+        None if the sidecar has none, which counts as 1; NaN if it has one that cannot be read.
     phase_axis : int, optional
         Axis of the phase encoding, which is one of `axes`.
     device : str
@@ -88,14 +88,17 @@ def unring(volumes: Shaped[np.ndarray, "x y z *n"], axes: tuple[int, ...] = (0, 
     Returns
     -------
     Unrung
-        With `partial_fourier` below PARTIAL only the axis across the phase encoding is corrected,
-        or none if `phase_axis` is unknown, and a notice says so.
+        With `partial_fourier` NaN or below PARTIAL only the axis across the phase encoding is
+        corrected, or none if `phase_axis` is unknown, and a notice says so.
     """
     notice, corrected = None, axes
-    if partial_fourier is not None and partial_fourier < PARTIAL:
+    if partial_fourier is not None and not partial_fourier >= PARTIAL:
         corrected = tuple(a for a in axes if phase_axis not in (None, a))
-        notice = (f"PartialFourier is {partial_fourier:g}. Ringing along the phase encoding then "
-                  "has another period than its correction assumes and was left as it is"
+        notice = ((f"PartialFourier is {partial_fourier:g}. Ringing along the phase encoding then "
+                   "has another period than its correction assumes and was left as it is"
+                   if partial_fourier == partial_fourier else
+                   "PartialFourier cannot be read. Ringing along the phase encoding was left as it "
+                   "is, since it may have another period than its correction assumes")
                   + ("." if corrected else
                      "; without PhaseEncodingDirection this holds for both axes."))
     if not corrected:

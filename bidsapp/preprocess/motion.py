@@ -16,6 +16,11 @@ gradient is fitted to all steps at once, and the rest has a prior about it. The 
 the b0 and the weighted volumes is the mean of a registration of the b0 volumes to their regression
 on the weighted ones, and of what the order of the scan says.
 
+Along the phase encoding the constant of the field looks like a translation. The positions of all
+volumes along it are therefore one series (`_split_series`): a random walk of the head through b0
+and weighted volumes, plus the field, plus an error that all weighted volumes share, that of the
+registration of b0 to weighted volumes. The b0 volumes have no field and no such error.
+
 (Andersson and Sotiropoulos 2015, 2016, doi:10.1016/j.neuroimage.2015.07.067 and
 doi:10.1016/j.neuroimage.2015.10.019; outlier slices after Andersson et al. 2016,
 doi:10.1016/j.neuroimage.2016.06.058)
@@ -197,8 +202,10 @@ def estimate(volumes: Sequence[np.ndarray], acquisition: Acquisition,
             head.load(np.r_[b0, weighted], fwhm)
             head.align(weighted, terms)
             if len(b0):
-                head.anchor(b0, weighted)
-            else:
+                head.anchor(b0, weighted, terms)
+            if len(terms):
+                head.separate()
+            if not len(b0):
                 head.refer_to(0, weighted)
     elif len(weighted):
         notices.append("The only weighted volume was not registered: there is no other to predict "
@@ -432,8 +439,6 @@ class _Head:
             delta = self._solve(index, np.stack(normal), np.stack(right), shared,
                                 terms)
             self._move(index, delta, terms)
-        if len(terms):
-            self._separate(index)
 
     def _trust(self, index: np.ndarray, sampled: _Sampled, predicted: torch.Tensor,
                good: torch.Tensor) -> torch.Tensor:
@@ -555,77 +560,61 @@ class _Head:
             self.shift[v] = turn @ self.shift[v] + d[:3]
             self.eddy[v, terms] += d[6:]
 
-    def _separate(self, index: np.ndarray) -> None:
-        """Tell the constant of the field from a translation u of the head along p.
-
-        Together they are d = u + s (β·q + ε) with s = p_v s_v T_v. u is a random walk, whose steps
-        have the mean square of those of the five other rigid parameters times κ² ≥ 1, where log κ
-        has a prior about 0. ε is the independent deviation (SD σ) of the field from what is linear
-        in the gradient: on a real pair of series of opposite phase encoding it was the same for a
-        direction in both, −0.97 correlated as a translation. κ and σ are those of the largest
-        posterior density, and u has its posterior mean.
-        """
-        from scipy.optimize import minimize
+    def separate(self) -> None:
+        """Tell the constant of the field from a translation of the head along the phase encoding,
+        and put the weighted volumes where this translation and the b0 volumes have them."""
         from scipy.spatial.transform import Rotation
 
-        q, shifts = self._gradients(index), np.array([
-            self.rest.shift_per_hertz(v) for v in index.tolist()])
+        b0 = self.acquisition.b0
+        q, shifts = self._gradients(np.arange(len(b0))), np.array([
+            self.rest.shift_per_hertz(v) for v in range(len(b0))])
         turns = Rotation.from_matrix(
-            np.swapaxes(self.rotation[index[:-1]], 1, 2) @ self.rotation[index[1:]]).as_rotvec()
-        for axis in {e.axis for e in self.encodings if e is not None}:
-            along = self.affine[:3, axis] / np.linalg.norm(self.affine[:3, axis])
-            steps = np.diff(self.shift[index] @ (np.eye(3) - np.outer(along, along)), axis=0)
-            squares = np.sum(steps**2 + (TURN_RADIUS * turns)**2, 1) / 5 + LEAST_STEP**2
-            walk = np.minimum.outer(*2 * [np.append(0, np.cumsum(squares))])
+            np.swapaxes(self.rotation[:-1], 1, 2) @ self.rotation[1:]).as_rotvec()
+        for along in self._phase_axes():
+            steps = np.diff(self.shift @ (np.eye(3) - np.outer(along, along)), axis=0)
+            squares = np.sum(steps**2 + (TURN_RADIUS * turns)**2, 1) / 5
             s = shifts @ along
-            linear = LINEAR_FIELD**2 * np.outer(s, s) * (q @ q.T)
-            d = self.shift[index] @ along + s * self.eddy[index, 0]
-            d_mean = d.mean()
+            at = self.shift @ along
+            total = at + s * self.eddy[:, 0]
+            u, shared = _split_series(total, s, q, squares, b0)
+            total = total - shared
+            u = np.where(s != 0, u, total)
+            self.eddy[:, 0] = np.divide(total - u, s, out=self.eddy[:, 0], where=(s != 0) & ~b0)
+            self.shift += np.where(b0, 0, u - at)[:, None] * along
 
-            def head(log_kappa: float, walk: np.ndarray = walk) -> np.ndarray:
-                return START**2 + np.exp(2 * log_kappa) * walk
+    def _phase_axes(self) -> np.ndarray:
+        """(k, 3) unit vectors of the axes of phase encoding in world coordinates."""
+        axes = sorted({e.axis for e in self.encodings if e is not None})
+        return (self.affine[:3, axes] / np.linalg.norm(self.affine[:3, axes], axis=0)).T
 
-            def series(logs: np.ndarray, s: np.ndarray = s, linear: np.ndarray = linear
-                       ) -> np.ndarray:
-                return head(logs[0]) + linear + np.diag((np.exp(logs[1]) * s)**2 + 1e-6)
-
-            def cost(logs: np.ndarray, d: np.ndarray = d - d_mean) -> float:
-                k = series(logs)
-                return float(np.linalg.slogdet(k)[1] + d @ np.linalg.solve(k, d)
-                             + (logs[0] / STEP_SPREAD)**2)
-
-            best = min((minimize(cost, (kappa, sigma), method="L-BFGS-B",
-                                 bounds=[(0, 4), (-4, 4)])
-                        for kappa in (0, 1.5) for sigma in (-2, 1)), key=lambda fit: fit.fun).x
-            u = d_mean + head(best[0]) @ np.linalg.solve(series(best), d - d_mean)
-            self.eddy[index, 0] = np.divide(d - u, s, out=self.eddy[index, 0], where=s != 0)
-            self.shift[index] += np.where(s != 0, u - self.shift[index] @ along, 0)[:, None] * along
-
-    def anchor(self, b0: np.ndarray, weighted: np.ndarray) -> None:
+    def anchor(self, b0: np.ndarray, weighted: np.ndarray, terms: np.ndarray) -> None:
         """Move all weighted volumes by one rigid motion so that they fit the b0 volumes.
 
         It is the mean of what the images say (`_match_b0`), which differences of contrast bias, and
         of what the order of the scan says (`_follow_b0`), weighted by the inverse squares of their
-        errors.
+        errors. Along the phase encoding it is what the images say, and `separate` goes on from it.
         """
         from scipy.spatial.transform import Rotation
 
+        along = self._phase_axes() if len(terms) else np.zeros((0, 3))
+        across = np.eye(3) - np.linalg.pinv(along) @ along
         turn, shift = self._match_b0(b0, weighted)
-        turns, shifts, angle_sd, shift_sd = self._follow_b0(b0, weighted)
+        turns, shifts, angle_sd, shift_sd = self._follow_b0(b0, weighted, across)
         share = 1 / (1 + (CONTRAST_ANGLE / angle_sd)**2)
         turn = Rotation.from_rotvec(share * turn + (1 - share) * turns).as_matrix()
         share = 1 / (1 + (CONTRAST_SHIFT / shift_sd)**2)
-        shift = share * shift + (1 - share) * shifts
+        shift = shift + (1 - share) * across @ (shifts - shift)
         # x of the b0 = D x of the weighted: y = R D⁻¹ x + …
         for v in weighted:
             self.rotation[v] = self.rotation[v] @ turn.T
             self.shift[v] = self.shift[v] - self.rotation[v] @ shift
 
-    def _follow_b0(self, b0: np.ndarray, weighted: np.ndarray
+    def _follow_b0(self, b0: np.ndarray, weighted: np.ndarray, across: np.ndarray
                    ) -> tuple[np.ndarray, np.ndarray, float, float]:
         """Find the rigid motion that puts weighted volumes where the b0 volumes beside them in the
         scan are: rotation vector (rad) and shift (mm), with their SDs. These are from the spread of
-        the pairs, and at least from the steps between neighbouring weighted volumes."""
+        the pairs, and at least from the steps between neighbouring weighted volumes; that of the
+        shift is from its components in the range of the projection `across`."""
         from scipy.spatial.transform import Rotation
 
         def steps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -638,9 +627,10 @@ class _Head:
             *weighted[weighted < b][-1:], *weighted[weighted > b][:1])])
         turns, shifts = steps(pairs[:, 0], pairs[:, 1])
         angle_sd, shift_sd = (
-            float(np.sqrt(max(np.mean(np.var(pair, axis=0)), np.mean(step**2)) / len(b0))) + 1e-6
-            for pair, step in zip((turns, shifts), steps(weighted[:-1], weighted[1:]),
-                                  strict=True))
+            float(np.sqrt(max(np.var(pair @ part, axis=0).sum(), np.mean(np.sum(
+                (step @ part)**2, 1))) / max(np.trace(part), 1) / len(b0))) + 1e-6
+            for pair, step, part in zip((turns, shifts), steps(weighted[:-1], weighted[1:]),
+                                        (np.eye(3), across), strict=True))
         return np.median(turns, axis=0), np.median(shifts, axis=0), angle_sd, shift_sd
 
     def _match_b0(self, b0: np.ndarray, weighted: np.ndarray, steps: int = 4
@@ -755,6 +745,49 @@ class _Head:
         small = [s for s in shells if len(s) < MIN_SHELL]
         return [s for s in shells if len(s) >= MIN_SHELL] \
             + ([np.sort(np.concatenate(small))] if small else [])
+
+
+def _split_series(position: Float[np.ndarray, " n"], shift_per_hertz: Float[np.ndarray, " n"],
+                  q: Float[np.ndarray, "n 3"], squares: Float[np.ndarray, " n-1"],
+                  b0: Bool[np.ndarray, " n"]) -> tuple[np.ndarray, float]:
+    """Split the positions d of the volumes along the phase encoding, in the order of the scan, into
+    the translation u of the head, the field, and an error e that the weighted volumes share:
+
+        d_v = u_v + s_v (β·q_v + ε_v) + e [v is weighted].
+
+    u is a random walk, whose steps have the mean square `squares` of those of the five other rigid
+    parameters times κ² ≥ 1, where log κ has a prior about 0. The field has a part that is linear in
+    the gradient q and independent deviations ε (SD σ) from it: on a real pair of series of opposite
+    phase encoding they were the same for a direction in both, −0.97 correlated as a translation. b0
+    volumes have q = 0 and ε = 0. e is the error of the registration of b0 to weighted volumes (SD
+    CONTRAST_SHIFT); without b0 volumes it is not determined, and 0. κ and σ are those of the
+    largest posterior density; u and e, which are returned, have their posterior means given them.
+    An uncertain u next to a b0 thus leaves e to the registration, and a walk from one b0 to the
+    next does not.
+    """
+    from scipy.optimize import minimize
+
+    walk = np.minimum.outer(*2 * [np.append(0, np.cumsum(squares + LEAST_STEP**2))])
+    s, weighted = shift_per_hertz * ~b0, (~b0).astype(float) * b0.any()
+    others = LINEAR_FIELD**2 * np.outer(s, s) * (q @ q.T) \
+        + CONTRAST_SHIFT**2 * np.outer(weighted, weighted)
+    d = position - position.mean()
+
+    def head(log_kappa: float) -> np.ndarray:
+        return START**2 + np.exp(2 * log_kappa) * walk
+
+    def series(logs: np.ndarray) -> np.ndarray:
+        return head(logs[0]) + others + np.diag((np.exp(logs[1]) * s)**2 + 1e-6)
+
+    def cost(logs: np.ndarray) -> float:
+        k = series(logs)
+        return float(np.linalg.slogdet(k)[1] + d @ np.linalg.solve(k, d)
+                     + (logs[0] / STEP_SPREAD)**2)
+
+    best = min((minimize(cost, (kappa, sigma), method="L-BFGS-B", bounds=[(0, 4), (-4, 4)])
+                for kappa in (0, 1.5) for sigma in (-2, 1)), key=lambda fit: fit.fun).x
+    solved = np.linalg.solve(series(best), d)
+    return position.mean() + head(best[0]) @ solved, float(CONTRAST_SHIFT**2 * weighted @ solved)
 
 
 class _Sampled(NamedTuple):

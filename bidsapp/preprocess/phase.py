@@ -43,23 +43,38 @@ SCALES = ((-math.pi, math.pi, 0.0, 1.0), (0.0, 2 * math.pi, 0.0, 1.0),
 """Known scales: lowest and highest value, and offset and factor to radians. They are radians, the
 integers of Siemens, 12 bits with a sign, and the milliradians of Philips and GE."""
 
-SCALE_TOLERANCE, SCALE_FILLED = 0.02, 0.9
-"""Share of a scale by which an image may exceed its ends, and share of it that the image must
-reach: noise in the air reaches both ends, a masked image need not. The scales that an image may
-have are then never two."""
+NAMES = ("radians", "radians from 0", "0 to 4095", "-4096 to 4095", "-2048 to 2047", "milliradians")
+"""Names of SCALES."""
+
+UNITS = {"rad": 1.0, "radian": 1.0, "radians": 1.0, "mrad": 1e-3, "milliradian": 1e-3,
+         "milliradians": 1e-3}
+"""Factors to radians of the `Units` of a sidecar."""
+
+SCALE_TOLERANCE, SCALE_FILLED, SCALE_POSSIBLE = 0.02, 0.9, 0.1
+"""Share of a scale by which an image may exceed or miss its ends; share of it that an image must
+reach at one end; and share from which on a larger scale is possible, too."""
+
+MAX_MASKED = 0.1
+"""Share of voxels of the value 0 from which on an image counts as masked. Noise in the air of an
+image that is not masked reaches both ends of its scale; a masked one need not, so that values that
+fill one scale may be those of a part of a larger one."""
 
 
 def to_radians(phase: Shaped[np.ndarray, "x y z *n"], units: str | None = None
                ) -> Float[np.ndarray, "x y z *n"]:
     """Convert a phase image to radians.
 
+    Without units, the scale is the one whose two ends the values reach: an image that is not
+    masked, or one whose lowest and highest value are those of the scale to 1. Other images have the
+    only one of SCALES in which they lie and whose end they reach on one side. A masked image of a
+    scale that is not one of SCALES can be taken for one of them.
+
     Parameters
     ----------
     phase : (x, y, z, …)
         All volumes of a series, with the scale of their header applied.
     units : str, optional
-        `Units` of the sidecar. With `rad` values stay as they are; otherwise the scale is that of
-        SCALES which the values fill.
+        `Units` of the sidecar. `rad` and `mrad` are taken as they say; any other is ignored.
 
     Returns
     -------
@@ -68,25 +83,44 @@ def to_radians(phase: Shaped[np.ndarray, "x y z *n"], units: str | None = None
     Raises
     ------
     DataError
-        The values fill none of the scales, or those in radians exceed 2π.
+        The values fill none of the scales, or may be those of several; or those of the given
+        units exceed 2π.
     """
     finite = phase[np.isfinite(phase)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    if units == "rad":
-        if max(-low, high) > 2 * math.pi * (1 + SCALE_TOLERANCE):
-            raise DataError(f'the phase image has values from {low:.4g} to {high:.4g}, but its '
-                            'sidecar says "Units": "rad". Remove Units if the values are those of '
-                            "the scanner, or convert the image to radians.")
-        return np.asarray(phase, np.float32)
-    for lowest, highest, offset, factor in SCALES:
+    values = f"the phase image has values from {low:.4g} to {high:.4g}"
+    if (factor := UNITS.get(str(units).lower())) is not None:
+        if max(-low, high) * factor > 2 * math.pi * (1 + SCALE_TOLERANCE):
+            raise DataError(f'{values}, but its sidecar says "Units": "{units}". Remove Units if '
+                            "the values are those of the scanner, or convert the image to radians.")
+        return np.asarray(phase, np.float32) * np.float32(factor)
+    masked = finite.size > 0 and np.mean(finite == 0) > MAX_MASKED
+    possible, known = [], False
+    for name, scale in zip(NAMES, SCALES, strict=True):
+        lowest, highest = scale[:2]
         margin = SCALE_TOLERANCE * (highest - lowest)
-        inside = lowest - margin <= low and high <= highest + margin
-        if inside and (low < -margin) == (lowest < 0) and (
-                max(-low if lowest else low, high) >= SCALE_FILLED * highest):
-            return (np.asarray(phase, np.float32) * np.float32(factor) + np.float32(offset))
-    raise DataError(f"the phase image has values from {low:.4g} to {high:.4g}. Known are radians, "
-                    "0 to 4095, -4096 to 4095, -2048 to 2047 and milliradians. Convert it to "
-                    'radians, and write "Units": "rad" in its sidecar; or remove it.')
+        reach = max(-low if lowest else low, high) / highest
+        if (lowest - margin > low or high > highest + margin or (low < -margin) != (lowest < 0)
+                or reach < SCALE_POSSIBLE):
+            continue
+        # the ends of ±4096 and ±2048 are one value less on the right
+        exact = highest > 100 and abs(low - lowest) <= 1 and abs(high - highest) <= 1.5
+        if exact or (not masked and low <= lowest + margin and high >= highest - margin):
+            possible, known = [(name, scale)], True
+            break
+        possible.append((name, scale))
+        known |= reach >= SCALE_FILLED
+    if not known:
+        raise DataError(f"{values}. Known are radians, 0 to 4095, -4096 to 4095, -2048 to 2047 and "
+                        'milliradians. Convert it to radians, and write "Units": "rad" in its '
+                        "sidecar; or remove it.")
+    if len(possible) > 1:
+        names = " or ".join(name for name, _ in possible)
+        raise DataError(f"{values}, so that its scale may be {names}: it is masked, or has no "
+                        'noise around the head. Write "Units": "mrad" in its sidecar if these are '
+                        'milliradians; otherwise convert it to radians and write "Units": "rad".')
+    _, (_, _, offset, factor) = possible[0]
+    return np.asarray(phase, np.float32) * np.float32(factor) + np.float32(offset)
 
 
 def from_polar(magnitude: Float[np.ndarray, "*shape"], phase: Float[np.ndarray, "*shape"]

@@ -117,7 +117,7 @@ class Preprocess(Step):
         for space in rigid_spaces(self.context.options):
             corrector.write_in_space(transaction, Register(self.context, self, space))
         report.facts |= corrector.facts()
-        self.done = [*corrector.described()]
+        self.done = [corrector.done.get(name, name) for name in corrector.described()]
 
 
 class Corrector:
@@ -165,6 +165,7 @@ class Corrector:
         self.uninterpolated: list[np.ndarray] = []
         self.sources: list[str] = []
         self.about: dict[str, Any] = {}
+        self.done: dict[str, str] = {}  # corrections whose paragraph depends on what was done
 
     def dwi(self) -> Dwi:
         """Collect the magnitude of the series, as it is now, inside the mask."""
@@ -211,7 +212,8 @@ class Corrector:
             self.warn(f"Noise was not removed: {refusal}")
             return
         self.volumes = result.signal
-        self.magnitude = self.magnitude and result.law == "rician"
+        floor = self.magnitude and result.law != "rician"
+        self.magnitude = self.magnitude and not floor
         text = "noise removed" + (
             f" in patches of {' × '.join(map(str, result.patch))} voxels" if result.patch else "")
         residual = np.sqrt(np.mean((before - self.volumes)**2, axis=-1))
@@ -221,6 +223,8 @@ class Corrector:
             self.report.qc |= {"preproc_noise_sd": sd, "preproc_noise_removed": float(
                 np.mean(residual[self.mask]**2) / variance) if variance else None}
             text += f"; its SD is {sd:.3g} in the brain (median)"
+        if method == "denoise":
+            self.done[method] = "denoise_magnitude" if floor else "denoise_gaussian"
         self.note(method, text, start)
         shown = int(np.argmax(self.acquisition.bvals))
         self.report.figures += corrections.of_denoising(
@@ -229,11 +233,12 @@ class Corrector:
 
     def unring(self) -> None:
         """Remove Gibbs ringing in the plane of the slices."""
-        start, encoding, share = time.monotonic(), self.encodings[self.reference], None
+        start, encoding = time.monotonic(), self.encodings[self.reference]
         try:
             share = read_partial_fourier(self.run.metadata)
         except DataError as error:
-            self.skip(f"{self.run.parts[0].image}: {error}")
+            share = float("nan")
+            self.warn(f"{self.run.parts[0].image}: {error}")
         result = gibbs.unring(self.volumes, self.in_plane(), partial_fourier=share,
                               phase_axis=encoding.axis if encoding else None,
                               device=self.context.device)
@@ -241,6 +246,7 @@ class Corrector:
         if result.notice:
             self.skip(result.notice)
         if result.axes:
+            self.done["gibbs"] = "gibbs_both" if len(result.axes) > 1 else "gibbs_across"
             self.note("gibbs", "Gibbs ringing removed along "
                                f"{' and '.join('ijk'[a] for a in result.axes)}", start)
 
@@ -304,9 +310,9 @@ class Corrector:
 
         start, across = time.monotonic(), slice_axis(self.run.metadata)
         b0 = self.first_b0()
-        if b0.shape[across] < MIN_SLICES:
+        if b0.shape[across] < MIN_SLICES_MOTION:
             self.warn(f"Motion was not corrected: {b0.shape[across]} slices do not determine "
-                      f"movements across them, {MIN_SLICES} are needed.")
+                      f"movements across them, {MIN_SLICES_MOTION} are needed.")
             return
         if self.field is not None:
             (b0,) = resample([b0], self.still([self.encodings[self.reference]]), b0.shape,
@@ -332,6 +338,11 @@ class Corrector:
                       "credible. The images may hold too little structure or too much noise. No "
                       "volume is moved.")
             return
+        if b0.shape[across] < FEW_SLICES:
+            self.warn(f"Motion was estimated from {b0.shape[across]} slices, which hardly "
+                      "determine rotations: b-vectors may be turned by more than without the "
+                      "correction. Look at the motion on the page, and leave motion out of "
+                      "--preprocess if it is not credible.")
         self.moved = moved  # once, for the mask and with it the centre change later
         for notice in found.notices:
             self.warn(notice)
@@ -340,6 +351,8 @@ class Corrector:
                            "fd_max": float(distance.max()) if len(distance) else 0.0}
         name, what = {0: ("rigid", "motion"), 4: ("motion", "motion and linear eddy currents")}.get(
             found.eddy_terms, ("motion", "motion and eddy currents"))
+        if name == "motion":
+            self.done[name] = "motion_linear" if found.eddy_terms == 4 else "motion_quadratic"
         self.note(name, f"{what} estimated: framewise displacement "
                   f"{self.report.qc['fd_mean']:.2f} mm on average, "
                   f"{self.report.qc['fd_max']:.2f} mm at most; {found.outliers.sum()} outlier "
@@ -455,6 +468,7 @@ class Corrector:
             self.run, self.dwi(), self.context.options.gradient_check,
             corrected=self.run.preprocessed or self.motion is not None)
         self.report.warnings += checked.warnings
+        self.report.notices += checked.notices
         self.report.qc |= checked.qc
         self.about.update(checked.about)
         if checked.about:  # the table is wrong in the scanner, before it is turned with the head
@@ -567,7 +581,9 @@ def paragraphs(names: Sequence[str]) -> list[tuple[str, str]]:
     """
     several = {"distortion": ("pair", "gre", "t1w", "resample"), "motion": ("motion", "resample")}
     keys = dict.fromkeys(key for name in names for key in several.get(name, (name,)))
-    return [(f"Correction: {TITLES.get(key, key)}", boilerplate.CORRECTIONS[key]) for key in keys]
+    titles = {key: TITLES.get(word, word) for key in keys for word in [key.split("_")[0]]}
+    return [(f"Correction: {titles[key]}", boilerplate.CORRECTIONS[key])
+            for key in keys]
 
 
 TITLES = {"pair": "distortion, by opposite phase encoding", "gre": "distortion, by a GRE field map",
@@ -626,7 +642,12 @@ MAX_DISAGREEMENT = 1.0
 """Largest angle between the axes of qform and sform that is not told, in degrees."""
 
 MIN_SLICES = 5
-"""Fewest slices of which motion and bias field are corrected."""
+"""Fewest slices of which the bias field is corrected."""
+
+MIN_SLICES_MOTION, FEW_SLICES = 6, 8
+"""Fewest slices of which motion is corrected, and number of slices below which it is uncertain. On
+two simulated heads (slices of 4 mm) the mean error of the rotation was 2.1° and 1.4° with 5 slices,
+1.2° and 0.4° with 6, 0.8° and 0.5° with 8; 1.1° and 1.0° with nothing done."""
 
 MAX_MOVE, MAX_TURN = 40.0, 30.0
 """Displacement of the brain's centre (mm) and rotation (degrees) within a series above which their

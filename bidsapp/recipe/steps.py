@@ -318,6 +318,7 @@ class Measure(Step):
                                       corrected=run.preprocessed)
             dwi, about = replace(dwi, acquisition=checked.acquisition), checked.about
             report.warnings += checked.warnings
+            report.notices += checked.notices
             report.qc |= checked.qc
         report.qc |= quality.measure_quality(dwi)
         if not run.preprocessed:
@@ -642,6 +643,8 @@ class GradientCheck(NamedTuple):
     about : dict
         Sidecar keys: GradientTableCorrection, if the table was fixed.
     warnings : list of str
+    notices : list of str
+        That the check cannot tell.
     qc : dict
         Fibre coherence of the table as given, and the highest of all flips and swaps; None if it
         cannot be computed.
@@ -651,6 +654,7 @@ class GradientCheck(NamedTuple):
     table: np.ndarray
     about: dict[str, Any]
     warnings: list[str]
+    notices: list[str]
     qc: dict[str, float | None]
 
 
@@ -679,7 +683,10 @@ def check_gradients(run: Run, dwi: Dwi, mode: str, *, corrected: bool) -> Gradie
           "fibre_coherence_best": coherence.best if coherence else None}
     acquisition, table = dwi.acquisition, np.eye(3)
     if coherence is None or not coherence.better:
-        return GradientCheck(acquisition, table, {}, [], qc)
+        notices = [gradients.describe_unclear(coherence)] if coherence and coherence.unclear else []
+        for notice in notices:
+            log.info("%s: %s", run.name, notice)
+        return GradientCheck(acquisition, table, {}, [], notices, qc)
     sentence = gradients.describe_mismatch(coherence)
     if corrected and (mode == "stop" or (mode == "fix" and coherence.rival)):
         remedy = ("Or give --gradient-check warn." if coherence.rival else
@@ -695,7 +702,7 @@ def check_gradients(run: Run, dwi: Dwi, mode: str, *, corrected: bool) -> Gradie
         sentence = (f"The b-vectors were corrected: {coherence.better} in the .bvec. Fibre "
                     f"coherence rose from {coherence.given:.3f} to {coherence.best:.3f}. Every "
                     "sidecar says so (GradientTableCorrection).")
-    return GradientCheck(acquisition, table, about, [sentence], qc)
+    return GradientCheck(acquisition, table, about, [sentence], [], qc)
 
 
 def corrected_run(dataset: Dataset, run: Run) -> Run:

@@ -62,19 +62,34 @@ _MOTION = (
     "with it. Framewise displacement is that of Power et al. "
     "(doi:10.1016/j.neuroimage.2011.10.018), at the centre of the brain.")
 
+_PCA = (
+    "Noise was removed by local principal component analysis: in patches of voxels, the mean "
+    "of each volume was removed, and the singular values of the matrix of voxels by volumes "
+    "were shrunk optimally in operator norm (doi:10.1109/TIT.2017.2653801), with the "
+    "noise level estimated from the same patch; each voxel is the weighted mean of all patches "
+    "that hold it.")
+
+_GIBBS = ("Gibbs ringing was removed by local sub-voxel shifts (doi:10.1002/mrm.26054) in the "
+          "planes of the slices")
+
+_EDDY = (
+    "Head motion and eddy currents were corrected together. Each volume has six parameters of "
+    "rigid movement and a field that is a {} polynomial of the position in the scanner "
+    "(doi:10.1016/j.neuroimage.2015.10.019){}; both were " + _MOTION)
+
 CORRECTIONS = {
     "complex": (
         "Magnitude and phase were combined to complex images. The phase of each slice of each "
         "volume, one shot, was estimated from the low-pass filtered image and removed, and the "
         "real part was kept (after Eichner et al. 2015, doi:10.1016/j.neuroimage.2015.07.074): "
         "its noise is Gaussian, without a noise floor."),
-    "denoise": (
-        "Noise was removed by local principal component analysis: in patches of voxels, the mean "
-        "of each volume was removed, and the singular values of the matrix of voxels by volumes "
-        "were shrunk optimally in operator norm (doi:10.1109/TIT.2017.2653801), with the "
-        "noise level estimated from the same patch; each voxel is the weighted mean of all patches "
-        "that hold it. From magnitude images the noise floor (doi:10.1002/mrm.1910340618) was "
-        "removed too, and their noise level was corrected (doi:10.1016/j.jmr.2006.01.016)."),
+    "denoise": _PCA + (
+        " From magnitude images the noise floor (doi:10.1002/mrm.1910340618) was removed too, and "
+        "their noise level was corrected (doi:10.1016/j.jmr.2006.01.016)."),
+    "denoise_magnitude": _PCA + (
+        " The noise floor of the magnitudes (doi:10.1002/mrm.1910340618) was removed too, and "
+        "their noise level was corrected (doi:10.1016/j.jmr.2006.01.016)."),
+    "denoise_gaussian": _PCA,
     "mppca": (
         "Noise was removed by principal component analysis with thresholds from the "
         "Marchenko–Pastur law (MP-PCA, doi:10.1016/j.neuroimage.2016.08.016) as implemented in "
@@ -82,10 +97,11 @@ CORRECTIONS = {
     "patch2self": (
         "Noise was removed by Patch2Self (doi:10.48550/arXiv.2011.01355), which predicts each "
         "volume from all others, as implemented in DIPY (doi:10.3389/fninf.2014.00008)."),
-    "gibbs": (
-        "Gibbs ringing was removed by local sub-voxel shifts (doi:10.1002/mrm.26054) in the planes "
-        "of the slices; along the phase encoding only if the sidecar does not say that less than "
+    "gibbs": _GIBBS + (
+        "; along the phase encoding only if the sidecar does not say that less than "
         f"{PARTIAL:.0%} of k-space were sampled."),
+    "gibbs_both": _GIBBS + ", along both axes.",
+    "gibbs_across": _GIBBS + ", along the axis that is not phase-encoded.",
     "pair": (
         "The susceptibility field was estimated from b = 0 images of opposite phase encoding: "
         "the displacement along the phase encoding that makes the two equal after correction, "
@@ -102,11 +118,10 @@ CORRECTIONS = {
         "No field was measured. An undistorted b = 0 image was predicted from the T1-weighted "
         "image, and took the place of one of opposite phase encoding (after Schilling et al. 2019, "
         "doi:10.1016/j.mri.2019.05.008); this is less exact than a measured field."),
-    "motion": (
-        "Head motion and eddy currents were corrected together. Each volume has six parameters of "
-        "rigid movement and a field that is a quadratic polynomial of the position in the scanner "
-        "(doi:10.1016/j.neuroimage.2015.10.019), a linear one if there are fewer than 12 weighted "
-        "volumes; both were " + _MOTION),
+    "motion": _EDDY.format(
+        "quadratic", ", a linear one if there are fewer than 12 weighted volumes"),
+    "motion_quadratic": _EDDY.format("quadratic", ""),
+    "motion_linear": _EDDY.format("linear", ""),
     "rigid": (
         "Head motion was corrected; eddy currents were not. Each volume has six parameters of "
         "rigid movement, " + _MOTION),
@@ -121,7 +136,8 @@ CORRECTIONS = {
         "The brain was segmented in the T1-weighted image by deepbet "
         "(doi:10.1016/j.compbiomed.2024.108845)."),
 }
-"""Paragraph of the methods text for each correction."""
+"""Paragraph of the methods text for each correction. Where it has a condition, those with a further
+word in their key say what was done."""
 
 
 def acknowledge() -> str:

@@ -116,7 +116,7 @@ def test_a_run_without_phase_encoding_is_a_run(tree, sidecar):
 @pytest.mark.parametrize("share", ["6/8", 0, 1.5, True, [0.75]])
 def test_a_partial_fourier_that_is_none_is_told(tree, share):
     run = run_of(tree({"dir-AP": {"sidecar": {**AP, "PartialFourier": share}}}))
-    assert any("PartialFourier is" in n and "counts as unknown" in n for n in run.notices)
+    assert any("PartialFourier is" in n and "is left as it is" in n for n in run.notices)
 
 
 # field maps

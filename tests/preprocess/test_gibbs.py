@@ -88,6 +88,9 @@ def test_partial_fourier_leaves_the_phase_encoding():
     partial = unring(volume, partial_fourier=0.75, phase_axis=1)
     assert partial.axes == (0,) and "PartialFourier is 0.75" in partial.notice
     np.testing.assert_allclose(partial.volumes, volume, atol=1e-5)
+    unreadable = unring(volume, partial_fourier=float("nan"), phase_axis=1)
+    assert unreadable.axes == (0,) and "cannot be read" in unreadable.notice
+    np.testing.assert_array_equal(unreadable.volumes, partial.volumes)
     unknown = unring(volume, partial_fourier=0.75)
     assert unknown.axes == () and "PhaseEncodingDirection" in unknown.notice
     np.testing.assert_array_equal(unknown.volumes, volume)

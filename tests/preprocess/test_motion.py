@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
 
 from bidsapp.acquisition import Acquisition, PhaseEncoding
@@ -86,9 +87,10 @@ def directions(n):
 
 
 def scan(bvals, b_delta=None, *, move=2.0, eddy=1.0, offset=0, field=False, noise=1.5, lost=(),
-         seed=1):
+         seed=1, drift=0.0):
     """Simulate a scan. offset: SD (Hz) of a constant field in weighted volumes that is not linear
-    in the gradient; lost: (slice, volume) of which half of the signal is lost."""
+    in the gradient; lost: (slice, volume) of which half of the signal is lost; drift: along the
+    phase encoding over the scan, mm."""
     rng = np.random.default_rng(seed)
     bvals, n = np.asarray(bvals, float), len(bvals)
     vectors = np.zeros((n, 3))
@@ -96,6 +98,7 @@ def scan(bvals, b_delta=None, *, move=2.0, eddy=1.0, offset=0, field=False, nois
     acquisition = Acquisition(bvals, vectors, b_delta)
     walk = np.cumsum(rng.standard_normal((n, 6)), 0)
     walk = (walk - walk[0]) * move / max(np.abs(walk - walk[0]).max(), 1e-9)
+    walk[:, 4] += np.linspace(0, drift, n)
     size = np.array([8] + [12] * 3 + [10] * 6)
     q = np.sqrt(bvals / 1000)[:, None] * vectors
     truth = Scan([], acquisition, Rotation.from_rotvec(walk[:, :3], degrees=True).as_matrix(),
@@ -271,6 +274,106 @@ def test_field_is_not_motion(move):
     assert np.std(truth.eddy[1:, 0] * PER_HERTZ[1]) > 0.5
     assert np.std(y - true) < 0.25
     assert not move or np.std(true) > 0.4
+
+
+def positions(kind, deviation, rng, count=25):
+    """Positions (mm) along the phase encoding of one b0 and weighted volumes, with the arguments of
+    `_split_series` and the truth: field of 5 Hz linear in the gradient, independent deviations
+    (Hz), an error of 0.3 mm of the registration of b0 to weighted volumes, noise of 0.03 mm."""
+    b0, unit = np.arange(count) == 0, rng.standard_normal((count, 3))
+    walk = rng.normal(0, 0.25, (count, 6)).cumsum(0) if kind == "walk" else np.zeros((count, 6))
+    u = walk[:, 0] + {"drift": np.linspace(0, 3, count),
+                      "step": 2.0 * (np.arange(count) > count // 2)}.get(kind, 0)
+    u -= u[0]
+    others = walk[:, 1:] + rng.normal(0, 0.05, (count, 5)) * ~b0[:, None]
+    q = unit / np.linalg.norm(unit, axis=1, keepdims=True) * ~b0[:, None]
+    shared, s = rng.normal(0, 0.3), np.full(count, PER_HERTZ[1])
+    field = q @ rng.normal(0, 5, 3) + rng.normal(0, deviation, count)
+    position = u + (s * field + shared + rng.normal(0, 0.03, count)) * ~b0
+    return (position, s, q, (np.diff(others, axis=0)**2).mean(1), b0), u, shared
+
+
+@pytest.mark.parametrize("kind,deviation,error,largest", [
+    ("still", 0.5, 0.1, 0.1), ("still", 2.5, 0.2, 0.2), ("still", 8, 0.3, 0.2),
+    ("drift", 0.5, 0.25, 0.3), ("drift", 2.5, 0.35, 0.45), ("step", 2.5, 0.3, 0.5),
+    ("walk", 2.5, 0.3, 0.4), ("walk", 8, 0.35, 0.55)])
+def test_series_from_one_b0(kind, deviation, error, largest):
+    """The order of the scan leads the weighted volumes nearer to the b0 than the images put them,
+    and at most a tenth further away."""
+    squares = np.zeros((20, 3))
+    for seed in range(20):
+        given, u, shared = positions(kind, deviation, np.random.default_rng(seed))
+        head, offset = motion._split_series(*given)
+        squares[seed] = (offset - shared)**2, np.mean((head - u)[1:]**2), shared**2
+        assert abs(head[0] - u[0]) < 0.01
+    shared, head, images = np.sqrt(squares.mean(0))
+    assert shared < min(error, 1.1 * images) and head < largest
+
+
+def test_without_b0_there_is_no_shared_error():
+    (position, s, q, squares, b0), u, _ = positions("walk", 0.5, np.random.default_rng(0))
+    head, offset = motion._split_series(position[1:], s[1:], q[1:], squares[1:], b0[1:])
+    assert offset == 0 and np.std(head - u[1:]) < 0.3
+    far, _ = motion._split_series(position[1:] + 40, s[1:], q[1:], squares[1:], b0[1:])
+    np.testing.assert_allclose(far, head + 40, atol=0.02)
+
+
+@pytest.mark.slow
+def test_a_drift_does_not_put_weighted_volumes_off_the_only_b0():
+    """3 mm along the phase encoding, beside independent deviations of the field of 0.5 mm."""
+    truth = scan([0, *[1000] * 20], move=0, offset=2.5, noise=1, drift=3)
+    assert truth.displacement_error(estimate(truth).geometry) < 0.4
+
+
+@pytest.fixture(scope="module")
+def still():
+    """A head at rest, its volumes loaded, and the estimation's state before any step."""
+    truth = scan([0, *[1000] * 6], move=0, eddy=0)
+    state = motion._Head(truth.volumes, truth.acquisition, (ENCODING,) * 7, AFFINE, mask(), None,
+                         "cpu", 2)
+    state.load(np.arange(7), 5.0)
+    return state
+
+
+@pytest.mark.parametrize("terms,along", [((), 0.3), ((1, 2, 3), 0.6)])
+def test_images_and_order_of_the_scan_count_by_their_errors(still, monkeypatch, terms, along):
+    """Equal errors: half each. Along the phase encoding `separate` weighs them, if there is a
+    field."""
+    shift, b0, weighted = np.full(3, 0.6), np.arange(1), np.arange(1, 7)
+    monkeypatch.setattr(still, "shift", np.zeros((7, 3)))
+    monkeypatch.setattr(still, "rotation", np.tile(np.eye(3), (7, 1, 1)))
+    monkeypatch.setattr(still, "_match_b0", lambda *a: (np.array([0.01, 0, 0]), shift))
+    monkeypatch.setattr(still, "_follow_b0", lambda *a: (
+        np.zeros(3), np.zeros(3), motion.CONTRAST_ANGLE, motion.CONTRAST_SHIFT))
+    still.anchor(b0, weighted, np.array(terms, int))
+    turn = Rotation.from_matrix(still.rotation[1:])
+    np.testing.assert_allclose(turn.as_rotvec(), [[-0.005, 0, 0]] * 6, atol=1e-9)
+    np.testing.assert_allclose(still.shift[1:], turn.apply([[-0.3, -along, -0.3]] * 6), atol=1e-9)
+    assert not still.shift[0].any()
+
+
+def test_residuals_that_are_alike_within_blocks_tell_less(still):
+    """The precision of a step is lower if neighbouring residuals are correlated."""
+    rng = np.random.default_rng(0)
+    sampled = still.sample(np.arange(1, 7))
+    predicted, slope = sampled.signal.mean(0), sampled.gradient.mean(0)
+    size = slope[0].abs() / slope[0].abs().mean()
+    signs = torch.from_numpy(rng.choice([-1.0, 1.0], still.n_blocks).astype(np.float32))
+    white = torch.from_numpy(rng.choice([-1.0, 1.0], len(size)).astype(np.float32))
+    precision = [still._normal(1, predicted + 2 * size * sign, predicted, slope,
+                               torch.ones_like(predicted), np.zeros(0, int))[0]
+                 for sign in (signs[still.blocks] * slope[0].sign(), white)]
+    assert precision[0][0, 0] < 0.2 * precision[1][0, 0]
+
+
+def test_a_part_of_the_misalignment_of_the_predictions_is_taken_back(still):
+    """Of a misalignment u that the predictions share by a factor w, the steps show 1 − w."""
+    index, w, u = np.arange(1, 7), 0.8, np.array([1.0, -1, 1, -1, 1, -1])
+    shared = w * np.outer(u, u) / 6
+    normal = np.tile(1e6 * np.eye(6), (6, 1, 1))
+    right = 1e6 * (1 - w) * u[:, None] * np.eye(6)[0]
+    steps = still._solve(index, normal, right, shared, np.zeros(0, int))[:, 0] / u
+    assert np.all(steps > 1.2 * (1 - w)) and np.all(steps < 0.5)
 
 
 @pytest.mark.slow

@@ -13,9 +13,8 @@ from bidsapp.simulate import noise
     (0, 4095, np.pi / 2048, -np.pi), (-4096, 4095, np.pi / 4096, 0),
     (-3141, 3141, 1e-3, 0), (-3.14, 3.14, 1, 0), (0.0, 6.28, 1, 0),
     (-2048, 2047, np.pi / 2048, 0),
-    # not filled: masked, on one side or on both
-    (0, 3800, np.pi / 2048, -np.pi), (-300, 3800, np.pi / 4096, 0), (-1900, 1700, np.pi / 2048, 0),
-    (-2900, 900, 1e-3, 0), (-1.0, 3.0, 1, 0)])
+    # not filled: masked, on one side
+    (0, 3800, np.pi / 2048, -np.pi), (-300, 3800, np.pi / 4096, 0), (-1.0, 3.0, 1, 0)])
 def test_scales_of_scanners(rng, low, high, factor, offset):
     stored = rng.uniform(low, high, (8, 8, 4, 3)).astype(np.float32)
     stored[0, 0, 0, 0], stored[1, 0, 0, 0] = low, high
@@ -29,11 +28,39 @@ def test_radians_stay():
     np.testing.assert_array_equal(to_radians(phase, "rad"), phase)
 
 
+@pytest.mark.parametrize("factor,reach", [
+    (1e3, 1.85), (1e3, 2.05), (1e3, 2.09),               # milliradians, within ±2048
+    (4096 / np.pi, 2.2), (4096 / np.pi, 2.45),           # ±4096, within ±3142
+    (4096 / np.pi, 1.42), (4096 / np.pi, 1.6),           # ±4096, within ±2048
+    (2048 / np.pi, 2.9)])
+@pytest.mark.parametrize("air", [True, False])
+def test_masked_phases_of_several_possible_scales_are_refused(rng, factor, reach, air):
+    phase = rng.uniform(-reach, reach * 0.9, (12, 12, 8))
+    phase[0, 0, 0] = -reach
+    if air:
+        phase[4:] = 0
+    stored = np.round(phase * factor)
+    with pytest.raises(DataError, match=r'may be .*"mrad"'):
+        to_radians(stored, "arbitrary")
+    in_units = to_radians(phase * 1e3, "mrad")
+    np.testing.assert_allclose(in_units, phase, atol=1e-5)
+
+
+@pytest.mark.parametrize("low,high,factor", [
+    (-2048, 2047, np.pi / 2048), (-4096, 4095, np.pi / 4096), (-3142, 3142, 1e-3),
+    (-3141, 3141, 1e-3)])
+def test_masked_phases_that_wrap_have_the_ends_of_their_scale(rng, low, high, factor):
+    stored = rng.integers(low, high + 1, (12, 12, 8)).astype(np.float32)
+    stored[0, 0, :2] = low, high
+    stored[4:] = 0
+    np.testing.assert_allclose(to_radians(stored), stored * factor, atol=1e-5)
+
+
 @pytest.mark.parametrize("values,units,words", [
     ((0, 1000), None, "0 to 1000"), ((0, 0), None, "0 to 0"), ((-2500, 2500), None, "-2500"),
     ((-3400, 3400), "arbitrary", "-3400"), ((-1500, 1000), None, "-1500"), ((-1, 1), None, "-1"),
     ((-0.1, 0.2), "arbitrary", "-0.1"),
-    ((-4096, 4095), "rad", '"Units": "rad"')])
+    ((-4096, 4095), "rad", '"Units": "rad"'), ((-8000, 4095), "mrad", '"Units": "mrad"')])
 def test_unknown_units_are_refused(values, units, words):
     phase = np.linspace(*values, 8).reshape(2, 2, 2)
     with pytest.raises(DataError, match=words):

@@ -177,6 +177,8 @@ def test_complex_images_lose_their_phase_and_floor(tmp_path):
     facts = json.loads(found.read_text())
     assert [c["name"] for c in facts["corrections"]] == ["complex", "denoise"]
     assert facts["magnitude"] is False
+    assert "floor of the magnitudes" not in (folder / "logs/CITATION.md").read_text()
+    assert "From magnitude" not in (folder / "logs/CITATION.md").read_text()
     (series,) = folder.glob("sub-01/**/*_desc-preproc_dwi.nii.gz")
     assert image(series).min() < 0
 
@@ -215,6 +217,19 @@ def test_flipped_vectors_are_fixed_when_asked(steps, tmp_path, rng, capsys):
     if steps == "bias":
         written = np.loadtxt(out / "sub-01/dwi/sub-01_desc-preproc_dwi.bvec")
         np.testing.assert_allclose(np.abs((written * vectors).sum(0))[weighted], 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", ["none", "bias"])
+def test_a_check_that_cannot_tell_says_so(steps, tmp_path, rng, monkeypatch, capsys):
+    monkeypatch.setattr("bidsapp.evaluate.gradients.GAIN", 2.0)
+    bids, _ = flipped(tmp_path, rng, "")
+    out = tmp_path / "out"
+    assert qsphere(bids, out, "participant", "--preprocess", steps, "--estimate", "dti",
+                   "--gradient-check", "fix") == 0
+    assert "cannot tell whether rows of the .bvec" in capsys.readouterr().err
+    assert "cannot tell whether rows of the .bvec" in (out / "sub-01.html").read_text()
+    fa = json.loads((out / "sub-01/dwi/sub-01_model-tensor_param-fa_dwimap.json").read_text())
+    assert "GradientTableCorrection" not in fa
 
 
 def test_flipped_vectors_of_corrected_images_stop_the_run(tmp_path, rng, capsys):
@@ -385,6 +400,20 @@ def test_a_slab_is_corrected_as_far_as_it_allows(tmp_path):
     assert image(out / "sub-01/dwi/sub-01_desc-preproc_dwi.nii.gz").min() >= 0
 
 
+@pytest.mark.parametrize("count,words", [
+    (5, "Motion was not corrected: 5 slices"), (7, "Motion was estimated from 7 slices"),
+    (8, None)])
+def test_few_slices_are_told(count, words, tmp_path):
+    bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
+    path = bids / "sub-01/dwi/sub-01_dwi.nii.gz"
+    series = nib.load(path)
+    nib.save(series.slicer[:, :, 2:2 + count], path)
+    assert qsphere(bids, out, "participant", "--preprocess", "motion", "--estimate", "dti") == 0
+    facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
+    told = [w for w in facts["warnings"] if "slices" in w]
+    assert [w.startswith(words) for w in told] == [True] if words else told == []
+
+
 def test_a_t1w_image_that_failed_is_not_registered_again(tmp_path, monkeypatch):
     """Neither for the field, nor for the brain mask, nor for the tissues."""
     bids, out = truth.write_dataset(tmp_path / "bids", ("01",)), tmp_path / "out"
@@ -428,14 +457,19 @@ def test_a_qform_that_contradicts_the_sform_is_told(tmp_path):
     assert any("its qform and its sform differ by 5.0°" in w for w in facts["warnings"])
 
 
-def test_a_partial_fourier_that_is_no_number_is_unknown(tmp_path):
+def test_a_partial_fourier_that_is_no_number_leaves_the_phase_encoding(tmp_path):
     bids = truth.write_dataset(tmp_path / "bids", ("01",), sidecar={
         **truth.SIDECAR, "PartialFourier": "6/8"})
     out = tmp_path / "out"
     assert qsphere(bids, out, "participant", "--preprocess", "gibbs", "--estimate", "dti") == 0
     facts = json.loads((out / "sub-01/log/sub-01_desc-preprocessed_step.json").read_text())
-    assert [c["text"] for c in facts["corrections"]] == ["Gibbs ringing removed along i and j"]
-    assert any("PartialFourier is '6/8'" in notice for notice in facts["notices"])
+    assert [c["text"] for c in facts["corrections"]] == ["Gibbs ringing removed along i"]
+    assert any("PartialFourier is '6/8'" in warning for warning in facts["warnings"])
+    assert any("PartialFourier cannot be read" in notice for notice in facts["notices"])
+    sidecar = json.loads((out / "sub-01/dwi/sub-01_desc-preproc_dwi.json").read_text())
+    assert "PartialFourier" not in sidecar
+    methods = (out / "logs/CITATION.md").read_text()
+    assert "along the axis that is not phase-encoded" in methods and "only if" not in methods
 
 
 @pytest.mark.parametrize("limit", ["MAX_MOVE", "MAX_TURN"])

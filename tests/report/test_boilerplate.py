@@ -67,3 +67,10 @@ def test_the_paragraph_on_noise_names_the_loss_that_is_used():
     names = {"operator": "optimally in operator norm", "frobenius": "mean square error"}
     assert [name for name, words in names.items()
             if words in boilerplate.CORRECTIONS["denoise"]] == [loss]
+
+
+def test_paragraphs_on_what_was_done_have_no_conditions():
+    done = {key: text for key, text in boilerplate.CORRECTIONS.items() if "_" in key}
+    assert {key.split("_")[0] for key in done} == {"denoise", "gibbs", "motion"}
+    assert not [key for key, text in done.items() if " if " in text or "From magnitude" in text]
+    assert "floor" not in done["denoise_gaussian"] and "floor" in done["denoise_magnitude"]
