@@ -16,8 +16,9 @@ from bidsapp.volumetric import inputs
 from bidsapp.volumetric.inputs import Block, Grid
 
 OVERLAP = 16
-"""Voxels that neighbouring blocks share along an axis, half a block at most. Instance normalisation takes the statistics
-of a block, so that blocks differ; their results are blended linearly over the overlap."""
+"""Voxels that neighbouring blocks share along an axis, half a block at most. Instance
+normalisation takes the statistics of a block, so that blocks differ; their results are blended
+linearly over the overlap."""
 
 
 @torch.inference_mode()
