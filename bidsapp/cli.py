@@ -195,6 +195,9 @@ def guarded(program: str, work: Callable[[], int], verbose: Callable[[], int]) -
     """
     # threads that spin while they wait take busy cores from those that work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # without it a product of two vectors depends on where in memory they lie, which differs from
+    # run to run
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     try:
         with sigterm_exits():
             return work()
