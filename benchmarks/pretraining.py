@@ -246,9 +246,8 @@ def compare(options):
             for start, tests in values.items():
                 rows.append([f"{input_}, {task}, {people} people: {NAMES[start]}",
                              *describe(tests, values["random"], task)])
-    table.print_and_write(["input, task, labelled people: start", "F1, accuracy or mean square error "
-                           "of angles", "° between axes, median", "change from random (p)"], rows,
-                          options.csv)
+    table.print_and_write(["input, task, labelled people: start", "F1, accuracy or MSE of angles",
+                           "° between axes, median", "change from random (p)"], rows, options.csv)
     for task in TASKS:  # figure 2a
         for start in STARTS:
             curves = [results["table", start, task, 15, run]["validation"]
