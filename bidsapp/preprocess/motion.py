@@ -651,8 +651,10 @@ class _Head:
             sampled = self.sample(b0, points)
             good = sampled.inside.all(0)
             mean, slope = sampled.signal.mean(0), sampled.gradient.mean(0)
-            beta = torch.linalg.lstsq(x.T * good[:, None], (mean * good).double()[:, None]).solution
-            predicted = (beta[:, 0] @ x).float()
+            # NumPy's, since torch's depends on where its operands lie in memory
+            beta = np.linalg.lstsq((x.T * good[:, None]).cpu().numpy(),
+                                   (mean * good).double().cpu().numpy(), rcond=None)[0]
+            predicted = (torch.from_numpy(beta).to(x) @ x).float()
             arm = torch.from_numpy((points - self.centre).T.astype(np.float32)).to(self.device)
             squares = torch.where(good, predicted - mean, 0).square()
             trust = (squares + FLOOR * squares.mean()).rsqrt() * good
