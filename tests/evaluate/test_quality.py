@@ -291,10 +291,10 @@ def test_every_key_is_described(dwi):
 
 
 def test_map_features_are_the_means_of_maps():
-    name, outputs = next((n, o) for n in methods.names("estimate_")
-                         if (o := methods.get(n).outputs)["maps"])
-    short = name.removeprefix("estimate_")
-    key = next(k for k in outputs["maps"] if f"{k}_std" in outputs["maps"])
+    short, key, outputs = next((n.removeprefix("estimate_"), k, o)
+                               for n in methods.names("estimate_")
+                               for k in (o := methods.get(n).outputs)["maps"]
+                               if f"{k}_std" in o["maps"])
     columns = ["age", "noise_sd", "b1000_signal", "other_mean", f"{short}_{key}_mean",
                f"{short}_{key}_sd", f"{short}_{key}_median", f"{short}_{key}_std_mean"]
     assert quality.map_features(columns) == [f"{short}_{key}_mean"]
