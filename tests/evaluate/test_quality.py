@@ -291,10 +291,11 @@ def test_every_key_is_described(dwi):
 
 
 def test_map_features_are_the_means_of_maps():
-    short, key, outputs = next((n.removeprefix("estimate_"), k, o)
-                               for n in methods.names("estimate_")
-                               for k in (o := methods.get(n).outputs)["maps"]
-                               if f"{k}_std" in o["maps"])
+    all_outputs = {n.removeprefix("estimate_"): methods.get(n).outputs
+                   for n in methods.names("estimate_")}
+    short, key = next((n, k) for n, o in all_outputs.items() for k in o["maps"]
+                      if f"{k}_std" in o["maps"])
+    outputs = all_outputs[short]
     columns = ["age", "noise_sd", "b1000_signal", "other_mean", f"{short}_{key}_mean",
                f"{short}_{key}_sd", f"{short}_{key}_median", f"{short}_{key}_std_mean"]
     assert quality.map_features(columns) == [f"{short}_{key}_mean"]
