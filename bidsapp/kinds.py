@@ -233,9 +233,9 @@ class Cohort:
         person = self.statistics.set_index("run")["participant"].astype(str)
         people = sorted({person[run] for run in runs})
         if len(people) < 2:
-            raise UsageError(f"--train {method}: found {len(people)} participant that it can learn "
-                             "from. Needed are two or more: one to learn from, one to validate. "
-                             "Add participants.")
+            raise UsageError(f"--train {method} found {len(people)} participant. At least 2 that "
+                             "it can learn from are needed, one of them for the validation. Add "
+                             "participants.")
         count = min(max(1, round(share * len(people))), len(people) - 1)
         held = set(np.random.default_rng(seed).permutation(people)[:count].tolist())
         return {run for run in runs if person[run] in held}

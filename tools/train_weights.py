@@ -33,7 +33,7 @@ from bidsapp.microstructure import learn
 from bidsapp.options import PhantomOptions
 from bidsapp.phantom import load_atlas, recruit
 from bidsapp.simulate import anatomy, person, phantom, site
-from bidsapp.volumetric.estimator import PRETRAINING, VolumeEstimator
+from bidsapp.volumetric.estimator import VolumeEstimator
 
 PEOPLE, SCANNED, SITES, VOXEL, SEED = 6, 4, 2, 3.0, 51
 SHELLS, DIRECTIONS = (700.0, 1000.0, 2000.0, 3000.0), 60
@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     method = methods.get(options.method)
-    if method.name == PRETRAINING or isinstance(method, VolumeEstimator):
+    if method.name == "pretrain_artifacts" or isinstance(method, VolumeEstimator):
         write(train_on_phantom(method.name, options), options.out)
         return
     saved = options.state or options.out / "state.ckpt"

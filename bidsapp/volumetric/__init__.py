@@ -1,5 +1,5 @@
-"""What networks on whole volumes share: their grid and inputs, training data, labels, application
-in overlapping blocks.
+"""Shared code of networks on whole volumes: grid and inputs, labels, corruption, training,
+application in overlapping blocks.
 
 *Channels* are the inputs of a network, a linear function of the attenuations S/S0 of a voxel
 (`bidsapp.networks.volumetric`). The *grid of a network* has cubic voxels of the size of its

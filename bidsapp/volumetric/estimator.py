@@ -24,13 +24,8 @@ from bidsapp.volumetric import inputs, learn
 from bidsapp.volumetric.apply import apply
 from bidsapp.volumetric.inputs import Grid
 
-PRETRAINING = "pretrain_artifacts"
-"""Method whose bundled weights may start a training."""
-
-STARTS = PRETRAINED, RANDOM = "pretrained", "random"
-"""Starts of a training without `--init`: the bundled pretraining, or random weights."""
-
 LOSSES = CROSS_ENTROPY, L1 = "cross-entropy", "l1"
+"""Losses of class probabilities (`class_loss`)."""
 
 
 class VolumeEstimator(Estimator, Trainable):
@@ -91,8 +86,7 @@ class VolumeEstimator(Estimator, Trainable):
         channels = learn.Channels(**card.constants["channels"])
         used = np.sort(np.concatenate([np.flatnonzero(dwi.acquisition.b0),
                                        *(s.indices for s in shells)]))
-        dwi = replace(dwi, signal=np.ascontiguousarray(dwi.signal[:, used]),
-                      acquisition=dwi.acquisition[used], noise_gain=None)
+        dwi = dwi.select_volumes(used)
         grid = Grid.over(dwi, channels.voxel)
         network: Any = checkpoint.into(build_network(card.network)).to(device)
         measured = dwi.acquisition[inputs.weighted(dwi.acquisition)]
@@ -119,16 +113,8 @@ class VolumeEstimator(Estimator, Trainable):
                         "TrainingData": card.training["data"], "NetworkVoxel": channels.voxel})
 
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
-        """Train a network on the labels of the cohort.
-
-        The encoder starts from `--init`, or from the bundled pretraining if the recipe says so.
-        """
-        recipe = self.settings("training")
-        start = None
-        if settings.init:
-            start = learn.load_start(settings.init)
-        elif recipe["start"] == PRETRAINED and recipe["input"] == learn.ANY:
-            start = maps.bundled_weights(PRETRAINING)
+        """Train a network on the labels of the cohort, with the encoder of `--init`."""
+        start = learn.load_start(settings.init) if settings.init else None
         name, checkpoint = learn.fit(self, self.task(cohort, settings), cohort, settings,
                                      intended_use=self.intended_use, start=start)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],

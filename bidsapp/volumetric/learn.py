@@ -97,7 +97,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Channels:
-    """What the channels of a network are: constants of its card.
+    """The voxel size and the gradient table of a network, kept among the constants of its card.
 
     Parameters
     ----------
@@ -328,7 +328,7 @@ def subsample(acquisition: Acquisition, generator: torch.Generator) -> Int[np.nd
 
 @dataclass(frozen=True)
 class Task:
-    """What a network learns.
+    """The data, the outputs and the loss of a training.
 
     Parameters
     ----------
@@ -466,12 +466,6 @@ def evaluate(network: nn.Module, examples: Sequence[Example],
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
-
-def encoder(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Select the weights of the encoder, with their names in the whole network."""
-    return {k: v for k, v in checkpoint.tensors.items() if k.startswith(f"{ENCODER}.")}
-
-
 def load_start(folder: Path) -> Checkpoint:
     """Load the checkpoint of --init: of a pretraining, or of another task.
 
@@ -511,7 +505,7 @@ def initial_network(recipe: Recipe, outputs: int | None, channels: Channels, see
     with training.seeded(seed):
         network = build_network(description)
     if start:
-        network.load_state_dict({**network.state_dict(), **encoder(start)})
+        start.part(ENCODER).into(network.get_submodule(ENCODER))
     return network, description
 
 
@@ -525,13 +519,17 @@ def choose_channels(recipe: Recipe, cohort: Cohort, start: Checkpoint | None) ->
     Raises
     ------
     UsageError
-        A run cannot serve as the table.
+        There is no run of the site, or the first one cannot serve as the table.
     """
     if start:
         return Channels(**start.card.constants["channels"])
     site = cohort.statistics.set_index("run")["batch"].astype(str)
     runs = [run for run in cohort.acquisitions
             if cohort.reference_batch in (None, str(site[run]))]
+    if not runs:
+        raise UsageError(f"--reference-batch {cohort.reference_batch}: no run is of that site; "
+                         f"there are {', '.join(sorted(set(site)))}. Name one of them, or leave "
+                         "the option out.")
     voxel = recipe.voxel or float(np.median([min(cohort.voxel_sizes[run]) for run in runs]))
     if recipe.input == ANY:
         return Channels(round(voxel, 3))

@@ -367,7 +367,7 @@ def test_residuals_that_are_alike_within_blocks_tell_less(still):
 
 
 def test_a_part_of_the_misalignment_of_the_predictions_is_taken_back(still):
-    """Of a misalignment u that the predictions share by a factor w, the steps show 1 − w."""
+    """If the predictions share a misalignment u by a factor w, the steps show (1 − w) u."""
     index, w, u = np.arange(1, 7), 0.8, np.array([1.0, -1, 1, -1, 1, -1])
     shared = w * np.outer(u, u) / 6
     normal = np.tile(1e6 * np.eye(6), (6, 1, 1))

@@ -67,7 +67,7 @@ def test_fibres_are_counted_and_found():
 
 
 def test_fewer_directions_carry_a_lower_degree():
-    """Of shells, the one whose directions carry the highest degree; then the b-value counts."""
+    """The shell is used whose directions carry the highest degree, then by its b-value."""
     few = labels.label_fibres(*with_white(head(acquisition(((1000.0, 30),)))[0]))
     assert "degree 6 at b = 1000 s/mm² (30 directions)" in few.notice and "45" in few.notice
     for shells, b in ((((1000.0, 60), (3000.0, 30)), 1000), (((1000.0, 60), (2000.0, 60)), 2000)):
@@ -109,7 +109,7 @@ def test_no_signal_has_no_label():
 
 @pytest.mark.parametrize("l_max", [4, 8])
 def test_peaks_are_those_of_dipy(rng, l_max):
-    """Of random densities: as many as dipy finds on the same directions, by the same thresholds."""
+    """Random densities have as many peaks as dipy finds on the same directions and thresholds."""
     density = torch.from_numpy(rng.standard_normal((60, sh.size(l_max))))
     density[:, 0] = 6  # few negative values, of which dipy makes another threshold
     count, axis = labels.find_peaks(density)

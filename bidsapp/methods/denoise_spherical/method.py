@@ -48,10 +48,8 @@ training), and the error of denoising is the same."""
 BLOCK = 1024
 """Voxels per block, so that the layers fit in the cache."""
 
-MIN_PARTICIPANTS = 2
-"""Smallest cohort: one participant in HELD_OUT, at least one, serves the validation."""
-
-HELD_OUT = 5
+HELD_OUT = 0.2
+"""Share of the participants of a cohort for the validation."""
 
 FROM_RUNS = ("training.trained_for.", "training.groups", "training.network.shells")
 """Prefixes of hyper-parameters that a training on a cohort derives from the runs."""
@@ -176,7 +174,8 @@ class SphericalDenoiser(Denoiser, Trainable):
                              "from the runs. Leave the option out.")
         recipe = self.settings("training")
         acquisition = require_one_acquisition(self.name, cohort, recipe["network"]["layer"])
-        validation = choose_held_out(self.name, cohort, settings.seed)
+        validation = cohort.hold_out(HELD_OUT, settings.seed, self.name,
+                                     list(cohort.acquisitions))
         runs = list(cohort.acquisitions)
         assert cohort.load
         samples, magnitudes = [], []
@@ -429,25 +428,6 @@ def require_one_acquisition(method: str, cohort: Cohort, layer: str) -> Acquisit
                          "table. Choose a layer that serves any, such as "
                          f"--set {method}.network.layer=zonal, or runs of one table.")
     return first
-
-
-def choose_held_out(method: str, cohort: Cohort, seed: int) -> set[str]:
-    """Choose the runs of the participants of the validation.
-
-    Raises
-    ------
-    UsageError
-        There are fewer than MIN_PARTICIPANTS participants.
-    """
-    participants = dict(zip(cohort.statistics["run"], cohort.statistics["participant"],
-                            strict=True))
-    people = sorted({str(participants[run]) for run in cohort.acquisitions})
-    if len(people) < MIN_PARTICIPANTS:
-        raise UsageError(f"--train {method} found {len(people)} participant. At least "
-                         f"{MIN_PARTICIPANTS} are needed, one of them for the validation. Add "
-                         "participants, or use the bundled weights (without training).")
-    held_out = np.random.default_rng(seed).permutation(people)[:max(1, len(people) // HELD_OUT)]
-    return {run for run in cohort.acquisitions if str(participants[run]) in held_out}
 
 
 def read_start(method: str, folder: Path | None, network: Mapping[str, Any]) -> Checkpoint | None:

@@ -227,7 +227,10 @@ class UNetUpsampler(Upsampler, Trainable):
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Train a model for each shell of the table that all runs share."""
         tables = self._match_tables(cohort)
-        learners, held = self._split(cohort, settings.seed)
+        validation = cohort.hold_out(self.settings("training")["held_out"], settings.seed,
+                                     self.name, list(cohort.acquisitions))
+        learners = [run for run in cohort.acquisitions if run not in validation]
+        held = [run for run in cohort.acquisitions if run in validation]
         if settings.states:
             settings.states.mkdir(parents=True, exist_ok=True)
         checkpoints, directions = {}, {}
@@ -290,19 +293,6 @@ class UNetUpsampler(Upsampler, Trainable):
             raise UsageError(f"--train {self.name}: {runs[0]} has no diffusion-weighted volume. "
                              "Leave it out with --participant-label.")
         return tables
-
-    def _split(self, cohort: Cohort, seed: int) -> tuple[list[str], list[str]]:
-        """Split the runs by participant into those to learn from and those to validate on."""
-        person = cohort.statistics.set_index("run")["participant"].astype(str)
-        people = sorted(set(person))
-        if len(people) < 2:
-            raise UsageError(f"--train {self.name}: found {len(people)} participant. Needed are "
-                             "two or more: one to learn from, one to validate. Add participants.")
-        share = self.settings("training")["held_out"]
-        count = min(max(1, round(share * len(people))), len(people) - 1)
-        held = set(np.random.default_rng(seed).permutation(people)[:count].tolist())
-        return ([r for r in cohort.acquisitions if person[r] not in held],
-                [r for r in cohort.acquisitions if person[r] in held])
 
     def _fit_shell(self, cohort: Cohort, settings: TrainingSettings, table: ShellTable,
                    learners: Sequence[str], held: Sequence[str], folder: Path
