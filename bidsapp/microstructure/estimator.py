@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import ClassVar
 
-from bidsapp.acquisition import Acquisition
-from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.errors import UsageError
-from bidsapp.kinds import Cohort, Derived, Estimator, Fitted, Trainable, TrainingSettings
+from bidsapp.kinds import Cohort, Derived, Fitted, TrainingSettings
 from bidsapp.microstructure import deconvolution, learn, maps
 from bidsapp.simulate.tissue import TissueModel
 
@@ -17,7 +14,7 @@ FROM_RUNS = ("training.trained_for.", "training.groups", "training.network.shell
 """Prefixes of hyper-parameters that a training for one acquisition derives from the runs."""
 
 
-class SphericalMethod(Estimator, Trainable):
+class SphericalMethod(maps.NetworkEstimator):
     """Estimator of the parameters and ODF of a tissue model (`bidsapp.microstructure`).
 
     Attributes
@@ -35,30 +32,6 @@ class SphericalMethod(Estimator, Trainable):
         """Read the recipe of a training for all protocols or, with the variant "one", for one
         acquisition."""
         return learn.read_recipe(self.tissue, self.settings("training", *variants))
-
-    @cached_property
-    def weights(self) -> list[Checkpoint]:
-        """Networks trained at group level and the bundled one, loaded once."""
-        return maps.find_weights(self.name, self.context.models)
-
-    def select(self, acquisition: Acquisition) -> Checkpoint:
-        """Select the weights for a run (`maps.select_weights`)."""
-        return maps.select_weights(self.name, self.weights, acquisition,
-                                   allow=self.context.allow_extrapolation)
-
-    def check(self, acquisition: Acquisition) -> None:
-        """Check that there are weights for an acquisition.
-
-        Raises
-        ------
-        Refusal
-            Neither a network trained at group level nor the bundled one supports the acquisition.
-            The bundled one needs a b0 and two shells in its range.
-        """
-        self.select(acquisition)
-
-    def violations(self, acquisition: Acquisition) -> list[str]:
-        return self.select(acquisition).card.trained_for.violations(acquisition)
 
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         return Derived(*maps.estimate(self.select(dwi.acquisition), self.tissue, dwi, device,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from bidsapp.checkpoint import Card, Checkpoint, load
 from bidsapp.domain import OVERRIDE, TrainingDomain
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal
+from bidsapp.kinds import Estimator, Trainable
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import forward, protocols
@@ -259,6 +261,33 @@ def bundled_weights(name: str) -> Checkpoint | None:
     """Load the bundled weights of a method, if there are any."""
     folder = WEIGHTS / name
     return load(folder, name) if folder.is_dir() else None
+
+
+class NetworkEstimator(Estimator, Trainable):
+    """Estimator with a network that was trained at group level, or the bundled one."""
+
+    @cached_property
+    def weights(self) -> list[Checkpoint]:
+        """All networks of the method (`find_weights`), loaded once."""
+        return find_weights(self.name, self.context.models)
+
+    def select(self, acquisition: Acquisition) -> Checkpoint:
+        """Select the weights for a run (`select_weights`)."""
+        return select_weights(self.name, self.weights, acquisition,
+                              allow=self.context.allow_extrapolation)
+
+    def check(self, acquisition: Acquisition) -> None:
+        """Check that there are weights for an acquisition.
+
+        Raises
+        ------
+        Refusal
+            No network supports the acquisition.
+        """
+        self.select(acquisition)
+
+    def violations(self, acquisition: Acquisition) -> list[str]:
+        return self.select(acquisition).card.trained_for.violations(acquisition)
 
 
 def estimate(checkpoint: Checkpoint, tissue: TissueModel, dwi: Dwi, device: str, *,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,9 +14,8 @@ from bidsapp import tensor
 from bidsapp.acquisition import Acquisition
 from bidsapp.anatomy import tissue
 from bidsapp.blocks import map_voxels
-from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
-from bidsapp.kinds import Cohort, Derived, Estimator, Fitted, Trainable, TrainingSettings
+from bidsapp.kinds import Cohort, Derived, Fitted, TrainingSettings
 from bidsapp.microstructure import maps
 from bidsapp.networks.builder import build_network
 from bidsapp.volumetric import inputs, learn
@@ -28,7 +26,7 @@ LOSSES = CROSS_ENTROPY, L1 = "cross-entropy", "l1"
 """Losses of class probabilities (`class_loss`)."""
 
 
-class VolumeEstimator(Estimator, Trainable):
+class VolumeEstimator(maps.NetworkEstimator):
     """Estimator of maps by a network on volumes, which learns them from labels of the runs.
 
     Attributes
@@ -52,30 +50,16 @@ class VolumeEstimator(Estimator, Trainable):
     def derive(self, values: Float[np.ndarray, "voxel k"], grid: Grid) -> Derived:
         """Convert values of the voxels of a run to maps."""
 
-    @cached_property
-    def weights(self) -> list[Checkpoint]:
-        """Networks trained at group level and the bundled one, loaded once."""
-        return maps.find_weights(self.name, self.context.models)
-
-    def select(self, acquisition: Acquisition) -> Checkpoint:
-        """Select the weights for a run (`maps.select_weights`)."""
-        return maps.select_weights(self.name, self.weights, acquisition,
-                                   allow=self.context.allow_extrapolation)
-
     def check(self, acquisition: Acquisition) -> None:
         """Check that there are weights for an acquisition.
 
         Raises
         ------
         Refusal
-            Neither a network trained at group level nor the bundled one supports the acquisition,
-            or it has no b0 or no shell of 6 linear directions.
+            No network supports the acquisition, or it has no b0 or no shell of 6 linear directions.
         """
         inputs.weighted(acquisition)
-        self.select(acquisition)
-
-    def violations(self, acquisition: Acquisition) -> list[str]:
-        return self.select(acquisition).card.trained_for.violations(acquisition)
+        super().check(acquisition)
 
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         checkpoint = self.select(dwi.acquisition)
@@ -113,8 +97,9 @@ class VolumeEstimator(Estimator, Trainable):
                         "TrainingData": card.training["data"], "NetworkVoxel": channels.voxel})
 
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
-        """Train a network on the labels of the cohort, with the encoder of `--init`."""
-        start = learn.load_start(settings.init) if settings.init else None
+        """Train a network on the labels of the cohort, from the encoder of `--init` or the bundled
+        one."""
+        start = learn.choose_start(learn.read_recipe(self.settings("training")), settings.init)
         name, checkpoint = learn.fit(self, self.task(cohort, settings), cohort, settings,
                                      intended_use=self.intended_use, start=start)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],

@@ -23,6 +23,7 @@ from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.kinds import Cohort, Trainable, TrainingSettings
+from bidsapp.microstructure.maps import bundled_weights
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.volumetric import Table
 from bidsapp.progress import track
@@ -34,6 +35,12 @@ log = logging.getLogger("qsphere")
 
 ANY, TABLE = "any", "table"
 """Inputs of a network: any gradient table, or one, to which others are interpolated in q-space."""
+
+BUNDLED, RANDOM = "bundled", "random"
+"""Weights that a task starts from without `--init`."""
+
+PRETRAINING = "pretrain_artifacts"
+"""Method of the bundled start."""
 
 ENCODER = "encoder"
 """Part of a checkpoint that can start the network of another task."""
@@ -70,6 +77,9 @@ class Recipe:
         Share of the participants (at least one) for validation.
     subsample : bool
         Whether each crop has a random part of the shells and directions of its run, for ANY.
+    start : str
+        BUNDLED: without `--init`, a task starts from the encoder of the bundled pretraining, if it
+        has the same network. RANDOM: from random weights.
 
     Raises
     ------
@@ -85,14 +95,17 @@ class Recipe:
     batch: int = 3
     held_out: float = 0.2
     subsample: bool = True
+    start: str = RANDOM
 
     def __post_init__(self) -> None:
-        if (self.input not in (ANY, TABLE) or self.voxel < 0 or self.batch < 1
-                or self.patch < 16 or not 0 < self.held_out < 1):
-            raise UsageError(f"the training has input {self.input!r}, voxel {self.voxel}, patch "
-                             f"{self.patch}, batch {self.batch} and held_out {self.held_out}. The "
-                             f"input must be {ANY} or {TABLE}, the voxel 0 or more, the patch 16 "
-                             "or more, the batch 1 or more, and held_out between 0 and 1.")
+        if (self.input not in (ANY, TABLE) or self.start not in (BUNDLED, RANDOM)
+                or self.voxel < 0 or self.batch < 1 or self.patch < 16
+                or not 0 < self.held_out < 1):
+            raise UsageError(f"the training has input {self.input!r}, start {self.start!r}, voxel "
+                             f"{self.voxel}, patch {self.patch}, batch {self.batch} and held_out "
+                             f"{self.held_out}. The input must be {ANY} or {TABLE}, the start "
+                             f"{BUNDLED} or {RANDOM}, the voxel 0 or more, the patch 16 or more, "
+                             "the batch 1 or more, and held_out between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -485,11 +498,21 @@ def load_start(folder: Path) -> Checkpoint:
     return start
 
 
+def choose_start(recipe: Recipe, init: Path | None) -> Checkpoint | None:
+    """Load the checkpoint of --init, or else the bundled pretraining if the recipe asks for it and
+    has its network; None for random weights."""
+    if init:
+        return load_start(init)
+    bundled = bundled_weights(PRETRAINING) if (recipe.start, recipe.input) == (BUNDLED, ANY) else (
+        None)
+    return bundled if bundled and recipe.network.items() <= bundled.card.network.items() else None
+
+
 def initial_network(recipe: Recipe, outputs: int | None, channels: Channels, seed: int,
                     start: Checkpoint | None) -> tuple[nn.Module, dict[str, Any]]:
     """Build a network, with the encoder of a checkpoint if there is one.
 
-    The checkpoint also determines width, levels and channels.
+    The checkpoint also determines width, levels, channels and whether it takes any table.
 
     Returns
     -------
@@ -510,18 +533,18 @@ def initial_network(recipe: Recipe, outputs: int | None, channels: Channels, see
 
 
 def choose_channels(recipe: Recipe, cohort: Cohort, start: Checkpoint | None) -> Channels:
-    """Choose voxel size and table of a network: those of the checkpoint that it starts from, or of
-    the runs of --reference-batch, or of all runs.
+    """Choose voxel size and table of a network.
 
-    The voxel is that of the recipe or the median of the runs' shortest edges; the table, if it is
-    not any, is the largest shell of the first run.
+    They are those of the runs of --reference-batch, or of all runs: the voxel of the recipe, or
+    the median of the runs' shortest edges; the table, if it is not any, is the largest shell of
+    the first run. A checkpoint of one table determines both.
 
     Raises
     ------
     UsageError
         There is no run of the site, or the first one cannot serve as the table.
     """
-    if start:
+    if start and not start.card.network["any_table"]:
         return Channels(**start.card.constants["channels"])
     site = cohort.statistics.set_index("run")["batch"].astype(str)
     runs = [run for run in cohort.acquisitions
@@ -531,7 +554,7 @@ def choose_channels(recipe: Recipe, cohort: Cohort, start: Checkpoint | None) ->
                          f"there are {', '.join(sorted(set(site)))}. Name one of them, or leave "
                          "the option out.")
     voxel = recipe.voxel or float(np.median([min(cohort.voxel_sizes[run]) for run in runs]))
-    if recipe.input == ANY:
+    if start or recipe.input == ANY:
         return Channels(round(voxel, 3))
     acquisition = cohort.acquisitions[runs[0]]
     shells = inputs.usable_shells(acquisition)

@@ -128,13 +128,22 @@ def test_pretraining_starts_a_task(corruption, input_, tmp_path):
     (trained,) = task.fit(people, replace(settings, init=folder, max_steps=1)
                           ).checkpoints.values()
     assert trained.card.training["start"] == checkpoint.load(folder).card.sha256
-    assert trained.card.constants["channels"] == json.loads(
+    assert json.loads(json.dumps(trained.card.constants["channels"])) == json.loads(
         (folder / "model.json").read_text())["constants"]["channels"]
     assert {k for k in trained.tensors if k.startswith("encoder.")} == {
         k for k in pretrained.tensors if k.startswith("encoder.")}
     moved = [float((v - pretrained.tensors[k]).abs().max()) for k, v in trained.tensors.items()
              if k.startswith("encoder.")]
     assert max(moved) < 2e-3  # one step of Adam moves each weight by its learning rate, 1e-3
+
+
+def test_a_task_keeps_its_own_voxel_with_the_encoder_of_any_table(tmp_path):
+    people, settings = cohort()
+    folder = keep(method_with("pretrain_artifacts", "voxel=8").fit(people, settings), tmp_path)
+    assert checkpoint.load(folder).card.constants["channels"]["voxel"] == 8
+    (trained,) = method_with("estimate_tissue", "voxel=7").fit(
+        people, replace(settings, init=folder, max_steps=1)).checkpoints.values()
+    assert trained.card.constants["channels"]["voxel"] == 7
 
 
 def test_a_task_learns_what_it_can_see():

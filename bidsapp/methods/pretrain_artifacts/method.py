@@ -32,11 +32,12 @@ class ArtifactRemoval(Trainable):
 
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Train the encoder on the runs of the cohort, without labels."""
-        recipe = self.settings("training")
+        table = self.settings("training")
+        recipe = learn.read_recipe(table)
         assert cohort.load
         load = cohort.load
-        start = learn.load_start(settings.init) if settings.init else None
-        channels = learn.choose_channels(learn.read_recipe(recipe), cohort, start)
+        start = learn.choose_start(recipe, settings.init)
+        channels = learn.choose_channels(recipe, cohort, start)
 
         def loss(output: torch.Tensor, example: learn.Example) -> torch.Tensor:
             return (output - example.clean)[:, example.valid].square().mean()
@@ -47,7 +48,7 @@ class ArtifactRemoval(Trainable):
 
         task = learn.Task(lambda run: learn.Labelled(load(run)),
                           len(channels.directions) or None, loss, measure, Corruption(
-                              recipe["corruption"], channels.voxel, recipe["phase_axis"]))
+                              table["corruption"], channels.voxel, table["phase_axis"]))
         name, checkpoint = learn.fit(self, task, cohort, settings,
                                      intended_use=self.intended_use, start=start)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],

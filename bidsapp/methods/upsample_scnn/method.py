@@ -255,7 +255,7 @@ class SphericalUpsampler(Upsampler):
                 f"the run has {describe_shells(acquisition.shells)} s/mm². Needed is a shell of "
                 f"linear encoding (b_delta 1) with {fewest} or more directions that are spread "
                 "over the sphere. FA of a signal that was upsampled from six has more error than "
-                "that of the measured one.")
+                "that of the measured one. Acquire more directions, or use upsample_sh.")
 
     def _linear(self, acquisition: Acquisition, fewest: int) -> list[Shell]:
         """Select the shells of linear encoding with enough directions, spread over the sphere."""
