@@ -1,6 +1,7 @@
 """Pretraining: do encoders that learned without labels help tasks with few labelled people?
 
     python benchmarks/pretraining.py WORK [--workers 2]  # every start, task, number of people
+    python benchmarks/pretraining.py WORK --curves       # the validations of these trainings
     python benchmarks/pretraining.py WORK --tables       # one network for four acquisitions
     python benchmarks/pretraining.py WORK --real DATA    # tissue of real DWIs against their T1w
     python benchmarks/pretraining.py WORK --speed        # a brain of 72 × 72 × 39 voxels
@@ -11,7 +12,9 @@ auxiliary one (no labels) has AUXILIARY people at 4 mm with 90 directions each o
 directions of b 1000 at SNR 15. Tissue is that of the phantom, crossings and directions those of CSD
 of the same scans. `table` is the published network, on 64 channels, with its losses (L1, angles);
 `any` takes any gradient table, with cross-entropy and axes. Every start has the same schedule, the
-same people and the same order of crops. Tests are one-sided and paired over runs and people.
+same people and the same order of crops. `bundled` is the encoder that is shipped. Tests are
+one-sided and paired: over all runs and test people, as published, and over the people alone, whose
+scores are then means of the runs.
 
 --tables: people at 6 mm and SNR 20, whose scans hold four acquisitions. One network learns tissue,
 or the direction of the peaks of the largest acquisition, from five people with all four (4 × the
@@ -42,6 +45,7 @@ from bidsapp.bids import find
 from bidsapp.dwi import Dwi
 from bidsapp.kinds import MethodContext, TrainingSettings
 from bidsapp.methods.estimate_direction import method as direction
+from bidsapp.microstructure.maps import bundled_weights
 from bidsapp.options import PhantomOptions
 from bidsapp.phantom import load_atlas, recruit
 from bidsapp.recipe.steps import load_run
@@ -57,8 +61,9 @@ CLINIC, AUXILIARY = 28, 12
 TRAINING, VALIDATION, TEST = range(15), range(15, 20), range(20, 28)
 LABELLED, RUNS = (2, 5, 15), 4
 STARTS = ("random", "none", "mask", "artifacts")
+STARTS_ANY, LABELLED_ANY = ("random", "artifacts", "bundled"), (2, 5)
 NAMES = {"random": "random", "none": "autoencoder", "mask": "masked autoencoder",
-         "artifacts": "artifact removal"}
+         "artifacts": "artifact removal", "bundled": "bundled"}
 TASKS = ("tissue", "crossings", "direction")
 SCORES = {"tissue": "f1", "crossings": "accuracy", "direction": "mse_angles"}
 VOXEL = 6.0
@@ -198,8 +203,11 @@ def tune(work, input_, start, task, people, run):
     groups = [[everybody[i] for i in part] for part in (chosen, VALIDATION, TEST)]
     recipe = replace(RECIPE, input=input_, subsample=False)
     network, _ = learn.initial_network(recipe, outputs, channels, run, None)
-    if start != "random":
-        network.get_submodule(learn.ENCODER).load_state_dict(pretrain(work, input_, start))
+    encoder = network.get_submodule(learn.ENCODER)
+    if start == "bundled":
+        bundled_weights(learn.PRETRAINING).part(learn.ENCODER).into(encoder)
+    elif start != "random":
+        encoder.load_state_dict(pretrain(work, input_, start))
     history = learn.train(
         network, learn.Sampler(groups[0], recipe),
         [learn.middle(s, RECIPE.patch) for s in groups[1]], loss, SCHEDULE,
@@ -217,8 +225,7 @@ def combinations():
     for run in range(1, RUNS + 1):
         for task, people, start in itertools.product(TASKS, LABELLED, STARTS):
             yield "table", start, task, people, run
-        for task, (people, start) in itertools.product(
-                TASKS, ((2, "random"), (2, "artifacts"), (5, "random"), (5, "artifacts"))):
+        for task, people, start in itertools.product(TASKS, LABELLED_ANY, STARTS_ANY):
             yield "any", start, task, people, run
 
 
@@ -235,35 +242,46 @@ def compare(options):
     with context.Pool(options.workers) as pool:
         pool.starmap(tune, [(work, *one) for one in todo], chunksize=1)
     results = {one: tune(work, *one) for one in todo}
+    if options.curves:
+        show_curves(results, options.csv)
+        return
     rows = []
     for input_, task in itertools.product(("table", "any"), TASKS):
-        for people in LABELLED if input_ == "table" else (2, 5):
-            values = {start: [t for run in range(1, RUNS + 1)
-                              for t in results[input_, start, task, people, run]["test"]]
-                      for start in STARTS if (input_, start, task, people, 1) in results}
-            for start, tests in values.items():
-                rows.append([f"{input_}, {task}, {people} people: {NAMES[start]}",
-                             *describe(tests, values["random"], task)])
+        of_any = input_ == "any"
+        for people in LABELLED_ANY if of_any else LABELLED:
+            values = {start: [results[input_, start, task, people, run]["test"]
+                              for run in range(1, RUNS + 1)]
+                      for start in (STARTS_ANY if of_any else STARTS)}
+            rows += [[f"{input_}, {task}, {people} people: {NAMES[start]}",
+                      *describe(tests, values["random"], task)]
+                     for start, tests in values.items()]
     table.print_and_write(["input, task, labelled people: start", "F1, accuracy or MSE of angles",
-                           "° between axes, median", "change from random (p)"], rows, options.csv)
-    for task in TASKS:  # figure 2a
-        for start in STARTS:
-            curves = [results["table", start, task, 15, run]["validation"]
-                      for run in range(1, RUNS + 1)]
-            print(f"validation, {task}, {NAMES[start]}: "
-                  + " ".join(f"{v:.4f}" for v in np.mean(curves, 0)))
+                           "° between axes, median", "change from random",
+                           "p over runs and people", "p over people"], rows, options.csv)
 
 
 def describe(tests, random, task):
-    """Scores, and the change from the random start with its one-sided p-value."""
+    """Scores (run, person), and the change from the random start with its one-sided p-values."""
     score = SCORES[task]
-    mine, theirs = ([t[score] for t in of] for of in (tests, random))
+    mine, theirs = (np.array([[t[score] for t in run] for run in of]) for of in (tests, random))
     better = "less" if task == "direction" else "greater"
-    change = 100 * (np.mean(mine) / np.mean(theirs) - 1)
-    p = ttest_rel(mine, theirs, alternative=better).pvalue
-    degrees = f"{np.mean([t['degrees'] for t in tests]):.1f}" if task == "direction" else ""
-    return [f"{np.mean(mine):.4f}", degrees,
-            "" if tests is random else f"{change:+.1f} % (p {p:.0e})"]
+    p = [] if tests is random else [
+        f"{ttest_rel(a, b, alternative=better).pvalue:.1g}"
+        for a, b in ((mine.ravel(), theirs.ravel()), (mine.mean(0), theirs.mean(0)))]
+    degrees = np.mean([t["degrees"] for run in tests for t in run]) if task == "direction" else None
+    return [f"{mine.mean():.4f}", "" if degrees is None else f"{degrees:.1f}",
+            f"{100 * (mine.mean() / theirs.mean() - 1):+.1f} %" if p else "", *(p or ["", ""])]
+
+
+def show_curves(results, path):
+    """Validation losses with 15 labelled people, means of the runs: figure 2a of the paper."""
+    steps = range(SCHEDULE.validate_every, SCHEDULE.steps + 1, SCHEDULE.validate_every)
+    table.print_and_write(
+        ["validation loss: start", *(f"step {i}" for i in steps)],
+        [[f"{task}: {NAMES[start]}", *(f"{v:.4f}" for v in np.mean(
+            [results["table", start, task, max(LABELLED), run]["validation"]
+             for run in range(1, RUNS + 1)], 0))]
+         for task in TASKS for start in STARTS], path)
 
 
 def four(work):
@@ -413,6 +431,7 @@ def main():
     parser.add_argument("work", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--curves", action="store_true")
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--real", type=Path, metavar="DATA")
     table.add_option(parser)

@@ -31,7 +31,7 @@ CHOICES = {"architecture": ("spherical", "perceptron", "shresnet", "golkov", "hy
            "networks": ("joint", "single"),
            "layer": ("zonal", "local", "signal", "connected"),
            "nonlinearity": ("relu", "sigmoid", "tanh"),
-           "input": ("any", "table"),
+           "input": ("any", "table"), "start": ("bundled", "random"),
            "corruption": ("artifacts", "none", "mask"), "loss": ("cross-entropy", "l1"),
            "target": ("axis", "angles"),
            "space": ("signal", "coefficient"),

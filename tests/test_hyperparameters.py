@@ -76,6 +76,7 @@ def test_values_that_are_refused(method, text, message):
 def test_texts_are_those_that_the_program_knows():
     known = {"architecture": tuple(builder.ARCHITECTURES), "networks": upsample_unet.NETWORKS,
              "output": harmonizer.OUTPUTS, "input": (learn.ANY, learn.TABLE),
+             "start": (learn.BUNDLED, learn.RANDOM),
              "corruption": corruption.KINDS,
              "loss": estimator.LOSSES, "target": (estimate_direction.AXIS,
                                                   estimate_direction.ANGLES),

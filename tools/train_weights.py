@@ -37,8 +37,8 @@ from bidsapp.volumetric.estimator import VolumeEstimator
 
 PEOPLE, SCANNED, SITES, VOXEL, SEED = 6, 4, 2, 3.0, 51
 SHELLS, DIRECTIONS = (700.0, 1000.0, 2000.0, 3000.0), 60
-"""The phantom of the networks on volumes, of whose people the first SCANNED serve; its seed belongs
-to these trainings."""
+"""The phantom of the networks on volumes: its first SCANNED of PEOPLE are simulated. No test or
+benchmark has its seed."""
 
 
 def main() -> None:
@@ -62,6 +62,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     method = methods.get(options.method)
     if method.name == "pretrain_artifacts" or isinstance(method, VolumeEstimator):
+        if options.densities or options.new_hints or options.learning_rate or options.state:
+            parser.error(f"{method.name} takes --init, --people, --steps, --set and --seed")
         write(train_on_phantom(method.name, options), options.out)
         return
     saved = options.state or options.out / "state.ckpt"
@@ -119,7 +121,9 @@ def train_on_phantom(name: str, options: argparse.Namespace) -> checkpoint.Check
         max_steps=options.steps, seed=options.seed, device=options.device, init=options.init,
         states=options.out))
     (trained,) = fitted.checkpoints.values()
-    return trained
+    return replace(trained, card=replace(trained.card, training={
+        **trained.card.training, "data": f"simulated phantom, seed {SEED}: {SCANNED} people at "
+        f"{SITES} sites, {VOXEL:g} mm"}))
 
 
 def phantom_cohort(folder: Path) -> Cohort:

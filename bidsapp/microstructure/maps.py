@@ -157,14 +157,14 @@ def describe_shells_used(card: Card, acquisition: Acquisition, shells: Sequence[
                        f"trained for {domain.describe_ranges()}.")
     if violations:
         notices.append(f"{short}: used outside of the training domain because of "
-                       f"--allow-extrapolation: {'; '.join(violations)}. The intervals were not "
-                       "calibrated for that.")
+                       f"--allow-extrapolation: {'; '.join(violations)}. Errors and intervals were "
+                       "not measured for that.")
     max_shells = domain.shell_count[1] if domain.shell_count else len(shells)
     if len(shells) > max_shells:
         outside.append(f"{len(shells)} shells, trained with up to {max_shells}")
         notices.append(
             f"{short}: used {len(shells)} shells; the network was trained with up to {max_shells}. "
-            "The intervals were not calibrated for that. Compare with an estimate from "
+            "Errors and intervals were not measured for that. Compare with an estimate from "
             f"{max_shells} shells, or train a network for this acquisition (group --train "
             f"{card.method}).")
     if outside:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from bidsapp import tensor
 from bidsapp.acquisition import Acquisition
 from bidsapp.anatomy import tissue
 from bidsapp.blocks import map_voxels
+from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.kinds import Cohort, Derived, Fitted, TrainingSettings
 from bidsapp.microstructure import maps
@@ -50,6 +52,11 @@ class VolumeEstimator(maps.NetworkEstimator):
     def derive(self, values: Float[np.ndarray, "voxel k"], grid: Grid) -> Derived:
         """Convert values of the voxels of a run to maps."""
 
+    @cached_property
+    def weights(self) -> list[Checkpoint]:
+        """All networks, those of one table first: where one fits, it was trained for that."""
+        return sorted(super().weights, key=lambda c: c.card.network["any_table"])
+
     def check(self, acquisition: Acquisition) -> None:
         """Check that there are weights for an acquisition.
 
@@ -66,6 +73,8 @@ class VolumeEstimator(maps.NetworkEstimator):
         card = checkpoint.card
         shells, violations = maps.select_shells(card, dwi.acquisition,
                                                 allow=self.context.allow_extrapolation)
+        usable = np.concatenate([s.indices for s in inputs.usable_shells(dwi.acquisition)])
+        shells = [s for s in shells if np.isin(s.indices, usable).all()]
         parameters, notices = maps.describe_shells_used(card, dwi.acquisition, shells, violations)
         channels = learn.Channels(**card.constants["channels"])
         used = np.sort(np.concatenate([np.flatnonzero(dwi.acquisition.b0),
@@ -81,25 +90,29 @@ class VolumeEstimator(maps.NetworkEstimator):
             if degree is not None and degree < inputs.DEGREE:
                 notices.append(f"{self.short}: the signal was interpolated to the table of the "
                                f"training with SH of degree {degree}, since the directions "
-                               f"determine no more; the training had degree {inputs.DEGREE}.")
+                               "determine no more.")
         else:
             matrix = network.matrix(inputs.describe_table(measured, grid).to(device)).detach()
         values = apply(network, dwi, grid, matrix, self.activate, card.training["patch"], device)
         derived = self.derive(values, grid)
-        size = " × ".join(f"{e:.3g}" for e in np.linalg.norm(dwi.affine[:3, :3], axis=0))
+        # the grid may leave voxels at a ragged edge of the mask out
+        inside = grid.voxels(torch.ones(1, *grid.shape)).numpy()[:, 0] > 0
+        valid = inside & (dwi.mean_b0 > 0)
+        size = inputs.describe_edges(np.linalg.norm(dwi.affine[:3, :3], axis=0))
         if grid.ratio != (1, 1, 1):
             notices.append(f"{self.short}: voxels of {size} mm were resampled to "
                            f"{channels.voxel:.3g} mm, those of the training, and the results "
                            "back.")
         return replace(
-            derived, notices=[*derived.notices, *notices],
+            derived, valid=valid, maps={k: (v.T * valid).T for k, v in derived.maps.items()},
+            notices=[*derived.notices, *notices],
             parameters={**derived.parameters, **parameters, "Weights": card.sha256,
                         "TrainingData": card.training["data"], "NetworkVoxel": channels.voxel})
 
     def fit(self, cohort: Cohort, settings: TrainingSettings) -> Fitted:
         """Train a network on the labels of the cohort, from the encoder of `--init` or the bundled
         one."""
-        start = learn.choose_start(learn.read_recipe(self.settings("training")), settings.init)
+        start = learn.choose_start(self, settings.init)
         name, checkpoint = learn.fit(self, self.task(cohort, settings), cohort, settings,
                                      intended_use=self.intended_use, start=start)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],

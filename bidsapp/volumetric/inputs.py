@@ -64,6 +64,11 @@ class Grid:
         size : float, optional
             Edge of the grid's voxels, mm. None, or if no edge of the run differs by more than
             SAME_SIZE: the voxels of the run.
+
+        Raises
+        ------
+        Refusal
+            No voxel of the grid has more than half of its volume in the mask.
         """
         mask, affine, order = canonical(dwi.mask, dwi.affine)
         rows = np.full(mask.shape, -1)
@@ -74,7 +79,12 @@ class Grid:
         if (np.abs(ratio - 1) <= SAME_SIZE).all():
             ratio = np.ones(3)
         x, y, z = map(float, ratio)
-        return cls(rows[box], affine[:3, :3] / edges, (x, y, z))
+        grid = cls(rows[box], affine[:3, :3] / edges, (x, y, z))
+        if not grid.mask.any():
+            raise Refusal(f"the brain mask of {len(order)} voxels of {describe_edges(edges)} mm "
+                          f"fills no half of a voxel of the network ({size:.3g} mm). Needed is a "
+                          "larger part of the brain, or a network of smaller voxels.")
+        return grid
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
@@ -127,6 +137,11 @@ class Grid:
     def _to_grid(self) -> list[torch.Tensor]:
         return [_interpolation(new, old, r) for new, old, r in zip(
             self.shape, self.rows.shape, self.ratio, strict=True)]
+
+
+def describe_edges(edges: Float[np.ndarray, " 3"]) -> str:
+    """Write voxel edges in mm, as 2 × 2 × 2.5."""
+    return " × ".join(f"{e:.3g}" for e in edges)
 
 
 def _interpolation(new: int, old: int, ratio: float) -> Float[torch.Tensor, "new old"]:

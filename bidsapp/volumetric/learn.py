@@ -6,18 +6,19 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from bidsapp import __version__, scratch, training
-from bidsapp.acquisition import Acquisition
+from bidsapp.acquisition import Acquisition, Shell
 from bidsapp.checkpoint import Card, Checkpoint, load
 from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.dwi import Dwi
@@ -126,6 +127,10 @@ class Channels:
     directions: Sequence[Sequence[float]] = ()
     b: float = 0.0
 
+    def nearest(self, shells: Sequence[Shell]) -> Shell:
+        """Find the shell that is nearest to the table in b."""
+        return min(shells, key=lambda s: abs(s.b - self.b))
+
     def interpolate(self, acquisition: Acquisition, grid: Grid
                     ) -> tuple[Float[torch.Tensor, "n channel"], int | None]:
         """Compute the matrix from weighted measurements to the directions of the table.
@@ -140,7 +145,7 @@ class Channels:
             Degree of the SH, 8 or what the directions determine; None without interpolation.
         """
         wanted = np.array(self.directions)
-        shell = min(acquisition.shells, key=lambda s: abs(s.b - self.b))
+        shell = self.nearest(acquisition.shells)
         axes = grid.directions(acquisition.bvecs[shell.indices])
         cosine = np.abs(wanted @ axes.T)
         if cosine.max(1).min() >= math.cos(math.radians(SAME_DIRECTION)):
@@ -182,6 +187,8 @@ class Scan:
         What the network learns to predict, if not S/S0.
     valid : (x, y, z) bool tensor
         Voxels whose target is known.
+    degree : int, optional
+        Degree of the SH by which it was interpolated to the network's table, if it was.
     """
 
     ratio: np.ndarray
@@ -189,6 +196,7 @@ class Scan:
     grid: Grid
     target: Float[torch.Tensor, "t x y z"]
     valid: Bool[torch.Tensor, "x y z"]
+    degree: int | None = None
 
 
 class Example(NamedTuple):
@@ -241,9 +249,13 @@ def prepare(labelled: Labelled, channels: Channels, folder: Path, name: str) -> 
     acquisition: Acquisition | None = dwi.acquisition[measurements]
     values = inputs.attenuation(torch.from_numpy(dwi.signal[:, measurements]),
                                 torch.from_numpy(dwi.signal[:, dwi.acquisition.b0]))
+    degree = None
     if channels.directions:
-        matrix, _ = channels.interpolate(dwi.acquisition[measurements], grid)
+        matrix, degree = channels.interpolate(dwi.acquisition[measurements], grid)
         values, acquisition = (values @ matrix).clip(0, 1), None
+        if degree is not None and degree < inputs.DEGREE:
+            log.info("%s: interpolated to the table of the network with SH of degree %d, since its "
+                     "directions determine no more", name, degree)
     ratio = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16,
                                       (values.shape[1], *grid.shape))
     for i in range(0, len(ratio), CHUNK):
@@ -257,7 +269,7 @@ def prepare(labelled: Labelled, channels: Channels, folder: Path, name: str) -> 
         labelled.target)
     # the mean over known voxels
     return Scan(ratio, acquisition, grid, grid.volumes(target * known) / weight.clamp(min=1e-6),
-                weight[0] > 0.5)
+                weight[0] > 0.5, degree)
 
 
 def example(scan: Scan, crop: inputs.Block, chosen: Int[np.ndarray, " n"] | None = None,
@@ -392,7 +404,8 @@ def fit(method: Trainable, task: Task, cohort: Cohort, settings: TrainingSetting
         Fewer than two participants have labels, or the table cannot be that of a network.
     """
     began = time.monotonic()
-    recipe = read_recipe(method.settings("training"))
+    table = method.settings("training")
+    recipe = read_recipe(table)
     channels = choose_channels(recipe, cohort, start)
     with scratch.temporary(settings.states) as folder:
         scans = read_scans(method.name, task, cohort, channels, folder)
@@ -406,8 +419,8 @@ def fit(method: Trainable, task: Task, cohort: Cohort, settings: TrainingSetting
             channels.directions) else ANY
         name = f"{method.name}_{kind}"
         digest = hashlib.sha256(repr((
-            __version__, description, channels, replace(recipe, schedule=replace(
-                recipe.schedule, steps=1)), task.corruption, sorted(scans), sorted(held),
+            __version__, description, channels, {**table, "schedule": replace(
+                recipe.schedule, steps=1)}, sorted(scans), sorted(held),
             start and start.card.sha256)).encode()).hexdigest()
         history = train(network, Sampler(learners, recipe, task.corruption), validation,
                         task.loss, recipe.schedule, settings,
@@ -416,11 +429,13 @@ def fit(method: Trainable, task: Task, cohort: Cohort, settings: TrainingSetting
         metrics = evaluate(network, validation, task.measure)
     return name, Checkpoint(dict(network.state_dict()), Card(
         method=method.name, network=description,
-        trained_for=domain(cohort, list(scans), channels, recipe.subsample),
+        trained_for=domain(cohort, scans, channels, recipe.subsample),
         training={"runs": len(scans), "validation_runs": len(held), "batch": recipe.batch,
                   "patch": recipe.patch, "steps": int(history[-1]["step"]),
                   "validation": min(row["validation"] for row in history),
                   "corruption": asdict(task.corruption) if task.corruption else None,
+                  "degree": min((s.degree for s in scans.values() if s.degree is not None),
+                                default=None),
                   "seconds": round(time.monotonic() - began), "device": settings.device,
                   "start": start.card.sha256 if start else "random", "data": "runs of the cohort"},
         intended_use=intended_use, seed=settings.seed,
@@ -498,14 +513,30 @@ def load_start(folder: Path) -> Checkpoint:
     return start
 
 
-def choose_start(recipe: Recipe, init: Path | None) -> Checkpoint | None:
-    """Load the checkpoint of --init, or else the bundled pretraining if the recipe asks for it and
-    has its network; None for random weights."""
-    if init:
-        return load_start(init)
-    bundled = bundled_weights(PRETRAINING) if (recipe.start, recipe.input) == (BUNDLED, ANY) else (
-        None)
-    return bundled if bundled and recipe.network.items() <= bundled.card.network.items() else None
+def choose_start(method: Trainable, init: Path | None) -> Checkpoint | None:
+    """Load the checkpoint of --init, or else the bundled pretraining if the recipe of the method
+    asks for it and has its network; None for random weights. The log names it.
+
+    Raises
+    ------
+    UsageError
+        --init cannot be used, or --set changes what it determines.
+    """
+    recipe = read_recipe(method.settings("training"))
+    start = load_start(init) if init else None
+    if start:
+        of_table = not start.card.network["any_table"]
+        fixed = ("training.network", "training.input", *["training.voxel"] * of_table)
+        if changed := [path for path in method.changed_settings if path.startswith(fixed)]:
+            raise UsageError(f"--set {method.name}.{changed[0].removeprefix('training.')}: the "
+                             "network of --init determines it. Leave one of the two options out.")
+    elif recipe.start == BUNDLED and recipe.input == ANY and (
+            bundled := bundled_weights(PRETRAINING)) and (
+            recipe.network.items() <= bundled.card.network.items()):
+        start = bundled
+    log.info("--train %s: starts from %s", method.name,
+             f"the encoder of {init or start.card.method}" if start else "random weights")
+    return start
 
 
 def initial_network(recipe: Recipe, outputs: int | None, channels: Channels, seed: int,
@@ -568,15 +599,17 @@ def choose_channels(recipe: Recipe, cohort: Cohort, start: Checkpoint | None) ->
     return Channels(round(voxel, 3), axes.round(6).tolist(), round(shell.b, 1))
 
 
-def domain(cohort: Cohort, runs: Sequence[str], channels: Channels, subsampled: bool
+def domain(cohort: Cohort, runs: Collection[str], channels: Channels, subsampled: bool
            ) -> TrainingDomain:
     """Describe the acquisitions that a network may be applied to."""
-    shells = [s for run in runs for s in inputs.usable_shells(cohort.acquisitions[run])]
-    b = [channels.b] if channels.directions else [s.b for s in shells]
-    sizes = [len(s) for s in shells]
-    most = 1 if channels.directions else max(
-        len(inputs.usable_shells(cohort.acquisitions[run])) for run in runs)
-    levels = [float(v) for v in cohort.statistics.get("snr_b0", ()) if v is not None
+    of_runs = [inputs.usable_shells(cohort.acquisitions[run]) for run in runs]
+    if channels.directions:
+        of_runs = [[channels.nearest(shells)] for shells in of_runs]
+    b = [channels.b] if channels.directions else [s.b for shells in of_runs for s in shells]
+    sizes = [len(s) for shells in of_runs for s in shells]
+    most = max(map(len, of_runs))
+    snr = cohort.statistics.set_index("run").get("snr_b0", pd.Series(dtype=float))
+    levels = [float(v) for run, v in snr.items() if run in runs and v is not None
               and math.isfinite(v)]
     fewest = MIN_DIRECTIONS if subsampled or channels.directions else min(sizes)
     return TrainingDomain(

@@ -63,6 +63,13 @@ def test_a_voxel_within_ten_per_cent_is_not_resampled():
     assert Grid.over(dwi, 2.4).ratio == pytest.approx((2.4 / 2, 2.4 / 2.1, 2.4 / 1.9))
 
 
+def test_a_sliver_is_refused():
+    thin = replace(dwi_on(np.diag([2.0, 2, 1.25, 1])), mask=np.ones((4, 4, 1), bool),
+                   signal=np.ones((16, 66), np.float32))
+    with pytest.raises(Refusal, match=r"2 × 2 × 1\.25 mm fills no half of a voxel .* \(3 mm\)"):
+        Grid.over(thin, 3.0)
+
+
 @pytest.mark.parametrize("size", [4.0, 1.5])
 def test_linear_functions_survive_the_way_there_and_back(affine, size):
     dwi = dwi_on(affine)

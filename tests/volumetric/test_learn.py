@@ -13,7 +13,8 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.volumetric import learn
 from bidsapp.volumetric.corruption import Corruption
-from bidsapp.volumetric.inputs import MIN_DIRECTIONS
+from bidsapp.volumetric.inputs import MIN_DIRECTIONS, Grid
+from bidsapp.volumetric.labels import label_fibres
 from support import bids_tree, ellipsoid, synthetic_head, travelling_heads
 
 TISSUES = {1: 0, 2: 2, 3: 1, 4: 1}
@@ -168,10 +169,86 @@ def test_the_weights_of_a_training_are_used(tmp_path):
     assert (derived.maps["segmentation"] == truth).mean() > 0.8
     total = sum(derived.maps[k] for k in ("gm", "wm", "csf"))
     np.testing.assert_allclose(total, 1, atol=1e-4)
+    dark = dwi.signal.copy()
+    dark[0] = 0
+    without = task.apply(replace(dwi, signal=dark), "cpu")
+    np.testing.assert_array_equal(without.valid, np.arange(len(dark)) > 0)
+    assert not any(values[0] for values in without.maps.values())
     reordered = replace(dwi, signal=dwi.signal[:, ::-1].copy(),
                         acquisition=dwi.acquisition[np.arange(len(dwi.acquisition))[::-1]])
     np.testing.assert_allclose(task.apply(reordered, "cpu").maps["gm"], derived.maps["gm"],
                                atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["estimate_crossings", "estimate_direction"])
+@pytest.mark.parametrize("t1w", [True, False])
+def test_fibres_are_learned_with_and_without_a_t1w_image(name, t1w):
+    people, settings = cohort(tissue=tissue if t1w else None)
+    task = method_with(name)
+    labelled = task._read(people, "cpu", "01A")
+    white = tissue("01A").argmax(1) == 1
+    if name == "estimate_crossings":  # grey matter and CSF have no fibre, and are learned
+        assert labelled.valid.all()
+        np.testing.assert_array_equal(labelled.target[:, 0] == 1, ~white)
+        np.testing.assert_array_equal(labelled.target.sum(1), 1)
+    else:
+        np.testing.assert_array_equal(labelled.valid, white)
+    (trained,) = task.fit(people, settings).checkpoints.values()
+    assert trained.card.training["runs"] == 3
+
+
+def test_a_direction_that_is_learned_returns_to_the_world():
+    """Grid axes that are not those of the world: targets are turned to them, results back."""
+    angle = np.radians(30)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0],
+                     [0, 0, 1]])
+
+    def load(run):
+        dwi = travelling_heads.head(run[:2], "A")
+        affine = dwi.affine.copy()
+        affine[:3, :3] = turn @ affine[:3, :3]
+        return replace(dwi, affine=affine, acquisition=replace(
+            dwi.acquisition, bvecs=dwi.acquisition.bvecs @ turn.T))
+
+    people, _ = cohort(load=load)
+    task = method_with("estimate_direction")
+    labelled = task._read(people, "cpu", "01A")
+    grid = Grid.over(labelled.dwi)
+    axes = task.derive(labelled.target, grid).maps["direction"][labelled.valid]
+    plain = label_fibres(labelled.dwi, tissue("01A").argmax(1) == 1).axis[labelled.valid]
+    assert np.abs((axes * plain).sum(1)).min() > 0.999
+    assert np.abs(grid.rotation - np.eye(3)).max() > 0.4
+
+
+def test_the_network_of_the_runs_table_goes_before_one_of_any_table(tmp_path):
+    people, settings = cohort()
+    keep(method_with("estimate_tissue").fit(people, settings), tmp_path)
+    keep(method_with("estimate_tissue", "input=table").fit(people, settings), tmp_path)
+    task = methods.get("estimate_tissue", context=kinds.MethodContext(models=tmp_path))
+    assert not task.select(people.acquisitions["01A"]).card.network["any_table"]
+
+
+def test_what_the_start_determines_is_not_to_be_set(tmp_path):
+    people, settings = cohort()
+    folder = keep(method_with("pretrain_artifacts", "input=table").fit(people, settings), tmp_path)
+    for text in ("network.width=4", "input=any", "voxel=3"):
+        with pytest.raises(UsageError, match=f"{text.partition('=')[0]}: the network of --init"):
+            method_with("estimate_tissue", text).fit(people, replace(settings, init=folder))
+
+
+def test_a_training_of_another_loss_does_not_resume(tmp_path):
+    people, settings = cohort()
+    settings = replace(settings, states=tmp_path)
+    for loss in ("cross-entropy", "l1"):
+        method_with("estimate_tissue", f"loss={loss}").fit(people, settings)
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+
+
+def test_the_domain_is_that_of_the_runs_that_were_learned_from():
+    people, settings = cohort(tissue=lambda run: None if run == "02A" else tissue(run))
+    people.statistics.loc[people.statistics["run"] == "02A", "snr_b0"] = 5.0
+    (trained,) = method_with("estimate_tissue").fit(people, settings).checkpoints.values()
+    assert trained.card.trained_for.snr == (30.0, 30.0)
 
 
 def test_a_training_goes_on_where_it_stopped(tmp_path):

@@ -36,8 +36,10 @@ class CrossingDetection(VolumeEstimator):
 
     def _read(self, cohort: Cohort, device: str, run: str) -> learn.Labelled:
         dwi = load_with_tissue(cohort, run)
-        fibres = label_fibres(dwi, find_white_matter(dwi, device))
-        return learn.Labelled(dwi, one_hot(fibres.count, MAX_PEAKS + 1), fibres.valid)
+        white = find_white_matter(dwi, device)
+        fibres = label_fibres(dwi, white)
+        return learn.Labelled(dwi, one_hot(fibres.count, MAX_PEAKS + 1),
+                              (fibres.valid | ~white) & (dwi.mean_b0 > 0))
 
     def activate(self, output: Float[torch.Tensor, "4 x y z"]) -> Float[torch.Tensor, "4 x y z"]:
         return output.softmax(0)

@@ -49,7 +49,7 @@ class DirectionEstimation(VolumeEstimator):
         fibres = label_fibres(dwi, find_white_matter(dwi, device))
         axis = Grid.over(dwi).directions(fibres.axis)
         return learn.Labelled(dwi, (axis[:, ROWS] * axis[:, COLUMNS]).astype(np.float32),
-                              fibres.valid & (fibres.count > 0))
+                              fibres.valid)
 
     def activate(self, output: Float[torch.Tensor, "out x y z"]
                  ) -> Float[torch.Tensor, "6 x y z"]:

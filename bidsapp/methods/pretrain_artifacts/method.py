@@ -36,7 +36,7 @@ class ArtifactRemoval(Trainable):
         recipe = learn.read_recipe(table)
         assert cohort.load
         load = cohort.load
-        start = learn.choose_start(recipe, settings.init)
+        start = learn.choose_start(self, settings.init)
         channels = learn.choose_channels(recipe, cohort, start)
 
         def loss(output: torch.Tensor, example: learn.Example) -> torch.Tensor:
