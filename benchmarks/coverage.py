@@ -29,7 +29,7 @@ import numpy as np
 import table
 import torch
 
-from bidsapp import checkpoint, methods
+from bidsapp import checkpoint, methods, selection
 from bidsapp.microstructure import learn, maps
 from bidsapp.simulate.bands import bands, other_bands
 
@@ -158,7 +158,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     method = methods.get(options.method, "estimate")
     trained = (checkpoint.load(options.weights, method.name) if options.weights
-               else maps.bundled_weights(method.name))
+               else selection.bundled_weights(method.name))
     (in_bands if options.bands else in_training)(options, method, trained)
 
 

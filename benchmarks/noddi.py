@@ -28,7 +28,7 @@ import table
 import torch
 from simulated import as_dwi
 
-from bidsapp import checkpoint, sh
+from bidsapp import checkpoint, selection, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.microstructure import maps as estimating
 from bidsapp.simulate import odf, protocols
@@ -80,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     trained = (checkpoint.load(options.weights, "estimate_noddi") if options.weights
-               else estimating.bundled_weights("estimate_noddi"))
+               else selection.bundled_weights("estimate_noddi"))
     acq, times, lines = acquisition(), {"noddi": [], "AMICO": []}, []
     print(f"{'prior':<8}{'SNR':>4}  {'':<7}{'MSE NDI':>10}{'MSE ODI':>10}{'MSE FISO':>10}"
           f"{'cover 90 %':>20}{'angle, °':>10}")

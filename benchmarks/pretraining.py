@@ -45,10 +45,10 @@ from bidsapp.bids import find
 from bidsapp.dwi import Dwi
 from bidsapp.kinds import MethodContext, TrainingSettings
 from bidsapp.methods.estimate_direction import method as direction
-from bidsapp.microstructure.maps import bundled_weights
 from bidsapp.options import PhantomOptions
 from bidsapp.phantom import load_atlas, recruit
 from bidsapp.recipe.steps import load_run
+from bidsapp.selection import bundled_weights
 from bidsapp.simulate import anatomy, person, phantom, site
 from bidsapp.volumetric import learn
 from bidsapp.volumetric.apply import apply

@@ -21,7 +21,7 @@ import table
 import torch
 from simulated import as_dwi
 
-from bidsapp import checkpoint, methods, sh
+from bidsapp import checkpoint, methods, selection, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.microstructure import maps as estimating
 from bidsapp.networks.scnn import Published
@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     trained = (checkpoint.load(options.weights, "estimate_scnn2") if options.weights
-               else estimating.bundled_weights("estimate_scnn2"))
+               else selection.bundled_weights("estimate_scnn2"))
     generator = torch.Generator().manual_seed(7)
     acq, tissue = acquisition(), TWO_COMPARTMENTS
     densities = draw_bundles(options.voxels, generator, 16)

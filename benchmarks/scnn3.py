@@ -30,7 +30,7 @@ import table
 import torch
 from simulated import as_dwi
 
-from bidsapp import checkpoint, methods, sh
+from bidsapp import checkpoint, methods, selection, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.domain import TrainingDomain
 from bidsapp.microstructure import learn
@@ -62,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = (checkpoint.load(options.weights, "estimate_scnn3") if options.weights
-             else estimating.bundled_weights("estimate_scnn3"))
+             else selection.bundled_weights("estimate_scnn3"))
     generator, tissue, sigma = torch.Generator().manual_seed(7), THREE_COMPARTMENTS, 1 / options.snr
     densities = draw_bundles(options.voxels, generator, 16)
     truth = tissue.draw(options.voxels, generator)

@@ -41,7 +41,7 @@ from scnn import acquisition
 from simulated import as_dwi
 from torch import nn
 
-from bidsapp import checkpoint, methods, sh, training
+from bidsapp import checkpoint, methods, selection, sh, training
 from bidsapp.blocks import map_voxels
 from bidsapp.domain import TrainingDomain
 from bidsapp.microstructure import learn
@@ -120,7 +120,7 @@ def trained(options: argparse.Namespace, densities: torch.Tensor | None
     method = "estimate_mlp2" if options.network == "mlp" else "estimate_scnn2"
     start_from = None
     if options.init:
-        start_from = (estimating.bundled_weights(method) if options.init == "shipped"
+        start_from = (selection.bundled_weights(method) if options.init == "shipped"
                       else checkpoint.load(Path(options.init), method))
     found = start_from if start_from and not options.steps else learn.train(
         method, recipe, seed=options.seed, device="cpu", saved=options.state, table=densities,

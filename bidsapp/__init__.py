@@ -18,6 +18,7 @@ The map of the house, in the order a run flows through it:
     microstructure/ what spherical estimators share: trained, calibrated, applied; fibre densities
     volumetric/     what networks on whole volumes share: grid and inputs, labels, corruption,
                     training, application in blocks
+    selection.py    which weights serve a run: of group level, or bundled
     kinds.py        the kinds of method: what each takes and returns
     training.py     the only optimisation loop
     simulate/       forward models, noise, people, sites: signals with known truth

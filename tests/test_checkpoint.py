@@ -10,8 +10,8 @@ from torch import nn
 from bidsapp.checkpoint import Card, Checkpoint, load, pack
 from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.errors import DataError
-from bidsapp.microstructure.maps import bundled_weights
 from bidsapp.networks.builder import build_network
+from bidsapp.selection import bundled_weights
 
 DOMAIN = TrainingDomain((ShellRange((1000.0, 1000.0), 1.0, (30, 32)),), (1, 2), sites=("A", "B"),
                         covariates={"age": (20.0, 60.0), "sex": ("F",)})

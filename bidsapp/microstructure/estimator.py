@@ -8,13 +8,14 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import UsageError
 from bidsapp.kinds import Cohort, Derived, Fitted, TrainingSettings
 from bidsapp.microstructure import deconvolution, learn, maps
+from bidsapp.selection import NetworkEstimator
 from bidsapp.simulate.tissue import TissueModel
 
 FROM_RUNS = ("training.trained_for.", "training.groups", "training.network.shells")
 """Prefixes of hyper-parameters that a training for one acquisition derives from the runs."""
 
 
-class SphericalMethod(maps.NetworkEstimator):
+class SphericalMethod(NetworkEstimator):
     """Estimator of the parameters and ODF of a tissue model (`bidsapp.microstructure`).
 
     Attributes

@@ -25,7 +25,6 @@ from bidsapp.errors import DataError, UsageError
 from bidsapp.microstructure.maps import (
     QUANTILE,
     build,
-    bundled_weights,
     calibrate_sd,
     clamp_parameters,
     coherence,
@@ -37,6 +36,7 @@ from bidsapp.microstructure.maps import (
     takes_hint,
 )
 from bidsapp.networks.scnn import Estimate
+from bidsapp.selection import bundled_weights
 from bidsapp.simulate import odf, protocols
 from bidsapp.simulate.likelihood import Likelihood, compute_hint, needs_search
 from bidsapp.simulate.protocols import Protocols

@@ -31,11 +31,11 @@ from bidsapp.errors import DataError
 from bidsapp.evaluate import gradients, plausibility, quality
 from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
 from bidsapp.kinds import Estimator, FromSignal, Method, Synthesizer
-from bidsapp.microstructure.maps import WEIGHTS
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.outputs import Outputs
 from bidsapp.report import boilerplate, figures
+from bidsapp.selection import WEIGHTS
 from bidsapp.series import Series
 from bidsapp.stage import Stage
 

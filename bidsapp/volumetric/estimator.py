@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from bidsapp import tensor
+from bidsapp import selection, tensor
 from bidsapp.acquisition import Acquisition
 from bidsapp.anatomy import tissue
 from bidsapp.blocks import map_voxels
 from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.kinds import Cohort, Derived, Fitted, TrainingSettings
-from bidsapp.microstructure import maps
 from bidsapp.networks.builder import build_network
 from bidsapp.volumetric import inputs, learn
 from bidsapp.volumetric.apply import apply
@@ -28,7 +27,7 @@ LOSSES = CROSS_ENTROPY, L1 = "cross-entropy", "l1"
 """Losses of class probabilities (`class_loss`)."""
 
 
-class VolumeEstimator(maps.NetworkEstimator):
+class VolumeEstimator(selection.NetworkEstimator):
     """Estimator of maps by a network on volumes, which learns them from labels of the runs.
 
     Attributes
@@ -71,11 +70,12 @@ class VolumeEstimator(maps.NetworkEstimator):
     def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
         checkpoint = self.select(dwi.acquisition)
         card = checkpoint.card
-        shells, violations = maps.select_shells(card, dwi.acquisition,
-                                                allow=self.context.allow_extrapolation)
+        shells, violations = selection.select_shells(card, dwi.acquisition,
+                                                     allow=self.context.allow_extrapolation)
         usable = np.concatenate([s.indices for s in inputs.usable_shells(dwi.acquisition)])
         shells = [s for s in shells if np.isin(s.indices, usable).all()]
-        parameters, notices = maps.describe_shells_used(card, dwi.acquisition, shells, violations)
+        parameters, notices = selection.describe_shells_used(card, dwi.acquisition, shells,
+                                                             violations)
         channels = learn.Channels(**card.constants["channels"])
         used = np.sort(np.concatenate([np.flatnonzero(dwi.acquisition.b0),
                                        *(s.indices for s in shells)]))

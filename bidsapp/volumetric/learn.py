@@ -24,10 +24,10 @@ from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.kinds import Cohort, Trainable, TrainingSettings
-from bidsapp.microstructure.maps import bundled_weights
 from bidsapp.networks.builder import build_network
 from bidsapp.networks.volumetric import Table
 from bidsapp.progress import track
+from bidsapp.selection import bundled_weights
 from bidsapp.volumetric import inputs
 from bidsapp.volumetric.corruption import Corruption
 from bidsapp.volumetric.inputs import MIN_DIRECTIONS, Grid

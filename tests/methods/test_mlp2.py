@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from bidsapp import checkpoint, kinds, methods, sh, training
+from bidsapp import checkpoint, kinds, methods, selection, sh, training
 from bidsapp.domain import TrainingDomain
 from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.microstructure import learn
@@ -196,7 +196,7 @@ def test_a_resumed_training_does_not_start_again(first, tmp_path):
 def test_which_weights_a_training_starts_from(first, tmp_path):
     folder = keep(first, tmp_path / "first")
     own = methods.get("estimate_scnn2").recipe("one")
-    shipped = estimating.bundled_weights("estimate_scnn2")
+    shipped = selection.bundled_weights("estimate_scnn2")
     assert learn.initial_weights("estimate_scnn2", own, None).card.sha256 == shipped.card.sha256
     assert learn.initial_weights("estimate_scnn2", small_recipe(), None) is None  # of another shape
     assert learn.initial_weights("estimate_mlp2", of_perceptron(), None) is None  # none ship
@@ -215,14 +215,14 @@ def test_init_on_the_command_line(bids_tree, tmp_path, capfd):
     root, out = bids_tree(), tmp_path / "out"
     assert qsphere(root, out, "participant", "--estimate", "dti") == 0
     train = ("group", "--sloppy", "--max-steps", "2")
-    assert qsphere(root, out, *train, "--init", estimating.WEIGHTS / "estimate_scnn2") == 2
+    assert qsphere(root, out, *train, "--init", selection.WEIGHTS / "estimate_scnn2") == 2
     assert "Give a METHOD with --train" in capfd.readouterr().err
     assert qsphere(root, out, *train, "--train", "estimate_scnn2", "--init", tmp_path / "no") == 2
     assert "holds no checkpoint" in capfd.readouterr().err
     assert qsphere(root, out, *train, "--train", "estimate_scnn2", "--init",
-                   estimating.WEIGHTS / "estimate_scnn2") == 0
+                   selection.WEIGHTS / "estimate_scnn2") == 0
     card = json.loads(next(out.glob("group/models/*/model.json")).read_text())
-    assert card["training"]["start"] == estimating.bundled_weights("estimate_scnn2").card.sha256
+    assert card["training"]["start"] == selection.bundled_weights("estimate_scnn2").card.sha256
 
 
 # --- benchmarks/scnn_training.py

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from bidsapp import checkpoint, kinds, methods, sh
+from bidsapp import checkpoint, kinds, methods, selection, sh
 from bidsapp.acquisition import Acquisition
 from bidsapp.domain import ShellRange, TrainingDomain
 from bidsapp.errors import Refusal, UsageError
@@ -308,7 +308,7 @@ def test_densities_are_no_sharper_than_a_fibre():
 def test_strange_signals_and_noise_are_flagged():
     """With the weights that ship. The signal's size wanders from 0.3 to 1.7 with the volume, which
     is plausible only where there is hardly any signal."""
-    acq, shipped = acquisition(), estimating.bundled_weights("estimate_scnn2")
+    acq, shipped = acquisition(), selection.bundled_weights("estimate_scnn2")
 
     def flags(dwi):
         return estimating.estimate(shipped, tissue.TWO_COMPARTMENTS, dwi, "cpu")[0]["flag"]
@@ -398,7 +398,7 @@ def test_weights_are_loaded_once_for_all_runs(monkeypatch):
         loaded.append(folder)
         return checkpoint.load(folder, name)
 
-    monkeypatch.setattr(estimating, "load", load)
+    monkeypatch.setattr(selection, "load", load)
     method = methods.get("estimate_scnn2")
     for acq in (acquisition(), acquisition((1000, 2000), (12, 16))):
         method.check(acq)
@@ -408,7 +408,7 @@ def test_weights_are_loaded_once_for_all_runs(monkeypatch):
 
 def test_a_shell_may_lie_at_the_end_of_the_range_but_for_rounding():
     """A mean of 499 s/mm² is the nominal 500."""
-    known = estimating.bundled_weights("estimate_scnn2").card.trained_for
+    known = selection.bundled_weights("estimate_scnn2").card.trained_for
     run = acquisition(b=(499, 2200))
     assert [round(s.b) for s in known.usable_shells(run)] == [499, 2200]
     assert not known.violations(run)
@@ -468,7 +468,7 @@ def test_training_for_one_acquisition():
     maps = estimating.estimate(trained, tissue.TWO_COMPARTMENTS, simulate_voxels(acq, 8), "cpu")[0]
     assert all(np.isfinite(m).all() for m in maps.values())
     with pytest.raises(Refusal, match="needed are 20 × b 700, 40 × b 2000"):
-        estimating.select_shells(trained.card, acquisition())
+        selection.select_shells(trained.card, acquisition())
 
 
 # --- trained at group level, used at participant level
@@ -527,26 +527,26 @@ def test_extrapolation_on_the_command_line(bids_tree, tmp_path, capsys):
 def test_other_acquisitions_take_the_weights_that_ship(study, tmp_path):
     app, out = study
     assert app("group", "--train", "estimate_scnn2", "--sloppy", "--max-steps", "2") == 0
-    weights = estimating.find_weights("estimate_scnn2", out / "group/models")
-    own, other = (estimating.select_weights("estimate_scnn2", weights, run)
+    weights = selection.find_weights("estimate_scnn2", out / "group/models")
+    own, other = (selection.select_weights("estimate_scnn2", weights, run)
                   for run in (acquisition((1000, 2000), (12, 16)), acquisition()))
     assert own.card.sha256 != other.card.sha256
-    assert other.card.sha256 == estimating.bundled_weights("estimate_scnn2").card.sha256
+    assert other.card.sha256 == selection.bundled_weights("estimate_scnn2").card.sha256
     single = acquisition(b=(1000,), n=(60,))  # outside of both: those that ship know more
-    assert estimating.select_weights("estimate_scnn2", weights, single, allow=True) is other
+    assert selection.select_weights("estimate_scnn2", weights, single, allow=True) is other
 
 
 def test_the_network_for_just_these_directions_is_selected():
     """Several were trained with a tenth more or fewer directions; the exact one is selected."""
-    shipped = estimating.bundled_weights("estimate_scnn2")
+    shipped = selection.bundled_weights("estimate_scnn2")
     runs = [acquisition((1000, 2000), (n, 60)) for n in (29, 30, 31)]
     weights = [replace(shipped, card=replace(
         shipped.card, trained_for=TrainingDomain.from_acquisitions([run], snr=(10.0, 20.0))))
         for run in runs]
     for run, own in zip(runs, weights, strict=True):
-        assert estimating.select_weights("scnn2", [*weights, shipped], run) is own
+        assert selection.select_weights("scnn2", [*weights, shipped], run) is own
     far = acquisition((1000, 2000), (40, 60))
-    assert estimating.select_weights("scnn2", [*weights, shipped], far) is shipped
+    assert selection.select_weights("scnn2", [*weights, shipped], far) is shipped
 
 
 @pytest.mark.slow

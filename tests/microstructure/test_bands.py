@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bidsapp import methods, sh
+from bidsapp import methods, selection, sh
 from bidsapp.microstructure import learn, maps
 from bidsapp.networks.scnn import Estimate
 from bidsapp.simulate import odf
@@ -112,7 +112,7 @@ def test_weights_that_ship_hold_in_every_band():
     The other two are missed in some bands, which benchmarks/README.md names: four in five hold, and
     none misses by more than 0.5 SD, or 1.35 times."""
     method, smt, n = methods.get("estimate_scnn2"), methods.get("estimate_smt"), 500
-    checkpoint, rows = maps.bundled_weights(method.name), []
+    checkpoint, rows = selection.bundled_weights(method.name), []
     for band in bands():
         dwi, truth = band.simulate(TWO_COMPARTMENTS, n, seed=2026)
         found = maps.estimate(checkpoint, TWO_COMPARTMENTS, dwi, "cpu")[0]

@@ -22,9 +22,10 @@ from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.kinds import Cohort, Denoised, Denoiser, Fitted, Trainable, TrainingSettings
 from bidsapp.methods.denoise_spherical import learn
-from bidsapp.microstructure.maps import ASSUMED_SNR, find_weights
+from bidsapp.microstructure.maps import ASSUMED_SNR
 from bidsapp.networks.autoencoder import is_equivariant, needs_table
 from bidsapp.networks.builder import build_network
+from bidsapp.selection import find_weights
 
 MIN_DIRECTIONS = 12
 """Smallest number of directions of a shell that the bundled weights denoise. With six, FA falls by

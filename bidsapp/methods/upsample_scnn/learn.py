@@ -41,9 +41,6 @@ OUTSIDE = 0.25
 """Share of patches in which neighbours are missing, as at the edge of a mask."""
 
 
-WEIGHTS = Path(__file__).parents[2] / "weights"
-"""Folder of the bundled weights."""
-
 LARGE = 5.0
 """Errors (SD) beyond which the loss grows linearly, so that single voxels do not dominate it."""
 

@@ -29,6 +29,7 @@ from bidsapp.methods.upsample_scnn import learn
 from bidsapp.methods.upsample_scnn.shells import ShellFits, fit_shells
 from bidsapp.networks.shresnet import CENTRE, neighbours
 from bidsapp.networks.upsampling import L_MAX, Neighbourhoods
+from bidsapp.selection import WEIGHTS
 from bidsapp.simulate import protocols
 from bidsapp.upsample import determines
 
@@ -111,7 +112,7 @@ class SphericalUpsampler(Upsampler):
     @cached_property
     def weights(self) -> Checkpoint:
         """The bundled weights, loaded once."""
-        return load(learn.WEIGHTS / self.name, self.name)
+        return load(WEIGHTS / self.name, self.name)
 
     @cached_property
     def network(self) -> nn.Module:

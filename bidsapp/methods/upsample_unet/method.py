@@ -35,9 +35,9 @@ from bidsapp.errors import DataError, Refusal, UsageError
 from bidsapp.kinds import Cohort, Fitted, Predicted, Trainable, TrainingSettings, Upsampler
 from bidsapp.methods.upsample_unet import slices
 from bidsapp.methods.upsample_unet.slices import Linear, Minibatch, SliceDataset
-from bidsapp.microstructure.maps import find_weights
 from bidsapp.networks.builder import build_network
 from bidsapp.progress import track
+from bidsapp.selection import find_weights
 
 log = logging.getLogger("qsphere")
 
