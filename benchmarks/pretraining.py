@@ -61,7 +61,7 @@ CLINIC, AUXILIARY = 28, 12
 TRAINING, VALIDATION, TEST = range(15), range(15, 20), range(20, 28)
 LABELLED, RUNS = (2, 5, 15), 4
 STARTS = ("random", "none", "mask", "artifacts")
-STARTS_ANY, LABELLED_ANY = ("random", "artifacts", "bundled"), (2, 5)
+STARTS_ANY = {2: ("random", "artifacts", "bundled"), 5: ("random", "artifacts")}
 NAMES = {"random": "random", "none": "autoencoder", "mask": "masked autoencoder",
          "artifacts": "artifact removal", "bundled": "bundled"}
 TASKS = ("tissue", "crossings", "direction")
@@ -225,8 +225,8 @@ def combinations():
     for run in range(1, RUNS + 1):
         for task, people, start in itertools.product(TASKS, LABELLED, STARTS):
             yield "table", start, task, people, run
-        for task, people, start in itertools.product(TASKS, LABELLED_ANY, STARTS_ANY):
-            yield "any", start, task, people, run
+        for task, (people, starts) in itertools.product(TASKS, STARTS_ANY.items()):
+            yield from (("any", start, task, people, run) for start in starts)
 
 
 def compare(options):
@@ -247,11 +247,10 @@ def compare(options):
         return
     rows = []
     for input_, task in itertools.product(("table", "any"), TASKS):
-        of_any = input_ == "any"
-        for people in LABELLED_ANY if of_any else LABELLED:
+        for people, starts in (STARTS_ANY if input_ == "any"
+                               else dict.fromkeys(LABELLED, STARTS)).items():
             values = {start: [results[input_, start, task, people, run]["test"]
-                              for run in range(1, RUNS + 1)]
-                      for start in (STARTS_ANY if of_any else STARTS)}
+                              for run in range(1, RUNS + 1)] for start in starts}
             rows += [[f"{input_}, {task}, {people} people: {NAMES[start]}",
                       *describe(tests, values["random"], task)]
                      for start, tests in values.items()]
