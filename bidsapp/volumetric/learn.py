@@ -414,7 +414,7 @@ def fit(method: Trainable, task: Task, cohort: Cohort, settings: TrainingSetting
         validation = [middle(scans[run], recipe.patch, task.corruption, settings.seed).to(
             settings.device) for run in scans if run in held]
         network, description = initial_network(recipe, task.outputs, channels, settings.seed,
-                                               start)
+                                               start, method.name)
         kind = f"b{round(channels.b, -2):.0f}n{len(channels.directions)}" if (
             channels.directions) else ANY
         name = f"{method.name}_{kind}"
@@ -535,13 +535,14 @@ def choose_start(method: Trainable, init: Path | None) -> Checkpoint | None:
             recipe.network.items() <= bundled.card.network.items()):
         start = bundled
     log.info("--train %s: starts from %s", method.name,
-             f"the encoder of {init or start.card.method}" if start else "random weights")
+             init or f"the encoder of the bundled {PRETRAINING}" if start else "random weights")
     return start
 
 
 def initial_network(recipe: Recipe, outputs: int | None, channels: Channels, seed: int,
-                    start: Checkpoint | None) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a network, with the encoder of a checkpoint if there is one.
+                    start: Checkpoint | None, method: str = "") -> tuple[nn.Module, dict[str, Any]]:
+    """Build a network, with the encoder of a checkpoint if there is one, and its head if that has
+    the same outputs and is of the same method.
 
     The checkpoint also determines width, levels, channels and whether it takes any table.
 
@@ -559,7 +560,9 @@ def initial_network(recipe: Recipe, outputs: int | None, channels: Channels, see
     with training.seeded(seed):
         network = build_network(description)
     if start:
-        start.part(ENCODER).into(network.get_submodule(ENCODER))
+        same = start.card.method == method and start.card.network == description
+        (start if same else start.part(ENCODER)).into(
+            network if same else network.get_submodule(ENCODER))
     return network, description
 
 

@@ -138,6 +138,24 @@ def test_pretraining_starts_a_task(corruption, input_, tmp_path):
     assert max(moved) < 2e-3  # one step of Adam moves each weight by its learning rate, 1e-3
 
 
+def test_the_same_training_goes_on_with_its_head(tmp_path):
+    """The head of a pretraining starts another pretraining, and that of a task no other target."""
+    people, settings = cohort()
+    settings = replace(settings, max_steps=1)
+    for name, same, other in (("pretrain_artifacts", "corruption=none", None),
+                              ("estimate_direction", "loss", "target=angles")):
+        method = method_with(name)
+        folder = keep(method.fit(people, settings), tmp_path)
+        first = checkpoint.load(folder)
+        for text in filter(None, (same, other)):
+            changed = method_with(name, *[text] * ("=" in text))
+            (trained,) = changed.fit(people, replace(settings, init=folder)).checkpoints.values()
+            moved = max(float((trained.tensors[k] - v).abs().max()) if
+                        trained.tensors[k].shape == v.shape else 1.0
+                        for k, v in first.tensors.items() if k.startswith("head"))
+            assert (moved < 2e-3) == (text == same)  # one step of Adam at 1e-3
+
+
 def test_a_task_keeps_its_own_voxel_with_the_encoder_of_any_table(tmp_path):
     people, settings = cohort()
     folder = keep(method_with("pretrain_artifacts", "voxel=8").fit(people, settings), tmp_path)
