@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import uuid
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -25,9 +24,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from bidsapp import __version__, sh, tensor
+from bidsapp import __version__, sh
 from bidsapp.anatomy import tissue
-from bidsapp.blocks import map_voxels, one_thread
+from bidsapp.blocks import one_thread
 from bidsapp.dwi import Dwi
 from bidsapp.errors import DataError
 from bidsapp.registration import rigid as rigid_registration
@@ -299,7 +298,7 @@ def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir:
     target = replace(target, signal=target.signal[rows], mask=mask, affine=affine,
                      tissue=None if target.tissue is None else target.tissue[rows])
     usable = source.mean_b0 > 0
-    maps = tensor_maps(target, device)
+    maps = tissue.tensor_maps(target, device)
     if rigid is None:
         rigid = rigid_registration.align(target, source.unmask(_mean_attenuation(source)),
                                          source.affine)
@@ -307,7 +306,7 @@ def _register(source: Dwi, target: Dwi, deformable: bool, device: str, work_dir:
                                    world_points(mask.shape, rigid @ target.affine))
     rotation = np.broadcast_to(rigid[:3, :3].T, (*mask.shape, 3, 3))
     if deformable:
-        fa = source.unmask(tensor_maps(source, device)["fa"])
+        fa = source.unmask(tissue.tensor_maps(source, device)["fa"])
         resampled = map_coordinates(fa, coordinates, order=1)
         u = displacement(target.unmask(maps["fa"]), resampled * mask, target.affine, work_dir,
                          flow=FLOW)
@@ -398,19 +397,6 @@ def _interpolate(values: Float[np.ndarray, "usable k"], mask: np.ndarray, usable
     grid = fill_nearest(values, mask, usable)
     return np.stack([map_coordinates(component, registration.coordinates, order=3, mode="nearest")
                      for component in np.moveaxis(grid, -1, 0)], -1)
-
-
-def tensor_maps(dwi: Dwi, device: str) -> Mapping[str, np.ndarray]:
-    """Fit the tensor (`tensor.fit`) to the measurements that `tensor.volumes` selects.
-
-    Returns
-    -------
-    mapping
-        fa, md, direction, failed, … by voxel.
-    """
-    chosen = tensor.volumes(dwi.acquisition)
-    x = tensor.design(dwi.acquisition[chosen].btensors)
-    return map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, device)
 
 
 def _mean_attenuation(dwi: Dwi) -> Float[np.ndarray, " voxel"]:

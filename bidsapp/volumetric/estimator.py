@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from bidsapp import selection, tensor
+from bidsapp import selection
 from bidsapp.acquisition import Acquisition
 from bidsapp.anatomy import tissue
-from bidsapp.blocks import map_voxels
 from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.kinds import Cohort, Derived, Fitted, TrainingSettings
@@ -122,9 +121,7 @@ class VolumeEstimator(selection.NetworkEstimator):
 def find_white_matter(dwi: Dwi, device: str) -> Bool[np.ndarray, " voxel"]:
     """Find white matter by the posteriors of the T1w image, or else by MD and FA
     (`tissue.labels`)."""
-    chosen = tensor.volumes(dwi.acquisition)
-    x = tensor.design(dwi.acquisition[chosen].btensors)
-    fitted = map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, device)
+    fitted = tissue.tensor_maps(dwi, device)
     usable = (dwi.mean_b0 > 0) & ~fitted["failed"]
     return tissue.labels(dwi, fitted["md"], fitted["fa"], usable) == tissue.WHITE
 

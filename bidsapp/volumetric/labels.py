@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from bidsapp import sh, tensor
+from bidsapp import sh
 from bidsapp.acquisition import Acquisition, Shell
-from bidsapp.anatomy.tissue import MIN_VOXELS, SINGLE_FIBRE_FA, single_fibres
-from bidsapp.blocks import map_voxels
+from bidsapp.anatomy.tissue import MIN_VOXELS, SINGLE_FIBRE_FA, single_fibres, tensor_maps
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 
@@ -236,9 +235,7 @@ def _degree(directions: Float[np.ndarray, "n 3"]) -> int:
 
 def _find_single(dwi: Dwi, white: Bool[np.ndarray, " voxel"]) -> Bool[np.ndarray, " voxel"]:
     """Find the single fibres of white matter. Raises Refusal if there are too few."""
-    chosen = tensor.volumes(dwi.acquisition)
-    x = tensor.design(dwi.acquisition[chosen].btensors)
-    maps = map_voxels(lambda signal: tensor.fit(signal[:, chosen], x), dwi.signal, "cpu")
+    maps = tensor_maps(dwi, "cpu")
     found, _ = single_fibres(dwi, maps["fa"] * (white & ~maps["failed"]), maps["direction"])
     if found.sum() < MIN_VOXELS:
         raise Refusal(

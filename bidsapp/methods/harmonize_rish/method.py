@@ -23,6 +23,7 @@ import torch
 
 from bidsapp import __version__, sh
 from bidsapp.acquisition import SAME_SHAPE, Acquisition, describe_shells
+from bidsapp.anatomy import tissue
 from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.domain import ShellRange
 from bidsapp.dwi import Dwi
@@ -321,7 +322,7 @@ def _coefficients(dwi: Dwi, degrees: Sequence[int]) -> list[tuple[np.ndarray, np
 
 def _fa(dwi: Dwi, device: str) -> Image:
     """Compute FA within the mask, 0 where there is no b0 signal or the fit fails."""
-    maps = pairs.tensor_maps(dwi, device)
+    maps = tissue.tensor_maps(dwi, device)
     return Image(dwi.unmask((maps["fa"] * (dwi.mean_b0 > 0) * ~maps["failed"]).astype(
         np.float32)), dwi.affine)
 
