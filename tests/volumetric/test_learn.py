@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from bidsapp import checkpoint, kinds, methods
+from bidsapp import checkpoint, kinds, methods, selection
 from bidsapp.acquisition import Acquisition
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.volumetric import learn
 from bidsapp.volumetric.corruption import Corruption
+from bidsapp.volumetric.estimator import VolumeEstimator
 from bidsapp.volumetric.inputs import MIN_DIRECTIONS, Grid
 from bidsapp.volumetric.labels import label_fibres
 from support import bids_tree, ellipsoid, synthetic_head, travelling_heads
@@ -163,6 +164,28 @@ def test_a_task_keeps_its_own_voxel_with_the_encoder_of_any_table(tmp_path):
     (trained,) = method_with("estimate_tissue", "voxel=7").fit(
         people, replace(settings, init=folder, max_steps=1)).checkpoints.values()
     assert trained.card.constants["channels"]["voxel"] == 7
+
+
+def test_a_task_starts_from_the_bundled_pretraining_unless_told_otherwise():
+    people, settings = cohort()
+    settings = replace(settings, max_steps=1)
+    bundled = selection.bundled_weights(learn.PRETRAINING)
+    for texts, start in (((), bundled.card.sha256), (("start=random",), "random"),
+                         (("network.width=4",), "random"), (("input=table",), "random")):
+        (trained,) = method_with("estimate_tissue", *texts).fit(
+            people, settings).checkpoints.values()
+        assert trained.card.training["start"] == start
+
+
+def test_fluid_is_csf_whatever_the_network_says():
+    dwi = travelling_heads.head("09", "A")
+    method = methods.get("estimate_tissue")
+    maps = method.apply(dwi, "cpu").maps
+    csf = tissue("09A").argmax(1) == 2
+    assert (maps["segmentation"][csf] == 3).mean() > 0.95 and maps["csf"][csf].mean() > 0.95
+    network = VolumeEstimator.apply(method, dwi, "cpu").maps
+    assert (network["segmentation"][csf] == 3).mean() < 0.9
+    np.testing.assert_allclose(method.posteriors(dwi, "cpu").sum(1), 1, atol=1e-5)
 
 
 def test_a_task_learns_what_it_can_see():
