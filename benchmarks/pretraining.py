@@ -222,11 +222,9 @@ def tune(work, input_, start, task, people, run):
 
 def combinations():
     """(input, start, task, people, run), the runs outermost, so that a part is balanced."""
-    for run in range(1, RUNS + 1):
-        for task, people, start in itertools.product(TASKS, LABELLED, STARTS):
-            yield "table", start, task, people, run
-        for task, (people, starts) in itertools.product(TASKS, STARTS_ANY.items()):
-            yield from (("any", start, task, people, run) for start in starts)
+    for input_, starts in (("table", dict.fromkeys(LABELLED, STARTS)), ("any", STARTS_ANY)):
+        for run, task, people in itertools.product(range(1, RUNS + 1), TASKS, starts):
+            yield from ((input_, start, task, people, run) for start in starts[people])
 
 
 def compare(options):
