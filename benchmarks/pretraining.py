@@ -9,10 +9,10 @@
 The design is that of Weninger et al. 2022 on two phantoms whose seeds belong to this benchmark. The
 auxiliary one (no labels) has AUXILIARY people at 4 mm with 90 directions each of b 1000, 2000 and
 3000 at SNR 25; the clinic 28 people (15 to learn from, 5 to validate, 8 to test) at 6 mm with 64
-directions of b 1000 at SNR 15. Networks see both at 8 mm. Tissue is that of the phantom, crossings and directions those of CSD
-of the same scans. `table` is the published network, on 64 channels, with its losses (L1, angles);
-`any` takes any gradient table, with cross-entropy and axes. Every start has the same schedule, the
-same people and the same order of crops. `bundled` is the encoder that is shipped. Tests are
+directions of b 1000 at SNR 15. Networks see both at 8 mm. Tissue is that of the phantom, crossings
+and directions those of CSD of the same scans. `table` is the published network, on 64 channels,
+with its losses (L1, angles); `any` takes any gradient table, with cross-entropy and axes. Every
+start has the same schedule, the same people and the same order of crops. `bundled` is the encoder that is shipped. Tests are
 one-sided and paired: over all runs and test people, as published, and over the people alone, whose
 scores are then means of the runs.
 
@@ -185,7 +185,7 @@ def pretrain(work, input_, kind):
         recipe = replace(RECIPE, input=input_, schedule=PRETRAINING)
         network, _ = learn.initial_network(
             recipe, len(channels.directions) or None, channels, 0, None)
-        held = [learn.middle(s, RECIPE.patch, corruption, 1) for s in people[-2:]]
+        held = learn.Validation(people[-2:], RECIPE.patch, corruption, 1)
         history = learn.train(network, learn.Sampler(people[:-2], recipe, corruption), held, loss,
                               PRETRAINING, TrainingSettings(seed=1), None, f"{input_}, {kind}")
         torch.save(network.get_submodule(learn.ENCODER).state_dict(), file)

@@ -20,9 +20,6 @@ from bidsapp import sh
 from bidsapp.acquisition import SAME_SHAPE, Acquisition, PhaseEncoding, Shell
 from bidsapp.errors import DataError
 
-T1W = "T1w"
-"""Source of tissue probabilities: the T1w image."""
-
 FIXED_MEMORY = 1.5e9
 """Memory of a process besides the signal (libraries, blocks, maps, figures), in bytes."""
 
@@ -282,9 +279,7 @@ class Dwi:
     invalid : int
         Number of NaN and infinite values that were set to 0 when the signal was read.
     tissue : (voxel, 3) float32, optional
-        Probabilities of grey matter, white matter and CSF, Σ ≤ 1.
-    tissue_source : str
-        Where they come from: T1W, or the method that estimated them.
+        Probabilities of grey matter, white matter and CSF from a T1w image, Σ ≤ 1.
     noise_gain : (measurement,), optional
         Noise SD of each measurement as a multiple of `noise_sd`, which harmonization changes; None
         if it is 1 for all. Where harmonization made the noise of a shell correlated, the factor is
@@ -311,7 +306,6 @@ class Dwi:
     noise_sd: float | None = None
     invalid: int = 0
     tissue: np.ndarray | None = None
-    tissue_source: str = T1W
     noise_gain: np.ndarray | None = None
     s0_known: bool = False
     magnitude: bool = True

@@ -201,9 +201,6 @@ class Cohort:
         Segments the T1w image of a run, given its name. Returns the (voxel, 3) float32
         probabilities of grey matter, white matter and CSF in the voxels of `load`, or None if the
         run has no T1w image that can be used. It takes up to minutes.
-    segment : callable, optional
-        Estimates such probabilities from a Dwi, by a network; it raises Refusal for an acquisition
-        that the network does not know.
     """
 
     statistics: pd.DataFrame
@@ -215,7 +212,6 @@ class Cohort:
     voxel_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     paired_by: str | None = None
     tissue: Callable[[str], np.ndarray | None] | None = None
-    segment: Callable[[Dwi], np.ndarray] | None = None
 
     def hold_out(self, share: float, seed: int, method: str, runs: Sequence[str]) -> set[str]:
         """Choose the runs of a random share of the participants, at least one, for validation.

@@ -55,7 +55,6 @@ from bidsapp.recipe.steps import (
     load_measured,
     load_tissue,
     read_measured,
-    segment,
     voxel_size,
 )
 from bidsapp.report import boilerplate, distributions, page
@@ -233,8 +232,7 @@ def load_cohort(dataset: Dataset, options: Options, runs: Mapping[str, Run],
         voxel_sizes={name: voxel_size(run) for name, run in runs.items()},
         load=partial(load_signal, dataset, runs, per_scan, options.work_dir),
         tissue=partial(load_posteriors, dataset, runs, per_scan, options.work_dir,
-                       choose_device(options.device)),
-        segment=partial(segment, options, choose_device(options.device)))
+                       choose_device(options.device)))
 
 
 def load_signal(dataset: Dataset, runs: Mapping[str, Run], memory: float, work_dir: Path | None,

@@ -4,29 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from bidsapp.dwi import T1W, Dwi
-
-
-class Tissue(NamedTuple):
-    """Tissue probabilities of the voxels of a signal.
-
-    Attributes
-    ----------
-    values : (voxel, 3) float32, optional
-        Grey matter, white matter and CSF; None: tissue comes from MD and FA.
-    source : str
-        `Dwi.tissue_source`.
-    sentence : str
-        Where they come from, for the log and the page.
-    """
-
-    values: np.ndarray | None = None
-    source: str = T1W
-    sentence: str = ""
+from bidsapp.dwi import Dwi
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +31,8 @@ class Stage:
     widening : float
         Factor of the standard deviations of all maps, for the error of the harmonizer; 1 without.
     tissue : callable, optional
-        Returns Tissue. It is called if a method needs it.
+        Returns (voxel, 3) probabilities of grey matter, white matter and CSF, or None, and a
+        sentence on them. It is called if a method needs them.
     anatomy : callable, optional
         Returns the T1w image of the run and where the diffusion images lie in it
         (`anatomy.t1w.Anatomy`); raises DataError if there is none that can be used.
@@ -61,5 +44,5 @@ class Stage:
     about: Mapping[str, Any] = field(default_factory=dict)
     no_intervals: str = ""
     widening: float = 1.0
-    tissue: Callable[[], Tissue] = Tissue
+    tissue: Callable[[], tuple[np.ndarray | None, str]] = lambda: (None, "")
     anatomy: Callable[[], Any] = lambda: None

@@ -18,7 +18,7 @@ import numpy as np
 
 from bidsapp import tensor
 from bidsapp.blocks import map_voxels
-from bidsapp.dwi import T1W, Dwi
+from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 
 SMOOTHNESS = 0.1
@@ -73,7 +73,7 @@ class Regions:
         Whether the single fibres are from the corpus callosum; otherwise they are from anywhere
         deeper than DEPTH inside the mask.
     source : str
-        Origin of grey matter and CSF: `DWI` (MD and FA), or `Dwi.tissue_source`.
+        Origin of grey matter and CSF: `DWI` or `T1w`.
     notices : tuple of str
         Sentences for the report.
     """
@@ -124,15 +124,14 @@ def find_regions(dwi: Dwi, device: str) -> Regions:
     notices: tuple[str, ...] = ()
     gm, csf, source = *segment(dwi, maps["md"], maps["fa"], usable), "DWI"
     if dwi.tissue is not None:
-        if (pure := from_posteriors(dwi, maps["md"], usable)) is not None:
-            gm, csf, source = *pure, dwi.tissue_source
+        if (of_t1w := from_posteriors(dwi, maps["md"], usable)) is not None:
+            gm, csf, source = *of_t1w, "T1w"
         else:
             notices = (
-                f"Tissue comes from MD and FA. In the CSF of {dwi.tissue_source}, MD is not "
+                "Tissue comes from the DWI alone. In the CSF of the T1w image, MD is not "
                 f"{FLUID:g} times that of its grey matter, or one of the two has fewer than "
-                f"{MIN_VOXELS} voxels."
-                + " Check that the T1w image is this participant's and covers the brain."
-                * (dwi.tissue_source == T1W),)
+                f"{MIN_VOXELS} voxels. Check that the T1w image is this participant's and covers "
+                "the brain.",)
     for name, voxels, remedy in (
             ("grey matter", gm, "Acquire more of the brain, or check the brain mask."),
             ("CSF", csf, "The slab and the mask must include ventricles or sulci."),
@@ -188,7 +187,7 @@ def single_fibres(dwi: Dwi, fa: np.ndarray, direction: np.ndarray) -> tuple[np.n
 
 def from_posteriors(dwi: Dwi, md: np.ndarray, usable: np.ndarray
                     ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Find grey matter and CSF by the posteriors of a T1w image, or of a network.
+    """Find grey matter and CSF by the posteriors of a T1w image.
 
     Posteriors are means over a voxel, so that a high threshold erodes a tissue by half a voxel.
     Distortion and the rim of the mask mislabel some voxels: CSF voxels with the MD of tissue are
@@ -206,7 +205,7 @@ def from_posteriors(dwi: Dwi, md: np.ndarray, usable: np.ndarray
     Returns
     -------
     pair of (voxel,) bool, or None
-        Grey matter and CSF; None if MD contradicts them, or one of the two has fewer
+        Grey matter and CSF; None if MD contradicts the T1w image, or one of the two has fewer
         than MIN_VOXELS voxels.
     """
     assert dwi.tissue is not None
@@ -239,7 +238,7 @@ def segment(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray
 def labels(dwi: Dwi, md: np.ndarray, fa: np.ndarray, usable: np.ndarray) -> np.ndarray:
     """Label grey and white matter.
 
-    With posteriors, a voxel gets the more probable of the two labels if their sum is
+    With posteriors of a T1w image, a voxel gets the more probable of the two labels if their sum is
     above 0.5. Otherwise labels are those of `classes`.
 
     Returns

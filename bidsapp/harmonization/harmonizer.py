@@ -159,7 +159,6 @@ class Harmonizer(SiteHarmonizer):
         """
         source, paired = self.load(cohort, pair.source), pair.kind == pairs.BOTH
         target = source if pair.target == pair.source else self.load(cohort, pair.target)
-        target = _with_tissue(cohort, target)
         try:
             registration = pairs.register(source, target, deformable=deformable and paired,
                                   device=device, work_dir=folder,
@@ -192,23 +191,6 @@ class Harmonizer(SiteHarmonizer):
                                         for pair in scans])
                 for _ in track(scans, f"{self.name}: registering, {settings.workers} at a time"):
                     next(done)
-
-
-def _with_tissue(cohort: Cohort, dwi: Dwi) -> Dwi:
-    """Add the tissue that the cohort's network estimates, by which scores are grouped.
-
-    Without it, and if it shows too little grey or white matter, tissue comes from MD and FA.
-    """
-    if cohort.segment is None:
-        return dwi
-    try:
-        probabilities = cohort.segment(dwi)
-    except Refusal as refusal:
-        log.debug("tissue comes from MD and FA: %s", refusal)
-        return dwi
-    count = np.bincount(probabilities.argmax(1), minlength=3)
-    enough = count[:2].min() >= tissue.MIN_VOXELS
-    return replace(dwi, tissue=probabilities, tissue_source="network") if enough else dwi
 
 
 def _register(method: Harmonizer, *args: Any) -> None:

@@ -19,25 +19,25 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from bidsapp import __version__, methods
+from bidsapp import __version__
 from bidsapp.acquisition import Acquisition
 from bidsapp.anatomy import t1w
 from bidsapp.anatomy.mask import median_otsu, read_mask
 from bidsapp.bids import btable, names, sidecar
 from bidsapp.bids.writer import Dataset, Transaction, sha256, to_json
 from bidsapp.checkpoint import CARD
-from bidsapp.dwi import T1W, Dwi, Part, Run, noise_sd, open_image
-from bidsapp.errors import DataError, Refusal
+from bidsapp.dwi import Dwi, Part, Run, noise_sd, open_image
+from bidsapp.errors import DataError
 from bidsapp.evaluate import gradients, plausibility, quality
 from bidsapp.evaluate.quality import DROPOUT_LOSS, DROPOUT_Z
-from bidsapp.kinds import Estimator, FromSignal, Method, MethodContext, Synthesizer
+from bidsapp.kinds import Estimator, FromSignal, Method, Synthesizer
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize
 from bidsapp.recipe.outputs import Outputs
 from bidsapp.report import boilerplate, figures
 from bidsapp.selection import WEIGHTS
 from bidsapp.series import Series
-from bidsapp.stage import Stage, Tissue
+from bidsapp.stage import Stage
 
 log = logging.getLogger("qsphere")
 
@@ -45,10 +45,6 @@ UNCORRECTED = ("The images are raw and were not corrected (--preprocess none). D
                "Gibbs ringing, motion, eddy currents or distortion need it: leave the option out, "
                "or give data that were preprocessed elsewhere (--derivatives).")
 """Notice of a run that was not preprocessed."""
-
-TISSUE_NETWORK = "estimate_tissue"
-"""Method whose tissue is used where there is no T1w image. On two real scans its Dice with the T1w
-image is above that of MD and FA in grey and white matter (README of the method)."""
 
 ROUNDING = 1e-3
 """Largest difference of the b-tensors of a gradient table and of its text, relative to the highest
@@ -351,8 +347,7 @@ class Measure(Step):
         anatomy = cache(partial(register_t1w, self.context.run, dwi, self.context.device,
                                 *_earlier_registration(record)))
         tissue = cache(partial(find_tissue, self.context.run, dwi, self.context.options.work_dir,
-                               anatomy, partial(segment, self.context.options,
-                                                self.context.device)))
+                               anatomy))
         return Stage(dwi, about=about, tissue=tissue, anatomy=anatomy)
 
 
@@ -376,8 +371,6 @@ class Estimate(Step):
         synthesis = [options.synthesize, options.synthesize_voxels, options.synthesize_image]
         return {"method": self.method.name, **depends_on_weights(options, self.method),
                 "anatomy": [sha256(f) if f.is_file() else str(f) for f in anatomy],
-                "tissue": (depends_on_weights(options, tissue_network(options))
-                           if self.method.wants_tissue else None),
                 "synthesis": synthesis if isinstance(self.method, Synthesizer) else None,
                 "sloppy": options.sloppy, "seed": options.random_seed}
 
@@ -386,7 +379,7 @@ class Estimate(Step):
         violations = (self.method.violations(self.context.acquisition)
                       if isinstance(self.method, Estimator) else [])
         image = self.context.run.t1w
-        source = image.name if image else "the DWI, no T1w"
+        source = image.name if image else "the DWI alone, no T1w"
         return (self.method.name + f" of the {self.signal} signal" * bool(self.signal)
                 + f": tissue from {source}" * self.method.wants_tissue
                 + "".join(f"; {k} = {v}" for k, v in self.method.changed_settings.items())
@@ -401,11 +394,10 @@ class Estimate(Step):
         context, method = self.context, self.method
         method.check(stage.dwi.acquisition)
         if method.wants_tissue:
-            tissue = stage.tissue()
-            log.info("%s: %s", context.run.name, tissue.sentence)
-            report.notices.append(tissue.sentence)
-            stage = replace(stage, dwi=replace(stage.dwi, tissue=tissue.values,
-                                               tissue_source=tissue.source))
+            tissue, sentence = stage.tissue()
+            log.info("%s: %s", context.run.name, sentence)
+            report.notices.append(sentence)
+            stage = replace(stage, dwi=replace(stage.dwi, tissue=tissue))
         log.info("%s: %s on %d voxels", context.run.name, self.name, len(stage.dwi.signal))
         derived = method.run(stage.dwi, context.options, context.device)
         if settings := method.changed_settings:
@@ -588,9 +580,10 @@ def load_tissue(dataset: Dataset, run: Run, device: str, *, memory: float = math
     records = [dataset.record(names.output_path(run.entities, "step", ".json", "log", desc=name))
                for name in facts["takes"]]  # the step that corrected the images, if one did
     earlier = _earlier_registration(records[0] if records else {})
-    tissue = find_tissue(run, dwi, work_dir, partial(register_t1w, run, dwi, device, *earlier))
-    log.info("%s: %s", run.name, tissue.sentence)
-    return tissue.values
+    tissue, sentence = find_tissue(run, dwi, work_dir,
+                                   partial(register_t1w, run, dwi, device, *earlier))
+    log.info("%s: %s", run.name, sentence)
+    return tissue
 
 
 def _earlier_registration(record: Mapping[str, Any]) -> tuple[np.ndarray | None, str | None]:
@@ -741,52 +734,24 @@ def register_t1w(run: Run, dwi: Dwi, device: str, transform: np.ndarray | None =
     return t1w.register(dwi, run.t1w, device, transform)
 
 
-def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None, anatomy: Callable[[], t1w.Anatomy],
-                network: Callable[[Dwi], np.ndarray] | None = None) -> Tissue:
-    """Compute tissue probabilities from the T1w image of a run or, without one, by a network.
+def find_tissue(run: Run, dwi: Dwi, work_dir: Path | None, anatomy: Callable[[], t1w.Anatomy]
+                ) -> tuple[np.ndarray | None, str]:
+    """Compute tissue probabilities from the T1w image of a run, and say where they come from.
 
-    Parameters
-    ----------
-    run, dwi, work_dir, anatomy
-        Those of `t1w.posteriors`.
-    network : callable, optional
-        Estimates them from the signal; it raises Refusal for acquisitions that it does not know.
+    Returns
+    -------
+    tissue : (voxel, 3) float32 or None
+        Grey matter, white matter and CSF; None if no T1w image can be used.
+    sentence : str
+        For the log and the page.
     """
     if run.t1w is None:
-        sentence = "No T1w image was found."
-    else:
-        try:
-            return Tissue(t1w.posteriors(dwi, run.t1w, run.probsegs, work_dir, anatomy()), T1W,
-                          f"Tissue was segmented in {run.t1w.name}.")
-        except DataError as error:
-            sentence = f"The T1w image is not used: {error}"
-    if network is None:
-        return Tissue(sentence=sentence)
+        return None, "No T1w image was found: tissue comes from the DWI alone."
     try:
-        return Tissue(network(dwi), TISSUE_NETWORK, f"{sentence} Tissue comes from the DWI: grey "
-                      f"and white matter by {TISSUE_NETWORK}, CSF by MD, too.")
-    except Refusal as refusal:
-        return Tissue(sentence=f"{sentence} Tissue comes from MD and FA, since {refusal}")
-
-
-def segment(options: Options, device: str, dwi: Dwi) -> np.ndarray:
-    """Estimate tissue probabilities from a signal by TISSUE_NETWORK.
-
-    Raises
-    ------
-    Refusal
-        Its weights do not support the acquisition.
-    """
-    network = tissue_network(options)
-    network.check(dwi.acquisition)
-    return network.posteriors(dwi, device)
-
-
-def tissue_network(options: Options) -> Any:
-    """Make the method of TISSUE_NETWORK, with the settings of the command."""
-    return methods.get(TISSUE_NETWORK, context=MethodContext(
-        options.sloppy, options.output_dir / harmonize.MODELS,
-        allow_extrapolation=options.allow_extrapolation))
+        tissue = t1w.posteriors(dwi, run.t1w, run.probsegs, work_dir, anatomy())
+    except DataError as error:
+        return None, f"The T1w image is not used, tissue comes from the DWI alone: {error}"
+    return tissue, f"Tissue was segmented in {run.t1w.name}."
 
 
 def voxel_size(run: Run) -> tuple[float, ...]:

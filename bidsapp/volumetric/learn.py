@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,9 @@ degrees."""
 
 CHUNK = 8
 """Volumes that are put on the grid at a time."""
+
+DRAWS = 4
+"""Corruptions of each scan of a validation."""
 
 WIDEN = 0.1
 """Share by which a network may be applied below and above the b-values of its training."""
@@ -292,10 +296,38 @@ def example(scan: Scan, crop: inputs.Block, chosen: Int[np.ndarray, " n"] | None
 
 
 def middle(scan: Scan, patch: int, corruption: Corruption | None = None, seed: int = 0) -> Example:
-    """Cut the crop in the middle of a scan, with all measurements, for the validation."""
+    """Cut the crop in the middle of a scan, with all measurements."""
     x, y, z = (slice(max(0, (n - patch) // 2), max(0, (n - patch) // 2) + patch)
                for n in scan.grid.shape)
     return example(scan, (x, y, z), None, corruption, torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """The crops in the middle of scans, with all measurements.
+
+    They are cut anew in each iteration, so that one at a time is in memory. Each scan is corrupted
+    in DRAWS ways, which are the same in each iteration.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+    patch : int
+        Number of voxels of a crop along an axis.
+    corruption : Corruption, optional
+    seed : int
+        Seed of the corruption.
+    """
+
+    scans: Sequence[Scan]
+    patch: int
+    corruption: Corruption | None = None
+    seed: int = 0
+
+    def __iter__(self) -> Iterator[Example]:
+        draws = 1 if self.corruption is None else DRAWS
+        for i, (scan, _) in enumerate(itertools.product(self.scans, range(draws))):
+            yield middle(scan, self.patch, self.corruption, 1000 * self.seed + i)
 
 
 class Sampler:
@@ -411,8 +443,8 @@ def fit(method: Trainable, task: Task, cohort: Cohort, settings: TrainingSetting
         scans = read_scans(method.name, task, cohort, channels, folder)
         held = cohort.hold_out(recipe.held_out, settings.seed, method.name, list(scans))
         learners = [scan for run, scan in scans.items() if run not in held]
-        validation = [middle(scans[run], recipe.patch, task.corruption, settings.seed).to(
-            settings.device) for run in scans if run in held]
+        validation = Validation([scan for run, scan in scans.items() if run in held],
+                                recipe.patch, task.corruption, settings.seed)
         network, description = initial_network(recipe, task.outputs, channels, settings.seed,
                                                start, method.name)
         kind = f"b{round(channels.b, -2):.0f}n{len(channels.directions)}" if (
@@ -463,7 +495,7 @@ def read_scans(name: str, task: Task, cohort: Cohort, channels: Channels, folder
 
 
 def train(network: nn.Module, draw: Callable[..., Any],
-          validation: Sequence[Example], loss: Callable[[torch.Tensor, Example], torch.Tensor],
+          validation: Iterable[Example], loss: Callable[[torch.Tensor, Example], torch.Tensor],
           schedule: training.Schedule, settings: TrainingSettings, saved: Path | None, name: str
           ) -> list[dict[str, float]]:
     """Train a network in place (`training.train`), and validate on the mean loss of examples.
@@ -474,6 +506,7 @@ def train(network: nn.Module, draw: Callable[..., Any],
         History of `training.train`.
     """
     def mean_loss(model: nn.Module, minibatch: Sequence[Example]) -> torch.Tensor:
+        minibatch = [one.to(settings.device) for one in minibatch]
         outputs = model([one.ratio for one in minibatch], [one.table for one in minibatch])
         return torch.stack([loss(output, one) for output, one in zip(
             outputs, minibatch, strict=True)]).mean()
@@ -487,10 +520,12 @@ def train(network: nn.Module, draw: Callable[..., Any],
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, examples: Sequence[Example],
+def evaluate(network: nn.Module, examples: Iterable[Example],
              measure: Callable[[torch.Tensor, Example], Mapping[str, float]]) -> dict[str, float]:
     """Average the metrics of examples."""
-    rows = [measure(network([one.ratio], [one.table])[0], one) for one in examples]
+    device = next(network.parameters()).device
+    rows = [measure(network([one.ratio], [one.table])[0], one)
+            for one in (example.to(device) for example in examples)]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 

@@ -250,7 +250,7 @@ def test_no_t1w_is_said(tmp_path, capsys):
     argv = (bids, out, "participant", "--estimate", "dti", "--sloppy", "--synthesize", "syn",
             "--synthesize-voxels", "20")
     assert qsphere(*argv, "--dry-run") == 0
-    assert "tissue from the DWI, no T1w" in capsys.readouterr().out
+    assert "tissue from the DWI alone, no T1w" in capsys.readouterr().out
     assert qsphere(*argv) == 0
     assert "No T1w image was found" in page_and_status(out)
     link = bids / "sub-01/anat/sub-01_T1w.nii.gz"

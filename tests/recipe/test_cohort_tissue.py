@@ -1,7 +1,6 @@
 """The group level gets the tissues of each T1w image in the voxels of the signal that it loads."""
 
 import pickle
-from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -11,8 +10,6 @@ from bidsapp import cli, cli_phantom, run
 from bidsapp.anatomy import t1w
 from bidsapp.bids import find
 from bidsapp.bids.writer import Dataset
-from bidsapp.errors import Refusal
-from bidsapp.recipe import steps
 from support.app import image, qsphere
 
 RUN = "sub-01_ses-siteA"
@@ -76,34 +73,3 @@ def test_a_t1w_image_that_cannot_be_used_gives_none(bids):
         assert cohort(bids, out).tissue(RUN) is None
     finally:
         moved.rename(path)
-
-
-@pytest.mark.slow
-def test_a_network_shows_the_tissues_of_the_phantom(bids, corrected):
-    """The person is none of its training. Scores of harmonizers are grouped by these tissues."""
-    study = pickle.loads(pickle.dumps(cohort(bids, corrected)))
-    dwi = study.load(RUN)
-    estimated = study.segment(dwi)
-    truth = f"{bids}/sourcedata/truth/{FOLDER}/dwi/{RUN}"
-    exact = np.column_stack([image(f"{truth}_label-{t}_probseg.nii.gz")[dwi.mask]
-                             for t in t1w.TISSUES])
-    for p, share in zip(estimated.T, exact.T, strict=True):
-        assert np.corrcoef(p, share)[0, 1] > 0.6
-    with pytest.raises(Refusal, match="not trained"):
-        study.segment(replace(dwi, acquisition=replace(
-            dwi.acquisition, bvals=np.where(dwi.acquisition.b0, 0, 5000.0))))
-
-
-def test_tissue_without_a_t1w_image_is_that_of_the_network(bids):
-    options = cli.parse([str(bids), "unused", "participant"])
-    found = replace(find.find_runs(options).runs["01"][0], t1w=None)
-    dwi, probabilities = object(), object()
-    given = steps.find_tissue(found, dwi, None, None, {dwi: probabilities}.get)
-    assert given[:2] == (probabilities, "estimate_tissue") and "No T1w" in given.sentence
-
-    def unsupported(dwi):
-        raise Refusal("of its b-values.")
-
-    refused = steps.find_tissue(found, dwi, None, None, unsupported)
-    assert refused.values is None and "MD and FA, since of its b-values." in refused.sentence
-    assert steps.find_tissue(found, dwi, None, None).values is None

@@ -64,11 +64,6 @@ class TissueSegmentation(VolumeEstimator):
         return replace(derived, maps={k: np.where(fluid, np.float32(pure[k]), v)
                                       for k, v in derived.maps.items()})
 
-    def posteriors(self, dwi: Dwi, device: str) -> Float[np.ndarray, "voxel 3"]:
-        """Estimate the probabilities of grey matter, white matter and CSF, for `Dwi.tissue`."""
-        maps = self.apply(dwi, device).maps
-        return np.stack([maps[k] for k in CLASSES], 1)
-
     def derive(self, values: Float[np.ndarray, "voxel 3"], grid: Grid) -> Derived:
         maps = dict(zip(CLASSES, values.T.clip(0, 1), strict=True))
         return Derived({**maps, "segmentation": values.argmax(1).astype(np.float32) + 1})
