@@ -115,7 +115,8 @@ class VolumeEstimator(selection.NetworkEstimator):
         name, checkpoint = learn.fit(self, self.task(cohort, settings), cohort, settings,
                                      intended_use=self.intended_use, start=start)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
-                           "Metrics": dict(checkpoint.card.metrics)}, {name: checkpoint})
+                           "Metrics": dict(checkpoint.card.metrics),
+                           "MetricsOf": "the middle of the held-out runs"}, {name: checkpoint})
 
 
 def find_white_matter(dwi: Dwi, device: str) -> Bool[np.ndarray, " voxel"]:

@@ -27,6 +27,10 @@ DEGREE = protocols.L_FIT
 MIN_DIRECTIONS = 6
 """Minimum number of directions of a shell: as many as degree 2 has coefficients."""
 
+MIN_EXTENT = 4
+"""Smallest number of voxels of a grid along an axis. With two slices of a real scan, the network
+missed nearly all grey matter; with four it did not."""
+
 Block = tuple[slice, slice, slice]
 WHOLE: Block = (slice(None), slice(None), slice(None))
 
@@ -68,7 +72,8 @@ class Grid:
         Raises
         ------
         Refusal
-            No voxel of the grid has more than half of its volume in the mask.
+            The grid has fewer than MIN_EXTENT voxels along an axis, or none of which more than
+            half lies in the mask.
         """
         mask, affine, order = canonical(dwi.mask, dwi.affine)
         rows = np.full(mask.shape, -1)
@@ -80,10 +85,12 @@ class Grid:
             ratio = np.ones(3)
         x, y, z = map(float, ratio)
         grid = cls(rows[box], affine[:3, :3] / edges, (x, y, z))
-        if not grid.mask.any():
+        if min(grid.shape) < MIN_EXTENT or not grid.mask.any():
+            of_network = " × ".join(map(str, grid.shape))
             raise Refusal(f"the brain mask of {len(order)} voxels of {describe_edges(edges)} mm "
-                          f"fills no half of a voxel of the network ({size:.3g} mm). Needed is a "
-                          "larger part of the brain, or a network of smaller voxels.")
+                          f"is on {of_network} voxels of the network. Needed are {MIN_EXTENT} or "
+                          "more along each axis, since the network sees neighbourhoods: a larger "
+                          "part of the brain, or a network of smaller voxels.")
         return grid
 
     @cached_property

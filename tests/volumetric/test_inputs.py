@@ -64,10 +64,11 @@ def test_a_voxel_within_ten_per_cent_is_not_resampled():
 
 
 def test_a_sliver_is_refused():
-    thin = replace(dwi_on(np.diag([2.0, 2, 1.25, 1])), mask=np.ones((4, 4, 1), bool),
-                   signal=np.ones((16, 66), np.float32))
-    with pytest.raises(Refusal, match=r"2 × 2 × 1\.25 mm fills no half of a voxel .* \(3 mm\)"):
-        Grid.over(thin, 3.0)
+    slab = replace(dwi_on(np.diag([2.0, 2, 3, 1])), mask=np.ones((20, 20, 3), bool),
+                   signal=np.ones((1200, 66), np.float32))
+    with pytest.raises(Refusal, match=r"of 2 × 2 × 3 mm is on 14 × 14 × 3 voxels of the network"):
+        Grid.over(slab, 3.0)
+    assert Grid.over(slab, 2.0).shape == (20, 20, 5)
 
 
 @pytest.mark.parametrize("size", [4.0, 1.5])

@@ -13,10 +13,9 @@ from bidsapp.acquisition import Acquisition
 from bidsapp.errors import Refusal, UsageError
 from bidsapp.volumetric import learn
 from bidsapp.volumetric.corruption import Corruption
-from bidsapp.volumetric.estimator import VolumeEstimator
 from bidsapp.volumetric.inputs import MIN_DIRECTIONS, Grid
 from bidsapp.volumetric.labels import label_fibres
-from support import bids_tree, ellipsoid, synthetic_head, travelling_heads
+from support import bids_tree, ellipsoid, synthetic_head, travelling_heads, untrained_volumes
 
 TISSUES = {1: 0, 2: 2, 3: 1, 4: 1}
 """Labels of `synthetic_head` → column of the tissue probabilities."""
@@ -109,6 +108,35 @@ def test_a_validation_draws_several_corruptions_that_stay_the_same(tmp_path):
     assert len(list(learn.Validation([one, one], 16))) == 2
 
 
+def test_a_crop_of_the_middle_is_in_the_middle(tmp_path):
+    _, one = scan(tmp_path)
+    crop = learn.middle(one, 8)
+    x, y, z = (slice((n - 8) // 2, (n - 8) // 2 + 8) for n in one.grid.shape)
+    assert torch.equal(crop.target, one.target[:, x, y, z])
+
+
+def test_what_a_sampler_draws_is_a_part_of_the_table(tmp_path):
+    _, one = scan(tmp_path)
+    for subsample in (True, False):
+        recipe = learn.read_recipe({**methods.get("estimate_tissue").settings("training"),
+                                    "patch": 16, "batch": 8, "subsample": subsample})
+        (minibatch,) = learn.Sampler([one], recipe)(torch.Generator().manual_seed(0))
+        counts = {len(crop.ratio) for crop in minibatch}
+        assert counts <= set(range(MIN_DIRECTIONS, 33))
+        assert (len(counts) > 1) == subsample and (counts == {32}) != subsample
+
+
+def test_a_label_is_valid_where_most_of_the_voxel_has_one(tmp_path):
+    dwi = ellipsoid.dwi_on(np.diag([2.0, 2, 2, 1]), (24, 24, 24))
+    known = np.argwhere(dwi.mask)[:, 0] < 12  # the plane x = 11 is known, x = 12 is not
+    one = learn.prepare(learn.Labelled(dwi, np.ones((len(known), 1), np.float32), known),
+                        learn.Channels(6.0), tmp_path, "run")
+    weight = one.grid.volumes(torch.from_numpy(known[:, None].astype(np.float32)))[0]
+    assert ((weight > 0) & (weight < 0.5)).any()
+    assert torch.equal(one.valid, weight > 0.5)
+    torch.testing.assert_close(one.target[0][one.valid], torch.ones(int(one.valid.sum())))
+
+
 def test_corruption_reaches_the_input_alone(tmp_path):
     _, one = scan(tmp_path)
     crop = (slice(0, 16),) * 3
@@ -185,17 +213,6 @@ def test_a_task_starts_from_the_bundled_pretraining_unless_told_otherwise():
         (trained,) = method_with("estimate_tissue", *texts).fit(
             people, settings).checkpoints.values()
         assert trained.card.training["start"] == start
-
-
-def test_fluid_is_csf_whatever_the_network_says():
-    dwi = travelling_heads.head("09", "A")
-    method = methods.get("estimate_tissue")
-    maps = method.apply(dwi, "cpu").maps
-    csf = tissue("09A").argmax(1) == 2
-    assert (maps["segmentation"][csf] == 3).mean() > 0.95 and maps["csf"][csf].mean() > 0.95
-    network = VolumeEstimator.apply(method, dwi, "cpu").maps
-    assert (network["segmentation"][csf] == 3).mean() < 0.9
-    np.testing.assert_allclose(sum(maps[k] for k in ("gm", "wm", "csf")), 1, atol=1e-4)
 
 
 def test_a_task_learns_what_it_can_see():
@@ -300,6 +317,33 @@ def test_the_domain_is_that_of_the_runs_that_were_learned_from():
     people.statistics.loc[people.statistics["run"] == "02A", "snr_b0"] = 5.0
     (trained,) = method_with("estimate_tissue").fit(people, settings).checkpoints.values()
     assert trained.card.trained_for.snr == (30.0, 30.0)
+
+
+def test_shells_outside_of_the_domain_have_no_part(tmp_path):
+    """And the run is resampled to the voxels of the network."""
+    saved = untrained_volumes.checkpoint("estimate_tissue", voxel=8.0)
+    folder = keep(kinds.Fitted({}, {}, {"estimate_tissue_any": saved}), tmp_path)
+    method = methods.get("estimate_tissue", context=kinds.MethodContext(models=folder.parent))
+    rng = np.random.default_rng(0)
+    dwi = ellipsoid.dwi_on(np.diag([3.0, 3, 3, 1]), (24, 26, 20), ((0, 2), (1000, 20), (5000, 20)))
+    dwi = ellipsoid.with_signal(dwi, rng.uniform(0.2, 0.8, dwi.signal.shape))
+    derived = method.apply(dwi, "cpu")
+    assert derived.parameters["ShellsLeftOut"] == [5000]
+    assert any("resampled to 8 mm" in notice for notice in derived.notices)
+    other = dwi.signal.copy()
+    other[:, 22:] = rng.uniform(0, 1, (len(other), 20))
+    np.testing.assert_array_equal(
+        method.apply(replace(dwi, signal=other), "cpu").maps["gm"], derived.maps["gm"])
+    # values between grid points of 8 mm are interpolated: neighbours of 3 mm hardly differ
+    volume = dwi.unmask(derived.maps["gm"])
+    inside = dwi.mask[1:] & dwi.mask[:-1]
+    step = np.abs(np.diff(volume, axis=0))[inside].mean()
+    own = replace(saved, card=replace(saved.card, constants={
+        "channels": {"voxel": 3.0, "directions": [], "b": 0.0}}))
+    fine = keep(kinds.Fitted({}, {}, {"estimate_tissue_fine": own}), tmp_path / "fine")
+    method = methods.get("estimate_tissue", context=kinds.MethodContext(models=fine.parent))
+    volume = dwi.unmask(method.apply(dwi, "cpu").maps["gm"])
+    assert step < 0.7 * np.abs(np.diff(volume, axis=0))[inside].mean()
 
 
 def test_a_training_goes_on_where_it_stopped(tmp_path):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from bidsapp.anatomy import tissue
-from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
 from bidsapp.kinds import Cohort, Derived, TrainingSettings
 from bidsapp.volumetric import learn
@@ -51,18 +48,6 @@ class TissueSegmentation(VolumeEstimator):
 
     def activate(self, output: Float[torch.Tensor, "3 x y z"]) -> Float[torch.Tensor, "3 x y z"]:
         return output.softmax(0)
-
-    def apply(self, dwi: Dwi, device: str, seed: int = 0) -> Derived:
-        """Estimate the maps; voxels of the highest class of MD (`anatomy.tissue.classes`) are CSF.
-        """
-        derived = super().apply(dwi, device, seed)
-        fitted = tissue.tensor_maps(dwi, device)
-        assert derived.valid is not None
-        *_, fluid = tissue.classes(dwi, fitted["md"], fitted["fa"],
-                                   derived.valid & ~fitted["failed"])
-        pure = {"gm": 0, "wm": 0, "csf": 1, "segmentation": CLASSES.index("csf") + 1}
-        return replace(derived, maps={k: np.where(fluid, np.float32(pure[k]), v)
-                                      for k, v in derived.maps.items()})
 
     def derive(self, values: Float[np.ndarray, "voxel 3"], grid: Grid) -> Derived:
         maps = dict(zip(CLASSES, values.T.clip(0, 1), strict=True))

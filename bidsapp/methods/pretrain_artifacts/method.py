@@ -52,4 +52,5 @@ class ArtifactRemoval(Trainable):
         name, checkpoint = learn.fit(self, task, cohort, settings,
                                      intended_use=self.intended_use, start=start)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
-                           "Metrics": dict(checkpoint.card.metrics)}, {name: checkpoint})
+                           "Metrics": dict(checkpoint.card.metrics),
+                           "MetricsOf": "the middle of the held-out runs"}, {name: checkpoint})
