@@ -98,7 +98,7 @@ def of_maps(method: Method, derived: Derived, dwi: Dwi) -> list[Figure]:
             suffix, entities = method.name_map(entry)
             section = f"Maps: {method.name.removeprefix('estimate_')}"
             if values.ndim == 2 and values.shape[1] == 3:
-                drawn.insert(0, _directions(canvas, values, derived.maps.get("fa"), entities,
+                drawn.insert(0, _directions(canvas, values, derived.maps, entities,
                                             section))
             elif values.ndim == 1 and entry.get("report"):
                 drawn.append(_map(canvas, values, entry, suffix, entities, section))
@@ -303,19 +303,25 @@ def _suspect(drawn: Any, canvas: Canvas, n: int, k: int, i: int, slices: quality
                          f"z = {slices.z[k, i]:.0f}", size=8, weight="normal")
 
 
-def _directions(canvas: Canvas, direction: np.ndarray, fa: np.ndarray | None,
+def _directions(canvas: Canvas, direction: np.ndarray, maps: Mapping[str, np.ndarray],
                 entities: dict[str, str], section: str) -> Figure:
-    weight = np.ones(len(direction)) if fa is None else np.clip(np.nan_to_num(fa) / BRIGHT_FA, 0, 1)
+    title, weight, brightness = "Principal direction", np.ones(len(direction)), ""
+    if "fa" in maps:
+        weight = np.clip(np.nan_to_num(maps["fa"]) / BRIGHT_FA, 0, 1)
+        title, brightness = "Colour FA", f", brightness: FA up to {BRIGHT_FA:g}"
+    elif "coherence" in maps:
+        weight = np.clip(1.5 * maps["coherence"] - 0.5, 0, 1)
+        title = "Direction of the largest bundle"
+        brightness = (", brightness: coherence from 1/3 to 1. In grey matter and CSF it means "
+                      "nothing")
     rgb = np.nan_to_num(np.abs(direction)) * weight[:, None]
     volume = canvas.dwi.unmask(((np.clip(rgb, 0, 1) * 31).round() * (255 / 31)).astype(np.uint8))
-    drawn = mosaics(canvas, canvas.canonical(volume), "Principal direction"
-                    + ("" if fa is None else " × FA"))
+    drawn = mosaics(canvas, canvas.canonical(volume), title)
     return Figure(
-        "dwimap", entities, svg(drawn), "Colour FA" if fa is not None else "Principal direction",
+        "dwimap", entities, svg(drawn), title,
         "Red: left–right, green: anterior–posterior, blue: inferior–superior, in world axes"
-        + (f", brightness: FA up to {BRIGHT_FA:g}." if fa is not None else ".")
-        + " The corpus callosum should be red at the midline, the cingulum green, the "
-        "corticospinal tract blue; anything else points to wrong b-vectors.", section)
+        + brightness + ". The corpus callosum should be red at the midline, the cingulum green, "
+        "the corticospinal tract blue; anything else points to wrong b-vectors.", section)
 
 
 def _map(canvas: Canvas, values: np.ndarray, entry: Mapping[str, Any], suffix: str,

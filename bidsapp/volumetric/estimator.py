@@ -92,6 +92,12 @@ class VolumeEstimator(selection.NetworkEstimator):
                                "determine no more.")
         else:
             matrix = network.matrix(inputs.describe_table(measured, grid).to(device)).detach()
+        level = dwi.noise_of(inputs.weighted(dwi.acquisition))
+        snr = float(np.median(dwi.mean_b0)) / level if level else None
+        notices += [f"{self.short}: {text}" for text in (
+            f"the network learned from {card.training['data']} ({card.training['runs']} runs, "
+            f"{card.training['steps']} steps).", *card.warnings,
+            *card.trained_for.warnings(snr, {}))]
         values = apply(network, dwi, grid, matrix, self.activate, card.training["patch"], device)
         derived = self.derive(values, grid)
         # the grid may leave voxels at a ragged edge of the mask out
@@ -116,6 +122,7 @@ class VolumeEstimator(selection.NetworkEstimator):
                                      intended_use=self.intended_use, start=start)
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
                            "Metrics": dict(checkpoint.card.metrics),
+                           "UsedFor": "runs within their training domain",
                            "MetricsOf": "the middle of the held-out runs"}, {name: checkpoint})
 
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from bidsapp import sh
-from bidsapp.acquisition import Acquisition, Shell
+from bidsapp.acquisition import Acquisition, Shell, describe_shells
 from bidsapp.anatomy.tissue import MIN_VOXELS, SINGLE_FIBRE_FA, single_fibres, tensor_maps
 from bidsapp.dwi import Dwi
 from bidsapp.errors import Refusal
@@ -112,7 +112,7 @@ def label_fibres(dwi: Dwi, white: Bool[np.ndarray, " voxel"]) -> Fibres:
         There is no b0, no shell has directions for MIN_DEGREE, or there are fewer than MIN_VOXELS
         voxels of single fibres.
     """
-    shell, degree = _choose_shell(dwi.acquisition)
+    shell, degree = choose_shell(dwi.acquisition)
     usable = white & (dwi.mean_b0 > 0)
     single = _find_single(dwi, usable)
     notice = (f"Fibres were counted by spherical deconvolution of degree {degree} at b = "
@@ -211,17 +211,22 @@ def _refine(densities: Float[torch.Tensor, "voxel _"], axis: Float[torch.Tensor,
         axis + step * (move[:, :1] * u + move[:, 1:] * v), dim=1)
 
 
-def _choose_shell(acquisition: Acquisition) -> tuple[Shell, int]:
-    """Choose the linear shell that `label_fibres` describes, and the degree that it carries."""
+def choose_shell(acquisition: Acquisition) -> tuple[Shell, int]:
+    """Choose the linear shell that `label_fibres` describes, and the degree that it carries.
+
+    Raises
+    ------
+    Refusal
+        There is no b0, or no shell has directions for MIN_DEGREE.
+    """
     shells = [(s, _degree(acquisition.bvecs[s.indices]))
               for s in acquisition.shells if s.b_delta > 0.95]
     carried = [(s, degree) for s, degree in shells if degree >= MIN_DEGREE]
     if not acquisition.b0.any() or not carried:
         raise Refusal(
-            f"spherical deconvolution found {int(acquisition.b0.sum())} b0 volumes and linear "
-            f"shells of {[len(s) for s, _ in shells]} directions. A b0 and a shell of "
-            f"{sh.size(MIN_DEGREE)} directions that are spread over the sphere are needed. Leave "
-            "the run out of the training.")
+            f"labels by spherical deconvolution need a b0 and a shell of {sh.size(MIN_DEGREE)} "
+            "directions that are spread over the sphere. It has "
+            f"{int(acquisition.b0.sum())} b0 volumes and {describe_shells(acquisition.shells)}.")
     return max(carried, key=lambda pair: (pair[1], -abs(pair[0].b - BEST_B)))
 
 

@@ -19,7 +19,7 @@ from bidsapp.volumetric.estimator import (
     one_hot,
 )
 from bidsapp.volumetric.inputs import Grid
-from bidsapp.volumetric.labels import MAX_PEAKS, label_fibres
+from bidsapp.volumetric.labels import MAX_PEAKS, choose_shell, label_fibres
 
 
 class CrossingDetection(VolumeEstimator):
@@ -35,6 +35,7 @@ class CrossingDetection(VolumeEstimator):
                           partial(class_loss, self.settings("training")["loss"]), class_metrics)
 
     def _read(self, cohort: Cohort, device: str, run: str) -> learn.Labelled:
+        choose_shell(cohort.acquisitions[run])  # before a T1w image is segmented, in vain
         dwi = load_with_tissue(cohort, run)
         white = find_white_matter(dwi, device)
         fibres = label_fibres(dwi, white)

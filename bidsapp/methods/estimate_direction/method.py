@@ -20,7 +20,7 @@ from bidsapp.kinds import Cohort, Derived, TrainingSettings
 from bidsapp.volumetric import learn
 from bidsapp.volumetric.estimator import VolumeEstimator, find_white_matter, load_with_tissue
 from bidsapp.volumetric.inputs import Grid
-from bidsapp.volumetric.labels import label_fibres
+from bidsapp.volumetric.labels import choose_shell, label_fibres
 
 AXIS, ANGLES = "axis", "angles"
 """Targets: the elements of n nᵀ, or the angles over π as published."""
@@ -45,6 +45,7 @@ class DirectionEstimation(VolumeEstimator):
                           partial(direction_loss, target), direction_metrics)
 
     def _read(self, cohort: Cohort, device: str, run: str) -> learn.Labelled:
+        choose_shell(cohort.acquisitions[run])  # before a T1w image is segmented, in vain
         dwi = load_with_tissue(cohort, run)
         fibres = label_fibres(dwi, find_white_matter(dwi, device))
         axis = Grid.over(dwi).directions(fibres.axis)

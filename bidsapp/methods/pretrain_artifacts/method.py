@@ -6,6 +6,8 @@ dataset". Without artifacts it is an autoencoder, with masked cubes a masked aut
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from bidsapp.errors import Refusal
 from bidsapp.kinds import Cohort, Fitted, Trainable, TrainingSettings
 from bidsapp.volumetric import learn
 from bidsapp.volumetric.corruption import Corruption
+
+log = logging.getLogger("qsphere")
 
 
 class ArtifactRemoval(Trainable):
@@ -51,6 +55,15 @@ class ArtifactRemoval(Trainable):
                               table["corruption"], channels.voxel, table["phase_axis"]))
         name, checkpoint = learn.fit(self, task, cohort, settings,
                                      intended_use=self.intended_use, start=start)
+        metrics = checkpoint.card.metrics
+        if 0 < metrics["mse_before"] < metrics["mse"]:
+            warning = (f"the validation's mean square error is {metrics['mse']:.3g} after the "
+                       f"network, {metrics['mse_before']:.3g} before it: it has not learned yet. "
+                       "Train it for longer, or on more runs.")
+            log.warning("--train %s: %s", self.name, warning)
+            checkpoint = replace(checkpoint, card=replace(checkpoint.card, warnings=(
+                *checkpoint.card.warnings, warning)))
         return Fitted({}, {"Method": self.name, "Model": self.outputs["model"],
-                           "Metrics": dict(checkpoint.card.metrics),
+                           "Metrics": dict(metrics),
+                           "Use": "trainings of other networks start from them (--init)",
                            "MetricsOf": "the middle of the held-out runs"}, {name: checkpoint})
