@@ -13,8 +13,9 @@ directions of b 1000 at SNR 15. Networks see both at 8 mm. Tissue is that of the
 and directions those of CSD of the same scans. `table` is the published network, on 64 channels,
 with its losses (L1, angles); `any` takes any gradient table, with cross-entropy and axes. Every
 start has the same schedule, the same people and the same order of crops. `bundled` is the encoder
-that is shipped. All people, the shipped encoder's too, are of one simulator and atlas. Tests are one-sided and paired: over all runs and test people, as published, and
-over the people alone, whose scores are then means of the runs.
+that is shipped. All people, the shipped encoder's too, are of one simulator and atlas. Tests are
+one-sided and paired: over all runs and test people, as published, and over the people alone, whose
+scores are then means of the runs. Five more labelled people choose the weights.
 
 --tables: people at 6 mm and SNR 20, whose scans hold four acquisitions. One network learns tissue,
 or the direction of the peaks of the largest acquisition, from five people with all four, and

@@ -22,5 +22,6 @@ def checkpoint(name, voxel=2.0, **network):
         recipe, method.task(cohort, settings).outputs, channels, 1, None)
     return Checkpoint(dict(built.state_dict()), Card(
         method=name, network=description, trained_for=DOMAIN,
-        training={"patch": 32, "data": "none"}, intended_use="tests", seed=1, versions={},
+        training={"patch": 32, "data": "none", "runs": 1, "steps": 1}, intended_use="tests",
+        seed=1, versions={},
         constants={"channels": {"voxel": voxel, "directions": [], "b": 0.0}}))

@@ -195,6 +195,16 @@ def test_the_same_training_goes_on_with_its_head(tmp_path):
             assert (moved < 2e-3) == (text == same)  # one step of Adam at 1e-3
 
 
+def test_a_pretraining_that_has_not_learned_says_so(caplog):
+    people, settings = cohort()
+    (trained,) = method_with("pretrain_artifacts").fit(people, settings).checkpoints.values()
+    before, after = (trained.card.metrics[k] for k in ("mse_before", "mse"))
+    assert before < after  # of four steps
+    assert "it has not learned yet" in caplog.text and "not learned yet" in trained.card.warnings[0]
+    plain = method_with("pretrain_artifacts", "corruption=none").fit(people, settings)
+    assert not next(iter(plain.checkpoints.values())).card.warnings
+
+
 def test_a_task_keeps_its_own_voxel_with_the_encoder_of_any_table(tmp_path):
     people, settings = cohort()
     folder = keep(method_with("pretrain_artifacts", "voxel=8").fit(people, settings), tmp_path)
@@ -329,6 +339,7 @@ def test_shells_outside_of_the_domain_have_no_part(tmp_path):
     dwi = ellipsoid.with_signal(dwi, rng.uniform(0.2, 0.8, dwi.signal.shape))
     derived = method.apply(dwi, "cpu")
     assert derived.parameters["ShellsLeftOut"] == [5000]
+    assert any("learned from none (1 runs, 1 steps)" in notice for notice in derived.notices)
     assert any("resampled to 8 mm" in notice for notice in derived.notices)
     other = dwi.signal.copy()
     other[:, 22:] = rng.uniform(0, 1, (len(other), 20))
