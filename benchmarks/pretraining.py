@@ -390,8 +390,7 @@ def compare_real(options):
             for run in found.runs[label]:
                 if run.t1w:
                     rows += compare_run(run, f"{name}, {run.name}")
-    table.print_and_write(["scan: tissue from", "Dice with the T1w image: GM", "WM", "CSF"], rows,
-                          options.csv)
+    table.show("pretraining_real", rows, options.csv)
 
 
 def compare_run(run, name):
