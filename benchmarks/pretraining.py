@@ -79,7 +79,8 @@ SIMULATED, VOXEL = 6.0, 8.0
 to converge with few people take half a minute. With 6 mm and 120 steps none did: no start predicted
 CSF."""
 PRETRAINING = training.Schedule(steps=400, learning_rate=1e-3, validate_every=100)
-SCHEDULE = training.Schedule(steps=300, learning_rate=3e-3, validate_every=50)
+SCHEDULE = training.Schedule(steps=300, learning_rate=3e-3, validate_every=50,
+                             precision="bf16-mixed")
 """The rate was chosen on two people of the validation with a seed of its own."""
 RECIPE = learn.Recipe({"architecture": "volumetric"}, SCHEDULE, batch=2, patch=64, voxel=VOXEL)
 TABLES = {"20 × b 1000": ((1000.0,), 20), "64 × b 1000": ((1000.0,), 64),
