@@ -571,6 +571,8 @@ def choose_start(method: Trainable, init: Path | None) -> Checkpoint | None:
         start = bundled
     log.info("--train %s: starts from %s", method.name,
              init or f"the encoder of the bundled {PRETRAINING}" if start else "random weights")
+    for warning in start.card.warnings if start else ():
+        log.warning("--train %s: of the weights that it starts from: %s", method.name, warning)
     return start
 
 

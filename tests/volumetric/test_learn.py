@@ -195,12 +195,15 @@ def test_the_same_training_goes_on_with_its_head(tmp_path):
             assert (moved < 2e-3) == (text == same)  # one step of Adam at 1e-3
 
 
-def test_a_pretraining_that_has_not_learned_says_so(caplog):
+def test_a_pretraining_that_has_not_learned_says_so(caplog, tmp_path):
     people, settings = cohort()
     (trained,) = method_with("pretrain_artifacts").fit(people, settings).checkpoints.values()
     before, after = (trained.card.metrics[k] for k in ("mse_before", "mse"))
     assert before < after  # of four steps
     assert "it has not learned yet" in caplog.text and "not learned yet" in trained.card.warnings[0]
+    folder = keep(kinds.Fitted({}, {}, {"weights": trained}), tmp_path)
+    method_with("estimate_tissue").fit(people, replace(settings, init=folder, max_steps=1))
+    assert "of the weights that it starts from: the validation's mean" in caplog.text
     plain = method_with("pretrain_artifacts", "corruption=none").fit(people, settings)
     assert not next(iter(plain.checkpoints.values())).card.warnings
 
