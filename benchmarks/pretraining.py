@@ -39,7 +39,7 @@ import table
 import torch
 from scipy.stats import ttest_rel
 
-from bidsapp import cli, methods, tensor, training
+from bidsapp import cli, methods, training
 from bidsapp.acquisition import Acquisition, concatenate
 from bidsapp.anatomy import t1w, tissue
 from bidsapp.bids import find
@@ -399,15 +399,13 @@ def compare_run(run, name):
     that leaves none out; and those of the network."""
     dwi = load_run(run)[0]
     truth = label_tissue(t1w.posteriors(dwi, run.t1w, run.probsegs))
-    chosen = tensor.volumes(dwi.acquisition)
-    fitted = tensor.fit(torch.tensor(dwi.signal[:, chosen]),
-                        tensor.design(dwi.acquisition[chosen].btensors))
-    grey, white, csf = tissue.classes(dwi, fitted["md"].numpy(), fitted["fa"].numpy(),
-                                      (dwi.mean_b0 > 0) & ~fitted["failed"].numpy())
+    fitted = tissue.tensor_maps(dwi, "cpu")
+    grey, white, csf = tissue.classes(dwi, fitted["md"], fitted["fa"],
+                                      (dwi.mean_b0 > 0) & ~fitted["failed"])
     method = methods.get("estimate_tissue", context=MethodContext(allow_extrapolation=True))
     network = method.apply(dwi, "cpu").maps["segmentation"].astype(int)
     rows = []
-    every = np.where(csf, 3, np.where(fitted["fa"].numpy() > ANISOTROPIC, 2, 1))
+    every = np.where(csf, 3, np.where(fitted["fa"] > ANISOTROPIC, 2, 1))
     for kind, labels in (("MD and FA, without mixed voxels", grey + 2 * white + 3 * csf),
                          (f"CSF by MD, white matter by FA above {ANISOTROPIC}", every),
                          ("estimate_tissue", network)):
@@ -442,7 +440,7 @@ def measure_speed(options):
     began, cpu = time.perf_counter(), time.process_time()
     learn.train(network, learn.Sampler(people, RECIPE), [learn.middle(people[0], 64)], loss,
                 replace(SCHEDULE, steps=8), TrainingSettings(), None, "epoch")
-    rows.append(["an epoch of 15 people of 64 directions at 6 mm",
+    rows.append([f"an epoch of 15 people of 64 directions at {VOXEL:g} mm",
                  f"{time.perf_counter() - began:.1f}", f"{time.process_time() - cpu:.1f}"])
     table.show("pretraining_speed", rows, options.csv)
 

@@ -392,6 +392,11 @@ class Dwi:
         """Compute the noise SD of some measurements, in signal units; None if it is unknown."""
         return None if self.noise_sd is None else self.noise_sd * self.gain(indices)
 
+    def snr_of(self, indices: np.ndarray) -> float | None:
+        """Divide the median of the mean b0 by the noise of some measurements; None if unknown."""
+        noise = self.noise_of(indices)
+        return float(np.median(self.mean_b0)) / noise if noise else None
+
 
 def peak_memory(voxels: int, measurements: int) -> float:
     """Estimate the peak memory of processing a signal: twice its size plus FIXED_MEMORY, bytes."""

@@ -36,7 +36,7 @@ def find_weights(name: str, models: Path | None = None) -> list[Checkpoint]:
     Returns
     -------
     list of Checkpoint
-        Weights of `models`, each trained for one acquisition, then the bundled ones.
+        Weights of `models`, then the bundled ones.
     """
     folders = sorted(models.glob(f"{name}_*")) if models else []
     return [load(f, name) for f in (*folders, WEIGHTS / name) if f.is_dir()]

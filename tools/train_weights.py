@@ -63,7 +63,9 @@ def main() -> None:
     method = methods.get(options.method)
     if method.name == "pretrain_artifacts" or isinstance(method, VolumeEstimator):
         if options.densities or options.new_hints or options.learning_rate or options.state:
-            parser.error(f"{method.name} takes --init, --people, --steps, --set and --seed")
+            parser.error(f"{method.name} takes none of --densities, --new-hints, --state and "
+                         "--learning-rate: use --set schedule.learning_rate=…, and OUT of the "
+                         "interrupted training to resume it")
         write(train_on_phantom(method.name, options), options.out)
         return
     saved = options.state or options.out / "state.ckpt"

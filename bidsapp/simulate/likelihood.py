@@ -36,6 +36,10 @@ L_MAX = 8
 NODES = 10
 """Nodes of the kernel's quadrature; its error is below 3e-8 for b · d from −7.5 to 15."""
 
+ROUNDING = 1e-5
+"""Share of its range by which a parameter may lie beyond a bound and still count: float32 rounds a
+point at the bound to either side."""
+
 LATTICE, REFINED, WITHIN = 12, 8, 2.5
 """Points per parameter of the first lattice and of later ones; half width of a later one in SDs."""
 
@@ -188,7 +192,8 @@ def compute_posterior(likelihood: Likelihood) -> tuple[Float[torch.Tensor, "voxe
         root = torch.linalg.cholesky(covariance + cell / 12)  # variance within a cell
         unit = mean[:, None] + z @ root.mT
         value = likelihood.value(likelihood.kernel(low + span * unit.clamp(0, 1)))
-        value = torch.where(((unit < 0) | (unit > 1)).any(-1), -1e9, value)
+        outside = (unit < -ROUNDING) | (unit > 1 + ROUNDING)
+        value = torch.where(outside.any(-1), -1e9, value)
         mean, covariance = _moments(unit, _flatten(value) if last else value.softmax(1))
         cell = root @ root.mT * (2 * WITHIN / (REFINED - 1)) ** 2
     return mean, covariance + cell / 12

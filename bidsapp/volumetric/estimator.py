@@ -92,8 +92,7 @@ class VolumeEstimator(selection.NetworkEstimator):
                                "determine no more.")
         else:
             matrix = network.matrix(inputs.describe_table(measured, grid).to(device)).detach()
-        level = dwi.noise_of(inputs.weighted(dwi.acquisition))
-        snr = float(np.median(dwi.mean_b0)) / level if level else None
+        snr = dwi.snr_of(inputs.weighted(dwi.acquisition))
         notices += [f"{self.short}: {text}" for text in (
             f"the network learned from {card.training['data']} ({card.training['runs']} runs, "
             f"{card.training['steps']} steps).", *card.warnings,

@@ -150,8 +150,7 @@ class SphericalDenoiser(Denoiser, Trainable):
 
     def _warnings(self, card: Card, dwi: Dwi, shells: Sequence[Shell]) -> list[str]:
         """Give reasons to doubt a result."""
-        level = dwi.noise_of(np.concatenate([s.indices for s in shells]))
-        snr = float(np.median(dwi.mean_b0)) / level if level else None
+        snr = dwi.snr_of(np.concatenate([s.indices for s in shells]))
         warnings = [f"Spherical denoising: {text}" for text in card.trained_for.warnings(snr, {})]
         most = max(map(len, shells))
         if card.trained_for.shell_count is not None and most < ENOUGH_DIRECTIONS:
