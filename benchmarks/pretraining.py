@@ -51,7 +51,7 @@ from bidsapp.phantom import load_atlas, recruit
 from bidsapp.recipe.steps import load_run
 from bidsapp.selection import bundled_weights
 from bidsapp.simulate import anatomy, person, phantom, site
-from bidsapp.volumetric import learn
+from bidsapp.volumetric import learn, scans
 from bidsapp.volumetric.apply import apply
 from bidsapp.volumetric.corruption import Corruption
 from bidsapp.volumetric.estimator import class_loss, class_metrics, one_hot
@@ -91,7 +91,7 @@ FOUR, LEARNERS, VALIDATORS = 11, 5, 2
 ANISOTROPIC = 0.2
 
 
-def scans(seed, people, acquisition, voxel, snr):
+def simulate_scans(seed, people, acquisition, voxel, snr):
     """Yield the scan of each person at the reference site, with GM, WM and CSF of its voxels."""
     design = PhantomOptions(Path("unused"), random_seed=seed, voxel_size=voxel, snr=snr,
                             participants=people, sites=1)
@@ -115,7 +115,7 @@ def simulate(work, name, *arguments):
     folder.mkdir(parents=True, exist_ok=True)
     count = arguments[1]
     if not (folder / f"{name}_{count - 1:02d}.npz").exists():
-        for i, dwi in enumerate(scans(*arguments)):
+        for i, dwi in enumerate(simulate_scans(*arguments)):
             white = dwi.tissue.argmax(1) == 1
             fibres = label_fibres(dwi, white & (dwi.tissue[:, 1] > 0.5))
             part = folder / f"{name}_{i:02d}.part.npz"
@@ -139,14 +139,14 @@ def labelled(path, task):
     """A person with the target of a task; None for pretraining."""
     dwi, data = read(path)
     if task is None:
-        return learn.Labelled(dwi)
+        return scans.Labelled(dwi)
     if task == "tissue":
-        return learn.Labelled(dwi, one_hot(dwi.tissue.argmax(1), 3), dwi.tissue.sum(1) > 0.5)
+        return scans.Labelled(dwi, one_hot(dwi.tissue.argmax(1), 3), dwi.tissue.sum(1) > 0.5)
     white = data["count"] > 0
     if task == "crossings":  # in white matter, as published
-        return learn.Labelled(dwi, one_hot(data["count"], MAX_PEAKS + 1), white)
+        return scans.Labelled(dwi, one_hot(data["count"], MAX_PEAKS + 1), white)
     axis = learn.Grid.over(dwi).directions(data["axis"])
-    return learn.Labelled(dwi, (axis[:, direction.ROWS] * axis[:, direction.COLUMNS]).astype(
+    return scans.Labelled(dwi, (axis[:, direction.ROWS] * axis[:, direction.COLUMNS]).astype(
         np.float32), white)
 
 
@@ -156,7 +156,7 @@ def prepare(work, paths, task, input_):
     channels = channels_of(input_)
     folder = work / "grids" / f"{task}_{'table' if channels.directions else 'any'}"
     folder.mkdir(parents=True, exist_ok=True)
-    return [learn.prepare(labelled(path, task), channels, folder,
+    return [scans.prepare(labelled(path, task), channels, folder,
                           f"{path.stem}_{multiprocessing.current_process().pid}")
             for path in paths]
 
@@ -165,9 +165,9 @@ def prepare(work, paths, task, input_):
 def channels_of(input_):
     """The clinic's table, or any; its grid has the axes of the world."""
     if input_ == "any":
-        return learn.Channels(VOXEL)
+        return scans.Channels(VOXEL)
     clinic = site.gradient_table((1000.0,), 64)
-    return learn.Channels(VOXEL, clinic.bvecs[~clinic.b0].tolist(), 1000.0)
+    return scans.Channels(VOXEL, clinic.bvecs[~clinic.b0].tolist(), 1000.0)
 
 
 def loss_of(task, input_):
@@ -222,9 +222,9 @@ def tune(work, input_, start, task, people, run):
         encoder.load_state_dict(pretrain(work, input_, start))
     history = learn.train(
         network, learn.Sampler(groups[0], recipe),
-        [learn.middle(s, RECIPE.patch) for s in groups[1]], loss, SCHEDULE,
+        [scans.cut_middle(s, RECIPE.patch) for s in groups[1]], loss, SCHEDULE,
         TrainingSettings(seed=run), None, file.stem)
-    result = {"test": [learn.evaluate(network, [learn.middle(s, RECIPE.patch)], metrics)
+    result = {"test": [learn.evaluate(network, [scans.cut_middle(s, RECIPE.patch)], metrics)
                        for s in groups[2]],
               "validation": [row["validation"] for row in history]}
     file.parent.mkdir(exist_ok=True)
@@ -248,8 +248,7 @@ def compare(options):
                          ("any", "artifacts")):
         pretrain(work, input_, kind)
     todo = list(combinations())
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         pool.starmap(tune, [(work, *one) for one in todo], chunksize=1)
     results = {one: tune(work, *one) for one in todo}
     if options.curves:
@@ -268,9 +267,7 @@ def compare(options):
             ("artifacts", task, 2), ("random", task, 5)))
         rows.append([f"any, {task}: artifact removal with 2 people against random with 5",
                      *describe(few, more, SCORES["any", task])])
-    table.print_and_write(["input, task, labelled people: start", "score", "also",
-                           "change from random", "p over runs and people", "p over people"],
-                          rows, options.csv)
+    table.show("pretraining", rows, options.csv)
 
 
 def read_scores(results, input_, start, task, people):
@@ -296,12 +293,12 @@ def describe(scores, reference, names):
 def show_curves(results, path):
     """Validation losses with 15 labelled people, means of the runs: figure 2a of the paper."""
     steps = range(SCHEDULE.validate_every, SCHEDULE.steps + 1, SCHEDULE.validate_every)
-    table.print_and_write(
-        ["validation loss: start", *(f"step {i}" for i in steps)],
-        [[f"{task}: {NAMES[start]}", *(f"{v:.4f}" for v in np.mean(
+    table.show("pretraining_curves", [
+        [f"{task}: {NAMES[start]}", *(f"{v:.4f}" for v in np.mean(
             [results["table", start, task, max(LABELLED), run]["validation"]
              for run in range(1, RUNS + 1)], 0))]
-         for task in TASKS for start in STARTS], path)
+        for task in TASKS for start in STARTS], path,
+        others=[f"step {i}" for i in steps])
 
 
 def four(work):
@@ -314,7 +311,8 @@ def four(work):
     ends = len(b0) + np.cumsum([0, *map(len, weighted)])
     columns = {name: np.r_[:len(b0), ends[i]:ends[i + 1]] for i, name in enumerate(TABLES)}
     if not (folder / f"{FOUR - 1:02d}.npz").exists():
-        for i, dwi in enumerate(scans(43, FOUR, concatenate([b0, *weighted]), SIMULATED, 20.0)):
+        every = concatenate([b0, *weighted])
+        for i, dwi in enumerate(simulate_scans(43, FOUR, every, SIMULATED, 20.0)):
             rich = dwi.select_volumes(columns[LARGEST])
             fibres = label_fibres(rich, dwi.tissue[:, 1] > 0.5)
             np.savez(folder / f"{i:02d}.part.npz", signal=dwi.signal, mask=dwi.mask,
@@ -325,57 +323,63 @@ def four(work):
     return [folder / f"{i:02d}.npz" for i in range(FOUR)], columns
 
 
+@cache
+def prepare_four(work, task):
+    """Scans of each acquisition on the grid of the network, once in each process."""
+    paths, columns = four(work)
+    folder = work / "grids" / f"four_{task}"
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = {name: [] for name in TABLES}
+    for path in paths:
+        one = labelled(path, task)
+        for number, name in enumerate(TABLES):
+            groups[name].append(scans.prepare(
+                replace(one, dwi=one.dwi.select_volumes(columns[name])), channels_of("any"), folder,
+                f"{number}_{path.stem}_{multiprocessing.current_process().pid}"))
+    return groups
+
+
+def tune_tables(work, task, run, names):
+    """Train a task on acquisitions, from the encoder; score of each test person with each."""
+    which = "all" if len(names) > 1 else list(TABLES).index(names[0])
+    file = work / "results" / f"four_{task}_{run}_{which}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    torch.set_num_threads(1)
+    groups, (outputs, loss, metrics) = prepare_four(work, task), loss_of(task, "any")
+    recipe = replace(RECIPE, subsample=False)
+    network, _ = learn.initial_network(recipe, outputs, channels_of("any"), run, None)
+    network.get_submodule(learn.ENCODER).load_state_dict(pretrain(work, "any", "artifacts"))
+    people, held = range(LEARNERS), range(LEARNERS, LEARNERS + VALIDATORS)
+    learn.train(network, learn.Sampler([groups[n][i] for n in names for i in people], recipe),
+                [scans.cut_middle(groups[n][i], RECIPE.patch) for n in names for i in held], loss,
+                replace(SCHEDULE, steps=SCHEDULE.steps * len(TABLES)), TrainingSettings(seed=run),
+                None, file.stem)
+    result = {n: [learn.evaluate(network, [scans.cut_middle(scan, RECIPE.patch)], metrics)
+                  for scan in groups[n][LEARNERS + VALIDATORS:]] for n in names}
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result))
+    return result
+
+
 def compare_tables(options):
     """One network for four acquisitions beside one for each."""
-    work, rows = options.work, []
-    paths, columns = four(work)
-    channels = channels_of("any")
-    start = pretrain(work, "any", "artifacts")
-    for task in ("tissue", "direction"):
-        outputs, loss, metrics = loss_of(task, "any")
-        groups = {}
-        for name in TABLES:
-            folder = work / "grids" / f"four_{task}"
-            folder.mkdir(parents=True, exist_ok=True)
-            made = []
-            for path in paths:
-                one = labelled(path, task)
-                made.append(learn.prepare(replace(one, dwi=one.dwi.select_volumes(columns[name])),
-                                          channels, folder, f"{name.replace(' ', '')}{path.stem}"))
-            groups[name] = made
-        for run in range(1, TABLE_RUNS + 1):
-            recipe = replace(RECIPE, subsample=False)
-
-            def trained(names, run=run, recipe=recipe, outputs=outputs, groups=groups,
-                        loss=loss):
-                network, _ = learn.initial_network(recipe, outputs, channels, run, None)
-                network.get_submodule(learn.ENCODER).load_state_dict(start)
-                learn.train(
-                    network,
-                    learn.Sampler([s for n in names for s in groups[n][:LEARNERS]], recipe),
-                    [learn.middle(s, RECIPE.patch) for n in names
-                     for s in groups[n][LEARNERS:LEARNERS + VALIDATORS]], loss,
-                    replace(SCHEDULE, steps=SCHEDULE.steps * len(TABLES)),
-                    TrainingSettings(seed=run), None, " ".join(names))
-                return network
-
-            joint = trained(list(TABLES))
-            for name in TABLES:
-                own = trained([name])
-                for kind, network in (("one for all", joint), ("one for it", own)):
-                    rows += [(task, name, kind, learn.evaluate(
-                        network, [learn.middle(scan, RECIPE.patch)], metrics))
-                        for scan in groups[name][LEARNERS + VALIDATORS:]]
-            print(task, run, flush=True)
-    out = []
-    for task, key in (("tissue", "f1"), ("direction", "degrees")):
-        for name in TABLES:
-            joint, own = (float(np.mean([r[3][key] for r in rows if r[:3] == (task, name, kind)]))
-                          for kind in ("one for all", "one for it"))
-            out.append([f"{name}: {task}, {'F1' if key == 'f1' else 'median angle, °'}",
-                        f"{joint:.3f}", f"{own:.3f}", f"{100 * (joint / own - 1):+.1f} %"])
-    table.print_and_write(["acquisition: task and score", "one network for all", "one for each",
-                           "difference"], out, options.csv)
+    work, every = options.work, tuple(TABLES)
+    four(work)
+    pretrain(work, "any", "artifacts")
+    keys = {"tissue": "f1", "direction": "degrees"}
+    todo = list(itertools.product(keys, range(1, TABLE_RUNS + 1), [every, *((n,) for n in every)]))
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        results = dict(zip(todo, pool.starmap(tune_tables, [(work, *one) for one in todo],
+                                              chunksize=1), strict=True))
+    rows = []
+    for (task, key), name in itertools.product(keys.items(), TABLES):
+        joint, own = (np.mean([person[key] for run in range(1, TABLE_RUNS + 1)
+                               for person in results[task, run, names][name]])
+                      for names in (every, (name,)))
+        rows.append([f"{name}: {task}, {'F1' if key == 'f1' else 'median angle, °'}",
+                     f"{joint:.3f}", f"{own:.3f}", f"{100 * (joint / own - 1):+.1f} %"])
+    table.show("pretraining_tables", rows, options.csv)
 
 
 def compare_real(options):
@@ -438,7 +442,7 @@ def measure_speed(options):
     outputs, loss, _ = loss_of("tissue", "any")
     network, _ = learn.initial_network(RECIPE, outputs, channels, 0, None)
     began, cpu = time.perf_counter(), time.process_time()
-    learn.train(network, learn.Sampler(people, RECIPE), [learn.middle(people[0], 64)], loss,
+    learn.train(network, learn.Sampler(people, RECIPE), [scans.cut_middle(people[0], 64)], loss,
                 replace(SCHEDULE, steps=8), TrainingSettings(), None, "epoch")
     rows.append([f"an epoch of 15 people of 64 directions at {VOXEL:g} mm",
                  f"{time.perf_counter() - began:.1f}", f"{time.process_time() - cpu:.1f}"])

@@ -197,6 +197,28 @@ def pairs(figure: Figure, folder: Path) -> None:
     finish(axes)
 
 
+def pretraining(figure: Figure, folder: Path) -> None:
+    """Scores of three tasks by the start of the training and the number of labelled people."""
+    first, score = "input, task, labelled people: start", "score"
+    scores = {r[first]: r[score] for r in read(folder / "pretraining.csv")}
+    people = (2, 5, 15)
+    looks = {"random": (NONE, ":"), "autoencoder": (PEER, "--"), "masked autoencoder": (PEER, "-"),
+             "artifact removal": (OURS, "-")}
+    panels = figure.subplots(1, 3)
+    for axes, task, label in zip(panels, ("tissue", "crossings", "direction"), (
+            "tissue: F1", "crossings: accuracy", "direction: MSE of angles"), strict=True):
+        for start, (color, style) in looks.items():
+            axes.plot(range(len(people)), [numbers(
+                scores[f"table, {task}, {n} people: {start}"])[-1] for n in people], style,
+                marker="o", markersize=4, color=color, label=start)
+        axes.set_xticks(range(len(people)), map(str, people))
+        axes.set(title=label, xlabel="labelled people")
+        axes.title.set_fontsize(9)
+        finish(axes)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  frameon=False, fontsize="small")
+
+
 def finish(axes) -> None:
     """Take away the frame's upper and right side."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -204,5 +226,6 @@ def finish(axes) -> None:
 
 
 DRAWINGS = {"speed": speed, "change": change, "structure": structure, "bands": bands,
-            "noddi": noddi, "freewater": freewater, "coverage": coverage, "pairs": pairs}
+            "noddi": noddi, "freewater": freewater, "coverage": coverage, "pairs": pairs,
+            "pretraining": pretraining}
 """Plot of the results page → what draws it."""

@@ -32,7 +32,7 @@ from bidsapp.microstructure.estimator import SphericalMethod
 from bidsapp.networks import builder, scnn
 from bidsapp.options import MODES
 from bidsapp.simulate.likelihood import needs_search
-from bidsapp.volumetric import learn as volumetric
+from bidsapp.volumetric import scans
 from support import bids_tree, synthetic_head
 
 DEVICE = os.environ.get("QSPHERE_TEST_DEVICE", "")
@@ -430,9 +430,9 @@ def apply(method, model, device, folder):
         return method.apply(dwi, device).maps
     # a pretraining: what its network says of a volume
     network = model.into(builder.build_network(model.card.network)).to(device)
-    scan = volumetric.prepare(volumetric.Labelled(dwi), volumetric.Channels(
+    scan = scans.prepare(scans.Labelled(dwi), scans.Channels(
         **model.card.constants["channels"]), folder, "volume")
-    example = volumetric.middle(scan, 16).to(device)
+    example = scans.cut_middle(scan, 16).to(device)
     with torch.no_grad():
         return {"signal": array(network([example.ratio], [example.table])[0])}
 

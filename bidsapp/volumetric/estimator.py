@@ -18,7 +18,7 @@ from bidsapp.checkpoint import Checkpoint
 from bidsapp.dwi import Dwi
 from bidsapp.kinds import Cohort, Derived, Fitted, TrainingSettings
 from bidsapp.networks.builder import build_network
-from bidsapp.volumetric import inputs, learn
+from bidsapp.volumetric import inputs, learn, scans
 from bidsapp.volumetric.apply import apply
 from bidsapp.volumetric.inputs import Grid
 
@@ -75,7 +75,7 @@ class VolumeEstimator(selection.NetworkEstimator):
         shells = [s for s in shells if np.isin(s.indices, usable).all()]
         parameters, notices = selection.describe_shells_used(card, dwi.acquisition, shells,
                                                              violations)
-        channels = learn.Channels(**card.constants["channels"])
+        channels = scans.Channels(**card.constants["channels"])
         used = np.sort(np.concatenate([np.flatnonzero(dwi.acquisition.b0),
                                        *(s.indices for s in shells)]))
         dwi = dwi.select_volumes(used)
@@ -139,7 +139,7 @@ def load_with_tissue(cohort: Cohort, run: str) -> Dwi:
     return replace(cohort.load(run), tissue=cohort.tissue(run) if cohort.tissue else None)
 
 
-def class_loss(kind: str, output: Float[torch.Tensor, "class x y z"], example: learn.Example
+def class_loss(kind: str, output: Float[torch.Tensor, "class x y z"], example: scans.Example
                ) -> torch.Tensor:
     """Compute the loss of class probabilities against one-hot labels, over the valid voxels.
 
@@ -163,7 +163,7 @@ def one_hot(labels: np.ndarray, classes: int) -> Float[np.ndarray, "voxel class"
     return np.eye(classes, dtype=np.float32)[labels]
 
 
-def class_metrics(output: Float[torch.Tensor, "class x y z"], example: learn.Example
+def class_metrics(output: Float[torch.Tensor, "class x y z"], example: scans.Example
                   ) -> dict[str, float]:
     """Compute `accuracy` and `f1`, the mean over classes of the F1 score (Dice coefficient)."""
     predicted = output[:, example.valid].argmax(0)

@@ -3,7 +3,7 @@
 from bidsapp import kinds, methods
 from bidsapp.checkpoint import Card, Checkpoint
 from bidsapp.domain import TrainingDomain
-from bidsapp.volumetric import learn
+from bidsapp.volumetric import learn, scans
 from support import travelling_heads
 
 DOMAIN = TrainingDomain(
@@ -17,7 +17,7 @@ def checkpoint(name, voxel=2.0, **network):
     cohort, settings = travelling_heads.study()
     recipe = learn.read_recipe(method.settings("training"))
     recipe.network.update({"width": 4, "channels": 8, "levels": 2, **network})
-    channels = learn.Channels(voxel)
+    channels = scans.Channels(voxel)
     built, description = learn.initial_network(
         recipe, method.task(cohort, settings).outputs, channels, 1, None)
     return Checkpoint(dict(built.state_dict()), Card(

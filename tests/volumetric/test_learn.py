@@ -1,4 +1,4 @@
-"""Training on volumes: crops, tables, labels, the start of another task, and its refusals."""
+"""Training on volumes: random crops, the start of another task, and its refusals."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import torch
 
 from bidsapp import checkpoint, kinds, methods, selection
 from bidsapp.acquisition import Acquisition
-from bidsapp.errors import Refusal, UsageError
+from bidsapp.errors import UsageError
 from bidsapp.volumetric import learn
 from bidsapp.volumetric.corruption import Corruption
 from bidsapp.volumetric.inputs import MIN_DIRECTIONS, Grid
@@ -47,44 +47,6 @@ def keep(fitted, folder):
     return folder / next(iter(fitted.checkpoints))
 
 
-def scan(tmp_path, channels=None, scheme=((0, 2), (1000, 12), (2000, 20))):
-    rng = np.random.default_rng(0)
-    dwi = ellipsoid.dwi_on(np.diag([-6.0, 6, 6, 1]), (20, 22, 18), scheme)
-    dwi = ellipsoid.with_signal(dwi, rng.uniform(0, 1, dwi.signal.shape))
-    target = rng.uniform(0, 1, (len(dwi.signal), 2)).astype(np.float32)
-    return dwi, learn.prepare(learn.Labelled(dwi, target), channels or learn.Channels(6.0),
-                              tmp_path, "run")
-
-
-def test_a_crop_holds_the_signal_and_target_of_its_voxels(tmp_path):
-    dwi, one = scan(tmp_path)
-    chosen = np.array([1, 5, 20])
-    crop = (slice(3, 9), slice(2, 12), slice(0, 7))
-    example = learn.example(one, crop, chosen)
-    ratio = torch.tensor(dwi.signal[:, 2:][:, chosen])
-    want = one.grid.volumes(ratio)[(slice(None), *crop)]
-    torch.testing.assert_close(example.ratio, want, atol=1e-3, rtol=0)  # kept in float16
-    assert torch.equal(example.clean, example.ratio)
-    assert torch.equal(example.valid, one.grid.mask[crop])
-    assert example.table.shell.tolist() == [0, 0, 1]
-
-
-def test_the_table_of_a_network_is_selected_or_interpolated(tmp_path):
-    dwi, _ = scan(tmp_path)
-    axes = dwi.acquisition.bvecs[14:]  # of the second shell
-    order = np.random.default_rng(1).permutation(20)
-    channels = learn.Channels(6.0, (-axes[order]).tolist(), 2000.0)
-    selected = learn.prepare(learn.Labelled(dwi), channels, tmp_path, "selected")
-    assert selected.acquisition is None
-    want = selected.grid.volumes(torch.tensor(dwi.signal[:, 14:][:, order]))
-    np.testing.assert_allclose(selected.ratio, want, atol=1e-3)
-    weighted = dwi.acquisition[2:]
-    other = replace(channels, directions=bids_tree.directions(30, turn=1.1).tolist())
-    matrix, degree = other.interpolate(weighted, selected.grid)
-    assert (matrix.shape, degree) == ((32, 30), 4)
-    assert not matrix[:12].any()  # the shell of b 1000
-
-
 def test_parts_of_a_table_keep_enough_directions():
     acquisition = Acquisition(*bids_tree.table(((700, 7), (1500, 20), (3000, 40))))
     generator = torch.Generator().manual_seed(0)
@@ -98,8 +60,8 @@ def test_parts_of_a_table_keep_enough_directions():
     assert max(sizes) > 30
 
 
-def test_a_validation_draws_several_corruptions_that_stay_the_same(tmp_path):
-    _, one = scan(tmp_path)
+def test_a_validation_draws_several_corruptions_that_stay_the_same(scan):
+    _, one = scan
     validation = learn.Validation([one, one], 16, Corruption("artifacts", 6.0), seed=3)
     first, second = list(validation), list(validation)
     assert len(first) == 2 * learn.DRAWS
@@ -108,15 +70,8 @@ def test_a_validation_draws_several_corruptions_that_stay_the_same(tmp_path):
     assert len(list(learn.Validation([one, one], 16))) == 2
 
 
-def test_a_crop_of_the_middle_is_in_the_middle(tmp_path):
-    _, one = scan(tmp_path)
-    crop = learn.middle(one, 8)
-    x, y, z = (slice((n - 8) // 2, (n - 8) // 2 + 8) for n in one.grid.shape)
-    assert torch.equal(crop.target, one.target[:, x, y, z])
-
-
-def test_what_a_sampler_draws_is_a_part_of_the_table(tmp_path):
-    _, one = scan(tmp_path)
+def test_what_a_sampler_draws_is_a_part_of_the_table(scan):
+    _, one = scan
     for subsample in (True, False):
         recipe = learn.read_recipe({**methods.get("estimate_tissue").settings("training"),
                                     "patch": 16, "batch": 8, "subsample": subsample})
@@ -124,33 +79,6 @@ def test_what_a_sampler_draws_is_a_part_of_the_table(tmp_path):
         counts = {len(crop.ratio) for crop in minibatch}
         assert counts <= set(range(MIN_DIRECTIONS, 33))
         assert (len(counts) > 1) == subsample and (counts == {32}) != subsample
-
-
-def test_a_label_is_valid_where_most_of_the_voxel_has_one(tmp_path):
-    dwi = ellipsoid.dwi_on(np.diag([2.0, 2, 2, 1]), (24, 24, 24))
-    known = np.argwhere(dwi.mask)[:, 0] < 12  # the plane x = 11 is known, x = 12 is not
-    one = learn.prepare(learn.Labelled(dwi, np.ones((len(known), 1), np.float32), known),
-                        learn.Channels(6.0), tmp_path, "run")
-    weight = one.grid.volumes(torch.from_numpy(known[:, None].astype(np.float32)))[0]
-    assert ((weight > 0) & (weight < 0.5)).any()
-    assert torch.equal(one.valid, weight > 0.5)
-    torch.testing.assert_close(one.target[0][one.valid], torch.ones(int(one.valid.sum())))
-
-
-def test_corruption_reaches_the_input_alone(tmp_path):
-    _, one = scan(tmp_path)
-    crop = (slice(0, 16),) * 3
-    masked = learn.example(one, crop, None, Corruption("mask", 6.0),
-                           torch.Generator().manual_seed(1))
-    clean = learn.example(one, crop)
-    assert torch.equal(masked.clean, clean.clean)
-    assert not masked.ratio[:, masked.valid].any()
-    assert torch.equal(masked.ratio[:, ~masked.valid], clean.ratio[:, ~masked.valid])
-    assert 0 < masked.valid.sum() < clean.valid.sum()
-    noisy = learn.example(one, crop, None, Corruption("artifacts", 6.0),
-                          torch.Generator().manual_seed(1))
-    assert not noisy.ratio[:, ~one.grid.mask[crop]].any()
-    assert (noisy.ratio != clean.ratio).any()
 
 
 @pytest.mark.parametrize("corruption", ["artifacts", "none", "mask"])
@@ -389,14 +317,6 @@ def test_the_site_of_the_table_must_exist():
     people, settings = cohort(reference_batch="nowhere")
     with pytest.raises(UsageError, match="nowhere: no run is of that site; there are A"):
         method_with("pretrain_artifacts").fit(people, settings)
-
-
-def test_labels_of_nothing_are_refused(tmp_path):
-    dwi, _ = scan(tmp_path)
-    nothing = learn.Labelled(dwi, np.zeros((len(dwi.signal), 1), np.float32),
-                             np.zeros(len(dwi.signal), bool))
-    with pytest.raises(Refusal, match="no voxel has a label"):
-        learn.prepare(nothing, learn.Channels(6.0), tmp_path, "nothing")
 
 
 def test_init_of_another_network_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from bidsapp.methods.estimate_direction import method as direction
 from bidsapp.volumetric.estimator import class_loss, class_metrics
-from bidsapp.volumetric.learn import Example
+from bidsapp.volumetric.scans import Example
 
 
 def example(target, valid=None):

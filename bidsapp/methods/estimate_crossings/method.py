@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 
 from bidsapp.kinds import Cohort, Derived, TrainingSettings
-from bidsapp.volumetric import learn
+from bidsapp.volumetric import learn, scans
 from bidsapp.volumetric.estimator import (
     VolumeEstimator,
     class_loss,
@@ -34,12 +34,12 @@ class CrossingDetection(VolumeEstimator):
         return learn.Task(partial(self._read, cohort, settings.device), MAX_PEAKS + 1,
                           partial(class_loss, self.settings("training")["loss"]), class_metrics)
 
-    def _read(self, cohort: Cohort, device: str, run: str) -> learn.Labelled:
+    def _read(self, cohort: Cohort, device: str, run: str) -> scans.Labelled:
         choose_shell(cohort.acquisitions[run])  # before a T1w image is segmented, in vain
         dwi = load_with_tissue(cohort, run)
         white = find_white_matter(dwi, device)
         fibres = label_fibres(dwi, white)
-        return learn.Labelled(dwi, one_hot(fibres.count, MAX_PEAKS + 1),
+        return scans.Labelled(dwi, one_hot(fibres.count, MAX_PEAKS + 1),
                               (fibres.valid | ~white) & (dwi.mean_b0 > 0))
 
     def activate(self, output: Float[torch.Tensor, "4 x y z"]) -> Float[torch.Tensor, "4 x y z"]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 
 from bidsapp.kinds import Cohort, Derived, TrainingSettings
-from bidsapp.volumetric import learn
+from bidsapp.volumetric import learn, scans
 from bidsapp.volumetric.estimator import VolumeEstimator, find_white_matter, load_with_tissue
 from bidsapp.volumetric.inputs import Grid
 from bidsapp.volumetric.labels import choose_shell, label_fibres
@@ -44,12 +44,12 @@ class DirectionEstimation(VolumeEstimator):
                           2 if target == ANGLES else len(ROWS),
                           partial(direction_loss, target), direction_metrics)
 
-    def _read(self, cohort: Cohort, device: str, run: str) -> learn.Labelled:
+    def _read(self, cohort: Cohort, device: str, run: str) -> scans.Labelled:
         choose_shell(cohort.acquisitions[run])  # before a T1w image is segmented, in vain
         dwi = load_with_tissue(cohort, run)
         fibres = label_fibres(dwi, find_white_matter(dwi, device))
         axis = Grid.over(dwi).directions(fibres.axis)
-        return learn.Labelled(dwi, (axis[:, ROWS] * axis[:, COLUMNS]).astype(np.float32),
+        return scans.Labelled(dwi, (axis[:, ROWS] * axis[:, COLUMNS]).astype(np.float32),
                               fibres.valid)
 
     def activate(self, output: Float[torch.Tensor, "out x y z"]
@@ -91,7 +91,7 @@ def principal(elements: Float[torch.Tensor, "6 n"]) -> Float[torch.Tensor, "n 3"
     return torch.linalg.eigh(to_matrix(elements.T))[1][:, :, 2]
 
 
-def direction_loss(target: str, output: Float[torch.Tensor, "out x y z"], example: learn.Example
+def direction_loss(target: str, output: Float[torch.Tensor, "out x y z"], example: scans.Example
                    ) -> torch.Tensor:
     """Compute the mean square error of the angles over π, or of the elements of n nᵀ as a matrix
     (‖·‖²_F), over the valid voxels."""
@@ -101,7 +101,7 @@ def direction_loss(target: str, output: Float[torch.Tensor, "out x y z"], exampl
     return to_matrix((output - dyad).T).square().sum((1, 2)).mean()
 
 
-def direction_metrics(output: Float[torch.Tensor, "out x y z"], example: learn.Example
+def direction_metrics(output: Float[torch.Tensor, "out x y z"], example: scans.Example
                       ) -> dict[str, Any]:
     """Compute `mse_angles` (of the angles over π) and `degrees`, the median angle between axes."""
     truth = principal(example.target[:, example.valid])

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from bidsapp.errors import Refusal
 from bidsapp.kinds import Cohort, Derived, TrainingSettings
-from bidsapp.volumetric import learn
+from bidsapp.volumetric import learn, scans
 from bidsapp.volumetric.estimator import (
     VolumeEstimator,
     class_loss,
@@ -37,14 +37,14 @@ class TissueSegmentation(VolumeEstimator):
         return learn.Task(partial(self._read, cohort), len(CLASSES),
                           partial(class_loss, self.settings("training")["loss"]), class_metrics)
 
-    def _read(self, cohort: Cohort, run: str) -> learn.Labelled:
+    def _read(self, cohort: Cohort, run: str) -> scans.Labelled:
         dwi = load_with_tissue(cohort, run)
         if dwi.tissue is None:
             raise Refusal("it has no T1w image that its tissue could be learned from. Add one, or "
                           "use the bundled weights (without training).")
         labels = label_tissue(dwi.tissue)
         valid = (labels > 0) & (dwi.mean_b0 > 0)
-        return learn.Labelled(dwi, one_hot(np.maximum(labels, 1) - 1, len(CLASSES)), valid)
+        return scans.Labelled(dwi, one_hot(np.maximum(labels, 1) - 1, len(CLASSES)), valid)
 
     def activate(self, output: Float[torch.Tensor, "3 x y z"]) -> Float[torch.Tensor, "3 x y z"]:
         return output.softmax(0)

@@ -15,7 +15,7 @@ import torch
 from bidsapp.acquisition import Acquisition
 from bidsapp.errors import Refusal
 from bidsapp.kinds import Cohort, Fitted, Trainable, TrainingSettings
-from bidsapp.volumetric import learn
+from bidsapp.volumetric import learn, scans
 from bidsapp.volumetric.corruption import Corruption
 
 log = logging.getLogger("qsphere")
@@ -43,14 +43,14 @@ class ArtifactRemoval(Trainable):
         start = learn.choose_start(self, settings.init)
         channels = learn.choose_channels(recipe, cohort, start)
 
-        def loss(output: torch.Tensor, example: learn.Example) -> torch.Tensor:
+        def loss(output: torch.Tensor, example: scans.Example) -> torch.Tensor:
             return (output - example.clean)[:, example.valid].square().mean()
 
-        def measure(output: torch.Tensor, example: learn.Example) -> dict[str, Any]:
+        def measure(output: torch.Tensor, example: scans.Example) -> dict[str, Any]:
             before = (example.ratio - example.clean)[:, example.valid].square().mean()
             return {"mse": float(loss(output, example)), "mse_before": float(before)}
 
-        task = learn.Task(lambda run: learn.Labelled(load(run)),
+        task = learn.Task(lambda run: scans.Labelled(load(run)),
                           len(channels.directions) or None, loss, measure, Corruption(
                               table["corruption"], channels.voxel, table["phase_axis"]))
         name, checkpoint = learn.fit(self, task, cohort, settings,
