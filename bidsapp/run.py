@@ -39,7 +39,6 @@ from bidsapp.kinds import (
 )
 from bidsapp.options import Options
 from bidsapp.recipe import harmonize, plan
-from bidsapp.recipe.anatomy import with_tissues
 from bidsapp.recipe.execute import (
     Invocation,
     conflicting_model,
@@ -221,8 +220,7 @@ def load_cohort(dataset: Dataset, options: Options, runs: Mapping[str, Run],
                 statistics: pd.DataFrame, covariates: Sequence[str], memory: float) -> Cohort:
     """Gather what trainings need of the processed runs.
 
-    A signal is read (`load`), and so is the tissue of its T1w image (`tissue`), on demand. An image
-    whose tissue was not written is segmented.
+    A signal is read (`load`) and a T1w image is segmented (`tissue`) on demand.
 
     memory: bytes that a process may use.
     """
@@ -246,8 +244,7 @@ def load_signal(dataset: Dataset, runs: Mapping[str, Run], memory: float, work_d
 def load_posteriors(dataset: Dataset, runs: Mapping[str, Run], memory: float, work_dir: Path | None,
                     device: str, name: str) -> np.ndarray | None:
     """Compute the tissue probabilities of a run by its name. A function of the module, as well."""
-    return load_tissue(dataset, with_tissues(dataset, runs[name]), device, memory=memory,
-                       work_dir=work_dir)
+    return load_tissue(dataset, runs[name], device, memory=memory, work_dir=work_dir)
 
 
 def training_settings(options: Options, devices: tuple[int, int], workers: int

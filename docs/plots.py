@@ -198,19 +198,21 @@ def pairs(figure: Figure, folder: Path) -> None:
 
 
 def pretraining(figure: Figure, folder: Path) -> None:
-    """Scores of three tasks by the start of the training and the number of labelled people."""
-    first, score = "input, task, labelled people: start", "score"
-    scores = {r[first]: r[score] for r in read(folder / "pretraining.csv")}
+    """Scores of three tasks by start and number of labelled people: means, and range of runs."""
+    scores = {first: score for first, score, *_ in
+              (r.values() for r in read(folder / "pretraining.csv"))}
     people = (2, 5, 15)
     looks = {"random": (NONE, ":"), "autoencoder": (PEER, "--"), "masked autoencoder": (PEER, "-"),
              "artifact removal": (OURS, "-")}
     panels = figure.subplots(1, 3)
     for axes, task, label in zip(panels, ("tissue", "crossings", "direction"), (
             "tissue: F1", "crossings: accuracy", "direction: MSE of angles"), strict=True):
-        for start, (color, style) in looks.items():
-            axes.plot(range(len(people)), [numbers(
-                scores[f"table, {task}, {n} people: {start}"])[-1] for n in people], style,
-                marker="o", markersize=4, color=color, label=start)
+        for i, (start, (color, style)) in enumerate(looks.items()):
+            mean, low, high = zip(*(numbers(scores[f"table, {task}, {n} people: {start}"])[-3:]
+                                    for n in people), strict=True)
+            x = [k + 0.06 * (i - 1.5) for k in range(len(people))]
+            axes.plot(x, mean, style, marker="o", markersize=4, color=color, label=start)
+            axes.vlines(x, low, high, color=color, linewidth=1)
         axes.set_xticks(range(len(people)), map(str, people))
         axes.set(title=label, xlabel="labelled people")
         axes.title.set_fontsize(9)

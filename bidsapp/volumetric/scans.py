@@ -40,7 +40,7 @@ class Channels:
     voxel : float
         Edge of the network's voxels, mm.
     directions : sequence of sequence of float
-        Unit vectors of the table relative to the axes of the grid, of one table; empty for any.
+        Unit vectors of the table relative to the axes of the grid; empty for any table.
     b : float
         b-value of the table, s/mm².
     """

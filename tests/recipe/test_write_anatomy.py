@@ -1,7 +1,6 @@
 """anat/ holds the brain and the tissues of each T1w image, once for all runs."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -10,9 +9,8 @@ import pytest
 
 from bidsapp.anatomy import t1w
 from bidsapp.bids.writer import Dataset
-from bidsapp.dwi import Part, Run
 from bidsapp.errors import DataError
-from bidsapp.recipe.anatomy import with_tissues, write_anatomy
+from bidsapp.recipe.anatomy import write_anatomy
 
 NAMES = [f"sub-01_ses-a_{name}.nii.gz" for name in (
     "desc-brain_mask", "label-GM_probseg", "label-WM_probseg", "label-CSF_probseg")]
@@ -66,20 +64,6 @@ def test_runs_share_what_is_written_once(described, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4)), image)
     write_anatomy(both)
     assert len(described) == 2  # the image was replaced
-
-
-def test_trainings_read_the_tissues_that_were_written(described, tmp_path):
-    (context,) = contexts(tmp_path, "sub-01_ses-a_T1w.nii.gz")
-    image, dataset = context.run.t1w, context.dataset
-    run = Run({"sub": "01"}, (Part(tmp_path / "dwi.nii.gz", image, image),), None, image)
-    assert with_tissues(dataset, run) == run
-    write_anatomy([context])
-    written = with_tissues(dataset, run).probsegs
-    assert written == tuple(tmp_path / "out/sub-01/ses-a/anat" / name for name in NAMES[1:])
-    own = replace(run, probsegs=(image,) * 3)
-    assert with_tissues(dataset, own) == own
-    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4)), image)
-    assert with_tissues(dataset, run) == run  # they are of another image
 
 
 def test_an_image_without_brain_costs_its_own_files_alone(described, tmp_path, caplog):
