@@ -61,21 +61,19 @@ def test_parts_of_a_table_keep_enough_directions():
 
 
 def test_a_validation_draws_several_corruptions_that_stay_the_same(scan):
-    _, one = scan
-    validation = learn.Validation([one, one], 16, Corruption("artifacts", 6.0), seed=3)
+    validation = learn.Validation([scan, scan], 16, Corruption("artifacts", 6.0), seed=3)
     first, second = list(validation), list(validation)
     assert len(first) == 2 * learn.DRAWS
     assert all(torch.equal(a.ratio, b.ratio) for a, b in zip(first, second, strict=True))
     assert len({float(a.ratio.sum()) for a in first}) == len(first)
-    assert len(list(learn.Validation([one, one], 16))) == 2
+    assert len(list(learn.Validation([scan, scan], 16))) == 2
 
 
 def test_what_a_sampler_draws_is_a_part_of_the_table(scan):
-    _, one = scan
     for subsample in (True, False):
         recipe = learn.read_recipe({**methods.get("estimate_tissue").settings("training"),
                                     "patch": 16, "batch": 8, "subsample": subsample})
-        (minibatch,) = learn.Sampler([one], recipe)(torch.Generator().manual_seed(0))
+        (minibatch,) = learn.Sampler([scan], recipe)(torch.Generator().manual_seed(0))
         counts = {len(crop.ratio) for crop in minibatch}
         assert counts <= set(range(MIN_DIRECTIONS, 33))
         assert (len(counts) > 1) == subsample and (counts == {32}) != subsample

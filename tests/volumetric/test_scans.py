@@ -12,21 +12,19 @@ from bidsapp.volumetric.corruption import Corruption
 from support import bids_tree, ellipsoid
 
 
-def test_a_crop_holds_the_signal_and_target_of_its_voxels(scan):
-    dwi, one = scan
+def test_a_crop_holds_the_signal_and_target_of_its_voxels(dwi, scan):
     chosen = np.array([1, 5, 20])
     crop = (slice(3, 9), slice(2, 12), slice(0, 7))
-    example = scans.cut(one, crop, chosen)
+    example = scans.cut(scan, crop, chosen)
     ratio = torch.tensor(dwi.signal[:, 2:][:, chosen])
-    want = one.grid.volumes(ratio)[(slice(None), *crop)]
+    want = scan.grid.volumes(ratio)[(slice(None), *crop)]
     torch.testing.assert_close(example.ratio, want, atol=1e-3, rtol=0)  # kept in float16
     assert torch.equal(example.clean, example.ratio)
-    assert torch.equal(example.valid, one.grid.mask[crop])
+    assert torch.equal(example.valid, scan.grid.mask[crop])
     assert example.table.shell.tolist() == [0, 0, 1]
 
 
-def test_the_table_of_a_network_is_selected_or_interpolated(scan, tmp_path):
-    dwi, _ = scan
+def test_the_table_of_a_network_is_selected_or_interpolated(dwi, tmp_path):
     axes = dwi.acquisition.bvecs[14:]  # of the second shell
     order = np.random.default_rng(1).permutation(20)
     channels = scans.Channels(6.0, (-axes[order]).tolist(), 2000.0)
@@ -42,10 +40,12 @@ def test_the_table_of_a_network_is_selected_or_interpolated(scan, tmp_path):
 
 
 def test_a_crop_of_the_middle_is_in_the_middle(scan):
-    _, one = scan
-    crop = scans.cut_middle(one, 8)
-    x, y, z = (slice((n - 8) // 2, (n - 8) // 2 + 8) for n in one.grid.shape)
-    assert torch.equal(crop.target, one.target[:, x, y, z])
+    crop = scans.cut_middle(scan, 8)
+    x, y, z = (slice((n - 8) // 2, (n - 8) // 2 + 8) for n in scan.grid.shape)
+    assert torch.equal(crop.target, scan.target[:, x, y, z])
+    torch.testing.assert_close(crop.ratio, torch.tensor(scan.ratio[:, x, y, z]).float())
+    whole = scans.cut_middle(scan, 64)
+    assert torch.equal(whole.target, scan.target)
 
 
 def test_a_label_is_valid_where_most_of_the_voxel_has_one(tmp_path):
@@ -60,22 +60,20 @@ def test_a_label_is_valid_where_most_of_the_voxel_has_one(tmp_path):
 
 
 def test_corruption_reaches_the_input_alone(scan):
-    _, one = scan
     crop = (slice(0, 16),) * 3
-    masked = scans.cut(one, crop, None, Corruption("mask", 6.0), torch.Generator().manual_seed(1))
-    clean = scans.cut(one, crop)
+    masked = scans.cut(scan, crop, None, Corruption("mask", 6.0), torch.Generator().manual_seed(1))
+    clean = scans.cut(scan, crop)
     assert torch.equal(masked.clean, clean.clean)
     assert not masked.ratio[:, masked.valid].any()
     assert torch.equal(masked.ratio[:, ~masked.valid], clean.ratio[:, ~masked.valid])
     assert 0 < masked.valid.sum() < clean.valid.sum()
-    noisy = scans.cut(one, crop, None, Corruption("artifacts", 6.0),
+    noisy = scans.cut(scan, crop, None, Corruption("artifacts", 6.0),
                       torch.Generator().manual_seed(1))
-    assert not noisy.ratio[:, ~one.grid.mask[crop]].any()
+    assert not noisy.ratio[:, ~scan.grid.mask[crop]].any()
     assert (noisy.ratio != clean.ratio).any()
 
 
-def test_labels_of_nothing_are_refused(scan, tmp_path):
-    dwi, _ = scan
+def test_labels_of_nothing_are_refused(dwi, tmp_path):
     nothing = scans.Labelled(dwi, np.zeros((len(dwi.signal), 1), np.float32),
                              np.zeros(len(dwi.signal), bool))
     with pytest.raises(Refusal, match="no voxel has a label"):
