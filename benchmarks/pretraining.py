@@ -56,7 +56,7 @@ from bidsapp.volumetric import learn, scans
 from bidsapp.volumetric.apply import apply
 from bidsapp.volumetric.corruption import Corruption
 from bidsapp.volumetric.estimator import class_loss, class_metrics, one_hot
-from bidsapp.volumetric.inputs import describe_table
+from bidsapp.volumetric.inputs import Grid, describe_table
 from bidsapp.volumetric.labels import MAX_PEAKS, label_fibres, label_tissue
 
 CLINIC, AUXILIARY = 28, 12
@@ -115,22 +115,23 @@ def simulate_scans(seed, people, acquisition, voxel, snr):
                   tissue=shares / np.maximum(shares.sum(1, keepdims=True), 1))
 
 
-def simulate(work, name, *arguments):
-    """Simulate people once, each in a file with its labels."""
+def simulate(work, name, *arguments, rich=None):
+    """Simulate people once, each in a file with its labels; rich: volumes for those of fibres."""
     folder = work / "people"
     folder.mkdir(parents=True, exist_ok=True)
     count = arguments[1]
-    if not (folder / f"{name}_{count - 1:02d}.npz").exists():
+    files = [folder / f"{name}_{i:02d}.npz" for i in range(count)]
+    if not files[-1].exists():
         for i, dwi in enumerate(simulate_scans(*arguments)):
-            white = dwi.tissue.argmax(1) == 1
-            fibres = label_fibres(dwi, white & (dwi.tissue[:, 1] > 0.5))
-            part = folder / f"{name}_{i:02d}.part.npz"
+            fibres = label_fibres(dwi if rich is None else dwi.select_volumes(rich),
+                                  dwi.tissue[:, 1] > 0.5)
+            part = files[i].with_suffix(".part.npz")
             np.savez(part, signal=dwi.signal, mask=dwi.mask, affine=dwi.affine,
                      bvals=dwi.acquisition.bvals, bvecs=dwi.acquisition.bvecs, tissue=dwi.tissue,
                      count=fibres.count, axis=fibres.axis)
-            part.replace(folder / f"{name}_{i:02d}.npz")
+            part.replace(files[i])
             print(f"{name} {i + 1} of {count}", flush=True)
-    return [folder / f"{name}_{i:02d}.npz" for i in range(count)]
+    return files
 
 
 def read(path):
@@ -151,7 +152,7 @@ def labelled(path, task):
     white = data["count"] > 0
     if task == "crossings":  # in white matter, as published
         return scans.Labelled(dwi, one_hot(data["count"], MAX_PEAKS + 1), white)
-    axis = learn.Grid.over(dwi).directions(data["axis"])
+    axis = Grid.over(dwi).directions(data["axis"])
     return scans.Labelled(dwi, (axis[:, direction.ROWS] * axis[:, direction.COLUMNS]).astype(
         np.float32), white)
 
@@ -311,25 +312,14 @@ def show_curves(results, path):
 
 
 def four(work):
-    """People with all four acquisitions: (Dwi of each, data with the labels of the largest)."""
+    """People with all four acquisitions: files, and the volumes of each acquisition."""
     parts = [site.gradient_table(*t) for t in TABLES.values()]
     weighted = [p[np.flatnonzero(~p.b0)] for p in parts]
     b0 = parts[0][np.flatnonzero(parts[0].b0)]
-    folder = work / "four"
-    folder.mkdir(parents=True, exist_ok=True)
     ends = len(b0) + np.cumsum([0, *map(len, weighted)])
     columns = {name: np.r_[:len(b0), ends[i]:ends[i + 1]] for i, name in enumerate(TABLES)}
-    if not (folder / f"{FOUR - 1:02d}.npz").exists():
-        every = concatenate([b0, *weighted])
-        for i, dwi in enumerate(simulate_scans(43, FOUR, every, SIMULATED, 20.0)):
-            rich = dwi.select_volumes(columns[LARGEST])
-            fibres = label_fibres(rich, dwi.tissue[:, 1] > 0.5)
-            np.savez(folder / f"{i:02d}.part.npz", signal=dwi.signal, mask=dwi.mask,
-                     affine=dwi.affine, bvals=dwi.acquisition.bvals, bvecs=dwi.acquisition.bvecs,
-                     tissue=dwi.tissue, count=fibres.count, axis=fibres.axis)
-            (folder / f"{i:02d}.part.npz").replace(folder / f"{i:02d}.npz")
-            print(f"four acquisitions, {i + 1} of {FOUR}", flush=True)
-    return [folder / f"{i:02d}.npz" for i in range(FOUR)], columns
+    return simulate(work, "four", 43, FOUR, concatenate([b0, *weighted]), SIMULATED, 20.0,
+                    rich=columns[LARGEST]), columns
 
 
 @cache
@@ -443,7 +433,7 @@ def measure_speed(options):
     mask = np.ones(shape, bool)
     dwi = Dwi(rng.uniform(100, 1000, (mask.sum(), len(acquisition))).astype(np.float32), mask,
               np.diag([3.0, 3, 3, 1]), acquisition)
-    grid, channels = learn.Grid.over(dwi), channels_of("any")
+    grid, channels = Grid.over(dwi), channels_of("any")
     network, _ = learn.initial_network(RECIPE, 3, channels, 0, None)
     weighted = acquisition[np.flatnonzero(~acquisition.b0)]
     matrix = network.matrix(describe_table(weighted, grid)).detach()

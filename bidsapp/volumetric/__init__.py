@@ -1,4 +1,4 @@
-"""Shared code of networks on whole volumes: grid and inputs, labels, corruption, training,
+"""Shared code of networks on whole volumes: grid and inputs, labels, scans, corruption, training,
 application in overlapping blocks.
 
 *Channels* are the inputs of a network, a linear function of the attenuations S/S0 of a voxel
