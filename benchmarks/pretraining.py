@@ -134,6 +134,11 @@ def simulate(work, name, *arguments, rich=None):
     return files
 
 
+def simulate_clinic(work):
+    """People of the clinic."""
+    return simulate(work, "clinic", 41, CLINIC, site.gradient_table((1000.0,), 64), SIMULATED, 15.0)
+
+
 def read(path):
     """A person: Dwi and labels."""
     data = np.load(path)
@@ -248,7 +253,7 @@ def combinations():
 
 def compare(options):
     work = options.work
-    simulate(work, "clinic", 41, CLINIC, site.gradient_table((1000.0,), 64), SIMULATED, 15.0)
+    simulate_clinic(work)
     simulate(work, "auxiliary", 42, AUXILIARY, site.gradient_table(
         (1000.0, 2000.0, 3000.0), 90), 4.0, 25.0)
     for input_, kind in (("table", "none"), ("table", "mask"), ("table", "artifacts"),
@@ -443,8 +448,7 @@ def measure_speed(options):
         apply(network.eval(), dwi, grid, matrix, lambda y: y.softmax(0), RECIPE.patch, "cpu")
         rows = [["application to 72 × 72 × 39 voxels, 60 directions",
                  f"{time.perf_counter() - began:.1f}", f"{time.process_time() - cpu:.1f}"]]
-    paths = tuple(sorted((options.work / "people").glob("clinic_*.npz")))[:15]
-    people = prepare(options.work, paths, "tissue", "any")
+    people = prepare(options.work, tuple(simulate_clinic(options.work)[:15]), "tissue", "any")
     outputs, loss, _ = loss_of("tissue", "any")
     network, _ = learn.initial_network(RECIPE, outputs, channels, 0, None)
     began, cpu = time.perf_counter(), time.process_time()
